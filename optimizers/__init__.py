@@ -1,0 +1,9 @@
+"""Layer-wise large-batch optimizers whose trust ratios are exact under every sharding."""
+
+from .lamb import LAMB, LAMBC
+from .lars import LARS
+from .layerwise import LayerwiseOptimizer
+from .layout import LayoutError
+from .registry import OPTIMIZERS, create_optimizer
+
+__all__ = ["LAMB", "LAMBC", "LARS", "OPTIMIZERS", "LayerwiseOptimizer", "LayoutError", "create_optimizer"]

@@ -1,0 +1,193 @@
+"""DeepSpeed: where the layers are inside ZeRO's flat partitions.
+
+ZeRO replaces each group's parameters by one flat fp32 tensor per rank. Which layers lie in it is read, once per flat
+tensor, from the wrapper that made it:
+
+    wrapper                          one flat tensor holds                       step() is called
+    DeepSpeedZeroOptimizer (1, 2)    this rank's 1/N of a group's concatenation  once per group
+    BF16_Optimizer (1)               the same                                    once
+    DeepSpeedZeroOptimizer_Stage3    1/N of every layer of a sub-group           once per sub-group
+    FP16_UnfusedOptimizer (0)        one whole layer each                        once
+
+Importing this module makes the registered classes pass DeepSpeed's check for optimizers that are safe under ZeRO.
+Read from DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers.layout import Layer, Layout, LayoutError, Shard, register_backend
+
+__all__ = ["DeepSpeedBackend"]
+
+
+@dataclass(frozen=True)
+class _FlatTensor:
+    """What one of the optimizer's tensors holds: (parameter, shape, first element in the tensor, offset, length)."""
+
+    process_group: dist.ProcessGroup | None
+    parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]]
+    runs: Sequence[tuple[int, int, int, int]]  # (index into parameters, start, offset, length)
+
+
+class DeepSpeedBackend:
+    """Explains the tensors of DeepSpeed's optimizer wrappers."""
+
+    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
+        """Add the class to the list that DeepSpeed compares an optimizer's exact type with."""
+        if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+
+    def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
+        """Return the layout of tensors that a DeepSpeed wrapper made, None for any others.
+
+        Raises:
+            LayoutError: If a wrapper that cannot be exact holds the optimizer.
+        """
+        if all(optimizer.was_given(tensor) for _, tensor in tensors):
+            return None
+        wrapper = _find_wrapper(optimizer)
+        if wrapper is None:
+            return None
+        kind, flat_tensors = _describe(wrapper)
+        described = [(group, tensor, flat_tensors.get(id(tensor))) for group, tensor in tensors]
+        if any(flat is None for _, _, flat in described):
+            return None
+        return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
+
+
+def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
+    """The DeepSpeed object that steps this optimizer.
+
+    DeepSpeed leaves no reference to it on the optimizer, and on a model's parameters only for those that have elements
+    on this rank; the garbage collector knows it on every rank. This runs once per flat tensor.
+    """
+    for candidate in gc.get_objects():
+        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
+        if issubclass(type(candidate), DeepSpeedOptimizer) and getattr(candidate, "optimizer", None) is optimizer:
+            return candidate
+    return None
+
+
+def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]:
+    """The wrapper's name for messages, and what each of its tensors (by id) holds."""
+    if getattr(wrapper, "zenflow", None):
+        raise LayoutError("zenflow steps with optimizers of its own: remove zero_optimization.zenflow")
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        return "DeepSpeed ZeRO-3", _stage3(wrapper)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        stage = 2 if wrapper.partition_gradients else 1
+        return f"DeepSpeed ZeRO-{stage}", _concatenated(
+            wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, wrapper.real_dp_process_group
+        )
+    if isinstance(wrapper, BF16_Optimizer):
+        return "DeepSpeed BF16_Optimizer (ZeRO-1)", _concatenated(
+            wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.real_dp_process_group
+        )
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        return "DeepSpeed FP16_UnfusedOptimizer", dict(_master_copies(wrapper))
+    raise LayoutError(
+        f"{type(wrapper).__name__} is not supported. Supported DeepSpeed wrappers: ZeRO stages 1, 2 and 3, "
+        "BF16_Optimizer and FP16_UnfusedOptimizer"
+    )
+
+
+def _concatenated(
+    partitions: Iterable[torch.Tensor],
+    groups: Iterable[list[torch.nn.Parameter]],
+    process_groups: Iterable[dist.ProcessGroup],
+) -> dict[int, _FlatTensor]:
+    """ZeRO-1/2: a group's parameters lie in one buffer that is cut into equal partitions, one per rank.
+
+    Every parameter is a view of that buffer, so its storage offset is its position, whatever the order
+    (`round_robin_gradients`) and gaps (`parameter_alignment`).
+    """
+    flat_tensors = {}
+    for partition, parameters, process_group in zip(partitions, groups, process_groups, strict=True):
+        size = partition.numel()
+        first = dist.get_rank(process_group) * size
+        runs = []
+        for index, parameter in enumerate(parameters):
+            position = int(parameter.storage_offset())
+            begin, end = max(position, first), min(position + parameter.numel(), first + size)
+            if begin < end:
+                runs.append((index, begin - first, begin - position, end - begin))
+        shapes = [(parameter, tuple(parameter.shape)) for parameter in parameters]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, sorted(runs, key=lambda run: run[1]))
+    return flat_tensors
+
+
+def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, _FlatTensor]:
+    """ZeRO-3: every rank holds one slice of each parameter; the last slices end in uninitialised padding."""
+    flat_tensors = {}
+    for number, (partition, parameters) in enumerate(
+        zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+    ):
+        process_group = wrapper.sub_group_process_groups[number]
+        rank = dist.get_rank(process_group)
+        runs = []
+        for index, parameter in enumerate(parameters):
+            _, start, slice_length = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            offset = rank * slice_length
+            length = min(slice_length, parameter.ds_numel - offset)
+            if length > 0:
+                runs.append((index, start, offset, length))
+        # Under zero.Init a parameter's own shape is (0,).
+        shapes = [(parameter, tuple(parameter.ds_shape)) for parameter in parameters]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, runs)
+    return flat_tensors
+
+
+def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatTensor]]:
+    """Stage 0 with 16-bit parameters: an unsharded fp32 copy of each."""
+    for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
+            shape = tuple(parameter.shape)
+            yield id(master), _FlatTensor(None, [(parameter, shape)], [(0, 0, 0, parameter.numel())])
+
+
+def _layout(
+    kind: str, wrapper: DeepSpeedOptimizer, optimizer: Any, described: Sequence[tuple[int, torch.Tensor, _FlatTensor]]
+) -> Layout:
+    names = getattr(wrapper, "param_names", None) or {}
+    layers: list[Layer] = []
+    shards: list[Shard] = []
+    cut: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+    for carrier, (_, _, flat) in enumerate(described):
+        base = len(layers)
+        for index, (parameter, shape) in enumerate(flat.parameters):
+            name = optimizer.parameter_name(parameter) or names.get(parameter) or f"{carrier}.{index}"
+            layers.append(Layer(name, shape, carrier))
+        shards.extend(Shard(base + index, start, offset, length) for index, start, offset, length in flat.runs)
+        if flat.process_group is not None:
+            cut.setdefault(id(flat.process_group), (flat.process_group, []))[1].extend(range(base, len(layers)))
+    sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
+    return Layout(
+        backend=kind,
+        tensors=tuple(tensor for _, tensor, _ in described),
+        groups=tuple(group for group, _, _ in described),
+        layers=tuple(layers),
+        shards=tuple(shards),
+        reductions=tuple((process_group, tuple(indices)) for process_group, indices in cut.values()),
+        clips_with="gradient_clipping in the DeepSpeed config" if sharded else None,
+    )
+
+
+_backend = DeepSpeedBackend()
+register_backend(_backend)
+for _entry in OPTIMIZERS.values():
+    _backend.admit(_entry.optimizer_class)

@@ -1,0 +1,225 @@
+"""Cuts the shards of a layout into chunks that stay in cache, and lets algorithms read and write them.
+
+An algorithm is written once, as plain tensor arithmetic on flat tensors `x.w`, `x.g` and its state. The same lines
+serve a piece of one large layer (numbers of the layer are 0-d tensors) and many small layers packed together (they are
+spread to one value per element), so a step needs no temporary larger than a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .layout import Layout
+
+__all__ = ["Chunk", "ChunkView", "Summand", "cut_into_chunks", "squares", "values"]
+
+CHUNK_ELEMENTS = {"cpu": 1 << 16}
+LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel costs more than missing the cache
+
+
+@dataclass(frozen=True)
+class Summand:
+    """Elements whose layer sums are wanted; made by `squares` or `values`."""
+
+    elements: torch.Tensor
+    squared: bool
+
+
+def squares(elements: torch.Tensor) -> Summand:
+    """Ask for each layer's sum of squares."""
+    return Summand(elements, squared=True)
+
+
+def values(elements: torch.Tensor) -> Summand:
+    """Ask for each layer's plain sum."""
+    return Summand(elements, squared=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one shard: `length` elements from `start` in local tensor `tensor`, part of layer `layer`."""
+
+    tensor: int
+    layer: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Pieces of one parameter group, of one dtype and device, that are worked on together."""
+
+    group: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def layers(self) -> list[int]:
+        return [piece.layer for piece in self.pieces]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [piece.length for piece in self.pieces]
+
+    @property
+    def numel(self) -> int:
+        return sum(self.lengths)
+
+    def is_run(self) -> bool:
+        """Whether the pieces are one contiguous run of one local tensor, so that a view needs no copy."""
+        return all(a.tensor == b.tensor and a.start + a.length == b.start for a, b in pairwise(self.pieces))
+
+    def read(self, flats: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+        """Return the chunk's elements as one flat tensor of `dtype`, and whether it aliases `flats`."""
+        if self.is_run():
+            source = flats[self.pieces[0].tensor].narrow(0, self.pieces[0].start, self.numel)
+            return source.to(dtype), source.dtype == dtype
+        return torch.cat(self._views(flats)).to(dtype), False
+
+    def write(self, flats: Sequence[torch.Tensor], elements: torch.Tensor) -> None:
+        """Copy `elements` (flat, any dtype) to where `read` took them from."""
+        torch._foreach_copy_(self._views(flats), list(elements.split(self.lengths)))
+
+    def sums(self, summand: Summand) -> list[torch.Tensor]:
+        """Each piece's sum, accumulated in fp64, as 0-d tensors."""
+        parts = summand.elements.split(self.lengths)
+        if summand.squared:
+            return [norm.square_() for norm in torch._foreach_norm(list(parts), 2, torch.float64)]
+        return [part.sum(dtype=torch.float64) for part in parts]
+
+    def spread(self, per_layer: torch.Tensor, first_layer: int, dtype: torch.dtype) -> torch.Tensor:
+        """Give each element its layer's number: a 0-d tensor for one layer, else one value per element."""
+        if len(self.pieces) == 1:
+            return per_layer[self.pieces[0].layer - first_layer]
+        numbers = per_layer[[layer - first_layer for layer in self.layers]]
+        if numbers.dtype != torch.bool:
+            numbers = numbers.to(dtype)
+        return numbers.repeat_interleave(torch.tensor(self.lengths, device=numbers.device), output_size=self.numel)
+
+    def _views(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [flats[piece.tensor].narrow(0, piece.start, piece.length) for piece in self.pieces]
+
+
+class ChunkView:
+    """What an algorithm sees of a chunk.
+
+    `x.w` and `x.g` are the weights and the gradient, flat, in fp32 (fp64 for fp64 parameters). Element-wise state is
+    read by its name, e.g. `x.exp_avg`, and may be updated in place: the view holds a scratch copy until `store`.
+    `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements.
+    """
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        weights: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        state: Mapping[str, Sequence[torch.Tensor]],
+        first_layer: int,
+        *,
+        in_place: bool,
+    ):
+        """Read a chunk.
+
+        Args:
+            chunk: Which elements.
+            weights: Flat local tensors.
+            gradients: Their flat gradients; None counts as zero.
+            state: Flat element-wise state by name.
+            first_layer: Index of the group's first layer in the layout.
+            in_place: Update state where it lies if no conversion or packing is needed, instead of in a scratch copy.
+        """
+        self._chunk = chunk
+        self._weights = weights
+        self._state = state
+        self._first_layer = first_layer
+        self._in_place = in_place
+        self._scratch: dict[str, torch.Tensor] = {}
+        self.dtype = compute_dtype(weights[chunk.pieces[0].tensor])
+        self.w, self._w_is_view = chunk.read(weights, self.dtype)
+        self.g = self._read_gradient(gradients)
+
+    def _read_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        pieces = self._chunk.pieces
+        if all(gradients[piece.tensor] is not None for piece in pieces):
+            return self._chunk.read(gradients, self.dtype)[0]  # type: ignore[arg-type]
+        runs = [(gradients[piece.tensor], piece) for piece in pieces]
+        return torch.cat(
+            [
+                self.w.new_zeros(piece.length)
+                if flat is None
+                else flat.narrow(0, piece.start, piece.length).to(self.dtype)
+                for flat, piece in runs
+            ]
+        )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        state = self.__dict__.get("_state", {})
+        if name not in state:
+            raise AttributeError(f"a chunk has w, g and the state {list(state)}, not {name}")
+        elements, is_view = self._chunk.read(state[name], self.dtype)
+        if not (is_view and self._in_place):
+            elements = elements.clone() if is_view else elements
+            self._scratch[name] = elements
+        self.__dict__[name] = elements
+        return elements
+
+    def of(self, per_layer: torch.Tensor) -> torch.Tensor:
+        """Spread a vector of the group's layers, shape (layers,), so that it multiplies the chunk's elements."""
+        return self._chunk.spread(per_layer, self._first_layer, self.dtype)
+
+    def store(self, change: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Subtract `change` from the weights and keep the updated state.
+
+        Args:
+            change: Flat, the chunk's elements.
+            where: Boolean, broadcastable to the elements: those that may change. Everything if None.
+        """
+        for name, new in self._scratch.items():
+            if where is not None:
+                new = torch.where(where, new, self._chunk.read(self._state[name], self.dtype)[0])
+            self._chunk.write(self._state[name], new)
+        if where is not None:
+            change = torch.where(where, change, torch.zeros_like(change))
+        self.w.sub_(change)
+        if not self._w_is_view:
+            self._chunk.write(self._weights, self.w)
+
+
+def compute_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype of state and arithmetic: fp32, or fp64 for fp64 parameters."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def cut_into_chunks(layout: Layout) -> list[Chunk]:
+    """Cut every shard into pieces of bounded length and pack neighbouring small ones."""
+    chunks: list[Chunk] = []
+    pending: list[Piece] = []
+
+    def flush() -> None:
+        if pending:
+            chunks.append(Chunk(layout.groups[pending[0].tensor], tuple(pending)))
+            pending.clear()
+
+    for shard in layout.shards:
+        carrier = layout.layers[shard.layer].tensor
+        limit = CHUNK_ELEMENTS.get(layout.tensors[carrier].device.type, LARGE_CHUNK_ELEMENTS)
+        for start in range(0, shard.length, limit):
+            piece = Piece(carrier, shard.layer, shard.start + start, min(limit, shard.length - start))
+            if pending and not _fit_together(layout, pending, piece, limit):
+                flush()
+            pending.append(piece)
+    flush()
+    return chunks
+
+
+def _fit_together(layout: Layout, pending: list[Piece], piece: Piece, limit: int) -> bool:
+    before, after = layout.tensors[pending[0].tensor], layout.tensors[piece.tensor]
+    return (
+        sum(p.length for p in pending) + piece.length <= limit
+        and layout.groups[pending[0].tensor] == layout.groups[piece.tensor]
+        and before.dtype == after.dtype
+        and before.device == after.device
+    )

@@ -1,0 +1,57 @@
+"""Checks of hyper-parameters, with messages that name the argument, its value and its range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_range(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raise ValueError unless `value` is a number in the interval from `low` to `high`.
+
+    Args:
+        name: The argument's name.
+        value: What was given; a one-element tensor counts as a number.
+        low: Lower end.
+        high: Upper end.
+        low_open: Whether the lower end itself is excluded.
+        high_open: Whether the upper end itself is excluded.
+    """
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == math.inf else ']'}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}") from None
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (above and below):
+        raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+
+def check_betas(betas: Any, name: str = "betas") -> None:
+    """Raise ValueError unless `betas` are two numbers in [0, 1)."""
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"{name} must be two numbers in [0, 1), got {betas!r}")
+    for index, beta in enumerate(betas):
+        check_range(f"{name}[{index}]", beta, 0.0, 1.0, high_open=True)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not any(value is choice or value == choice for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")

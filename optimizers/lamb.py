@@ -1,0 +1,192 @@
+"""LAMB: layer-wise Adam for large batches (You et al. 2019, arXiv 1904.00962), and LAMBC, its clipped form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .chunks import ChunkView, Summand, squares
+from .hyperparameters import check_betas, check_flag, check_range
+from .layers import LayerTable, safe_ratio
+from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layout import Layout
+
+__all__ = ["LAMB", "LAMBC"]
+
+
+class LAMB(LayerwiseOptimizer):
+    r"""Adam whose step is scaled per layer by ‖w‖ / ‖u‖.
+
+    With g the gradient (divided by max(1, ‖g‖/max_grad_norm) over the whole model if that is set):
+
+        m ← β₁m + (1-β₁)g            v ← β₂v + (1-β₂)g²
+        u = m̂ / (√v̂ + ε) + λw        w ← w - lr · clamp(‖w‖/‖u‖, trust_bounds) · u
+
+    where m̂ = m/(1-β₁ᵗ) and v̂ = v/(1-β₂ᵗ). The ratio is 1 where ‖w‖ or ‖u‖ is zero and for layers that are not
+    adapted. φ is the identity: the paper's experiments use it; its "10" was a cap on the ratio, not on ‖w‖.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: Learning rate ≥ 0; a float or a tensor.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: ε ≥ 0, outside the root.
+        weight_decay: λ ≥ 0, inside u and so inside the ratio.
+        bias_correction: Divide m and v as above; False drops both corrections (the paper's first versions, DeepSpeed's
+            BERT recipe).
+        grad_averaging: False adds g instead of (1-β₁)g to m.
+        max_grad_norm: Clip the whole model's gradient norm first; adds a second all-reduce where layers are sharded.
+            Refused under a wrapper that clips itself (DeepSpeed ZeRO: set ``gradient_clipping`` there). None: off.
+        trust_bounds: (low, high) for the ratio of adapted layers, with 0 ≤ low ≤ high.
+        adapt: Which layers the ratio scales: all (True, "NVLAMB"), none (False: AdamW with decay inside lr), or those
+            of two or more dimensions (None). Also a group option; it never depends on weight decay.
+
+    Raises:
+        ValueError: If an argument is out of range, or at the first step if ``max_grad_norm`` meets such a wrapper.
+
+    State: ``exp_avg``, ``exp_avg_sq`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖u‖², ‖g‖², one all-reduce
+    if sharded, two with ``max_grad_norm``.
+
+    Source: Algorithm 2 of the paper (v5); options as in apex's FusedLAMB, checked against timm's ``Lamb``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = None,
+        trust_bounds: tuple[float, float] = (0.0, math.inf),
+        *,
+        adapt: bool | None = None,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "grad_averaging": grad_averaging,
+                "max_grad_norm": max_grad_norm,
+                "trust_bounds": trust_bounds,
+                "adapt": adapt,
+            },
+        )
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_betas(group["betas"])
+        check_range("eps", group["eps"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+        check_flag("bias_correction", group["bias_correction"])
+        check_flag("grad_averaging", group["grad_averaging"])
+        if group["max_grad_norm"] is not None:
+            check_range("max_grad_norm", group["max_grad_norm"], 0.0, low_open=True)
+            if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
+                raise ValueError(
+                    "max_grad_norm clips the whole model, so every group must have the constructor's "
+                    f"{self.defaults['max_grad_norm']!r}, got {group['max_grad_norm']!r} in one"
+                )
+        if len(group["trust_bounds"]) != 2:
+            raise ValueError(f"trust_bounds must be (low, high), got {group['trust_bounds']!r}")
+        low, high = group["trust_bounds"]
+        check_range("trust_bounds[0]", low, 0.0)
+        check_range("trust_bounds[1]", high, low)
+
+    def check_layout(self, layout: Layout) -> None:
+        if layout.clips_with and self.defaults["max_grad_norm"] is not None:
+            raise ValueError(
+                f"max_grad_norm={self.defaults['max_grad_norm']!r} cannot be used under {layout.backend}, which steps "
+                f"the model group by group and clips gradients itself: set {layout.clips_with} to that value and "
+                "leave max_grad_norm at None"
+            )
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        layers.clip = torch.ones_like(layers.step)
+        if group["max_grad_norm"] is not None:
+            yield self.gradient_norm
+            layers.clip = (layers.model_norm("g") / group["max_grad_norm"]).clamp(min=1.0).expand_as(layers.step)
+        layers.step = layers.step + 1
+        beta1, beta2 = group["betas"]
+        corrected = group["bias_correction"]
+        layers.correction1 = 1 - beta1**layers.step if corrected else torch.ones_like(layers.step)
+        layers.correction2 = 1 - beta2**layers.step if corrected else torch.ones_like(layers.step)
+        yield self.norms
+        ratio = safe_ratio(layers.norm("w"), layers.norm("u"), layers.adapt)
+        layers.trust_ratio = torch.where(layers.adapt, ratio.clamp(*group["trust_bounds"]), ratio)
+
+    @sums_over_layers("g")
+    def gradient_norm(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return (squares(x.g),)
+
+    @sums_over_layers("w", "u", "g")
+    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return squares(x.w), squares(self.direction(group, layers, x)), squares(x.g)
+
+    def direction(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """u, with both moments updated in place."""
+        beta1, beta2 = group["betas"]
+        g = x.g if group["max_grad_norm"] is None else x.g / x.of(layers.clip)
+        m = x.exp_avg.mul_(beta1).add_(g, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
+        v = x.exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
+        return (m / x.of(layers.correction1)).div_(denominator).add_(x.w, alpha=group["weight_decay"])
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """W's decrease: lr · ratio · u."""
+        return self.direction(group, layers, x).mul_(group["lr"] * x.of(layers.trust_ratio))
+
+
+class LAMBC(LAMB):
+    r"""LAMB whose trust ratio is at most ``trust_clip`` (Fong, Chen, Chen 2020, arXiv 2011.13584).
+
+    The ratio is clipped after the guard against zero norms, from above only, as in the authors' code
+    (jeffrey-fong/LAMBC). That code drops the bias correction: pass ``bias_correction=False`` for it.
+
+    Args:
+        trust_clip: Upper bound of the ratio, > 0. The authors' constructor has 10, their recipes 1.
+        params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, max_grad_norm, adapt: As in `LAMB`.
+
+    Raises:
+        ValueError: As `LAMB`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = None,
+        trust_clip: float = 1.0,
+        *,
+        adapt: bool | None = None,
+    ):
+        check_range("trust_clip", trust_clip, 0.0, low_open=True)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            bias_correction,
+            grad_averaging,
+            max_grad_norm,
+            trust_bounds=(0.0, trust_clip),
+            adapt=adapt,
+        )

@@ -1,0 +1,75 @@
+"""The numbers of each layer during a step: sums that came back from the reduction, and what an algorithm makes of them.
+
+Everything here is a vector with one fp64 entry per layer of one parameter group, on the device of the parameters, so
+that no step waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .layout import Layer
+
+__all__ = ["LayerTable", "safe_ratio"]
+
+
+class LayerTable:
+    """Vectors over the layers of one parameter group, shape (layers,), fp64.
+
+    Any attribute that an algorithm assigns is such a vector. Three are set by the step: the per-layer state of the
+    algorithm (its new value is kept for layers that have a gradient), `adapt`, and the sums that a phase returned.
+    `trust_ratio`, where an algorithm has one, is what `trust_ratios()` reports.
+    """
+
+    def __setattr__(self, name: str, vector: Any) -> None:
+        self.__dict__[name] = vector
+
+    def __init__(
+        self, layers: list[Layer], group: dict[str, Any], device: torch.device, state: dict[str, torch.Tensor]
+    ):
+        self.layers = layers
+        self.adapt = torch.tensor([adapts(layer, group["adapt"]) for layer in layers], device=device)
+        self._totals: dict[str, torch.Tensor] = {}
+        self._model_totals: dict[str, torch.Tensor] = {}
+        self.__dict__.update(state)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        raise AttributeError(f"no per-layer numbers named {name!r}: assign them before use")
+
+    def receive(self, totals: Mapping[str, torch.Tensor], model_totals: Mapping[str, torch.Tensor]) -> None:
+        """Take the reduced sums of a phase: per layer of this group, and over all layers of the step."""
+        self._totals.update(totals)
+        self._model_totals.update(model_totals)
+
+    def total(self, name: str) -> torch.Tensor:
+        """Each layer's sum over all its shards, as named by the phase."""
+        return self._totals[name]
+
+    def norm(self, name: str) -> torch.Tensor:
+        """Square root of `total`: each layer's L2 norm, if the phase summed squares."""
+        return self._totals[name].sqrt()
+
+    def model_norm(self, name: str) -> torch.Tensor:
+        """L2 norm over all layers of all groups in this step, shape ()."""
+        return self._model_totals[name].sqrt()
+
+    def has_gradient(self) -> torch.Tensor:
+        """Which layers have a gradient that is not zero everywhere."""
+        return self._totals["g"] != 0
+
+
+def adapts(layer: Layer, adapt: bool | None) -> bool:
+    """Whether the trust ratio scales this layer: as told, or (None) if it has two or more dimensions."""
+    return len(layer.shape) >= 2 if adapt is None else adapt
+
+
+def safe_ratio(numerator: torch.Tensor, denominator: torch.Tensor, adapt: torch.Tensor) -> torch.Tensor:
+    """Numerator / denominator per layer; 1 where either is zero and for layers that are not adapted.
+
+    NaN stays NaN, so that a broken layer is seen on every rank alike.
+    """
+    usable = adapt & (numerator != 0) & (denominator != 0)
+    return torch.where(usable, numerator / denominator, torch.ones_like(numerator))

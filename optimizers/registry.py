@@ -1,0 +1,95 @@
+"""Every optimizer by name, with its paper and needs. Generic tests run over this table: an entry is a tested entry."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from .lamb import LAMB, LAMBC
+from .lars import LARS
+from .layerwise import LayerwiseOptimizer
+
+__all__ = ["OPTIMIZERS", "OptimizerEntry", "create_optimizer"]
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """What users and tests need to know of an optimizer.
+
+    Attributes:
+        optimizer_class: The class.
+        paper: Where its equations come from.
+        collectives: All-reduces per `step()` call on sharded layers, with default options.
+        variants: Options that the generic tests try besides the defaults.
+    """
+
+    optimizer_class: type[LayerwiseOptimizer]
+    paper: str
+    collectives: int
+    variants: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The constructor's options and their defaults, without `params`; a required one is absent."""
+        parameters = inspect.signature(self.optimizer_class).parameters
+        return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "lars": OptimizerEntry(
+        LARS,
+        "You, Gitman, Ginsburg 2017, arXiv 1708.03888",
+        collectives=1,
+        variants=(
+            {"momentum_form": "gradient"},
+            {"momentum_form": "unscaled"},
+            {"nesterov": True, "momentum_form": "scaled", "weight_decay": 0.01},
+            {"nesterov": True, "momentum_form": "gradient", "eps": 1e-8},
+            {"momentum": 0.0, "adapt": True},
+        ),
+    ),
+    "lamb": OptimizerEntry(
+        LAMB,
+        "You et al. 2019, arXiv 1904.00962",
+        collectives=1,
+        variants=(
+            {"bias_correction": False},
+            {"grad_averaging": False, "adapt": True},
+            {"trust_bounds": (0.01, 0.3), "weight_decay": 0.1},
+        ),
+    ),
+    "lambc": OptimizerEntry(
+        LAMBC,
+        "Fong, Chen, Chen 2020, arXiv 2011.13584",
+        collectives=1,
+        variants=({"trust_clip": 0.5, "bias_correction": False},),
+    ),
+}
+
+
+def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimizer:
+    """Construct an optimizer by its registered name.
+
+    Args:
+        name: A key of `OPTIMIZERS`, in any case.
+        params: Parameters, named parameters or groups.
+        options: The class's own options, e.g. ``lr``.
+
+    Raises:
+        ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range.
+    """
+    entry = OPTIMIZERS.get(name.lower())
+    if entry is None:
+        raise ValueError(f"unknown optimizer {name!r}; {_nearest(name.lower(), list(OPTIMIZERS))}")
+    allowed = [key for key in inspect.signature(entry.optimizer_class).parameters if key != "params"]
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {option!r}; {_nearest(option, allowed)}")
+    return entry.optimizer_class(params, **options)
+
+
+def _nearest(given: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(given, allowed, n=3)
+    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(allowed)}"

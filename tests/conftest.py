@@ -1,0 +1,13 @@
+"""Settings that must stand before torch and DeepSpeed are imported."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# DeepSpeed compiles a small extension at its first run. A build folder per environment keeps an interrupted build's
+# lock file from hanging another environment.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, deepspeed
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

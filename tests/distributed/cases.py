@@ -1,0 +1,383 @@
+"""What runs inside the worker processes: one training case, from a description to the weights it ends with."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from trustratio.optimizers import create_optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "send",
+    "recv",
+)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of a test model.
+
+    Attributes:
+        name: Unique name.
+        shape: Its shape.
+        group: Index of its parameter group.
+        frozen: No gradient, and not handed to the optimizer's update (requires_grad=False).
+        tied_to: Name of the layer whose parameter it shares.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int = 0
+    frozen: bool = False
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: which model, which optimizer, how it is sharded, for how many steps.
+
+    Attributes:
+        optimizer: Registered name, or "naive".
+        layers: The model.
+        stage: "dense", "ddp" or a ZeRO stage 0 to 3.
+        groups: Options of each parameter group, with at least the optimizer's lr.
+        steps: Optimizer steps.
+        accumulation: Micro-batches per step.
+        dtype: "fp32", "bf16" or "fp16".
+        zero: Entries of the config's zero_optimization.
+        config: Other entries of the DeepSpeed config.
+        clipping: The config's gradient_clipping.
+        zero_init: Build the model under deepspeed.zero.Init.
+        skipped: Layer names by step that get no gradient in that step.
+        overflow: Steps whose gradient is infinite.
+        spread: Relative difference of the gradients of ranks and micro-batches; their mean is the injected one.
+        named: Hand named parameters to the optimizer.
+        seed: Of weights and gradients.
+        save_after: Save a checkpoint after this many steps and go on from it in a new engine.
+        folder: Where.
+    """
+
+    optimizer: str
+    layers: tuple[LayerSpec, ...]
+    stage: str | int
+    groups: tuple[dict[str, Any], ...]
+    steps: int = 5
+    accumulation: int = 1
+    dtype: str = "fp32"
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    clipping: float = 0.0
+    zero_init: bool = False
+    skipped: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    overflow: tuple[int, ...] = ()
+    spread: float = 0.5
+    named: bool = True
+    seed: int = 0
+    save_after: int | None = None
+    folder: str | None = None
+
+
+def initial_weights(case: Case) -> dict[str, torch.Tensor]:
+    """fp32 weights by name, representable in the case's dtype."""
+    generator = torch.Generator().manual_seed(case.seed)
+    return {
+        layer.name: torch.randn(layer.shape, generator=generator).to(DTYPES[case.dtype]).float()
+        for layer in case.layers
+        if layer.tied_to is None
+    }
+
+
+def mean_gradients(case: Case) -> list[dict[str, torch.Tensor]]:
+    """Per step, the gradient of every layer that has one; the sum over both users of a tied parameter."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    steps = []
+    for step in range(case.steps):
+        gradients: dict[str, torch.Tensor] = {}
+        for layer in case.layers:
+            scale = 10.0 ** torch.empty(()).uniform_(-2, 0, generator=generator).item()
+            g = (scale * torch.randn(layer.shape, generator=generator)).to(DTYPES[case.dtype]).float()
+            if not layer.frozen and layer.name not in case.skipped.get(step, ()):
+                gradients[layer.name] = g
+        steps.append(gradients)
+    return steps
+
+
+class Leaf(torch.nn.Module):
+    """One layer whose gradient is exactly the tensor it is called with."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(shape))
+
+    def forward(self, gradient: torch.Tensor) -> torch.Tensor:
+        return (self.weight * gradient).sum()
+
+
+class Model(torch.nn.Module):
+    """Leaves by name; the loss is linear in the weights, so gradients can be injected."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.leaves = torch.nn.ModuleDict({layer.name: Leaf(layer.shape) for layer in case.layers})
+        for layer in case.layers:
+            if layer.tied_to is not None:
+                self.leaves[layer.name].weight = self.leaves[layer.tied_to].weight
+            self.leaves[layer.name].weight.requires_grad_(not layer.frozen)
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in weights.items():
+                with _gathered([self.leaves[name].weight], modify=True):
+                    if self.leaves[name].weight.numel() == value.numel():
+                        self.leaves[name].weight.copy_(value)
+
+    def forward(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(
+            (self.leaves[name](g) for name, g in gradients.items()),
+            start=torch.zeros(()),
+        )
+
+
+def _sharded_from_the_start(case: Case, config: dict[str, Any]) -> AbstractContextManager[Any]:
+    if not case.zero_init:
+        return nullcontext()
+    return deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype])
+
+
+@contextmanager
+def _gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Iterator[None]:
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None, enabled=bool(sharded)):
+        yield
+
+
+class NaiveLAMB(torch.optim.Optimizer):
+    """What everybody else does: LAMB over whatever tensors it is stepped with. The harness must catch it."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                t = state["step"] = state.get("step", 0) + 1
+                m = state["m"] = 0.9 * state.get("m", 0) + 0.1 * p.grad
+                v = state["v"] = 0.999 * state.get("v", 0) + 0.001 * p.grad.square()
+                u = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-6) + 0.01 * p
+                p.sub_(group["lr"] * p.norm() / u.norm() * u)
+
+
+def make_optimizer(case: Case, model: Model) -> torch.optim.Optimizer:
+    groups = []
+    for index, options in enumerate(case.groups):
+        members = [
+            (layer.name, model.leaves[layer.name].weight)
+            for layer in case.layers
+            if layer.group == index and layer.tied_to is None
+        ]
+        groups.append({"params": members if case.named else [p for _, p in members], **options})
+    if case.optimizer == "naive":
+        return NaiveLAMB([{**g, "params": [p for _, p in g["params"]]} for g in groups], lr=case.groups[0]["lr"])
+    return create_optimizer(case.optimizer, groups, lr=case.groups[0]["lr"])
+
+
+def deepspeed_config(case: Case) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": case.clipping,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": case.stage, **case.zero},
+        **case.config,
+    }
+    if case.dtype == "bf16":
+        config.setdefault("bf16", {"enabled": True})
+    if case.dtype == "fp16":
+        config.setdefault("fp16", {"enabled": True, "initial_scale_power": 4, "hysteresis": 1, "min_loss_scale": 1e-3})
+    if case.optimizer == "naive":
+        config["zero_allow_untested_optimizer"] = True
+    return config
+
+
+class CollectiveCounter:
+    """Counts the collectives issued inside each `optimizer.step()` call."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.per_call: list[int] = []
+        self._inside = False
+        self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
+        for name, original in self._originals.items():
+            setattr(dist, name, self._counting(original))
+        optimizer.register_step_pre_hook(lambda *_: self._enter())
+        optimizer.register_step_post_hook(lambda *_: self._leave())
+
+    def _counting(self, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                self.per_call[-1] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    def _enter(self) -> None:
+        self._inside = True
+        self.per_call.append(0)
+
+    def _leave(self) -> None:
+        self._inside = False
+
+    def close(self) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Train the case on this rank.
+
+    Returns:
+        weights: Final model weights by name, whole, as the model holds them.
+        masters: This rank's shards of the optimizer's own weights: name -> [(offset, values)].
+        ratios: `trust_ratios()` after each optimizer step.
+        collectives: Collectives of each `optimizer.step()` call.
+        step_counts: The optimizer's `step` state by layer.
+    """
+    run = _Run(case)
+    try:
+        run.train(0, case.save_after if case.save_after is not None else case.steps)
+        if case.save_after is not None:
+            run.engine.save_checkpoint(case.folder, tag="middle")
+            before = run
+            run = _Run(case, perturbed=True)
+            before.close()
+            path, _ = run.engine.load_checkpoint(case.folder, tag="middle")
+            assert path is not None
+            run.train(case.save_after, case.steps)
+        return run.result()
+    finally:
+        run.close()
+
+
+class _Run:
+    def __init__(self, case: Case, perturbed: bool = False):
+        self.case = case
+        weights = initial_weights(case)
+        if perturbed:
+            # What a checkpoint fails to restore must show.
+            weights = {name: w + 1.0 for name, w in weights.items()}
+        config = deepspeed_config(case)
+        init = (
+            deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype])
+            if case.zero_init
+            else nullcontext()
+        )
+        with init:
+            self.model = Model(case)
+        self.model.load(weights)
+        self.optimizer = make_optimizer(case, self.model)
+        self.engine: Any = None
+        self.trained = self.model
+        if isinstance(case.stage, int):
+            self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
+            self.trained = self.engine
+            assert self.engine.basic_optimizer is self.optimizer
+        elif case.stage == "ddp":
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+        self.counter = CollectiveCounter(self.optimizer)
+        self.ratios: list[dict[str, float]] = []
+        self.gradients = mean_gradients(case)
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            for micro in range(self.case.accumulation):
+                self._backward(step, micro)
+            if self.engine is None:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if hasattr(self.optimizer, "trust_ratios"):
+                self.ratios.append(self.optimizer.trust_ratios())
+
+    def _backward(self, step: int, micro: int) -> None:
+        case = self.case
+        world = 1 if case.stage == "dense" else dist.get_world_size()
+        index = micro * world + (0 if case.stage == "dense" else dist.get_rank())
+        count = world * case.accumulation
+        factor = 1.0 + case.spread * ((index + 0.5) / count - 0.5)
+        if step in case.overflow:
+            factor = float("inf")
+        gradients = {name: g * factor for name, g in self.gradients[step].items()}
+        if self.engine is not None:
+            loss = self.trained(gradients)
+            self.engine.backward(loss)
+            self.engine.step()
+        else:
+            (self.trained(gradients) / case.accumulation).backward()
+
+    def result(self) -> dict[str, Any]:
+        weights = {}
+        for layer in self.case.layers:
+            parameter = self.model.leaves[layer.name].weight
+            with _gathered([parameter]):
+                weights[layer.name] = parameter.detach().float().clone()
+        return {
+            "weights": weights,
+            "masters": masters(self.optimizer),
+            "ratios": self.ratios,
+            "collectives": self.counter.per_call,
+            "step_counts": step_counts(self.optimizer),
+            "groups": [
+                {k: v for k, v in group.items() if k not in ("params", "param_names")}
+                for group in self.optimizer.param_groups
+            ],
+        }
+
+    def close(self) -> None:
+        self.counter.close()
+        if self.engine is not None:
+            self.engine.destroy()
+        self.engine = self.trained = None
+        gc.collect()
+
+
+def masters(optimizer: Any) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Return this rank's shards of the tensors that the optimizer steps."""
+    shards: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for plan in getattr(optimizer, "_plans", {}).values():
+        for shard in plan.layout.shards:
+            layer = plan.layout.layers[shard.layer]
+            flat = plan.layout.tensors[layer.tensor].detach().reshape(-1)
+            values = flat[shard.start : shard.start + shard.length].clone()
+            shards.setdefault(layer.name, []).append((shard.offset, values))
+    return shards
+
+
+def step_counts(optimizer: Any) -> dict[str, float]:
+    """The number of updates of each layer, as the optimizer's state has it."""
+    counts: dict[str, float] = {}
+    for plan in getattr(optimizer, "_plans", {}).values():
+        for tensor, layers in zip(plan.layout.tensors, plan.tensor_layers, strict=True):
+            state = optimizer.state.get(tensor, {})
+            values = state.get("layers", {}).get("step", state.get("step", torch.tensor(0.0)))
+            for index, value in zip(layers, values.expand(len(layers)).tolist(), strict=True):
+                counts[plan.layout.layers[index].name] = value
+    return counts

@@ -1,0 +1,95 @@
+"""Compares what the workers return with the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..reference import REFERENCES, relative_error, run_reference
+from .cases import Case, LayerSpec, initial_weights, mean_gradients
+
+BOUND = 2e-6
+
+# Odd sizes, so that layers straddle two, three and all ranks; biases and a matrix that fits no boundary.
+MODEL = (
+    LayerSpec("embedding", (37, 11)),
+    LayerSpec("dense", (8, 16)),
+    LayerSpec("conv", (3, 2, 5)),
+    LayerSpec("bias", (13,), group=1),
+    LayerSpec("norm", (7,), group=1),
+    LayerSpec("scale", (1,), group=1),
+)
+
+
+# Options with which five steps change the weights by an amount comparable to the weights themselves, so that fp32
+# rounding of the weights does not hide an error of the change.
+BASE_OPTIONS: dict[str, dict[str, Any]] = {"lars": {"lr": 2.0, "trust_coefficient": 0.02}}
+
+
+def two_groups(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
+    """The options of both groups of `MODEL`: decay, and none for biases and norms."""
+    if name == "naive":
+        return ({"lr": 0.05, "weight_decay": 0.01, "adapt": True},) * 2
+    base = {"lr": 0.05, "weight_decay": 0.1, **BASE_OPTIONS.get(name, {}), **options}
+    return base, {**base, "weight_decay": 0.0}
+
+
+def expected(case: Case) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    name = "lamb" if case.optimizer == "naive" else case.optimizer
+    options = {layer.name: case.groups[layer.group] for layer in case.layers}
+    gradients = []
+    for step, given in enumerate(mean_gradients(case)):
+        if step in case.overflow:
+            continue
+        combined: dict[str, torch.Tensor] = {}
+        for layer in case.layers:
+            if layer.name in given:
+                owner = layer.tied_to or layer.name
+                combined[owner] = combined.get(owner, torch.zeros(layer.shape)).double() + given[layer.name].double()
+        gradients.append(combined)
+    assert name in REFERENCES
+    return run_reference(name, initial_weights(case), gradients, options, case.clipping or None)
+
+
+def assemble(case: Case, answers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The optimizer's own weights (fp32 masters), put together from the shards of all ranks."""
+    whole = {name: torch.full(w.shape, float("nan")).reshape(-1) for name, w in initial_weights(case).items()}
+    for answer in answers:
+        for name, shards in answer["masters"].items():
+            for offset, values in shards:
+                whole[name][offset : offset + len(values)] = values.float()
+    return {name: flat.reshape(initial_weights(case)[name].shape) for name, flat in whole.items()}
+
+
+def worst_error(case: Case, weights: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative error of a layer's weight change, and the layer."""
+    reference, _ = expected(case)
+    initial = initial_weights(case)
+    errors = {
+        name: relative_error(weights[name], reference[name], initial[name]) for name in initial if initial[name].numel()
+    }
+    name = max(errors, key=lambda layer: float("inf") if errors[layer] != errors[layer] else errors[layer])
+    return errors[name], name
+
+
+def assert_exact(case: Case, answers: list[dict[str, Any]], bound: float = BOUND) -> None:
+    """Every rank's weights are within `bound` of the reference, and so are the trust ratios."""
+    if case.dtype == "fp32":
+        for answer in answers:
+            error, layer = worst_error(case, answer["weights"])
+            assert error <= bound, f"{layer}: relative error of the weight change {error:.2e}"
+    else:
+        trained = {layer.name for layer in case.layers if not layer.frozen}
+        weights = {n: w if n in trained else initial_weights(case)[n] for n, w in assemble(case, answers).items()}
+        error, layer = worst_error(case, weights)
+        assert error <= bound, f"{layer}: relative error of the masters' change {error:.2e}"
+    _, ratios = expected(case)
+    taken = [r for step, r in enumerate(answers[0]["ratios"]) if step not in case.overflow]
+    if case.save_after is None:
+        assert len(taken) == len(ratios)
+        for found, wanted in zip(taken, ratios, strict=True):
+            for layer, ratio in wanted.items():
+                assert abs(found[layer] / ratio - 1) <= 1e-6, f"{layer}: ratio {found[layer]} for {ratio}"
+    for answer in answers[1:]:
+        assert answer["ratios"] == answers[0]["ratios"], "ranks disagree about the trust ratios"

@@ -1,0 +1,111 @@
+"""Worker processes that are started once per world size and run many cases each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+ANSWER_SECONDS = 300
+
+
+class CaseFailed(AssertionError):
+    """A case raised on at least one rank; carries every rank's traceback."""
+
+
+class WorkerPool:
+    """`world_size` processes joined by gloo, with DeepSpeed's communication initialised.
+
+    `run(function, *args)` calls a module-level function on all ranks and returns their results in rank order. After an
+    exception on only some ranks the others may hang in a collective, so the pool is restarted.
+    """
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._collect()
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        return self._collect()
+
+    def _collect(self) -> list[Any]:
+        answers: list[Any] = []
+        failures: list[str] = []
+        for rank, pipe in enumerate(self._pipes):
+            # Once one rank failed, the others get little time: they may wait for it in a collective.
+            if not pipe.poll(20 if failures else ANSWER_SECONDS):
+                failures.append(f"rank {rank}: no answer")
+                continue
+            try:
+                ok, answer = pipe.recv()
+            except EOFError:
+                failures.append(f"rank {rank}: died")
+                continue
+            answers.append(answer)
+            if not ok:
+                failures.append(f"rank {rank}:\n{answer}")
+        if failures:
+            if len(failures) < self.world_size or any("no answer" in f or "died" in f for f in failures):
+                self.close()
+                self._start()
+            raise CaseFailed("\n".join(failures))
+        return answers
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        import deepspeed
+        import torch
+        from deepspeed.utils import logger
+
+        logger.setLevel("ERROR")
+        torch.set_num_threads(1)
+        deepspeed.init_distributed("gloo", verbose=False)
+        pipe.send((True, None))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        return
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

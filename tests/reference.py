@@ -1,0 +1,129 @@
+"""Float64, single-process, one-layer-at-a-time references, written plainly from the papers' equations.
+
+Each takes a layer's weights `w`, its gradient `g`, the layer's own `state` dict (empty at first) and options, and
+returns (new w, trust ratio). They share nothing with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def is_adapted(w: Tensor, adapt: bool | None) -> bool:
+    return w.dim() >= 2 if adapt is None else adapt
+
+
+def lars(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.001,
+    eps: float = 0.0,
+    nesterov: bool = False,
+    momentum_form: str = "scaled",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    w_norm, g_norm = w.norm().item(), g.norm().item()
+    q = 1.0
+    if is_adapted(w, adapt) and w_norm > 0 and g_norm > 0:
+        q = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
+    d = g + weight_decay * w
+    v = state.get("v", torch.zeros_like(w))
+    if momentum_form == "scaled":
+        increment, outside = lr * q * d, 1.0
+    elif momentum_form == "gradient":
+        increment, outside = q * d, lr
+    else:
+        increment, outside = d, lr * q
+    v = momentum * v + increment
+    state["v"] = v
+    update = momentum * v + increment if nesterov else v
+    return w - outside * update, q
+
+
+def lamb(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    trust_bounds: tuple[float, float] = (0.0, math.inf),
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    m = beta1 * state.get("m", torch.zeros_like(w)) + ((1 - beta1) if grad_averaging else 1.0) * g
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
+    state["m"], state["v"] = m, v
+    c1, c2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
+    u = (m / c1) / ((v / c2).sqrt() + eps) + weight_decay * w
+    w_norm, u_norm = w.norm().item(), u.norm().item()
+    ratio = 1.0
+    if is_adapted(w, adapt):
+        ratio = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
+        ratio = min(max(ratio, trust_bounds[0]), trust_bounds[1])
+    return w - lr * ratio * u, ratio
+
+
+def lambc(
+    w: Tensor, g: Tensor, state: dict[str, Any], *, trust_clip: float = 1.0, **options: Any
+) -> tuple[Tensor, float]:
+    return lamb(w, g, state, trust_bounds=(0.0, trust_clip), **options)
+
+
+REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {"lars": lars, "lamb": lamb, "lambc": lambc}
+
+
+def run_reference(
+    name: str,
+    weights: dict[str, Tensor],
+    gradients: list[dict[str, Tensor]],
+    options: dict[str, dict[str, Any]],
+    max_norm: float | None = None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Train every layer for len(gradients) steps.
+
+    Args:
+        name: Key of `REFERENCES`.
+        weights: Initial weights by layer name.
+        gradients: Per step, the gradient of each layer; a layer that is missing or all zero is left untouched.
+        options: The optimizer's options by layer name.
+        max_norm: Clip the whole model's gradient norm to this first, as a wrapper does.
+
+    Returns:
+        The final weights by name (fp64) and, per step, the ratios of the layers that were updated.
+    """
+    weights = {layer: w.double() for layer, w in weights.items()}
+    states: dict[str, dict[str, Any]] = {layer: {} for layer in weights}
+    ratios: list[dict[str, float]] = []
+    for step in gradients:
+        g64 = {layer: g.double() for layer, g in step.items() if g.any()}
+        if max_norm is not None:
+            norm = math.sqrt(sum(g.square().sum().item() for g in g64.values()))
+            g64 = {layer: g / max(1.0, norm / max_norm) for layer, g in g64.items()}
+        ratios.append({})
+        for layer, g in g64.items():
+            weights[layer], ratios[-1][layer] = REFERENCES[name](weights[layer], g, states[layer], **options[layer])
+    return weights, ratios
+
+
+def relative_error(w: Tensor, expected: Tensor, initial: Tensor) -> float:
+    """‖w - expected‖ / ‖expected - initial‖: the error of the weight *change*."""
+    change = (expected.double() - initial.double()).norm().item()
+    error = (w.double() - expected.double()).norm().item()
+    return error if change == 0 else error / change
