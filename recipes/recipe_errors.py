@@ -1,0 +1,25 @@
+"""Errors that name what was given, what is allowed and what to do, and the nearest known names for a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RecipeError(ValueError):
+    """Bad input found before training started. The message is for the person who typed it; no traceback is shown."""
+
+
+def unknown_name(what: str, given: str, known: Iterable[str]) -> RecipeError:
+    """Make the error for a name that is not in `known`, with the nearest names first and then all of them.
+
+    Args:
+        what: what the name stands for, e.g. "preset".
+        given: the name that was typed.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    # Case is ignored in the comparison, so that LAMB finds lamb.
+    nearest = difflib.get_close_matches(given.lower(), names, n=3, cutoff=0.5)
+    hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
+    return RecipeError(f"unknown {what} {given!r}; {hint}known: {', '.join(names)}")

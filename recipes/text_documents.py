@@ -1,0 +1,160 @@
+"""Documents from files, globs and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trustratio.recipes.recipe_errors import RecipeError
+
+_DOCUMENT_CHARACTERS = 4000
+HUB_PREFIX = "hf:"
+
+
+def expand_sources(sources: Sequence[str]) -> list[str]:
+    """Turn files, globs and `hf:` names into an ordered list of existing files and `hf:` names.
+
+    Raises:
+        RecipeError: a file or glob matches nothing, is a folder, or cannot be opened.
+    """
+    expanded: list[str] = []
+    for source in sources:
+        if source.startswith(HUB_PREFIX):
+            expanded.append(source)
+            continue
+        matches = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
+        files = [match for match in matches if not Path(match).is_dir()]
+        if not files and Path(source).is_dir():
+            raise RecipeError(f"--data {source!r} is a folder; give files or a glob, e.g. {source.rstrip('/')}/*.txt")
+        if not files:
+            raise RecipeError(f"--data {source!r} matches no file; give files, globs, or {HUB_PREFIX}NAME")
+        for file in files:
+            _check_readable(file)
+        expanded.extend(files)
+    return expanded
+
+
+def read_documents(sources: Iterable[str], text_column: str) -> Iterator[str]:
+    """Yield the documents of expanded sources in order.
+
+    .jsonl and .json hold one JSON object per line, .parquet a table, both with the text in `text_column`; anything
+    else is UTF-8 text, in which runs of paragraphs (separated by blank lines) make up documents of about
+    4,000 characters.
+
+    Raises:
+        RecipeError: unreadable or malformed data, named with its file and line; a missing column (columns listed).
+    """
+    for source in sources:
+        if source.startswith(HUB_PREFIX):
+            yield from _read_hub(source.removeprefix(HUB_PREFIX), text_column)
+        elif source.endswith((".jsonl", ".json")):
+            yield from _read_json_lines(Path(source), text_column)
+        elif source.endswith(".parquet"):
+            yield from _read_parquet(Path(source), text_column)
+        else:
+            yield from _read_text(Path(source))
+
+
+def _check_readable(file: str) -> None:
+    try:
+        with open(file, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise RecipeError(f"--data {file!r} does not exist; give files, globs, or {HUB_PREFIX}NAME") from error
+    except OSError as error:
+        raise RecipeError(f"--data {file!r} cannot be read: {error.strerror}") from error
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    parts: list[str] = []
+    size = 0
+    for paragraph in _paragraphs(path):
+        parts.append(paragraph)
+        size += len(paragraph)
+        if size >= _DOCUMENT_CHARACTERS:
+            yield "\n\n".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield "\n\n".join(parts)
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.strip():
+                    lines.append(line.rstrip())
+                elif lines:
+                    yield "\n".join(lines)
+                    lines = []
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); text, .jsonl and .parquet can be read"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
+    if lines:
+        yield "\n".join(lines)
+
+
+def _read_json_lines(path: Path, column: str) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(json.loads(line), column, f"{path}, line {number}")
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{path} is not JSON Lines (one object per line): {error}") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _text_of(record: Any, column: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise RecipeError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if not isinstance(record.get(column), str):
+        raise RecipeError(f"{where}: no text in column {column!r}; {_column_hint(list(record))}")
+    return record[column]
+
+
+def _column_hint(columns: Sequence[str]) -> str:
+    return f"columns: {', '.join(map(str, columns))}; choose one with data.text_column=NAME"
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        columns = table.schema_arrow.names
+        if column not in columns:
+            raise RecipeError(f"{path} has no column {column!r}; {_column_hint(columns)}")
+        for batch in table.iter_batches(columns=[column]):
+            yield from (str(text) for text in batch.column(0).to_pylist() if text)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RecipeError(f"cannot read {path} as Parquet: {error}") from error
+
+
+def _read_hub(name: str, column: str) -> Iterator[str]:
+    """Read `NAME`, `NAME:CONFIGURATION`, either with `@SPLIT` (default: train)."""
+    import datasets
+
+    path, _, split = name.partition("@")
+    path, _, configuration = path.partition(":")
+    try:
+        data = datasets.load_dataset(path, configuration or None, split=split or "train")
+    except Exception as error:  # the hub client raises many unrelated classes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RecipeError(
+            f"cannot load the Hugging Face data set {name!r}: {reason[0]} (without a network, give files with --data)"
+        ) from error
+    if column not in data.column_names:
+        raise RecipeError(f"data set {name!r} has no column {column!r}; {_column_hint(data.column_names)}")
+    yield from (str(record[column]) for record in data if record[column])

@@ -1,0 +1,196 @@
+"""The training loop: gradient accumulation with one global normaliser, validation, logging, checkpoints, stopping."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trustratio.recipes.global_batch import BatchPlan
+from trustratio.recipes.packed_sequences import MaskedRows
+from trustratio.recipes.progress_display import TrainingBar
+from trustratio.recipes.recipe_config import RunConfig
+from trustratio.recipes.run_folder import MetricsLog
+from trustratio.recipes.token_masking import MaskedBatch
+from trustratio.recipes.training_engines import TrainingEngine
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators (dropout) from the run's seed, the step and the rank.
+
+    A random state that is a function of the step needs no saving: a resumed run draws what the uninterrupted one did.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def accumulate_step(
+    engine: TrainingEngine, batches: list[MaskedBatch], stop_requested: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one update: the gradient of sum(cross-entropy) / (masked tokens of the whole global batch).
+
+    Args:
+        engine: wrapped model and optimizer.
+        batches: this rank's micro-batches of the step.
+        stop_requested: this rank was asked to stop.
+
+    Returns:
+        This rank's summed cross-entropy over the number of masked tokens of the global batch (its sum over the
+        ranks is the loss), and [masked tokens, ranks asked to stop], both summed over all ranks, on the host.
+    """
+    masked = sum(len(batch.labels) for batch in batches)
+    # The stop flags ride along with the normaliser, so all ranks stop after the same step at no extra cost.
+    totals = engine.sum_over_ranks(torch.tensor([float(masked), float(stop_requested)], dtype=torch.float64))
+    # A copy queued here lets the host read the flags at the end without waiting for the step itself.
+    totals_on_host = totals.to("cpu", non_blocking=True)
+    arrived = _mark(engine.device)
+    normaliser = totals[0].clamp(min=1.0).float()
+    loss_sum = torch.zeros((), device=engine.device)
+    for batch in batches:
+        loss, _ = engine.loss(batch.to(engine.device))
+        loss = loss / normaliser
+        loss_sum += loss.detach()
+        engine.backward(loss)
+        engine.step()
+    if arrived is not None:
+        arrived.synchronize()
+    return loss_sum, totals_on_host
+
+
+def validate(engine: TrainingEngine, batches: list[MaskedBatch]) -> tuple[float, float]:
+    """Return the mean cross-entropy in nats and the accuracy on the masked tokens of all ranks' batches."""
+    engine.train(False)
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for batch in batches:
+            loss, correct = engine.loss(batch.to(engine.device))
+            sums += torch.stack([loss.double(), correct.double(), loss.new_tensor(len(batch.labels)).double()])
+    engine.train(True)
+    loss_total, correct_total, tokens = engine.sum_over_ranks(sums).tolist()
+    return loss_total / max(tokens, 1.0), correct_total / max(tokens, 1.0)
+
+
+@dataclass
+class TrainingLoop:
+    """Trains from one step to another and reports; every rank runs it in step.
+
+    Attributes:
+        engine: wrapped model and optimizer.
+        training_rows: packed rows, of which each step takes the next global batch.
+        validation_batches: this rank's validation micro-batches, the same every time.
+        plan: global batch.
+        config: how often to log, validate and write checkpoints.
+        seed: of the run.
+        unigram_entropy: baseline, logged next to the validation loss.
+        metrics: log on the first rank.
+        display: progress on the first rank.
+        checkpoint: writes a checkpoint of the given step (collective).
+        stop_requested: asks whether this rank should stop.
+    """
+
+    engine: TrainingEngine
+    training_rows: MaskedRows
+    validation_batches: list[MaskedBatch]
+    plan: BatchPlan
+    config: RunConfig
+    seed: int
+    unigram_entropy: float
+    metrics: MetricsLog
+    display: TrainingBar
+    checkpoint: Callable[[int], Any]
+    stop_requested: Callable[[], bool]
+    _pending: list[dict[str, Any]] = field(default_factory=list)
+    _losses: list[torch.Tensor] = field(default_factory=list)
+    _first: int = 0
+    _started_at: float = 0.0
+    _logged_step: int = 0
+    _logged_at: float = 0.0
+
+    def run(self, first: int, last: int) -> tuple[int, bool]:
+        """Do the updates first + 1 .. last.
+
+        Returns:
+            The number of updates done in all, and whether a request to stop ended the run before `last`.
+        """
+        self._mark_time(first)
+        saved = first
+        step, stopped = first, False
+        while step < last and not stopped:
+            stopped = self._update(step)
+            step += 1
+            if step == last or stopped or step % self.config.log_every == 0:
+                self._log(step, last)
+            if step == last or _due(step, self.config.validate_every):
+                self._validate(step)
+            if not stopped and step < last and _due(step, self.config.checkpoint_every):
+                self.checkpoint(step)
+                saved = step
+        if saved != step:
+            self.checkpoint(step)
+        return step, stopped and step < last
+
+    def _update(self, step: int) -> bool:
+        seed_step(self.seed, step, self.engine.rank)
+        batches = self.training_rows.step_batches(step, self.plan, self.engine.rank)
+        learning_rate = self.engine.learning_rate()
+        loss, totals = accumulate_step(self.engine, batches, self.stop_requested())
+        self._losses.append(loss)
+        self._pending.append({"kind": "train", "step": step + 1, "lr": learning_rate, "masked_tokens": int(totals[0])})
+        return bool(totals[1] > 0)
+
+    def _log(self, step: int, last: int) -> None:
+        losses = self.engine.sum_over_ranks(torch.stack(self._losses)).tolist()
+        ratios = self.engine.trust_ratios()
+        seconds = max(time.perf_counter() - self._logged_at, 1e-9)
+        rate = (step - self._logged_step) * self.plan.sequences / seconds
+        for record, loss in zip(self._pending, losses, strict=True):
+            record["loss"] = loss
+            record["sequences"] = record["step"] * self.plan.sequences
+            record["sequences_per_second"] = rate
+            record["tokens_per_second"] = rate * self.training_rows.rows.shape[1]
+        self._pending[-1]["gradient_norm"] = self.engine.gradient_norm()
+        self._pending[-1]["trust_ratios"] = ratios
+        for record in self._pending:
+            self.metrics.write(record)
+        per_step = (time.perf_counter() - self._started_at) / (step - self._first)
+        self.display.update(self._pending[-1], per_step * (last - step))
+        self._pending, self._losses = [], []
+        self._logged_at, self._logged_step = time.perf_counter(), step
+
+    def _validate(self, step: int) -> None:
+        began = time.perf_counter()
+        loss, accuracy = validate(self.engine, self.validation_batches)
+        self.metrics.write(
+            {
+                "kind": "validation",
+                "step": step,
+                "validation_loss": loss,
+                "validation_accuracy": accuracy,
+                "unigram_entropy": self.unigram_entropy,
+            }
+        )
+        self.display.reporter.line(
+            f"step {step}: validation loss {loss:.4f} (unigram entropy {self.unigram_entropy:.4f}), "
+            f"masked accuracy {accuracy:.2%}"
+        )
+        self._logged_at += time.perf_counter() - began  # not part of the training throughput
+
+    def _mark_time(self, step: int) -> None:
+        self._started_at = self._logged_at = time.perf_counter()
+        self._first = self._logged_step = step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
