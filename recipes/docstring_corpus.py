@@ -11,11 +11,13 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import multiprocessing
 import os
 import platform
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from trustratio.recipes.recipe_errors import RecipeError
@@ -38,9 +40,10 @@ STANDARD_LIBRARY = "the standard library"
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__", "lib2to3", "idlelib"}
 _SHORTEST_DOCSTRING = 60  # characters; shorter ones are titles and say little
 _SHORTEST_DOCUMENT = 200
+_MOST_WORKERS = 4
 _FORMAT = 1  # part of the cache key: raise it when what is extracted changes
 
-Progress = Callable[[Iterable[Path], int, str], Iterable[Path]]
+Progress = Callable[[Iterable[list[str]], int, str], Iterable[list[str]]]
 
 
 def package_folders() -> dict[str, Path]:
@@ -69,21 +72,26 @@ def harvest(folders: dict[str, Path], progress: Progress) -> Iterator[str]:
 
     Args:
         folders: from `package_folders`.
-        progress: wraps (files, number of files, package name) and yields the files, e.g. with a progress bar.
+        progress: wraps (items, number of items, package name) and yields the items, e.g. with a progress bar.
     """
     seen: set[bytes] = set()
-    for name, folder in folders.items():
-        files = sorted(_source_files(folder))
-        for path in progress(files, len(files), name):
-            parts = []
-            for docstring in docstrings(path):
-                digest = hashlib.blake2b(docstring.encode("utf-8", "replace"), digest_size=8).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    parts.append(docstring)
-            document = "\n\n".join(parts)
-            if len(document) >= _SHORTEST_DOCUMENT:
-                yield document
+    # Parsing takes nearly all the time. Spawned workers import this module alone, and no state of a rank is forked.
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for name, folder in folders.items():
+            files = sorted(_source_files(folder))
+            for found in progress(pool.map(docstrings, files, chunksize=16), len(files), name):
+                document = "\n\n".join(text for text in found if _is_new(text, seen))
+                if len(document) >= _SHORTEST_DOCUMENT:
+                    yield document
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    if digest in seen:
+        return False
+    seen.add(digest)
+    return True
 
 
 def docstrings(path: Path) -> list[str]:

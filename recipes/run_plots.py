@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 _INK, _TRAIN, _VALIDATION, _UNIGRAM = "#333333", "#7fa8d1", "#c2410c", "#6b7280"
 
@@ -86,14 +87,16 @@ def _draw_loss(
         axes.annotate(
             f"{last['validation_loss']:.3f} nats, accuracy {last['validation_accuracy']:.1%}",
             (steps[-1], losses[-1]),
-            xytext=(0, 12),
+            xytext=(0, -10),
             textcoords="offset points",
             ha="right",
+            va="top",
             color=_VALIDATION,
         )
     axes.axhline(unigram, color=_UNIGRAM, ls="--", lw=1.2, label=f"unigram entropy {unigram:.3f}")
     axes.set_ylabel("masked-LM loss (nats)")
-    axes.legend(frameon=False, loc="upper right")
+    # Above the axes: a short run's curve has not left the upper right corner yet.
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
     _tidy(axes)
 
 
@@ -137,3 +140,4 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

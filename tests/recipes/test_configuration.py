@@ -1,0 +1,206 @@
+"""Presets, overrides, the command line, DeepSpeed settings: what they resolve to, and every bad input."""
+
+import json
+import math
+
+import pytest
+
+from trustratio.recipes import deepspeed_settings
+from trustratio.recipes.bert_pretraining import check_run, main
+from trustratio.recipes.global_batch import BatchPlan, plan_batch
+from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides, check_ranges, from_dict
+from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.recipe_options import parse_command_line
+from trustratio.recipes.recipe_presets import PRESETS, get_preset
+
+
+def check(*arguments):
+    return check_run(parse_command_line(arguments))
+
+
+def merge(settings, **changes):
+    options = {
+        "plan": BatchPlan(4, 2, 2),
+        "zero_stage": 1,
+        "precision": "fp32",
+        "gradient_clipping": 1.0,
+        "elementwise": False,
+    }
+    return deepspeed_settings.merge(settings, **{**options, **changes})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    config = get_preset(name)
+    check_ranges(config)
+    assert config.preset == name
+    assert PRESETS[name].description
+    assert PRESETS[name].source
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_flags_and_dotted_overrides_resolve_in_order():
+    run = check(
+        "--preset", "adamw-tiny", "--lr", "0.5", "--data", "hf:a", "optimizer.lr=0.25", "optimizer.betas=[0.8,0.9]"
+    )
+    config = run.config
+    assert (config.optimizer.name, config.optimizer.lr) == ("adamw", 0.25)
+    assert config.optimizer.options == {"betas": [0.8, 0.9]}
+    assert config.data.sources == ("hf:a",)
+    assert config.training.precision == "fp32"
+    assert check("optimizer.eps=1e-4", "--local_rank=1").config.optimizer.options == {"eps": 1e-4}
+
+
+def test_max_steps_stops_early_and_keeps_the_schedule():
+    run = check("--steps", "50", "--max_steps", "7")
+    assert (run.last, run.config.training.steps) == (7, 50)
+    assert check("--steps", "5", "--max_steps", "7").last == 5
+
+
+def test_the_batch_line():
+    plan = plan_batch(65536, 64, 8)
+    assert plan == BatchPlan(64, 128, 8)
+    assert plan.describe(128) == ("global = micro x accum x ranks = 64 x 128 x 8 = 65,536 sequences (8,388,608 tokens)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "lamb-tinny"), r"unknown preset 'lamb-tinny'; nearest: lamb-tiny"),
+        (("--optimizer", "lamd"), r"unknown optimizer 'lamd'; nearest: lamb.*known: adamw, "),
+        (("optimizer.name=Adam",), r"unknown optimizer 'Adam'; nearest: adamw"),
+        (("--global_batch", "1000"), r"1000 is not divisible by .* 64 x 1 = 64; nearest possible .* 960 and 1024"),
+        (("--global_batch", "1000"), r"keep 1000 with --micro_batch 50"),
+        (("--global_batch", "10"), r"nearest possible global batches: 64; or keep 10 with --micro_batch 10"),
+        (("--data", "/no/such/file.txt"), r"'/no/such/file.txt' does not exist"),
+        (("--data", "optimizer.lr=0.1"), r"--data names no file"),
+        (("model.layer=3",), r"unknown field of model 'layer'; nearest: layers"),
+        (("modle.layers=3",), r"unknown configuration section 'modle'; nearest: model"),
+        (("layers=3",), r"not of the form section.field=value"),
+        (("model.layers=two",), r"model.layers takes a value of type int, given was 'two'"),
+        (("model.layers=2.5",), r"model.layers takes a value of type int"),
+        (("model.layers=true",), r"model.layers takes a value of type int"),
+        (("model.heads=3",), r"model.hidden=128 is not divisible by model.heads=3"),
+        (("--sequence_length", "1024"), r"data.sequence_length=1024 is out of range: .*max_positions=512"),
+        (("--lr", "-1"), r"optimizer.lr=-1.0 is out of range"),
+        (("--lr", "nan"), r"optimizer.lr=nan is out of range"),
+        (("--steps", "0"), r"training.steps=0 is out of range"),
+        (("--max_steps", "0"), r"--max_steps 0 is out of range"),
+        (("--zero_stage", "4"), r"training.zero_stage=4 is out of range: allowed is 0, 1, 2 or 3"),
+        (("--precision", "fp8"), r"training.precision='fp8' is out of range: allowed is auto, fp32, bf16"),
+        (("data.mask_probability=1.5",), r"data.mask_probability=1.5 is out of range"),
+        (("schedule.warmup=500", "--steps", "100"), r"schedule.warmup=500.0 is out of range"),
+        (("--resume", "/no/such/run"), r"'/no/such/run': no such folder"),
+        (("--deepspeed_config", "/no/such.json"), r"'/no/such.json' does not exist"),
+    ],
+)
+def test_bad_command_lines_are_named(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        check(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "its own `optimizer`; remove that section"),
+        ({"scheduler": {"type": "WarmupLR"}}, "its own `scheduler`; remove that section"),
+        ({"train_batch_size": 32}, r"train_batch_size=32, the recipe 16 \(4 x 2 x 2 = 16"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8, the recipe 4"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1, the recipe 2"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow is not supported"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload is not supported"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"ratio=0.5\) is not supported",
+        ),
+    ],
+)
+def test_bad_deepspeed_settings_are_named(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        merge(settings)
+
+
+def test_deepspeed_settings_are_completed():
+    assert merge({}) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 1},
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+    }
+    file = {"train_batch_size": "auto", "gradient_clipping": 0.5, "zero_optimization": {"overlap_comm": True}}
+    merged = merge(file, zero_stage=2, elementwise=True)
+    assert merged["train_batch_size"] == 16
+    assert merged["gradient_clipping"] == 0.5
+    assert merged["zero_optimization"] == {"overlap_comm": True, "stage": 2}
+    assert merged["zero_allow_untested_optimizer"]
+    assert file["train_batch_size"] == "auto"  # the caller's dict is left alone
+
+
+def test_offload_keeps_our_optimizer():
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 1.0}}}
+    assert merge(offload)["zero_force_ds_cpu_optimizer"] is False
+    assert "zero_force_ds_cpu_optimizer" not in merge({"zero_optimization": {"offload_optimizer": {"device": "none"}}})
+
+
+def test_bf16_accumulates_in_fp32_at_stage_1():
+    assert merge({}, precision="bf16")["bf16"] == {"enabled": True}
+    assert merge({}, precision="bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in merge({}, precision="bf16", zero_stage=3)
+
+
+def write(path, values):
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return str(path)
+
+
+def test_the_files_stage_and_precision_win_unless_the_command_line_contradicts(tmp_path):
+    file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}})
+    training = check("--deepspeed_config", file).config.training
+    assert (training.zero_stage, training.precision) == (3, "bf16")
+    assert check("--deepspeed_config", file, "--zero_stage", "3").config.training.zero_stage == 3
+    with pytest.raises(RecipeError, match=r"--zero_stage 1 contradicts the DeepSpeed configuration, which has 3"):
+        check("--deepspeed_config", file, "--zero_stage", "1")
+    with pytest.raises(RecipeError, match=r"--precision fp32 contradicts the DeepSpeed configuration, which has bf16"):
+        check("--deepspeed_config", file, "training.precision=fp32")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "expected a JSON object")])
+def test_an_unreadable_deepspeed_config_is_named(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        check("--deepspeed_config", write(tmp_path / "ds.json", text))
+
+
+def test_an_occupied_output_folder_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(RecipeError, match=r"is not empty; .*--resume .*--overwrite"):
+        check("--output", str(tmp_path))
+    check("--output", str(tmp_path), "--overwrite")
+    check("--output", str(tmp_path / "new"))
+
+
+def test_main_reports_bad_input_without_a_traceback(capsys):
+    assert main(["--preset", "lamb-tinny"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown preset 'lamb-tinny'")
+
+
+def test_other_ranks_stay_silent(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--preset", "lamb-tinny"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dry_run_prints_the_resolved_configuration_and_stops(capsys):
+    assert main(["--dry_run", "--global_batch", "128", "schedule.degree=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "schedule.degree=0.5" in printed
+    assert "global = micro x accum x ranks = 64 x 2 x 1 = 128 sequences" in printed
+
+
+def test_overrides_leave_the_original_alone():
+    config = RecipeConfig()
+    changed = apply_overrides(config, ["schedule.final=0.1", "data.tokenizer=null"])
+    assert (changed.schedule.final, config.schedule.final) == (0.1, 0.0)
+    assert changed.data.tokenizer is None
+    assert math.isclose(apply_overrides(changed, ["schedule.final=0"]).schedule.final, 0.0)

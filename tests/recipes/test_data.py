@@ -1,0 +1,211 @@
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.recipes.conftest import sentences
+from trustratio.recipes import docstring_corpus
+from trustratio.recipes.packed_sequences import hold_out, pack, unigram_counts, unigram_entropy, unique_documents
+from trustratio.recipes.prepared_data import cache_folder, prepare
+from trustratio.recipes.progress_display import Reporter
+from trustratio.recipes.recipe_config import DataConfig
+from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.text_documents import expand_sources, read_documents
+from trustratio.recipes.wordpiece_vocabulary import load_tokenizer, train_wordpiece
+
+QUIET = Reporter(active=False)
+LONG = "A sentence that is long enough to be kept as the documentation of something, said in plain words. "
+
+
+@pytest.fixture
+def package(tmp_path):
+    folder = tmp_path / "package"
+    (folder / "tests").mkdir(parents=True)
+    (folder / "b.py").write_text(
+        f'"""{LONG} Of module b."""\n\ndef f():\n    """{LONG * 3} Of f."""\n\n'
+        f'    class Inner:\n        """{LONG} Inner."""\n'
+    )
+    (folder / "a.py").write_text(f'"""{LONG * 3} Of module a."""\n\nclass C:\n    """{LONG * 3} Of f."""\n')
+    (folder / "broken.py").write_text(f'"""{LONG * 3}"""\ndef (:\n')
+    (folder / "raises.py").write_text(f'"""{LONG * 3} Raises."""\nraise SystemExit("imported")\n')
+    (folder / "tests" / "test_a.py").write_text(f'"""{LONG * 3} A test."""\n')
+    return folder
+
+
+def test_harvest_parses_without_importing_and_drops_repeated_docstrings(package):
+    documents = list(docstring_corpus.harvest({"package": package}, QUIET.progress))
+    assert len(documents) == 3  # a.py, b.py, raises.py in order; neither the broken file nor the tests
+    assert documents[0].endswith("Of f.")
+    assert "Of module b." in documents[1]
+    assert "Inner." in documents[1]
+    assert "Of f." not in documents[1]
+    assert list(docstring_corpus.harvest({"package": package}, QUIET.progress)) == documents
+
+
+def test_harvest_key_follows_the_versions(monkeypatch):
+    folders = docstring_corpus.package_folders()
+    assert {"torch", "transformers", docstring_corpus.STANDARD_LIBRARY} <= set(folders)
+    key = docstring_corpus.corpus_key(folders)
+    assert docstring_corpus.corpus_key(folders) == key
+    monkeypatch.setattr(docstring_corpus, "_version", lambda package: "0")
+    assert docstring_corpus.corpus_key(folders) != key
+
+
+def test_a_stripped_installation_is_named():
+    with pytest.raises(RecipeError, match="--data FILES"):
+        docstring_corpus.require_text({"torch": None}, 10)
+
+
+def test_text_json_and_parquet_give_the_same_documents(tmp_path):
+    texts = ["First document.", "Second one."]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert list(read_documents(expand_sources([str(tmp_path / name)]), "text")) == texts
+
+
+def test_text_files_are_cut_at_blank_lines_into_documents(tmp_path):
+    paragraphs = [f"paragraph {i} " + "word " * 300 for i in range(10)]
+    (tmp_path / "a.txt").write_text("\n\n\n".join(paragraphs))
+    documents = list(read_documents([str(tmp_path / "a.txt")], "text"))
+    assert len(documents) == 4  # three paragraphs of 1,500 characters make one of at least 4,000
+    assert "\n\n".join(documents).split() == " ".join(paragraphs).split()
+
+
+def test_globs_expand_in_order(text_folder):
+    files = expand_sources([f"{text_folder}/*.txt", "hf:some/name"])
+    assert [f.rsplit("/", 1)[-1] for f in files] == ["part0.txt", "part1.txt", "part2.txt", "name"]
+
+
+def bad_sources(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00text")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "column.jsonl").write_text('{"body": "fine", "id": 3}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "column.parquet")
+    (tmp_path / "empty.txt").write_text("  \n\n")
+    (tmp_path / "one.txt").write_text("One short document.")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.txt", "does not exist"),
+        ("nothing*.txt", "matches no file"),
+        (".", r"is a folder; give files or a glob"),
+        ("binary.txt", "not UTF-8 text"),
+        ("broken.jsonl", "not JSON Lines"),
+        ("column.jsonl", "line 1: no text in column 'text'; columns: body, id"),
+        ("list.jsonl", "expected a JSON object, found list"),
+        ("broken.parquet", "cannot read .* as Parquet"),
+        ("column.parquet", "no column 'text'; columns: body"),
+        ("empty.txt", "no non-empty document"),
+        ("one.txt", "single document"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, source, message):
+    folder = bad_sources(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        prepare(DataConfig(sources=(str(folder / source),)), QUIET)
+
+
+def test_an_unreachable_hub_data_set_is_named(monkeypatch):
+    import datasets
+
+    def unreachable(path, configuration, split):
+        raise ConnectionError(f"cannot reach the hub for {path} {configuration} {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(RecipeError, match=r"'org/x:en@test'.*hub for org/x en test.*without a network"):
+        list(read_documents(["hf:org/x:en@test"], "text"))
+
+
+def test_hub_data_sets_are_read_by_column(monkeypatch):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"body": ["one", "two", ""]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
+    assert list(read_documents(["hf:x"], "body")) == ["one", "two"]
+    with pytest.raises(RecipeError, match=r"no column 'text'; columns: body; choose one with data.text_column=NAME"):
+        list(read_documents(["hf:x"], "text"))
+
+
+def test_rows_are_full_and_keep_the_stream():
+    documents = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
+    packed = pack(documents, 6, cls_id=2, sep_id=3, dtype=np.uint16)
+    assert packed.tolist() == [[2, 10, 11, 12, 3, 3], [2, 20, 3, 30, 31, 3], [2, 32, 33, 34, 3, 3]]
+    assert pack([[1]], 6, 2, 3, np.uint16).shape == (0, 6)
+
+
+def test_the_held_out_documents_do_not_depend_on_the_order():
+    documents = [f"document {i}" for i in range(100)]
+    training, validation = hold_out(documents, 0.05)
+    assert len(validation) == 5
+    assert sorted(training + validation) == sorted(documents)
+    assert set(hold_out(documents[::-1], 0.05)[1]) == set(validation)
+    assert len(hold_out(documents[:3], 0.05)[1]) == 1
+
+
+def test_repeated_documents_are_dropped_before_the_split():
+    assert unique_documents([" a ", "b", "a", "", "  "]) == ["a", "b"]
+
+
+def test_unigram_entropy_leaves_special_tokens_out(vocabulary):
+    rows = np.array([[2, 10, 10, 11, 12, 3]])
+    entropy = unigram_entropy(unigram_counts(rows, vocabulary, 100))
+    assert entropy == pytest.approx(-(0.5 * np.log(0.5) + 2 * 0.25 * np.log(0.25)))
+
+
+def test_prepare_is_cached_and_keyed_by_content(text_folder, tmp_path):
+    config = DataConfig(sources=(f"{text_folder}/*.txt",), vocabulary=200, sequence_length=16, validation_fraction=0.2)
+    data = prepare(config, QUIET)
+    assert data.rows("train").shape == (data.train_rows, 16)
+    assert data.rows("train").dtype == np.uint16
+    assert data.rows("validation").shape == (data.validation_rows, 16)
+    assert (data.rows("train")[:, 0] == data.special_ids[2]).all()
+    assert 0 < data.unigram_entropy < np.log(200)
+    made = sorted(p.name for p in cache_folder().iterdir())
+    assert prepare(config, QUIET) == data
+    assert sorted(p.name for p in cache_folder().iterdir()) == made
+    (tmp_path / "more.txt").write_text(sentences(9, 200))
+    more = prepare(DataConfig(**{**vars(config), "sources": (*config.sources, str(tmp_path / "more.txt"))}), QUIET)
+    assert more.fingerprint != data.fingerprint
+
+
+def test_too_little_text_for_one_row_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    with pytest.raises(RecipeError, match="fill no sequence of 32 tokens"):
+        prepare(DataConfig(sources=(str(tmp_path / "a.jsonl"),)), QUIET)
+
+
+def test_a_trained_tokenizer_loads_from_file_and_folder(tmp_path):
+    trained = train_wordpiece([sentences(0, 200)], 150)
+    assert trained.size <= 150
+    path = tmp_path / "tokenizer.json"
+    trained.tokenizer.save(str(path))
+    from_file = load_tokenizer(str(path))
+    assert from_file.fingerprint == trained.fingerprint
+    assert from_file.encode(["Trust ratio"]) == trained.encode(["trust RATIO"])
+    from transformers import BertTokenizer
+
+    tokens = sorted(trained.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (tmp_path / "vocab.txt").write_text("\n".join(token for token, _ in tokens))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(str(tmp_path / "saved"))
+    assert (saved.cls_id, saved.sep_id, saved.mask_id) == (trained.cls_id, trained.sep_id, trained.mask_id)
+
+
+def test_a_missing_or_unfit_tokenizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RecipeError, match="cannot load tokenizer '/no/such/folder'"):
+        load_tokenizer("/no/such/folder")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    Tokenizer(WordLevel({"a": 0, "[CLS]": 1}, unk_token="a")).save(str(tmp_path / "t.json"))
+    with pytest.raises(RecipeError, match="has no sep, mask token"):
+        load_tokenizer(str(tmp_path / "t.json"))

@@ -1,0 +1,157 @@
+"""The gathered head, and the gradient of a global batch however it is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BertForMaskedLM
+
+from trustratio.recipes.global_batch import BatchPlan
+from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.packed_sequences import MaskedRows
+from trustratio.recipes.recipe_config import ModelConfig, OptimizerConfig
+from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.recipe_optimizers import build_optimizer, parameter_groups
+from trustratio.recipes.training_loop import accumulate_step, seed_step, validate
+
+TINY = ModelConfig(layers=2, hidden=16, heads=2, intermediate=32, max_positions=32)
+
+
+class RankOfMany:
+    """One of several simulated ranks that share a model in one process: gradients add up in the parameters."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model, rank, ranks, masked_tokens):
+        self.model, self.rank, self.ranks, self.masked_tokens = model, rank, ranks, masked_tokens
+
+    def loss(self, batch):
+        return self.model(batch.input_ids, batch.positions, batch.labels)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        pass
+
+    def train(self, training):
+        self.model.train(training)
+
+    def sum_over_ranks(self, values):
+        return torch.tensor([self.masked_tokens, 0.0], dtype=torch.float64) if len(values) == 2 else values
+
+
+def gradient(rows, vocabulary, plan):
+    torch.manual_seed(0)
+    model = build_model(TINY, 104)
+    masked = MaskedRows(rows, vocabulary, 0.3, seed=7)
+    shares = [masked.step_batches(0, plan, rank) for rank in range(plan.ranks)]
+    tokens = sum(len(batch.labels) for share in shares for batch in share)
+    losses = [
+        accumulate_step(RankOfMany(model, rank, plan.ranks, tokens), share, False)[0]
+        for rank, share in enumerate(shares)
+    ]
+    return sum(losses), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("plan", [BatchPlan(8, 8, 1), BatchPlan(1, 64, 1), BatchPlan(8, 4, 2), BatchPlan(2, 4, 8)])
+def test_the_gradient_does_not_depend_on_micro_batch_and_ranks(rows, vocabulary, plan):
+    loss, expected = gradient(rows, vocabulary, BatchPlan(64, 1, 1))
+    other_loss, other = gradient(rows, vocabulary, plan)
+    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+    scale = max(g.abs().max() for g in expected.values())
+    for name, grad in expected.items():
+        torch.testing.assert_close(other[name], grad, rtol=2e-5, atol=1e-6 * scale.item())
+
+
+def test_a_mean_of_means_would_give_another_gradient(rows, vocabulary):
+    """The test above can fail: micro-batches have different numbers of masked tokens."""
+    batches = MaskedRows(rows, vocabulary, 0.3, seed=7).step_batches(0, BatchPlan(1, 64, 1), 0)
+    torch.manual_seed(0)
+    model = build_model(TINY, 104)
+    losses = [model(b.input_ids, b.positions, b.labels)[0] for b in batches]
+    counts = [len(b.labels) for b in batches]
+    right = sum(losses) / sum(counts)
+    wrong = sum(loss / count for loss, count in zip(losses, counts, strict=True)) / len(batches)
+    assert abs(right - wrong) / right > 1e-4
+
+
+def test_gathering_first_gives_the_loss_of_the_full_head(rows, vocabulary):
+    torch.manual_seed(0)
+    model = build_model(TINY, 104)
+    stock = BertForMaskedLM(model.config)
+    stock.load_state_dict(model.state_dict())
+    (batch,) = MaskedRows(rows, vocabulary, 0.3, seed=7).step_batches(0, BatchPlan(32, 1, 1), 0)
+    loss, correct = model(batch.input_ids, batch.positions, batch.labels)
+    labels = torch.full((batch.input_ids.numel(),), -100)
+    labels[batch.positions] = batch.labels
+    full = stock(input_ids=batch.input_ids, labels=labels.view_as(batch.input_ids))
+    torch.testing.assert_close(loss / len(batch.labels), full.loss, rtol=1e-6, atol=0)
+    predicted = full.logits.reshape(-1, 104)[batch.positions].argmax(-1)
+    assert int(correct) == int((predicted == batch.labels).sum())
+
+
+def test_a_batch_without_masked_tokens_gives_zero_loss_and_gradient(rows):
+    model = build_model(TINY, 104)
+    empty = torch.empty(0, dtype=torch.int64)
+    loss, _ = model(torch.from_numpy(rows[:2].astype("int64")), empty, empty)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_validation_counts_every_masked_token_once(rows, vocabulary):
+    torch.manual_seed(0)
+    model = build_model(TINY, 104)
+    batches = MaskedRows(rows, vocabulary, 0.3, seed=7).validation_batches(8, 0, 1, limit=30)
+    loss, accuracy = validate(RankOfMany(model, 0, 1, 0), batches)
+    (whole,) = MaskedRows(rows, vocabulary, 0.3, seed=7).validation_batches(30, 0, 1, limit=30)
+    logits = model.cls(model.bert(whole.input_ids).last_hidden_state.reshape(-1, 16)[whole.positions])
+    assert loss == pytest.approx(F.cross_entropy(logits, whole.labels).item(), rel=1e-6)
+    assert accuracy == pytest.approx((logits.argmax(-1) == whole.labels).double().mean().item())
+    assert model.training
+
+
+def test_attention_is_sdpa_and_the_head_is_tied():
+    model = build_model(TINY, 104)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_eight():
+    assert [padded_vocabulary(n) for n in (1, 8, 8192, 30522)] == [8, 8, 8192, 30528]
+
+
+def test_dropout_draws_depend_on_seed_step_and_rank():
+    def draw(*key):
+        seed_step(*key)
+        return torch.rand(3).tolist()
+
+    assert draw(1, 5, 0) == draw(1, 5, 0)
+    assert len({tuple(draw(*key)) for key in ((1, 5, 0), (2, 5, 0), (1, 6, 0), (1, 5, 1))}) == 4
+
+
+def test_biases_and_norm_weights_get_no_weight_decay():
+    model = build_model(TINY, 104)
+    decayed, undecayed = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
+    assert all("LayerNorm" in name or name.endswith("bias") for name, _ in undecayed["params"])
+    assert all(name.endswith("weight") and "LayerNorm" not in name for name, _ in decayed["params"])
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["lamb", "LARS", "lambc", "adamw", "sgd"])
+def test_optimizers_are_built_by_name(name):
+    optimizer = build_optimizer(OptimizerConfig(name=name, lr=0.02), build_model(TINY, 104))
+    assert type(optimizer).__name__.lower() == name.lower()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.02, 0.02]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+
+
+def test_refused_optimizer_options_are_named():
+    model = build_model(TINY, 104)
+    built = build_optimizer(OptimizerConfig(options={"betas": [0.8, 0.9]}), model)
+    assert built.param_groups[0]["betas"] == (0.8, 0.9)
+    with pytest.raises(RecipeError, match="optimizer 'lamb' refused its options"):
+        build_optimizer(OptimizerConfig(options={"no_such_option": 1}), model)
+    with pytest.raises(RecipeError, match="optimizer 'adamw' refused its options"):
+        build_optimizer(OptimizerConfig(name="adamw", options={"trust_clip": 1}), model)

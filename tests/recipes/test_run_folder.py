@@ -1,0 +1,140 @@
+import json
+
+import pytest
+
+from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.run_folder import (
+    CheckpointFolder,
+    MetricsLog,
+    check_same_run,
+    claim_folder,
+    describe_checkpoint,
+    find_checkpoint,
+    fresh_folder,
+    read_metrics,
+    require_newest,
+    run_of,
+)
+from trustratio.recipes.run_plots import draw_report, short_name, trust_ratio_table
+
+
+def write(checkpoints, step, fail=False):
+    def save(folder):
+        (folder / "weights").write_text(f"weights of step {step}")
+        if fail:
+            raise OSError(28, "No space left on device")
+
+    return checkpoints.write(step, save, barrier=lambda: None, first=True)
+
+
+def test_fresh_folders_get_new_names(tmp_path):
+    assert [fresh_folder(tmp_path / "runs", "x").name for _ in range(3)] == ["x-1", "x-2", "x-3"]
+
+
+def test_overwriting_clears_a_run_and_nothing_else(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    (tmp_path / "metrics.jsonl").write_text("old")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="is not empty"):
+        claim_folder(tmp_path, overwrite=False)
+    assert (tmp_path / "metrics.jsonl").exists()
+    claim_folder(tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_unusable_output_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot use output folder"):
+        claim_folder(tmp_path / "file", overwrite=False)
+
+
+def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, keep=2, identity={"model": "tiny"})
+    for step in (1, 2, 3):
+        path = write(checkpoints, step)
+    assert find_checkpoint(tmp_path) == path
+    assert find_checkpoint(path) == path
+    assert run_of(path) == tmp_path.resolve()
+    assert describe_checkpoint(path) == {"step": 3, "identity": {"model": "tiny"}}
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+
+
+def test_a_failed_checkpoint_leaves_the_previous_one_whole(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, keep=1, identity={})
+    good = write(checkpoints, 1)
+    with pytest.raises(OSError, match="No space"):
+        write(checkpoints, 2, fail=True)
+    assert find_checkpoint(tmp_path) == good
+    assert (good / "weights").read_text() == "weights of step 1"
+    assert find_checkpoint(write(checkpoints, 2)).name == "step-00000002"  # the partial folder is in nobody's way
+
+
+def test_missing_and_broken_checkpoints_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="no such folder"):
+        find_checkpoint(tmp_path / "none")
+    with pytest.raises(RecipeError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)
+    path = write(CheckpointFolder(tmp_path, keep=1, identity={}), 1)
+    (path / "checkpoint.json").write_text("{")
+    with pytest.raises(RecipeError, match="cannot read"):
+        describe_checkpoint(path)
+    (path / "checkpoint.json").unlink()
+    with pytest.raises(RecipeError, match="names step-00000001, which is missing or incomplete"):
+        find_checkpoint(tmp_path)
+
+
+def test_continuing_over_later_checkpoints_needs_leave(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, keep=3, identity={})
+    first, second = write(checkpoints, 1), write(checkpoints, 2)
+    require_newest(second, overwrite=False)
+    require_newest(first, overwrite=True)
+    with pytest.raises(RecipeError, match="followed by step-00000002"):
+        require_newest(first, overwrite=False)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    check_same_run({"seed": 1, "more": 2}, {"seed": 1}, tmp_path)
+    with pytest.raises(RecipeError, match=r"another model or run.*\n  model: checkpoint 'base', this run 'tiny'"):
+        check_same_run({"model": "base", "seed": 1}, {"model": "tiny", "seed": 1}, tmp_path)
+
+
+def test_metrics_of_a_resumed_run_replace_those_it_repeats(tmp_path):
+    for losses in ({1: 3.0, 2: 2.0, 3: 9.0}, {3: 1.0, 4: 0.5}):
+        log = MetricsLog(tmp_path, active=True)
+        for step, loss in losses.items():
+            log.write({"kind": "train", "step": step, "loss": loss})
+        log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # a killed run
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
+
+
+def test_an_inactive_log_writes_nothing(tmp_path):
+    log = MetricsLog(tmp_path, active=False)
+    log.write({"step": 1})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def records(steps, ratios=True):
+    layers = {"bert.encoder.layer.0.output.dense.weight": 0.5, "cls.predictions.bias": 1.0}
+    for step in steps:
+        scaled = {name: value if value == 1.0 else value * step for name, value in layers.items()} if ratios else {}
+        yield {"kind": "train", "step": step, "loss": 9 - step / 10, "lr": 0.1, "trust_ratios": scaled}
+    yield {"kind": "validation", "step": steps[-1], "validation_loss": 5.0, "validation_accuracy": 0.2}
+
+
+def test_the_heat_map_shows_adapted_layers_only():
+    layers, steps, ratios = trust_ratio_table([r for r in records([3, 4, 5]) if r["kind"] == "train"])
+    assert layers == ["bert.encoder.layer.0.output.dense.weight"]
+    assert steps == [3, 4, 5]
+    assert ratios.tolist() == [[1.5, 2.0, 2.5]]
+    assert short_name(layers[0]) == "layer 0 feed-forward out"
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2, 3, 10]])
+@pytest.mark.parametrize("ratios", [True, False])
+def test_a_report_is_drawn_for_any_run(tmp_path, steps, ratios):
+    made = json.loads(json.dumps(list(records(steps, ratios))))
+    draw_report(made, "title", 6.0, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
