@@ -15,7 +15,7 @@ import torch
 
 from .layout import Layout
 
-__all__ = ["Chunk", "ChunkView", "Summand", "cut_into_chunks", "squares", "values"]
+__all__ = ["Chunk", "ChunkView", "Summand", "counts", "cut_into_chunks", "squares", "values"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 16}
 LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel costs more than missing the cache
@@ -23,10 +23,11 @@ LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel cost
 
 @dataclass(frozen=True)
 class Summand:
-    """Elements whose layer sums are wanted; made by `squares` or `values`."""
+    """Elements whose layer sums are wanted; made by `squares`, `values` or `counts`."""
 
     elements: torch.Tensor
     squared: bool
+    bins: int = 0
 
 
 def squares(elements: torch.Tensor) -> Summand:
@@ -39,14 +40,20 @@ def values(elements: torch.Tensor) -> Summand:
     return Summand(elements, squared=False)
 
 
+def counts(bin_of_element: torch.Tensor, bins: int) -> Summand:
+    """Ask for each layer's histogram: how many of its elements fall into each of `bins` bins; -1 is not counted."""
+    return Summand(bin_of_element, squared=False, bins=bins)
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A run of one shard: `length` elements from `start` in local tensor `tensor`, part of layer `layer`."""
+    """A run of one shard: `length` elements from `start` in local tensor `tensor`, from `offset` in layer `layer`."""
 
     tensor: int
     layer: int
     start: int
     length: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,26 @@ class Chunk:
         torch._foreach_copy_(self._views(flats), list(elements.split(self.lengths)))
 
     def sums(self, summand: Summand) -> list[torch.Tensor]:
-        """Each piece's sum, accumulated in fp64, as 0-d tensors."""
+        """Each piece's sum, accumulated in fp64, as 0-d tensors (of shape (bins,) for counts)."""
+        if summand.bins:
+            return self._histograms(summand.elements, summand.bins)
         parts = summand.elements.split(self.lengths)
         if summand.squared:
             return [norm.square_() for norm in torch._foreach_norm(list(parts), 2, torch.float64)]
         return [part.sum(dtype=torch.float64) for part in parts]
+
+    def _histograms(self, bin_of_element: torch.Tensor, bins: int) -> list[torch.Tensor]:
+        table = torch.zeros(len(self.pieces), bins + 1, dtype=torch.float64, device=bin_of_element.device)
+        ones = table.new_ones(()).expand(self.numel)
+        # The last column takes what is not counted, as index -1 does. bincount would wait for the device.
+        columns = bin_of_element.to(torch.int64) % (bins + 1)
+        owners = torch.repeat_interleave(
+            torch.arange(len(self.pieces), device=table.device),
+            torch.tensor(self.lengths, device=table.device),
+            output_size=self.numel,
+        )
+        table.view(-1).scatter_add_(0, owners * (bins + 1) + columns, ones)
+        return list(table[:, :bins])
 
     def spread(self, per_layer: torch.Tensor, first_layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Give each element its layer's number: a 0-d tensor for one layer, else one value per element."""
@@ -207,7 +229,8 @@ def cut_into_chunks(layout: Layout) -> list[Chunk]:
         carrier = layout.layers[shard.layer].tensor
         limit = CHUNK_ELEMENTS.get(layout.tensors[carrier].device.type, LARGE_CHUNK_ELEMENTS)
         for start in range(0, shard.length, limit):
-            piece = Piece(carrier, shard.layer, shard.start + start, min(limit, shard.length - start))
+            length = min(limit, shard.length - start)
+            piece = Piece(carrier, shard.layer, shard.start + start, length, shard.offset + start)
             if pending and not _fit_together(layout, pending, piece, limit):
                 flush()
             pending.append(piece)

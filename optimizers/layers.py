@@ -6,7 +6,6 @@ that no step waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ class LayerTable:
 
     Any attribute that an algorithm assigns is such a vector. Three are set by the step: the per-layer state of the
     algorithm (its new value is kept for layers that have a gradient), `adapt`, and the sums that a phase returned.
-    `trust_ratio`, where an algorithm has one, is what `trust_ratios()` reports.
+    `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it.
     """
 
     def __setattr__(self, name: str, vector: Any) -> None:
@@ -32,6 +31,7 @@ class LayerTable:
     ):
         self.layers = layers
         self.adapt = torch.tensor([adapts(layer, group["adapt"]) for layer in layers], device=device)
+        self.trust_ratio = torch.ones(len(layers), dtype=torch.float64, device=device)
         self._totals: dict[str, torch.Tensor] = {}
         self._model_totals: dict[str, torch.Tensor] = {}
         self.__dict__.update(state)
@@ -39,13 +39,13 @@ class LayerTable:
     def __getattr__(self, name: str) -> torch.Tensor:
         raise AttributeError(f"no per-layer numbers named {name!r}: assign them before use")
 
-    def receive(self, totals: Mapping[str, torch.Tensor], model_totals: Mapping[str, torch.Tensor]) -> None:
-        """Take the reduced sums of a phase: per layer of this group, and over all layers of the step."""
-        self._totals.update(totals)
-        self._model_totals.update(model_totals)
+    def receive(self, name: str, totals: torch.Tensor, model_total: torch.Tensor) -> None:
+        """Take a reduced sum of a phase: per layer of this group, and over all layers of the step that measured it."""
+        self._totals[name] = totals
+        self._model_totals[name] = model_total
 
     def total(self, name: str) -> torch.Tensor:
-        """Each layer's sum over all its shards, as named by the phase."""
+        """Each layer's sum over all its shards, as named by the phase; shape (bins, layers) for a histogram."""
         return self._totals[name]
 
     def norm(self, name: str) -> torch.Tensor:

@@ -28,14 +28,18 @@ StageMethod = Callable[[Any, dict[str, Any], LayerTable, ChunkView], tuple[Summa
 Stage = Callable[[dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
 
 
-def sums_over_layers(*names: str) -> Callable[[StageMethod], StageMethod]:
+def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], StageMethod]:
     """Declare the sums that a stage measures, in the order in which it returns them.
 
     The names must be known without running the stage, because a rank that holds no shard joins the reduction too.
+
+    Args:
+        names: Sums of one number per layer (`squares`, `values`).
+        histograms: Name and number of bins of each histogram (`counts`); they follow the others.
     """
 
     def declare(stage: StageMethod) -> StageMethod:
-        stage.sum_names = names  # type: ignore[attr-defined]
+        stage.sum_sizes = {**dict.fromkeys(names, 1), **histograms}  # type: ignore[attr-defined]
         return stage
 
     return declare
@@ -116,7 +120,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         return loss
 
     def trust_ratios(self) -> dict[str, float]:
-        """Each layer's ratio in the last step: 1.0 where it was not adapted or had no gradient.
+        """Each layer's ratio in the last step: 1.0 where it was not adapted, had no gradient, or where there is none.
 
         Waits for the device; nothing else in this class does.
         """
@@ -256,29 +260,38 @@ class _Step:
         return ChunkView(chunk, self.weights, self.gradients, self.state, first, in_place=in_place)
 
     def _reduce(self, stages: dict[int, Stage]) -> None:
-        """Measure one stage of every group and add its sums over all shards of each layer."""
-        names: tuple[str, ...] = tuple(dict.fromkeys(name for s in stages.values() for name in s.sum_names))  # type: ignore[attr-defined]
-        parts = [[torch.zeros((), dtype=torch.float64, device=self.layout.device)] for _ in names]
+        """Measure one stage of every group that has one and add its sums over all shards of each layer."""
+        sizes: dict[str, int] = {}
+        for stage in stages.values():
+            sizes.update(stage.sum_sizes)  # type: ignore[attr-defined]
+        device = self.layout.device
+        zeros = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
+        parts = {name: [zero] for name, zero in zeros.items()}
         layers = [0]
         for chunk in self.chunks:
-            stage = stages[chunk.group]
-            view = self._view(chunk, in_place=False)
-            sums = stage(self.optimizer.param_groups[chunk.group], self.tables[chunk.group], view)
-            by_name = dict(zip(stage.sum_names, sums, strict=True))  # type: ignore[attr-defined]
+            sums = self._measure(stages[chunk.group], chunk) if chunk.group in stages else {}
             layers.extend(chunk.layers)
-            for row, name in zip(parts, names, strict=True):
-                row.extend(chunk.sums(by_name[name]))
-        reduced = self.layout.reduce(self._add_up(parts, layers))
-        model_totals = dict(zip(names, reduced.sum(dim=1).unbind(), strict=True))
-        for group, table in self.tables.items():
+            for name, part in parts.items():
+                part.extend(sums.get(name) or [zeros[name]] * len(chunk.pieces))
+        reduced = self.layout.reduce(self._add_up(list(parts.values()), layers))
+        rows = dict(zip(sizes, reduced.split(list(sizes.values())), strict=True))
+        totals = {name: row[0] if sizes[name] == 1 else row for name, row in rows.items()}
+        for group, stage in stages.items():
             own = self.plan.group_layers[group]
-            totals = dict(zip(names, reduced[:, own.start : own.stop].unbind(), strict=True))
-            table.receive(totals, model_totals)
+            for name in stage.sum_sizes:  # type: ignore[attr-defined]
+                self.tables[group].receive(name, totals[name][..., own.start : own.stop], totals[name].sum(dim=-1))
+
+    def _measure(self, stage: Stage, chunk: Chunk) -> dict[str, list[torch.Tensor]]:
+        """The stage's sums by name, each with one entry per piece of the chunk."""
+        group = self.optimizer.param_groups[chunk.group]
+        summands = stage(group, self.tables[chunk.group], self._view(chunk, in_place=False))
+        named = zip(stage.sum_sizes, summands, strict=True)  # type: ignore[attr-defined]
+        return {name: chunk.sums(summand) for name, summand in named}
 
     def _add_up(self, parts: list[list[torch.Tensor]], layers: list[int]) -> torch.Tensor:
-        """Sum the pieces' values per layer, shape (names, layers), in a fixed order."""
+        """Sum the pieces' values per layer, shape (rows, layers), in a fixed order."""
         device = self.layout.device
-        values = torch.stack([torch.stack([value.to(device) for value in row]) for row in parts], dim=1)
+        values = torch.cat([torch.stack([value.reshape(-1).to(device) for value in row]) for row in parts], dim=1)
         counts = torch.bincount(torch.tensor(layers), minlength=len(self.layout.layers)).to(device)
         return torch.segment_reduce(values, "sum", lengths=counts, axis=0, initial=0.0).T.contiguous()
 
@@ -323,10 +336,11 @@ class _Step:
         changed = torch.cat([table.has_gradient() for table in self.tables.values()])
         for name, old in self.layer_state.items():
             new = torch.cat([getattr(table, name) for table in self.tables.values()])
-            kept = torch.where(changed, new, old).float()
+            kept = torch.where(changed, new, old)
             for tensor, layers in zip(self.layout.tensors, self.plan.tensor_layers, strict=True):
                 if self._takes_part(tensor):
-                    _write_layer_state(self.optimizer.state[tensor], name, kept[layers.start : layers.stop])
+                    dtype = torch.float32 if name == "step" else compute_dtype(tensor)  # as torch keeps it
+                    _write_layer_state(self.optimizer.state[tensor], name, kept[layers.start : layers.stop].to(dtype))
 
     def _table(self, group: int, layers: range) -> LayerTable:
         state = {name: vector[layers.start : layers.stop] for name, vector in self.layer_state.items()}
@@ -339,10 +353,8 @@ class _Step:
         ratios = [
             torch.where(table.has_gradient(), table.trust_ratio, torch.ones_like(table.trust_ratio))
             for table in self.tables.values()
-            if "trust_ratio" in vars(table)
         ]
-        if ratios:
-            self.optimizer._last_ratios[key] = (names, torch.cat(ratios))
+        self.optimizer._last_ratios[key] = (names, torch.cat(ratios))
 
 
 # Per-layer state: a tensor that carries one layer keeps it as torch does, a 0-d tensor. A flat tensor keeps vectors
