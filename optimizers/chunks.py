@@ -7,7 +7,7 @@ spread to one value per element), so a step needs no temporary larger than a chu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,6 +74,13 @@ class Chunk:
     @property
     def numel(self) -> int:
         return sum(self.lengths)
+
+    def only(self, wanted: Callable[[int], bool]) -> Chunk | None:
+        """The pieces of those local tensors (by index) that are wanted, None if there are none."""
+        kept = tuple(piece for piece in self.pieces if wanted(piece.tensor))
+        if len(kept) == len(self.pieces):
+            return self
+        return Chunk(self.group, kept) if kept else None
 
     def is_run(self) -> bool:
         """Whether the pieces are one contiguous run of one local tensor, so that a view needs no copy."""

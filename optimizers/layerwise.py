@@ -230,7 +230,7 @@ class _Step:
         self.layout = plan.layout
         self.weights = [_flat(tensor.detach()) for tensor in self.layout.tensors]
         self.gradients = [None if tensor.grad is None else _flat(_dense(tensor.grad)) for tensor in self.layout.tensors]
-        self.chunks = [chunk for chunk in plan.chunks if self._may_change(chunk)]
+        self.chunks = [chunk for whole in plan.chunks if (chunk := whole.only(self._takes_part))]
         self.state = {name: self._element_state(name) for name in optimizer.element_state}
         self.layer_state = {name: self._read_layer_state(name) for name in optimizer.layer_state}
         self.tables = {group: self._table(group, layers) for group, layers in plan.group_layers.items()}
@@ -246,12 +246,9 @@ class _Step:
         self._write_layer_state()
         self._report()
 
-    def _may_change(self, chunk: Chunk) -> bool:
-        return any(self._takes_part(self.layout.tensors[piece.tensor]) for piece in chunk.pieces)
-
-    def _takes_part(self, tensor: torch.Tensor) -> bool:
+    def _takes_part(self, tensor: int) -> bool:
         # Where layers are whole, no gradient here is no gradient anywhere.
-        return tensor.grad is not None or bool(self.layout.reductions)
+        return self.gradients[tensor] is not None or bool(self.layout.reductions)
 
     # Measuring and applying
 
@@ -314,10 +311,11 @@ class _Step:
     # State
 
     def _element_state(self, name: str) -> list[torch.Tensor]:
-        return [self._element_state_of(tensor, name) for tensor in self.layout.tensors]
+        return [self._element_state_of(index, name) for index in range(len(self.layout.tensors))]
 
-    def _element_state_of(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        if not self._takes_part(tensor):
+    def _element_state_of(self, index: int, name: str) -> torch.Tensor:
+        tensor = self.layout.tensors[index]
+        if not self._takes_part(index):
             return tensor.new_empty(0)
         state = self.optimizer.state[tensor]
         if name not in state:
@@ -337,8 +335,8 @@ class _Step:
         for name, old in self.layer_state.items():
             new = torch.cat([getattr(table, name) for table in self.tables.values()])
             kept = torch.where(changed, new, old)
-            for tensor, layers in zip(self.layout.tensors, self.plan.tensor_layers, strict=True):
-                if self._takes_part(tensor):
+            for index, (tensor, layers) in enumerate(zip(self.layout.tensors, self.plan.tensor_layers, strict=True)):
+                if self._takes_part(index):
                     dtype = torch.float32 if name == "step" else compute_dtype(tensor)  # as torch keeps it
                     _write_layer_state(self.optimizer.state[tensor], name, kept[layers.start : layers.stop].to(dtype))
 

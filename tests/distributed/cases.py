@@ -58,6 +58,7 @@ class Case:
         layers: The model.
         stage: "dense", "ddp" or a ZeRO stage 0 to 3.
         groups: Options of each parameter group, with at least the optimizer's lr.
+        constructor: Further constructor options.
         steps: Optimizer steps.
         accumulation: Micro-batches per step.
         dtype: "fp32", "bf16" or "fp16".
@@ -69,6 +70,8 @@ class Case:
         overflow: Steps whose gradient is infinite.
         spread: Relative difference of the gradients of ranks and micro-batches; their mean is the injected one.
         named: Hand named parameters to the optimizer.
+        regroup: Move the last parameter of the first group to the front of the second after construction.
+        poison: Fill everything outside the shards with NaN before the first step.
         seed: Of weights and gradients.
         save_after: Save a checkpoint after this many steps and go on from it in a new engine.
         folder: Where.
@@ -78,6 +81,7 @@ class Case:
     layers: tuple[LayerSpec, ...]
     stage: str | int
     groups: tuple[dict[str, Any], ...]
+    constructor: dict[str, Any] = field(default_factory=dict)
     steps: int = 5
     accumulation: int = 1
     dtype: str = "fp32"
@@ -89,6 +93,8 @@ class Case:
     overflow: tuple[int, ...] = ()
     spread: float = 0.5
     named: bool = True
+    regroup: bool = False
+    poison: bool = False
     seed: int = 0
     save_after: int | None = None
     folder: str | None = None
@@ -199,7 +205,13 @@ def make_optimizer(case: Case, model: Model) -> torch.optim.Optimizer:
         groups.append({"params": members if case.named else [p for _, p in members], **options})
     if case.optimizer == "naive":
         return NaiveLAMB([{**g, "params": [p for _, p in g["params"]]} for g in groups], lr=case.groups[0]["lr"])
-    return create_optimizer(case.optimizer, groups, lr=case.groups[0]["lr"])
+    optimizer = create_optimizer(case.optimizer, groups, lr=case.groups[0]["lr"], **case.constructor)
+    if case.regroup:
+        first, second = optimizer.param_groups
+        second["params"].insert(0, first["params"].pop())
+        for group in (first, second):
+            group.pop("param_names", None)
+    return optimizer
 
 
 def deepspeed_config(case: Case) -> dict[str, Any]:
@@ -214,7 +226,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     if case.dtype == "bf16":
         config.setdefault("bf16", {"enabled": True})
     if case.dtype == "fp16":
-        config.setdefault("fp16", {"enabled": True, "initial_scale_power": 4, "hysteresis": 1, "min_loss_scale": 1e-3})
+        config.setdefault("fp16", {"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
     if case.optimizer == "naive":
         config["zero_allow_untested_optimizer"] = True
     return config
@@ -261,6 +273,8 @@ def run_case(case: Case) -> dict[str, Any]:
         ratios: `trust_ratios()` after each optimizer step.
         collectives: Collectives of each `optimizer.step()` call.
         step_counts: The optimizer's `step` state by layer.
+        padding_is_nan: Whether every element outside the shards is NaN, after `poison`.
+        groups: The optimizer's group options.
     """
     run = _Run(case)
     try:
@@ -314,6 +328,8 @@ class _Run:
             if self.engine is None:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            if self.case.poison and step == first:
+                poison_padding(self.optimizer)
             if hasattr(self.optimizer, "trust_ratios"):
                 self.ratios.append(self.optimizer.trust_ratios())
 
@@ -345,6 +361,7 @@ class _Run:
             "ratios": self.ratios,
             "collectives": self.counter.per_call,
             "step_counts": step_counts(self.optimizer),
+            "padding_is_nan": padding_is_nan(self.optimizer),
             "groups": [
                 {k: v for k, v in group.items() if k not in ("params", "param_names")}
                 for group in self.optimizer.param_groups
@@ -369,6 +386,30 @@ def masters(optimizer: Any) -> dict[str, list[tuple[int, torch.Tensor]]]:
             values = flat[shard.start : shard.start + shard.length].clone()
             shards.setdefault(layer.name, []).append((shard.offset, values))
     return shards
+
+
+def _padding(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (tensor, mask of the elements outside all shards) for the optimizer's tensors and their state."""
+    for plan in optimizer._plans.values():
+        for carrier, tensor in enumerate(plan.layout.tensors):
+            outside = torch.ones(tensor.numel(), dtype=torch.bool)
+            for shard in plan.layout.shards:
+                if plan.layout.layers[shard.layer].tensor == carrier:
+                    outside[shard.start : shard.start + shard.length] = False
+            yield tensor.detach(), outside
+            for name in optimizer.element_state:
+                yield optimizer.state[tensor][name], outside
+
+
+def poison_padding(optimizer: Any) -> None:
+    for tensor, outside in _padding(optimizer):
+        tensor.view(-1)[outside] = float("nan")
+
+
+def padding_is_nan(optimizer: Any) -> bool:
+    if not hasattr(optimizer, "_plans"):
+        return False
+    return all(bool(tensor.view(-1)[outside].isnan().all()) for tensor, outside in _padding(optimizer))
 
 
 def step_counts(optimizer: Any) -> dict[str, float]:
