@@ -21,8 +21,9 @@ from .chunks import Chunk, ChunkView, Summand, compute_dtype, cut_into_chunks
 from .hyperparameters import check_choice
 from .layers import LayerTable
 from .layout import Layout, LayoutError, resolve_layout
+from .rows import Rows
 
-__all__ = ["LayerwiseOptimizer", "Stage", "sums_over_layers"]
+__all__ = ["LayerwiseOptimizer", "Stage", "sums_over_layers", "sums_over_rows"]
 
 StageMethod = Callable[[Any, dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
 Stage = Callable[[dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
@@ -45,6 +46,16 @@ def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], 
     return declare
 
 
+def sums_over_rows(*names: str) -> Callable[[StageMethod], StageMethod]:
+    """Declare sums over each row, which a stage returns after those over layers; for groups with `has_rows`."""
+
+    def declare(stage: StageMethod) -> StageMethod:
+        stage.row_names = names  # type: ignore[attr-defined]
+        return stage
+
+    return declare
+
+
 @dataclass
 class _Plan:
     """What stays the same from step to step for one set of local tensors."""
@@ -53,6 +64,7 @@ class _Plan:
     chunks: list[Chunk]
     group_layers: dict[int, range]  # group index -> its layers
     tensor_layers: list[range]  # local tensor -> the layers it carries
+    rows: dict[int, Rows]  # group index -> its rows, where the optimizer measures them
 
 
 class LayerwiseOptimizer(torch.optim.Optimizer):
@@ -83,6 +95,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError if an option cannot work with how the wrapper shards and steps."""
+
+    def has_rows(self, group: dict[str, Any]) -> bool:
+        """Whether sums over the rows of this group's layers are measured; they must be two-dimensional."""
+        return False
+
+    def before_stages(self, layout: Layout) -> None:
+        """Do what precedes the stages of one `step()` call, e.g. a reduction that cannot ride in theirs."""
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         """Yield the stages whose sums the update needs; after each, its reduced sums are in `layers`.
@@ -198,6 +217,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             layout = resolve_layout(self, tensors)
             self.check_layout(layout)
             plan = self._plans[key] = _make_plan(layout)
+            with_rows = [index for index in plan.group_layers if self.has_rows(self.param_groups[index])]
+            plan.rows = {index: Rows(layout, plan.group_layers[index]) for index in with_rows}
         return plan
 
 
@@ -211,6 +232,7 @@ def _make_plan(layout: Layout) -> _Plan:
         chunks=cut_into_chunks(layout),
         group_layers={group: _as_range(layers) for group, layers in groups.items()},
         tensor_layers=[_as_range(layers) for layers in carried],
+        rows={},
     )
 
 
@@ -236,6 +258,7 @@ class _Step:
         self.tables = {group: self._table(group, layers) for group, layers in plan.group_layers.items()}
 
     def run(self) -> None:
+        self.optimizer.before_stages(self.layout)
         programs = {
             group: self.optimizer.stages(self.optimizer.param_groups[group], table)
             for group, table in self.tables.items()
@@ -254,7 +277,8 @@ class _Step:
 
     def _view(self, chunk: Chunk, *, in_place: bool) -> ChunkView:
         first = self.plan.group_layers[chunk.group].start
-        return ChunkView(chunk, self.weights, self.gradients, self.state, first, in_place=in_place)
+        rows = self.plan.rows.get(chunk.group)
+        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, in_place=in_place)
 
     def _reduce(self, stages: dict[int, Stage]) -> None:
         """Measure one stage of every group that has one and add its sums over all shards of each layer."""
@@ -264,31 +288,62 @@ class _Step:
         device = self.layout.device
         zeros = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
         parts = {name: [zero] for name, zero in zeros.items()}
+        row_sums = {group: self._zero_row_sums(group, stage) for group, stage in stages.items()}
         layers = [0]
         for chunk in self.chunks:
-            sums = self._measure(stages[chunk.group], chunk) if chunk.group in stages else {}
+            group = chunk.group
+            sums = self._measure(stages[group], chunk, row_sums[group]) if group in stages else {}
             layers.extend(chunk.layers)
             for name, part in parts.items():
                 part.extend(sums.get(name) or [zeros[name]] * len(chunk.pieces))
-        reduced = self.layout.reduce(self._add_up(list(parts.values()), layers))
+        reduced = self._all_reduce(self._add_up(list(parts.values()), layers), row_sums)
         rows = dict(zip(sizes, reduced.split(list(sizes.values())), strict=True))
         totals = {name: row[0] if sizes[name] == 1 else row for name, row in rows.items()}
         for group, stage in stages.items():
             own = self.plan.group_layers[group]
             for name in stage.sum_sizes:  # type: ignore[attr-defined]
                 self.tables[group].receive(name, totals[name][..., own.start : own.stop], totals[name].sum(dim=-1))
+            for name, of_rows in row_sums[group].items():
+                self.tables[group].receive_rows(name, of_rows)
 
-    def _measure(self, stage: Stage, chunk: Chunk) -> dict[str, list[torch.Tensor]]:
-        """The stage's sums by name, each with one entry per piece of the chunk."""
+    def _zero_row_sums(self, group: int, stage: Stage) -> dict[str, torch.Tensor]:
+        names = getattr(stage, "row_names", ())
+        return {
+            name: torch.zeros(self.plan.rows[group].count, dtype=torch.float64, device=self.layout.device)
+            for name in names
+        }
+
+    def _measure(self, stage: Stage, chunk: Chunk, row_sums: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        """The stage's sums by name, each with one entry per piece of the chunk; those over rows go to `row_sums`."""
         group = self.optimizer.param_groups[chunk.group]
         summands = stage(group, self.tables[chunk.group], self._view(chunk, in_place=False))
-        named = zip(stage.sum_sizes, summands, strict=True)  # type: ignore[attr-defined]
-        return {name: chunk.sums(summand) for name, summand in named}
+        named = dict(zip([*stage.sum_sizes, *row_sums], summands, strict=True))  # type: ignore[attr-defined]
+        for name, totals in row_sums.items():
+            self.plan.rows[chunk.group].add_sums(totals, chunk, named.pop(name))
+        return {name: chunk.sums(summand) for name, summand in named.items()}
+
+    def _all_reduce(self, sums: torch.Tensor, row_sums: dict[int, dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Add the layers' sums over all shards, and with them, in place, the sums of rows that are cut."""
+        measured = [(self.plan.rows[group], totals) for group, named in row_sums.items() for totals in named.values()]
+        if not measured:
+            return self.layout.reduce(sums)
+        columns = [sums.reshape(-1), *(rows.take_cut(totals) for rows, totals in measured)]
+        every_layer = torch.arange(sums.shape[1], device=sums.device).repeat(len(sums))
+        owners = torch.cat([every_layer, *(rows.slot_layers for rows, _ in measured)])
+        packed = self.layout.reduce(torch.cat(columns).unsqueeze(0), owners).squeeze(0)
+        of_layers, *cut = packed.split([len(column) for column in columns])
+        for (rows, totals), completed in zip(measured, cut, strict=True):
+            rows.put_cut(totals, completed)
+        return of_layers.view(sums.shape)
 
     def _add_up(self, parts: list[list[torch.Tensor]], layers: list[int]) -> torch.Tensor:
         """Sum the pieces' values per layer, shape (rows, layers), in a fixed order."""
         device = self.layout.device
-        values = torch.cat([torch.stack([value.reshape(-1).to(device) for value in row]) for row in parts], dim=1)
+        # Shards lie in the order of their tensors, which need not be the layers' order.
+        by_layer = sorted(range(len(layers)), key=layers.__getitem__)
+        values = torch.cat(
+            [torch.stack([row[index].reshape(-1).to(device) for index in by_layer]) for row in parts], dim=1
+        )
         counts = torch.bincount(torch.tensor(layers), minlength=len(self.layout.layers)).to(device)
         return torch.segment_reduce(values, "sum", lengths=counts, axis=0, initial=0.0).T.contiguous()
 
@@ -343,7 +398,10 @@ class _Step:
     def _table(self, group: int, layers: range) -> LayerTable:
         state = {name: vector[layers.start : layers.stop] for name, vector in self.layer_state.items()}
         layer_list = list(self.layout.layers[layers.start : layers.stop])
-        return LayerTable(layer_list, self.optimizer.param_groups[group], self.layout.device, state)
+        options = self.optimizer.param_groups[group]
+        table = LayerTable(layer_list, options, self.layout.device, state, self.layout.gradient_norm)
+        table.rows = self.plan.rows.get(group)
+        return table
 
     def _report(self) -> None:
         key = tuple(id(tensor) for tensor in self.layout.tensors)
