@@ -16,7 +16,8 @@ Read from DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,15 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers.data_parallel import DataParallel, attribute_of
 from trustratio.optimizers.layout import Layer, Layout, LayoutError, Shard, register_backend
 
 __all__ = ["DeepSpeedBackend"]
@@ -68,6 +72,19 @@ class DeepSpeedBackend:
         if any(flat is None for _, _, flat in described):
             return None
         return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
+
+    def data_parallel(self, optimizer: Any) -> DataParallel | None:
+        """Return the engine's data-parallel group and its count of skipped steps, None without an engine."""
+        for candidate in gc.get_objects():
+            if issubclass(type(candidate), DeepSpeedEngine) and _steps_with(candidate, optimizer):
+                return DataParallel(candidate.seq_data_parallel_group, attribute_of(candidate, "skipped_steps"))
+        return None
+
+
+def _steps_with(engine: DeepSpeedEngine, optimizer: Any) -> bool:
+    # An engine under construction, or one that was destroyed, lacks these attributes.
+    inner = vars(engine).get("optimizer")
+    return inner is not None and (inner is optimizer or getattr(inner, "optimizer", None) is optimizer)
 
 
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
@@ -171,7 +188,7 @@ def _layout(
         base = len(layers)
         for index, (parameter, shape) in enumerate(flat.parameters):
             name = optimizer.parameter_name(parameter) or names.get(parameter) or f"{carrier}.{index}"
-            layers.append(Layer(name, shape, carrier))
+            layers.append(Layer(name, shape, carrier, parameter))
         shards.extend(Shard(base + index, start, offset, length) for index, start, offset, length in flat.runs)
         if flat.process_group is not None:
             cut.setdefault(id(flat.process_group), (flat.process_group, []))[1].extend(range(base, len(layers)))
@@ -184,7 +201,55 @@ def _layout(
         shards=tuple(shards),
         reductions=tuple((process_group, tuple(indices)) for process_group, indices in cut.values()),
         clips_with="gradient_clipping in the DeepSpeed config" if sharded else None,
+        gradient_norm=_gradient_norm(kind, wrapper),
     )
+
+
+def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer) -> Callable[[], torch.Tensor] | None:
+    """How to learn the norm of the whole model's gradient; None where one `step()` call sees the whole model."""
+    in_parts = isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3))
+    if getattr(wrapper, "has_moe_layers", False):
+        problem = "does not compute it exactly for mixture-of-experts layers"
+    elif in_parts and wrapper.torch_autocast_gradscaler:
+        problem = "leaves the loss scale to torch's GradScaler: use bf16, or the fp16 section of the DeepSpeed config"
+    elif not in_parts and _is_model_parallel(wrapper):
+        problem = "steps with only this rank's part of a model-parallel model: use ZeRO-1, 2 or 3"
+    elif in_parts:
+        reference = weakref.ref(wrapper)
+        return lambda: _norm_at_step(kind, reference())
+    else:
+        return None
+    return lambda: _unknown_norm(kind, problem)
+
+
+def _unknown_norm(kind: str, problem: str) -> torch.Tensor:
+    raise LayoutError(f"this optimizer needs the norm of the whole model's gradient, but {kind} {problem}")
+
+
+def _is_model_parallel(wrapper: DeepSpeedOptimizer) -> bool:
+    mpu = getattr(wrapper, "mpu", None)
+    return mpu is not None and mpu.get_model_parallel_world_size() > 1
+
+
+def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
+    """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
+    if wrapper._global_grad_norm is None:
+        return _unknown_norm(kind, "does not compute it: set zero_optimization.compute_grad_norm to true")
+    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
+    if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
+        # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
+        norm = norm / wrapper.loss_scaler.scale_factor
+    if wrapper.clip_grad > 0:
+        norm = norm / ((norm + 1e-6) / wrapper.clip_grad).clamp(min=1.0)
+    return norm
+
+
+def _loss_scale_just_grew(wrapper: DeepSpeedZeroOptimizer) -> bool:
+    """Whether this step has raised the dynamic loss scale: it was not skipped, and a window is full."""
+    scaler = wrapper.loss_scaler
+    if wrapper.custom_loss_scaler or not isinstance(scaler, DynamicLossScaler):
+        return False
+    return (scaler.cur_iter - 1 - scaler.last_overflow_iter) % scaler.scale_window == 0
 
 
 _backend = DeepSpeedBackend()

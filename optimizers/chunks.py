@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from .layout import Layout
+
+if TYPE_CHECKING:
+    from .rows import Rows
 
 __all__ = ["Chunk", "ChunkView", "Summand", "counts", "cut_into_chunks", "squares", "values"]
 
@@ -137,7 +141,8 @@ class ChunkView:
 
     `x.w` and `x.g` are the weights and the gradient, flat, in fp32 (fp64 for fp64 parameters). Element-wise state is
     read by its name, e.g. `x.exp_avg`, and may be updated in place: the view holds a scratch copy until `store`.
-    `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements.
+    `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements, and
+    `x.of_rows(vector)` one with a number per row, in groups whose rows are measured.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class ChunkView:
         gradients: Sequence[torch.Tensor | None],
         state: Mapping[str, Sequence[torch.Tensor]],
         first_layer: int,
+        rows: Rows | None = None,
         *,
         in_place: bool,
     ):
@@ -158,12 +164,14 @@ class ChunkView:
             gradients: Their flat gradients; None counts as zero.
             state: Flat element-wise state by name.
             first_layer: Index of the group's first layer in the layout.
+            rows: The group's rows, where they are measured.
             in_place: Update state where it lies if no conversion or packing is needed, instead of in a scratch copy.
         """
         self._chunk = chunk
         self._weights = weights
         self._state = state
         self._first_layer = first_layer
+        self._rows = rows
         self._in_place = in_place
         self._scratch: dict[str, torch.Tensor] = {}
         self.dtype = compute_dtype(weights[chunk.pieces[0].tensor])
@@ -198,6 +206,11 @@ class ChunkView:
     def of(self, per_layer: torch.Tensor) -> torch.Tensor:
         """Spread a vector of the group's layers, shape (layers,), so that it multiplies the chunk's elements."""
         return self._chunk.spread(per_layer, self._first_layer, self.dtype)
+
+    def of_rows(self, per_row: torch.Tensor) -> torch.Tensor:
+        """Spread a vector of the group's rows on this rank, shape (rows,), over the chunk's elements."""
+        assert self._rows is not None, "the optimizer's has_rows() is False for this group"
+        return self._rows.spread(per_row, self._chunk, self.dtype)
 
     def store(self, change: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Subtract `change` from the weights and keep the updated state.

@@ -6,11 +6,14 @@ that no step waits for the host.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .layout import Layer
+
+if TYPE_CHECKING:
+    from .rows import Rows
 
 __all__ = ["LayerTable", "safe_ratio"]
 
@@ -20,20 +23,29 @@ class LayerTable:
 
     Any attribute that an algorithm assigns is such a vector. Three are set by the step: the per-layer state of the
     algorithm (its new value is kept for layers that have a gradient), `adapt`, and the sums that a phase returned.
-    `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it.
+    `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it. In groups whose rows are measured,
+    `rows` tells which of them this rank holds, and `row_norm` has one entry for each.
     """
 
     def __setattr__(self, name: str, vector: Any) -> None:
         self.__dict__[name] = vector
 
     def __init__(
-        self, layers: list[Layer], group: dict[str, Any], device: torch.device, state: dict[str, torch.Tensor]
+        self,
+        layers: list[Layer],
+        group: dict[str, Any],
+        device: torch.device,
+        state: dict[str, torch.Tensor],
+        gradient_norm: Callable[[], torch.Tensor] | None = None,
     ):
         self.layers = layers
         self.adapt = torch.tensor([adapts(layer, group["adapt"]) for layer in layers], device=device)
         self.trust_ratio = torch.ones(len(layers), dtype=torch.float64, device=device)
+        self._gradient_norm = gradient_norm
         self._totals: dict[str, torch.Tensor] = {}
         self._model_totals: dict[str, torch.Tensor] = {}
+        self._row_totals: dict[str, torch.Tensor] = {}
+        self.rows: Rows | None = None
         self.__dict__.update(state)
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -43,6 +55,14 @@ class LayerTable:
         """Take a reduced sum of a phase: per layer of this group, and over all layers of the step that measured it."""
         self._totals[name] = totals
         self._model_totals[name] = model_total
+
+    def receive_rows(self, name: str, totals: torch.Tensor) -> None:
+        """Take a sum of a phase over each row that this rank holds, complete also where the row is cut."""
+        self._row_totals[name] = totals
+
+    def row_norm(self, name: str) -> torch.Tensor:
+        """L2 norm of each row, shape (rows,), if the phase summed squares."""
+        return self._row_totals[name].sqrt()
 
     def total(self, name: str) -> torch.Tensor:
         """Each layer's sum over all its shards, as named by the phase; shape (bins, layers) for a histogram."""
@@ -55,6 +75,15 @@ class LayerTable:
     def model_norm(self, name: str) -> torch.Tensor:
         """L2 norm over all layers of all groups in this step, shape ()."""
         return self._model_totals[name].sqrt()
+
+    def model_gradient_norm(self) -> torch.Tensor:
+        """L2 norm of the whole model's gradient, shape (); needs the sum "g" of every group.
+
+        Asks the wrapper where a step does not see the whole model.
+        """
+        if self._gradient_norm is None:
+            return self.model_norm("g")
+        return self._gradient_norm().to(self.adapt.device, torch.float64)
 
     def has_gradient(self) -> torch.Tensor:
         """Which layers have a gradient that is not zero everywhere."""

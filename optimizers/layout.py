@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from math import prod
@@ -33,11 +33,13 @@ class Layer:
         name: The parameter's name, or "group.index" where no names were given.
         shape: The whole layer's shape, never the shard's (`ds_shape` under ZeRO-3).
         tensor: Index into `Layout.tensors` of the local tensor that carries the layer, on ranks without a shard too.
+        parameter: The model's own parameter, where the backend knows it.
     """
 
     name: str
     shape: tuple[int, ...]
     tensor: int
+    parameter: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -75,6 +77,8 @@ class Layout:
         reductions: Process groups over which a layer's sums are added, each with the indices of the layers that are
             cut over it. Empty when every layer is whole on this rank.
         clips_with: Set where the wrapper clips gradients itself: the setting to use instead of an optimizer's own.
+        gradient_norm: Set where one `step()` call does not see the whole model: returns the L2 norm of the whole
+            model's gradient as it reaches `step()`, after clipping.
     """
 
     backend: str
@@ -84,16 +88,18 @@ class Layout:
     shards: tuple[Shard, ...]
     reductions: tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...] = ()
     clips_with: str | None = None
+    gradient_norm: Callable[[], torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device if self.tensors else torch.device("cpu")
 
-    def reduce(self, sums: torch.Tensor) -> torch.Tensor:
+    def reduce(self, sums: torch.Tensor, layer_of_column: torch.Tensor | None = None) -> torch.Tensor:
         """Add `sums` over all shards of each layer: one all-reduce per process group, however many layers.
 
         Args:
             sums: fp64, shape (rows, layers), this rank's share.
+            layer_of_column: The layer that each column belongs to, where there is not one column per layer.
 
         Returns:
             The same tensor on every rank of the group, shape (rows, layers).
@@ -101,9 +107,12 @@ class Layout:
         for process_group, layers in self.reductions:
             if dist.get_world_size(process_group) == 1:
                 continue
-            whole = len(layers) == sums.shape[1]
-            columns = slice(None) if whole else torch.tensor(layers, device=sums.device)
-            packed = sums[:, columns].to(_reduction_device(process_group, sums.device)).contiguous()
+            columns: Any = slice(None)
+            if len(layers) < len(self.layers):
+                columns = torch.tensor(layers, device=sums.device)
+                if layer_of_column is not None:
+                    columns = torch.isin(layer_of_column, columns)
+            packed = sums[:, columns].to(reduction_device(process_group, sums.device)).contiguous()
             dist.all_reduce(packed, group=process_group)
             sums[:, columns] = packed.to(sums.device)
         return sums
@@ -205,7 +214,7 @@ def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]
         backend="unsharded",
         tensors=tuple(tensor for _, tensor in whole),
         groups=tuple(group for group, _ in whole),
-        layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i) for i, (_, tensor) in enumerate(whole)),
+        layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(whole)),
         shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(whole)),
     )
 
@@ -235,7 +244,7 @@ def _listing(items: Sequence[str], shown: int = 5) -> str:
     return "; ".join(items[:shown]) + rest
 
 
-def _reduction_device(process_group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
+def reduction_device(process_group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
     """Where the group's collectives work: `preferred`, or its own device when NCCL meets offloaded CPU state."""
     supported = process_group._device_types
     if any(device.type == preferred.type for device in supported):

@@ -1,0 +1,82 @@
+"""Which processes feed their own samples into one gradient, for what is counted or measured over samples.
+
+A layout tells over which processes a layer is cut. That need not be the processes that see different samples: under
+DDP nothing is cut, and yet every rank has a micro-batch of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from .layout import _backends, reduction_device
+
+__all__ = ["DataParallel", "find_data_parallel"]
+
+
+def _none_skipped() -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """The data-parallel side of a training run.
+
+    Attributes:
+        process_group: The ranks whose gradients are averaged; None for one process, or a wrapper that is not known.
+        skipped_steps: Counts the updates that the wrapper has dropped so far, e.g. after an fp16 overflow.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    skipped_steps: Callable[[], int] = _none_skipped
+
+    def add(self, counts: torch.Tensor) -> None:
+        """Add `counts` over the ranks, in place: one all-reduce if there are several."""
+        if self.process_group is None or dist.get_world_size(self.process_group) == 1:
+            return
+        packed = counts.to(reduction_device(self.process_group, counts.device))
+        dist.all_reduce(packed, group=self.process_group)
+        counts.copy_(packed)
+
+
+def find_data_parallel(optimizer: Any) -> DataParallel:
+    """Find the wrapper that averages the gradients of the optimizer's parameters.
+
+    Args:
+        optimizer: A `LayerwiseOptimizer`; its model may have been wrapped since it was constructed.
+
+    Returns:
+        What the wrapper says; this process alone if there is none.
+    """
+    for backend in _backends.load():
+        describe = getattr(backend, "data_parallel", None)
+        found = describe(optimizer) if describe is not None else None
+        if found is not None:
+            return found
+    return DataParallel(_ddp_process_group(optimizer))
+
+
+def _ddp_process_group(optimizer: Any) -> dist.ProcessGroup | None:
+    """The process group of the DDP module that holds the parameters. DDP leaves no reference to itself on them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    for candidate in gc.get_objects():
+        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
+        if issubclass(type(candidate), DistributedDataParallel) and any(
+            map(optimizer.was_given, candidate.parameters())
+        ):
+            return candidate.process_group
+    return None
+
+
+def attribute_of(owner: Any, name: str) -> Callable[[], int]:
+    """Return a function that reads an integer attribute, without keeping its owner alive; 0 once it is gone."""
+    reference = weakref.ref(owner)
+    return lambda: int(getattr(reference(), name, 0))
