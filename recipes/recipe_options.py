@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides, is_override, load_config, set_field
-from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.recipe_errors import RecipeError, unknown_name
 from trustratio.recipes.recipe_presets import DEFAULT_PRESET, PRESETS, get_preset
 from trustratio.recipes.run_folder import CONFIG, find_checkpoint, run_of
 
@@ -61,13 +62,17 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     """Parse and resolve a command line.
 
     Raises:
-        RecipeError: unknown preset or field, malformed override, missing checkpoint.
-        SystemExit: argparse's own, for unknown flags and --help.
+        RecipeError: unknown flag, preset or field, malformed value or override, missing checkpoint.
+        SystemExit: for --help.
     """
-    options = _parser().parse_args(arguments)
+    # Overrides may stand anywhere, which argparse's positional arguments may not: they are what it does not know.
+    options, rest = _parser().parse_known_args(arguments)
+    for text in rest:
+        if text.startswith("-"):
+            raise unknown_name("option", text.partition("=")[0], _known_flags())
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]
-    overrides = [text for text in options.data or [] if is_override(text)] + options.overrides
+    overrides = [text for text in options.data or [] if is_override(text)] + rest
     checkpoint = find_checkpoint(Path(options.resume)) if options.resume else None
     config = _base(options.preset, checkpoint)
     given = {text.partition("=")[0].strip() for text in overrides}
@@ -104,17 +109,28 @@ def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
     return get_preset(DEFAULT_PRESET)
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage and exiting, which every rank would do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; --help lists the options")
+
+
+def _known_flags() -> list[str]:
+    return [flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _parser() -> _Parser:
     presets = "\n".join(f"  {name}: {preset.description}" for name, preset in PRESETS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deepspeed [--num_gpus N] recipes/bert.py",
-        description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO.",
+        description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO. "
+        "Besides the options, any number of overrides section.field=value, e.g. model.layers=4.",
         epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\n\nExit status of a rank: 0 when finished, or "
         "stopped by a signal with a checkpoint written; 2 for bad input.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.field=value", help="e.g. model.layers=4")
     parser.add_argument("--preset", help="named configuration")
     parser.add_argument("--data", nargs="+", metavar="SOURCE", help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT]")
     for flag, (_, _, kind, text) in _FLAGS.items():

@@ -41,12 +41,14 @@ def test_presets_are_valid_and_survive_json(name):
 
 def test_flags_and_dotted_overrides_resolve_in_order():
     run = check(
-        "--preset", "adamw-tiny", "--lr", "0.5", "--data", "hf:a", "optimizer.lr=0.25", "optimizer.betas=[0.8,0.9]"
+        *("model.layers=3", "--preset", "adamw-tiny", "--lr", "0.5", "--data", "hf:a"),
+        *("optimizer.lr=0.25", "optimizer.betas=[0.8,0.9]"),
     )
     config = run.config
     assert (config.optimizer.name, config.optimizer.lr) == ("adamw", 0.25)
     assert config.optimizer.options == {"betas": [0.8, 0.9]}
     assert config.data.sources == ("hf:a",)
+    assert config.model.layers == 3
     assert config.training.precision == "fp32"
     assert check("optimizer.eps=1e-4", "--local_rank=1").config.optimizer.options == {"eps": 1e-4}
 
@@ -75,6 +77,9 @@ def test_the_batch_line():
         (("--data", "/no/such/file.txt"), r"'/no/such/file.txt' does not exist"),
         (("--data", "optimizer.lr=0.1"), r"--data names no file"),
         (("model.layer=3",), r"unknown field of model 'layer'; nearest: layers"),
+        (("--learning_rte", "1"), r"unknown option '--learning_rte'; .*--lr"),
+        (("--micro_bach=3",), r"unknown option '--micro_bach'; nearest: --micro_batch"),
+        (("--steps", "many"), r"argument --steps: invalid int value: 'many'; --help lists"),
         (("modle.layers=3",), r"unknown configuration section 'modle'; nearest: model"),
         (("layers=3",), r"not of the form section.field=value"),
         (("model.layers=two",), r"model.layers takes a value of type int, given was 'two'"),
