@@ -7,6 +7,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cowclip import CowClip
 from .lamb import LAMB, LAMBC
 from .lars import LARS
 from .layerwise import LayerwiseOptimizer
@@ -65,6 +66,12 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "Fong, Chen, Chen 2020, arXiv 2011.13584",
         collectives=1,
         variants=({"trust_clip": 0.5, "bias_correction": False},),
+    ),
+    "cowclip": OptimizerEntry(
+        CowClip,
+        "Zheng et al. 2022, arXiv 2204.06240",
+        collectives=1,
+        variants=({"weight_decay": 0.1, "betas": (0.8, 0.99)},),
     ),
 }
 

@@ -86,7 +86,47 @@ def lambc(
     return lamb(w, g, state, trust_bounds=(0.0, trust_clip), **options)
 
 
-REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {"lars": lars, "lamb": lamb, "lambc": lambc}
+def cowclip(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    ratio: float = 1.0,
+    zeta: float = 1e-5,
+    threshold: str = "code",
+    cowclip: bool = False,
+    counts: list[int] | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    d = g + weight_decay * w
+    if cowclip:
+        assert counts is not None
+        rows = []
+        for row, w_row, n in zip(d, w, counts, strict=True):
+            n = max(n, 1)
+            if threshold == "code":
+                bound = ratio * n * max(w_row.norm().item(), ratio * math.sqrt(w.shape[1]) * zeta)
+            else:
+                bound = n * max(ratio * w_row.norm().item(), zeta)
+            rows.append(row * (bound / max(row.norm().item(), bound)) if bound > 0 else torch.zeros_like(row))
+        d = torch.stack(rows)
+    m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * d
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * d * d
+    state["m"], state["v"] = m, v
+    return w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps), 1.0
+
+
+REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
+    "lars": lars,
+    "lamb": lamb,
+    "lambc": lambc,
+    "cowclip": cowclip,
+}
 
 
 def run_reference(
