@@ -94,11 +94,11 @@ class LAMB(LayerwiseOptimizer):
         check_flag("grad_averaging", group["grad_averaging"])
         if group["max_grad_norm"] is not None:
             check_range("max_grad_norm", group["max_grad_norm"], 0.0, low_open=True)
-            if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
-                raise ValueError(
-                    "max_grad_norm clips the whole model, so every group must have the constructor's "
-                    f"{self.defaults['max_grad_norm']!r}, got {group['max_grad_norm']!r} in one"
-                )
+        if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
+            raise ValueError(
+                "max_grad_norm clips the whole model, so every group must have the constructor's "
+                f"{self.defaults['max_grad_norm']!r}, got {group['max_grad_norm']!r} in one"
+            )
         if len(group["trust_bounds"]) != 2:
             raise ValueError(f"trust_bounds must be (low, high), got {group['trust_bounds']!r}")
         low, high = group["trust_bounds"]

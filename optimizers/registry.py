@@ -9,8 +9,13 @@ from typing import Any
 
 from .cowclip import CowClip
 from .lamb import LAMB, LAMBC
+from .lans import LANS
 from .lars import LARS
 from .layerwise import LayerwiseOptimizer
+from .mclr import MCLR
+from .novograd import NovoGrad
+from .sngm import SNGM
+from .tvlars import TVLARS
 
 __all__ = ["OPTIMIZERS", "OptimizerEntry", "create_optimizer"]
 
@@ -72,6 +77,40 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "Zheng et al. 2022, arXiv 2204.06240",
         collectives=1,
         variants=({"weight_decay": 0.1, "betas": (0.8, 0.99)},),
+    ),
+    "lans": OptimizerEntry(
+        LANS,
+        "Zheng et al. 2020, arXiv 2006.13484",
+        collectives=2,
+        variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.8, 0.9)}),
+    ),
+    "novograd": OptimizerEntry(
+        NovoGrad,
+        "Ginsburg et al. 2019, arXiv 1905.11286",
+        collectives=1,
+        variants=({"grad_averaging": True, "lr": 0.5}, {"betas": (0.8, 0.5), "eps": 0.01}),
+    ),
+    "sngm": OptimizerEntry(
+        SNGM,
+        "Zhao, Xie, Li 2020, arXiv 2007.13985",
+        collectives=1,
+        variants=({"momentum": 0.0}, {"momentum": 0.5, "weight_decay": 0.0}),
+    ),
+    "tvlars": OptimizerEntry(
+        TVLARS,
+        "Do et al. 2023, arXiv 2309.14053",
+        collectives=1,
+        variants=(
+            {"form": "released"},
+            {"decay": 0.7, "delay": 3, "alpha": 0.5, "floor": 0.01},
+            {"momentum": 0.0, "adapt": True},
+        ),
+    ),
+    "mclr": OptimizerEntry(
+        MCLR,
+        "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
+        collectives=4,
+        variants=({"momentum": 0.0, "eps": 0.1}, {"adapt": True}),
     ),
 }
 

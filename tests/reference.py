@@ -86,6 +86,119 @@ def lambc(
     return lamb(w, g, state, trust_bounds=(0.0, trust_clip), **options)
 
 
+def lans(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    normalize_grad: bool = True,
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    if normalize_grad:
+        g = g / g.norm()
+    m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
+    state["m"], state["v"] = m, v
+    d = (v / (1 - beta2**t)).sqrt() + eps
+    u_m = m / (1 - beta1**t) / d + weight_decay * w
+    u_g = g / d + weight_decay * w
+    ratio_m = ratio_g = 1.0
+    if is_adapted(w, adapt) and w.norm() > 0:
+        ratio_m = (w.norm() / u_m.norm()).item() if u_m.norm() > 0 else 1.0
+        ratio_g = (w.norm() / u_g.norm()).item() if u_g.norm() > 0 else 1.0
+    return w - lr * (beta1 * ratio_m * u_m + (1 - beta1) * ratio_g * u_g), ratio_m
+
+
+def novograd(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.95, 0.98),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_averaging: bool = False,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    squared = g.square().sum()
+    v = beta2 * state["v"] + (1 - beta2) * squared if "v" in state else squared
+    d = g / (v.sqrt() + eps) + weight_decay * w
+    if grad_averaging:
+        d = (1 - beta1) * d
+    m = beta1 * state["m"] + d if "m" in state else d
+    state["v"], state["m"] = v, m
+    return w - lr * m, 1.0
+
+
+def sngm(
+    w: Tensor, g: Tensor, state: dict[str, Any], *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+) -> tuple[Tensor, float]:
+    u = momentum * state.get("u", torch.zeros_like(w)) + (g + weight_decay * w) / state["model_gradient_norm"]
+    state["u"] = u
+    return w - lr * u, 1.0
+
+
+def tvlars(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.001,
+    decay: float = 0.01,
+    delay: float = 0,
+    alpha: float = 1.0,
+    floor: float = 0.0,
+    form: str = "paper",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    t = state["t"] = state.get("t", 0) + 1
+    d = g + weight_decay * w
+    w_norm, g_norm, d_norm = w.norm().item(), g.norm().item(), d.norm().item()
+    q = 1.0
+    if is_adapted(w, adapt) and w_norm > 0 and g_norm > 0 and d_norm > 0:
+        if form == "released":
+            q = trust_coefficient / (0.1 + math.exp(decay * t)) * min(w_norm, 10) / min(d_norm, 10)
+        else:
+            phi = 1 / (alpha + math.exp(decay * (t - delay))) + floor
+            q = trust_coefficient * phi * w_norm / (g_norm + weight_decay * w_norm)
+    v = momentum * state.get("v", torch.zeros_like(w)) + q * d
+    state["v"] = v
+    return w - lr * v, q
+
+
+def mclr(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    steps = sorted(
+        abs(a) / (abs(b) + weight_decay * abs(a) + eps)
+        for a, b in zip(w.flatten().tolist(), g.flatten().tolist(), strict=True)
+        if b != 0
+    )
+    median = steps[(len(steps) - 1) // 2]
+    q = median if is_adapted(w, adapt) and median > 0 else 1.0
+    v = momentum * state.get("v", torch.zeros_like(w)) + lr * q * (g + weight_decay * w)
+    state["v"] = v
+    return w - v, q
+
+
 def cowclip(
     w: Tensor,
     g: Tensor,
@@ -125,6 +238,11 @@ REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "lars": lars,
     "lamb": lamb,
     "lambc": lambc,
+    "lans": lans,
+    "novograd": novograd,
+    "sngm": sngm,
+    "tvlars": tvlars,
+    "mclr": mclr,
     "cowclip": cowclip,
 }
 
@@ -153,11 +271,13 @@ def run_reference(
     ratios: list[dict[str, float]] = []
     for step in gradients:
         g64 = {layer: g.double() for layer, g in step.items() if g.any()}
-        if max_norm is not None:
-            norm = math.sqrt(sum(g.square().sum().item() for g in g64.values()))
-            g64 = {layer: g / max(1.0, norm / max_norm) for layer, g in g64.items()}
+        norm = math.sqrt(sum(g.square().sum().item() for g in g64.values()))
+        if max_norm is not None and norm > max_norm:
+            g64 = {layer: g * max_norm / norm for layer, g in g64.items()}
+            norm = max_norm
         ratios.append({})
         for layer, g in g64.items():
+            states[layer]["model_gradient_norm"] = norm
             weights[layer], ratios[-1][layer] = REFERENCES[name](weights[layer], g, states[layer], **options[layer])
     return weights, ratios
 

@@ -1,0 +1,124 @@
+"""LANS: LAMB with per-layer normalised gradients and a Nesterov-like second direction (Zheng et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .chunks import ChunkView, Summand, squares
+from .hyperparameters import check_betas, check_flag, check_range
+from .layers import LayerTable, safe_ratio
+from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+
+__all__ = ["LANS"]
+
+
+class LANS(LayerwiseOptimizer):
+    r"""LAMB of the normalised gradient, whose momentum and whose gradient are scaled by a ratio each.
+
+    With g the layer's gradient divided by its norm:
+
+        m ← β₁m + (1-β₁)g                v ← β₂v + (1-β₂)g²
+        d = √(v/(1-β₂ᵗ)) + ε
+        u_m = (m/(1-β₁ᵗ)) / d + λw       u_g = g / d + λw
+        w ← w - lr · [ β₁ (‖w‖/‖u_m‖) u_m + (1-β₁) (‖w‖/‖u_g‖) u_g ]
+
+    u_g has no bias correction of its own. Every layer's gradient is normalised, adapted or not, so no clipping is
+    needed. A ratio is 1 where either of its norms is zero and for layers that are not adapted.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: Learning rate ≥ 0; a float or a tensor.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: ε ≥ 0, outside the root.
+        weight_decay: λ ≥ 0, inside both directions.
+        normalize_grad: False uses the gradient as it is and saves one of the two all-reduces.
+        adapt: Which layers the ratios scale: all (True, as the authors' code does), none (False), or those of two or
+            more dimensions (None). Also a group option.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    State: ``exp_avg``, ``exp_avg_sq`` (per element, fp32), ``step``. Sums per step: ‖g‖², then ‖w‖², ‖u_m‖², ‖u_g‖²,
+    two all-reduces if sharded. ``trust_ratios()`` reports the ratio of the momentum's direction, ‖w‖/‖u_m‖.
+
+    Source: the authors' fused kernel (szhengac/apex, csrc/multi_tensor_lans.cu), which this follows term by term; the
+    paper is arXiv 2006.13484. That code's default is ``normalize_grad=True``, a later copy of it has False.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        normalize_grad: bool = True,
+        *,
+        adapt: bool | None = None,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "normalize_grad": normalize_grad,
+                "adapt": adapt,
+            },
+        )
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_betas(group["betas"])
+        check_range("eps", group["eps"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+        check_flag("normalize_grad", group["normalize_grad"])
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        beta1, beta2 = group["betas"]
+        layers.step = layers.step + 1
+        layers.correction1 = 1 - beta1**layers.step
+        layers.correction2 = 1 - beta2**layers.step
+        layers.g_norm = torch.ones_like(layers.step)
+        if group["normalize_grad"]:
+            yield self.gradient_norms
+            layers.g_norm = torch.where(layers.has_gradient(), layers.norm("g"), layers.g_norm)
+        yield self.norms
+        w_norm = layers.norm("w")
+        layers.trust_ratio = safe_ratio(w_norm, layers.norm("u_m"), layers.adapt)
+        layers.gradient_ratio = safe_ratio(w_norm, layers.norm("u_g"), layers.adapt)
+
+    @sums_over_layers("g")
+    def gradient_norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return (squares(x.g),)
+
+    @sums_over_layers("w", "u_m", "u_g", "g")
+    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        u_m, u_g = self.directions(group, layers, x)
+        return squares(x.w), squares(u_m), squares(u_g), squares(x.g)
+
+    def directions(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[torch.Tensor, torch.Tensor]:
+        """u_m and u_g, with both moments updated in place."""
+        beta1, beta2 = group["betas"]
+        g = x.g / x.of(layers.g_norm)
+        m = x.exp_avg.mul_(beta1).add_(g, alpha=1 - beta1)
+        v = x.exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        d = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
+        u_m = (m / x.of(layers.correction1)).div_(d).add_(x.w, alpha=group["weight_decay"])
+        u_g = g.div_(d).add_(x.w, alpha=group["weight_decay"])
+        return u_m, u_g
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """W's decrease: both directions, each with its ratio, mixed by β₁."""
+        beta1, _ = group["betas"]
+        u_m, u_g = self.directions(group, layers, x)
+        u_m.mul_(beta1 * x.of(layers.trust_ratio)).add_(u_g.mul_((1 - beta1) * x.of(layers.gradient_ratio)))
+        return u_m.mul_(group["lr"])

@@ -1,0 +1,100 @@
+"""NovoGrad: momentum of gradients normalised per layer by their running norm (Ginsburg et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .chunks import ChunkView, Summand, squares
+from .hyperparameters import check_betas, check_flag, check_range
+from .layers import LayerTable
+from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+
+__all__ = ["NovoGrad"]
+
+
+class NovoGrad(LayerwiseOptimizer):
+    r"""SGD with momentum over gradients that are divided by a running norm of their layer.
+
+    The second moment v is one number per layer:
+
+        v ← ‖g‖²  in the layer's first step, then  v ← β₂v + (1-β₂)‖g‖²
+        m ← β₁m + [ g / (√v + ε) + λw ]          the bracket times (1-β₁) with ``grad_averaging``
+        w ← w - lr · m
+
+    Normalisation applies to every layer, biases included. There is no trust ratio: ``trust_ratios()`` is 1 for all.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: Learning rate ≥ 0; a float or a tensor.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: ε ≥ 0, outside the root. (OpenSeq2Seq has it inside.)
+        weight_decay: λ ≥ 0, added after normalisation.
+        grad_averaging: Scale what is added to m by 1-β₁.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    State: ``exp_avg`` (per element, fp32); ``exp_avg_sq`` and ``step`` (per layer). The first step is told by the
+    layer's own ``step``, never by v = 0, so a layer whose gradient was zero at first starts when it gets one. Sums per
+    step: ‖g‖², one all-reduce if sharded.
+
+    Source: arXiv 1905.11286, as in NVIDIA's Jasper example and timm's ``NvNovoGrad``, with whose results it agrees.
+    apex's ``FusedNovoGrad`` computes this only with ``reg_inside_moment=True, bias_correction=False,
+    grad_averaging=False, init_zero=False``.
+    """
+
+    layer_state = ("step", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor,
+        betas: tuple[float, float] = (0.95, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_averaging: bool = False,
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "grad_averaging": grad_averaging,
+            },
+        )
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_betas(group["betas"])
+        check_range("eps", group["eps"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+        check_flag("grad_averaging", group["grad_averaging"])
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        _, beta2 = group["betas"]
+        layers.step = layers.step + 1
+        yield self.gradient_norms
+        squared = layers.total("g")
+        running = beta2 * layers.exp_avg_sq + (1 - beta2) * squared
+        layers.exp_avg_sq = torch.where(layers.step == 1, squared, running)
+        layers.denominator = layers.exp_avg_sq.sqrt() + group["eps"]
+
+    @sums_over_layers("g")
+    def gradient_norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return (squares(x.g),)
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """W's decrease: lr · m, with m updated in place."""
+        beta1, _ = group["betas"]
+        d = (x.g / x.of(layers.denominator)).add_(x.w, alpha=group["weight_decay"])
+        m = x.exp_avg.mul_(beta1).add_(d, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
+        return m * group["lr"]
