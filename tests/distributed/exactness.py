@@ -24,7 +24,13 @@ MODEL = (
 
 # Options with which five steps change the weights by an amount comparable to the weights themselves, so that fp32
 # rounding of the weights does not hide an error of the change.
-BASE_OPTIONS: dict[str, dict[str, Any]] = {"lars": {"lr": 2.0, "trust_coefficient": 0.02}}
+BASE_OPTIONS: dict[str, dict[str, Any]] = {
+    "lars": {"lr": 2.0, "trust_coefficient": 0.02},
+    "novograd": {"lr": 1.0},
+    "sngm": {"lr": 20.0},
+    "tvlars": {"lr": 2.0, "trust_coefficient": 0.04},
+    "mclr": {"lr": 0.5},
+}
 
 
 def two_groups(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
