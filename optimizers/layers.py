@@ -6,6 +6,7 @@ that no step waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
