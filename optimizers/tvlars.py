@@ -35,8 +35,8 @@ class TVLARS(LayerwiseOptimizer):
     Both: v ← μv + q·d, w ← w - lr·v. φ falls from about 1/(α + exp(-κ t_d)) to φ_min. The released φ falls to zero, so
     training stops unless κ times the number of steps is small; its bound of 10 on both norms is in no text.
 
-    t counts the updates of the layer itself; it is kept in ``step`` and equals the optimizer's step for every layer that
-    gets a gradient each time. (The released code counts calls of the optimizer.)
+    t counts the updates of the layer itself; it is kept in ``step`` and equals the number of optimizer steps for every
+    layer that gets a gradient each time. (The released code counts calls of the optimizer.)
 
     Args:
         params: Parameters, named parameters or groups.
@@ -56,7 +56,8 @@ class TVLARS(LayerwiseOptimizer):
         ValueError: If an argument is out of range, or ``form="released"`` meets a delay, an alpha or a floor, none of
             which that code has.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖g‖², ‖d‖², one all-reduce if sharded.
+    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖g‖², ‖d‖², one all-reduce if
+    sharded.
 
     Source: arXiv 2309.14053. The released form follows opt/tvlars.py of KhoiDOO/tvlars and agrees with its results.
     The paper form is unverified: φ_t is written down from second-hand accounts; its constants, the count from 1, the
