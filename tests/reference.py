@@ -282,8 +282,8 @@ def run_reference(
     return weights, ratios
 
 
-def relative_error(w: Tensor, expected: Tensor, initial: Tensor) -> float:
-    """‖w - expected‖ / ‖expected - initial‖: the error of the weight *change*."""
+def relative_error(w: Tensor, expected: Tensor, initial: Tensor, rounding: float = 0.0) -> float:
+    """‖w - expected‖ / ‖expected - initial‖: the error of the weight *change*, less `rounding` times ‖expected‖."""
     change = (expected.double() - initial.double()).norm().item()
-    error = (w.double() - expected.double()).norm().item()
+    error = max(0.0, (w.double() - expected.double()).norm().item() - rounding * expected.norm().item())
     return error if change == 0 else error / change

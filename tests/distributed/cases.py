@@ -164,7 +164,7 @@ class Model(torch.nn.Module):
 def _sharded_from_the_start(case: Case, config: dict[str, Any]) -> AbstractContextManager[Any]:
     if not case.zero_init:
         return nullcontext()
-    return deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype])
+    return deepspeed.zero.Init(config_dict_or_path=config)
 
 
 @contextmanager

