@@ -261,7 +261,7 @@ def run_reference(
         weights: Initial weights by layer name.
         gradients: Per step, the gradient of each layer; a layer that is missing or all zero is left untouched.
         options: The optimizer's options by layer name.
-        max_norm: Clip the whole model's gradient norm to this first, as a wrapper does.
+        max_norm: Clip the whole model's gradient norm to this first, as DeepSpeed does, 1e-6 included.
 
     Returns:
         The final weights by name (fp64) and, per step, the ratios of the layers that were updated.
@@ -272,9 +272,10 @@ def run_reference(
     for step in gradients:
         g64 = {layer: g.double() for layer, g in step.items() if g.any()}
         norm = math.sqrt(sum(g.square().sum().item() for g in g64.values()))
-        if max_norm is not None and norm > max_norm:
-            g64 = {layer: g * max_norm / norm for layer, g in g64.items()}
-            norm = max_norm
+        if max_norm is not None:
+            divisor = max(1.0, (norm + 1e-6) / max_norm)
+            g64 = {layer: g / divisor for layer, g in g64.items()}
+            norm = norm / divisor
         ratios.append({})
         for layer, g in g64.items():
             states[layer]["model_gradient_norm"] = norm
