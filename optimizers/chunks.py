@@ -153,6 +153,7 @@ class ChunkView:
         state: Mapping[str, Sequence[torch.Tensor]],
         first_layer: int,
         rows: Rows | None = None,
+        inputs: Mapping[str, tuple[Sequence[torch.Tensor], torch.Tensor]] | None = None,
         *,
         in_place: bool,
     ):
@@ -165,6 +166,7 @@ class ChunkView:
             state: Flat element-wise state by name.
             first_layer: Index of the group's first layer in the layout.
             rows: The group's rows, where they are measured.
+            inputs: Further flat tensors by name, which are read only, each with a factor.
             in_place: Update state where it lies if no conversion or packing is needed, instead of in a scratch copy.
         """
         self._chunk = chunk
@@ -172,6 +174,7 @@ class ChunkView:
         self._state = state
         self._first_layer = first_layer
         self._rows = rows
+        self._inputs = inputs or {}
         self._in_place = in_place
         self._scratch: dict[str, torch.Tensor] = {}
         self.dtype = compute_dtype(weights[chunk.pieces[0].tensor])
@@ -193,9 +196,13 @@ class ChunkView:
         )
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        state = self.__dict__.get("_state", {})
+        state, inputs = self.__dict__.get("_state", {}), self.__dict__.get("_inputs", {})
+        if name in inputs:
+            flats, factor = inputs[name]
+            self.__dict__[name] = scaled = self._chunk.read(flats, self.dtype)[0] * factor.to(self.dtype)
+            return scaled
         if name not in state:
-            raise AttributeError(f"a chunk has w, g and the state {list(state)}, not {name}")
+            raise AttributeError(f"a chunk has w, g, {list(inputs)} and the state {list(state)}, not {name}")
         elements, is_view = self._chunk.read(state[name], self.dtype)
         if not (is_view and self._in_place):
             elements = elements.clone() if is_view else elements

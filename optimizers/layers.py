@@ -87,8 +87,14 @@ class LayerTable:
         return self._gradient_norm().to(self.adapt.device, torch.float64)
 
     def has_gradient(self) -> torch.Tensor:
-        """Which layers have a gradient that is not zero everywhere."""
-        return self._totals["g"] != 0
+        """Which layers are updated: those whose gradient is not zero everywhere.
+
+        None, where group gradients are watched and any of them was not finite, on any rank in any layer.
+        """
+        has_gradient = self._totals["g"] != 0
+        if "not_finite" in self._totals:
+            has_gradient &= self._totals["not_finite"] == 0
+        return has_gradient
 
 
 def adapts(layer: Layer, adapt: bool | None) -> bool:

@@ -22,6 +22,7 @@ from .hyperparameters import check_choice
 from .layers import LayerTable
 from .layout import Layout, LayoutError, resolve_layout
 from .rows import Rows
+from .statistics import GradientStatistics
 
 __all__ = ["LayerwiseOptimizer", "Stage", "sums_over_layers", "sums_over_rows"]
 
@@ -76,6 +77,12 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     layer_state: ClassVar[tuple[str, ...]] = ("step",)
     """State with one number per layer, zero at first. `step` counts the updates of the layer."""
+
+    group_statistics: ClassVar[str | None] = None
+    """What is kept of the groups' gradients: None, "norms" per layer, or "squares" per element besides."""
+
+    statistics: GradientStatistics | None
+    """Sees the groups' gradients, where they are wanted. See `collect_group_norms`."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         self._forget()
@@ -138,6 +145,23 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             _Step(self, plan).run()
         return loss
 
+    def collect_group_norms(self) -> None:
+        """Keep norms of the gradients of single groups (one rank's one micro-batch) from the next backward on.
+
+        For diagnostics such as `noise_scale.gradient_noise`; CLARS and the VR optimizers do so themselves. Call it on
+        all ranks.
+        """
+        if self.statistics is None:
+            self.statistics = GradientStatistics(self, squares=False)
+            for parameter in list(self._names):
+                self.statistics.watch(parameter)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as in torch.optim, and with them what was kept of the groups' gradients."""
+        super().zero_grad(set_to_none)
+        if self.statistics is not None:
+            self.statistics.discard()
+
     def trust_ratios(self) -> dict[str, float]:
         """Each layer's ratio in the last step: 1.0 where it was not adapted, had no gradient, or where there is none.
 
@@ -175,8 +199,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _remember(self, group: dict[str, Any]) -> None:
         names = group.get("param_names") or [None] * len(group["params"])
         self._names.update(WeakIdKeyDictionary(dict(zip(group["params"], names, strict=False))))
+        if self.statistics is not None:
+            for parameter in group["params"]:
+                self.statistics.watch(parameter)
 
     def _forget(self) -> None:
+        wanted = self.group_statistics
+        self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._last_ratios: dict[tuple[int, ...], tuple[list[str], torch.Tensor]] = {}
         # Weak, so that parameters which a wrapper replaces are not kept alive.
@@ -256,9 +285,15 @@ class _Step:
         self.state = {name: self._element_state(name) for name in optimizer.element_state}
         self.layer_state = {name: self._read_layer_state(name) for name in optimizer.layer_state}
         self.tables = {group: self._table(group, layers) for group, layers in plan.group_layers.items()}
+        self.contributions: dict[str, torch.Tensor] = {}  # per layer, what this rank adds to the first sums
+        self.inputs: dict[str, tuple[list[torch.Tensor], torch.Tensor]] = {}  # per element, read only
 
     def run(self) -> None:
         self.optimizer.before_stages(self.layout)
+        if self.optimizer.statistics is not None:
+            of_groups = self.optimizer.statistics.for_step(self.layout, self.gradients)
+            self.contributions = of_groups.contributions
+            self.inputs = {} if of_groups.mean_square is None else {"mean_square": of_groups.mean_square}
         programs = {
             group: self.optimizer.stages(self.optimizer.param_groups[group], table)
             for group, table in self.tables.items()
@@ -278,7 +313,7 @@ class _Step:
     def _view(self, chunk: Chunk, *, in_place: bool) -> ChunkView:
         first = self.plan.group_layers[chunk.group].start
         rows = self.plan.rows.get(chunk.group)
-        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, in_place=in_place)
+        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, self.inputs, in_place=in_place)
 
     def _reduce(self, stages: dict[int, Stage]) -> None:
         """Measure one stage of every group that has one and add its sums over all shards of each layer."""
@@ -296,15 +331,21 @@ class _Step:
             layers.extend(chunk.layers)
             for name, part in parts.items():
                 part.extend(sums.get(name) or [zeros[name]] * len(chunk.pieces))
-        reduced = self._all_reduce(self._add_up(list(parts.values()), layers), row_sums)
+        own_sums = [self._add_up(list(parts.values()), layers)]
+        contributions, self.contributions = self.contributions, {}
+        own_sums.extend(vector.unsqueeze(0) for vector in contributions.values())
+        sizes.update(dict.fromkeys(contributions, 1))
+        reduced = self._all_reduce(torch.cat(own_sums), row_sums)
         rows = dict(zip(sizes, reduced.split(list(sizes.values())), strict=True))
         totals = {name: row[0] if sizes[name] == 1 else row for name, row in rows.items()}
         for group, stage in stages.items():
             own = self.plan.group_layers[group]
-            for name in stage.sum_sizes:  # type: ignore[attr-defined]
+            for name in (*stage.sum_sizes, *contributions):  # type: ignore[attr-defined]
                 self.tables[group].receive(name, totals[name][..., own.start : own.stop], totals[name].sum(dim=-1))
             for name, of_rows in row_sums[group].items():
                 self.tables[group].receive_rows(name, of_rows)
+        if contributions and self.optimizer.statistics is not None:
+            self.optimizer.statistics.keep(self.layout, totals)
 
     def _zero_row_sums(self, group: int, stage: Stage) -> dict[str, torch.Tensor]:
         names = getattr(stage, "row_names", ())
