@@ -245,11 +245,12 @@ def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
 
 
 def _loss_scale_just_grew(wrapper: DeepSpeedZeroOptimizer) -> bool:
-    """Whether this step has raised the dynamic loss scale: it was not skipped, and a window is full."""
+    """Whether this step, which was not skipped, has raised the dynamic loss scale."""
     scaler = wrapper.loss_scaler
     if wrapper.custom_loss_scaler or not isinstance(scaler, DynamicLossScaler):
         return False
-    return (scaler.cur_iter - 1 - scaler.last_overflow_iter) % scaler.scale_window == 0
+    stable_steps = scaler.cur_iter - scaler.last_overflow_iter - 2  # as the scaler saw it before it counted this step
+    return stable_steps > 0 and stable_steps % scaler.scale_window == 0
 
 
 _backend = DeepSpeedBackend()
