@@ -285,7 +285,7 @@ def clip_threshold(
         zeta: ζ.
         form: "code": r·n·max(‖w‖, r√D·ζ); "paper": n·max(r‖w‖, ζ), unverified.
     """
-    n = counts.clamp(min=1)
+    n = counts.clamp(min=1).to(w_norm.dtype)
     if form == "paper":
         return n * (ratio * w_norm).clamp(min=zeta)
     floor = ratio * zeta * torch.as_tensor(width, dtype=w_norm.dtype, device=w_norm.device).sqrt()
