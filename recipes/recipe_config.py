@@ -53,7 +53,7 @@ class OptimizerConfig:
     """Optimizer by name. `options` are passed to its constructor besides lr and weight decay."""
 
     name: str = "lamb"
-    lr: float = 0.01
+    lr: float = 0.02
     weight_decay: float = 0.01
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -74,9 +74,9 @@ class ScheduleConfig:
 class TrainingConfig:
     """Batch in sequences, number of optimizer steps (the schedule's length), precision, ZeRO stage and seed."""
 
-    global_batch: int = 1024
+    global_batch: int = 512
     micro_batch: int = 64
-    steps: int = 200
+    steps: int = 340
     precision: str = "auto"
     zero_stage: int = 1
     gradient_clipping: float = 1.0
@@ -89,7 +89,7 @@ class RunConfig:
 
     log_every: int = 1
     print_every: int = 10
-    validate_every: int = 25
+    validate_every: int = 20
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
 

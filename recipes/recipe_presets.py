@@ -31,12 +31,13 @@ PRESETS: dict[str, Preset] = dict(
         _named(
             "lamb-tiny",
             "2 x 128 BERT on the installed packages' documentation with LAMB: minutes on two CPU cores",
-            "learning rate chosen by measurement with this recipe",
+            "this recipe; of the learning rates 0.008, 0.02 and 0.05, 0.02 gave the lowest validation loss",
+            optimizer=OptimizerConfig(name="lamb", lr=0.02),
         ),
         _named(
             "adamw-tiny",
             "the same model, data and schedule with AdamW, as a baseline",
-            "learning rate chosen by measurement with this recipe",
+            "this recipe; the learning rate is a common one for models of this size, not tuned here",
             optimizer=OptimizerConfig(name="adamw", lr=0.002),
         ),
     ]
