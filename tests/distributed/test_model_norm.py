@@ -89,5 +89,5 @@ def test_several_sub_groups(pool: WorkerPool, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_wrapper_without_the_norm_is_refused(pool: WorkerPool, stage: int, world_size: int) -> None:
-    with pytest.raises(CaseFailed, match="set zero_optimization.compute_grad_norm to true"):
+    with pytest.raises(CaseFailed, match=r"set zero_optimization\.compute_grad_norm to true"):
         pool.run(run_case, sngm(stage, zero={"compute_grad_norm": False}))
