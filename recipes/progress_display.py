@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ class Reporter:
     def __init__(self, active: bool = True) -> None:
         """Print if `active`."""
         self.active = active
-        self.terminal = active and sys.stderr.isatty()
+        self.terminal = active and _has_width(sys.stderr)
 
     def line(self, text: str) -> None:
         """Print a line without breaking a progress bar."""
@@ -56,8 +57,8 @@ class TrainingBar:
         step = record["step"]
         rates = f"{record['sequences_per_second']:.0f} seq/s, {record['tokens_per_second']:,.0f} tok/s"
         if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {rates}", refresh=False)
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {rates}")
         elif step // self.print_every > self.last_printed // self.print_every or step == self.total:
             self.last_printed = step
             self.reporter.line(
@@ -69,6 +70,14 @@ class TrainingBar:
         """Leave the bar as it stands."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Tell a terminal that can show a bar; one without a size, as in some containers, would show nothing at all."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def clock(seconds: float) -> str:
