@@ -35,6 +35,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.data_parallel import DataParallel, attribute_of
 from trustratio.optimizers.layout import Layer, Layout, LayoutError, Shard, register_backend
+from trustratio.optimizers.statistics import GradientFlow
+
+from .deepspeed_gradients import describe_gradient_flow
 
 __all__ = ["DeepSpeedBackend"]
 
@@ -79,6 +82,11 @@ class DeepSpeedBackend:
             if issubclass(type(candidate), DeepSpeedEngine) and _steps_with(candidate, optimizer):
                 return DataParallel(candidate.seq_data_parallel_group, attribute_of(candidate, "skipped_steps"))
         return None
+
+    def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
+        """Return where gradients go between backward and step, None if they stay whole."""
+        wrapper = _find_wrapper(optimizer)
+        return None if wrapper is None else describe_gradient_flow(wrapper)
 
 
 def _steps_with(engine: DeepSpeedEngine, optimizer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Layer-wise large-batch optimizers whose trust ratios are exact under every sharding."""
 
+from .clars import CLARS
 from .cowclip import CowClip
 from .lamb import LAMB, LAMBC
 from .lans import LANS
@@ -10,9 +11,12 @@ from .mclr import MCLR
 from .novograd import NovoGrad
 from .registry import OPTIMIZERS, create_optimizer
 from .sngm import SNGM
+from .statistics import StatisticsError
 from .tvlars import TVLARS
+from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
+    "CLARS",
     "LAMB",
     "LAMBC",
     "LANS",
@@ -21,9 +25,14 @@ __all__ = [
     "OPTIMIZERS",
     "SNGM",
     "TVLARS",
+    "VRLAMB",
+    "VRLARS",
+    "VRSGD",
     "CowClip",
     "LayerwiseOptimizer",
     "LayoutError",
     "NovoGrad",
+    "StatisticsError",
+    "VRAdam",
     "create_optimizer",
 ]

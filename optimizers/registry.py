@@ -7,6 +7,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+from .clars import CLARS
 from .cowclip import CowClip
 from .lamb import LAMB, LAMBC
 from .lans import LANS
@@ -16,6 +17,7 @@ from .mclr import MCLR
 from .novograd import NovoGrad
 from .sngm import SNGM
 from .tvlars import TVLARS
+from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = ["OPTIMIZERS", "OptimizerEntry", "create_optimizer"]
 
@@ -29,12 +31,20 @@ class OptimizerEntry:
         paper: Where its equations come from.
         collectives: All-reduces per `step()` call on sharded layers, with default options.
         variants: Options that the generic tests try besides the defaults.
+        unsharded_collectives: All-reduces per `step()` call where layers are whole and samples are not (DDP, ZeRO-0).
+        group_statistics: What the optimizer takes of group gradients in backward: None, "norms" or "squares". Its step
+            needs a backward pass; squares are reduced besides what is counted here (see `GradientStatistics`).
     """
 
     optimizer_class: type[LayerwiseOptimizer]
     paper: str
     collectives: int
     variants: tuple[dict[str, Any], ...] = field(default=())
+    unsharded_collectives: int = 0
+
+    @property
+    def group_statistics(self) -> str | None:
+        return self.optimizer_class.group_statistics
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -111,6 +121,44 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
         collectives=4,
         variants=({"momentum": 0.0, "eps": 0.1}, {"adapt": True}),
+    ),
+    "clars": OptimizerEntry(
+        CLARS,
+        "Huo, Gu, Huang 2020, arXiv 2002.01576",
+        collectives=1,
+        unsharded_collectives=1,
+        variants=({"statistic": "square"}, {"statistic": "square", "momentum": 0.0, "adapt": True}),
+    ),
+    "vrsgd": OptimizerEntry(
+        VRSGD,
+        "Jiang et al. 2023, arXiv 2309.13681",
+        collectives=1,
+        unsharded_collectives=2,
+        variants=({"momentum": 0.9, "lr": 0.5}, {"gsnr_floor": 0.4}),
+    ),
+    "vradam": OptimizerEntry(
+        VRAdam,
+        "Jiang et al. 2023, arXiv 2309.13681",
+        collectives=1,
+        unsharded_collectives=2,
+        variants=({"second_moment": "mean", "gsnr_beta": 0.5}, {"gsnr_floor": 0.5, "betas": (0.8, 0.9)}),
+    ),
+    "vrlars": OptimizerEntry(
+        VRLARS,
+        "Jiang et al. 2023, arXiv 2309.13681",
+        collectives=2,
+        unsharded_collectives=2,
+        variants=({"momentum_form": "unscaled", "gsnr_floor": 0.3}, {"nesterov": True, "adapt": True}),
+    ),
+    "vrlamb": OptimizerEntry(
+        VRLAMB,
+        "Jiang et al. 2023, arXiv 2309.13681",
+        collectives=2,
+        unsharded_collectives=2,
+        variants=(
+            {"second_moment": "mean", "gsnr_floor": 0.3},
+            {"bias_correction": False, "grad_averaging": False, "adapt": True, "gsnr_beta": 0.0},
+        ),
     ),
 }
 

@@ -234,6 +234,100 @@ def cowclip(
     return w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps), 1.0
 
 
+def clars(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 0.01,
+    statistic: str = "norm",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    norms = [g_i.norm().item() for g_i in state["group_gradients"]]
+    single = sum(norms) / len(norms)
+    if statistic == "square":
+        single = sum(norm**2 for norm in norms) / len(norms) / g.norm().item()
+    q = 1.0
+    if is_adapted(w, adapt) and w.norm() > 0:
+        q = trust_coefficient * w.norm().item() / (single + weight_decay * w.norm().item())
+    v = momentum * state.get("v", torch.zeros_like(w)) + lr * q * (g + weight_decay * w)
+    state["v"] = v
+    return w - v, q
+
+
+def signal_to_noise_ratio(state: dict[str, Any], g: Tensor, gsnr_floor: float) -> Tensor:
+    """The VRGD multipliers; `state["resolution"]` is the epsilon of the dtype in which gradients are added up."""
+    squares = torch.stack([g_i * g_i for g_i in state["group_gradients"]]).mean(dim=0)
+    variance = (squares - g * g).clamp(min=0)
+    r = g * g / (variance + state["resolution"] * g * g + 1e-30)
+    return (r / r.mean()).clamp(gsnr_floor, 1.0)
+
+
+def vrsgd(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    gsnr_floor: float = 0.1,
+) -> tuple[Tensor, float]:
+    d = signal_to_noise_ratio(state, g, gsnr_floor) * g + weight_decay * w
+    v = state["v"] = momentum * state.get("v", torch.zeros_like(w)) + d
+    return w - lr * v, 1.0
+
+
+def vrlars(
+    w: Tensor, g: Tensor, state: dict[str, Any], *, gsnr_floor: float = 0.1, **options: Any
+) -> tuple[Tensor, float]:
+    return lars(w, signal_to_noise_ratio(state, g, gsnr_floor) * g, state, **options)
+
+
+def vrlamb(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    trust_bounds: tuple[float, float] = (0.0, math.inf),
+    gsnr_beta: float = 0.9,
+    gsnr_floor: float = 0.1,
+    second_moment: str = "adapted",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    r = signal_to_noise_ratio(state, g, gsnr_floor)
+    p = state["p"] = gsnr_beta * state.get("p", torch.zeros_like(w)) + (1 - gsnr_beta) * r
+    h = p / (1 - gsnr_beta**t) * g
+    for_v = h if second_moment == "adapted" else g
+    m = beta1 * state.get("m", torch.zeros_like(w)) + ((1 - beta1) if grad_averaging else 1.0) * h
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * for_v * for_v
+    state["m"], state["v"] = m, v
+    c1, c2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
+    u = (m / c1) / ((v / c2).sqrt() + eps) + weight_decay * w
+    ratio = 1.0
+    if is_adapted(w, adapt):
+        ratio = (w.norm() / u.norm()).item() if w.norm() > 0 and u.norm() > 0 else 1.0
+        ratio = min(max(ratio, trust_bounds[0]), trust_bounds[1])
+    return w - lr * ratio * u, ratio
+
+
+def vradam(
+    w: Tensor, g: Tensor, state: dict[str, Any], *, eps: float = 1e-8, weight_decay: float = 0.0, **options: Any
+) -> tuple[Tensor, float]:
+    return vrlamb(w, g, state, eps=eps, weight_decay=weight_decay, adapt=False, **options)
+
+
 REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "lars": lars,
     "lamb": lamb,
@@ -244,6 +338,11 @@ REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "tvlars": tvlars,
     "mclr": mclr,
     "cowclip": cowclip,
+    "clars": clars,
+    "vrsgd": vrsgd,
+    "vrlars": vrlars,
+    "vradam": vradam,
+    "vrlamb": vrlamb,
 }
 
 
@@ -253,15 +352,18 @@ def run_reference(
     gradients: list[dict[str, Tensor]],
     options: dict[str, dict[str, Any]],
     max_norm: float | None = None,
+    resolution: float = 2.0**-23,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Train every layer for len(gradients) steps.
 
     Args:
         name: Key of `REFERENCES`.
         weights: Initial weights by layer name.
-        gradients: Per step, the gradient of each layer; a layer that is missing or all zero is left untouched.
+        gradients: Per step and layer, the gradients of all groups of samples, shape (groups, *layer); the step takes
+            their mean. A layer that is missing or all zero is left untouched.
         options: The optimizer's options by layer name.
         max_norm: Clip the whole model's gradient norm to this first, as DeepSpeed does, 1e-6 included.
+        resolution: Epsilon of the dtype in which gradients are added up.
 
     Returns:
         The final weights by name (fp64) and, per step, the ratios of the layers that were updated.
@@ -270,15 +372,17 @@ def run_reference(
     states: dict[str, dict[str, Any]] = {layer: {} for layer in weights}
     ratios: list[dict[str, float]] = []
     for step in gradients:
-        g64 = {layer: g.double() for layer, g in step.items() if g.any()}
+        groups = {layer: g.double() for layer, g in step.items()}
+        g64 = {layer: mean for layer, g in groups.items() if (mean := g.mean(dim=0)).any()}
         norm = math.sqrt(sum(g.square().sum().item() for g in g64.values()))
         if max_norm is not None:
             divisor = max(1.0, (norm + 1e-6) / max_norm)
+            groups = {layer: g / divisor for layer, g in groups.items()}
             g64 = {layer: g / divisor for layer, g in g64.items()}
             norm = norm / divisor
         ratios.append({})
         for layer, g in g64.items():
-            states[layer]["model_gradient_norm"] = norm
+            states[layer].update(model_gradient_norm=norm, group_gradients=groups[layer], resolution=resolution)
             weights[layer], ratios[-1][layer] = REFERENCES[name](weights[layer], g, states[layer], **options[layer])
     return weights, ratios
 

@@ -25,6 +25,7 @@ COLLECTIVES = (
     "reduce",
     "reduce_scatter",
     "reduce_scatter_tensor",
+    *(("reduce_scatter_single",) if hasattr(dist, "reduce_scatter_single") else ()),
     "send",
     "recv",
 )
@@ -69,6 +70,7 @@ class Case:
         skipped: Layer names by step that get no gradient in that step.
         overflow: Steps whose gradient is infinite.
         spread: Relative difference of the gradients of ranks and micro-batches; their mean is the injected one.
+        noise: Difference of those gradients that has another pattern in every element, relative to the layer's size.
         named: Hand named parameters to the optimizer.
         regroup: Move the last parameter of the first group to the front of the second after construction.
         poison: Fill everything outside the shards with NaN before the first step.
@@ -92,6 +94,7 @@ class Case:
     skipped: dict[int, tuple[str, ...]] = field(default_factory=dict)
     overflow: tuple[int, ...] = ()
     spread: float = 0.5
+    noise: float = 0.0
     named: bool = True
     regroup: bool = False
     poison: bool = False
@@ -123,6 +126,26 @@ def mean_gradients(case: Case) -> list[dict[str, torch.Tensor]]:
                 gradients[layer.name] = g
         steps.append(gradients)
     return steps
+
+
+def group_gradients(case: Case, step: int, mean: dict[str, torch.Tensor], groups: int) -> dict[str, torch.Tensor]:
+    """The gradients of all groups (micro-batch x rank) in a step, shape (groups, *layer), with this mean.
+
+    Noise moves each element by levels that are spread evenly around zero, to a different group in every element. So no
+    element's variance is nearly zero, where the ratio of mean to variance would magnify fp32's rounding.
+    """
+    levels = 2 * (torch.arange(groups) + 0.5) / groups - 1
+    factors = 1.0 + case.spread * levels / 2
+    gradients = {}
+    for number, (name, g) in enumerate(mean.items()):
+        generator = torch.Generator().manual_seed(1000 * case.seed + 100 * step + number)
+        of_groups = factors.view(-1, *[1] * g.dim()) * g
+        if case.noise:
+            order = torch.rand(groups, *g.shape, generator=generator).argsort(dim=0)
+            size = case.noise * g.square().mean().sqrt() * (0.5 + torch.rand(g.shape, generator=generator))
+            of_groups = of_groups + size * levels[order]
+        gradients[name] = of_groups.to(DTYPES[case.dtype]).float() if case.noise else of_groups
+    return gradients
 
 
 class Leaf(torch.nn.Module):
@@ -237,17 +260,19 @@ class CollectiveCounter:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.per_call: list[int] = []
+        self.all_reduces: list[int] = []
         self._inside = False
         self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
         for name, original in self._originals.items():
-            setattr(dist, name, self._counting(original))
+            setattr(dist, name, self._counting(name, original))
         optimizer.register_step_pre_hook(lambda *_: self._enter())
         optimizer.register_step_post_hook(lambda *_: self._leave())
 
-    def _counting(self, original: Any) -> Any:
+    def _counting(self, name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 self.per_call[-1] += 1
+                self.all_reduces[-1] += name == "all_reduce"
             return original(*args, **kwargs)
 
         return call
@@ -255,6 +280,7 @@ class CollectiveCounter:
     def _enter(self) -> None:
         self._inside = True
         self.per_call.append(0)
+        self.all_reduces.append(0)
 
     def _leave(self) -> None:
         self._inside = False
@@ -272,6 +298,7 @@ def run_case(case: Case) -> dict[str, Any]:
         masters: This rank's shards of the optimizer's own weights: name -> [(offset, values)].
         ratios: `trust_ratios()` after each optimizer step.
         collectives: Collectives of each `optimizer.step()` call.
+        all_reduces: The all-reduces among them.
         step_counts: The optimizer's `step` state by layer.
         padding_is_nan: Whether every element outside the shards is NaN, after `poison`.
         groups: The optimizer's group options.
@@ -337,11 +364,9 @@ class _Run:
         case = self.case
         world = 1 if case.stage == "dense" else dist.get_world_size()
         index = micro * world + (0 if case.stage == "dense" else dist.get_rank())
-        count = world * case.accumulation
-        factor = 1.0 + case.spread * ((index + 0.5) / count - 0.5)
-        if step in case.overflow:
-            factor = float("inf")
-        gradients = {name: g * factor for name, g in self.gradients[step].items()}
+        of_groups = group_gradients(case, step, self.gradients[step], world * case.accumulation)
+        factor = float("inf") if step in case.overflow else 1.0
+        gradients = {name: g[index] * factor for name, g in of_groups.items()}
         if self.engine is not None:
             loss = self.trained(gradients)
             self.engine.backward(loss)
@@ -360,6 +385,7 @@ class _Run:
             "masters": masters(self.optimizer),
             "ratios": self.ratios,
             "collectives": self.counter.per_call,
+            "all_reduces": self.counter.all_reduces,
             "step_counts": step_counts(self.optimizer),
             "padding_is_nan": padding_is_nan(self.optimizer),
             "groups": [

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..reference import REFERENCES, relative_error, run_reference
-from .cases import Case, LayerSpec, initial_weights, mean_gradients
+from .cases import DTYPES, Case, LayerSpec, group_gradients, initial_weights, mean_gradients
 
 BOUND = 2e-6
 
@@ -30,7 +30,13 @@ BASE_OPTIONS: dict[str, dict[str, Any]] = {
     "sngm": {"lr": 20.0},
     "tvlars": {"lr": 2.0, "trust_coefficient": 0.04},
     "mclr": {"lr": 0.5},
+    "clars": {"lr": 2.0, "trust_coefficient": 0.02},
+    "vrsgd": {"lr": 2.0},
+    "vrlars": {"lr": 2.0, "trust_coefficient": 0.02},
 }
+
+# Groups that differ by a common factor have the same signal-to-noise ratio in every element; see `group_gradients`.
+NOISE = {"clars": 1.0, "vrsgd": 6.0, "vradam": 6.0, "vrlars": 6.0, "vrlamb": 6.0}
 
 
 def two_groups(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
@@ -41,21 +47,24 @@ def two_groups(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
     return base, {**base, "weight_decay": 0.0}
 
 
-def expected(case: Case) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def expected(case: Case, ranks: int = 1) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The reference's weights and ratios. The number of ranks matters where statistics of their gradients do."""
     name = "lamb" if case.optimizer == "naive" else case.optimizer
     options = {layer.name: case.groups[layer.group] for layer in case.layers}
     gradients = []
     for step, given in enumerate(mean_gradients(case)):
         if step in case.overflow:
             continue
+        of_groups = group_gradients(case, step, given, case.accumulation * (1 if case.stage == "dense" else ranks))
         combined: dict[str, torch.Tensor] = {}
         for layer in case.layers:
-            if layer.name in given:
+            if layer.name in of_groups:
                 owner = layer.tied_to or layer.name
-                combined[owner] = combined.get(owner, torch.zeros(layer.shape)).double() + given[layer.name].double()
+                combined[owner] = combined.get(owner, torch.zeros(())) + of_groups[layer.name].double()
         gradients.append(combined)
     assert name in REFERENCES
-    return run_reference(name, initial_weights(case), gradients, options, case.clipping or None)
+    resolution = torch.finfo(DTYPES[case.dtype]).eps
+    return run_reference(name, initial_weights(case), gradients, options, case.clipping or None, resolution)
 
 
 def assemble(case: Case, answers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -68,12 +77,14 @@ def assemble(case: Case, answers: list[dict[str, Any]]) -> dict[str, torch.Tenso
     return {name: flat.reshape(initial_weights(case)[name].shape) for name, flat in whole.items()}
 
 
-def worst_error(case: Case, weights: dict[str, torch.Tensor], rounding: bool = False) -> tuple[float, str]:
+def worst_error(
+    case: Case, weights: dict[str, torch.Tensor], rounding: bool = False, ranks: int = 1
+) -> tuple[float, str]:
     """The largest relative error of a layer's weight change, and the layer.
 
     With `rounding`, half a unit in the last place of fp32 weights per step is no error.
     """
-    reference, _ = expected(case)
+    reference, _ = expected(case, ranks)
     initial = initial_weights(case)
     errors = {
         name: relative_error(weights[name], reference[name], initial[name]) for name in initial if initial[name].numel()
@@ -86,14 +97,14 @@ def assert_exact(case: Case, answers: list[dict[str, Any]], bound: float = BOUND
     """Every rank's weights are within `bound` of the reference, and so are the trust ratios."""
     if case.dtype == "fp32":
         for answer in answers:
-            error, layer = worst_error(case, answer["weights"], rounding)
+            error, layer = worst_error(case, answer["weights"], rounding, len(answers))
             assert error <= bound, f"{layer}: relative error of the weight change {error:.2e}"
     else:
         trained = {layer.name for layer in case.layers if not layer.frozen}
         weights = {n: w if n in trained else initial_weights(case)[n] for n, w in assemble(case, answers).items()}
-        error, layer = worst_error(case, weights)
+        error, layer = worst_error(case, weights, rounding, len(answers))
         assert error <= bound, f"{layer}: relative error of the masters' change {error:.2e}"
-    _, ratios = expected(case)
+    _, ratios = expected(case, len(answers))
     taken = [r for step, r in enumerate(answers[0]["ratios"]) if step not in case.overflow]
     if case.save_after is None:
         assert len(taken) == len(ratios)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trustratio.optimizers import OPTIMIZERS
 
 from .cases import Case, LayerSpec, initial_weights, mean_gradients, run_case
-from .exactness import MODEL, assert_exact, expected, two_groups, worst_error
+from .exactness import MODEL, NOISE, assert_exact, expected, two_groups, worst_error
 from .pool import WorkerPool
 
 STAGES: tuple[str | int, ...] = ("ddp", 0, 1, 2, 3)
@@ -24,6 +24,7 @@ OWN_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False}
 
 def make_case(name: str, stage: str | int, layers: tuple[LayerSpec, ...] = MODEL, **changes: Any) -> Case:
     options = changes.pop("options", {})
+    changes.setdefault("noise", NOISE.get(name, 0.0))
     return Case(name, layers, stage, two_groups(name, **options), **changes)
 
 
@@ -45,8 +46,11 @@ def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage
     calls = 2 if stage in (1, 2, 3) else 1
     for answer in answers:
         # The first step also proves the layout, with one more collective.
-        later = answer["collectives"][calls:]
-        assert set(later) == {OPTIMIZERS[name].collectives if sharded else 0}
+        entry = OPTIMIZERS[name]
+        all_reduces = entry.collectives if sharded else entry.unsharded_collectives if world_size > 1 else 0
+        assert set(answer["all_reduces"][calls:]) == {all_reduces}
+        if entry.group_statistics != "squares":
+            assert answer["collectives"] == answer["all_reduces"]
         assert set(answer["step_counts"].values()) == {5.0}
 
 

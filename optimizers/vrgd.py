@@ -1,0 +1,382 @@
+"""VRGD: gradients scaled by their signal-to-noise ratio (Jiang et al. 2023, arXiv 2309.13681)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .chunks import ChunkView, Summand, squares, values
+from .hyperparameters import check_betas, check_choice, check_range
+from .lamb import LAMB
+from .lars import LARS
+from .layers import LayerTable
+from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+
+__all__ = ["VRLAMB", "VRLARS", "VRSGD", "VRAdam"]
+
+SECOND_MOMENTS = ("adapted", "mean")
+SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
+
+
+class VarianceReduced(LayerwiseOptimizer):
+    r"""Base of the VR optimizers: r, the gradient signal-to-noise ratio (GSNR) of every element.
+
+    With g_i the gradients of k groups of samples (a group is one rank's one micro-batch) and g their mean:
+
+        σ² = (1/k) Σᵢgᵢ² - g²        r = g² / (σ² + εg²)
+        r ← clamp(r / mean of r over the layer, gsnr_floor, 1)
+
+    The variance is the biased one and never below zero. ε is the resolution of the dtype in which gradients are added
+    up (the parameter's), since g² is known no better: 1.2e-7 in fp32, 7.8e-3 in bf16. It bounds r by 1/ε and leaves
+    r = 1 everywhere in a layer whose groups agree. An element without gradient has r = 0, so gsnr_floor.
+    """
+
+    group_statistics = "squares"
+
+    def check_gsnr(self, group: dict[str, Any]) -> None:
+        check_range("gsnr_floor", group["gsnr_floor"], 0.0, 1.0, low_open=True)
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        self.begin(layers)
+        yield self.signal_to_noise
+
+    def begin(self, layers: LayerTable) -> None:
+        like = layers.step
+        layers.elements = like.new_tensor([layer.numel for layer in layers.layers])
+        dtypes = [torch.float32 if layer.parameter is None else layer.parameter.dtype for layer in layers.layers]
+        layers.resolution = like.new_tensor([torch.finfo(dtype).eps for dtype in dtypes])
+
+    @sums_over_layers("r", "g")
+    def signal_to_noise(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return values(self.raw_gsnr(layers, x)), squares(x.g)
+
+    def raw_gsnr(self, layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """The ratio before it is normalised, of the gradient as it comes; what a wrapper clipped cancels out."""
+        signal = x.g.square()
+        variance = (x.mean_square - signal).clamp_(min=0)
+        return signal / variance.add_(signal * x.of(layers.resolution)).add_(SMALLEST_VARIANCE)
+
+    def gsnr(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """The ratio, normalised by its mean over the layer and clipped."""
+        total = layers.total("r")
+        mean = torch.where(total == 0, torch.ones_like(total), total / layers.elements)
+        return (self.raw_gsnr(layers, x) / x.of(mean)).clamp_(group["gsnr_floor"], 1.0)
+
+
+class VRSGD(VarianceReduced):
+    r"""SGD on the mean gradient times its signal-to-noise ratio; with momentum, VR-Momentum.
+
+    With r as in `VarianceReduced`:
+
+        d = r·g + λw        v ← μv + d        w ← w - lr · v
+
+    The multipliers are at most 1 and mostly well below, so the best learning rate is about two to three times the one
+    of plain SGD.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: Learning rate lr ≥ 0; a float or a tensor.
+        momentum: μ in [0, 1).
+        weight_decay: λ ≥ 0; decay is not multiplied by r.
+        gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives plain SGD.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        StatisticsError: At a step whose group gradients were never seen.
+
+    State: ``momentum_buffer`` with momentum (per element, fp32), ``step``. Sums per step: Σr, ‖g‖², one all-reduce if
+    sharded. The groups' squares are reduced besides: what the gradient's own reduction sends, once more (see
+    `GradientStatistics`). Warns once if there are fewer than 8 groups per step, as the paper demands.
+
+    Source: Algorithm 1 of the paper, whose r has no guard against division by zero. Where weight decay enters is not
+    said there.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        gsnr_floor: float = 0.1,
+    ):
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "gsnr_floor": gsnr_floor}
+        )
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+        self.check_gsnr(group)
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        layers.step = layers.step + 1
+        yield from super().stages(group, layers)
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """W's decrease: lr · v."""
+        d = self.gsnr(group, layers, x).mul_(x.g).add_(x.w, alpha=group["weight_decay"])
+        v = x.momentum_buffer.mul_(group["momentum"]).add_(d) if group["momentum"] else d
+        return group["lr"] * v
+
+
+class VRLARS(VarianceReduced, LARS):
+    r"""LARS on the mean gradient times its signal-to-noise ratio.
+
+    With r as in `VarianceReduced`, every g in `LARS` is r·g, also in the trust ratio: its denominator is ‖r·g‖ + λ‖w‖.
+
+    Args:
+        gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives LARS.
+        params, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, momentum_form, adapt: As in `LARS`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        StatisticsError: At a step whose group gradients were never seen.
+
+    State: as `LARS`. Sums per step: Σr; then ‖w‖², ‖r·g‖²: two all-reduces if sharded, and the reduction of the
+    groups' squares (see `VRSGD`).
+
+    Source: the paper's text, "adapt the gradient mean before applying" LARS. That the ratio takes the norm of the
+    adapted gradient is a reading of it.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 0.0,
+        nesterov: bool = False,
+        momentum_form: str = "scaled",
+        gsnr_floor: float = 0.1,
+        *,
+        adapt: bool | None = None,
+    ):
+        LayerwiseOptimizer.__init__(
+            self,
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "trust_coefficient": trust_coefficient,
+                "eps": eps,
+                "nesterov": nesterov,
+                "momentum_form": momentum_form,
+                "gsnr_floor": gsnr_floor,
+                "adapt": adapt,
+            },
+        )
+
+    def check(self, group: dict[str, Any]) -> None:
+        LARS.check(self, group)
+        self.check_gsnr(group)
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        yield from VarianceReduced.stages(self, group, layers)
+        yield from LARS.stages(self, group, layers)
+
+    @sums_over_layers("w", "g")
+    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return LARS.norms(self, group, layers, self.adapted(group, layers, x))
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        return LARS.change(self, group, layers, self.adapted(group, layers, x))
+
+    def adapted(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> ChunkView:
+        """The view with r·g in place of g."""
+        x.g = self.gsnr(group, layers, x).mul_(x.g)
+        return x
+
+
+class VRMoments(VarianceReduced):
+    """Base of VRAdam and VRLAMB: running averages of r and of the moments of the adapted gradient."""
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "exp_avg_gsnr")
+
+    def check_moments(self, group: dict[str, Any]) -> None:
+        self.check_gsnr(group)
+        check_range("gsnr_beta", group["gsnr_beta"], 0.0, 1.0, high_open=True)
+        check_choice("second_moment", group["second_moment"], SECOND_MOMENTS)
+
+    def moments(
+        self, group: dict[str, Any], layers: LayerTable, x: ChunkView, g: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return m and v, with all three averages updated in place."""
+        beta1, beta2 = group["betas"]
+        beta3 = group["gsnr_beta"]
+        p = x.exp_avg_gsnr.mul_(beta3).add_(self.gsnr(group, layers, x), alpha=1 - beta3)
+        adapted = p / x.of(1 - beta3**layers.step) * g
+        second = adapted if group["second_moment"] == "adapted" else g
+        averaging = group.get("grad_averaging", True)
+        m = x.exp_avg.mul_(beta1).add_(adapted, alpha=1 - beta1 if averaging else 1.0)
+        v = x.exp_avg_sq.mul_(beta2).addcmul_(second, second, value=1 - beta2)
+        return m, v
+
+
+class VRAdam(VRMoments):
+    r"""Adam on the mean gradient times a running average of its signal-to-noise ratio.
+
+    With r as in `VarianceReduced`:
+
+        p ← β₃p + (1-β₃)r        h = g · p/(1-β₃ᵗ)
+        m ← β₁m + (1-β₁)h        v ← β₂v + (1-β₂)h²        (second_moment="mean": g² in place of h²)
+        w ← w - lr · [ m/(1-β₁ᵗ) / (√(v/(1-β₂ᵗ)) + ε) + λw ]
+
+    With ``second_moment="adapted"`` Adam divides a constant multiplier out again: only its change over time matters,
+    and the first step is the one of Adam. With ``"mean"`` the multiplier scales the step itself.
+
+    Args:
+        params: Parameters, named parameters or groups.
+        lr: Learning rate ≥ 0; a float or a tensor.
+        betas: (β₁, β₂), each in [0, 1).
+        gsnr_beta: β₃ in [0, 1).
+        eps: ε ≥ 0, outside the root.
+        weight_decay: λ ≥ 0, decoupled as in AdamW.
+        gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives Adam.
+        second_moment: See above.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        StatisticsError: At a step whose group gradients were never seen.
+
+    State: ``exp_avg``, ``exp_avg_sq``, ``exp_avg_gsnr`` (p; per element, fp32), ``step``. Sums per step: Σr, ‖g‖², one
+    all-reduce if sharded, and the reduction of the groups' squares (see `VRSGD`).
+
+    Source: the paper's text has the running average of r and adapts the gradient before the moments. Its algorithm box
+    was not at hand: the bias correction of p, which gradient v takes, and where decay enters are readings.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gsnr_beta: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        gsnr_floor: float = 0.1,
+        second_moment: str = "adapted",
+    ):
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "gsnr_beta": gsnr_beta,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "gsnr_floor": gsnr_floor,
+                "second_moment": second_moment,
+            },
+        )
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_betas(group["betas"])
+        check_range("eps", group["eps"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+        self.check_moments(group)
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        layers.step = layers.step + 1
+        yield from super().stages(group, layers)
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """W's decrease: lr times Adam's direction."""
+        beta1, beta2 = group["betas"]
+        m, v = self.moments(group, layers, x, x.g)
+        denominator = (v / x.of(1 - beta2**layers.step)).sqrt_().add_(group["eps"])
+        direction = (m / x.of(1 - beta1**layers.step)).div_(denominator).add_(x.w, alpha=group["weight_decay"])
+        return group["lr"] * direction
+
+
+class VRLAMB(VRMoments, LAMB):
+    r"""LAMB on the mean gradient times a running average of its signal-to-noise ratio.
+
+    The direction u is that of `VRAdam`, λw included; the trust ratio is ‖w‖/‖u‖ as in `LAMB`.
+
+    Args:
+        gsnr_beta: β₃ in [0, 1), as in `VRAdam`.
+        gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives LAMB.
+        second_moment: "adapted" or "mean", as in `VRAdam`.
+        max_grad_norm: As in `LAMB`: clips the mean gradient before it is adapted; r does not change by it.
+        params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, trust_bounds, adapt: As in `LAMB`.
+
+    Raises:
+        ValueError: As `LAMB`.
+        StatisticsError: At a step whose group gradients were never seen.
+
+    State: that of `LAMB` and ``exp_avg_gsnr``. Sums per step: Σr, ‖g‖²; then ‖w‖², ‖u‖²: two all-reduces if sharded,
+    with or without ``max_grad_norm``, and the reduction of the groups' squares (see `VRSGD`).
+
+    Source: the paper's text: "similar to VR-Adam" plus layer-wise rates. See `VRAdam` for what is a reading.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        max_grad_norm: float | None = None,
+        trust_bounds: tuple[float, float] = (0.0, math.inf),
+        gsnr_beta: float = 0.9,
+        gsnr_floor: float = 0.1,
+        second_moment: str = "adapted",
+        *,
+        adapt: bool | None = None,
+    ):
+        LayerwiseOptimizer.__init__(
+            self,
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "grad_averaging": grad_averaging,
+                "max_grad_norm": max_grad_norm,
+                "trust_bounds": trust_bounds,
+                "gsnr_beta": gsnr_beta,
+                "gsnr_floor": gsnr_floor,
+                "second_moment": second_moment,
+                "adapt": adapt,
+            },
+        )
+
+    def check(self, group: dict[str, Any]) -> None:
+        LAMB.check(self, group)
+        self.check_moments(group)
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        self.begin(layers)
+        if group["max_grad_norm"] is None:
+            yield self.signal_to_noise
+        yield from LAMB.stages(self, group, layers)
+
+    # Where LAMB clips, the sum of r rides in the all-reduce of the gradient's norm.
+    gradient_norm = VarianceReduced.signal_to_noise
+
+    def direction(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """u, with all averages updated in place."""
+        g = x.g if group["max_grad_norm"] is None else x.g / x.of(layers.clip)
+        m, v = self.moments(group, layers, x, g)
+        denominator = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
+        return (m / x.of(layers.correction1)).div_(denominator).add_(x.w, alpha=group["weight_decay"])
