@@ -228,7 +228,9 @@ def test_bf16_optimizer_steps_all_groups_at_once(pool: WorkerPool, world_size: i
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_overflow_skips_the_step(pool: WorkerPool, stage: int, world_size: int) -> None:
-    case = make_case("lamb", stage, dtype="fp16", spread=0.0, overflow=(1,), options={"lr": 0.02})
+    # On stage 0 DeepSpeed 0.19.8 divides by the loss scale without having multiplied by it, for any optimizer.
+    config = {"fp16": {"enabled": True, "loss_scale": 16 if stage else 1}}
+    case = make_case("lamb", stage, dtype="fp16", spread=0.0, overflow=(1,), config=config)
     answers = run_exact(pool, case)
     assert set(answers[0]["step_counts"].values()) == {4.0}
 
@@ -316,8 +318,7 @@ def test_random_models(
 ) -> None:
     zero = {"round_robin_gradients": round_robin} if stage < 3 else {"sub_group_size": 500}
     case = make_case(name, stage, layers, zero=zero, seed=seed, steps=3)
-    # A layer of a few elements may change by little of its weights, whose own fp32 rounding then counts.
-    assert_exact(case, pool.run(run_case, case), rounding=True)
+    assert_exact(case, pool.run(run_case, case), along_path=True)
 
 
 def test_the_reference_sees_what_the_workers_inject() -> None:
