@@ -1,11 +1,17 @@
-"""Learning-rate schedules as pure functions of the step, usable with `torch.optim.lr_scheduler.LambdaLR`."""
+"""Learning-rate schedules: each as a pure function of the step, and as a `torch.optim.lr_scheduler` scheduler.
+
+A scheduler's `state_dict()` holds plain numbers, its own parameters among them, so that it can be saved with
+`torch.save` and loaded with ``weights_only=True``. The factor multiplies every group's own initial rate.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
+
+DECAYS = ("linear", "sqrt")
 
 
 def resolve_warmup(warmup: float, total_steps: int) -> int:
@@ -13,26 +19,146 @@ def resolve_warmup(warmup: float, total_steps: int) -> int:
     return round(warmup * total_steps) if warmup < 1 else int(warmup)
 
 
-def warmup_polynomial(step: int, warmup_steps: int, total_steps: int, degree: float = 1.0, final: float = 0.0) -> float:
+def warmup_polynomial(
+    step: int, warmup_steps: int, total_steps: int, degree: float = 1.0, final: float = 0.0, constant_steps: int = 0
+) -> float:
     """Return the factor on the peak learning rate for the update number `step` (counted from 0).
 
     Warm-up: (step + 1) / warmup_steps, so the first update is not lost to a rate of zero and the last warm-up
-    update has the peak rate. Then final + (1 - final) * (1 - p)^degree, where p grows from 0 to 1 over the updates
-    after the warm-up and would reach 1 one update past the last. Degree 1 is BERT's linear decay, 0.5 the one of
-    NVIDIA's LAMB recipe. From `total_steps` on the factor is `final`.
+    update has the peak rate. Then `constant_steps` at the peak (LANS's plateau), then
+    final + (1 - final) * (1 - p)^degree, where p grows from 0 to 1 over the remaining updates and would reach 1 one
+    update past the last. Degree 1 is BERT's linear decay, 0.5 the one of NVIDIA's LAMB recipe, 2 MLPerf's for LARS.
+    From `total_steps` on the factor is `final`.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    remaining = max(0, total_steps - step) / max(1, total_steps - warmup_steps)
+    decay_from = warmup_steps + constant_steps
+    remaining = max(0, total_steps - step) / max(1, total_steps - decay_from)
     return final + (1.0 - final) * min(1.0, remaining) ** degree
+
+
+def warmup_exponential(
+    step: int, warmup_steps: int, decay_rate: float = 0.9, decay_steps: float = 250, degree: float = 2.0
+) -> float:
+    """Return the factor of DeepSpeed's "EE" schedule (exponential warm-up, exponential decay) for update `step`.
+
+    (step / warmup_steps)^degree, and from `warmup_steps` on decay_rate^((step - warmup_steps) / decay_steps). As in the
+    BERT example of DeepSpeed, whose 64K recipe decays by 0.9 every 250 updates (150 in the second phase). Its factor of
+    update 0 is zero; that recipe adds an offset of 1e-3 to its rate of 11e-3.
+    """
+    if step < warmup_steps:
+        return (step / warmup_steps) ** degree
+    return decay_rate ** ((step - warmup_steps) / decay_steps)
+
+
+def warmup_stable_decay(
+    step: int, warmup_steps: int, total_steps: int, decay_steps: int, final: float = 0.0, decay: str = "linear"
+) -> float:
+    """Return the factor of the warm-up-stable-decay schedule for update `step`.
+
+    Warm-up as in `warmup_polynomial`, then 1 until `decay_steps` updates are left, then with p growing from 0 to 1 over
+    those: final + (1 - final) * (1 - p) for "linear", final + (1 - final) * (1 - sqrt(p)) for "sqrt". The length of
+    a run can be chosen late, since only its last part depends on it. Both shapes are quoted from memory, unverified.
+    """
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(map(repr, DECAYS))}, got {decay!r}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    past = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / max(1, decay_steps)))
+    return final + (1.0 - final) * (1.0 - (past if decay == "linear" else past**0.5))
+
+
+class FactorLR(LRScheduler):
+    """Sets every group's rate to its initial one times `factor(step)`; a schedule fills in `factor`."""
+
+    def factor(self, step: int) -> float:
+        """Return the factor for the update number `step`, counted from 0."""
+        raise NotImplementedError
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """Return the rate of each group for the next update."""
+        factor = self.factor(self.last_epoch)
+        return [base * factor for base in self.base_lrs]  # type: ignore[misc]
+
+
+class WarmupPolynomial(FactorLR):
+    """`warmup_polynomial` as a scheduler; the arguments are its own."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        total_steps: int,
+        degree: float = 1.0,
+        final: float = 0.0,
+        constant_steps: int = 0,
+        last_epoch: int = -1,
+    ):
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.degree = degree
+        self.final = final
+        self.constant_steps = constant_steps
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, step: int) -> float:
+        return warmup_polynomial(
+            step, self.warmup_steps, self.total_steps, self.degree, self.final, self.constant_steps
+        )
+
+
+class WarmupExponential(FactorLR):
+    """`warmup_exponential` (DeepSpeed's EE) as a scheduler; the arguments are its own."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        decay_rate: float = 0.9,
+        decay_steps: float = 250,
+        degree: float = 2.0,
+        last_epoch: int = -1,
+    ):
+        self.warmup_steps = warmup_steps
+        self.decay_rate = decay_rate
+        self.decay_steps = decay_steps
+        self.degree = degree
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, step: int) -> float:
+        return warmup_exponential(step, self.warmup_steps, self.decay_rate, self.decay_steps, self.degree)
+
+
+class WarmupStableDecay(FactorLR):
+    """`warmup_stable_decay` as a scheduler; the arguments are its own."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        total_steps: int,
+        decay_steps: int,
+        final: float = 0.0,
+        decay: str = "linear",
+        last_epoch: int = -1,
+    ):
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.decay_steps = decay_steps
+        self.final = final
+        self.decay = decay
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, step: int) -> float:
+        return warmup_stable_decay(step, self.warmup_steps, self.total_steps, self.decay_steps, self.final, self.decay)
 
 
 def polynomial_scheduler(
     warmup_steps: int, total_steps: int, degree: float = 1.0, final: float = 0.0
-) -> Callable[[Optimizer], LambdaLR]:
+) -> Callable[[Optimizer], WarmupPolynomial]:
     """Return a factory that puts `warmup_polynomial` on an optimizer; DeepSpeed takes such a factory."""
 
-    def make(optimizer: Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, lambda step: warmup_polynomial(step, warmup_steps, total_steps, degree, final))
+    def make(optimizer: Optimizer) -> WarmupPolynomial:
+        return WarmupPolynomial(optimizer, warmup_steps, total_steps, degree, final)
 
     return make
