@@ -95,7 +95,7 @@ def check_run(invocation: Invocation) -> CheckedRun:
     Raises:
         RecipeError: any of the bad input that the recipe knows of.
     """
-    file_settings = deepspeed_settings.load_file(invocation.deepspeed_config) if invocation.deepspeed_config else {}
+    file_settings = _file_settings(invocation)
     deepspeed_settings.refuse_unsupported(file_settings)
     config = complete_config(invocation, file_settings)
     invocation = dataclasses.replace(invocation, config=config)
@@ -187,7 +187,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
             run_folder.read_metrics(folder),
             f"{config.preset}: BERT {config.model.layers} x {config.model.hidden}, {config.optimizer.name}, "
             f"{run.plan.sequences:,} sequences of {config.data.sequence_length} per step, ZeRO-"
-            f"{config.training.zero_stage}, {run.plan.ranks} ranks",
+            f"{config.training.zero_stage}, ranks: {run.plan.ranks}",
             data.unigram_entropy,
             folder / run_folder.REPORT,
         )
@@ -270,7 +270,18 @@ def early_identity(run: CheckedRun) -> dict[str, Any]:
         "precision": training.precision,
         "zero_stage": training.zero_stage,
         "ranks": run.plan.ranks,
+        "deepspeed": deepspeed_settings.without_batch_sizes(run.settings),
     }
+
+
+def _file_settings(invocation: Invocation) -> dict[str, Any]:
+    """Return the DeepSpeed settings given by file; a resumed run that is given none keeps those it was started with."""
+    if invocation.deepspeed_config is not None:
+        return deepspeed_settings.load_file(invocation.deepspeed_config)
+    if invocation.resume is not None:
+        saved = run_folder.run_of(invocation.resume) / run_folder.DEEPSPEED_CONFIG
+        return deepspeed_settings.without_batch_sizes(deepspeed_settings.load_file(str(saved)))
+    return {}
 
 
 def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:

@@ -11,6 +11,7 @@ from trustratio.recipes.global_batch import BatchPlan
 from trustratio.recipes.recipe_errors import RecipeError
 
 AUTO = "auto"
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines; the recipe prints its own
 
 
@@ -88,12 +89,7 @@ def merge(
     """
     refuse_unsupported(settings)
     merged = json.loads(json.dumps(settings))
-    decided: dict[str, Any] = {
-        "train_batch_size": plan.sequences,
-        "train_micro_batch_size_per_gpu": plan.micro,
-        "gradient_accumulation_steps": plan.accumulation,
-    }
-    for key, value in decided.items():
+    for key, value in zip(_BATCH_KEYS, (plan.sequences, plan.micro, plan.accumulation), strict=True):
         if merged.get(key, AUTO) not in (AUTO, value):
             raise RecipeError(
                 f"the DeepSpeed configuration has {key}={merged[key]}, the recipe {value} "
@@ -117,6 +113,11 @@ def merge(
             merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     merged.setdefault("steps_per_print", _QUIET)
     return merged
+
+
+def without_batch_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that stay the same when a run is continued with another micro-batch."""
+    return {key: value for key, value in settings.items() if key not in _BATCH_KEYS}
 
 
 def stage_of(settings: Mapping[str, Any]) -> int | None:

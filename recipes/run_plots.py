@@ -44,6 +44,8 @@ def draw_report(records: Sequence[dict[str, Any]], title: str, unigram_entropy: 
     _draw_rate(axes[1, 0], train)
     if layers:
         _draw_ratios(axes[2, 0], layers, steps, ratios)
+    for panel in axes[:, 0]:  # one step axis for all, so that events can be followed downwards
+        panel.set_xlim(train[0]["step"] - 0.5, train[-1]["step"] + 0.5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -87,10 +89,9 @@ def _draw_loss(
         axes.annotate(
             f"{last['validation_loss']:.3f} nats, accuracy {last['validation_accuracy']:.1%}",
             (steps[-1], losses[-1]),
-            xytext=(0, -10),
+            xytext=(0, 10),
             textcoords="offset points",
             ha="right",
-            va="top",
             color=_VALIDATION,
         )
     axes.axhline(unigram, color=_UNIGRAM, ls="--", lw=1.2, label=f"unigram entropy {unigram:.3f}")
@@ -139,5 +140,4 @@ def _draw_ratios(axes: Axes, layers: Sequence[str], steps: Sequence[int], ratios
 def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,12 +6,13 @@ import math
 import pytest
 
 from trustratio.recipes import deepspeed_settings
-from trustratio.recipes.bert_pretraining import check_run, main
+from trustratio.recipes.bert_pretraining import check_run, early_identity, main
 from trustratio.recipes.global_batch import BatchPlan, plan_batch
 from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides, check_ranges, from_dict
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.recipe_options import parse_command_line
 from trustratio.recipes.recipe_presets import PRESETS, get_preset
+from trustratio.recipes.run_folder import CheckpointFolder
 
 
 def check(*arguments):
@@ -183,6 +184,49 @@ def test_an_occupied_output_folder_is_refused(tmp_path):
         check("--output", str(tmp_path))
     check("--output", str(tmp_path), "--overwrite")
     check("--output", str(tmp_path / "new"))
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    """A run of adamw-tiny with its own DeepSpeed settings and a checkpoint of step 5, without the weights."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = write(tmp_path / "ds.json", {"gradient_clipping": 0.25, "zero_optimization": {"stage": 2}})
+    run = check("--preset", "adamw-tiny", "--steps", "20", "--deepspeed_config", file)
+    write(folder / "config.json", run.config.to_dict())
+    write(folder / "deepspeed_config.json", run.settings)
+    CheckpointFolder(folder, 3, early_identity(run)).write(5, lambda path: None, lambda: None, first=True)
+    return folder
+
+
+def test_a_resumed_run_takes_its_saved_configuration(saved_run):
+    run = check("--resume", str(saved_run))
+    assert (run.first, run.last) == (5, 20)
+    assert (run.config.preset, run.config.optimizer.name) == ("adamw-tiny", "adamw")
+    assert (run.settings["gradient_clipping"], run.settings["zero_optimization"]) == (0.25, {"stage": 2})
+    assert check("--resume", str(saved_run), "--micro_batch", "32", "--steps", "40").last == 40
+    assert check("--resume", str(saved_run / "checkpoints" / "step-00000005"), "--max_steps", "7").last == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("model.layers=3",), r"another model or run.*\n  model: checkpoint .*'layers': 2.* this run .*'layers': 3"),
+        (("--preset", "lamb-tiny", "--steps", "20"), r"another model or run.*\n  optimizer: checkpoint .*'adamw'"),
+        (("--global_batch", "1024"), r"global_batch: checkpoint 512, this run 1024"),
+        (("training.gradient_clipping=1", "--zero_stage", "1"), r"--zero_stage 1 contradicts .* which has 2"),
+        (("--max_steps", "5"), r"is at step 5 and the run ends at step 5: nothing is left to do"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(saved_run, arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        check("--resume", str(saved_run), *arguments)
+
+
+def test_other_deepspeed_settings_do_not_continue_a_run(saved_run, tmp_path):
+    other = write(tmp_path / "other.json", {"zero_optimization": {"stage": 2}})
+    with pytest.raises(RecipeError, match=r"deepspeed: checkpoint .*'gradient_clipping': 0.25"):
+        check("--resume", str(saved_run), "--deepspeed_config", other)
 
 
 def test_main_reports_bad_input_without_a_traceback(capsys):
