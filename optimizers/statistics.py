@@ -392,13 +392,12 @@ class GradientStatistics:
         """
         if not self._last:
             raise StatisticsError(f"{self._owner()} has taken no step yet, so there are no statistics")
+        names = [name for of_call, _ in self._last.values() for name in of_call]
+        rows = torch.cat([rows for _, rows in self._last.values()], dim=1).T.tolist()
         found = {}
-        for names, rows in self._last.values():
-            for name, (groups, mean_norm, mean_square, square, clipping) in zip(names, rows.T.tolist(), strict=True):
-                unclipped = 1 / clipping if clipping else 1.0
-                found[name] = GroupNorms(
-                    round(groups), mean_norm * unclipped, mean_square * unclipped**2, square * unclipped**2
-                )
+        for name, (groups, mean_norm, mean_square, square, clipping) in zip(names, rows, strict=True):
+            c = clipping or 1.0
+            found[name] = GroupNorms(round(groups), mean_norm / c, mean_square / c**2, square / c**2)
         return found
 
     def _ranks(self) -> int:

@@ -142,10 +142,21 @@ def group_gradients(case: Case, step: int, mean: dict[str, torch.Tensor], groups
         of_groups = factors.view(-1, *[1] * g.dim()) * g
         if case.noise:
             order = torch.rand(groups, *g.shape, generator=generator).argsort(dim=0)
-            size = case.noise * g.square().mean().sqrt() * (0.5 + torch.rand(g.shape, generator=generator))
-            of_groups = of_groups + size * levels[order]
-        gradients[name] = of_groups.to(DTYPES[case.dtype]).float() if case.noise else of_groups
+            size = 0.5 + torch.rand(g.shape, generator=generator)
+            rms = g.square().mean().sqrt()
+            if case.dtype == "fp32":
+                of_groups = of_groups + case.noise * rms * size * levels[order]
+            else:
+                of_groups = _small_integers(g / rms, size, (groups * levels)[order])
+                of_groups = of_groups * 2.0 ** rms.log2().round()
+        gradients[name] = of_groups
     return gradients
+
+
+def _small_integers(mean: torch.Tensor, size: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Noisy gradients in eighths, such that sums of up to four and products with powers of two are exact in 16 bits."""
+    steps = (24 * size / max(1, len(levels) - 1)).floor().clamp(min=1)
+    return ((8 * mean).round().clamp(-24, 24) + steps * levels) / 8
 
 
 class Leaf(torch.nn.Module):
@@ -248,8 +259,6 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     }
     if case.dtype == "bf16":
         config.setdefault("bf16", {"enabled": True})
-    if case.dtype == "fp16":
-        config.setdefault("fp16", {"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
     if case.optimizer == "naive":
         config["zero_allow_untested_optimizer"] = True
     return config
@@ -423,8 +432,10 @@ def _padding(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
                 if plan.layout.layers[shard.layer].tensor == carrier:
                     outside[shard.start : shard.start + shard.length] = False
             yield tensor.detach(), outside
+            state = optimizer.state.get(tensor, {})
             for name in optimizer.element_state:
-                yield optimizer.state[tensor][name], outside
+                if name in state:
+                    yield state[name], outside
 
 
 def poison_padding(optimizer: Any) -> None:
