@@ -92,7 +92,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         LANS,
         "Zheng et al. 2020, arXiv 2006.13484",
         collectives=2,
-        variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.8, 0.9), "lr": 0.02}),
+        variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.9, 0.99)}),
     ),
     "novograd": OptimizerEntry(
         NovoGrad,
