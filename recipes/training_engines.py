@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 import trustratio.integrations.deepspeed  # noqa: F401 - makes the optimizers ZeRO-supported
+from trustratio.recipes.learning_rate_schedules import FactorLR
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.token_masking import MaskedBatch
 
@@ -70,7 +70,7 @@ class DeepSpeedTraining:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        scheduler: Callable[[Optimizer], LambdaLR],
+        scheduler: Callable[[Optimizer], FactorLR],
         settings: dict[str, Any],
     ) -> None:
         """Wrap the model.
@@ -144,14 +144,15 @@ class DeepSpeedTraining:
         Raises:
             RecipeError: DeepSpeed found no checkpoint of its own in the folder.
         """
-        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if loaded is None:
             raise RecipeError(f"{folder} holds no DeepSpeed checkpoint")
-        # The stored rate belongs to the schedule that the checkpoint was written under; a run that is made longer
-        # continues on its own schedule. Unchanged schedules give the very same number.
-        factors = (factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas)
-        for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs, factors, strict=True):
-            group["lr"] = base * factor
+        # The schedule is a function of the update's number, so its position is all there is to restore; a stored
+        # schedule would bring back the length that the run had before it was made longer. Skipped updates (fp16
+        # overflow) do not move it.
+        self.scheduler.last_epoch = self.engine.global_steps - self.engine.skipped_steps
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
 
     def barrier(self) -> None:
         """Wait for all ranks."""
