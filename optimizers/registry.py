@@ -34,6 +34,7 @@ class OptimizerEntry:
         unsharded_collectives: All-reduces per `step()` call where layers are whole and samples are not (DDP, ZeRO-0).
         group_statistics: What the optimizer takes of group gradients in backward: None, "norms" or "squares". Its step
             needs a backward pass; squares are reduced besides what is counted here (see `GradientStatistics`).
+        extra_wire: What is sent besides the gradient, the weights and a few numbers per layer.
     """
 
     optimizer_class: type[LayerwiseOptimizer]
@@ -41,6 +42,7 @@ class OptimizerEntry:
     collectives: int
     variants: tuple[dict[str, Any], ...] = field(default=())
     unsharded_collectives: int = 0
+    extra_wire: str = "none"
 
     @property
     def group_statistics(self) -> str | None:
@@ -86,6 +88,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         CowClip,
         "Zheng et al. 2022, arXiv 2204.06240",
         collectives=1,
+        extra_wire="4 bytes per embedding row",
         variants=({"weight_decay": 0.1, "betas": (0.8, 0.99)},),
     ),
     "lans": OptimizerEntry(
@@ -120,6 +123,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         MCLR,
         "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
         collectives=4,
+        extra_wire="4 histograms of 2 KB per layer",
         variants=({"momentum": 0.0, "eps": 0.1}, {"adapt": True}),
     ),
     "clars": OptimizerEntry(
@@ -133,6 +137,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         VRSGD,
         "Jiang et al. 2023, arXiv 2309.13681",
         collectives=1,
+        extra_wire="one more reduction of the gradient's size",
         unsharded_collectives=2,
         variants=({"momentum": 0.9, "lr": 0.5}, {"gsnr_floor": 0.4}),
     ),
@@ -140,6 +145,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         VRAdam,
         "Jiang et al. 2023, arXiv 2309.13681",
         collectives=1,
+        extra_wire="one more reduction of the gradient's size",
         unsharded_collectives=2,
         variants=({"second_moment": "mean", "gsnr_beta": 0.5}, {"gsnr_floor": 0.5, "betas": (0.8, 0.9)}),
     ),
@@ -147,6 +153,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         VRLARS,
         "Jiang et al. 2023, arXiv 2309.13681",
         collectives=2,
+        extra_wire="one more reduction of the gradient's size",
         unsharded_collectives=2,
         variants=({"momentum_form": "unscaled", "gsnr_floor": 0.3}, {"nesterov": True, "adapt": True}),
     ),
@@ -154,6 +161,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         VRLAMB,
         "Jiang et al. 2023, arXiv 2309.13681",
         collectives=2,
+        extra_wire="one more reduction of the gradient's size",
         unsharded_collectives=2,
         variants=(
             {"second_moment": "mean", "gsnr_floor": 0.3},
