@@ -89,11 +89,12 @@ class LayerTable:
     def has_gradient(self) -> torch.Tensor:
         """Which layers are updated: those whose gradient is not zero everywhere.
 
-        None, where group gradients are watched and any of them was not finite, on any rank in any layer.
+        Where group gradients are watched, at least one of them too must not be zero; and none at all is updated if any
+        of them was not finite, on any rank in any layer.
         """
         has_gradient = self._totals["g"] != 0
         if "not_finite" in self._totals:
-            has_gradient &= self._totals["not_finite"] == 0
+            has_gradient &= (self._totals["not_finite"] == 0) & (self._totals["group_square"] != 0)
         return has_gradient
 
 

@@ -340,40 +340,51 @@ class GradientStatistics:
         Raises:
             StatisticsError: If there are gradients, but no group was ever seen.
         """
-        self._find_wrapper()
-        assert self._data_parallel is not None
-        sharded = bool(layout.reductions)
         watched = [self._watched_layer(layer) for layer in layout.layers]
-        if self.groups == 0 and any(gradient is not None for gradient in gradients):
-            raise StatisticsError(f"{self._owner()} has gradients but saw no group's gradient. {HOW_TO_BUILD}")
+        self._check_seen(layout, watched, gradients)
+        if self.groups == 0:
+            return self._nothing(layout)
+        self._find_wrapper()
         self._stepped = True
-        ranks, device = self._ranks(), layout.device
-        sums = torch.stack([torch.zeros(3, dtype=torch.float64, device=device), *_sums(watched, device)])[1:].T
-        # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
-        not_finite = torch.stack(
-            [0 * s[1].to(device) for w in self._watched.values() if (s := w.sums) is not None]
-            or [torch.zeros((), dtype=torch.float64, device=device)]
-        ).sum()
-        own = torch.cat([sums, not_finite.expand(1, len(layout.layers))])
-        if not sharded:
-            self._data_parallel.add(own)
-        own /= ranks
-        factor = self._factor(layout, own[2], gradients) if not sharded else self._wrappers_factor(device)
-        groups = self.groups * ranks
-        self._warn_of_few(groups)
-        share = 1.0 if not sharded else 1.0 / ranks  # of numbers that are the same on all ranks
-        contributions = {
-            "group_norm": own[0] * factor,
-            "group_square": own[1] * factor.square() * self.groups,
-            "groups": torch.full((len(layout.layers),), groups * share, dtype=torch.float64, device=device),
-            "not_finite": own[3],
-        }
-        mean_square = None
-        if self._squares:
-            flats = self._sharded_squares(layout, watched) if sharded else self._whole_squares(layout, watched)
-            mean_square = flats, factor.square() * (self.groups / ranks)
+        ranks, sharded = self._ranks(), bool(layout.reductions)
+        averages = self._averages(layout, watched)
+        factor = self._wrappers_factor(layout) if sharded else self._factor(layout, averages[2], gradients)
         self._clipping = factor * self._loss_scale
-        return StepStatistics(contributions, mean_square)
+        self._warn_of_few(self.groups * ranks)
+        groups = torch.full_like(averages[0], self.groups * ranks)
+        contributions = {
+            "group_norm": averages[0] * factor,
+            "group_square": averages[1] * factor.square() * self.groups,
+            "groups": groups / ranks if sharded else groups,  # every rank of a sharded layer adds its own
+            "not_finite": averages[3],
+        }
+        if not self._squares:
+            return StepStatistics(contributions, None)
+        flats = self._sharded_squares(layout, watched) if sharded else self._whole_squares(layout, watched)
+        return StepStatistics(contributions, (flats, factor.square() * (self.groups / ranks)))
+
+    def _nothing(self, layout: Layout) -> StepStatistics:
+        """No group was seen and gradients are zero: nothing will be updated. The wrapper may not even exist yet."""
+        zeros = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
+        contributions = dict.fromkeys(("group_norm", "group_square", "groups", "not_finite"), zeros)
+        flats = [torch.zeros(t.numel(), dtype=compute_dtype(t), device=t.device) for t in layout.tensors]
+        return StepStatistics(contributions, (flats, zeros.sum()) if self._squares else None)
+
+    def _averages(self, layout: Layout, watched: Sequence[_Watched]) -> torch.Tensor:
+        """The layers' sums divided by the ranks, and 0 or NaN, shape (4, layers).
+
+        Over all ranks where layers are whole; of this rank's groups where the step's reduction will add them.
+        """
+        zeros = torch.zeros(3, dtype=torch.float64, device=layout.device)
+        sums = torch.stack([zeros if layer.sums is None else layer.sums.to(layout.device) for layer in watched], dim=1)
+        # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
+        of_model = [layer.sums[1].to(layout.device) for layer in self._watched.values() if layer.sums is not None]
+        not_finite = 0 * torch.stack(of_model).sum()
+        averages = torch.cat([sums, not_finite.expand(1, len(watched))])
+        if not layout.reductions:
+            assert self._data_parallel is not None
+            self._data_parallel.add(averages)
+        return averages / self._ranks()
 
     def keep(self, layout: Layout, totals: Mapping[str, torch.Tensor]) -> None:
         """Keep the reduced sums of a `step()` call for `norms()`; on the device, so that no step waits for it."""
@@ -399,6 +410,26 @@ class GradientStatistics:
             c = clipping or 1.0
             found[name] = GroupNorms(round(groups), mean_norm / c, mean_square / c**2, square / c**2)
         return found
+
+    def _check_seen(
+        self, layout: Layout, watched: Sequence[_Watched], gradients: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Raise unless gradients come with groups. Zeros may come without: some wrappers step once to make the state.
+
+        Where layers are whole and this process is alone, each layer can be told; else a layer may have its gradient
+        from other ranks, and one that no group had a gradient for is not updated.
+        """
+        if self.groups == 0:
+            found = [g for g in gradients if g is not None and g.any()]
+            if found:
+                raise StatisticsError(f"{self._owner()} has gradients but saw no group's gradient. {HOW_TO_BUILD}")
+        elif not layout.reductions and self._ranks() == 1:
+            for layer, seen in zip(layout.layers, watched, strict=True):
+                gradient = gradients[layer.tensor]
+                if seen.groups == 0 and gradient is not None and gradient.any():
+                    raise StatisticsError(
+                        f"{self._owner()} has a gradient of layer {layer.name} but saw no group's. {HOW_TO_BUILD}"
+                    )
 
     def _ranks(self) -> int:
         process_group = None if self._data_parallel is None else self._data_parallel.process_group
@@ -427,9 +458,9 @@ class GradientStatistics:
                 stacklevel=2,
             )
 
-    def _wrappers_factor(self, device: torch.device) -> torch.Tensor:
+    def _wrappers_factor(self, layout: Layout) -> torch.Tensor:
         factor = 1.0 if self._flow is None else self._flow.factor(self._loss_scale)
-        return torch.as_tensor(factor, dtype=torch.float64, device=device).reshape(())
+        return torch.as_tensor(factor, dtype=torch.float64, device=layout.device).reshape(())
 
     def _factor(self, layout: Layout, seen: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """What the gradient was multiplied by since backward, where nobody tells: unscaling, and the user's clipping.
@@ -600,8 +631,3 @@ def _probe(flat: torch.Tensor) -> torch.Tensor:
     Of all elements it would be zero for many layers, e.g. a softmax's bias.
     """
     return flat[::2].sum(dtype=torch.float64)
-
-
-def _sums(watched: Iterable[_Watched], device: torch.device) -> list[torch.Tensor]:
-    zeros = torch.zeros(3, dtype=torch.float64, device=device)
-    return [zeros if layer.sums is None else layer.sums.to(device) for layer in watched]

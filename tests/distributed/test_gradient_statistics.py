@@ -95,10 +95,13 @@ def test_bf16_optimizer(pool: WorkerPool, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_with_skipped_steps(pool: WorkerPool, stage: int, world_size: int) -> None:
+    # On stage 0 DeepSpeed 0.19.8 divides by the loss scale without having multiplied by it, for any optimizer.
+    config = FP16 if stage else {"fp16": {"enabled": True, "loss_scale": 1}}
     for name in NAMES:
         for skipped in ((0,), (1, 3)):
-            case = make_case(name, stage, dtype="fp16", spread=0.0, overflow=skipped, accumulation=2, config=FP16)
-            answers = run_exact(pool, case)
+            case = make_case(name, stage, dtype="fp16", spread=0.0, overflow=skipped, accumulation=2, config=config)
+            answers = pool.run(run_case, case)
+            assert_exact(case, answers, along_path=True)
             assert set(answers[0]["step_counts"].values()) == {5.0 - len(skipped)}
 
 
