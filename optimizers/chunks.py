@@ -45,7 +45,7 @@ def values(elements: torch.Tensor) -> Summand:
 
 
 def counts(bin_of_element: torch.Tensor, bins: int) -> Summand:
-    """Ask for each layer's histogram: how many of its elements fall into each of `bins` bins; -1 is not counted."""
+    """Ask for each layer's histogram: how many elements (int64) equal 0, 1, ..., bins - 1; `bins` is not counted."""
     return Summand(bin_of_element, squared=False, bins=bins)
 
 
@@ -111,16 +111,14 @@ class Chunk:
         return [part.sum(dtype=torch.float64) for part in parts]
 
     def _histograms(self, bin_of_element: torch.Tensor, bins: int) -> list[torch.Tensor]:
-        table = torch.zeros(len(self.pieces), bins + 1, dtype=torch.float64, device=bin_of_element.device)
-        ones = table.new_ones(()).expand(self.numel)
-        # The last column takes what is not counted, as index -1 does. bincount would wait for the device.
-        columns = bin_of_element.to(torch.int64) % (bins + 1)
-        owners = torch.repeat_interleave(
-            torch.arange(len(self.pieces), device=table.device),
-            torch.tensor(self.lengths, device=table.device),
-            output_size=self.numel,
-        )
-        table.view(-1).scatter_add_(0, owners * (bins + 1) + columns, ones)
+        device = bin_of_element.device
+        table = torch.zeros(len(self.pieces), bins + 1, dtype=torch.float64, device=device)
+        if len(self.pieces) > 1:
+            first = torch.arange(len(self.pieces), device=device) * (bins + 1)
+            lengths = torch.tensor(self.lengths, device=device)
+            bin_of_element = bin_of_element + first.repeat_interleave(lengths, output_size=self.numel)
+        # bincount would wait for the device.
+        table.view(-1).scatter_add_(0, bin_of_element, table.new_ones(()).expand(self.numel))
         return list(table[:, :bins])
 
     def spread(self, per_layer: torch.Tensor, first_layer: int, dtype: torch.dtype) -> torch.Tensor:

@@ -111,8 +111,8 @@ class MCLR(LayerwiseOptimizer):
         keys = (x.w.abs() / denominator).float().view(torch.int32).to(torch.int64)
         remaining = KEY_BITS - x.of(layers.known_bits).to(torch.int64)
         candidate = (size != 0) & (keys >> remaining == x.of(layers.prefix).to(torch.int64))
-        digits = (keys >> (remaining - DIGIT_BITS)) % BINS
-        return squares(x.g), counts(torch.where(candidate, digits, -1), BINS)
+        digits = (keys >> (remaining - DIGIT_BITS)) & (BINS - 1)
+        return squares(x.g), counts(torch.where(candidate, digits, BINS), BINS)
 
     def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
         """W's decrease: v, updated in place."""
