@@ -268,11 +268,16 @@ def main(arguments: Sequence[str]) -> int:
     except RecipeError as error:
         print(f"click_through: {error}", file=sys.stderr)
         return 2
-    runs = []
+    runs: list[dict[str, Any]] = []
+    done: dict[tuple[Any, ...], dict[str, Any]] = {}  # at the smallest batch, methods that scale nothing alike agree
     for batch in options.batches:
         for method in methods():
             for seed in range(options.seeds):
-                runs.append(train(data, method, batch, options.batches[0], options.epochs, seed))
+                settings = method.settings(options.batches[0], batch)
+                key = (batch, seed, settings, method.clips, method.per_sample)
+                if key not in done:
+                    done[key] = train(data, method, batch, options.batches[0], options.epochs, seed)
+                runs.append({**done[key], "method": method.label})
                 print(
                     f"batch {batch:6,}  {method.label:<40} seed {seed}  test AUC {runs[-1]['test_auc']:.4f}  "
                     f"{runs[-1]['seconds']:.0f} s",
