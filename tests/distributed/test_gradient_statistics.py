@@ -80,7 +80,8 @@ def test_the_wrappers_clipping(pool: WorkerPool, stage: int, world_size: int) ->
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16(pool: WorkerPool, stage: int, world_size: int) -> None:
     for name in NAMES:
-        run_exact(pool, make_case(name, stage, dtype="bf16", spread=0.0, clipping=0.5))
+        case = make_case(name, stage, dtype="bf16", spread=0.0, clipping=0.5)
+        assert_exact(case, pool.run(run_case, case), along_path=True)
 
 
 @pytest.mark.parametrize("world_size", [2])
