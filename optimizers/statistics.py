@@ -361,7 +361,9 @@ class GradientStatistics:
         if not self._squares:
             return StepStatistics(contributions, None)
         flats = self._sharded_squares(layout, watched) if sharded else self._whole_squares(layout, watched)
-        return StepStatistics(contributions, (flats, factor.square() * (self.groups / ranks)))
+        # The variance of one group is zero, and must not be what rounding makes of it: zero squares are clamped to that.
+        several = self.groups * ranks > 1
+        return StepStatistics(contributions, (flats, factor.square() * (self.groups / ranks) * several))
 
     def _nothing(self, layout: Layout) -> StepStatistics:
         """No group was seen and gradients are zero: nothing will be updated. The wrapper may not even exist yet."""
