@@ -361,7 +361,7 @@ class GradientStatistics:
         if not self._squares:
             return StepStatistics(contributions, None)
         flats = self._sharded_squares(layout, watched) if sharded else self._whole_squares(layout, watched)
-        # The variance of one group is zero, and must not be what rounding makes of it: zero squares are clamped to that.
+        # The variance of one group is zero, not what rounding makes of it: without squares it is clamped to zero.
         several = self.groups * ranks > 1
         return StepStatistics(contributions, (flats, factor.square() * (self.groups / ranks) * several))
 
