@@ -21,12 +21,13 @@ def check_range(
     Args:
         name: The argument's name.
         value: What was given; a one-element tensor counts as a number.
-        low: Lower end.
+        low: Lower end; an infinite end is excluded.
         high: Upper end.
         low_open: Whether the lower end itself is excluded.
         high_open: Whether the upper end itself is excluded.
     """
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == math.inf else ']'}"
+    low_open, high_open = low_open or low == -math.inf, high_open or high == math.inf
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -103,7 +103,8 @@ class LAMB(LayerwiseOptimizer):
             raise ValueError(f"trust_bounds must be (low, high), got {group['trust_bounds']!r}")
         low, high = group["trust_bounds"]
         check_range("trust_bounds[0]", low, 0.0)
-        check_range("trust_bounds[1]", high, low)
+        if not low <= high:
+            raise ValueError(f"trust_bounds[1] must be in [{low:g}, inf], got {high!r}")
 
     def check_layout(self, layout: Layout) -> None:
         if layout.clips_with and self.defaults["max_grad_norm"] is not None:

@@ -413,7 +413,12 @@ def test_a_group_added_later(name: str) -> None:
 
 NAN = math.nan
 BAD: dict[str, list[tuple[Any, str]]] = {
-    "lr": [(-1.0, r"lr must be in \[0, inf\), got -1.0"), (NAN, "got nan"), ("fast", "got 'fast'")],
+    "lr": [
+        (float("inf"), r"lr must be in \[0, inf\), got inf"),
+        (-1.0, r"lr must be in \[0, inf\), got -1.0"),
+        (NAN, "got nan"),
+        ("fast", "got 'fast'"),
+    ],
     "momentum": [(1.0, r"momentum must be in \[0, 1\), got 1.0"), (-0.1, "got -0.1")],
     "betas": [
         ((0.9, 1.0), r"betas\[1\] must be in \[0, 1\), got 1.0"),
@@ -424,7 +429,7 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "weight_decay": [(-0.1, r"weight_decay must be in \[0, inf\), got -0.1")],
     "trust_coefficient": [(0.0, r"trust_coefficient must be in \(0, inf\), got 0.0")],
     "trust_clip": [(0.0, r"trust_clip must be in \(0, inf\), got 0.0")],
-    "trust_bounds": [((1.0, 0.5), r"trust_bounds\[1\] must be in \[1, inf\), got 0.5"), ((1.0,), r"\(low, high\)")],
+    "trust_bounds": [((1.0, 0.5), r"trust_bounds\[1\] must be in \[1, inf\], got 0.5"), ((1.0,), r"\(low, high\)")],
     "max_grad_norm": [(0.0, r"max_grad_norm must be in \(0, inf\), got 0.0")],
     "nesterov": [("yes", "nesterov must be True or False, got 'yes'")],
     "momentum_form": [("other", "momentum_form must be one of 'scaled', .*, got 'other'")],
