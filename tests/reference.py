@@ -387,8 +387,15 @@ def run_reference(
     return weights, ratios
 
 
-def relative_error(w: Tensor, expected: Tensor, initial: Tensor, rounding: float = 0.0) -> float:
-    """‖w - expected‖ / ‖expected - initial‖: the error of the weight *change*, less `rounding` times ‖expected‖."""
-    change = (expected.double() - initial.double()).norm().item()
-    error = max(0.0, (w.double() - expected.double()).norm().item() - rounding * expected.norm().item())
+def relative_error(w: Tensor, expected: Tensor, initial: Tensor, path: float | None = None) -> float:
+    """‖w - expected‖ / ‖expected - initial‖: the error of the weight *change*.
+
+    Args:
+        w: What was found.
+        expected: The reference.
+        initial: Weights before training.
+        path: Length to divide by instead, e.g. of the way that the weights went.
+    """
+    change = (expected.double() - initial.double()).norm().item() if path is None else path
+    error = (w.double() - expected.double()).norm().item()
     return error if change == 0 else error / change
