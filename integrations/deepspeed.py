@@ -31,6 +31,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.data_parallel import DataParallel, attribute_of
@@ -188,6 +189,7 @@ def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatT
 def _layout(
     kind: str, wrapper: DeepSpeedOptimizer, optimizer: Any, described: Sequence[tuple[int, torch.Tensor, _FlatTensor]]
 ) -> Layout:
+    _refuse_tensor_parallelism(kind, wrapper, (flat for _, _, flat in described))
     names = getattr(wrapper, "param_names", None) or {}
     layers: list[Layer] = []
     shards: list[Shard] = []
@@ -211,6 +213,26 @@ def _layout(
         clips_with="gradient_clipping in the DeepSpeed config" if sharded else None,
         gradient_norm=_gradient_norm(kind, wrapper),
     )
+
+
+def _refuse_tensor_parallelism(kind: str, wrapper: DeepSpeedOptimizer, flat_tensors: Iterable[_FlatTensor]) -> None:
+    """Raise if a layer is cut over tensor-parallel ranks too, whose sums are not added here."""
+    if _tensor_parallel_ranks(wrapper) == 1:
+        return
+    for flat in flat_tensors:
+        for parameter, shape in flat.parameters:
+            if getattr(parameter, "tensor_model_parallel", False):
+                raise LayoutError(
+                    f"{kind} holds a parameter of which this rank has the part {shape} only, cut by tensor "
+                    "parallelism over other ranks: not supported, its norm would be wrong. Set "
+                    "tensor_parallel.autotp_size to 1"
+                )
+
+
+def _tensor_parallel_ranks(wrapper: DeepSpeedOptimizer) -> int:
+    group = getattr(wrapper, "model_parallel_group", None)
+    of_group = 1 if group is None else dist.get_world_size(group)
+    return max(of_group, bwc_tensor_model_parallel_world_size(getattr(wrapper, "mpu", None)))
 
 
 def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer) -> Callable[[], torch.Tensor] | None:
