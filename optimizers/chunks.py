@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "ChunkView", "Summand", "counts", "cut_into_chunks", "squares", "values"]
 
-CHUNK_ELEMENTS = {"cpu": 1 << 16}
+CHUNK_ELEMENTS = {"cpu": 1 << 17}
 LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel costs more than missing the cache
 
 

@@ -252,7 +252,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
 
 def _make_plan(layout: Layout) -> _Plan:
-    carried = [[i for i, layer in enumerate(layout.layers) if layer.tensor == t] for t in range(len(layout.tensors))]
+    carried: list[list[int]] = [[] for _ in layout.tensors]
+    for index, layer in enumerate(layout.layers):
+        carried[layer.tensor].append(index)
     groups: dict[int, list[int]] = {}
     for group, layers in zip(layout.groups, carried, strict=True):
         groups.setdefault(group, []).extend(layers)
