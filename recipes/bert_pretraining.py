@@ -168,12 +168,6 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     data = rank_agreement.on_each_machine(lambda: prepare(config.data, reporter))
     for line in data.describe(run.plan.sequences):
         reporter.line(line)
-    if data.train_rows < run.plan.sequences:
-        reporter.line(
-            f"warning: the corpus has {data.train_rows:,} training sequences, fewer than one global batch of "
-            f"{run.plan.sequences:,}: every update repeats each sequence {run.plan.sequences / data.train_rows:.1f} "
-            "times (with other masks)"
-        )
     identity = {**early_identity(run), "data": data.fingerprint, "vocabulary": data.vocabulary_size}
     if run.saved_identity is not None and run.invocation.resume is not None:
         run_folder.check_same_run(run.saved_identity, identity, run.invocation.resume)

@@ -63,16 +63,22 @@ class PreparedData:
         return Vocabulary(self.mask_id, special, ordinary)
 
     def describe(self, global_batch: int) -> list[str]:
-        """Return the lines that are printed before training."""
+        """Return the lines that are printed before training, with a warning if one batch is more than the corpus."""
         tokens = self.train_rows * self.sequence_length
         steps = self.train_rows / global_batch
-        return [
+        lines = [
             f"data: {self.documents:,} documents, {self.characters / 1e6:.1f} million characters; "
             f"{self.validation_documents:,} documents held out for validation ({self.validation_rows:,} sequences)",
             f"training: {tokens:,} tokens in {self.train_rows:,} sequences of {self.sequence_length}; "
             f"{steps:.1f} steps per epoch; vocabulary {self.vocabulary_size:,}; "
             f"unigram entropy {self.unigram_entropy:.3f} nats",
         ]
+        if steps < 1:
+            lines.append(
+                f"warning: the corpus has {self.train_rows:,} training sequences, fewer than one global batch of "
+                f"{global_batch:,}: every update repeats each sequence {1 / steps:.1f} times (with other masks)"
+            )
+        return lines
 
 
 def cache_folder() -> Path:

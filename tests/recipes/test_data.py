@@ -209,3 +209,11 @@ def test_a_missing_or_unfit_tokenizer_is_named(tmp_path, monkeypatch):
     Tokenizer(WordLevel({"a": 0, "[CLS]": 1}, unk_token="a")).save(str(tmp_path / "t.json"))
     with pytest.raises(RecipeError, match="has no sep, mask token"):
         load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_a_corpus_smaller_than_one_batch_is_said(text_folder):
+    data = prepare(DataConfig(sources=(f"{text_folder}/*.txt",), vocabulary=200, sequence_length=16), QUIET)
+    assert len(data.describe(data.train_rows)) == 2
+    warning = data.describe(4 * data.train_rows)[-1]
+    assert f"{data.train_rows:,} training sequences, fewer than one global batch of {4 * data.train_rows:,}" in warning
+    assert "4.0 times" in warning
