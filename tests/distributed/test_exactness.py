@@ -91,7 +91,7 @@ ZERO_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize(
     ("stage", "zero"),
     [
@@ -191,7 +191,7 @@ def test_names_fall_back_to_deepspeeds(pool: WorkerPool, world_size: int) -> Non
 # Training options ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     for name in ("lamb", "lars"):
@@ -208,7 +208,7 @@ def test_the_wrappers_clipping(pool: WorkerPool, stage: int, world_size: int) ->
         assert_exact(case, answers, bound=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_masters(pool: WorkerPool, stage: int, world_size: int) -> None:
     """Identical gradients on all ranks, so that averaging 16-bit numbers is exact."""
@@ -247,8 +247,9 @@ def test_max_grad_norm_is_refused_where_the_wrapper_clips(pool: WorkerPool, stag
 
 
 @pytest.mark.parametrize("world_size", [2])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "stage"), [*((name, stage) for name in OPTIMIZERS for stage in (1, 3)), ("lamb", 2), ("lars", 2)]
+)
 def test_a_checkpoint_continues_bit_for_bit(
     pool: WorkerPool, name: str, stage: int, world_size: int, tmp_path: Any
 ) -> None:

@@ -40,7 +40,7 @@ def assert_norms(case: Case, found: list[dict[str, tuple[float, ...]]], ranks: i
 # Values -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_norms_for_any_optimizer(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     case = make_case("lamb", stage, accumulation=2, noise=1.0)
@@ -62,7 +62,7 @@ def test_norms_are_those_before_loss_scale_and_clipping(pool: WorkerPool, stage:
         assert_norms(case, norms, world_size, 1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     for name in NAMES:
@@ -76,7 +76,7 @@ def test_the_wrappers_clipping(pool: WorkerPool, stage: int, world_size: int) ->
         run_exact(pool, make_case(name, stage, clipping=0.5))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16(pool: WorkerPool, stage: int, world_size: int) -> None:
     for name in NAMES:
@@ -118,7 +118,7 @@ def test_not_finite(pool: WorkerPool, stage: str | int, dtype: str, world_size: 
         assert set(answers[0]["step_counts"].values()) == {4.0}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     for name in NAMES:
@@ -132,7 +132,7 @@ def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, stage: str
 ELEMENTS = sum(w.numel() for w in initial_weights(make_case("lamb", 1)).values())
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_wire_and_memory(pool: WorkerPool, stage: int, accumulation: int, world_size: int) -> None:
@@ -170,7 +170,7 @@ def test_norms_alone_send_and_keep_nothing_more(pool: WorkerPool, stage: int, wo
 # Layouts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize(
     ("stage", "zero"),
     [
@@ -185,7 +185,7 @@ def test_zero_options(pool: WorkerPool, stage: int, zero: dict[str, Any], world_
     assert_exact(case, answers)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3])
 def test_zero_init(pool: WorkerPool, world_size: int) -> None:
     for name in NAMES:
         run_exact(pool, make_case(name, 3, zero_init=True))
@@ -232,7 +232,7 @@ def assert_same_training(found: Any, wanted: Any) -> None:
             torch.testing.assert_close(weights[name], w, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("recompute", [None, "plain", "reentrant"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_network_with_activation_checkpointing(
