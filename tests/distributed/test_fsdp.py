@@ -65,7 +65,8 @@ class Setup:
 
 
 def make_mesh(shape: tuple[int, ...] | None) -> DeviceMesh:
-    return init_device_mesh("cpu", shape or (dist.get_world_size(),))
+    shape = shape or (dist.get_world_size(),)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 class Run:
@@ -366,7 +367,7 @@ def step_that_is_refused(name: str) -> None:
         ("partial", r"parameter weight has placements \(Partial"),
         ("stale", "make the optimizer from model.parameters\\(\\) after fully_shard"),
         ("local state", "the state exp_avg of weight is not cut like the parameter"),
-        ("uneven", r"0.0 \(6, 2\): 14 of 12 elements"),
+        ("uneven", r"weight \(6, 2\): 14 of 12 elements"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(pool: WorkerPool, name: str, message: str, world_size: int) -> None:
