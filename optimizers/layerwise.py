@@ -20,7 +20,7 @@ from . import layout as layouts
 from .chunks import Chunk, ChunkView, Summand, compute_dtype, cut_into_chunks
 from .hyperparameters import check_choice
 from .layers import LayerTable
-from .layout import Layout, LayoutError, resolve_layout
+from .layout import Layout, LayoutError, local_part, placements_of, resolve_layout
 from .rows import Rows
 from .statistics import GradientStatistics
 
@@ -206,7 +206,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         wanted = self.group_statistics
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._plans: dict[tuple[tuple[int, Any], ...], _Plan] = {}
         self._last_ratios: dict[tuple[int, ...], tuple[list[str], torch.Tensor]] = {}
         # Weak, so that parameters which a wrapper replaces are not kept alive.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -240,7 +240,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def _plan(self) -> _Plan:
         tensors = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        key = tuple(id(tensor) for _, tensor in tensors)
+        key = tuple((id(tensor), placements_of(tensor)) for _, tensor in tensors)
         plan = self._plans.get(key)
         if plan is None:
             layout = resolve_layout(self, tensors)
@@ -281,8 +281,9 @@ class _Step:
         self.optimizer = optimizer
         self.plan = plan
         self.layout = plan.layout
-        self.weights = [_flat(tensor.detach()) for tensor in self.layout.tensors]
-        self.gradients = [None if tensor.grad is None else _flat(_dense(tensor.grad)) for tensor in self.layout.tensors]
+        self.locals = [local_part(tensor).detach() for tensor in self.layout.tensors]
+        self.weights = [_flat(tensor) for tensor in self.locals]
+        self.gradients = [_gradient_of(tensor) for tensor in self.layout.tensors]
         self.chunks = [chunk for whole in plan.chunks if (chunk := whole.only(self._takes_part))]
         self.state = {name: self._element_state(name) for name in optimizer.element_state}
         self.layer_state = {name: self._read_layer_state(name) for name in optimizer.layer_state}
@@ -402,7 +403,7 @@ class _Step:
             view = self._view(chunk, in_place=all_change)
             change = self.optimizer.change(self.optimizer.param_groups[chunk.group], self.tables[chunk.group], view)
             view.store(change, None if all_change else view.of(changing[chunk.group]))
-        for tensor, flat in zip(self.layout.tensors, self.weights, strict=True):
+        for tensor, flat in zip(self.locals, self.weights, strict=True):
             if not tensor.is_contiguous():
                 tensor.copy_(flat.view(tensor.shape))
 
@@ -414,11 +415,20 @@ class _Step:
     def _element_state_of(self, index: int, name: str) -> torch.Tensor:
         tensor = self.layout.tensors[index]
         if not self._takes_part(index):
-            return tensor.new_empty(0)
+            return self.locals[index].new_empty(0)
         state = self.optimizer.state[tensor]
         if name not in state:
-            state[name] = torch.zeros(tensor.shape, dtype=compute_dtype(tensor), device=tensor.device)
-        return state[name].view(-1)
+            # Of a DTensor, a DTensor with the same placements.
+            dtype, dense = compute_dtype(tensor), torch.contiguous_format
+            state[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=dense)
+        if placements_of(state[name]) != placements_of(tensor):
+            layer = self.layout.layers[self.plan.tensor_layers[index].start]
+            raise LayoutError(
+                f"the state {name} of {layer.name} is not cut like the parameter: load an optimizer's state with "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, and do not change a parameter's "
+                "placements after the first step"
+            )
+        return local_part(state[name]).view(-1)
 
     def _read_layer_state(self, name: str) -> torch.Tensor:
         """The per-layer state of all layers, shape (layers,), fp64."""
@@ -482,6 +492,17 @@ def _check_parameter(parameter: torch.Tensor) -> None:
         raise ValueError(
             f"parameters must be real floating point tensors, got {parameter.dtype} of shape {tuple(parameter.shape)}"
         )
+
+
+def _gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return this rank's part of the gradient, flat."""
+    gradient = tensor.grad
+    if gradient is None:
+        return None
+    if placements_of(gradient) != placements_of(tensor):
+        # Tensor parallelism leaves it to the reader to add up some gradients over ranks.
+        gradient = gradient.redistribute(placements=placements_of(tensor))  # type: ignore[attr-defined]
+    return _flat(_dense(local_part(gradient)))
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

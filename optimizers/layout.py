@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-__all__ = ["Backend", "Layer", "Layout", "LayoutError", "Shard", "register_backend", "resolve_layout"]
+__all__ = ["Backend", "Layer", "Layout", "LayoutError", "Shard", "local_part", "register_backend", "resolve_layout"]
 
 
 class LayoutError(RuntimeError):
@@ -53,7 +53,8 @@ class Shard:
     Attributes:
         layer: Index into `Layout.layers`.
         start: First element inside the local tensor, counted over its flattened elements.
-        offset: First element inside the layer.
+        offset: First element inside the layer. Zero under DTensor, where the elements of a shard need not be a run
+            of the layer (Shard(1)): sums over layers do not need it, those over rows do.
         length: Number of elements, at least 1.
     """
 
@@ -69,8 +70,8 @@ class Layout:
 
     Attributes:
         backend: Name for messages, e.g. "DeepSpeed ZeRO-2".
-        tensors: The local tensors of one `step()` call, in the order of `param_groups`. What no shard covers is
-            padding: it is never read by a norm and never written.
+        tensors: The local tensors of one `step()` call, in the order of `param_groups`; of a DTensor, its local part
+            is meant. What no shard covers is padding: it is never read by a norm and never written.
         groups: For each local tensor, its index into `optimizer.param_groups` during this call; ascending.
         layers: Every layer with at least one element anywhere, the same on all ranks, in the order of their tensors.
         shards: The parts of those layers on this rank, in the order of `tensors`.
@@ -201,13 +202,7 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
 
 def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout:
     """The layout of unwrapped and DDP training: every layer is whole here, and nothing is reduced."""
-    strangers = [description for _, tensor in tensors for description in _why_not_whole(optimizer, tensor)]
-    if strangers:
-        raise LayoutError(
-            f"cannot compute exact trust ratios for {_listing(strangers)}. Supported: parameters handed to the "
-            "optimizer's constructor (also under DDP), and DeepSpeed ZeRO stages 1, 2 and 3. "
-            "Construct the optimizer with the model's own parameters and pass that object to the wrapper."
-        )
+    refuse_strangers(optimizer, [tensor for _, tensor in tensors])
     whole = [(group, tensor) for group, tensor in tensors if tensor.numel()]
     names = dict(name_layers(optimizer, tensors))
     return Layout(
@@ -217,6 +212,28 @@ def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]
         layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(whole)),
         shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(whole)),
     )
+
+
+def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise LayoutError if any of the tensors is not known to be a whole layer of the optimizer's."""
+    strangers = [description for tensor in tensors for description in _why_not_whole(optimizer, tensor)]
+    if strangers:
+        raise LayoutError(
+            f"cannot compute exact trust ratios for {_listing(strangers)}. Supported: parameters handed to the "
+            "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, and FSDP2 (fully_shard). "
+            "Construct the optimizer with the model's own parameters and pass that object to the wrapper."
+        )
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of the tensor lies on this rank: of a DTensor its local tensor, else the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def placements_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """How a DTensor is cut, None for any other tensor."""
+    return getattr(tensor, "placements", None)
 
 
 def name_layers(optimizer: Any, parameters: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,376 @@
+"""FSDP2, HSDP and other placements of DTensors against the float64 reference, and what is refused under them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
+
+from .cases import (
+    Case,
+    CollectiveCounter,
+    LayerSpec,
+    Model,
+    group_gradients,
+    initial_weights,
+    make_optimizer,
+    mean_gradients,
+)
+from .exactness import MODEL, assert_exact, two_groups
+from .pool import CaseFailed, WorkerPool
+
+EXACT = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None]
+MESHES = {"fsdp": None, "hsdp": (2, 2)}
+
+
+def make_case(name: str, layers: tuple[LayerSpec, ...] = MODEL, **changes: Any) -> Case:
+    return Case(name, layers, "fsdp", two_groups(name, **changes.pop("options", {})), **changes)
+
+
+# Inside the workers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the model is sharded.
+
+    Attributes:
+        mesh: Shape of the mesh; None for all ranks in one dimension.
+        wrap: "fully_shard"; "swap", where the optimizer is made before and its parameters are then replaced, as
+            accelerate does; or "stale", where they are not replaced.
+        options: Further arguments of fully_shard.
+        clipping: The user's clip_grad_norm_.
+        checkpoint: Save after three steps and go on in a new model and optimizer, from this folder.
+    """
+
+    mesh: tuple[int, ...] | None = None
+    wrap: str = "fully_shard"
+    options: dict[str, Any] | None = None
+    clipping: float | None = None
+    checkpoint: str | None = None
+
+
+def make_mesh(shape: tuple[int, ...] | None) -> DeviceMesh:
+    shape = shape or (dist.get_world_size(),)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+class Run:
+    def __init__(self, case: Case, setup: Setup):
+        self.case, self.setup = case, setup
+        self.model = Model(case)
+        self.model.load(initial_weights(case))
+        early = None if setup.wrap == "fully_shard" else make_optimizer(case, self.model)
+        before = dict(self.model.named_parameters())
+        fully_shard(self.model, mesh=make_mesh(setup.mesh), **(setup.options or {}))
+        after = dict(self.model.named_parameters())
+        self.optimizer: Any = early or make_optimizer(case, self.model)
+        if setup.wrap == "swap":
+            replaced = {id(p): after[name] for name, p in before.items()}
+            for group in self.optimizer.param_groups:
+                group["params"] = [replaced[id(p)] for p in group["params"]]
+        self.counter = CollectiveCounter(self.optimizer)
+        self.ratios: list[dict[str, float]] = []
+
+    def train(self, first: int, last: int) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        for step in range(first, last):
+            means = mean_gradients(self.case)[step]
+            of_groups = group_gradients(self.case, step, means, world * self.case.accumulation)
+            for micro in range(self.case.accumulation):
+                self.model.set_requires_gradient_sync(micro == self.case.accumulation - 1)
+                given = {name: g[micro * world + rank] for name, g in of_groups.items()}
+                (self.model(given) / self.case.accumulation).backward()
+            if self.setup.clipping is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.clipping)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ratios.append(self.optimizer.trust_ratios())
+
+    def save(self, folder: str) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        dcp.save(state, checkpoint_id=folder)
+
+    def load(self, folder: str) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        dcp.load(state, checkpoint_id=folder)
+        self.model.load_state_dict(state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+    def result(self) -> dict[str, Any]:
+        weights = {layer.name: self.model.leaves[layer.name].weight for layer in self.case.layers}
+        state = self.optimizer.state
+        return {
+            "weights": {name: p.full_tensor().detach().float().clone() for name, p in weights.items()},
+            "ratios": self.ratios,
+            "collectives": self.counter.per_call,
+            "all_reduces": self.counter.all_reduces,
+            "step_counts": {name: float(state[p]["step"]) for name, p in weights.items()},
+            "local_elements": {name: p.to_local().numel() for name, p in weights.items()},
+            "cut_alike": all(
+                isinstance(value, DTensor) and value.placements == p.placements and value.shape == p.shape
+                for p in weights.values()
+                for value in (state[p][name] for name in self.optimizer.element_state)
+            ),
+        }
+
+    def close(self) -> None:
+        self.counter.close()
+        self.model = self.optimizer = None  # type: ignore[assignment]
+        gc.collect()
+
+
+@contextmanager
+def running(case: Case, setup: Setup) -> Iterator[Run]:
+    run = Run(case, setup)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def run_case(case: Case, setup: Setup) -> dict[str, Any]:
+    with running(case, setup) as run:
+        if setup.checkpoint is None:
+            run.train(0, case.steps)
+            return run.result()
+        run.train(0, 3)
+        run.save(setup.checkpoint)
+    # Other weights, so that what is not restored shows.
+    with running(replace(case, seed=case.seed + 7), setup) as fresh:
+        fresh.load(setup.checkpoint)
+        fresh.case = case
+        fresh.train(3, case.steps)
+        return fresh.result()
+
+
+def run_exact(pool: WorkerPool, case: Case, setup: Setup, bound: float = 2e-6) -> list[dict[str, Any]]:
+    answers = pool.run(run_case, case, setup)
+    assert_exact(case, answers, bound)
+    return answers
+
+
+# fully_shard --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (3, "fsdp"), (4, "hsdp")])
+def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, world_size: int, mesh: str) -> None:
+    answers = run_exact(pool, make_case(name), Setup(MESHES[mesh]))
+    for answer in answers:
+        # The first step also proves the layout.
+        assert answer["collectives"] == [OPTIMIZERS[name].collectives + (step == 0) for step in range(5)]
+        assert set(answer["step_counts"].values()) == {5.0}
+        assert answer["cut_alike"]
+    assert any(answer["local_elements"]["scale"] == 0 for answer in answers)
+
+
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
+def test_training_options(pool: WorkerPool, world_size: int, mesh: str) -> None:
+    case = make_case("lamb")
+    run_exact(pool, replace(case, accumulation=3), Setup(MESHES[mesh]))
+    # torch divides by the norm + 1e-6, as the reference does.
+    run_exact(pool, replace(case, clipping=0.5), Setup(MESHES[mesh], clipping=0.5))
+    clips_itself = pool.run(run_case, make_case("lamb", constructor={"max_grad_norm": 0.5}), Setup(MESHES[mesh]))
+    assert_exact(replace(case, clipping=0.5), clips_itself, bound=1e-5)
+    assert clips_itself[0]["collectives"] == [3, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reshard_after_forward": False},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    ],
+    ids=["kept after forward", "offload"],
+)
+def test_options_of_fully_shard(pool: WorkerPool, options: dict[str, Any], world_size: int) -> None:
+    run_exact(pool, make_case("lamb"), Setup(options=options))
+
+
+def weights_after_a_small_step(mixed: bool) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
+    """One step that is too small for 16 bits, from a gradient that they represent."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+    case = replace(make_case("lamb", dtype="bf16", spread=0.0), groups=({"lr": 1e-4}, {"lr": 1e-4}))
+    with running(case, Setup(options={"mp_policy": policy})) as run:
+        run.train(0, 1)
+        return run.model.leaves["dense"].weight.dtype, run.result()["weights"]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_mixed_precision_steps_fp32_parameters(pool: WorkerPool, world_size: int) -> None:
+    dtype, mixed = pool.run(weights_after_a_small_step, True)[0]
+    _, full = pool.run(weights_after_a_small_step, False)[0]
+    assert dtype == torch.float32
+    assert all(torch.equal(mixed[layer], weights) for layer, weights in full.items())
+    assert not torch.equal(mixed["dense"], mixed["dense"].bfloat16().float())
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_shards_along_another_dimension(pool: WorkerPool, world_size: int) -> None:
+    layers = (LayerSpec("wide", (5, 12)), LayerSpec("conv", (3, 4, 5)), LayerSpec("bias", (9,), group=1))
+    for name in ("lamb", "lars", "novograd"):
+        run_exact(pool, make_case(name, layers), Setup(options={"shard_placement_fn": second_dimension}))
+
+
+def second_dimension(parameter: torch.nn.Parameter) -> Shard | None:
+    return Shard(1) if parameter.dim() > 1 else None
+
+
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
+def test_layers_without_gradient_are_untouched(pool: WorkerPool, world_size: int, mesh: str) -> None:
+    skipped = {0: ("dense", "norm"), 2: ("embedding",), 3: ("dense", "bias", "norm", "scale")}
+    skipped = {step: (*names, "conv") for step, names in {**dict.fromkeys(range(5), ()), **skipped}.items()}
+    case = make_case("lamb", skipped=skipped)
+    for answer in run_exact(pool, case, Setup(MESHES[mesh])):
+        assert answer["step_counts"] == {"embedding": 4, "dense": 3, "conv": 0, "bias": 4, "norm": 3, "scale": 4}
+        assert torch.equal(answer["weights"]["conv"], initial_weights(case)["conv"])
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_parameters_replaced_after_construction(pool: WorkerPool, world_size: int) -> None:
+    answers = run_exact(pool, make_case("lamb"), Setup(wrap="swap"))
+    assert set(answers[0]["ratios"][0]) == {layer.name for layer in MODEL}
+    unnamed = pool.run(run_case, make_case("lamb", named=False), Setup(wrap="swap"))
+    assert set(unnamed[0]["ratios"][0]) == {"0.0", "0.1", "0.2", "1.0", "1.1", "1.2"}
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
+def test_a_checkpoint_continues_bit_for_bit(
+    pool: WorkerPool, name: str, world_size: int, mesh: str, tmp_path: Any
+) -> None:
+    case = make_case(name, steps=6, skipped={1: ("dense",)})
+    one = pool.run(run_case, case, Setup(MESHES[mesh]))
+    other = pool.run(run_case, case, Setup(MESHES[mesh], checkpoint=str(tmp_path)))
+    for a, b in zip(one, other, strict=True):
+        for layer, weights in a["weights"].items():
+            assert torch.equal(weights, b["weights"][layer]), layer
+        assert a["ratios"][3:] == b["ratios"]
+        assert a["step_counts"] == b["step_counts"]
+
+
+# Any placement ------------------------------------------------------------------------------------------------------
+
+WHOLE, CUT = Replicate(), Shard(0)
+PLACEMENTS: dict[str, tuple[Any, ...] | None] = {
+    "cut by both dimensions": (CUT, CUT),
+    "rows by columns": (CUT, Shard(1)),
+    "columns": (WHOLE, Shard(1)),
+    "cut by the first dimension": (Shard(1), WHOLE),
+    "whole": (WHOLE, WHOLE),
+    "on another mesh": (Shard(0),),
+    "no DTensor": None,
+}
+
+
+def step_with_placements(name: str) -> dict[str, Any]:
+    """Five steps of one optimizer whose layers are each cut in another way."""
+    case = make_case(name, tuple(LayerSpec(cut, (5, 7)) for cut in PLACEMENTS))
+    meshes = {2: make_mesh((2, 2)), 1: make_mesh(None)}
+
+    def cut(layer: str, value: torch.Tensor) -> torch.Tensor:
+        placements = PLACEMENTS[layer]
+        return value if placements is None else distribute_tensor(value, meshes[len(placements)], placements)
+
+    parameters = {layer: torch.nn.Parameter(cut(layer, w)) for layer, w in initial_weights(case).items()}
+    optimizer = create_optimizer(name, [{"params": parameters.items(), **case.groups[0]}], lr=1.0)
+    ratios, calls = [], []
+    for step, gradients in enumerate(mean_gradients(case)):
+        for layer, parameter in parameters.items():
+            parameter.grad = cut(layer, gradients[layer])
+        if step == 4:
+            # A gradient that is still a sum over ranks, as tensor parallelism may leave it.
+            whole = gradients["whole"]
+            halves = [Partial(), WHOLE]
+            parameters["whole"].grad = DTensor.from_local(whole / 2, meshes[2], halves)
+        with CommDebugMode() as communication:
+            optimizer.step()
+        calls.append(communication.get_total_counts())
+        ratios.append(optimizer.trust_ratios())
+    weights = {
+        layer: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for layer, p in parameters.items()
+    }
+    return {"weights": weights, "ratios": ratios, "collectives": calls}
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "lans", "novograd", "sngm"])
+@pytest.mark.parametrize("world_size", [4])
+def test_every_placement_in_one_optimizer(pool: WorkerPool, name: str, world_size: int) -> None:
+    case = replace(make_case(name, tuple(LayerSpec(cut, (5, 7)) for cut in PLACEMENTS)), spread=0.0)
+    answers = pool.run(step_with_placements, name)
+    assert_exact(case, answers)
+    # One for each dimension of the first mesh and one for the second.
+    stages = OPTIMIZERS[name].collectives
+    assert answers[0]["collectives"] == [3 * (stages + 1), 3 * stages, 3 * stages, 3 * stages, 3 * stages + 1]
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def step_that_is_refused(name: str) -> None:
+    if name == "stale":
+        with running(make_case("lamb"), Setup(wrap="stale")) as run:
+            run.train(0, 1)
+        return
+    if name in OPTIMIZERS:
+        with running(make_case(name, options={"cowclip": True} if name == "cowclip" else {}), Setup()) as run:
+            if name == "cowclip":
+                run.optimizer.param_groups[1]["cowclip"] = False
+            run.train(0, 1)
+        return
+    mesh = make_mesh(None)
+    placement = Partial() if name == "partial" else Shard(0)
+    weight = DTensor.from_local(torch.ones(3, 2), mesh, [placement])
+    optimizer = LAMB([("weight", torch.nn.Parameter(weight))])
+    parameter = optimizer.param_groups[0]["params"][0]
+    if name == "statistics":
+        optimizer.collect_group_norms()
+    if name == "uneven":
+        # Ranks that hold more than the layer has: the proof counts.
+        short = DTensor.from_local(torch.ones(3 + dist.get_rank(), 2), mesh, [Shard(0)], shape=(6, 2), stride=(2, 1))
+        optimizer.param_groups[0]["params"] = [parameter := torch.nn.Parameter(short)]
+    parameter.grad = parameter.detach().clone()
+    optimizer.step()
+    if name == "local state":
+        state = optimizer.state[parameter]
+        state["exp_avg"] = state["exp_avg"].to_local()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clars", "CLARS needs the gradient of every single micro-batch"),
+        ("vrlamb", "VRLAMB needs the gradient of every single micro-batch"),
+        ("statistics", "LAMB needs the gradient of every single micro-batch"),
+        ("cowclip", "CowClip clips rows of embeddings"),
+        ("partial", r"parameter weight has placements \(Partial"),
+        ("stale", "make the optimizer from model.parameters\\(\\) after fully_shard"),
+        ("local state", "the state exp_avg of weight is not cut like the parameter"),
+        ("uneven", r"weight \(6, 2\): 14 of 12 elements"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(pool: WorkerPool, name: str, message: str, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match=message) as failure:
+        pool.run(step_that_is_refused, name)
+    assert str(failure.value).count("LayoutError: ") >= world_size
