@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_choice, check_range
+from .kernels.updates import MomentumUpdate, Sums
 from .layers import LayerTable, safe_ratio
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["CLARS"]
 
@@ -42,6 +42,7 @@ class CLARS(LayerwiseOptimizer):
         statistic: See above.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
             Also a group option.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -67,6 +68,7 @@ class CLARS(LayerwiseOptimizer):
         statistic: str = "norm",
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -77,6 +79,7 @@ class CLARS(LayerwiseOptimizer):
                 "trust_coefficient": trust_coefficient,
                 "statistic": statistic,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -93,20 +96,13 @@ class CLARS(LayerwiseOptimizer):
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
-        yield self.norms
+        yield Sums("w", "g")
         w_norm, g_norm = layers.norm("w"), layers.norm("g")
         single = layers.total("group_norm") if group["statistic"] == "norm" else layers.total("group_square") / g_norm
         denominator = single + group["weight_decay"] * w_norm
         bounded = layers.adapt & (g_norm != 0)
         layers.trust_ratio = safe_ratio(group["trust_coefficient"] * w_norm, denominator, bounded)
 
-    @sums_over_layers("w", "g")
-    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return squares(x.w), squares(x.g)
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease, with the momentum buffer updated in place."""
-        increment = x.g.add(x.w, alpha=group["weight_decay"]).mul_(group["lr"] * x.of(layers.trust_ratio))
-        if not group["momentum"]:
-            return increment
-        return x.momentum_buffer.mul_(group["momentum"]).add_(increment)
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        factor = group["lr"] * layers.trust_ratio
+        return MomentumUpdate(group["momentum"], group["weight_decay"], factor, step=torch.ones_like(factor))

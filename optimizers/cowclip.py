@@ -50,6 +50,7 @@ class CowClip(LayerwiseOptimizer):
         zeta: ζ ≥ 0; keeps rows whose weights are near zero trainable.
         threshold: "code" as above, or "paper": n_c · max(r‖w_c‖, ζ).
         cowclip: Whether the rows of these parameters, then all of two dimensions, are clipped. Mostly a group option.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range, or at the first step if a parameter with ``cowclip=True`` has not
@@ -82,6 +83,8 @@ class CowClip(LayerwiseOptimizer):
         zeta: float = 1e-5,
         threshold: str = "code",
         cowclip: bool = False,
+        *,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -94,6 +97,7 @@ class CowClip(LayerwiseOptimizer):
                 "zeta": zeta,
                 "threshold": threshold,
                 "cowclip": cowclip,
+                "implementation": implementation,
             },
         )
 

@@ -10,6 +10,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .layout import _backends, reduction_device
 
-__all__ = ["DataParallel", "find_data_parallel"]
+__all__ = ["DataParallel", "add_over", "find_data_parallel"]
 
 
 def _none_skipped() -> int:
@@ -32,18 +33,35 @@ class DataParallel:
     Attributes:
         process_group: The ranks whose gradients are averaged; None for one process, or a wrapper that is not known.
         skipped_steps: Counts the updates that the wrapper has dropped so far, e.g. after an fp16 overflow.
+        replicas: Where replicas are sharded (HSDP): the ranks that hold the same shards. `process_group` is then the
+            replica.
     """
 
     process_group: dist.ProcessGroup | None = None
     skipped_steps: Callable[[], int] = _none_skipped
+    replicas: dist.ProcessGroup | None = None
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return prod(map(dist.get_world_size, self._groups()))
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [group for group in (self.process_group, self.replicas) if group is not None]
 
     def add(self, counts: torch.Tensor) -> None:
-        """Add `counts` over the ranks, in place: one all-reduce if there are several."""
-        if self.process_group is None or dist.get_world_size(self.process_group) == 1:
-            return
-        packed = counts.to(reduction_device(self.process_group, counts.device))
-        dist.all_reduce(packed, group=self.process_group)
-        counts.copy_(packed)
+        """Add `counts` over the ranks, in place: one all-reduce if there are several, two with replicas."""
+        for group in self._groups():
+            add_over(group, counts)
+
+
+def add_over(process_group: dist.ProcessGroup, values: torch.Tensor) -> None:
+    """Add `values` over the ranks of one group, in place."""
+    if dist.get_world_size(process_group) == 1:
+        return
+    packed = values.to(reduction_device(process_group, values.device))
+    dist.all_reduce(packed, group=process_group)
+    values.copy_(packed)
 
 
 def find_data_parallel(optimizer: Any) -> DataParallel:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -56,3 +57,23 @@ def check_flag(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_segments(segments: Any, names: Sequence[str] | None) -> None:
+    """Raise ValueError unless `segments` is a count, or counts by a pattern for names of the group's parameters.
+
+    Args:
+        segments: A group's option; None for one segment each.
+        names: The names of the group's parameters, None if they have none.
+    """
+    if segments is None:
+        return
+    counts = segments if isinstance(segments, Mapping) else {"*": segments}
+    for pattern, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                "segments must be a number of equal parts along dimension 0, at least 1, or a dict of such numbers by "
+                f"parameter name or pattern, got {segments!r}"
+            )
+        if names is not None and not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"segments has the name {pattern!r}, which no parameter of the group has: {names!r}")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_betas, check_flag, check_range
-from .layers import LayerTable, safe_ratio
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .kernels.updates import AdamUpdate, Sums, TrustRule
+from .layers import LayerTable
+from .layerwise import LayerwiseOptimizer, Stage
 from .layout import Layout
 
 __all__ = ["LAMB", "LAMBC"]
@@ -42,6 +42,7 @@ class LAMB(LayerwiseOptimizer):
         trust_bounds: (low, high) for the ratio of adapted layers, with 0 ≤ low ≤ high.
         adapt: Which layers the ratio scales: all (True, "NVLAMB"), none (False: AdamW with decay inside lr), or those
             of two or more dimensions (None). Also a group option; it never depends on weight decay.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range, or at the first step if ``max_grad_norm`` meets such a wrapper.
@@ -65,6 +66,7 @@ class LAMB(LayerwiseOptimizer):
         trust_bounds: tuple[float, float] = (0.0, math.inf),
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -78,6 +80,7 @@ class LAMB(LayerwiseOptimizer):
                 "max_grad_norm": max_grad_norm,
                 "trust_bounds": trust_bounds,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -117,37 +120,29 @@ class LAMB(LayerwiseOptimizer):
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.clip = torch.ones_like(layers.step)
         if group["max_grad_norm"] is not None:
-            yield self.gradient_norm
+            yield self.gradient_norm(group, layers)
             layers.clip = (layers.model_norm("g") / group["max_grad_norm"]).clamp(min=1.0).expand_as(layers.step)
         layers.step = layers.step + 1
+        rule = TrustRule(layers.adapt, direction=1.0, bounds=group["trust_bounds"])
+        yield Sums("w", "u", "g", of=self.update(group, layers), rules=[rule])
+        layers.trust_ratio = rule(layers)
+
+    def gradient_norm(self, group: dict[str, Any], layers: LayerTable) -> Stage:
+        return Sums("g")
+
+    def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
         beta1, beta2 = group["betas"]
-        corrected = group["bias_correction"]
-        layers.correction1 = 1 - beta1**layers.step if corrected else torch.ones_like(layers.step)
-        layers.correction2 = 1 - beta2**layers.step if corrected else torch.ones_like(layers.step)
-        yield self.norms
-        ratio = safe_ratio(layers.norm("w"), layers.norm("u"), layers.adapt)
-        layers.trust_ratio = torch.where(layers.adapt, ratio.clamp(*group["trust_bounds"]), ratio)
-
-    @sums_over_layers("g")
-    def gradient_norm(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return (squares(x.g),)
-
-    @sums_over_layers("w", "u", "g")
-    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return squares(x.w), squares(self.direction(group, layers, x)), squares(x.g)
-
-    def direction(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """u, with both moments updated in place."""
-        beta1, beta2 = group["betas"]
-        g = x.g if group["max_grad_norm"] is None else x.g / x.of(layers.clip)
-        m = x.exp_avg.mul_(beta1).add_(g, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
-        v = x.exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
-        return (m / x.of(layers.correction1)).div_(denominator).add_(x.w, alpha=group["weight_decay"])
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: lr · ratio · u."""
-        return self.direction(group, layers, x).mul_(group["lr"] * x.of(layers.trust_ratio))
+        ones = torch.ones_like(layers.step)
+        return AdamUpdate(
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=group["lr"] * layers.trust_ratio,
+            correction1=1 - beta1**layers.step if group["bias_correction"] else ones,
+            correction2=1 - beta2**layers.step if group["bias_correction"] else ones,
+            gain=1 - beta1 if group["grad_averaging"] else 1.0,
+            scale=None if group["max_grad_norm"] is None else 1 / layers.clip,
+        )
 
 
 class LAMBC(LAMB):
@@ -159,6 +154,7 @@ class LAMBC(LAMB):
     Args:
         trust_clip: Upper bound of the ratio, > 0. The authors' constructor has 10, their recipes 1.
         params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, max_grad_norm, adapt: As in `LAMB`.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: As `LAMB`.
@@ -177,6 +173,7 @@ class LAMBC(LAMB):
         trust_clip: float = 1.0,
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         check_range("trust_clip", trust_clip, 0.0, low_open=True)
         super().__init__(
@@ -190,4 +187,5 @@ class LAMBC(LAMB):
             max_grad_norm,
             trust_bounds=(0.0, trust_clip),
             adapt=adapt,
+            implementation=implementation,
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_betas, check_flag, check_range
-from .layers import LayerTable, safe_ratio
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .kernels.updates import AdamUpdate, Sums, TrustRule
+from .layers import LayerTable
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["LANS"]
 
@@ -37,6 +37,7 @@ class LANS(LayerwiseOptimizer):
         normalize_grad: False uses the gradient as it is and saves one of the two all-reduces.
         adapt: Which layers the ratios scale: all (True, as the authors' code does), none (False), or those of two or
             more dimensions (None). Also a group option.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -58,6 +59,7 @@ class LANS(LayerwiseOptimizer):
         normalize_grad: bool = True,
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -68,6 +70,7 @@ class LANS(LayerwiseOptimizer):
                 "weight_decay": weight_decay,
                 "normalize_grad": normalize_grad,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -83,42 +86,26 @@ class LANS(LayerwiseOptimizer):
         check_flag("normalize_grad", group["normalize_grad"])
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
-        beta1, beta2 = group["betas"]
         layers.step = layers.step + 1
-        layers.correction1 = 1 - beta1**layers.step
-        layers.correction2 = 1 - beta2**layers.step
-        layers.g_norm = torch.ones_like(layers.step)
+        layers.g_norm = layers.gradient_ratio = torch.ones_like(layers.step)
         if group["normalize_grad"]:
-            yield self.gradient_norms
+            yield Sums("g")
             layers.g_norm = torch.where(layers.has_gradient(), layers.norm("g"), layers.g_norm)
-        yield self.norms
-        w_norm = layers.norm("w")
-        layers.trust_ratio = safe_ratio(w_norm, layers.norm("u_m"), layers.adapt)
-        layers.gradient_ratio = safe_ratio(w_norm, layers.norm("u_g"), layers.adapt)
+        rule = TrustRule(layers.adapt, direction=1.0)
+        gradient_rule = TrustRule(layers.adapt, "second_step", direction=1.0, direction_name="u_g")
+        yield Sums("w", "u", "u_g", "g", of=self.update(group, layers), rules=[rule, gradient_rule])
+        layers.trust_ratio, layers.gradient_ratio = rule(layers), gradient_rule(layers)
 
-    @sums_over_layers("g")
-    def gradient_norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return (squares(x.g),)
-
-    @sums_over_layers("w", "u_m", "u_g", "g")
-    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        u_m, u_g = self.directions(group, layers, x)
-        return squares(x.w), squares(u_m), squares(u_g), squares(x.g)
-
-    def directions(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[torch.Tensor, torch.Tensor]:
-        """u_m and u_g, with both moments updated in place."""
+    def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
         beta1, beta2 = group["betas"]
-        g = x.g / x.of(layers.g_norm)
-        m = x.exp_avg.mul_(beta1).add_(g, alpha=1 - beta1)
-        v = x.exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        d = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
-        u_m = (m / x.of(layers.correction1)).div_(d).add_(x.w, alpha=group["weight_decay"])
-        u_g = g.div_(d).add_(x.w, alpha=group["weight_decay"])
-        return u_m, u_g
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: both directions, each with its ratio, mixed by β₁."""
-        beta1, _ = group["betas"]
-        u_m, u_g = self.directions(group, layers, x)
-        u_m.mul_(beta1 * x.of(layers.trust_ratio)).add_(u_g.mul_((1 - beta1) * x.of(layers.gradient_ratio)))
-        return u_m.mul_(group["lr"])
+        return AdamUpdate(
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=group["lr"] * beta1 * layers.trust_ratio,
+            second_step=group["lr"] * (1 - beta1) * layers.gradient_ratio,
+            correction1=1 - beta1**layers.step,
+            correction2=1 - beta2**layers.step,
+            gain=1 - beta1,
+            scale=1 / layers.g_norm,
+        )

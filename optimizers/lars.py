@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_choice, check_flag, check_range
-from .layers import LayerTable, safe_ratio
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .kernels.updates import MomentumUpdate, Sums, TrustRule
+from .layers import LayerTable
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["LARS"]
 
@@ -41,6 +41,7 @@ class LARS(LayerwiseOptimizer):
         momentum_form: See above.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
             Also a group option.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -62,6 +63,7 @@ class LARS(LayerwiseOptimizer):
         momentum_form: str = "scaled",
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -74,6 +76,7 @@ class LARS(LayerwiseOptimizer):
                 "nesterov": nesterov,
                 "momentum_form": momentum_form,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -94,29 +97,24 @@ class LARS(LayerwiseOptimizer):
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
-        yield self.norms
-        w_norm, g_norm = layers.norm("w"), layers.norm("g")
-        bounded = layers.adapt & (g_norm != 0)
-        denominator = g_norm + group["weight_decay"] * w_norm + group["eps"]
-        layers.trust_ratio = safe_ratio(group["trust_coefficient"] * w_norm, denominator, bounded)
+        rule = TrustRule(
+            layers.adapt,
+            scales="step" if group["momentum_form"] == "unscaled" else "factor",
+            coefficient=group["trust_coefficient"],
+            weight=group["weight_decay"],
+            gradient=1.0,
+            constant=group["eps"],
+        )
+        yield Sums("w", "g", of=self.update(group, layers), rules=[rule])
+        layers.trust_ratio = rule(layers)
 
-    @sums_over_layers("w", "g")
-    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return squares(x.w), squares(x.g)
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease, with the momentum buffer updated in place."""
-        lr, ratio = group["lr"], x.of(layers.trust_ratio)
-        d = x.g.add(x.w, alpha=group["weight_decay"])
-        if group["momentum_form"] == "scaled":
-            return self.with_momentum(group, x, lr * ratio * d)
-        if group["momentum_form"] == "gradient":
-            return lr * self.with_momentum(group, x, ratio * d)
-        return lr * ratio * self.with_momentum(group, x, d)
-
-    def with_momentum(self, group: dict[str, Any], x: ChunkView, increment: torch.Tensor) -> torch.Tensor:
-        """V ← μv + increment; returns v, or μv + increment again for Nesterov."""
-        if not group["momentum"]:
-            return increment
-        v = x.momentum_buffer.mul_(group["momentum"]).add_(increment)
-        return increment.add(v, alpha=group["momentum"]) if group["nesterov"] else v
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        lr, ratio = group["lr"], layers.trust_ratio
+        ones = torch.ones_like(ratio)
+        # What enters v, and what multiplies v in the weight's update.
+        factor, step = {
+            "scaled": (lr * ratio, ones),
+            "gradient": (ratio, lr * ones),
+            "unscaled": (ones, lr * ratio),
+        }[group["momentum_form"]]
+        return MomentumUpdate(group["momentum"], group["weight_decay"], factor, step, nesterov=group["nesterov"])

@@ -34,14 +34,13 @@ class LayerTable:
     def __init__(
         self,
         layers: list[Layer],
-        group: dict[str, Any],
-        device: torch.device,
+        adapt: torch.Tensor,
         state: dict[str, torch.Tensor],
         gradient_norm: Callable[[], torch.Tensor] | None = None,
     ):
         self.layers = layers
-        self.adapt = torch.tensor([adapts(layer, group["adapt"]) for layer in layers], device=device)
-        self.trust_ratio = torch.ones(len(layers), dtype=torch.float64, device=device)
+        self.adapt = adapt
+        self.trust_ratio = torch.ones(len(layers), dtype=torch.float64, device=adapt.device)
         self._gradient_norm = gradient_norm
         self._totals: dict[str, torch.Tensor] = {}
         self._model_totals: dict[str, torch.Tensor] = {}
@@ -85,6 +84,10 @@ class LayerTable:
         if self._gradient_norm is None:
             return self.model_norm("g")
         return self._gradient_norm().to(self.adapt.device, torch.float64)
+
+    def may_change(self) -> torch.Tensor | None:
+        """The same as `has_gradient` as soon as that is known, None before."""
+        return self.has_gradient() if "g" in self._totals else None
 
     def has_gradient(self) -> torch.Tensor:
         """Which layers are updated: those whose gradient is not zero everywhere.

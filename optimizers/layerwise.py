@@ -1,36 +1,46 @@
-"""The step that every layer-wise optimizer shares: measure, reduce, and only then apply.
+"""What every layer-wise optimizer shares with the others, and with torch.optim.
 
-One `step()` call runs the algorithm's `stages`. Each stage measures sums over the shards of every layer and adds them
-up over the processes with one packed all-reduce. Nothing is written until the last reduction is in: measuring works on
-scratch copies of the state, chunk by chunk, and applying repeats the arithmetic in place. That costs a second read of
-the gradient and the state, and buys three things: gradients stay as they were, no memory of the model's size is
-needed, and a layer whose gradient turns out to be zero on all ranks is left untouched, state included.
+One `step()` call runs the algorithm's `stages`, whose sums are reduced over the processes, and then its `update`; see
+`step.Step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import layout as layouts
-from .chunks import Chunk, ChunkView, Summand, compute_dtype, cut_into_chunks
-from .hyperparameters import check_choice
+from .chunks import ChunkView, Summand
+from .hyperparameters import check_choice, check_segments
+from .kernels import IMPLEMENTATIONS
+from .kernels.updates import Update
 from .layers import LayerTable
-from .layout import Layout, LayoutError, local_part, placements_of, resolve_layout
+from .layout import Layout, LayoutError, cut_of, resolve_layout
 from .rows import Rows
 from .statistics import GradientStatistics
+from .step import Plan, Step
 
 __all__ = ["LayerwiseOptimizer", "Stage", "sums_over_layers", "sums_over_rows"]
 
+
+class Stage(Protocol):
+    """Sums that are measured together: `kernels.updates.Sums`, or a method that `sums_over_layers` decorates."""
+
+    @property
+    def sum_sizes(self) -> Mapping[str, int]:
+        """Names of the sums over layers, in the order in which they are returned, and how many numbers each has."""
+
+    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
+        """Return the elements whose sums are wanted, of one chunk."""
+
+
 StageMethod = Callable[[Any, dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
-Stage = Callable[[dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
 
 
-def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], StageMethod]:
+def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], Any]:
     """Declare the sums that a stage measures, in the order in which it returns them.
 
     The names must be known without running the stage, because a rank that holds no shard joins the reduction too.
@@ -47,7 +57,7 @@ def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], 
     return declare
 
 
-def sums_over_rows(*names: str) -> Callable[[StageMethod], StageMethod]:
+def sums_over_rows(*names: str) -> Callable[[StageMethod], Any]:
     """Declare sums over each row, which a stage returns after those over layers; for groups with `has_rows`."""
 
     def declare(stage: StageMethod) -> StageMethod:
@@ -57,19 +67,8 @@ def sums_over_rows(*names: str) -> Callable[[StageMethod], StageMethod]:
     return declare
 
 
-@dataclass
-class _Plan:
-    """What stays the same from step to step for one set of local tensors."""
-
-    layout: Layout
-    chunks: list[Chunk]
-    group_layers: dict[int, range]  # group index -> its layers
-    tensor_layers: list[range]  # local tensor -> the layers it carries
-    rows: dict[int, Rows]  # group index -> its rows, where the optimizer measures them
-
-
 class LayerwiseOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here. A subclass names its state and fills in `stages` and `change`.
+    """Base of all optimizers here. A subclass names its state and fills in `stages` and `update`.
 
     State and arithmetic are fp32 whatever the parameter's dtype (fp64 for fp64 parameters); a 16-bit parameter without
     a wrapper that keeps master weights is rounded once per step, when it is written.
@@ -85,8 +84,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     """Sees the groups' gradients, where they are wanted. See `collect_group_norms`."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        self.implementation = defaults.pop("implementation", None)
         self._forget()
         defaults.setdefault("adapt", None)
+        defaults.setdefault("segments", None)
         layouts.admit(type(self))
         super().__init__(params, defaults)
 
@@ -117,6 +118,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def update(self, group: dict[str, Any], layers: LayerTable) -> Update | None:
+        """Describe what happens to an element, with the numbers of the layers that are known by now.
+
+        None if no description in `kernels.updates` fits; then `change` is called.
+        """
+        return None
+
     def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
         """Update the state in `x` and return what is subtracted from the weights, shape of `x.w`."""
         raise NotImplementedError
@@ -142,7 +150,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         plan = self._plan()
         if plan.layout.tensors:
-            _Step(self, plan).run()
+            Step(self, plan).run()
         return loss
 
     def collect_group_norms(self) -> None:
@@ -165,14 +173,29 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def trust_ratios(self) -> dict[str, float]:
         """Each layer's ratio in the last step: 1.0 where it was not adapted, had no gradient, or where there is none.
 
-        Waits for the device; nothing else in this class does.
+        Waits for the device; nothing else in this class does. See `trust_ratio_vector` for the ratios without waiting.
         """
-        ratios: dict[str, float] = {}
-        for names, vector in self._last_ratios.values():
-            ratios.update(zip(names, vector.tolist(), strict=True))
-        return ratios
+        names, vector = self.trust_ratio_vector()
+        return dict(zip(names, vector.tolist(), strict=True))
+
+    def trust_ratio_vector(self) -> tuple[list[str], torch.Tensor]:
+        """The same as names and a tensor, shape (layers,), fp64, without waiting for the device."""
+        if not self._last_ratios:
+            return [], torch.zeros(0, dtype=torch.float64)
+        vectors = [vector for _, vector in self._last_ratios.values()]
+        return [name for names, _ in self._last_ratios.values() for name in names], torch.cat(vectors)
 
     # Parameters and options -----------------------------------------------------------------------------------------
+
+    @property
+    def implementation(self) -> str | None:
+        """Who computes the step: "eager", "cpu" or "triton"; None chooses by device. See `kernels`."""
+        return self._implementation
+
+    @implementation.setter
+    def implementation(self, value: str | None) -> None:
+        check_choice("implementation", value, (None, *IMPLEMENTATIONS))
+        self._implementation = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim; its options are checked first."""
@@ -180,6 +203,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_choice("adapt", group["adapt"], (None, True, False))
+            check_segments(group["segments"], group.get("param_names"))
             self.check(group)
             for parameter in group["params"]:
                 _check_parameter(parameter)
@@ -196,6 +220,16 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         """The name that came with the parameter, if any."""
         return self._names.get(parameter)
 
+    def name_parameters(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Name the parameters that came without a name, e.g. from a trainer that makes the groups itself.
+
+        Args:
+            named_parameters: The model's; those that the optimizer was not given are ignored. Before the first step.
+        """
+        for name, parameter in named_parameters:
+            if self.was_given(parameter) and self.parameter_name(parameter) is None:
+                self._names[parameter] = name
+
     def _remember(self, group: dict[str, Any]) -> None:
         names = group.get("param_names") or [None] * len(group["params"])
         self._names.update(WeakIdKeyDictionary(dict(zip(group["params"], names, strict=False))))
@@ -206,14 +240,15 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         wanted = self.group_statistics
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
-        self._plans: dict[tuple[tuple[int, Any], ...], _Plan] = {}
+        self._plans: dict[tuple[tuple[int, Any], ...], Plan] = {}
+        self._loaded = False
         self._last_ratios: dict[tuple[int, ...], tuple[list[str], torch.Tensor]] = {}
         # Weak, so that parameters which a wrapper replaces are not kept alive.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         given = [[self.was_given(p) for p in group["params"]] for group in self.param_groups]
-        return {**super().__getstate__(), "_given": given}
+        return {**super().__getstate__(), "_given": given, "_implementation": self._implementation}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this from load_state_dict too, on an optimizer that knows its parameters.
@@ -221,8 +256,10 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         if given is not None:
             self._forget()
         super().__setstate__(state)
+        self.__dict__.setdefault("_implementation", None)
         for index, group in enumerate(self.param_groups):
             group.setdefault("adapt", None)
+            group.setdefault("segments", None)
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
             if given is not None and all(given[index]):
                 self._remember(group)
@@ -235,256 +272,33 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         for parameter, index in zip(current, saved, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = _on_device(value, parameter.device)
+        self._plans.clear()
+        self._loaded = True
 
     # Plans ----------------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> _Plan:
+    def _plan(self) -> Plan:
         tensors = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        key = tuple((id(tensor), placements_of(tensor)) for _, tensor in tensors)
+        key = tuple((id(tensor), cut_of(tensor)) for _, tensor in tensors)
         plan = self._plans.get(key)
-        if plan is None:
+        if plan is None or plan.is_abandoned():
             layout = resolve_layout(self, tensors)
+            self._refuse_segments_of_groups(layout)
             self.check_layout(layout)
-            plan = self._plans[key] = _make_plan(layout)
+            plan = self._plans[key] = Plan.of(layout)
+            if self._loaded:
+                plan.share_layer_state(self.layer_state, self.state)
             with_rows = [index for index in plan.group_layers if self.has_rows(self.param_groups[index])]
             plan.rows = {index: Rows(layout, plan.group_layers[index]) for index in with_rows}
         return plan
 
-
-def _make_plan(layout: Layout) -> _Plan:
-    carried: list[list[int]] = [[] for _ in layout.tensors]
-    for index, layer in enumerate(layout.layers):
-        carried[layer.tensor].append(index)
-    groups: dict[int, list[int]] = {}
-    for group, layers in zip(layout.groups, carried, strict=True):
-        groups.setdefault(group, []).extend(layers)
-    return _Plan(
-        layout=layout,
-        chunks=cut_into_chunks(layout),
-        group_layers={group: _as_range(layers) for group, layers in groups.items()},
-        tensor_layers=[_as_range(layers) for layers in carried],
-        rows={},
-    )
-
-
-def _as_range(indices: list[int]) -> range:
-    covered = range(indices[0], indices[-1] + 1) if indices else range(0)
-    if list(covered) != indices:
-        raise LayoutError(f"layers must follow the order of their tensors, got layers {indices} in one tensor")
-    return covered
-
-
-class _Step:
-    """One `step()` call."""
-
-    def __init__(self, optimizer: LayerwiseOptimizer, plan: _Plan):
-        self.optimizer = optimizer
-        self.plan = plan
-        self.layout = plan.layout
-        self.locals = [local_part(tensor).detach() for tensor in self.layout.tensors]
-        self.weights = [_flat(tensor) for tensor in self.locals]
-        self.gradients = [_gradient_of(tensor) for tensor in self.layout.tensors]
-        self.chunks = [chunk for whole in plan.chunks if (chunk := whole.only(self._takes_part))]
-        self.state = {name: self._element_state(name) for name in optimizer.element_state}
-        self.layer_state = {name: self._read_layer_state(name) for name in optimizer.layer_state}
-        self.tables = {group: self._table(group, layers) for group, layers in plan.group_layers.items()}
-        self.contributions: dict[str, torch.Tensor] = {}  # per layer, what this rank adds to the first sums
-        self.inputs: dict[str, tuple[list[torch.Tensor], torch.Tensor]] = {}  # per element, read only
-
-    def run(self) -> None:
-        self.optimizer.before_stages(self.layout)
-        if self.optimizer.statistics is not None:
-            of_groups = self.optimizer.statistics.for_step(self.layout, self.gradients)
-            self.contributions = of_groups.contributions
-            self.inputs = {} if of_groups.mean_square is None else {"mean_square": of_groups.mean_square}
-        programs = {
-            group: self.optimizer.stages(self.optimizer.param_groups[group], table)
-            for group, table in self.tables.items()
-        }
-        while stages := {group: stage for group, program in programs.items() if (stage := next(program, None))}:
-            self._reduce(stages)
-        self._apply()
-        self._write_layer_state()
-        self._report()
-
-    def _takes_part(self, tensor: int) -> bool:
-        # Where layers are whole, no gradient here is no gradient anywhere.
-        return self.gradients[tensor] is not None or bool(self.layout.reductions)
-
-    # Measuring and applying
-
-    def _view(self, chunk: Chunk, *, in_place: bool) -> ChunkView:
-        first = self.plan.group_layers[chunk.group].start
-        rows = self.plan.rows.get(chunk.group)
-        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, self.inputs, in_place=in_place)
-
-    def _reduce(self, stages: dict[int, Stage]) -> None:
-        """Measure one stage of every group that has one and add its sums over all shards of each layer."""
-        sizes: dict[str, int] = {}
-        for stage in stages.values():
-            sizes.update(stage.sum_sizes)  # type: ignore[attr-defined]
-        device = self.layout.device
-        zeros = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
-        parts = {name: [zero] for name, zero in zeros.items()}
-        row_sums = {group: self._zero_row_sums(group, stage) for group, stage in stages.items()}
-        layers = [0]
-        for chunk in self.chunks:
-            group = chunk.group
-            sums = self._measure(stages[group], chunk, row_sums[group]) if group in stages else {}
-            layers.extend(chunk.layers)
-            for name, part in parts.items():
-                part.extend(sums.get(name) or [zeros[name]] * len(chunk.pieces))
-        own_sums = [self._add_up(list(parts.values()), layers)]
-        contributions, self.contributions = self.contributions, {}
-        own_sums.extend(vector.unsqueeze(0) for vector in contributions.values())
-        sizes.update(dict.fromkeys(contributions, 1))
-        reduced = self._all_reduce(torch.cat(own_sums), row_sums)
-        rows = dict(zip(sizes, reduced.split(list(sizes.values())), strict=True))
-        totals = {name: row[0] if sizes[name] == 1 else row for name, row in rows.items()}
-        for group, stage in stages.items():
-            own = self.plan.group_layers[group]
-            for name in (*stage.sum_sizes, *contributions):  # type: ignore[attr-defined]
-                self.tables[group].receive(name, totals[name][..., own.start : own.stop], totals[name].sum(dim=-1))
-            for name, of_rows in row_sums[group].items():
-                self.tables[group].receive_rows(name, of_rows)
-        if contributions and self.optimizer.statistics is not None:
-            self.optimizer.statistics.keep(self.layout, totals)
-
-    def _zero_row_sums(self, group: int, stage: Stage) -> dict[str, torch.Tensor]:
-        names = getattr(stage, "row_names", ())
-        return {
-            name: torch.zeros(self.plan.rows[group].count, dtype=torch.float64, device=self.layout.device)
-            for name in names
-        }
-
-    def _measure(self, stage: Stage, chunk: Chunk, row_sums: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        """The stage's sums by name, each with one entry per piece of the chunk; those over rows go to `row_sums`."""
-        group = self.optimizer.param_groups[chunk.group]
-        summands = stage(group, self.tables[chunk.group], self._view(chunk, in_place=False))
-        named = dict(zip([*stage.sum_sizes, *row_sums], summands, strict=True))  # type: ignore[attr-defined]
-        for name, totals in row_sums.items():
-            self.plan.rows[chunk.group].add_sums(totals, chunk, named.pop(name))
-        return {name: chunk.sums(summand) for name, summand in named.items()}
-
-    def _all_reduce(self, sums: torch.Tensor, row_sums: dict[int, dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Add the layers' sums over all shards, and with them, in place, the sums of rows that are cut."""
-        measured = [(self.plan.rows[group], totals) for group, named in row_sums.items() for totals in named.values()]
-        if not measured:
-            return self.layout.reduce(sums)
-        columns = [sums.reshape(-1), *(rows.take_cut(totals) for rows, totals in measured)]
-        every_layer = torch.arange(sums.shape[1], device=sums.device).repeat(len(sums))
-        owners = torch.cat([every_layer, *(rows.slot_layers for rows, _ in measured)])
-        packed = self.layout.reduce(torch.cat(columns).unsqueeze(0), owners).squeeze(0)
-        of_layers, *cut = packed.split([len(column) for column in columns])
-        for (rows, totals), completed in zip(measured, cut, strict=True):
-            rows.put_cut(totals, completed)
-        return of_layers.view(sums.shape)
-
-    def _add_up(self, parts: list[list[torch.Tensor]], layers: list[int]) -> torch.Tensor:
-        """Sum the pieces' values per layer, shape (rows, layers), in a fixed order."""
-        device = self.layout.device
-        # Shards lie in the order of their tensors, which need not be the layers' order.
-        by_layer = sorted(range(len(layers)), key=layers.__getitem__)
-        values = torch.cat(
-            [torch.stack([row[index].reshape(-1).to(device) for index in by_layer]) for row in parts], dim=1
-        )
-        counts = torch.bincount(torch.tensor(layers), minlength=len(self.layout.layers)).to(device)
-        return torch.segment_reduce(values, "sum", lengths=counts, axis=0, initial=0.0).T.contiguous()
-
-    def _apply(self) -> None:
-        changing = {group: table.has_gradient() for group, table in self.tables.items()}
-        on_host = {group: mask.tolist() for group, mask in changing.items() if mask.device.type == "cpu"}
-        for chunk in self.chunks:
-            first = self.plan.group_layers[chunk.group].start
-            known = [on_host[chunk.group][layer - first] for layer in chunk.layers] if on_host else None
-            if known is not None and not any(known):
-                continue
-            all_change = known is not None and all(known)
-            view = self._view(chunk, in_place=all_change)
-            change = self.optimizer.change(self.optimizer.param_groups[chunk.group], self.tables[chunk.group], view)
-            view.store(change, None if all_change else view.of(changing[chunk.group]))
-        for tensor, flat in zip(self.locals, self.weights, strict=True):
-            if not tensor.is_contiguous():
-                tensor.copy_(flat.view(tensor.shape))
-
-    # State
-
-    def _element_state(self, name: str) -> list[torch.Tensor]:
-        return [self._element_state_of(index, name) for index in range(len(self.layout.tensors))]
-
-    def _element_state_of(self, index: int, name: str) -> torch.Tensor:
-        tensor = self.layout.tensors[index]
-        if not self._takes_part(index):
-            return self.locals[index].new_empty(0)
-        state = self.optimizer.state[tensor]
-        if name not in state:
-            # Of a DTensor, a DTensor with the same placements.
-            dtype, dense = compute_dtype(tensor), torch.contiguous_format
-            state[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=dense)
-        if placements_of(state[name]) != placements_of(tensor):
-            layer = self.layout.layers[self.plan.tensor_layers[index].start]
+    def _refuse_segments_of_groups(self, layout: Layout) -> None:
+        parameters = {id(layer.parameter) for layer in layout.layers}
+        if self.statistics is not None and len(parameters) < len(layout.layers):
             raise LayoutError(
-                f"the state {name} of {layer.name} is not cut like the parameter: load an optimizer's state with "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, and do not change a parameter's "
-                "placements after the first step"
+                f"{type(self).__name__} takes norms of whole parameters' gradients in backward: leave out the option "
+                "segments, which cuts parameters into several layers"
             )
-        return local_part(state[name]).view(-1)
-
-    def _read_layer_state(self, name: str) -> torch.Tensor:
-        """The per-layer state of all layers, shape (layers,), fp64."""
-        vectors = [
-            _read_layer_state(self.optimizer.state.get(tensor, {}), name, len(layers))
-            for tensor, layers in zip(self.layout.tensors, self.plan.tensor_layers, strict=True)
-        ]
-        return torch.cat(vectors).to(self.layout.device)
-
-    def _write_layer_state(self) -> None:
-        changed = torch.cat([table.has_gradient() for table in self.tables.values()])
-        for name, old in self.layer_state.items():
-            new = torch.cat([getattr(table, name) for table in self.tables.values()])
-            kept = torch.where(changed, new, old)
-            for index, (tensor, layers) in enumerate(zip(self.layout.tensors, self.plan.tensor_layers, strict=True)):
-                if self._takes_part(index):
-                    dtype = torch.float32 if name == "step" else compute_dtype(tensor)  # as torch keeps it
-                    _write_layer_state(self.optimizer.state[tensor], name, kept[layers.start : layers.stop].to(dtype))
-
-    def _table(self, group: int, layers: range) -> LayerTable:
-        state = {name: vector[layers.start : layers.stop] for name, vector in self.layer_state.items()}
-        layer_list = list(self.layout.layers[layers.start : layers.stop])
-        options = self.optimizer.param_groups[group]
-        table = LayerTable(layer_list, options, self.layout.device, state, self.layout.gradient_norm)
-        table.rows = self.plan.rows.get(group)
-        return table
-
-    def _report(self) -> None:
-        key = tuple(id(tensor) for tensor in self.layout.tensors)
-        names = [layer.name for table in self.tables.values() for layer in table.layers]
-        ratios = [
-            torch.where(table.has_gradient(), table.trust_ratio, torch.ones_like(table.trust_ratio))
-            for table in self.tables.values()
-        ]
-        self.optimizer._last_ratios[key] = (names, torch.cat(ratios))
-
-
-# Per-layer state: a tensor that carries one layer keeps it as torch does, a 0-d tensor. A flat tensor keeps vectors
-# in a dict of their own, because DeepSpeed cuts the padding's length off every tensor in a flat tensor's state.
-
-
-def _read_layer_state(state: dict[str, Any], name: str, count: int) -> torch.Tensor:
-    value = state.get("layers", {}).get(name)
-    if value is None:
-        value = torch.as_tensor(state.get(name, 0.0))
-    return value.to(torch.float64).expand(count)
-
-
-def _write_layer_state(state: dict[str, Any], name: str, values: torch.Tensor) -> None:
-    if len(values) == 1:
-        state[name] = values[0].clone()
-        return
-    state.setdefault("layers", {})[name] = values.clone()
-    if name == "step":
-        # DeepSpeed's universal checkpoint expects one `step` for the whole flat tensor.
-        state[name] = values.max()
 
 
 def _check_parameter(parameter: torch.Tensor) -> None:
@@ -492,31 +306,6 @@ def _check_parameter(parameter: torch.Tensor) -> None:
         raise ValueError(
             f"parameters must be real floating point tensors, got {parameter.dtype} of shape {tuple(parameter.shape)}"
         )
-
-
-def _gradient_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return this rank's part of the gradient, flat."""
-    gradient = tensor.grad
-    if gradient is None:
-        return None
-    if placements_of(gradient) != placements_of(tensor):
-        # Tensor parallelism leaves it to the reader to add up some gradients over ranks.
-        gradient = gradient.redistribute(placements=placements_of(tensor))  # type: ignore[attr-defined]
-    return _flat(_dense(local_part(gradient)))
-
-
-def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    if gradient.layout is not torch.strided:
-        raise RuntimeError(
-            f"gradients must be dense, got {gradient.layout} of shape {tuple(gradient.shape)}: "
-            "build the embedding with sparse=False"
-        )
-    return gradient.detach()
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A flat view; a copy only if the tensor is not contiguous."""
-    return tensor.reshape(-1)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from math import prod
 from typing import Any, Protocol
@@ -27,41 +28,66 @@ class LayoutError(RuntimeError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One parameter tensor of the model.
+    """One parameter tensor of the model, or one segment of it (see `in_segments`).
 
     Attributes:
         name: The parameter's name, or "group.index" where no names were given.
         shape: The whole layer's shape, never the shard's (`ds_shape` under ZeRO-3).
         tensor: Index into `Layout.tensors` of the local tensor that carries the layer, on ranks without a shard too.
         parameter: The model's own parameter, where the backend knows it.
+        gradient_dtype: In which its gradients are added up, where that is not the parameter's dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     tensor: int
     parameter: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    gradient_dtype: torch.dtype | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def gradient_resolution(self) -> float:
+        """Of the dtype in which gradients are added up: the relative distance of its neighbouring numbers."""
+        dtype = self.gradient_dtype or (torch.float32 if self.parameter is None else self.parameter.dtype)
+        return float(torch.finfo(dtype).eps)
+
 
 @dataclass(frozen=True)
 class Shard:
-    """A contiguous run of one layer's elements inside the local tensor that carries the layer.
+    """A part of one layer: a run of elements inside the local tensor that carries the layer.
 
     Attributes:
         layer: Index into `Layout.layers`.
         start: First element inside the local tensor, counted over its flattened elements.
-        offset: First element inside the layer. Zero under DTensor, where the elements of a shard need not be a run
-            of the layer (Shard(1)): sums over layers do not need it, those over rows do.
+        offset: First element inside the layer, counted over the whole layer's flattened elements.
         length: Number of elements, at least 1.
+        span: Elements of the layer from the shard's first to its last one, 0 for `length`. It is larger where the shard
+            is no run of the layer: a block that is narrower than the layer, as Shard(1) of a DTensor makes.
     """
 
     layer: int
     start: int
     offset: int
     length: int
+    span: int = 0
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the shard's elements are neighbours in the layer too."""
+        return self.span in (0, self.length)
+
+    @property
+    def end(self) -> int:
+        """One more than the position in the layer of the last element."""
+        return self.offset + (self.span or self.length)
+
+    @property
+    def index_sum(self) -> float:
+        """Sum of the elements' positions in the layer; a block is symmetric about the middle of its ends."""
+        return self.length * (self.offset + self.end - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,7 @@ class Layout:
         clips_with: Set where the wrapper clips gradients itself: the setting to use instead of an optimizer's own.
         gradient_norm: Set where one `step()` call does not see the whole model: returns the L2 norm of the whole
             model's gradient as it reaches `step()`, after clipping.
+        placed: Whether the shards' offsets and spans are positions in the whole layer, so that the proof checks them.
     """
 
     backend: str
@@ -90,6 +117,7 @@ class Layout:
     reductions: tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...] = ()
     clips_with: str | None = None
     gradient_norm: Callable[[], torch.Tensor] | None = None
+    placed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -118,26 +146,43 @@ class Layout:
             sums[:, columns] = packed.to(sums.device)
         return sums
 
+    def copies(self) -> torch.Tensor:
+        """Over how many ranks each layer's sums are added, shape (layers,), fp64: what `reduce` makes of ones."""
+        copies = torch.ones(len(self.layers), dtype=torch.float64)
+        for process_group, layers in self.reductions:
+            copies[list(layers)] *= dist.get_world_size(process_group)
+        return copies.to(self.device)
+
     def prove(self) -> None:
-        """Check, with one collective, that the shards of all ranks cover each layer exactly.
+        """Check, with one collective, that the shards of all ranks cover each layer exactly once.
+
+        Their lengths must add up to the layer's size and, where positions are known, their elements' positions to the
+        sum over all positions: if two ranks hold the same part, and nobody the other, the lengths are right.
 
         Raises:
-            LayoutError: On every rank alike, naming the layers whose shard lengths do not add up to their size.
+            LayoutError: On every rank alike, naming the layers that are not covered.
         """
-        found = torch.zeros(1, len(self.layers), dtype=torch.float64, device=self.device)
+        found = torch.zeros(2, len(self.layers), dtype=torch.float64, device=self.device)
         for shard in self.shards:
             found[0, shard.layer] += shard.length
-        lengths = self.reduce(found)[0].tolist()
-        wrong = [
-            f"{layer.name} {layer.shape}: {int(length)} of {layer.numel} elements"
-            for layer, length in zip(self.layers, lengths, strict=True)
-            if length != layer.numel
-        ]
+            found[1, shard.layer] += shard.index_sum
+        wrong, misplaced = [], []
+        for layer, length, index_sum in zip(self.layers, *self.reduce(found).tolist(), strict=True):
+            expected = layer.numel * (layer.numel - 1) / 2
+            if length != layer.numel:
+                wrong.append(f"{layer.name} {layer.shape}: {int(length)} of {layer.numel} elements")
+            elif self.placed and abs(index_sum - expected) > 1e-9 * expected:
+                misplaced.append(f"{layer.name} {layer.shape}")
         if wrong:
             raise LayoutError(
                 f"{self.backend}: the shards found on all ranks do not add up to the layers: {_listing(wrong)}. "
                 "Build the optimizer on the model's current parameters before it is wrapped; if it was, please report "
                 "the wrapper and its version."
+            )
+        if misplaced:
+            raise LayoutError(
+                f"{self.backend}: ranks hold overlapping parts of {_listing(misplaced)}: they disagree about the mesh "
+                "or the placements. Make the same mesh, over the same ranks in the same order, on all ranks"
             )
 
 
@@ -195,9 +240,10 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
     for backend in _backends.load():
         layout = backend.explain(optimizer, tensors)
         if layout is not None:
+            layout = in_segments(layout, optimizer.param_groups)
             layout.prove()
             return layout
-    return _whole_parameters(optimizer, tensors)
+    return in_segments(_whole_parameters(optimizer, tensors), optimizer.param_groups)
 
 
 def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout:
@@ -214,14 +260,98 @@ def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]
     )
 
 
+def segments_of(group: Mapping[str, Any], name: str) -> int:
+    """Into how many segments a group's option `segments` cuts the layer of this name."""
+    option = group.get("segments") or 1
+    if isinstance(option, int):
+        return option
+    return next((count for pattern, count in option.items() if fnmatchcase(name, pattern)), 1)
+
+
+def in_segments(layout: Layout, groups: Sequence[Mapping[str, Any]]) -> Layout:
+    """Replace each layer that is several matrices in one, stacked along dimension 0, by one layer per matrix.
+
+    Args:
+        layout: As the backend sees it: one layer per parameter.
+        groups: The options of the groups that `layout.groups` counts.
+
+    Raises:
+        ValueError: If dimension 0 of a layer does not divide into its segments.
+    """
+    counts = [segments_of(groups[layout.groups[layer.tensor]], layer.name) for layer in layout.layers]
+    if all(count == 1 for count in counts):
+        return layout
+    layers: list[Layer] = []
+    parts_of: list[range] = []
+    for layer, count in zip(layout.layers, counts, strict=True):
+        parts_of.append(range(len(layers), len(layers) + count))
+        layers.extend(_segments(layer, count))
+    shards = [
+        part
+        for shard in layout.shards
+        for part in _cut_shard(shard, parts_of[shard.layer], layers[parts_of[shard.layer].start])
+    ]
+    reductions = tuple(
+        (process_group, tuple(part for layer in indices for part in parts_of[layer]))
+        for process_group, indices in layout.reductions
+    )
+    return replace(layout, layers=tuple(layers), shards=tuple(shards), reductions=reductions)
+
+
+def _segments(layer: Layer, count: int) -> list[Layer]:
+    if count == 1:
+        return [layer]
+    if not layer.shape or layer.shape[0] % count:
+        raise ValueError(f"layer {layer.name} of shape {layer.shape} does not divide into {count} segments")
+    shape = (layer.shape[0] // count, *layer.shape[1:])
+    return [replace(layer, name=f"{layer.name}[{index}]", shape=shape) for index in range(count)]
+
+
+def _cut_shard(shard: Shard, parts: range, segment: Layer) -> Iterator[Shard]:
+    """Cut a shard where segments meet."""
+    if len(parts) == 1:
+        yield replace(shard, layer=parts.start)
+    elif shard.is_run:
+        for number, begin, end in _ranges(shard.offset, shard.end, segment.numel):
+            start = shard.start + begin - shard.offset
+            yield Shard(parts[number], start, begin - number * segment.numel, end - begin)
+    else:
+        yield from _cut_block(shard, parts, segment)
+
+
+def _cut_block(block: Shard, parts: range, segment: Layer) -> Iterator[Shard]:
+    """Cut a shard that is narrower than the layer: as many elements in each row, from the same column on."""
+    rows_of_segment = segment.shape[0]
+    width = segment.numel // rows_of_segment
+    first, column = divmod(block.offset, width)
+    last = (block.end - 1) // width
+    in_row = block.length // (last + 1 - first)
+    reach = block.end - block.offset - (last - first) * width
+    for number, begin, end in _ranges(first, last + 1, rows_of_segment):
+        yield Shard(
+            parts[number],
+            start=block.start + (begin - first) * in_row,
+            offset=(begin - number * rows_of_segment) * width + column,
+            length=(end - begin) * in_row,
+            span=(end - begin - 1) * width + reach,
+        )
+
+
+def _ranges(begin: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut [begin, end) at the multiples of `size`: yields (number, begin, end)."""
+    for number in range(begin // size, -(-end // size)):
+        yield number, max(begin, number * size), min(end, (number + 1) * size)
+
+
 def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
     """Raise LayoutError if any of the tensors is not known to be a whole layer of the optimizer's."""
     strangers = [description for tensor in tensors for description in _why_not_whole(optimizer, tensor)]
     if strangers:
         raise LayoutError(
             f"cannot compute exact trust ratios for {_listing(strangers)}. Supported: parameters handed to the "
-            "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, and FSDP2 (fully_shard). "
-            "Construct the optimizer with the model's own parameters and pass that object to the wrapper."
+            "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, FSDP1 with "
+            "use_orig_params=True, FSDP2 (fully_shard) and tensor parallelism by DTensor, and one kind of wrapper per "
+            "optimizer. Construct the optimizer with the model's own parameters and pass that object to the wrapper."
         )
 
 
@@ -234,6 +364,22 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def placements_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """How a DTensor is cut, None for any other tensor."""
     return getattr(tensor, "placements", None)
+
+
+def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes if a tensor is cut anew without becoming another object: a key for this process only."""
+    placements = placements_of(tensor)
+    return (tensor.shape,) if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one layer have the same elements on this rank."""
+    if type(one) in _PLAIN and type(other) in _PLAIN:  # nearly all; the general way takes its time
+        return one.shape == other.shape
+    return placements_of(one) == placements_of(other) and local_part(one).shape == local_part(other).shape
 
 
 def name_layers(optimizer: Any, parameters: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, str]]:
@@ -253,7 +399,10 @@ def _why_not_whole(optimizer: Any, tensor: torch.Tensor) -> Iterator[str]:
     elif getattr(tensor, "_fsdp_flattened", False):
         yield f"{described} that FSDP1 has flattened"
     elif getattr(tensor, "tensor_model_parallel", False) and dist.is_initialized() and dist.get_world_size() > 1:
-        yield f"{described} that is cut by tensor parallelism"
+        yield (
+            f"{described} that is cut by tensor parallelism over ranks that are not known "
+            "(tell them with trustratio.integrations.megatron.use_mpu)"
+        )
 
 
 def _listing(items: Sequence[str], shown: int = 5) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from .chunks import ChunkView, Summand, counts, squares
 from .hyperparameters import check_range
+from .kernels.updates import MomentumUpdate
 from .layers import LayerTable
 from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
 
@@ -41,6 +42,7 @@ class MCLR(LayerwiseOptimizer):
         eps: ε ≥ 0.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None). Also
             a group option.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -65,10 +67,18 @@ class MCLR(LayerwiseOptimizer):
         eps: float = 1e-8,
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps, "adapt": adapt},
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "eps": eps,
+                "adapt": adapt,
+                "implementation": implementation,
+            },
         )
 
     @property
@@ -114,10 +124,6 @@ class MCLR(LayerwiseOptimizer):
         digits = (keys >> (remaining - DIGIT_BITS)) & (BINS - 1)
         return squares(x.g), counts(torch.where(candidate, digits, BINS), BINS)
 
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: v, updated in place."""
-        d = x.g.add(x.w, alpha=group["weight_decay"])
-        increment = d * (group["lr"] * x.of(layers.trust_ratio))
-        if not group["momentum"]:
-            return increment
-        return x.momentum_buffer.mul_(group["momentum"]).add_(increment)
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        factor = group["lr"] * layers.trust_ratio
+        return MomentumUpdate(group["momentum"], group["weight_decay"], factor, step=torch.ones_like(factor))

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_betas, check_flag, check_range
+from .kernels.updates import MomentumUpdate, Sums
 from .layers import LayerTable
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["NovoGrad"]
 
@@ -33,6 +33,7 @@ class NovoGrad(LayerwiseOptimizer):
         eps: ε ≥ 0, outside the root. (OpenSeq2Seq has it inside.)
         weight_decay: λ ≥ 0, added after normalisation.
         grad_averaging: Scale what is added to m by 1-β₁.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -56,6 +57,8 @@ class NovoGrad(LayerwiseOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_averaging: bool = False,
+        *,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -65,6 +68,7 @@ class NovoGrad(LayerwiseOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "grad_averaging": grad_averaging,
+                "implementation": implementation,
             },
         )
 
@@ -82,19 +86,20 @@ class NovoGrad(LayerwiseOptimizer):
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         _, beta2 = group["betas"]
         layers.step = layers.step + 1
-        yield self.gradient_norms
+        yield Sums("g")
         squared = layers.total("g")
         running = beta2 * layers.exp_avg_sq + (1 - beta2) * squared
         layers.exp_avg_sq = torch.where(layers.step == 1, squared, running)
         layers.denominator = layers.exp_avg_sq.sqrt() + group["eps"]
 
-    @sums_over_layers("g")
-    def gradient_norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return (squares(x.g),)
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: lr · m, with m updated in place."""
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
         beta1, _ = group["betas"]
-        d = (x.g / x.of(layers.denominator)).add_(x.w, alpha=group["weight_decay"])
-        m = x.exp_avg.mul_(beta1).add_(d, alpha=1 - beta1 if group["grad_averaging"] else 1.0)
-        return m * group["lr"]
+        ones = torch.ones_like(layers.denominator)
+        return MomentumUpdate(
+            momentum=beta1,
+            weight_decay=group["weight_decay"],
+            factor=(1 - beta1 if group["grad_averaging"] else 1.0) * ones,
+            step=group["lr"] * ones,
+            scale=1 / layers.denominator,
+            buffer="exp_avg",
+        )

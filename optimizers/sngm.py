@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_range
+from .kernels.updates import MomentumUpdate, Sums
 from .layers import LayerTable
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["SNGM"]
 
@@ -32,6 +32,7 @@ class SNGM(LayerwiseOptimizer):
         lr: Learning rate ≥ 0; a float or a tensor.
         momentum: β in [0, 1).
         weight_decay: λ ≥ 0.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -45,8 +46,19 @@ class SNGM(LayerwiseOptimizer):
     ``step()`` call can know the norm of the sum.
     """
 
-    def __init__(self, params: Any, lr: float | torch.Tensor, momentum: float = 0.9, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        implementation: str | None = None,
+    ):
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "implementation": implementation},
+        )
 
     @property
     def element_state(self) -> tuple[str, ...]:
@@ -59,19 +71,12 @@ class SNGM(LayerwiseOptimizer):
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
-        yield self.gradient_norms
+        yield Sums("g")
         norm = layers.model_gradient_norm()
         # With an infinite norm only the infinite elements would become NaN: a step must not be half applied.
         norm = torch.where(norm.isfinite(), norm, torch.nan)
         layers.g_norm = norm.expand_as(layers.step)
 
-    @sums_over_layers("g")
-    def gradient_norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return (squares(x.g),)
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: lr · u, with u updated in place."""
-        u = x.g.add(x.w, alpha=group["weight_decay"]) / x.of(layers.g_norm)
-        if group["momentum"]:
-            u = x.momentum_buffer.mul_(group["momentum"]).add_(u)
-        return u * group["lr"]
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        ones = torch.ones_like(layers.g_norm)
+        return MomentumUpdate(group["momentum"], group["weight_decay"], 1 / layers.g_norm, step=group["lr"] * ones)

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 from .chunks import compute_dtype
-from .data_parallel import DataParallel, find_data_parallel
-from .layout import Layer, Layout, _backends, reduction_device
+from .data_parallel import DataParallel, add_over, find_data_parallel
+from .layout import Layer, Layout, _backends, local_part, placements_of, reduction_device
 
 __all__ = [
     "Destination",
@@ -40,6 +40,7 @@ __all__ = [
     "StatisticsError",
     "StepStatistics",
     "find_gradient_flow",
+    "find_sources",
 ]
 
 BUCKET_ELEMENTS = 1 << 23
@@ -89,12 +90,21 @@ class Destination:
         tensor: The local tensor that holds this rank's part; the optimizer is stepped with it.
         slices: The parts of all ranks.
         kept_whole: Whether every rank keeps the parameter's whole gradient until the step.
+        accumulating: Tells in backward whether the gradient is kept whole because a later one will be reduced with it.
+        arrange: Takes a whole gradient and returns its elements, flat, in the order in which the slices count them;
+            None for the layer's own order.
     """
 
     process_group: dist.ProcessGroup
     tensor: torch.Tensor
     slices: tuple[Slice, ...]
     kept_whole: bool
+    accumulating: Callable[[], bool] | None = None
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def is_kept(self) -> bool:
+        """Whether the gradient of this backward pass is kept whole."""
+        return self.kept_whole or (self.accumulating is not None and self.accumulating())
 
 
 @dataclass(frozen=True)
@@ -105,12 +115,14 @@ class GradientFlow:
         destinations: Where each parameter's gradient goes, by the parameter's id.
         loss_scale: The loss scale now.
         factor: Takes the loss scale of the backward passes and returns, during the step, what the averaged gradient
-            was multiplied by: 1 over the loss scale, times what clipping took.
+            was multiplied by: 1 over the loss scale, times what clipping took. None where the wrapper does not know.
+        sources: Whether gradients are made for other tensors than the parameters; see `find_sources`.
     """
 
     destinations: Mapping[int, Destination]
-    loss_scale: Callable[[], float]
-    factor: Callable[[float], float | torch.Tensor]
+    loss_scale: Callable[[], float] = lambda: 1.0
+    factor: Callable[[float], float | torch.Tensor] | None = None
+    sources: bool = False
 
 
 def find_gradient_flow(optimizer: Any) -> GradientFlow | None:
@@ -123,15 +135,26 @@ def find_gradient_flow(optimizer: Any) -> GradientFlow | None:
     return None
 
 
+def find_sources(optimizer: Any, module: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ask the backends for tensors that take the place of the optimizer's parameters in a module's forward.
+
+    Returns:
+        (parameter, tensor whose gradient backward makes in its place) pairs.
+    """
+    backends = [backend for backend in _backends.registered if hasattr(backend, "sources")]
+    return [pair for backend in backends for pair in backend.sources(optimizer, module)]
+
+
 @dataclass
 class _Watched:
     """What is known of one parameter's group gradients since the last step.
 
     `sums` has three fp64 numbers: of norms, of their squares, and of every second element (see `_factor`).
-    `squares` is kept where gradients are whole.
+    `squares` is kept where gradients are whole. `source` is the tensor that takes the parameter's place in forward.
     """
 
     parameter: weakref.ref[torch.Tensor]
+    source: weakref.ref[torch.Tensor] | None = None
     groups: int = 0
     sums: torch.Tensor | None = None
     squares: torch.Tensor | None = None
@@ -159,6 +182,15 @@ class GroupNorms:
     mean_norm: float
     mean_square: float
     square_of_mean: float
+
+
+def norms_from_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, GroupNorms]:
+    """Read a `GradientStatistics.norm_table` that was brought to the host, as its rows."""
+    found = {}
+    for name, groups, mean_norm, mean_square, square, clipping in zip(names, *rows, strict=True):
+        c = clipping or 1.0
+        found[name] = GroupNorms(round(groups), mean_norm / c, mean_square / c**2, square / c**2)
+    return found
 
 
 @dataclass(frozen=True)
@@ -195,7 +227,14 @@ class GradientStatistics:
         self._squares = squares
         self._watched: dict[int, _Watched] = {}
         self._warned = False
+        self._forward_hook: Any = None
         self._forget_wrapper()
+        self._look_for_sources()
+
+    @property
+    def squares(self) -> bool:
+        """Whether element-wise squares are collected besides the norms."""
+        return self._squares
 
     @property
     def groups(self) -> int:
@@ -208,19 +247,57 @@ class GradientStatistics:
         if watched is not None and watched.parameter() is parameter:
             return
         self._watched[id(parameter)] = watched = _Watched(weakref.ref(parameter))
+        if parameter.is_leaf and parameter.is_floating_point():
+            self._register(parameter, watched)
+
+    def _register(self, tensor: torch.Tensor, watched: _Watched) -> None:
         this = weakref.ref(self)
 
         def hook(gradient: torch.Tensor) -> None:
             statistics = this()
-            if statistics is not None:
+            if statistics is not None and statistics._optimizer() is not None:
                 statistics._see(watched, gradient.detach())
 
-        if not (parameter.is_leaf and parameter.is_floating_point()):
+        trained = tensor.requires_grad
+        tensor.requires_grad_(True)  # a frozen parameter takes no hook, and may be thawed later
+        tensor.register_hook(hook)
+        tensor.requires_grad_(trained)
+
+    def _look_for_sources(self) -> None:
+        """Ask after every forward of a module whether it used other tensors in place of the parameters.
+
+        Until all are known, or until the first gradient shows that there are none.
+        """
+        if not any(hasattr(backend, "sources") for backend in _backends.load()):
             return
-        trained = parameter.requires_grad
-        parameter.requires_grad_(True)  # a frozen parameter takes no hook, and may be thawed later
-        parameter.register_hook(hook)
-        parameter.requires_grad_(trained)
+        this = weakref.ref(self)
+
+        def after_forward(module: torch.nn.Module, *_: Any) -> None:
+            statistics = this()
+            if statistics is None:
+                handle.remove()
+            else:
+                statistics._find_sources(module)
+
+        self._forward_hook = handle = torch.nn.modules.module.register_module_forward_hook(after_forward)
+
+    def _find_sources(self, module: torch.nn.Module) -> None:
+        optimizer = self._optimizer()
+        for parameter, source in [] if optimizer is None else find_sources(optimizer, module):
+            self.watch(parameter)
+            watched = self._watched[id(parameter)]
+            if watched.source is None or watched.source() is not source:
+                watched.source = weakref.ref(source)
+                self._register(source, watched)
+
+    def _stop_looking(self) -> None:
+        """Called in backward, when forward is over. Parts of the model that it left out may come later."""
+        groups = self._optimizer().param_groups  # type: ignore[union-attr]
+        trained = [id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad]
+        found = [key for key in trained if key in self._watched and self._watched[key].source is not None]
+        if self._forward_hook is not None and len(found) in (0, len(trained)):
+            self._forward_hook.remove()
+            self._forward_hook = None
 
     def add_group(self, gradients: Mapping[Any, torch.Tensor]) -> None:
         """Count one group whose gradient was not made by backward(). For one process.
@@ -274,21 +351,22 @@ class GradientStatistics:
 
     @torch.no_grad()
     def _see(self, watched: _Watched, gradient: torch.Tensor) -> None:
-        if gradient.layout is not torch.strided:
-            return  # the step refuses sparse gradients
+        if gradient.layout is not torch.strided or placements_of(gradient) is not None:
+            return  # the step refuses sparse gradients, and those of which this rank has a part
         self._find_wrapper()
+        if self._forward_hook is not None:
+            self._stop_looking()
         assert self._data_parallel is not None
         if self._stepped or self._skipped_steps != self._data_parallel.skipped_steps():
             self.discard()
         if self._flow is not None:
             self._loss_scale = self._flow.loss_scale()
         watched.groups += 1
-        flat = gradient.reshape(-1)
-        norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
-        seen = torch.stack([norm, norm.square(), _probe(flat)])
+        norm = torch.linalg.vector_norm(gradient.reshape(-1), dtype=torch.float64)
+        seen = torch.stack([norm, norm.square(), _probe(gradient)])
         watched.sums = seen if watched.sums is None else watched.sums.add_(seen)
         if self._squares:
-            self._add_squares(watched, flat)
+            self._add_squares(watched, gradient)
 
     def _find_wrapper(self) -> None:
         if self._data_parallel is None:
@@ -297,16 +375,27 @@ class GradientStatistics:
             self._skipped_steps = self._data_parallel.skipped_steps()
             self._flow = find_gradient_flow(optimizer)
 
-    def _add_squares(self, watched: _Watched, flat: torch.Tensor) -> None:
+    def _add_squares(self, watched: _Watched, gradient: torch.Tensor) -> None:
         destination = self._destination(watched)
+        arrange = None if destination is None else destination.arrange
+        flat = gradient.reshape(-1) if arrange is None else arrange(gradient)
         dtype = compute_dtype(flat)
-        if destination is not None and not destination.kept_whole:
+        if destination is not None and watched.squares is None and not destination.is_kept():
             self._bucket(destination, dtype).add(watched, destination, flat)
             return
         if watched.squares is None:
             watched.squares = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
         wide = flat.to(dtype)
         watched.squares.addcmul_(wide, wide)
+        if destination is not None and not destination.is_kept():
+            self._send(watched, destination)
+
+    def _send(self, watched: _Watched, destination: Destination) -> None:
+        """Send squares that were kept whole."""
+        assert watched.squares is not None
+        self._bucket(destination, watched.squares.dtype).add(watched, destination, watched.squares, squared=True)
+        if not destination.kept_whole:
+            watched.squares = None
 
     def _destination(self, watched: _Watched) -> Destination | None:
         return None if self._flow is None else self._flow.destinations.get(id(watched.parameter()))
@@ -323,9 +412,7 @@ class GradientStatistics:
     def _partition(self, tensor: torch.Tensor) -> torch.Tensor:
         """The squares of the elements of one local tensor."""
         if id(tensor) not in self._partitions:
-            self._partitions[id(tensor)] = torch.zeros(
-                tensor.numel(), dtype=compute_dtype(tensor), device=tensor.device
-            )
+            self._partitions[id(tensor)] = _zeros_like(tensor)
         return self._partitions[id(tensor)]
 
     # Step -----------------------------------------------------------------------------------------------------------
@@ -347,15 +434,19 @@ class GradientStatistics:
         self._find_wrapper()
         self._stepped = True
         ranks, sharded = self._ranks(), bool(layout.reductions)
-        averages = self._averages(layout, watched)
-        factor = self._wrappers_factor(layout) if sharded else self._factor(layout, averages[2], gradients)
+        # Where the wrapper tells the factor, the step's reduction adds up the ranks' averages. Where it has to be found
+        # out of them, they are added up here, and every rank contributes its share of the result.
+        told = self._flow is not None and self._flow.factor is not None and sharded
+        averages = self._averages(layout, watched, gradients, complete=not told)
+        factor = self._wrappers_factor(layout) if told else self._factor(layout, averages[2], averages[4])
         self._clipping = factor * self._loss_scale
         self._warn_of_few(self.groups * ranks)
-        groups = torch.full_like(averages[0], self.groups * ranks)
+        groups = torch.full_like(averages[0], self.groups if told else self.groups * ranks)
+        shares = 1.0 if told else layout.copies()
         contributions = {
-            "group_norm": averages[0] * factor,
-            "group_square": averages[1] * factor.square() * self.groups,
-            "groups": groups / ranks if sharded else groups,  # every rank of a sharded layer adds its own
+            "group_norm": averages[0] * factor / shares,
+            "group_square": averages[1] * factor.square() * self.groups / shares,
+            "groups": groups / shares,
             "not_finite": averages[3],
         }
         if not self._squares:
@@ -369,21 +460,29 @@ class GradientStatistics:
         """No group was seen and gradients are zero: nothing will be updated. The wrapper may not even exist yet."""
         zeros = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
         contributions = dict.fromkeys(("group_norm", "group_square", "groups", "not_finite"), zeros)
-        flats = [torch.zeros(t.numel(), dtype=compute_dtype(t), device=t.device) for t in layout.tensors]
+        flats = [_zeros_like(tensor) for tensor in layout.tensors]
         return StepStatistics(contributions, (flats, zeros.sum()) if self._squares else None)
 
-    def _averages(self, layout: Layout, watched: Sequence[_Watched]) -> torch.Tensor:
-        """The layers' sums divided by the ranks, and 0 or NaN, shape (4, layers).
+    def _averages(
+        self,
+        layout: Layout,
+        watched: Sequence[_Watched],
+        gradients: Sequence[torch.Tensor | None],
+        *,
+        complete: bool,
+    ) -> torch.Tensor:
+        """The layers' sums divided by the ranks, 0 or NaN, and the probe of the gradient now; shape (5, layers).
 
-        Over all ranks where layers are whole; of this rank's groups where the step's reduction will add them.
+        Over all ranks if `complete`; else of this rank's groups, which the step's reduction will add to the others'.
         """
         zeros = torch.zeros(3, dtype=torch.float64, device=layout.device)
         sums = torch.stack([zeros if layer.sums is None else layer.sums.to(layout.device) for layer in watched], dim=1)
         # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
         of_model = [layer.sums[1].to(layout.device) for layer in self._watched.values() if layer.sums is not None]
-        not_finite = 0 * torch.stack(of_model).sum()
-        averages = torch.cat([sums, not_finite.expand(1, len(watched))])
-        if not layout.reductions:
+        not_finite = (0 * torch.stack(of_model).sum()).expand(1, len(watched))
+        now = _probes(layout, gradients) * layout.copies() if complete else zeros[:1].expand(len(watched))
+        averages = torch.cat([sums, not_finite, now.unsqueeze(0)])
+        if complete:
             assert self._data_parallel is not None
             self._data_parallel.add(averages)
         return averages / self._ranks()
@@ -405,13 +504,15 @@ class GradientStatistics:
         """
         if not self._last:
             raise StatisticsError(f"{self._owner()} has taken no step yet, so there are no statistics")
+        names, table = self.norm_table()
+        return norms_from_table(names, table.tolist())
+
+    def norm_table(self) -> tuple[list[str], torch.Tensor]:
+        """The same as layer names and a tensor, shape (5, layers), without waiting; see `norms_from_table`."""
+        if not self._last:
+            return [], torch.zeros(5, 0, dtype=torch.float64)
         names = [name for of_call, _ in self._last.values() for name in of_call]
-        rows = torch.cat([rows for _, rows in self._last.values()], dim=1).T.tolist()
-        found = {}
-        for name, (groups, mean_norm, mean_square, square, clipping) in zip(names, rows, strict=True):
-            c = clipping or 1.0
-            found[name] = GroupNorms(round(groups), mean_norm / c, mean_square / c**2, square / c**2)
-        return found
+        return names, torch.cat([rows for _, rows in self._last.values()], dim=1)
 
     def _check_seen(
         self, layout: Layout, watched: Sequence[_Watched], gradients: Sequence[torch.Tensor | None]
@@ -421,6 +522,14 @@ class GradientStatistics:
         Where layers are whole and this process is alone, each layer can be told; else a layer may have its gradient
         from other ranks, and one that no group had a gradient for is not updated.
         """
+        if self._flow is not None and self._flow.sources:
+            for layer, seen in zip(layout.layers, watched, strict=True):
+                if seen.source is None and gradients[layer.tensor] is not None:
+                    raise StatisticsError(
+                        f"{self._owner()} has a gradient of layer {layer.name} but saw none of its groups', since no "
+                        "forward of a module under fully_shard was seen to use it. Construct the optimizer before the "
+                        "first forward, and call the module rather than a method of it"
+                    )
         if self.groups == 0:
             found = [g for g in gradients if g is not None and g.any()]
             if found:
@@ -434,8 +543,7 @@ class GradientStatistics:
                     )
 
     def _ranks(self) -> int:
-        process_group = None if self._data_parallel is None else self._data_parallel.process_group
-        return 1 if process_group is None else dist.get_world_size(process_group)
+        return 1 if self._data_parallel is None else self._data_parallel.ranks
 
     def _watched_layer(self, layer: Layer) -> _Watched:
         watched = self._watched.get(id(layer.parameter))
@@ -461,20 +569,19 @@ class GradientStatistics:
             )
 
     def _wrappers_factor(self, layout: Layout) -> torch.Tensor:
-        factor = 1.0 if self._flow is None else self._flow.factor(self._loss_scale)
+        assert self._flow is not None
+        assert self._flow.factor is not None
+        factor = self._flow.factor(self._loss_scale)
         return torch.as_tensor(factor, dtype=torch.float64, device=layout.device).reshape(())
 
-    def _factor(self, layout: Layout, seen: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def _factor(self, layout: Layout, seen: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
         """What the gradient was multiplied by since backward, where nobody tells: unscaling, and the user's clipping.
 
         The sum of every second element is linear in the gradient, so the average over ranks of what the hooks saw,
         times the factor, is what it is now. The best factor over all layers is taken; within rounding it is 1.
         """
-        zero = torch.zeros((), dtype=torch.float64, device=layout.device)
-        now = torch.stack([zero if g is None else _probe(g).to(layout.device) for g in gradients] or [zero])
-        now = now[[layer.tensor for layer in layout.layers]]
         factor = (now * seen).sum() / seen.square().sum()
-        coarsest = max(torch.finfo(layer.parameter.dtype).eps for layer in layout.layers if layer.parameter is not None)
+        coarsest = max(layer.gradient_resolution for layer in layout.layers)
         is_one = ((factor - 1).abs() <= 16 * coarsest) | (seen == 0).all()
         return torch.where(is_one, torch.ones_like(factor), factor)
 
@@ -489,10 +596,7 @@ class GradientStatistics:
         squares = [layer.squares for layer in watched if layer.squares is not None]
         fresh = [s for s in squares if id(s) not in self._reduced]
         if self._ranks() > 1:
-            for pack in _packs(fresh):
-                packed = torch.cat(pack)
-                self._data_parallel.add(packed)
-                torch._foreach_copy_(pack, list(packed.split([len(part) for part in pack])))
+            _add_packed(fresh, self._data_parallel.add)
         self._reduced.update(map(id, fresh))
         return squares
 
@@ -510,10 +614,21 @@ class GradientStatistics:
                     layer.squares = torch.zeros(
                         parameter.numel(), dtype=compute_dtype(parameter), device=parameter.device
                     )
-                self._bucket(destination, layer.squares.dtype).add(layer, destination, layer.squares, squared=True)
+                self._send(layer, destination)
+            elif layer.squares is not None and not destination.kept_whole:
+                self._send(layer, destination)  # without a gradient in the last micro-batch
         for bucket in self._buckets.values():
             bucket.flush()
-        return [self._partition(tensor) for tensor in layout.tensors]
+        partitions = [self._partition(tensor) for tensor in layout.tensors]
+        self._add_replicas([part for part in partitions if id(part) not in self._reduced])
+        return partitions
+
+    def _add_replicas(self, partitions: list[torch.Tensor]) -> None:
+        """Add partitions over the ranks that hold the same shards: one all-reduce per bucket of elements."""
+        replicas = None if self._data_parallel is None else self._data_parallel.replicas
+        if replicas is not None:
+            _add_packed(partitions, lambda packed: add_over(replicas, packed))
+        self._reduced.update(map(id, partitions))
 
 
 class _Bucket:
@@ -569,7 +684,8 @@ class _Bucket:
         for destination, slice_, _ in mine:
             part = total.narrow(0, begin, slice_.length)
             begin += slice_.length
-            self.partition(destination.tensor).narrow(0, slice_.start, slice_.length).add_(part)
+            own = self.partition(destination.tensor).narrow(0, slice_.start, slice_.length)
+            own.add_(part.to(own.device))
 
     def _reduce(self, of_owner: list[list[torch.Tensor]]) -> torch.Tensor:
         """Add each owner's elements over all ranks; return this rank's own."""
@@ -611,6 +727,13 @@ def _cut(slices: Sequence[Slice], limit: int) -> Iterator[list[Slice]]:
         yield [s.part(begin, begin + step) for s in slices if begin < s.length]
 
 
+def _add_packed(tensors: Sequence[torch.Tensor], add: Callable[[torch.Tensor], None]) -> None:
+    for pack in _packs(tensors):
+        packed = torch.cat(pack)
+        add(packed)
+        torch._foreach_copy_(pack, list(packed.split([len(part) for part in pack])))
+
+
 def _packs(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Group pieces of flat tensors, all of one dtype and device, into packs of at most a bucket's elements."""
     pack: list[torch.Tensor] = []
@@ -627,9 +750,30 @@ def _packs(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield pack
 
 
-def _probe(flat: torch.Tensor) -> torch.Tensor:
-    """A number that is linear in the gradient: the sum of every second element.
+def _probe(gradient: torch.Tensor, begin: int = 0) -> torch.Tensor:
+    """A number that is linear in the gradient: the sum of every second element along the last dimension.
 
-    Of all elements it would be zero for many layers, e.g. a softmax's bias.
+    Of all elements it would be zero for many layers, e.g. a softmax's bias. `begin` is the position in the layer's last
+    dimension of the part that is given, so that the parts' numbers add up to the layer's.
     """
-    return flat[::2].sum(dtype=torch.float64)
+    rows = gradient.reshape(-1, gradient.shape[-1] if gradient.dim() else 1)
+    return rows[:, begin % 2 :: 2].sum(dtype=torch.float64)
+
+
+def _probes(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The probe of this rank's part of each layer's gradient; of layouts whose tensors carry one layer each."""
+    found = [torch.zeros((), dtype=torch.float64, device=layout.device) for _ in layout.layers]
+    for shard in layout.shards:
+        layer = layout.layers[shard.layer]
+        gradient = gradients[layer.tensor]
+        if gradient is not None:
+            local = gradient.view(local_part(layout.tensors[layer.tensor]).shape)
+            begin = shard.offset % layer.shape[-1] if layer.shape else 0
+            found[shard.layer] = _probe(local, begin).to(layout.device)
+    return torch.stack(found)
+
+
+def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """For the squares of the elements of one local tensor, flat."""
+    local = local_part(tensor)
+    return torch.zeros(local.numel(), dtype=compute_dtype(local), device=local.device)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares
 from .hyperparameters import check_choice, check_range
+from .kernels.updates import MomentumUpdate, Sums
 from .layers import LayerTable
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["TVLARS"]
 
@@ -51,6 +51,7 @@ class TVLARS(LayerwiseOptimizer):
         form: See above.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None). Also
             a group option.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range, or ``form="released"`` meets a delay, an alpha or a floor, none of
@@ -79,6 +80,7 @@ class TVLARS(LayerwiseOptimizer):
         form: str = "paper",
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -93,6 +95,7 @@ class TVLARS(LayerwiseOptimizer):
                 "floor": floor,
                 "form": form,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -120,7 +123,7 @@ class TVLARS(LayerwiseOptimizer):
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
-        yield self.norms
+        yield Sums("w", "g", "d", of=self.update(group, layers))
         w_norm, g_norm, d_norm = layers.norm("w"), layers.norm("g"), layers.norm("d")
         if group["form"] == "released":
             phi = 1 / (RELEASED_ALPHA + torch.exp(group["decay"] * layers.step))
@@ -133,17 +136,8 @@ class TVLARS(LayerwiseOptimizer):
         scaled = group["trust_coefficient"] * phi * numerator / denominator
         layers.trust_ratio = torch.where(usable, scaled, torch.ones_like(scaled))
 
-    @sums_over_layers("w", "g", "d")
-    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return squares(x.w), squares(x.g), squares(self.decayed_gradient(group, x))
-
-    def decayed_gradient(self, group: dict[str, Any], x: ChunkView) -> torch.Tensor:
-        """D = g + λw."""
-        return x.g.add(x.w, alpha=group["weight_decay"])
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: lr · v, with v updated in place."""
-        v = self.decayed_gradient(group, x) * x.of(layers.trust_ratio)
-        if group["momentum"]:
-            v = x.momentum_buffer.mul_(group["momentum"]).add_(v)
-        return v * group["lr"]
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        ratio = layers.trust_ratio
+        return MomentumUpdate(
+            group["momentum"], group["weight_decay"], ratio, step=group["lr"] * torch.ones_like(ratio)
+        )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, squares, values
 from .hyperparameters import check_betas, check_choice, check_range
+from .kernels.updates import AdamUpdate, Gsnr, MomentumUpdate, Sums
 from .lamb import LAMB
 from .lars import LARS
 from .layers import LayerTable
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["VRLAMB", "VRLARS", "VRSGD", "VRAdam"]
 
 SECOND_MOMENTS = ("adapted", "mean")
-SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
 
 
 class VarianceReduced(LayerwiseOptimizer):
@@ -41,29 +41,21 @@ class VarianceReduced(LayerwiseOptimizer):
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         self.begin(layers)
-        yield self.signal_to_noise
+        yield self.signal_to_noise(group, layers)
 
     def begin(self, layers: LayerTable) -> None:
         like = layers.step
         layers.elements = like.new_tensor([layer.numel for layer in layers.layers])
-        dtypes = [torch.float32 if layer.parameter is None else layer.parameter.dtype for layer in layers.layers]
-        layers.resolution = like.new_tensor([torch.finfo(dtype).eps for dtype in dtypes])
+        layers.resolution = like.new_tensor([layer.gradient_resolution for layer in layers.layers])
 
-    @sums_over_layers("r", "g")
-    def signal_to_noise(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return values(self.raw_gsnr(layers, x)), squares(x.g)
+    def signal_to_noise(self, group: dict[str, Any], layers: LayerTable) -> Stage:
+        return Sums("r", "g", of=Gsnr(group["gsnr_floor"], layers.resolution, scale=torch.ones_like(layers.step)))
 
-    def raw_gsnr(self, layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """The ratio before it is normalised, of the gradient as it comes; what a wrapper clipped cancels out."""
-        signal = x.g.square()
-        variance = (x.mean_square - signal).clamp_(min=0)
-        return signal / variance.add_(signal * x.of(layers.resolution)).add_(SMALLEST_VARIANCE)
-
-    def gsnr(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+    def gsnr(self, group: dict[str, Any], layers: LayerTable) -> Gsnr:
         """The ratio, normalised by its mean over the layer and clipped."""
         total = layers.total("r")
-        mean = torch.where(total == 0, torch.ones_like(total), total / layers.elements)
-        return (self.raw_gsnr(layers, x) / x.of(mean)).clamp_(group["gsnr_floor"], 1.0)
+        scale = torch.where(total == 0, torch.ones_like(total), layers.elements / total)
+        return Gsnr(group["gsnr_floor"], layers.resolution, scale)
 
 
 class VRSGD(VarianceReduced):
@@ -82,6 +74,7 @@ class VRSGD(VarianceReduced):
         momentum: μ in [0, 1).
         weight_decay: λ ≥ 0; decay is not multiplied by r.
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives plain SGD.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -102,9 +95,18 @@ class VRSGD(VarianceReduced):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         gsnr_floor: float = 0.1,
+        *,
+        implementation: str | None = None,
     ):
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "gsnr_floor": gsnr_floor}
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "gsnr_floor": gsnr_floor,
+                "implementation": implementation,
+            },
         )
 
     @property
@@ -121,11 +123,10 @@ class VRSGD(VarianceReduced):
         layers.step = layers.step + 1
         yield from super().stages(group, layers)
 
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: lr · v."""
-        d = self.gsnr(group, layers, x).mul_(x.g).add_(x.w, alpha=group["weight_decay"])
-        v = x.momentum_buffer.mul_(group["momentum"]).add_(d) if group["momentum"] else d
-        return group["lr"] * v
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        ones = torch.ones_like(layers.step)
+        gsnr = self.gsnr(group, layers)
+        return MomentumUpdate(group["momentum"], group["weight_decay"], ones, step=group["lr"] * ones, gsnr=gsnr)
 
 
 class VRLARS(VarianceReduced, LARS):
@@ -136,6 +137,7 @@ class VRLARS(VarianceReduced, LARS):
     Args:
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives LARS.
         params, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, momentum_form, adapt: As in `LARS`.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -161,6 +163,7 @@ class VRLARS(VarianceReduced, LARS):
         gsnr_floor: float = 0.1,
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         LayerwiseOptimizer.__init__(
             self,
@@ -175,6 +178,7 @@ class VRLARS(VarianceReduced, LARS):
                 "momentum_form": momentum_form,
                 "gsnr_floor": gsnr_floor,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -186,17 +190,8 @@ class VRLARS(VarianceReduced, LARS):
         yield from VarianceReduced.stages(self, group, layers)
         yield from LARS.stages(self, group, layers)
 
-    @sums_over_layers("w", "g")
-    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
-        return LARS.norms(self, group, layers, self.adapted(group, layers, x))
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        return LARS.change(self, group, layers, self.adapted(group, layers, x))
-
-    def adapted(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> ChunkView:
-        """The view with r·g in place of g."""
-        x.g = self.gsnr(group, layers, x).mul_(x.g)
-        return x
+    def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
+        return replace(LARS.update(self, group, layers), gsnr=self.gsnr(group, layers))
 
 
 class VRMoments(VarianceReduced):
@@ -211,19 +206,15 @@ class VRMoments(VarianceReduced):
         check_range("gsnr_beta", group["gsnr_beta"], 0.0, 1.0, high_open=True)
         check_choice("second_moment", group["second_moment"], SECOND_MOMENTS)
 
-    def moments(
-        self, group: dict[str, Any], layers: LayerTable, x: ChunkView, g: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return m and v, with all three averages updated in place."""
-        beta1, beta2 = group["betas"]
-        beta3 = group["gsnr_beta"]
-        p = x.exp_avg_gsnr.mul_(beta3).add_(self.gsnr(group, layers, x), alpha=1 - beta3)
-        adapted = p / x.of(1 - beta3**layers.step) * g
-        second = adapted if group["second_moment"] == "adapted" else g
-        averaging = group.get("grad_averaging", True)
-        m = x.exp_avg.mul_(beta1).add_(adapted, alpha=1 - beta1 if averaging else 1.0)
-        v = x.exp_avg_sq.mul_(beta2).addcmul_(second, second, value=1 - beta2)
-        return m, v
+    def adapted(self, update: AdamUpdate, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
+        """The update with r·g in place of g, r averaged over the steps."""
+        return replace(
+            update,
+            gsnr=self.gsnr(group, layers),
+            gsnr_beta=group["gsnr_beta"],
+            correction3=1 - group["gsnr_beta"] ** layers.step,
+            second_moment=group["second_moment"],
+        )
 
 
 class VRAdam(VRMoments):
@@ -247,6 +238,7 @@ class VRAdam(VRMoments):
         weight_decay: λ ≥ 0, decoupled as in AdamW.
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives Adam.
         second_moment: See above.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -269,6 +261,8 @@ class VRAdam(VRMoments):
         weight_decay: float = 0.0,
         gsnr_floor: float = 0.1,
         second_moment: str = "adapted",
+        *,
+        implementation: str | None = None,
     ):
         super().__init__(
             params,
@@ -280,6 +274,7 @@ class VRAdam(VRMoments):
                 "weight_decay": weight_decay,
                 "gsnr_floor": gsnr_floor,
                 "second_moment": second_moment,
+                "implementation": implementation,
             },
         )
 
@@ -294,13 +289,18 @@ class VRAdam(VRMoments):
         layers.step = layers.step + 1
         yield from super().stages(group, layers)
 
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """W's decrease: lr times Adam's direction."""
+    def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
         beta1, beta2 = group["betas"]
-        m, v = self.moments(group, layers, x, x.g)
-        denominator = (v / x.of(1 - beta2**layers.step)).sqrt_().add_(group["eps"])
-        direction = (m / x.of(1 - beta1**layers.step)).div_(denominator).add_(x.w, alpha=group["weight_decay"])
-        return group["lr"] * direction
+        adam = AdamUpdate(
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=group["lr"] * torch.ones_like(layers.step),
+            correction1=1 - beta1**layers.step,
+            correction2=1 - beta2**layers.step,
+            gain=1 - beta1,
+        )
+        return self.adapted(adam, group, layers)
 
 
 class VRLAMB(VRMoments, LAMB):
@@ -314,6 +314,7 @@ class VRLAMB(VRMoments, LAMB):
         second_moment: "adapted" or "mean", as in `VRAdam`.
         max_grad_norm: As in `LAMB`: clips the mean gradient before it is adapted; r does not change by it.
         params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, trust_bounds, adapt: As in `LAMB`.
+        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
 
     Raises:
         ValueError: As `LAMB`.
@@ -341,6 +342,7 @@ class VRLAMB(VRMoments, LAMB):
         second_moment: str = "adapted",
         *,
         adapt: bool | None = None,
+        implementation: str | None = None,
     ):
         LayerwiseOptimizer.__init__(
             self,
@@ -358,6 +360,7 @@ class VRLAMB(VRMoments, LAMB):
                 "gsnr_floor": gsnr_floor,
                 "second_moment": second_moment,
                 "adapt": adapt,
+                "implementation": implementation,
             },
         )
 
@@ -368,15 +371,12 @@ class VRLAMB(VRMoments, LAMB):
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         self.begin(layers)
         if group["max_grad_norm"] is None:
-            yield self.signal_to_noise
+            yield self.signal_to_noise(group, layers)
         yield from LAMB.stages(self, group, layers)
 
-    # Where LAMB clips, the sum of r rides in the all-reduce of the gradient's norm.
-    gradient_norm = VarianceReduced.signal_to_noise
+    def gradient_norm(self, group: dict[str, Any], layers: LayerTable) -> Stage:
+        """Where LAMB clips, the sum of r rides in the all-reduce of the gradient's norm."""
+        return self.signal_to_noise(group, layers)
 
-    def direction(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """u, with all averages updated in place."""
-        g = x.g if group["max_grad_norm"] is None else x.g / x.of(layers.clip)
-        m, v = self.moments(group, layers, x, g)
-        denominator = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
-        return (m / x.of(layers.correction1)).div_(denominator).add_(x.w, alpha=group["weight_decay"])
+    def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
+        return self.adapted(LAMB.update(self, group, layers), group, layers)

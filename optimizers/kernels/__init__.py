@@ -1,0 +1,159 @@
+"""Who computes a step: compiled sweeps where they can be had, tensor operations everywhere else.
+
+`None` chooses by device. Otherwise the optimizer's argument counts, then the environment variable
+TRUSTRATIO_IMPLEMENTATION.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+
+from ..layout import Layout
+from .updates import Sums, Update
+
+__all__ = ["IMPLEMENTATIONS", "ImplementationError", "Kernels", "Operands", "Sweeps", "choose", "warn_of_others"]
+
+IMPLEMENTATIONS = ("eager", "cpu", "triton")
+VARIABLE = "TRUSTRATIO_IMPLEMENTATION"
+_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+_MODULES = {"cpu": "cpu", "triton": "triton_kernels"}
+
+
+class ImplementationError(RuntimeError):
+    """An implementation that was asked for cannot be had; the message says what is missing."""
+
+
+class Operands:
+    """The contiguous tensors of one `step()` call, by the index of their local tensor in the layout.
+
+    Attributes:
+        layout: Of the call.
+        weights: Local parts.
+        gradients: None counts as zero.
+        state: Element-wise state by name.
+        mean_square: Mean squares of the groups' gradients and their factor, where they are wanted.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        weights: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        state: Mapping[str, Sequence[torch.Tensor]],
+    ):
+        self.layout = layout
+        self.weights = weights
+        self.gradients = gradients
+        self.state = state
+        self.mean_square: tuple[Sequence[torch.Tensor], torch.Tensor] | None = None
+
+
+class Sweeps(Protocol):
+    """The sweeps of one `step()` call over those tensors that an implementation serves."""
+
+    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
+        """Measure sums of one parameter group, shape (names, layers of the group), fp64.
+
+        Args:
+            group: Index of the parameter group.
+            sums: What to measure.
+            changing: Layers that may change, as far as that is known; the others need not be measured.
+            keep: Whether updated state may be written, except where a block's gradient is zero.
+
+        Returns:
+            None if the implementation does not know these sums.
+        """
+
+    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
+        """Measure a group's last sums and apply its update by their rules, layer by layer, in one go.
+
+        All layers must be complete and served, and nothing else may stop the step.
+
+        Args:
+            group: As for `measure`.
+            sums: What to measure, with rules.
+            changing: As for `measure`.
+
+        Returns:
+            The sums, as `measure`; None if nothing was done, because this is not worth it or not known here.
+        """
+
+    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
+        """Update state and weights of the group's changing layers; False if the update is not known."""
+
+
+class Kernels(Protocol):
+    """An implementation."""
+
+    name: str
+
+    def devices(self) -> tuple[str, ...]:
+        """Types of devices whose memory it works on."""
+
+    def missing(self) -> str | None:
+        """What must be installed before it can be used, None if nothing."""
+
+    def serves(self, operands: Operands) -> list[bool]:
+        """Tell which of the local tensors it can work on."""
+
+    def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> Sweeps:
+        """Begin a step. The cache lives as long as the layout."""
+
+
+def choose(requested: str | None, device: torch.device) -> Kernels | None:
+    """The kernels to use for parameters on a device, None for tensor operations.
+
+    Args:
+        requested: One of `IMPLEMENTATIONS`, or None.
+        device: Of the parameters.
+
+    Raises:
+        ImplementationError: If an implementation was asked for that is not there or does not work on this device.
+        ValueError: If the environment variable has an unknown value.
+    """
+    asked = requested or os.environ.get(VARIABLE) or None
+    if asked is not None and asked not in IMPLEMENTATIONS:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(IMPLEMENTATIONS)}, got {asked!r}")
+    name = asked or _OF_DEVICE.get(device.type, "eager")
+    if name == "eager":
+        return None
+    kernels = _load(name)
+    missing = kernels.missing()
+    if missing is None and device.type not in kernels.devices():
+        missing = f"parameters on {' or '.join(kernels.devices())}, got {device}"
+    if missing is None:
+        return kernels
+    if asked is not None:
+        raise ImplementationError(f"implementation {name!r} needs {missing}; without, use 'eager'")
+    _warn_once(f"steps are computed by tensor operations (implementation 'eager'), because {name!r} needs {missing}")
+    return None
+
+
+def warn_of_others(requested: str | None) -> None:
+    """Say once, if an implementation was asked for, that it does not serve all tensors."""
+    asked = requested or os.environ.get(VARIABLE)
+    if asked:
+        _warn_once(
+            f"implementation {asked!r} serves weights and gradients in fp32, bf16 and fp16 with state in fp32 on one "
+            "device; other tensors are computed by tensor operations"
+        )
+
+
+def _load(name: str) -> Kernels:
+    kernels: Kernels = import_module(f".{_MODULES[name]}", __name__).KERNELS
+    return kernels
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)

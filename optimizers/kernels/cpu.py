@@ -1,0 +1,399 @@
+"""Sweeps on the CPU: calls the compiled functions of cpu_kernels.c, one call per sweep and parameter group."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import Operands
+from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
+from .updates import Sums, TrustRule, Update
+
+__all__ = ["KERNELS", "CpuKernels"]
+
+ELEMENTS_PER_THREAD = 1 << 17  # starting a thread takes as long as sweeping over a fraction of this
+# Layers that are measured and applied in one go. Together they should stay in the cache that all cores share.
+CACHE_BYTES = 16 << 20
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# As in the enum of cpu_kernels.c: four modes of each kind of the Adam family follow each other.
+CODES = {
+    **{kind: code for code, kind in enumerate(kind for kind in Kind if not kind.is_adam)},
+    **{kind: 7 + 4 * code for code, kind in enumerate(kind for kind in Kind if kind.is_adam)},
+}
+MEASURE_AND_KEEP, APPLY, APPLY_KEPT = 1, 2, 3
+
+FUNCTIONS = ("block", "size", "best_level", "sweep", "step", "ratio")
+
+
+class _Sweep(ctypes.Structure):
+    """The struct of the same name in cpu_kernels.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("kind", "threads", "shards", "layers")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("tensor", "start", "length", "layer", "first_block", "weight_type", "gradient_type"),
+                *(
+                    "weight",
+                    "gradient",
+                    "first",
+                    "second",
+                    "third",
+                    "mean_square",
+                    "changes",
+                    "idle",
+                    "partial",
+                    "sums",
+                ),
+                *("gradient_scale", "weight_scale", "step", "second_step"),
+                *("correction1", "correction2", "correction3", "resolution", "gsnr_scale"),
+            )
+        ),
+        *(
+            (name, ctypes.c_double)
+            for name in (
+                *("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor", "mean_square_factor"),
+            )
+        ),
+        ("nesterov", ctypes.c_int64),
+    )
+
+
+class _Rule(ctypes.Structure):
+    """The struct of the same name in cpu_kernels.c."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_double)
+            for name in ("coefficient", "weight", "gradient", "direction", "constant", "low", "high")
+        ),
+        ("place", ctypes.c_int64),
+        ("adapt", ctypes.c_void_p),
+        ("targets", ctypes.c_int64),
+        ("vector", ctypes.c_void_p * 2),
+        ("base", ctypes.c_void_p * 2),
+        ("factor", ctypes.c_double * 2),
+    )
+
+
+class _Step(ctypes.Structure):
+    """The struct of the same name in cpu_kernels.c."""
+
+    _fields_ = (
+        ("measure", ctypes.POINTER(_Sweep)),
+        ("apply", ctypes.POINTER(_Sweep)),
+        *((name, ctypes.c_int64) for name in ("batches", "rules")),
+        *((name, ctypes.c_void_p) for name in ("first_shard", "measured", "ready", "changes")),
+        ("rule", _Rule * 2),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled functions, None where there are none or those of another version of this file."""
+    found = importlib.util.find_spec(f"{__package__}._cpu_kernels")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    if not all(hasattr(library, f"trustratio_{name}") for name in FUNCTIONS):
+        return None
+    library.trustratio_block.restype = library.trustratio_size.restype = ctypes.c_int64
+    library.trustratio_best_level.restype = ctypes.c_int64
+    library.trustratio_sweep.argtypes = (ctypes.POINTER(_Sweep), ctypes.c_int64)
+    library.trustratio_step.argtypes = (ctypes.POINTER(_Step), ctypes.c_int64)
+    library.trustratio_ratio.argtypes = (ctypes.POINTER(_Rule), ctypes.c_int64, *[ctypes.c_double] * 3)
+    library.trustratio_ratio.restype = ctypes.c_double
+    library.trustratio_sweep.restype = library.trustratio_step.restype = None
+    return library if library.trustratio_size() == ctypes.sizeof(_Sweep) + ctypes.sizeof(_Step) else None
+
+
+class CpuKernels:
+    """The implementation "cpu"."""
+
+    name = "cpu"
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
+    def missing(self) -> str | None:
+        if _library() is not None:
+            return None
+        return (
+            "its compiled functions of this version, which are built at installation: install a C compiler, then "
+            "trustratio again"
+        )
+
+    def serves(self, operands: Operands) -> list[bool]:
+        served = [weight.dtype in TYPES and weight.is_cpu for weight in operands.weights]
+        for tensors in operands.state.values():
+            for index, value in enumerate(tensors):
+                served[index] &= value.dtype is torch.float32
+        for index, gradient in enumerate(operands.gradients):
+            served[index] &= gradient is None or (gradient.dtype in TYPES and gradient.is_cpu)
+        return served
+
+    def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> CpuSweeps:
+        if "shards" not in cache:
+            cache["shards"] = _Shards.of(operands)
+        return CpuSweeps(operands, cache["shards"], served, cache.setdefault(("tables", *served), {}))
+
+
+KERNELS = CpuKernels()
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The shards of a layout as vectors, int64."""
+
+    tensor: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    layer: torch.Tensor
+    group: torch.Tensor
+
+    @classmethod
+    def of(cls, operands: Operands) -> _Shards:
+        layout = operands.layout
+        carriers = [layout.layers[shard.layer].tensor for shard in layout.shards]
+        columns = (
+            carriers,
+            [shard.start for shard in layout.shards],
+            [shard.length for shard in layout.shards],
+            [shard.layer for shard in layout.shards],
+            [layout.groups[tensor] for tensor in carriers],
+        )
+        return cls(*(torch.tensor(column, dtype=torch.int64, device="cpu") for column in columns))
+
+    def only(self, wanted: torch.Tensor) -> _Shards:
+        return _Shards(*(getattr(self, name)[wanted] for name in ("tensor", "start", "length", "layer", "group")))
+
+
+@dataclass
+class _GroupTable:
+    """One group's shards, with layers counted from its first."""
+
+    shards: _Shards
+    layers: int
+    elements: int
+    first_block: torch.Tensor
+    blocks: int
+    partial: torch.Tensor
+    known_batches: dict[int, torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        return min(torch.get_num_threads(), 1 + self.elements // ELEMENTS_PER_THREAD)
+
+    def batches(self, most: int) -> torch.Tensor | None:
+        """First shards of runs of whole layers, and the number of shards; None if a layer's shards are no run.
+
+        A run has at most so many elements, unless it is a single layer.
+        """
+        if most not in self.known_batches:
+            layers = self.shards.layer.tolist()
+            lengths = torch.zeros(self.layers, dtype=torch.int64, device="cpu").index_add_(
+                0, self.shards.layer, self.shards.length
+            )
+            firsts, filled = [0], 0
+            for shard, layer in enumerate(layers):
+                if shard and layer == layers[shard - 1]:
+                    continue
+                filled += int(lengths[layer])
+                if shard and filled > most:
+                    firsts.append(shard)
+                    filled = int(lengths[layer])
+            in_runs = layers == sorted(layers)
+            self.known_batches[most] = torch.tensor([*firsts, len(layers)], device="cpu") if in_runs else None
+        return self.known_batches[most]
+
+
+class CpuSweeps:
+    """See `Sweeps`."""
+
+    def __init__(self, operands: Operands, shards: _Shards, served: Sequence[bool], tables: dict[int, _GroupTable]):
+        self.operands = operands
+        if not all(served):
+            shards = shards.only(torch.tensor(served, device="cpu")[shards.tensor])
+        self.shards = shards
+        self.tables = tables
+        self.idle: dict[int, torch.Tensor] = {}
+        self.weight_types = array("B", [TYPES.get(weight.dtype, 0) for weight in operands.weights])
+        self.gradient_types = array("B", [0 if g is None else TYPES.get(g.dtype, 0) for g in operands.gradients])
+        self.weights = _pointers(operands.weights)
+        self.gradients = _pointers(operands.gradients)
+        self.state = {name: _pointers(tensors) for name, tensors in operands.state.items()}
+        self.mean_square: array[int] | None = None
+        self.level = _best_level()
+
+    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
+        numbers = numbers_of_sums(sums)
+        if numbers is None:
+            return None
+        sweep, found = self._measuring(group, numbers, changing, keep=keep)
+        self._run(sweep)
+        return found[[PLACE[name] for name in sums.names]]
+
+    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
+        measured, applied = numbers_of_sums(sums), numbers_of_update(sums.of)
+        if measured is None or applied is None:
+            return None
+        table = self._table(group)
+        tensors = 2 + len(measured.state)  # of which `measure` reads four bytes per element
+        batches = table.batches(cache_bytes() // (4 * tensors))
+        if batches is None:
+            return None
+        measure, found = self._measuring(group, measured, changing, keep=True)
+        apply = self._applying(group, applied, None)
+        counters = torch.zeros(2, len(batches) - 1, dtype=torch.int64, device="cpu")
+        changes = torch.zeros(table.layers, dtype=torch.uint8, device="cpu")
+        apply.changes = changes.data_ptr()
+        step = _Step(ctypes.pointer(measure), ctypes.pointer(apply), len(batches) - 1, len(sums.rules))
+        step.first_shard, step.changes = batches.data_ptr(), changes.data_ptr()
+        step.measured, step.ready = counters[0].data_ptr(), counters[1].data_ptr()
+        alive = [_fill(place, rule, sums.of, applied) for place, rule in zip(step.rule, sums.rules, strict=False)]
+        if measure.shards:
+            _compiled().trustratio_step(ctypes.byref(step), self.level)
+        del alive
+        return found[[PLACE[name] for name in sums.names]]
+
+    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
+        numbers = numbers_of_update(update)
+        if numbers is None:
+            return False
+        self._run(self._applying(group, numbers, changing))
+        return True
+
+    def _measuring(
+        self, group: int, numbers: Numbers, changing: torch.Tensor | None, *, keep: bool
+    ) -> tuple[_Sweep, torch.Tensor]:
+        """The struct, and where the sums will be."""
+        table = self._table(group)
+        found = torch.zeros(PLACES, table.layers, dtype=torch.float64, device="cpu")
+        sweep = self._sweep(table, numbers, changing)
+        if numbers.kind.is_adam and keep:
+            assert group not in self.idle, "a direction is measured once per step"
+            self.idle[group] = torch.zeros(table.blocks, dtype=torch.uint8, device="cpu")
+            sweep.kind += MEASURE_AND_KEEP
+            sweep.idle = self.idle[group].data_ptr()
+        sweep.sums, sweep.partial = found.data_ptr(), table.partial.data_ptr()
+        return sweep, found
+
+    def _applying(self, group: int, numbers: Numbers, changing: torch.Tensor | None) -> _Sweep:
+        sweep = self._sweep(self._table(group), numbers, changing)
+        if numbers.kind.is_adam:
+            idle = self.idle.get(group)
+            sweep.kind += APPLY if idle is None else APPLY_KEPT
+            sweep.idle = None if idle is None else idle.data_ptr()
+        return sweep
+
+    def _table(self, group: int) -> _GroupTable:
+        if group not in self.tables:
+            layout = self.operands.layout
+            of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
+            shards = self.shards.only(self.shards.group == group)
+            shards = _Shards(shards.tensor, shards.start, shards.length, shards.layer - of_group[0], shards.group)
+            block = _block()
+            ends = ((shards.length + block - 1) // block).cumsum(0)
+            first_block = torch.cat([ends.new_zeros(1), ends])
+            blocks = int(first_block[-1])
+            partial = torch.empty(blocks * PLACES, dtype=torch.float64, device="cpu")
+            self.tables[group] = _GroupTable(
+                shards, len(of_group), int(shards.length.sum()), first_block, blocks, partial
+            )
+        return self.tables[group]
+
+    def _sweep(self, table: _GroupTable, numbers: Numbers, changing: torch.Tensor | None) -> _Sweep:
+        """The struct, with everything that it points to kept alive by it."""
+        sweep = _Sweep(kind=CODES[numbers.kind], threads=table.threads, shards=len(table.shards.tensor))
+        sweep.layers = table.layers
+        sweep.alive = numbers, table
+        for name in ("tensor", "start", "length", "layer"):
+            setattr(sweep, name, getattr(table.shards, name).data_ptr())
+        sweep.first_block = table.first_block.data_ptr()
+        for name in ("weight_types", "gradient_types", "weights", "gradients"):
+            setattr(sweep, name[:-1], _address(getattr(self, name)))
+        for place, name in zip(("first", "second", "third"), numbers.state, strict=False):
+            setattr(sweep, place, _address(self.state[name]))
+        for name, vector in numbers.vectors.items():
+            assert vector.shape == (table.layers,)
+            setattr(sweep, name, vector.data_ptr())
+        for name, number in numbers.scalars.items():
+            setattr(sweep, name, number)
+        if changing is not None:
+            sweep.changing = changing.contiguous()
+            sweep.changes = sweep.changing.data_ptr()
+        if numbers.kind.has_gsnr:
+            self._mean_square(sweep)
+        return sweep
+
+    def _mean_square(self, sweep: _Sweep) -> None:
+        assert self.operands.mean_square is not None
+        squares, factor = self.operands.mean_square
+        if self.mean_square is None:
+            self.mean_square = _pointers(squares)
+        sweep.mean_square, sweep.mean_square_factor = _address(self.mean_square), float(factor)
+
+    def _run(self, sweep: _Sweep) -> None:
+        if sweep.shards:
+            _compiled().trustratio_sweep(ctypes.byref(sweep), self.level)
+
+
+def _fill(place: _Rule, rule: TrustRule, update: Any, numbers: Numbers) -> list[torch.Tensor]:
+    """Describe a rule to the compiled functions; what it points to is returned and must be kept."""
+    for name in ("coefficient", "weight", "gradient", "direction", "constant"):
+        setattr(place, name, getattr(rule, name))
+    place.low, place.high = rule.bounds
+    place.place = PLACE[rule.direction_name]
+    alive = [adapt := rule.adapt.contiguous()]
+    place.adapt = adapt.data_ptr()
+    targets = targets_of(update, rule)
+    place.targets = len(targets)
+    for index, (name, (base, factor)) in enumerate(targets.items()):
+        alive.append(base := base.contiguous())
+        place.vector[index], place.base[index] = numbers.vectors[name].data_ptr(), base.data_ptr()
+        place.factor[index] = factor
+    return alive
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """`CACHE_BYTES`, but at most half of the cache that cores share, where the system tells its size."""
+    try:
+        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (ValueError, OSError):  # not on this system
+        size = 0
+    return min(CACHE_BYTES, size // 2) if size > 0 else CACHE_BYTES
+
+
+def _compiled() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@functools.cache
+def _block() -> int:
+    return _compiled().trustratio_block()
+
+
+@functools.cache
+def _best_level() -> int:
+    return _compiled().trustratio_best_level()
+
+
+def _pointers(tensors: Iterable[torch.Tensor | None]) -> array[int]:
+    return array("Q", [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
+def _address(values: array[int]) -> int:
+    return values.buffer_info()[0]

@@ -1,0 +1,393 @@
+/* The sweeps of one step over weights, gradients and state on the CPU. See docs/kernels.md; cpu.py calls this.
+
+   The arithmetic is in cpu_sweeps.h, compiled once per instruction set and chosen when the program runs. A sweep walks
+   over blocks of at most BLOCK elements of one shard. Which thread takes a block does not matter: each block's sums
+   have a place of their own and are added up in a fixed order, so results do not depend on the number of threads.
+   Threads live for one call. That costs some ten microseconds each, and needs no care in programs that fork. */
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define BLOCK 16384        /* elements; a block of four fp32 tensors stays in a core's own cache */
+#define TILE 1024          /* elements that are widened at a time where weights or gradients have 16 bits */
+#define SUMS 4             /* places for sums: w, g, a direction, a second direction */
+#define MAX_THREADS 256
+
+enum { FP32, BF16, FP16 };
+
+enum kind {
+    SUM_G, SUM_W_G, SUM_W_G_D, SUM_W_G_GSNR, SUM_R_G,
+    MOMENTUM, MOMENTUM_GSNR,
+    /* Four in a row for each form of the Adam family: measure; measure and keep the state; apply; apply, state kept. */
+    ADAM, LANS = ADAM + 4, ADAM_GSNR = LANS + 4, ADAM_GSNR_MEAN = ADAM_GSNR + 4, KINDS = ADAM_GSNR_MEAN + 4
+};
+
+/* What one sweep does; cpu.py fills in the same fields. Vectors over layers have one entry per layer of the group. */
+typedef struct {
+    int64_t kind, threads, shards, layers;
+    const int64_t *tensor, *start, *length, *layer; /* per shard */
+    const int64_t *first_block;                     /* per shard, and the number of blocks */
+    const uint8_t *weight_type, *gradient_type;     /* per tensor */
+    void *const *weight;                            /* per tensor */
+    const void *const *gradient;                    /* per tensor; NULL counts as zero */
+    float *const *first, *const *second, *const *third; /* per tensor: state */
+    const float *const *mean_square;                /* per tensor */
+    const uint8_t *changes;                         /* per layer: whether to touch it; NULL: all */
+    uint8_t *idle;                                  /* per block: its gradient was zero and its state not kept */
+    double *partial;                                /* per block: SUMS sums */
+    double *sums;                                   /* SUMS x layers */
+    /* Vectors over layers */
+    const float *gradient_scale, *weight_scale, *step, *second_step, *correction1, *correction2, *correction3;
+    const float *resolution, *gsnr_scale;
+    double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor;
+    int64_t nesterov;
+} Sweep;
+
+/* How a ratio follows from a layer's norms: `TrustRule` in updates.py. */
+typedef struct {
+    double coefficient, weight, gradient, direction, constant, low, high;
+    int64_t place;       /* of the direction among the sums */
+    const uint8_t *adapt; /* per layer */
+    /* What it multiplies: vector = (float)(base * ratio * factor) */
+    int64_t targets;
+    float *vector[2];
+    const double *base[2];
+    double factor[2];
+} Rule;
+
+/* A whole step: batches of layers that are measured, and applied while they are still in cache. */
+typedef struct {
+    const Sweep *measure, *apply;
+    int64_t batches, rules;
+    const int64_t *first_shard; /* per batch, and the number of shards; a layer's shards are in one batch */
+    int64_t *measured, *ready;  /* per batch, zero at first: blocks measured; whether its layers' ratios are known */
+    uint8_t *changes;           /* per layer: what `apply` looks at */
+    Rule rule[2];
+} Step;
+
+typedef void (*block_function)(const Sweep *, int64_t shard, int64_t begin, int64_t count, int64_t block);
+
+int64_t trustratio_block(void) { return BLOCK; }
+int64_t trustratio_size(void) { return sizeof(Sweep) + sizeof(Step); }
+
+static void narrow_bf16(const float *from, uint16_t *to, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, 4);
+        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        to[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+    }
+}
+
+static void widen_bf16(const uint16_t *from, float *to, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+/* fp16 by arithmetic on bits, for processors and compilers that do not know it. */
+static void widen_fp16(const uint16_t *from, float *to, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t sign = (uint32_t)(from[i] & 0x8000) << 16, bits = (uint32_t)(from[i] & 0x7fff) << 13;
+        float value;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f; /* moves the exponent's offset; right for subnormal numbers too */
+        memcpy(&bits, &value, 4);
+        if ((from[i] & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+        bits |= sign;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+static void narrow_fp16(const float *from, uint16_t *to, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits, sign;
+        memcpy(&bits, from + i, 4);
+        sign = (bits >> 16) & 0x8000;
+        bits &= 0x7fffffff;
+        uint32_t result;
+        if (bits > 0x7f800000) {
+            result = 0x7e00;
+        } else if (bits >= 0x477ff000) { /* 65520 and above round to infinity */
+            result = 0x7c00;
+        } else if (bits < 0x38800000) { /* below 2^-14: adding 0.5 rounds at 2^-24, the step of subnormal numbers */
+            float value;
+            memcpy(&value, &bits, 4);
+            value += 0.5f;
+            memcpy(&bits, &value, 4);
+            result = bits - 0x3f000000;
+        } else {
+            result = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+        }
+        to[i] = (uint16_t)(sign | result);
+    }
+}
+
+static const float *widen(const void *tensor, int type, int64_t start, int64_t count, float *tile)
+{
+    if (type == FP32) return (const float *)tensor + start;
+    if (type == BF16) widen_bf16((const uint16_t *)tensor + start, tile, count);
+    else widen_fp16((const uint16_t *)tensor + start, tile, count);
+    return tile;
+}
+
+static void narrow(const float *tile, void *tensor, int type, int64_t start, int64_t count)
+{
+    if (type == BF16) narrow_bf16(tile, (uint16_t *)tensor + start, count);
+    else if (type == FP16) narrow_fp16(tile, (uint16_t *)tensor + start, count);
+}
+
+/* Whether all bytes but signs are zero. Ends at the first number of a dense gradient. */
+static int all_zero(const void *tensor, int type, int64_t start, int64_t count)
+{
+    int64_t i = 0;
+    if (type == FP32) {
+        const uint32_t *bits = (const uint32_t *)tensor + start;
+        for (; i + 64 <= count; i += 64) {
+            uint32_t any = 0;
+            for (int k = 0; k < 64; k++) any |= bits[i + k];
+            if (any & 0x7fffffff) return 0;
+        }
+        for (; i < count; i++) if (bits[i] & 0x7fffffff) return 0;
+        return 1;
+    }
+    const uint16_t *bits = (const uint16_t *)tensor + start;
+    for (; i < count; i++) if (bits[i] & 0x7fff) return 0;
+    return 1;
+}
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define LANES 16
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma,avx2")))
+#define SQRT(x) ((F)_mm512_sqrt_ps((__m512)(x)))
+#define LOW(x) ((D)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)(x))))
+#define HIGH(x) ((D)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)(x), 1)))
+#include "cpu_sweeps.h"
+#define LANES 8
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define SQRT(x) ((F)_mm256_sqrt_ps((__m256)(x)))
+#define LOW(x) ((D)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(x))))
+#define HIGH(x) ((D)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(x), 1)))
+#include "cpu_sweeps.h"
+#define LANES 4
+#define NAME(x) x##_baseline
+#define TARGET
+#define SQRT(x) ((F)_mm_sqrt_ps((__m128)(x)))
+#define LOW(x) ((D)_mm_cvtps_pd((__m128)(x)))
+#define HIGH(x) ((D)_mm_cvtps_pd(_mm_movehl_ps((__m128)(x), (__m128)(x))))
+#include "cpu_sweeps.h"
+#elif defined(__aarch64__)
+#define LANES 4
+#define NAME(x) x##_baseline
+#define TARGET
+#define SQRT(x) ((F)vsqrtq_f32((float32x4_t)(x)))
+#define LOW(x) ((D)vcvt_f64_f32(vget_low_f32((float32x4_t)(x))))
+#define HIGH(x) ((D)vcvt_high_f64_f32((float32x4_t)(x)))
+#include "cpu_sweeps.h"
+#else
+#define LANES 4
+#define NAME(x) x##_baseline
+#define TARGET
+#define SQRT(x) ((F){sqrtf((x)[0]), sqrtf((x)[1]), sqrtf((x)[2]), sqrtf((x)[3])})
+#define LOW(x) ((D){(x)[0], (x)[1]})
+#define HIGH(x) ((D){(x)[2], (x)[3]})
+#include "cpu_sweeps.h"
+#endif
+
+/* 0: what every processor of the architecture has, 1: AVX2, 2: AVX-512 */
+int64_t trustratio_best_level(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+static block_function function_of(int64_t level)
+{
+#if defined(__x86_64__)
+    if (level == 2) return block_avx512;
+    if (level == 1) return block_avx2;
+#endif
+    (void)level;
+    return block_baseline;
+}
+
+/* The last of several runs of blocks, of `first[0]` to `first[count]`, that begins at or before a block. */
+static int64_t run_of_block(const int64_t *first, int64_t count, int64_t block)
+{
+    int64_t run = 0, above = count;
+    while (above - run > 1) {
+        int64_t middle = (run + above) / 2;
+        if (first[middle] <= block) run = middle;
+        else above = middle;
+    }
+    return run;
+}
+
+static void visit(const Sweep *s, block_function function, int64_t shard, int64_t block)
+{
+    if (s->changes && !s->changes[s->layer[shard]]) return;
+    int64_t begin = (block - s->first_block[shard]) * BLOCK, left = s->length[shard] - begin;
+    function(s, shard, begin, left < BLOCK ? left : BLOCK, block);
+}
+
+static void add_up(const Sweep *s, int64_t first_shard, int64_t end)
+{
+    for (int64_t shard = first_shard; shard < end; shard++)
+        for (int64_t block = s->first_block[shard]; block < s->first_block[shard + 1]; block++)
+            for (int k = 0; k < SUMS; k++) s->sums[k * s->layers + s->layer[shard]] += s->partial[block * SUMS + k];
+}
+
+/* Run `work` in as many threads as the sweep wants. */
+static void run_threads(const Sweep *s, void *(*work)(void *), void *argument)
+{
+    pthread_t others[MAX_THREADS];
+    int64_t started = 0, threads = s->threads < MAX_THREADS ? s->threads : MAX_THREADS;
+    while (started < threads - 1 && !pthread_create(&others[started], NULL, work, argument)) started++;
+    work(argument);
+    while (started) pthread_join(others[--started], NULL);
+}
+
+typedef struct {
+    const Sweep *sweep;
+    block_function function;
+    int64_t blocks, claim;
+    int64_t next; /* atomic */
+} Work;
+
+static void *take_blocks(void *argument)
+{
+    Work *work = argument;
+    const Sweep *s = work->sweep;
+    for (;;) {
+        int64_t taken = __atomic_fetch_add(&work->next, work->claim, __ATOMIC_RELAXED);
+        if (taken >= work->blocks) return NULL;
+        int64_t end = taken + work->claim < work->blocks ? taken + work->claim : work->blocks, block = taken;
+        if (!s->sums) { /* backwards: what was measured last is still in cache */
+            block = work->blocks - end;
+            end = work->blocks - taken;
+        }
+        for (int64_t shard = run_of_block(s->first_block, s->shards, block); block < end; block++) {
+            while (block >= s->first_block[shard + 1]) shard++;
+            visit(s, work->function, shard, block);
+        }
+    }
+}
+
+/* Run one sweep. `level` is at most what `trustratio_best_level` says. */
+void trustratio_sweep(const Sweep *s, int64_t level)
+{
+    int64_t blocks = s->first_block[s->shards];
+    Work work = {s, function_of(level), blocks, blocks / (s->threads * 16), 0};
+    if (work.claim < 1) work.claim = 1;
+    if (s->partial) memset(s->partial, 0, sizeof(double) * SUMS * (size_t)blocks);
+    run_threads(s, take_blocks, &work);
+    if (s->sums) add_up(s, 0, s->shards);
+}
+
+/* In the same order as in updates.py; each product is rounded on its own, never contracted with the sum. */
+double trustratio_ratio(const Rule *r, int64_t layer, double w, double g, double direction)
+{
+    if (!r->adapt[layer]) return 1;
+    volatile double of_weight = r->weight * sqrt(w), of_gradient = r->gradient * sqrt(g);
+    volatile double of_direction = r->direction * sqrt(direction);
+    double numerator = r->coefficient * sqrt(w), denominator = 0, ratio = 1;
+    if (r->weight != 0) denominator += of_weight;
+    if (r->gradient != 0) denominator += of_gradient;
+    if (r->direction != 0) denominator += of_direction;
+    denominator += r->constant;
+    if (g != 0 && numerator != 0 && denominator != 0) ratio = numerator / denominator;
+    return ratio < r->low ? r->low : ratio > r->high ? r->high : ratio;
+}
+
+static float as_float(double x)
+{
+    const double largest = 0x1.fffffep127;
+    return (float)(x < -largest ? -largest : x > largest ? largest : x);
+}
+
+/* Everything that the layers of a measured batch need for `apply`. */
+static void rule_on(const Step *step, int64_t batch)
+{
+    const Sweep *s = step->measure;
+    add_up(s, step->first_shard[batch], step->first_shard[batch + 1]);
+    for (int64_t shard = step->first_shard[batch]; shard < step->first_shard[batch + 1]; shard++) {
+        int64_t layer = s->layer[shard];
+        double w = s->sums[layer], g = s->sums[s->layers + layer];
+        step->changes[layer] = (!s->changes || s->changes[layer]) && g != 0;
+        for (const Rule *r = step->rule; r < step->rule + step->rules; r++) {
+            double ratio = trustratio_ratio(r, layer, w, g, s->sums[r->place * s->layers + layer]);
+            for (int64_t k = 0; k < r->targets; k++)
+                r->vector[k][layer] = as_float(r->base[k][layer] * ratio * r->factor[k]);
+        }
+    }
+}
+
+typedef struct {
+    const Step *step;
+    block_function function;
+    int64_t next; /* atomic */
+} StepWork;
+
+/* There is one queue: each batch's blocks to measure, then the same blocks to apply, in reverse. Who takes a block to
+   apply waits until the last of the batch is measured, which somebody is at already. */
+static void *take_batches(void *argument)
+{
+    StepWork *work = argument;
+    const Step *step = work->step;
+    const Sweep *s = step->measure;
+    int64_t batch = 0, blocks = s->first_block[s->shards];
+    for (;;) {
+        int64_t place = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+        if (place >= 2 * blocks) return NULL;
+        while (place >= 2 * s->first_block[step->first_shard[batch + 1]]) batch++;
+        int64_t first_shard = step->first_shard[batch], shards = step->first_shard[batch + 1] - first_shard;
+        int64_t first = s->first_block[first_shard], count = s->first_block[first_shard + shards] - first;
+        int64_t ahead = place - 2 * first;
+        int measures = ahead < count;
+        int64_t block = first + (measures ? ahead : 2 * count - 1 - ahead);
+        int64_t shard = first_shard + run_of_block(s->first_block + first_shard, shards, block);
+        if (measures) {
+            visit(s, work->function, shard, block);
+            if (__atomic_add_fetch(&step->measured[batch], 1, __ATOMIC_ACQ_REL) < count) continue;
+            rule_on(step, batch);
+            __atomic_store_n(&step->ready[batch], 1, __ATOMIC_RELEASE);
+        } else {
+            for (int turns = 0; !__atomic_load_n(&step->ready[batch], __ATOMIC_ACQUIRE); turns++)
+                if (turns > 10000) sched_yield(); /* another program may have the other's core */
+            visit(step->apply, work->function, shard, block);
+        }
+    }
+}
+
+/* Run a whole step of layers that are complete here. `level` as above. */
+void trustratio_step(const Step *step, int64_t level)
+{
+    const Sweep *s = step->measure;
+    StepWork work = {step, function_of(level), 0};
+    memset(s->partial, 0, sizeof(double) * SUMS * (size_t)s->first_block[s->shards]);
+    run_threads(s, take_batches, &work);
+}

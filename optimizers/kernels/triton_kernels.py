@@ -1,0 +1,391 @@
+"""Sweeps on a GPU: one Triton launch per sweep, parameter group and combination of dtypes, for all layers together.
+
+Works on the same descriptions as the CPU's sweeps, and in the same way: blocks of one shard each, whose sums have a
+place of their own and are added up in a fixed order. Tables of blocks and pointers lie on the device and are sent there
+only when they change, so that a step waits for nothing and can be captured in a CUDA graph once a step has been taken.
+With the environment variable TRITON_INTERPRET=1 Triton computes all this on the CPU; that is for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from . import Operands
+from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
+from .updates import Sums, Update
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+__all__ = ["KERNELS", "TritonKernels"]
+
+BLOCK = 2048
+FOLD = 1024  # partial sums that are added at a time
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+VECTORS = (
+    *("gradient_scale", "weight_scale", "step", "second_step"),
+    *("correction1", "correction2", "correction3", "resolution", "gsnr_scale"),
+)
+SCALARS = ("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor")
+MEASURE, MEASURE_AND_KEEP, APPLY, APPLY_KEPT = range(4)
+
+
+class TritonKernels:
+    """The implementation "triton"."""
+
+    name = "triton"
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+    def missing(self) -> str | None:
+        return "the package triton: pip install triton" if triton is None else None
+
+    def serves(self, operands: Operands) -> list[bool]:
+        device = operands.layout.device
+        served = [weight.dtype in TYPES and weight.device == device for weight in operands.weights]
+        for tensors in operands.state.values():
+            for index, value in enumerate(tensors):
+                served[index] &= value.dtype is torch.float32 and value.device == device
+        for index, gradient in enumerate(operands.gradients):
+            served[index] &= gradient is None or (gradient.dtype in TYPES and gradient.device == device)
+        return served
+
+    def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> TritonSweeps:
+        return TritonSweeps(operands, served, cache)
+
+
+KERNELS = TritonKernels()
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks of one group and one combination of dtypes.
+
+    Attributes:
+        weight_type, gradient_type: Names of dtypes.
+        rows: int64, shape (blocks, 4): tensor, start, length, layer counted from the group's first; in the order of
+            layers.
+        ends: int64, shape (layers + 1,): where each layer's blocks begin in `rows`.
+    """
+
+    weight_type: str
+    gradient_type: str
+    rows: torch.Tensor
+    ends: torch.Tensor
+
+
+class TritonSweeps:
+    """See `Sweeps`."""
+
+    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]):
+        self.operands = operands
+        self.device = operands.layout.device
+        self.cache = cache
+        self.types = [
+            (TYPES[w.dtype], "fp32" if g is None else TYPES[g.dtype]) if wanted else None
+            for w, g, wanted in zip(operands.weights, operands.gradients, served, strict=True)
+        ]
+        self.idle: dict[int, list[torch.Tensor]] = {}
+
+    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
+        numbers = numbers_of_sums(sums)
+        if numbers is None:
+            return None
+        layers = self._group(group)[0]
+        total = torch.zeros(PLACES, layers, dtype=torch.float64, device=self.device)
+        mode = MEASURE
+        if numbers.kind.is_adam and keep:
+            assert group not in self.idle, "a direction is measured once per step"
+            mode = MEASURE_AND_KEEP
+        for blocks, partial in self._sweep(group, numbers, changing, mode):
+            _fold[(layers, PLACES)](partial, blocks.ends, total, len(blocks.rows), layers, BLOCK=FOLD)
+        return total[[PLACE[name] for name in sums.names]]
+
+    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
+        """Nothing: blocks of a launch run in no order that a cache could make use of."""
+        return None
+
+    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
+        numbers = numbers_of_update(update)
+        if numbers is None:
+            return False
+        self._sweep(group, numbers, changing, APPLY_KEPT if group in self.idle else APPLY)
+        return True
+
+    def _sweep(
+        self, group: int, numbers: Numbers, changing: torch.Tensor | None, mode: int
+    ) -> list[tuple[_Blocks, torch.Tensor]]:
+        """Launch the kernel for each combination of dtypes; return their blocks' sums, shape (PLACES, blocks)."""
+        layers, all_blocks = self._group(group)
+        if changing is None:
+            changing = torch.ones(layers, dtype=torch.bool, device=self.device)
+        some = changing.to(torch.float32)
+        changing = changing.to(torch.int64)
+        if mode == MEASURE_AND_KEEP:
+            self.idle[group] = [
+                torch.zeros(len(blocks.rows), dtype=torch.int64, device=self.device) for blocks in all_blocks
+            ]
+        vectors = [numbers.vectors.get(name, some) for name in VECTORS]
+        scalars = [float(numbers.scalars.get(name, 0.0)) for name in SCALARS]
+        complements = [1.0 - numbers.scalars.get("beta2", 0.0), 1.0 - numbers.scalars.get("beta3", 0.0)]
+        weights = self._pointers("weights", self.operands.weights)
+        gradients = self._pointers("gradients", self.operands.gradients)
+        state = [self._pointers(name, self.operands.state[name]) for name in numbers.state]
+        state += [weights] * (3 - len(state))
+        mean_square, factor = weights, some
+        if numbers.kind.has_gsnr:
+            assert self.operands.mean_square is not None
+            mean_square = self._pointers("mean_square", self.operands.mean_square[0])
+            factor = self.operands.mean_square[1].to(torch.float32).reshape(1)
+        results = []
+        for index, blocks in enumerate(all_blocks):
+            count = len(blocks.rows)
+            # One column per block; sums that the kind does not measure stay zero.
+            partial = torch.zeros(PLACES, count, dtype=torch.float64, device=self.device)
+            idle = self.idle[group][index] if group in self.idle else changing
+            _KERNELS[_family(numbers.kind)][(count,)](
+                *(blocks.rows, changing, idle, partial, count),
+                *(weights, gradients, *state, mean_square, factor, *vectors, *scalars, *complements),
+                KIND=numbers.kind.name,
+                MODE=mode,
+                MOMENTUM=bool(numbers.state),
+                NESTEROV=bool(numbers.scalars.get("nesterov", 0)),
+                WEIGHT=_TL_TYPES[blocks.weight_type],
+                GRADIENT=_TL_TYPES[blocks.gradient_type],
+                BLOCK=BLOCK,
+            )
+            results.append((blocks, partial))
+        return results
+
+    # What lies on the device
+
+    def _group(self, group: int) -> tuple[int, list[_Blocks]]:
+        """Number of layers and blocks of a group, for the tensors that are served now."""
+        key = "blocks", group, tuple(self.types)
+        if key not in self.cache:
+            layout = self.operands.layout
+            of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
+            rows: list[tuple[Any, ...]] = []
+            for shard in layout.shards:
+                tensor = layout.layers[shard.layer].tensor
+                if layout.groups[tensor] == group and self.types[tensor] is not None:
+                    for begin in range(0, shard.length, BLOCK):
+                        length = min(BLOCK, shard.length - begin)
+                        row = tensor, shard.start + begin, length, shard.layer - of_group[0]
+                        rows.append((self.types[tensor], row))
+            rows.sort(key=lambda typed: (typed[0], typed[1][3]))
+            by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
+            self.cache[key] = len(of_group), [self._blocks(types, of, len(of_group)) for types, of in by_type]
+        return self.cache[key]
+
+    def _blocks(self, types: tuple[str, str], rows: list[tuple[int, ...]], layers: int) -> _Blocks:
+        counts = torch.bincount(torch.tensor([row[3] for row in rows]), minlength=layers)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return _Blocks(*types, torch.tensor(rows).to(self.device), ends.to(self.device))
+
+    def _pointers(self, name: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Addresses as a tensor on the device, sent there if they differ from the last step's."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        known, on_device = self.cache.get(("pointers", name), (None, None))
+        if known != addresses:
+            on_host = torch.tensor(addresses, dtype=torch.int64)
+            if self.device.type == "cuda":
+                on_host = on_host.pin_memory()  # or the copy would wait
+            on_device = on_host.to(self.device, non_blocking=True)
+            self.cache["pointers", name] = addresses, on_device
+        return on_device
+
+
+def _family(kind: Kind) -> str:
+    if kind.is_adam:
+        return "adam"
+    return "momentum" if kind in (Kind.MOMENTUM, Kind.MOMENTUM_GSNR) else "sums"
+
+
+if triton is not None:
+    _TL_TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+
+    @triton.jit
+    def _address(pointers, tensor, start, TYPE: tl.constexpr):
+        return tl.load(pointers + tensor).to(tl.pointer_type(TYPE)) + start
+
+    @triton.jit
+    def _gradient(pointers, tensor, start, offsets, length, TYPE: tl.constexpr):
+        """The gradient in fp32; zero where there is none."""
+        length = tl.where(tl.load(pointers + tensor) == 0, 0, length)
+        at = _address(pointers, tensor, start, TYPE) + offsets
+        return tl.load(at, mask=offsets < length, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _raw_gsnr(g, mean_square, resolution):
+        signal = g * g
+        variance = mean_square - signal
+        variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays NaN
+        return signal / (variance + signal * resolution + 1e-30)
+
+    @triton.jit
+    def _gsnr(g, mean_square, resolution, scale, lowest):
+        r = _raw_gsnr(g, mean_square, resolution) * scale
+        return tl.where(r > 1.0, 1.0, tl.where(r < lowest, lowest, r))
+
+    @triton.jit
+    def _put_square(partial, place, count, x):
+        wide = x.to(tl.float64)
+        tl.store(partial + place * count + tl.program_id(0), tl.sum(wide * wide, 0))
+
+    @triton.jit
+    def _sums(
+        rows, changing, idle, partial, count,
+        weights, gradients, first, second, third, mean_squares, factor,
+        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
+        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, complement2, complement3,
+        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = rows + 4 * tl.program_id(0)
+        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        offsets = tl.arange(0, BLOCK)
+        length *= tl.load(changing + layer)
+        mask = offsets < length
+        g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
+        if KIND == "SUM_R_G" or KIND == "SUM_W_G_GSNR":
+            mean_square = tl.load(_address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
+            mean_square = mean_square * tl.load(factor)
+            bound = tl.load(resolution + layer)
+            if KIND == "SUM_R_G":
+                r = _raw_gsnr(g, mean_square, bound)
+                tl.store(partial + 2 * count + tl.program_id(0), tl.sum(r.to(tl.float64), 0))
+            else:
+                g = g * _gsnr(g, mean_square, bound, tl.load(gsnr_scale + layer), gsnr_floor)
+        _put_square(partial, 1, count, g)
+        if KIND != "SUM_G" and KIND != "SUM_R_G":
+            w = tl.load(_address(weights, tensor, start, WEIGHT) + offsets, mask=mask, other=0.0).to(tl.float32)
+            _put_square(partial, 0, count, w)
+            if KIND == "SUM_W_G_D":
+                _put_square(partial, 2, count, g + weight_decay * w)
+
+    @triton.jit
+    def _momentum(
+        rows, changing, idle, partial, count,
+        weights, gradients, first, second, third, mean_squares, factor,
+        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
+        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, complement2, complement3,
+        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = rows + 4 * tl.program_id(0)
+        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        offsets = tl.arange(0, BLOCK)
+        length *= tl.load(changing + layer)
+        mask = offsets < length
+        g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
+        if KIND == "MOMENTUM_GSNR":
+            mean_square = tl.load(_address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
+            mean_square = mean_square * tl.load(factor)
+            g = g * _gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
+        at_weight = _address(weights, tensor, start, WEIGHT) + offsets
+        w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
+        change = tl.load(gradient_scale + layer) * g + tl.load(weight_scale + layer) * w
+        if MOMENTUM:
+            at_state = _address(first, tensor, start, tl.float32) + offsets
+            v = beta1 * tl.load(at_state, mask=mask, other=0.0) + change
+            tl.store(at_state, v, mask=mask)
+            if NESTEROV:
+                change = change + beta1 * v
+            else:
+                change = v
+        tl.store(at_weight, (w - tl.load(step + layer) * change).to(WEIGHT), mask=mask)
+
+    @triton.jit
+    def _adam(
+        rows, changing, idle, partial, count,
+        weights, gradients, first, second, third, mean_squares, factor,
+        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
+        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, complement2, complement3,
+        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = rows + 4 * tl.program_id(0)
+        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        offsets = tl.arange(0, BLOCK)
+        length *= tl.load(changing + layer)
+        mask = offsets < length
+        at_weight = _address(weights, tensor, start, WEIGHT) + offsets
+        at_first = _address(first, tensor, start, tl.float32) + offsets
+        at_second = _address(second, tensor, start, tl.float32) + offsets
+        w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(at_first, mask=mask, other=0.0)
+        v = tl.load(at_second, mask=mask, other=1.0)
+        # Which elements' averages are updated here. Of a block whose gradient is zero, not while measuring.
+        fresh = mask
+        written = mask
+        if MODE == 3:
+            fresh = offsets < length * tl.load(idle + tl.program_id(0))
+            written = fresh
+        g = tl.zeros((BLOCK,), tl.float32)
+        if MODE != 3 or KIND == "LANS":
+            g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
+        if MODE == 1:
+            any_gradient = tl.max(tl.where(g != 0.0, 1, 0), 0)  # NaN counts
+            tl.store(idle + tl.program_id(0), 1 - any_gradient)
+            written = offsets < length * any_gradient
+        scaled = g * tl.load(gradient_scale + layer)
+        adapted = scaled
+        if KIND == "ADAM_GSNR" or KIND == "ADAM_GSNR_MEAN":
+            at_mean = _address(mean_squares, tensor, start, tl.float32) + offsets
+            at_third = _address(third, tensor, start, tl.float32) + offsets
+            mean_square = tl.load(at_mean, mask=fresh, other=0.0) * tl.load(factor)
+            r = _gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
+            p = beta3 * tl.load(at_third, mask=fresh, other=0.0) + complement3 * r
+            adapted = p * tl.load(correction3 + layer) * scaled
+            if MODE != 0:
+                tl.store(at_third, p, mask=written)
+        squared = adapted
+        if KIND == "ADAM_GSNR_MEAN":
+            squared = scaled
+        m = tl.where(fresh, beta1 * m + gain * adapted, m)
+        v = tl.where(fresh, beta2 * v + complement2 * (squared * squared), v)
+        if MODE != 0:
+            tl.store(at_first, m, mask=written)
+            tl.store(at_second, v, mask=written)
+        denominator = tl.sqrt_rn(v * tl.load(correction2 + layer)) + eps
+        u = m * tl.load(correction1 + layer) / denominator + weight_decay * w
+        u = tl.where(mask, u, 0.0)
+        u_g = u
+        if KIND == "LANS":
+            u_g = tl.where(mask, scaled / denominator + weight_decay * w, 0.0)
+        if MODE < 2:
+            _put_square(partial, 0, count, w)
+            _put_square(partial, 1, count, g)
+            _put_square(partial, 2, count, u)
+            if KIND == "LANS":
+                _put_square(partial, 3, count, u_g)
+        else:
+            change = u * tl.load(step + layer)
+            if KIND == "LANS":
+                change = change + u_g * tl.load(second_step + layer)
+            tl.store(at_weight, (w - change).to(WEIGHT), mask=mask)
+
+    @triton.jit
+    def _fold(partial, ends, total, blocks, layers, BLOCK: tl.constexpr):
+        """Add up one layer's blocks for one place, in a fixed order."""
+        layer, place = tl.program_id(0), tl.program_id(1)
+        begin, end = tl.load(ends + layer), tl.load(ends + layer + 1)
+        offsets = tl.arange(0, BLOCK)
+        parts = tl.zeros((BLOCK,), tl.float64)
+        for at in range(begin, end, BLOCK):
+            parts += tl.load(partial + place * blocks + at + offsets, mask=at + offsets < end, other=0.0)
+        at_total = total + place * layers + layer
+        tl.store(at_total, tl.load(at_total) + tl.sum(parts, 0))
+
+    _KERNELS = {"sums": _sums, "momentum": _momentum, "adam": _adam}
