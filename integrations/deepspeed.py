@@ -25,13 +25,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.data_parallel import DataParallel, attribute_of
@@ -39,6 +37,18 @@ from trustratio.optimizers.layout import Layer, Layout, LayoutError, Shard, regi
 from trustratio.optimizers.statistics import GradientFlow
 
 from .deepspeed_gradients import describe_gradient_flow
+from .deepspeed_parallel import (
+    CLIPPING,
+    PART_OF_MODEL,
+    find_engine,
+    layer_names,
+    refuse_model_parallelism,
+    refuse_partitions_over,
+    steps_with_a_part,
+    unknown_norm,
+    unwrapped_layout,
+)
+from .tensor_parallel import Reductions, TensorParallel
 
 __all__ = ["DeepSpeedBackend"]
 
@@ -61,13 +71,13 @@ class DeepSpeedBackend:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
-        """Return the layout of tensors that a DeepSpeed wrapper made, None for any others.
+        """Return the layout of tensors that a DeepSpeed wrapper made or cut, None for any others.
 
         Raises:
             LayoutError: If a wrapper that cannot be exact holds the optimizer.
         """
         if all(optimizer.was_given(tensor) for _, tensor in tensors):
-            return None
+            return unwrapped_layout(optimizer, tensors)
         wrapper = _find_wrapper(optimizer)
         if wrapper is None:
             return None
@@ -75,14 +85,45 @@ class DeepSpeedBackend:
         described = [(group, tensor, flat_tensors.get(id(tensor))) for group, tensor in tensors]
         if any(flat is None for _, _, flat in described):
             return None
+        # Of the whole model, so that no group is stepped before another is refused.
+        parameters = [parameter for flat in flat_tensors.values() for parameter, _ in flat.parameters]
+        refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
         return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
+
+    def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
+        """Return all flat tensors with their groups where `param_groups` lack them between steps (ZeRO-3)."""
+        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            return None
+        if wrapper.swap_optimizer or wrapper.params_in_nvme_and_cpu:
+            raise LayoutError(
+                "the optimizer's state lies on NVMe, where only DeepSpeed finds it: use engine.save_checkpoint and "
+                "engine.load_checkpoint, or set offload_optimizer.device and offload_param.device to cpu"
+            )
+        groups = (wrapper.sub_group_to_group_id[i] for i in range(len(wrapper.fp32_partitioned_groups_flat)))
+        return list(zip(groups, wrapper.fp32_partitioned_groups_flat, strict=True))
+
+    def publish_weights(self, optimizer: Any) -> None:
+        """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
+        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            wrapper.checkpoint_event_prologue()
+            for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+            wrapper.checkpoint_event_epilogue()
+        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+            wrapper.update_lp_params()
+        elif isinstance(wrapper, FP16_UnfusedOptimizer):
+            for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+                for master, parameter in zip(masters, parameters, strict=True):
+                    parameter.data.copy_(master)
 
     def data_parallel(self, optimizer: Any) -> DataParallel | None:
         """Return the engine's data-parallel group and its count of skipped steps, None without an engine."""
-        for candidate in gc.get_objects():
-            if issubclass(type(candidate), DeepSpeedEngine) and _steps_with(candidate, optimizer):
-                return DataParallel(candidate.seq_data_parallel_group, attribute_of(candidate, "skipped_steps"))
-        return None
+        engine = find_engine(optimizer)
+        if engine is None:
+            return None
+        return DataParallel(engine.seq_data_parallel_group, attribute_of(engine, "skipped_steps"))
 
     def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
         """Return where gradients go between backward and step, None if they stay whole."""
@@ -90,10 +131,10 @@ class DeepSpeedBackend:
         return None if wrapper is None else describe_gradient_flow(wrapper)
 
 
-def _steps_with(engine: DeepSpeedEngine, optimizer: Any) -> bool:
-    # An engine under construction, or one that was destroyed, lacks these attributes.
-    inner = vars(engine).get("optimizer")
-    return inner is not None and (inner is optimizer or getattr(inner, "optimizer", None) is optimizer)
+def _is_unwrapped(optimizer: Any) -> bool:
+    """Whether the optimizer still has the parameters that it was given: between steps no wrapper leaves it those."""
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return bool(tensors) and all(map(optimizer.was_given, tensors))
 
 
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
@@ -189,19 +230,30 @@ def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatT
 def _layout(
     kind: str, wrapper: DeepSpeedOptimizer, optimizer: Any, described: Sequence[tuple[int, torch.Tensor, _FlatTensor]]
 ) -> Layout:
-    _refuse_tensor_parallelism(kind, wrapper, (flat for _, _, flat in described))
-    names = getattr(wrapper, "param_names", None) or {}
+    name_of = layer_names(optimizer, getattr(wrapper, "param_names", None) or {})
+    # Stage 3 keeps of the mpu its group alone.
+    parallel = TensorParallel(getattr(wrapper, "mpu", None), getattr(wrapper, "model_parallel_group", None))
     layers: list[Layer] = []
     shards: list[Shard] = []
-    cut: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+    cut: set[int] = set()
+    reductions = Reductions()
     for carrier, (_, _, flat) in enumerate(described):
         base = len(layers)
-        for index, (parameter, shape) in enumerate(flat.parameters):
-            name = optimizer.parameter_name(parameter) or names.get(parameter) or f"{carrier}.{index}"
+        for index, (parameter, part) in enumerate(flat.parameters):
+            name = name_of(parameter) or f"{carrier}.{index}"
+            shape, tensor_parallel_group = parallel.cut(name, parameter, part)
+            refuse_partitions_over(tensor_parallel_group, flat.process_group, name)
+            if flat.process_group is not None:
+                reductions.add(flat.process_group, len(layers))
+            if tensor_parallel_group is not None:
+                reductions.add(tensor_parallel_group, len(layers))
+                cut.add(len(layers))
             layers.append(Layer(name, shape, carrier, parameter))
         shards.extend(Shard(base + index, start, offset, length) for index, start, offset, length in flat.runs)
-        if flat.process_group is not None:
-            cut.setdefault(id(flat.process_group), (flat.process_group, []))[1].extend(range(base, len(layers)))
+    parallel.agree(layers, cut)
+    part_of_model = steps_with_a_part(
+        getattr(wrapper, "mpu", None), (layer.parameter for layer in layers if layer.parameter is not None)
+    )
     sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
     return Layout(
         backend=kind,
@@ -209,62 +261,33 @@ def _layout(
         groups=tuple(group for group, _, _ in described),
         layers=tuple(layers),
         shards=tuple(shards),
-        reductions=tuple((process_group, tuple(indices)) for process_group, indices in cut.values()),
-        clips_with="gradient_clipping in the DeepSpeed config" if sharded else None,
-        gradient_norm=_gradient_norm(kind, wrapper),
+        reductions=reductions.collected(),
+        clips_with=CLIPPING if sharded or part_of_model else None,
+        gradient_norm=_gradient_norm(kind, wrapper, part_of_model),
     )
 
 
-def _refuse_tensor_parallelism(kind: str, wrapper: DeepSpeedOptimizer, flat_tensors: Iterable[_FlatTensor]) -> None:
-    """Raise if a layer is cut over tensor-parallel ranks too, whose sums are not added here."""
-    if _tensor_parallel_ranks(wrapper) == 1:
-        return
-    for flat in flat_tensors:
-        for parameter, shape in flat.parameters:
-            if getattr(parameter, "tensor_model_parallel", False):
-                raise LayoutError(
-                    f"{kind} holds a parameter of which this rank has the part {shape} only, cut by tensor "
-                    "parallelism over other ranks: not supported, its norm would be wrong. Set "
-                    "tensor_parallel.autotp_size to 1"
-                )
-
-
-def _tensor_parallel_ranks(wrapper: DeepSpeedOptimizer) -> int:
-    group = getattr(wrapper, "model_parallel_group", None)
-    of_group = 1 if group is None else dist.get_world_size(group)
-    return max(of_group, bwc_tensor_model_parallel_world_size(getattr(wrapper, "mpu", None)))
-
-
-def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer) -> Callable[[], torch.Tensor] | None:
+def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) -> Callable[[], torch.Tensor] | None:
     """How to learn the norm of the whole model's gradient; None where one `step()` call sees the whole model."""
     in_parts = isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3))
     if getattr(wrapper, "has_moe_layers", False):
         problem = "does not compute it exactly for mixture-of-experts layers"
     elif in_parts and wrapper.torch_autocast_gradscaler:
         problem = "leaves the loss scale to torch's GradScaler: use bf16, or the fp16 section of the DeepSpeed config"
-    elif not in_parts and _is_model_parallel(wrapper):
-        problem = "steps with only this rank's part of a model-parallel model: use ZeRO-1, 2 or 3"
+    elif not in_parts and part_of_model:
+        problem = PART_OF_MODEL
     elif in_parts:
         reference = weakref.ref(wrapper)
         return lambda: _norm_at_step(kind, reference())
     else:
         return None
-    return lambda: _unknown_norm(kind, problem)
-
-
-def _unknown_norm(kind: str, problem: str) -> torch.Tensor:
-    raise LayoutError(f"this optimizer needs the norm of the whole model's gradient, but {kind} {problem}")
-
-
-def _is_model_parallel(wrapper: DeepSpeedOptimizer) -> bool:
-    mpu = getattr(wrapper, "mpu", None)
-    return mpu is not None and mpu.get_model_parallel_world_size() > 1
+    return lambda: unknown_norm(kind, problem)
 
 
 def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
     """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
     if wrapper._global_grad_norm is None:
-        return _unknown_norm(kind, "does not compute it: set zero_optimization.compute_grad_norm to true")
+        return unknown_norm(kind, "does not compute it: set zero_optimization.compute_grad_norm to true")
     norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
     if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
         # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.

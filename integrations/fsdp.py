@@ -7,9 +7,9 @@ A DTensor is one layer. Its placements say what each dimension of its mesh does 
     Shard, along any dimension of a layer   its part, which may be empty over this dimension's process group
     Partial                                 a summand of the weights     refused
 
-HSDP is (Replicate, Shard(0)) on a mesh of two dimensions. A layer that is cut over both dimensions is summed over one
-and then over the other. State is made of DTensors with the parameter's placements, so that
-torch.distributed.checkpoint knows how to save it; the arithmetic is done on local tensors.
+HSDP is (Replicate, Shard(0)) on a mesh of two dimensions. A layer that is cut over both dimensions, as FSDP2 over
+tensor parallelism cuts it, is summed over one and then over the other. State is made of DTensors with the parameter's
+placements, so that torch.distributed.checkpoint knows how to save it; the arithmetic is done on local tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from trustratio.optimizers.data_parallel import DataParallel
 from trustratio.optimizers.layout import (
     Layer,
     Layout,
@@ -34,6 +38,9 @@ from trustratio.optimizers.layout import (
     refuse_strangers,
     register_backend,
 )
+from trustratio.optimizers.statistics import GradientFlow
+
+from .fsdp_gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
 
 __all__ = ["DTensorBackend"]
 
@@ -59,22 +66,38 @@ class DTensorBackend:
             _refuse_parameters_from_before(tensors)
             return None
         refuse_strangers(optimizer, [tensor for _, tensor in tensors if not isinstance(tensor, DTensor)])
-        _refuse_optimizer(optimizer)
+        _refuse_optimizer(optimizer, [tensor for _, tensor in tensors])
+        dtypes = {} if optimizer.statistics is None else gradient_dtypes(optimizer)
         present = [(group, tensor) for group, tensor in tensors if tensor.numel()]
         names = _names(optimizer, tensors)
         for _, tensor in present:
             _refuse_kind(names[id(tensor)], tensor)
-        lengths = [local_part(tensor).numel() for _, tensor in present]
+        _refuse_replaced(optimizer, present, names)
+        _agree_on_placements([tensor for _, tensor in present], names)
         return Layout(
             backend=BACKEND,
             tensors=tuple(tensor for _, tensor in present),
             groups=tuple(group for group, _ in present),
             layers=tuple(
-                Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(present)
+                Layer(names[id(tensor)], tuple(tensor.shape), i, tensor, dtypes.get(id(tensor)))
+                for i, (_, tensor) in enumerate(present)
             ),
-            shards=tuple(Shard(i, 0, 0, length) for i, length in enumerate(lengths) if length),
+            shards=tuple(_shard(i, tensor) for i, (_, tensor) in enumerate(present) if local_part(tensor).numel()),
             reductions=_reductions([tensor for _, tensor in present]),
+            placed=True,
         )
+
+    def data_parallel(self, optimizer: Any) -> DataParallel | None:
+        """Return the ranks over which fully_shard averages gradients, None without it."""
+        return data_parallel(optimizer)
+
+    def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
+        """Return where fully_shard sends gradients, None without it."""
+        return gradient_flow(optimizer)
+
+    def sources(self, optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (parameter, tensor that the module's forward used in its place)."""
+        return sources(optimizer, module)
 
 
 def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[int, str]:
@@ -85,6 +108,18 @@ def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[
         if len(given) == len(group["params"]):
             names.update({id(p): name for p, name in zip(group["params"], given, strict=True)})
     return names
+
+
+def _shard(layer: int, tensor: torch.Tensor) -> Shard:
+    """What this rank has of the layer, which must not be empty: the block from its first to its last element."""
+    if not isinstance(tensor, DTensor):
+        return Shard(layer, 0, 0, tensor.numel())
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    strides = [prod(tensor.shape[dimension + 1 :]) for dimension in range(tensor.dim())]
+    local = local_part(tensor)
+    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    reach = sum((size - 1) * stride for size, stride in zip(local.shape, strides, strict=True))
+    return Shard(layer, 0, first, local.numel(), span=reach + 1)
 
 
 def _reductions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...]:
@@ -107,19 +142,29 @@ def _cut_over(tensor: torch.Tensor) -> Iterator[dist.ProcessGroup]:
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_optimizer(optimizer: Any) -> None:
+def _refuse_optimizer(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise LayoutError if the optimizer needs more of a layer than sums over its elements, and cannot have it."""
     name = type(optimizer).__name__
     if optimizer.statistics is not None:
-        raise LayoutError(
-            f"{name} needs the gradient of every single micro-batch on every rank, which {BACKEND} reduces before "
-            "anybody sees it: not supported. Use DDP or DeepSpeed ZeRO for CLARS, the VR optimizers and "
-            "collect_group_norms()"
-        )
-    if any(optimizer.has_rows(group) for group in optimizer.param_groups):
-        raise LayoutError(
-            f"{name} clips rows of embeddings, which is not supported under {BACKEND}: use DDP or DeepSpeed ZeRO, or "
-            "put the embeddings into a group with cowclip=False"
-        )
+        sharded = sharded_parameters(optimizer)
+        if any(id(tensor) not in sharded for tensor in tensors):
+            raise LayoutError(
+                f"{name} needs the gradient of every single micro-batch, which is known of parameters that fully_shard "
+                "has sharded, and of no other DTensors: use DDP, FSDP2 or DeepSpeed ZeRO alone for CLARS, the VR "
+                "optimizers and collect_group_norms()"
+            )
+    for group in optimizer.param_groups:
+        if optimizer.has_rows(group) and not all(map(_has_whole_rows, group["params"])):
+            raise LayoutError(
+                f"{name} clips rows of embeddings, of which each must be whole on one rank under {BACKEND}: shard "
+                "embeddings with Shard(0), or put them into a group with cowclip=False"
+            )
+
+
+def _has_whole_rows(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return True
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
 
 
 def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
@@ -136,6 +181,45 @@ def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
         raise LayoutError(f"parameter {name} is a DTensor of {type(local).__name__}: not supported")
     if tensor.device_mesh.get_coordinate() is None:
         raise LayoutError(f"parameter {name} lies on {tensor.device_mesh}, which this rank is not part of")
+
+
+def _refuse_replaced(optimizer: Any, present: Sequence[tuple[int, torch.Tensor]], names: Mapping[int, str]) -> None:
+    """Raise if a parameter was put in place of another that has state: its own would silently start from zero."""
+    current = {id(tensor) for _, tensor in present}
+    abandoned = {tuple(tensor.shape) for tensor in optimizer.state if id(tensor) not in current}
+    for _, tensor in present:
+        if tensor not in optimizer.state and tuple(tensor.shape) in abandoned:
+            raise LayoutError(
+                f"parameter {names[id(tensor)]} was replaced after the first step, so that the optimizer's state "
+                "belongs to the one before. Make a new optimizer, and carry the state over with "
+                "get_optimizer_state_dict and set_optimizer_state_dict of torch.distributed.checkpoint.state_dict"
+            )
+
+
+def _agree_on_placements(tensors: Sequence[torch.Tensor], names: Mapping[int, str]) -> None:
+    """Check over every dimension of every mesh that its ranks cut the same layers in the same way.
+
+    Raises:
+        LayoutError: On every rank of a process group alike, naming the first layer on which its ranks differ.
+    """
+    by_group: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[tuple[Any, ...]]]] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            cut = (names[id(tensor)], tuple(tensor.shape), str(tensor.placements), tensor.device_mesh.mesh.tolist())
+            for process_group in tensor.device_mesh.get_all_groups():
+                ranks = tuple(dist.get_process_group_ranks(process_group))
+                by_group.setdefault(ranks, (process_group, []))[1].append(cut)
+    for process_group, cuts in by_group.values():
+        of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(of_ranks, cuts, group=process_group)
+        for rank, others in enumerate(of_ranks):
+            differing = next((pair for pair in zip_longest(of_ranks[0], others) if pair[0] != pair[1]), None)
+            if differing is not None:
+                raise LayoutError(
+                    f"ranks disagree about the mesh or the placements of a parameter: {differing[0]} on the first rank "
+                    f"of a process group, {differing[1]} on its rank {rank} (name, shape, placements, mesh). Shard the "
+                    "model in the same way on all ranks"
+                )
 
 
 def _refuse_parameters_from_before(tensors: Sequence[tuple[int, torch.Tensor]]) -> None:

@@ -1,0 +1,160 @@
+"""FSDP1 (`FullyShardedDataParallel`) with `use_orig_params=True`: where the layers are in its flat parameters.
+
+FSDP1 concatenates the parameters of a module into one flat parameter, pads it and cuts it into equal pieces, one per
+rank. With `use_orig_params=True` the optimizer keeps the model's own parameter objects, but between backward and
+forward each holds only what the rank's piece has of it: a flat run of elements, or nothing. The layers' shapes and the
+runs are in the handle of the flat parameter:
+
+    sharding strategy                  a parameter holds                 the layer's sums are added
+    FULL_SHARD, SHARD_GRAD_OP          its run, which may be empty       over the process group
+    HYBRID_SHARD, _HYBRID_SHARD_ZERO2  the same                          over the sharding group, not over replicas
+    NO_SHARD                           the whole layer                   not at all
+
+Read from torch 2.13.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+
+from trustratio.optimizers.layout import (
+    Layer,
+    Layout,
+    LayoutError,
+    Shard,
+    name_layers,
+    refuse_strangers,
+    register_backend,
+)
+
+__all__ = ["FSDP1Backend"]
+
+BACKEND = "FSDP1"
+PREFIX = "_fsdp_wrapped_module."
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank holds of one layer: `length` elements from `offset` on."""
+
+    handle: FlatParamHandle
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+class FSDP1Backend:
+    """Explains the parameters of modules under FullyShardedDataParallel, and plain parameters beside them."""
+
+    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
+        """Do nothing: any optimizer may be stepped under FSDP1."""
+
+    def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
+        """Return the layout if FSDP1 has flattened any of the tensors.
+
+        Raises:
+            LayoutError: If it did so with `use_orig_params=False`, or the optimizer cannot be exact.
+        """
+        flattened = [tensor for _, tensor in tensors if getattr(tensor, "_fsdp_flattened", False)]
+        if not flattened:
+            _refuse_parameters_from_before([tensor for _, tensor in tensors])
+            return None
+        parts = dict(_parts())
+        _refuse_flat_parameters(tensor for tensor in flattened if id(tensor) not in parts)
+        refuse_strangers(optimizer, [tensor for _, tensor in tensors if id(tensor) not in parts])
+        _refuse_optimizer(optimizer)
+        present = [(group, tensor) for group, tensor in tensors if id(tensor) in parts or tensor.numel()]
+        names = {key: name.replace(PREFIX, "") for key, name in name_layers(optimizer, tensors)}
+        layers: list[Layer] = []
+        shards: list[Shard] = []
+        cut: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
+        for index, (_, tensor) in enumerate(present):
+            part = parts.get(id(tensor))
+            shape = tuple(tensor.shape) if part is None else part.shape
+            layers.append(Layer(names[id(tensor)], shape, index, tensor))
+            offset, length = (0, tensor.numel()) if part is None else (part.offset, part.length)
+            if length:
+                shards.append(Shard(index, 0, offset, length))
+            if part is not None and part.handle.uses_sharded_strategy:
+                group = part.handle.process_group
+                cut.setdefault(id(group), (group, []))[1].append(index)
+        return Layout(
+            backend=BACKEND,
+            tensors=tuple(tensor for _, tensor in present),
+            groups=tuple(group for group, _ in present),
+            layers=tuple(layers),
+            shards=tuple(shards),
+            reductions=tuple((group, tuple(indices)) for group, indices in cut.values()),
+            placed=True,
+        )
+
+
+def _handles() -> Iterator[FlatParamHandle]:
+    """All handles of this process. Parameters leave no reference to theirs; this runs once per layout."""
+    for candidate in gc.get_objects():
+        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
+        if issubclass(type(candidate), FlatParamHandle):
+            yield candidate
+
+
+def _parts() -> Iterator[tuple[int, _Part]]:
+    """Yield (id, part) of every parameter that FSDP1 has kept as an object of its own."""
+    for handle in _handles():
+        flat = handle.flat_param
+        for parameter, shape, found in zip(flat._params or (), flat._shapes, flat._shard_param_infos, strict=False):
+            if not handle.uses_sharded_strategy:
+                offset, length = 0, parameter.numel()
+            else:
+                offset, length = found.intra_param_start_idx or 0, found.numel_in_shard or 0
+            yield id(parameter), _Part(handle, tuple(shape), offset, length)
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_flat_parameters(tensors: Iterator[torch.Tensor]) -> None:
+    for tensor in tensors:
+        kind = "a FlatParameter" if isinstance(tensor, FlatParameter) else "a parameter"
+        raise LayoutError(
+            f"{kind} of shape {tuple(tensor.shape)} that FSDP1 has flattened together with others, so that the layers "
+            "in it cannot have parameter groups of their own: pass use_orig_params=True to FullyShardedDataParallel"
+        )
+
+
+def _refuse_parameters_from_before(tensors: Sequence[torch.Tensor]) -> None:
+    """Raise if FSDP1 has copied parameters like these into flat ones: the optimizer would step what nobody uses."""
+    if not tensors or any(tensor.grad is not None for tensor in tensors):
+        return
+    shapes = Counter(tuple(tensor.shape) for tensor in tensors)
+    flat = [handle.flat_param for handle in _handles() if not handle._use_orig_params]
+    if flat and shapes <= Counter(tuple(shape) for parameter in flat for shape in parameter._shapes):
+        raise LayoutError(
+            "no parameter of the optimizer has a gradient, and FSDP1 has flattened parameters of the same shapes and "
+            "replaced them: pass use_orig_params=True to FullyShardedDataParallel"
+        )
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    name = type(optimizer).__name__
+    if optimizer.statistics is not None:
+        raise LayoutError(
+            f"{name} needs the gradient of every single micro-batch of every layer, which {BACKEND} makes for whole "
+            "flat parameters: not supported. Use FSDP2 (fully_shard), DDP or DeepSpeed ZeRO for CLARS, the VR "
+            "optimizers and collect_group_norms()"
+        )
+    if any(optimizer.has_rows(group) for group in optimizer.param_groups):
+        raise LayoutError(
+            f"{name} clips rows of embeddings, which is not supported under {BACKEND}: use FSDP2 (fully_shard), DDP or "
+            "DeepSpeed ZeRO, or put the embeddings into a group with cowclip=False"
+        )
+
+
+register_backend(FSDP1Backend())

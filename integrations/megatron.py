@@ -1,0 +1,144 @@
+"""Megatron: layers cut over tensor-parallel ranks by Megatron's own classes, or by others with the same attributes.
+
+An optimizer stepped with the model's own parameters finds, at the first step, which of them are parts of layers
+(`tensor_model_parallel`), along which dimension (`partition_dim`) and over which ranks. The ranks are known
+
+    without a call                  if megatron.core.parallel_state has been initialised
+    by `use_mpu(mpu)`               from any object with Megatron's functions, e.g. an older Megatron's `mpu` module
+
+Parameters that are not marked are whole on every tensor-parallel rank and are counted once. `partition_stride` moves
+elements between ranks and so changes no sum. A parameter with `shared=True` is a tied layer's copy on another pipeline
+stage: it is a layer there too, and takes the same step.
+
+Megatron-core's own optimizer wrappers cannot be used. Its DistributedOptimizer takes Adam only and its 16-bit wrappers
+step fp32 copies that exist on CUDA only. Use DeepSpeed ZeRO with `mpu=`, or step fp32 parameters after the gradients
+have been reduced. Read from megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trustratio.optimizers.data_parallel import DataParallel
+from trustratio.optimizers.layout import Layout, LayoutError, register_backend
+
+from .tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
+
+__all__ = ["MegatronBackend", "use_mpu"]
+
+BACKEND = "Megatron tensor parallelism"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def use_mpu(mpu: Any) -> None:
+    """Tell which ranks are tensor-, data- and pipeline-parallel; for all optimizers, before their first step.
+
+    Not needed with megatron-core, whose `parallel_state` is found, nor with DeepSpeed's AutoTP or `mpu=`.
+
+    Args:
+        mpu: A module or object with `get_tensor_model_parallel_group()` and `get_data_parallel_group()`, which return
+            torch process groups, and, if the model has pipeline stages, `get_pipeline_model_parallel_world_size()`.
+            None forgets the last one.
+
+    Raises:
+        TypeError: If it lacks one of the first two.
+    """
+    needed = ("get_tensor_model_parallel_group", "get_data_parallel_group")
+    lacking = [name for name in needed if mpu is not None and not callable(getattr(mpu, name, None))]
+    if lacking:
+        raise TypeError(f"an mpu needs the functions {' and '.join(needed)}; {mpu!r} has no {' and no '.join(lacking)}")
+    _backend.mpu = mpu
+
+
+class MegatronBackend:
+    """Explains a model's own parameters where Megatron's parallelism is in use."""
+
+    def __init__(self) -> None:
+        self.mpu: Any = None
+
+    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
+        """Do nothing: Megatron has no list of optimizers."""
+
+    def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
+        """Return the layout of the model's own parameters where it is cut between ranks.
+
+        Raises:
+            LayoutError: If a wrapper of Megatron's holds the optimizer, or the optimizer cannot be exact.
+        """
+        parameters = [tensor for _, tensor in tensors]
+        _refuse_copies(optimizer, parameters)
+        mpu = self._current_mpu()
+        if mpu is None or not all(optimizer.was_given(p) and type(p) in PLAIN for p in parameters):
+            return None
+        stages = _pipeline_stages(mpu)
+        parallel = TensorParallel(mpu)
+        if stages == 1 and parallel.size() == 1:
+            return None
+        refuse_optimizer(BACKEND, optimizer, parameters)
+        options: dict[str, Any] = {}
+        if stages > 1:
+            _refuse_statistics_in_stages(optimizer)
+            options = {"clips_with": "clip_grad in Megatron's own step", "gradient_norm": _refuse_model_norm}
+        return layout_of_parameters(BACKEND, optimizer, tensors, parallel, optimizer.parameter_name, **options)
+
+    def data_parallel(self, optimizer: Any) -> DataParallel | None:
+        """Return the data-parallel ranks, None where no mpu is known."""
+        mpu = self._current_mpu()
+        return None if mpu is None else DataParallel(_data_parallel_group(mpu))
+
+    def _current_mpu(self) -> Any:
+        if self.mpu is not None:
+            return self.mpu
+        state = sys.modules.get("megatron.core.parallel_state")
+        return state if state is not None and state.model_parallel_is_initialized() else None
+
+
+def _data_parallel_group(mpu: Any) -> dist.ProcessGroup:
+    """The ranks whose gradients are averaged: those of a context-parallel group see parts of the same samples."""
+    if getattr(mpu, "__name__", "") == "megatron.core.parallel_state":
+        return mpu.get_data_parallel_group(with_context_parallel=True)
+    return mpu.get_data_parallel_group()
+
+
+def _pipeline_stages(mpu: Any) -> int:
+    for name in ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"):
+        count = getattr(mpu, name, None)
+        if count is not None:
+            return count()
+    return 1
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_model_norm() -> torch.Tensor:
+    raise LayoutError(
+        "this optimizer needs the norm of the whole model's gradient, but steps with one pipeline stage of it: use "
+        "DeepSpeed ZeRO-1, which computes the norm over all stages"
+    )
+
+
+def _refuse_statistics_in_stages(optimizer: Any) -> None:
+    if optimizer.statistics is not None:
+        raise LayoutError(
+            f"{type(optimizer).__name__} needs the gradient of every rank's every micro-batch, but a pipeline stage "
+            "sees only its own layers: not supported. Use data parallelism (DDP or ZeRO) alone"
+        )
+
+
+def _refuse_copies(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise LayoutError if Megatron-core's wrapper has put fp32 copies, attributes included, in place of parameters."""
+    if any(hasattr(tensor, "tensor_model_parallel") and not optimizer.was_given(tensor) for tensor in tensors):
+        raise LayoutError(
+            "Megatron-core's optimizer wrappers step fp32 copies of the model's parameters, which are not supported. "
+            "Step the model's own parameters in fp32, or use DeepSpeed ZeRO with mpu="
+        )
+
+
+_backend = MegatronBackend()
+register_backend(_backend)

@@ -1,0 +1,111 @@
+"""Write a safetensors file piece by piece, and never damage the file that it replaces.
+
+The format is an 8-byte little-endian length, a JSON header of that length with each tensor's dtype, shape and byte
+range, and the bytes: https://huggingface.co/docs/safetensors. The library's own writer wants all tensors at once; a
+header needs only their names, dtypes and shapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["DTYPE_NAMES", "ReplacedFile", "StoredTensor", "header_of"]
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the file, known before its values are."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def header_of(tensors: Iterable[StoredTensor], metadata: dict[str, str]) -> bytes:
+    """The file's first bytes. The tensors' bytes must follow in this order, wider dtypes first, so that all align."""
+    entries: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entries[tensor.key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+class ReplacedFile:
+    """A file that is written beside `path` and takes its place only when it is complete on disk.
+
+    If the process dies on the way, or the disk is full, what was at `path` stays; the next write to the same path
+    overwrites the remains. Every method may raise OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.partial = self.path.with_name(f".{self.path.name}.partial")
+        self._file: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Begin the new file; makes the folder if need be."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.partial.open("wb", buffering=0)
+
+    def write(self, content: bytes | torch.Tensor) -> None:
+        """Append bytes, or the elements of a contiguous tensor on the CPU."""
+        assert self._file is not None
+        rest = memoryview(_bytes_of(content) if isinstance(content, torch.Tensor) else content).cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def commit(self) -> None:
+        """Put the new file, complete and on disk, into the place of the old one."""
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.path)
+        _sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the new file if it was not committed."""
+        if self._file is not None:
+            self._file.close()
+            self.partial.unlink(missing_ok=True)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Buffer:
+    """The memory of a contiguous tensor on the CPU."""
+    size = tensor.numel() * tensor.element_size()
+    return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself durable, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,240 @@
+"""Hugging Face Trainer: make the optimizer, repair the loss, log trust ratios, and notice a dropped optimizer.
+
+    trainer = Trainer(
+        model=model, args=args, ...,
+        optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", lr=6e-3, weight_decay=0.01),
+        compute_loss_func=masked_language_modeling_loss,
+    )
+    trainer.add_callback(TrustRatioCallback(trainer))
+
+Read from transformers 5.23.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+import transformers.trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trustratio.optimizers import CowClip, LayerwiseOptimizer, create_optimizer
+from trustratio.optimizers.noise_scale import RunningNoise, adascale, gradient_noise, sum_of_layers
+
+from .accelerate import ReplacedOptimizerError, innermost, layerwise_optimizer, refuse_replacement
+
+__all__ = [
+    "OptimizerFactory",
+    "TrustRatioCallback",
+    "masked_language_modeling_loss",
+    "optimizer_for_trainer",
+]
+
+IGNORED_LABEL = -100
+
+
+# The optimizer ------------------------------------------------------------------------------------------------------
+
+
+class OptimizerFactory:
+    """What `optimizer_cls_and_kwargs` calls, a factory in the Trainer's words, with the model it trains."""
+
+    def __call__(self, model: torch.nn.Module, *, name: str, **options: Any) -> LayerwiseOptimizer:
+        """Build the optimizer over the model's named trainable parameters.
+
+        Layers of fewer than two dimensions (biases, norm weights) get no weight decay. With ``cowclip=True`` the
+        model's embeddings are a group of their own whose rows are clipped, and their lookups are counted.
+        """
+        clipped = _embedding_weights(model) if options.pop("cowclip", False) else set()
+        groups: dict[str, list[tuple[str, torch.Tensor]]] = {"clipped": [], "decayed": [], "plain": []}
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kind = "clipped" if id(parameter) in clipped else "decayed" if _is_matrix(parameter) else "plain"
+                groups[kind].append((parameter_name, parameter))
+        own: dict[str, dict[str, Any]] = {"clipped": {"cowclip": True}, "decayed": {}, "plain": {"weight_decay": 0.0}}
+        filled = [{"params": members, **own[kind]} for kind, members in groups.items() if members]
+        if not filled:
+            raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train")
+        optimizer = create_optimizer(name, filled, **options)
+        if isinstance(optimizer, CowClip) and groups["clipped"]:
+            optimizer.count_lookups(model)
+        return optimizer
+
+
+def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+    """Make the pair for ``Trainer(optimizer_cls_and_kwargs=...)``.
+
+    A plain ``(LAMB, {"lr": 6e-3})`` works too; but then weight decay comes from `TrainingArguments.weight_decay`, whose
+    default is 0, whatever the options say, and layers have no names unless a `TrustRatioCallback` gives them.
+
+    Args:
+        name: A key of `OPTIMIZERS`, in any case.
+        options: The class's own, as in `create_optimizer`, with the class's defaults. `lr` is the peak rate: the
+            Trainer's schedule multiplies it, and `TrainingArguments.learning_rate` is not read.
+
+    Raises:
+        ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range.
+        TypeError: If a required option, mostly `lr`, is missing.
+        ImportError: If the installed transformers has no optimizer factories (5.0 has none).
+    """
+    if not hasattr(transformers.trainer, "is_optimizer_factory"):
+        raise ImportError(
+            f"optimizer_for_trainer needs a Trainer that takes optimizer factories, which transformers "
+            f"{transformers.__version__} does not have: upgrade it, or give the pair (class, options) itself"
+        )
+    create_optimizer(name, [torch.nn.Parameter(torch.zeros(1, 1))], **options)  # errors now, not when training starts
+    return OptimizerFactory, {"name": name, **options}
+
+
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    # Under zero.Init a parameter's own shape is (0,).
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+
+
+def _embedding_weights(model: torch.nn.Module) -> set[int]:
+    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    return {id(module.weight) for module in model.modules() if isinstance(module, kinds)}
+
+
+# The loss -----------------------------------------------------------------------------------------------------------
+
+
+def masked_language_modeling_loss(
+    outputs: Any, labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy per labelled token of the whole batch, for ``Trainer(compute_loss_func=...)``.
+
+    The stock Trainer takes a model whose forward has ``**kwargs`` to divide its loss by `num_items_in_batch`, and does
+    not divide by the accumulation steps then. BertForMaskedLM takes ``**kwargs`` but returns the mean of its own
+    micro-batch, so that loss and gradient are too large by the accumulation steps. This sums the cross-entropy of the
+    micro-batch and divides by the number of labelled tokens in the whole batch: 64 x 1, 8 x 8 and 1 x 64 (micro-batch
+    x accumulation) give the same gradient. For labels that are not shifted: masked language models, token
+    classification.
+
+    Args:
+        outputs: The model's, with `logits` of shape (..., classes).
+        labels: int64 (...); -100 is not predicted.
+        num_items_in_batch: Labelled tokens of all micro-batches and ranks; the Trainer counts them. None outside
+            training: those of `labels`.
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    if labels is None:
+        raise ValueError("masked_language_modeling_loss needs a batch with `labels` (-100 where nothing is predicted)")
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = labels.ne(IGNORED_LABEL).sum()
+    return loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+
+
+# What happens inside ------------------------------------------------------------------------------------------------
+
+
+class TrustRatioCallback(TrainerCallback):
+    """Logs trust ratios and gradient noise, at the Trainer's logging steps, to wherever the Trainer reports.
+
+    Keys: `trust_ratio/min`, `/median` and `/max` over the layers of two or more dimensions, `trust_ratio/LAYER` if
+    asked for; with `noise` also `gradient_noise/scale` (tr(S)/|G|^2 in samples, averaged over logging steps),
+    `gradient_noise/signal` (|G|^2) and `gradient_noise/noise` (tr(S)) of the step, and
+    `gradient_noise/adascale_gain`. Between logging steps nothing waits for the device.
+
+    Args:
+        trainer: The one it is added to, ``trainer.add_callback(TrustRatioCallback(trainer))``.
+        per_layer: Log each layer's ratio too.
+        noise: Keep the norms of the micro-batches' gradients, and log what follows from them. Needs at least two
+            micro-batches or ranks per step.
+
+    Raises:
+        ReplacedOptimizerError: When training begins, if the Trainer steps with another optimizer than one of ours.
+    """
+
+    def __init__(self, trainer: Trainer, *, per_layer: bool = False, noise: bool = False):
+        self.trainer = trainer
+        self.per_layer = per_layer
+        self.noise = noise
+        self._running = RunningNoise()
+        self._optimizer: LayerwiseOptimizer | None = None
+        self._matrices: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the optimizer, name its layers, and start to collect norms."""
+        model = kwargs["model"]
+        self._optimizer = layerwise_optimizer(kwargs["optimizer"])
+        self._optimizer.name_parameters(model.named_parameters())
+        self._matrices = {name for name, parameter in model.named_parameters() if _is_matrix(parameter)}
+        if self.noise:
+            self._optimizer.collect_group_norms()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log if the Trainer is about to."""
+        if control.should_log:
+            self.trainer.log({**self._trust_ratios(), **(self._gradient_noise() if self.noise else {})})
+            control.should_log = True  # which log() has reset, and the Trainer has yet to log its loss
+
+    def _trust_ratios(self) -> dict[str, float]:
+        assert self._optimizer is not None
+        names, vector = self._optimizer.trust_ratio_vector()
+        ratios = dict(zip(names, vector.tolist(), strict=True))
+        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in self._matrices])
+        found = {}
+        if len(adapted):
+            summary = zip(("min", "median", "max"), (adapted.min(), adapted.median(), adapted.max()), strict=True)
+            found = {f"trust_ratio/{name}": value.item() for name, value in summary}
+        if self.per_layer:
+            found |= {f"trust_ratio/{name}": ratio for name, ratio in ratios.items()}
+        return found
+
+    def _gradient_noise(self) -> dict[str, float]:
+        assert self._optimizer is not None
+        assert self._optimizer.statistics is not None
+        noise = gradient_noise(self._optimizer, group_size=self.trainer.args.per_device_train_batch_size)
+        gain = adascale(sum_of_layers(self._optimizer.statistics.norms().values())).gain
+        return {
+            "gradient_noise/scale": self._running.update(noise.model).scale,
+            "gradient_noise/signal": noise.model.signal,
+            "gradient_noise/noise": noise.model.noise,
+            "gradient_noise/adascale_gain": gain,
+        }
+
+
+class DroppedOptimizerGuard(TrainerCallback):
+    """Raises, at the end of the set-up, if the Trainer was given one of our optimizers and steps with another.
+
+    ``Trainer(optimizers=(optimizer, None))`` under DeepSpeed drops the optimizer and trains with AdamW. Importing this
+    module puts the guard into every Trainer, as one of its default callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._given: LayerwiseOptimizer | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the optimizer that the Trainer was given."""
+        given = innermost(kwargs.get("optimizer"))
+        self._given = given if isinstance(given, LayerwiseOptimizer) else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare it with the one that will step."""
+        stepping = innermost(kwargs["optimizer"])
+        if isinstance(stepping, torch.optim.Optimizer):
+            refuse_replacement(stepping)
+        if self._given is not None and stepping is not self._given:
+            given = type(self._given).__name__
+            raise ReplacedOptimizerError(
+                f"the Trainer was given {given} but would train with {type(stepping).__name__}: under DeepSpeed it "
+                f"drops optimizers=(optimizer, scheduler). Use optimizer_cls_and_kwargs=optimizer_for_trainer("
+                f'"{given.lower()}", lr=..., weight_decay=...), from trustratio.integrations.transformers'
+            )
+
+
+transformers.trainer.DEFAULT_CALLBACKS.append(DroppedOptimizerGuard)  # type: ignore[arg-type]
