@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import platform
@@ -18,22 +19,30 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from trustratio.recipes import deepspeed_settings, rank_agreement, recipe_optimizers, run_folder
-from trustratio.recipes.global_batch import BatchPlan, plan_batch
-from trustratio.recipes.learning_rate_schedules import polynomial_scheduler, resolve_warmup
-from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.batch_feed import default_workers
+from trustratio.recipes.front_ends import DeepSpeedFrontEnd, FrontEnd
+from trustratio.recipes.global_batch import BatchPlan
+from trustratio.recipes.masked_language_model import padded_vocabulary
+from trustratio.recipes.metric_loggers import MetricLoggers, check_loggers
+from trustratio.recipes.model_flops import ModelFlops, peak_of
 from trustratio.recipes.packed_sequences import MaskedRows
-from trustratio.recipes.prepared_data import PreparedData, prepare
+from trustratio.recipes.prepared_data import PreparedData, check_sources, prepare
 from trustratio.recipes.progress_display import Reporter, clock
-from trustratio.recipes.recipe_config import RecipeConfig, check_ranges
-from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.recipe_config import DataConfig, RecipeConfig, check_ranges
+from trustratio.recipes.recipe_errors import RecipeError, TrainingFailure
 from trustratio.recipes.recipe_options import Invocation, parse_command_line
-from trustratio.recipes.run_plots import draw_report
+from trustratio.recipes.recipe_parts import build_parts
+from trustratio.recipes.recipe_phases import Phase, carry_over, describe_plan, phases_of
+from trustratio.recipes.recipe_presets import list_presets
+from trustratio.recipes.run_plan import check_fits
+from trustratio.recipes.run_report import write_report
+from trustratio.recipes.step_metrics import StepMetrics, check_noise_scale
 from trustratio.recipes.stop_requests import StopRequests
-from trustratio.recipes.text_documents import expand_sources
-from trustratio.recipes.training_engines import DeepSpeedTraining
+from trustratio.recipes.training_engines import TrainingEngine
 from trustratio.recipes.training_loop import TrainingLoop
 
 BAD_INPUT = 2
+FAILED = 3
 INTERRUPTED = 130
 
 
@@ -43,16 +52,18 @@ class CheckedRun:
 
     Attributes:
         invocation: the command line, with the configuration completed from the DeepSpeed file.
-        plan: micro-batch, accumulation and ranks.
-        settings: complete DeepSpeed configuration.
+        front_end: what wraps the model.
+        plans: micro-batch, accumulation and ranks of each phase.
+        settings: complete DeepSpeed configuration, None without DeepSpeed.
         first: updates already done by the checkpoint to resume, else 0.
-        last: updates to end at.
+        last: updates to end at, over all phases.
         saved_identity: what the checkpoint says a continued run must agree with, else None.
     """
 
     invocation: Invocation
-    plan: BatchPlan
-    settings: dict[str, Any]
+    front_end: FrontEnd
+    plans: tuple[BatchPlan, ...]
+    settings: dict[str, Any] | None
     first: int
     last: int
     saved_identity: dict[str, Any] | None
@@ -62,16 +73,31 @@ class CheckedRun:
         """The resolved configuration."""
         return self.invocation.config
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the configuration, one for each of `plans`."""
+        return phases_of(self.config)
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, front_end: FrontEnd | None = None) -> int:
     """Run the recipe; return the process's exit status.
 
     0: finished, or stopped by Ctrl-C or SIGTERM with a checkpoint written. 2: bad input, with one message on the
-    first rank. 130: interrupted before training began.
+    first rank. 3: training could not go on (the loss became NaN, a checkpoint could not be written); the report is
+    drawn and the last good checkpoint named. 130: interrupted before training began.
+
+    Args:
+        arguments: the command line without the program's name; None: this process's.
+        front_end: what wraps the model; None: DeepSpeed.
     """
     reporter = Reporter(active=rank_agreement.rank() == 0)
     try:
-        run = check_run(parse_command_line(sys.argv[1:] if arguments is None else arguments))
+        invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        if invocation.list_presets:
+            for line in list_presets():
+                reporter.line(line)
+            return 0
+        run = check_run(invocation, front_end or DeepSpeedFrontEnd())
         announce(run, reporter)
         if not run.invocation.dry_run:
             pretrain(run, reporter)
@@ -79,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reporter.active:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    except TrainingFailure as failure:
+        if reporter.active:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        return FAILED
     except KeyboardInterrupt:
         if reporter.active:
             print("interrupted before training began; nothing was written", file=sys.stderr, flush=True)
@@ -89,31 +119,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_run(invocation: Invocation) -> CheckedRun:
+def check_run(invocation: Invocation, front_end: FrontEnd | None = None) -> CheckedRun:
     """Check everything that can be checked without reading data, and complete the configuration.
 
     Raises:
         RecipeError: any of the bad input that the recipe knows of.
     """
-    file_settings = _file_settings(invocation)
-    deepspeed_settings.refuse_unsupported(file_settings)
-    config = complete_config(invocation, file_settings)
+    front_end = front_end or DeepSpeedFrontEnd()
+    given = front_end.settings(invocation)
+    if given is not None:
+        deepspeed_settings.refuse_unsupported(given)
+    config = complete_config(invocation, given)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
     recipe_optimizers.check_name(config.optimizer.name)
-    training = config.training
-    plan = plan_batch(training.global_batch, training.micro_batch, rank_agreement.world_size())
-    settings = deepspeed_settings.merge(
-        file_settings,
-        plan,
-        training.zero_stage,
-        training.precision,
-        training.gradient_clipping,
-        elementwise=recipe_optimizers.is_baseline(config.optimizer.name),
-    )
-    expand_sources(config.data.sources)
-    last = min(training.steps, invocation.max_steps or training.steps)
-    run = CheckedRun(invocation, plan, settings, first=0, last=last, saved_identity=None)
+    training, phases = config.training, phases_of(config)
+    plans = tuple(phase.plan(rank_agreement.world_size()) for phase in phases)
+    settings = given
+    if given is not None:
+        settings = deepspeed_settings.merge(
+            given,
+            plans[0],
+            training.zero_stage,
+            training.precision,
+            training.gradient_clipping,
+            elementwise=recipe_optimizers.is_baseline(config.optimizer.name),
+        )
+    check_loggers(config.run.loggers)
+    for plan in plans:
+        check_noise_scale(config, plan)
+    check_sources(config.data.sources)
+    total = phases[-1].last
+    last = min(total, invocation.max_steps or total)
+    run = CheckedRun(invocation, front_end, plans, settings, first=0, last=last, saved_identity=None)
+    require_memory(run, None)
     if invocation.resume is not None:
         run = _check_resume(run, invocation.resume)
     elif invocation.output is not None and not invocation.overwrite:
@@ -121,8 +160,12 @@ def check_run(invocation: Invocation) -> CheckedRun:
     return run
 
 
-def complete_config(invocation: Invocation, file_settings: dict[str, Any]) -> RecipeConfig:
+def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> RecipeConfig:
     """Return the configuration with ZeRO stage and precision settled between command line, file and device.
+
+    Args:
+        invocation: the command line.
+        settings: DeepSpeed settings that the user gave; None without DeepSpeed, where nothing is sharded.
 
     Raises:
         RecipeError: command line and file contradict each other.
@@ -130,15 +173,15 @@ def complete_config(invocation: Invocation, file_settings: dict[str, Any]) -> Re
     config = invocation.config
     training = config.training
     for name, in_file in (
-        ("zero_stage", deepspeed_settings.stage_of(file_settings)),
-        ("precision", deepspeed_settings.precision_of(file_settings)),
+        ("zero_stage", 0 if settings is None else deepspeed_settings.stage_of(settings)),
+        ("precision", None if settings is None else deepspeed_settings.precision_of(settings)),
     ):
         if in_file is None:
             continue
         if f"training.{name}" in invocation.given and getattr(training, name) not in (in_file, "auto"):
             raise RecipeError(
-                f"--{name} {getattr(training, name)} contradicts the DeepSpeed configuration, which has {in_file}; "
-                "give it in one place"
+                f"--{name} {getattr(training, name)} contradicts the {'DDP' if settings is None else 'DeepSpeed'} "
+                f"configuration, which has {in_file}; give it in one place"
             )
         training = dataclasses.replace(training, **{name: in_file})
     if training.precision == "auto":
@@ -147,12 +190,13 @@ def complete_config(invocation: Invocation, file_settings: dict[str, Any]) -> Re
 
 
 def announce(run: CheckedRun, reporter: Reporter) -> None:
-    """Print the resolved configuration and the batch line."""
+    """Print the resolved configuration and the plan of the phases."""
     reporter.line(f"preset {run.config.preset}, resolved configuration:")
     for section, fields in run.config.to_dict().items():
         if section != "preset":
             reporter.line("  " + " ".join(f"{section}.{name}={_shown(value)}" for name, value in fields.items()))
-    reporter.line(run.plan.describe(run.config.data.sequence_length))
+    for line in describe_plan(run.config, rank_agreement.world_size()):
+        reporter.line(line)
 
 
 def pretrain(run: CheckedRun, reporter: Reporter) -> None:
@@ -160,48 +204,92 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
 
     Raises:
         RecipeError: bad data, a checkpoint of other data, an output folder in use, refused optimizer options.
+        TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
     began = time.perf_counter()
     _quieten()
     rank_agreement.start()
     config = run.config
-    data = rank_agreement.on_each_machine(lambda: prepare(config.data, reporter))
-    for line in data.describe(run.plan.sequences):
-        reporter.line(line)
-    identity = {**early_identity(run), "data": data.fingerprint, "vocabulary": data.vocabulary_size}
-    if run.saved_identity is not None and run.invocation.resume is not None:
-        run_folder.check_same_run(run.saved_identity, identity, run.invocation.resume)
+    data, identity = prepare_run(run, reporter)
+    engine = build_engine(run, data[0].vocabulary_size)
     # One folder for all ranks; claimed only now, so that bad data leave no empty run behind.
-    engine = build_engine(run, data)
-    folder = rank_agreement.on_first_rank(lambda: _claim_output(run))
+    folder = rank_agreement.on_first_rank(lambda: claim_output(run))
     reporter.line(f"output folder: {folder}; {clock(time.perf_counter() - began)} until here")
-    step, stopped = train(run, data, engine, folder, identity, reporter)
-    if reporter.active:
-        draw_report(
-            run_folder.read_metrics(folder),
-            f"{config.preset}: BERT {config.model.layers} x {config.model.hidden}, {config.optimizer.name}, "
-            f"{run.plan.sequences:,} sequences of {config.data.sequence_length} per step, ZeRO-"
-            f"{config.training.zero_stage}, ranks: {run.plan.ranks}",
-            data.unigram_entropy,
-            folder / run_folder.REPORT,
-        )
-    reporter.line(f"report: {folder / run_folder.REPORT}; metrics: {folder / run_folder.METRICS}")
+    checkpoints = run_folder.CheckpointFolder(folder, config.run.keep_checkpoints, identity)
+    try:
+        step, stopped = train(run, data, engine, checkpoints, reporter)
+    except TrainingFailure as failure:
+        raise TrainingFailure(f"{failure}; {where_to_go_on(checkpoints)}") from failure
+    finally:  # also of a run that broke down
+        _report(folder, reporter)
     if stopped:
         reporter.line(f"stopped on request after step {step} of {run.last}; continue with --resume {folder}")
     reporter.line(f"{step - run.first} steps done; {clock(time.perf_counter() - began)} in all")
 
 
-def build_engine(run: CheckedRun, data: PreparedData) -> DeepSpeedTraining:
+def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData], dict[str, Any]]:
+    """Return the data of each phase, and what a resumed run must agree with (collective).
+
+    Raises:
+        RecipeError: bad data, a checkpoint of other data, a model that does not fit.
+    """
+    data = [prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
+    for prepared, plan in zip(data, run.plans, strict=True):
+        for line in prepared.describe(plan.sequences):
+            reporter.line(line)
+    fingerprints = "+".join(prepared.fingerprint for prepared in data)
+    identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
+    if run.saved_identity is not None and run.invocation.resume is not None:
+        run_folder.check_same_run(run.saved_identity, identity, run.invocation.resume)
+    require_memory(run, data[0].vocabulary_size)
+    return data, identity
+
+
+def _report(folder: Path, reporter: Reporter) -> None:
+    if not reporter.active:
+        return
+    try:
+        reporter.line(write_report(folder))
+    except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
+        reporter.line(f"the report could not be written: {error}")
+
+
+def prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
+    """Return the data packed to the phase's sequence length (collective)."""
+    packed = dataclasses.replace(config, sequence_length=phase.sequence_length)
+    data = rank_agreement.on_each_machine(lambda: prepare(packed, reporter))
+    others = rank_agreement.collect(data.fingerprint)
+    if len(set(others)) > 1:
+        raise RecipeError(
+            "the machines have prepared different data: files differ, or each has trained a vocabulary of its own, "
+            "which does not come out the same twice; prepare once with `python -m trustratio.recipes.prepare`, copy "
+            "the folder to every machine and give it as --data, or let TRUSTRATIO_CACHE be a folder that all share"
+        )
+    return data
+
+
+def require_memory(run: CheckedRun, vocabulary_size: int | None) -> None:
+    """Check that the run fits into this GPU, where there is one.
+
+    Raises:
+        RecipeError: it does not; the message has the plan's numbers.
+    """
+    memory = device_memory()
+    if memory is not None:
+        check_fits(run.config, vocabulary_size, run.plans[0].ranks, memory, run.settings)
+
+
+def device_memory() -> int | None:
+    """Return the bytes of this rank's GPU, None on a CPU."""
+    if not torch.cuda.is_available() or get_accelerator().device_name() != "cuda":
+        return None
+    return torch.cuda.get_device_properties(rank_agreement.local_rank() % torch.cuda.device_count()).total_memory
+
+
+def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:
     """Build model, optimizer and schedule, and wrap them (collective); load the checkpoint to resume, if any."""
-    config = run.config
-    torch.manual_seed(config.training.seed)
-    model = build_model(config.model, padded_vocabulary(data.vocabulary_size))
-    optimizer = recipe_optimizers.build_optimizer(config.optimizer, model)
-    steps = config.training.steps
-    scheduler = polynomial_scheduler(
-        resolve_warmup(config.schedule.warmup, steps), steps, config.schedule.degree, config.schedule.final
-    )
-    engine = DeepSpeedTraining(model, optimizer, scheduler, run.settings)
+    parts = build_parts(run.config, vocabulary_size)
+    engine = run.front_end.engine(parts, run.config.training, run.plans[0], run.settings)
     if run.invocation.resume is not None:
         engine.load(run.invocation.resume)
     return engine
@@ -209,45 +297,79 @@ def build_engine(run: CheckedRun, data: PreparedData) -> DeepSpeedTraining:
 
 def train(
     run: CheckedRun,
-    data: PreparedData,
-    engine: DeepSpeedTraining,
-    folder: Path,
-    identity: dict[str, Any],
+    data: Sequence[PreparedData],
+    engine: TrainingEngine,
+    checkpoints: run_folder.CheckpointFolder,
     reporter: Reporter,
 ) -> tuple[int, bool]:
-    """Run the training loop; return the updates done and whether a request stopped it early."""
+    """Train the phases between run.first and run.last; return the updates done and whether a request stopped it."""
     config = run.config
-    vocabulary, probability, seed = data.vocabulary(), config.data.mask_probability, config.training.seed
-    training_rows = MaskedRows(data.rows("train"), vocabulary, probability, seed)
-    validation_rows = MaskedRows(data.rows("validation"), vocabulary, probability, seed)
-    checkpoints = run_folder.CheckpointFolder(folder, config.run.keep_checkpoints, identity)
-    metrics = run_folder.MetricsLog(folder, active=reporter.active)
+    shape, vocabulary = config.model, padded_vocabulary(data[0].vocabulary_size)
+    step_metrics = StepMetrics(
+        engine,
+        ModelFlops(shape.layers, shape.hidden, shape.intermediate, vocabulary),
+        peak_of(engine.device, config.training.precision, config.run.peak_tflops),
+        config.run.noise_scale,
+    )
+    metrics = MetricLoggers(checkpoints.folder.parent, config.run.loggers, config.to_dict(), active=reporter.active)
     display = reporter.training_bar(run.first, run.last, config.run.print_every)
 
     def checkpoint(step: int) -> None:
-        path = checkpoints.write(step, engine.save, engine.barrier, first=engine.rank == 0)
+        with step_metrics.not_training():
+            path = checkpoints.write(step, engine.save, rank_agreement.collect_failures, first=engine.rank == 0)
         reporter.line(f"step {step}: checkpoint {path}")
 
-    with StopRequests() as stop:
-        loop = TrainingLoop(
-            engine=engine,
-            training_rows=training_rows,
-            validation_batches=validation_rows.validation_batches(
-                run.plan.micro, engine.rank, engine.ranks, config.data.validation_sequences
-            ),
-            plan=run.plan,
-            config=config.run,
-            seed=seed,
-            unigram_entropy=data.unigram_entropy,
-            metrics=metrics,
-            display=display,
-            checkpoint=checkpoint,
-            stop_requested=lambda: stop.requested,
-        )
-        result = loop.run(run.first, run.last)
-        display.close()
-        metrics.close()
-    return result
+    step, stopped = run.first, False
+    with StopRequests() as stop, contextlib.closing(metrics), contextlib.closing(display):
+        for phase, plan, prepared in zip(run.phases, run.plans, data, strict=True):
+            if stopped or step >= min(phase.last, run.last):
+                continue
+            engine.begin_phase(plan)
+            if phase.number == 2 and step == phase.first:
+                carry_over(engine.optimizer, config.phase_two.keep_moments, config.phase_two.reset_step)
+            training_rows, validation_rows = masked_rows(prepared, config)
+            loop = TrainingLoop(
+                engine=engine,
+                training_rows=training_rows,
+                validation_batches=validation_rows.validation_batches(
+                    plan.micro, engine.rank, engine.ranks, config.data.validation_sequences
+                ),
+                plan=plan,
+                config=config.run,
+                seed=config.training.seed,
+                unigram_entropy=prepared.unigram_entropy,
+                step_metrics=step_metrics,
+                metrics=metrics,
+                display=display,
+                checkpoint=checkpoint,
+                stop_requested=lambda: stop.requested,
+                phase_first=phase.first,
+                sequences_before=phase.sequences_before,
+                data_workers=data_workers(config.data, engine.device),
+            )
+            step, stopped = loop.run(step, min(phase.last, run.last))
+    return step, stopped
+
+
+def masked_rows(data: PreparedData, config: RecipeConfig) -> tuple[MaskedRows, MaskedRows]:
+    vocabulary, probability, seed = data.vocabulary(), config.data.mask_probability, config.training.seed
+    return (
+        MaskedRows(data.rows("train"), vocabulary, probability, seed),
+        MaskedRows(data.rows("validation"), vocabulary, probability, seed),
+    )
+
+
+def data_workers(config: DataConfig, device: torch.device) -> int:
+    if config.workers is None:
+        return default_workers(device, rank_agreement.ranks_on_machine())
+    return config.workers
+
+
+def where_to_go_on(checkpoints: run_folder.CheckpointFolder) -> str:
+    newest = checkpoints.newest()
+    if newest is None:
+        return "there is no earlier checkpoint"
+    return f"the last good checkpoint, {newest}, is whole: continue with --resume {newest}"
 
 
 def early_identity(run: CheckedRun) -> dict[str, Any]:
@@ -260,22 +382,25 @@ def early_identity(run: CheckedRun) -> dict[str, Any]:
         "sequence_length": run.config.data.sequence_length,
         "mask_probability": run.config.data.mask_probability,
         "global_batch": training.global_batch,
+        **_second_phase(run.config),
         "seed": training.seed,
         "precision": training.precision,
         "zero_stage": training.zero_stage,
-        "ranks": run.plan.ranks,
-        "deepspeed": deepspeed_settings.without_batch_sizes(run.settings),
+        "ranks": run.plans[0].ranks,
+        "deepspeed": None if run.settings is None else deepspeed_settings.without_batch_sizes(run.settings),
     }
 
 
-def _file_settings(invocation: Invocation) -> dict[str, Any]:
-    """Return the DeepSpeed settings given by file; a resumed run that is given none keeps those it was started with."""
-    if invocation.deepspeed_config is not None:
-        return deepspeed_settings.load_file(invocation.deepspeed_config)
-    if invocation.resume is not None:
-        saved = run_folder.run_of(invocation.resume) / run_folder.DEEPSPEED_CONFIG
-        return deepspeed_settings.without_batch_sizes(deepspeed_settings.load_file(str(saved)))
-    return {}
+def _second_phase(config: RecipeConfig) -> dict[str, Any]:
+    """Return what a resumed run of two phases must agree with besides: where the border is, and what follows."""
+    if not config.phase_two.steps:
+        return {}
+    second = config.to_dict()["phase_two"]
+    free = ("micro_batch", "steps")
+    return {
+        "phase_one_steps": config.training.steps,
+        "phase_two": {name: value for name, value in second.items() if name not in free},
+    }
 
 
 def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
@@ -295,7 +420,7 @@ def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
     return run
 
 
-def _claim_output(run: CheckedRun) -> Path:
+def claim_output(run: CheckedRun) -> Path:
     """Create or reopen the output folder and write the configuration into it; rank 0 only."""
     invocation, config = run.invocation, run.config
     resumed = run_folder.run_of(invocation.resume) if invocation.resume is not None else None
@@ -306,7 +431,8 @@ def _claim_output(run: CheckedRun) -> Path:
     else:
         folder = run_folder.fresh_folder(Path("runs"), config.preset)
     run_folder.write_json(folder / run_folder.CONFIG, config.to_dict())
-    run_folder.write_json(folder / run_folder.DEEPSPEED_CONFIG, run.settings)
+    if run.settings is not None:
+        run_folder.write_json(folder / run_folder.DEEPSPEED_CONFIG, run.settings)
     run_folder.write_json(folder / run_folder.ENVIRONMENT, _environment(run))
     return folder
 
@@ -318,9 +444,9 @@ def _environment(run: CheckedRun) -> dict[str, Any]:
         "deepspeed": deepspeed.__version__,
         "transformers": transformers.__version__,
         "accelerator": get_accelerator().device_name(),
-        "ranks": run.plan.ranks,
-        "micro_batch": run.plan.micro,
-        "accumulation": run.plan.accumulation,
+        "ranks": run.plans[0].ranks,
+        "micro_batch": run.plans[0].micro,
+        "accumulation": run.plans[0].accumulation,
         "first_step": run.first,
         "last_step": run.last,
     }

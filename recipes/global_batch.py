@@ -29,13 +29,14 @@ class BatchPlan:
         )
 
 
-def plan_batch(global_batch: int, micro_batch: int, ranks: int) -> BatchPlan:
+def plan_batch(global_batch: int, micro_batch: int, ranks: int, option: str = "--micro_batch ") -> BatchPlan:
     """Derive the accumulation steps of a global batch.
 
     Args:
         global_batch: sequences per optimizer step over all ranks.
         micro_batch: sequences per rank in one forward and backward pass.
         ranks: data-parallel processes.
+        option: how the micro-batch is set, for the error message; its value follows directly.
 
     Raises:
         RecipeError: the global batch is no multiple of micro_batch x ranks; the nearest possible ones are named.
@@ -49,7 +50,7 @@ def plan_batch(global_batch: int, micro_batch: int, ranks: int) -> BatchPlan:
     if global_batch % ranks == 0:
         share = global_batch // ranks
         fitting = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
-        hint += f"; or keep {global_batch} with --micro_batch {fitting}"
+        hint += f"; or keep {global_batch} with {option}{fitting}"
     raise RecipeError(
         f"global batch {global_batch} is not divisible by micro-batch x ranks = {micro_batch} x {ranks} = {unit}; "
         f"{hint}"

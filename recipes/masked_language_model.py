@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from trustratio.recipes.recipe_config import ModelConfig
+from trustratio.recipes.recipe_errors import RecipeError
 
 
 class GatheredBertForMaskedLM(BertForMaskedLM):
@@ -39,11 +42,14 @@ class GatheredBertForMaskedLM(BertForMaskedLM):
 
 
 def build_model(config: ModelConfig, vocabulary_size: int) -> GatheredBertForMaskedLM:
-    """Build a randomly initialised model with SDPA attention from torch's current random state.
+    """Build a model with SDPA attention, initialised from torch's current random state or from saved weights.
 
     Args:
-        config: shape of the encoder.
+        config: shape of the encoder, and the folder of initial weights if there are any.
         vocabulary_size: rows of the embedding table, see `padded_vocabulary`.
+
+    Raises:
+        RecipeError: the initial weights are missing or not those of this model.
     """
     bert = BertConfig(
         vocab_size=vocabulary_size,
@@ -56,7 +62,24 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> GatheredBertForMas
         attention_probs_dropout_prob=config.dropout,
     )
     bert._attn_implementation = "sdpa"
-    return GatheredBertForMaskedLM(bert)
+    model = GatheredBertForMaskedLM(bert)
+    if config.initial_weights is not None:
+        _load_weights(model, config.initial_weights)
+    return model
+
+
+def _load_weights(model: GatheredBertForMaskedLM, folder: str) -> None:
+    """Copy the weights of a folder that `save_pretrained` wrote, all of them."""
+    if not Path(folder).is_dir():
+        raise RecipeError(f"model.initial_weights={folder!r} is not a folder; give one in transformers' format")
+    try:
+        saved = BertForMaskedLM.from_pretrained(folder).state_dict()
+        model.load_state_dict(saved)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"model.initial_weights={folder!r} does not fit the model of this run (layers, sizes, positions and the "
+            f"padded vocabulary must agree): {error}"
+        ) from error
 
 
 def padded_vocabulary(size: int) -> int:

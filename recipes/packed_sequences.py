@@ -1,77 +1,20 @@
-"""Packing of documents into full rows, the held-out split, and the order in which rows are visited."""
+"""Packed rows: the order in which they are visited, and the masked micro-batches of a step."""
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from trustratio.recipes.global_batch import BatchPlan
-from trustratio.recipes.token_masking import VALIDATION_EPOCH, MaskedBatch, Vocabulary, mask_sequences
+from trustratio.recipes.token_masking import VALIDATION_EPOCH, MaskedBatch, mask_sequences, splitmix64
+from trustratio.recipes.wordpiece_vocabulary import Vocabulary
 
-
-def unique_documents(documents: Iterable[str]) -> list[str]:
-    """Drop empty documents and all but the first of equal ones, so that no held-out text is trained on."""
-    seen: dict[bytes, str] = {}
-    for document in documents:
-        text = document.strip()
-        if text:
-            seen.setdefault(_digest(text), text)
-    return list(seen.values())
-
-
-def hold_out(documents: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Split into training and validation documents, both in the given order.
-
-    The documents with the smallest content hashes are held out (at least one): the choice depends on the documents
-    alone, not on their order or on a random state.
-    """
-    by_hash = sorted(range(len(documents)), key=lambda i: _digest(documents[i]))
-    held_out = set(by_hash[: max(1, round(len(documents) * fraction))])
-    training = [text for i, text in enumerate(documents) if i not in held_out]
-    return training, [text for i, text in enumerate(documents) if i in held_out]
-
-
-def pack(
-    documents: Iterable[Sequence[int]], length: int, cls_id: int, sep_id: int, dtype: type[np.unsignedinteger]
-) -> NDArray[np.unsignedinteger]:
-    """Pack token ids into rows without padding.
-
-    The documents are joined with a separator after each and cut into rows of `length`: the classification token,
-    length - 2 tokens of text, a separator. The last, incomplete row is dropped.
-
-    Args:
-        documents: token ids per document, without special tokens.
-        length: tokens per row.
-        cls_id: id of the first token of every row.
-        sep_id: id between documents and at the end of every row.
-        dtype: unsigned type that holds every id.
-
-    Returns:
-        (rows, length) of `dtype`.
-    """
-    chunks = []
-    for ids in documents:
-        chunks.append(np.asarray(ids, dtype=dtype))
-        chunks.append(np.asarray([sep_id], dtype=dtype))
-    stream = np.concatenate(chunks) if chunks else np.empty(0, dtype=dtype)
-    body = length - 2
-    rows = len(stream) // body
-    packed = np.empty((rows, length), dtype=dtype)
-    packed[:, 0] = cls_id
-    packed[:, 1:-1] = stream[: rows * body].reshape(rows, body)
-    packed[:, -1] = sep_id
-    return packed
-
-
-def unigram_counts(rows: NDArray[np.unsignedinteger], vocabulary: Vocabulary, size: int) -> NDArray[np.int64]:
-    """Count the ordinary tokens of packed rows; special tokens are never predicted and count as zero."""
-    counts = np.bincount(rows.reshape(-1), minlength=size)
-    counts[vocabulary.special] = 0
-    return counts
+_FEISTEL_ROUNDS = 8
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
@@ -80,42 +23,66 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
+class Rows(Protocol):
+    """Packed rows (rows, length): an array, or `TokenRows` on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of rows, and tokens per row."""
+
+    def __getitem__(self, rows: NDArray[np.int64], /) -> NDArray[np.unsignedinteger]:
+        """Return the rows with these numbers."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+
 class RowOrder:
     """Endless, seeded order of rows: a new permutation every epoch, addressed by position.
 
     Position p is row permutation(seed, epoch)[p mod rows] of epoch p // rows, whatever the number of ranks, and any
     position can be asked for, so a resumed run continues in the middle of an epoch.
+
+    The permutation is computed where it is asked for and takes no memory: a Feistel network on pairs of numbers
+    below ceil(sqrt(rows)), walked until it lands on a row again (J. Black and P. Rogaway, Ciphers with Arbitrary
+    Finite Domains, CT-RSA 2002), with SplitMix64 as round function.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
         """Order `rows` rows by `seed`."""
         self.rows = rows
         self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+        self._side = max(1, math.isqrt(rows - 1) + 1) if rows else 1
 
     def epoch_rows(self, start: int, count: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield (epoch, row indices) pieces that cover the positions start .. start + count - 1 in order."""
         while count > 0:
             epoch, offset = divmod(start, self.rows)
             taken = min(count, self.rows - offset)
-            yield epoch, self._permuted(epoch)[offset : offset + taken]
+            yield epoch, self._permuted(epoch, np.arange(offset, offset + taken, dtype=np.uint64))
             start += taken
             count -= taken
 
-    def _permuted(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._epoch:
-            self._permutation = np.random.Generator(np.random.Philox([self.seed, epoch])).permutation(self.rows)
-            self._epoch = epoch
-        return self._permutation
+    def _permuted(self, epoch: int, positions: NDArray[np.uint64]) -> NDArray[np.int64]:
+        key = splitmix64(splitmix64(np.asarray([self.seed % 2**64], dtype=np.uint64)) ^ np.uint64(epoch))
+        values = self._network(key, positions)
+        while (outside := np.flatnonzero(values >= self.rows)).size:
+            values[outside] = self._network(key, values[outside])
+        return values.astype(np.int64)
+
+    def _network(self, key: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        side = np.uint64(self._side)
+        left, right = values // side, values % side
+        for number in range(_FEISTEL_ROUNDS):
+            round_key = splitmix64(key ^ np.uint64(number + 1))
+            left, right = right, (left + splitmix64(round_key ^ right) % side) % side
+        return left * side + right
 
 
 class MaskedRows:
     """Packed rows with their masking; makes the micro-batches of a step and of a validation."""
 
-    def __init__(
-        self, rows: NDArray[np.unsignedinteger], vocabulary: Vocabulary, probability: float, seed: int
-    ) -> None:
+    def __init__(self, rows: Rows, vocabulary: Vocabulary, probability: float, seed: int) -> None:
         """Mask `rows` (rows, length) with `probability`, seeded by `seed`."""
         self.rows = rows
         self.vocabulary = vocabulary
@@ -169,7 +136,3 @@ def join_batches(batches: Sequence[MaskedBatch]) -> MaskedBatch:
         torch.cat(positions),
         torch.cat([batch.labels for batch in batches]),
     )
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()

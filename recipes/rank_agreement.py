@@ -36,6 +36,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_on_machine() -> int:
+    """Return the number of processes that the launcher starts on this machine."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+
+
 def start() -> None:
     """Join the process group; without a launcher, be the only rank."""
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -45,8 +50,7 @@ def start() -> None:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        on_this_machine = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_machine()))
     else:
         get_accelerator().set_device(local_rank())
     deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
@@ -70,6 +74,23 @@ def on_first_rank(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and give its result to all; errors as in `on_each_machine`."""
     outcome = _attempt(work) if rank() == 0 else None
     return _settle(outcome, first_here=0)
+
+
+def collect(value: T) -> list[T]:
+    """Return every rank's value, by rank; something small that can be pickled."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def collect_failures(failure: BaseException | None) -> list[str]:
+    """Return what went wrong on any rank, the same list on all ranks, which wait for each other here.
+
+    Args:
+        failure: this rank's, or None.
+    """
+    shown = None if failure is None else f"{type(failure).__name__}: {failure}"
+    return [f"rank {number}: {text}" for number, text in enumerate(collect(shown)) if text is not None]
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,11 +16,15 @@ from typing import Any
 from trustratio.recipes.recipe_errors import RecipeError, unknown_name
 
 PRECISIONS = ("auto", "fp32", "bf16")
+SHAPES = ("polynomial", "exponential")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the BERT encoder. `max_positions` stays at 512 so that a later phase can use longer sequences."""
+    """Shape of the BERT encoder. `max_positions` stays at 512 so that a later phase can use longer sequences.
+
+    `initial_weights` is a folder in transformers' format whose weights training starts from; None: random ones.
+    """
 
     layers: int = 2
     hidden: int = 128
@@ -27,14 +32,31 @@ class ModelConfig:
     intermediate: int = 512
     max_positions: int = 512
     dropout: float = 0.0
+    initial_weights: str | None = None
+
+
+MODEL_SIZES: dict[str, dict[str, int]] = {
+    name: {"layers": layers, "hidden": hidden, "heads": hidden // 64, "intermediate": 4 * hidden}
+    for name, layers, hidden in (
+        ("tiny", 2, 128),
+        ("mini", 4, 256),
+        ("small", 4, 512),
+        ("medium", 8, 512),
+        ("base", 12, 768),
+        ("large", 24, 1024),
+    )
+}
+"""Sizes by name: base and large of Devlin et al. 2018 (arXiv 1810.04805), the rest of Turc et al. 2019 (1908.08962)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Text, tokenizer, packing and masking.
 
-    `sources` holds files, globs and `hf:NAME` data sets; empty means the documentation of the installed packages.
+    `sources` holds files, globs, `hf:NAME` data sets, or one folder that `prepare` wrote; empty means the
+    documentation of the installed packages.
     `tokenizer` is a local path or a hub name; None trains a WordPiece vocabulary of `vocabulary` tokens on the text.
+    `workers` processes per rank read and mask ahead; None: up to two where there is an accelerator, none on a CPU.
     `validation_fraction` is a share of the documents, `validation_sequences` the most rows that a validation reads.
     """
 
@@ -46,6 +68,7 @@ class DataConfig:
     mask_probability: float = 0.15
     validation_fraction: float = 0.02
     validation_sequences: int = 2048
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,19 +83,62 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then polynomial decay of `degree` to `final` times the peak learning rate.
+    """Learning rate over the updates of a phase.
 
-    `warmup` below 1 is a fraction of the steps, from 1 on a number of steps.
+    shape "polynomial": linear warm-up, a plateau of `constant`, then polynomial decay of `degree` to `final` times the
+    peak. `decay_from_start` counts the decay from the phase's first update on, so that the warm-up hides its beginning;
+    `warmup_start` is the update that the warm-up counts from (negative: it begins part of the way up).
+
+    shape "exponential": quadratic warm-up, then the rate falls by the factor `decay_rate` every `decay_steps` updates
+    (DeepSpeed's EE).
+
+    `warmup` and `constant` below 1 are fractions of the steps, from 1 on numbers of steps. `offset` is added to the
+    learning rate at every update.
     """
 
+    shape: str = "polynomial"
     warmup: float = 0.1
+    warmup_start: int = 0
+    constant: float = 0.0
     degree: float = 1.0
     final: float = 0.0
+    decay_from_start: bool = False
+    decay_rate: float = 0.9
+    decay_steps: float = 250.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class PhaseTwoConfig:
+    """A second phase with longer sequences, after `training.steps` updates; `steps` = 0 means there is none.
+
+    What it takes over from the first phase is explicit: weights always; the optimizer's moments if `keep_moments`; its
+    count of updates, which bias correction uses, begins anew if `reset_step`. With `reset_schedule` the learning rate
+    begins anew too: `lr`, `warmup`, `constant`, `decay_steps` and `offset` are the second phase's, everything else of
+    `schedule` holds for both. Without it, one schedule goes over the updates of both phases and these five are unused.
+    """
+
+    steps: int = 0
+    sequence_length: int = 128
+    global_batch: int = 192
+    micro_batch: int = 24
+    lr: float = 0.01
+    warmup: float = 0.1
+    constant: float = 0.0
+    decay_steps: float = 250.0
+    offset: float = 0.0
+    keep_moments: bool = True
+    reset_step: bool = True
+    reset_schedule: bool = True
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Batch in sequences, number of optimizer steps (the schedule's length), precision, ZeRO stage and seed."""
+    """Batch in sequences, number of optimizer steps (the schedule's length), precision, ZeRO stage and seed.
+
+    `compile` runs the model through torch.compile; `activation_checkpointing` keeps only each encoder layer's input and
+    computes the rest again in backward.
+    """
 
     global_batch: int = 512
     micro_batch: int = 64
@@ -81,17 +147,27 @@ class TrainingConfig:
     zero_stage: int = 1
     gradient_clipping: float = 1.0
     seed: int = 1
+    compile: bool = False
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How often, in steps, a run logs, prints, validates and writes checkpoints (0: only at the end)."""
+    """How often, in steps, a run logs, prints, validates and writes checkpoints (0: only at the end).
 
-    log_every: int = 1
+    Every step is logged; `log_every` is how many steps' values are brought from the device together. `loggers` are
+    "tensorboard" and "wandb", besides metrics.jsonl. `noise_scale` measures the gradient noise scale. `peak_tflops` is
+    what one device can do at most, for the utilisation; None: from a table of devices.
+    """
+
+    log_every: int = 10
     print_every: int = 10
     validate_every: int = 20
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    loggers: tuple[str, ...] = ()
+    noise_scale: bool = False
+    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +180,7 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
+    phase_two: PhaseTwoConfig = PhaseTwoConfig()
     run: RunConfig = RunConfig()
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,21 +280,49 @@ def check_ranges(config: RecipeConfig) -> None:
     limit = config.model.max_positions
     _require(config, "data.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
     _require(config, "data.mask_probability", lambda v: 0 < v < 1, "above 0 and below 1")
+    _require(config, "data.workers", lambda v: v is None or v >= 0, "0 (none) or more")
     _require(config, "data.validation_fraction", lambda v: 0 < v < 1, "above 0 and below 1")
     _require(config, "model.dropout", lambda v: 0 <= v < 1, "0 to below 1")
     _require(config, "optimizer.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "optimizer.weight_decay", lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
+    _require(config, "schedule.shape", lambda v: v in SHAPES, ", ".join(SHAPES))
     _require(config, "schedule.warmup", lambda v: 0 <= v <= config.training.steps, "0 to training.steps")
+    _require(config, "schedule.warmup_start", lambda v: v <= 0, "0 or less: updates of warm-up that lie before the run")
+    _require(config, "schedule.constant", lambda v: 0 <= v <= config.training.steps, "0 to training.steps")
     _require(config, "schedule.degree", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "schedule.final", lambda v: 0 <= v <= 1, "0 to 1")
+    _require(config, "schedule.decay_rate", lambda v: 0 < v <= 1, "above 0, at most 1")
+    _require(config, "schedule.decay_steps", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
+    _require(config, "schedule.offset", lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
+    if config.schedule.decay_from_start and config.schedule.constant:
+        raise RecipeError(
+            f"schedule.constant={config.schedule.constant} and schedule.decay_from_start contradict each other: a "
+            "decay that counts from the start has no plateau; set one of them"
+        )
     _require(config, "training.zero_stage", lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3")
     _require(config, "training.gradient_clipping", lambda v: v >= 0, "0 (no clipping) or more")
     _require(config, "training.precision", lambda v: v in (*PRECISIONS, "fp16"), ", ".join(PRECISIONS))
+    _require(config, "run.peak_tflops", lambda v: v is None or v > 0, "above 0, or null: from a table of devices")
     if config.model.hidden % config.model.heads:
         raise RecipeError(
             f"model.hidden={config.model.hidden} is not divisible by model.heads={config.model.heads}; "
             "each head takes an equal share of the hidden size"
         )
+    if config.phase_two.steps:
+        _check_phase_two(config)
+
+
+def _check_phase_two(config: RecipeConfig) -> None:
+    limit, steps = config.model.max_positions, config.phase_two.steps
+    _require(config, "phase_two.steps", lambda v: v >= 0, "0 (no second phase) or more")
+    _require(config, "phase_two.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
+    _require(config, "phase_two.global_batch", lambda v: v >= 1, "at least 1")
+    _require(config, "phase_two.micro_batch", lambda v: v >= 1, "at least 1")
+    _require(config, "phase_two.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
+    _require(config, "phase_two.warmup", lambda v: 0 <= v <= steps, "0 to phase_two.steps")
+    _require(config, "phase_two.constant", lambda v: 0 <= v <= steps, "0 to phase_two.steps")
+    _require(config, "phase_two.decay_steps", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
+    _require(config, "phase_two.offset", lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
 
 
 def _require(config: RecipeConfig, key: str, allowed: Any, description: str) -> None:
@@ -228,6 +333,8 @@ def _require(config: RecipeConfig, key: str, allowed: Any, description: str) -> 
 
 
 def _read_value(text: str) -> Any:
+    if re.fullmatch(r"\[\s*[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*\s*\]", text):  # a list of words needs no quotes
+        return [word.strip() for word in text[1:-1].split(",")]
     try:
         return json.loads(text)
     except ValueError:
@@ -247,6 +354,8 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
         return tuple(value)
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
+    if expected is bool and isinstance(value, bool):
+        return value
     if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if expected is int and not isinstance(value, bool) and isinstance(value, int | float) and int(value) == value:

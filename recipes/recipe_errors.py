@@ -10,6 +10,10 @@ class RecipeError(ValueError):
     """Bad input found before training started. The message is for the person who typed it; no traceback is shown."""
 
 
+class TrainingFailure(RuntimeError):
+    """A run that had begun cannot go on, and all ranks know. What was saved is whole and is named to the user."""
+
+
 def unknown_name(what: str, given: str, known: Iterable[str]) -> RecipeError:
     """Make the error for a name that is not in `known`, with the nearest names first and then all of them.
 

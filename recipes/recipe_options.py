@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides, is_override, load_config, set_field
+from trustratio.recipes.recipe_config import (
+    MODEL_SIZES,
+    RecipeConfig,
+    apply_overrides,
+    is_override,
+    load_config,
+    set_field,
+)
 from trustratio.recipes.recipe_errors import RecipeError, unknown_name
-from trustratio.recipes.recipe_presets import DEFAULT_PRESET, PRESETS, get_preset
+from trustratio.recipes.recipe_presets import DEFAULT_PRESET, PRESETS, TWIN_SIZES, get_preset
 from trustratio.recipes.run_folder import CONFIG, find_checkpoint, run_of
 
 # flag -> (section, field, type, help); a flag is a short name for a dotted override
@@ -46,6 +53,7 @@ class Invocation:
         max_steps: stop after this many updates in all; the schedule keeps its length.
         overwrite: replace what the output folder holds.
         dry_run: check and print everything, then stop before reading data.
+        list_presets: print the presets and do nothing else.
     """
 
     config: RecipeConfig
@@ -56,6 +64,7 @@ class Invocation:
     max_steps: int | None
     overwrite: bool
     dry_run: bool
+    list_presets: bool = False
 
 
 def parse_command_line(arguments: Sequence[str]) -> Invocation:
@@ -75,6 +84,8 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     overrides = [text for text in options.data or [] if is_override(text)] + rest
     checkpoint = find_checkpoint(Path(options.resume)) if options.resume else None
     config = _base(options.preset, checkpoint)
+    if options.model is not None:
+        config = _sized(config, options.model)
     given = {text.partition("=")[0].strip() for text in overrides}
     if options.data is not None:
         if not sources:
@@ -98,6 +109,7 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
         max_steps=options.max_steps,
         overwrite=options.overwrite,
         dry_run=options.dry_run,
+        list_presets=options.list_presets,
     )
 
 
@@ -107,6 +119,14 @@ def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
     if checkpoint is not None:
         return load_config(run_of(checkpoint) / CONFIG)
     return get_preset(DEFAULT_PRESET)
+
+
+def _sized(config: RecipeConfig, size: str) -> RecipeConfig:
+    if size not in MODEL_SIZES:
+        raise unknown_name("model size", size, MODEL_SIZES)
+    for name, value in MODEL_SIZES[size].items():
+        config = set_field(config, "model", name, value)
+    return config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,17 +141,22 @@ def _known_flags() -> list[str]:
 
 
 def _parser() -> _Parser:
-    presets = "\n".join(f"  {name}: {preset.description}" for name, preset in PRESETS.items())
+    shown = {name: preset for name, preset in PRESETS.items() if preset.twin_of is None}
+    presets = "\n".join(f"  {name}: {preset.description}" for name, preset in shown.items())
+    sizes = ", ".join(f"-{size} ({scale.runs_on})" for size, scale in TWIN_SIZES.items())
     parser = _Parser(
         prog="deepspeed [--num_gpus N] recipes/bert.py",
         description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO. "
         "Besides the options, any number of overrides section.field=value, e.g. model.layers=4.",
-        epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\n\nExit status of a rank: 0 when finished, or "
-        "stopped by a signal with a checkpoint written; 2 for bad input.",
+        epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\nScaled-down twins of the published ones: append "
+        f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 2 for "
+        "bad input; 3 when training could not go on (NaN, full disk).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--preset", help="named configuration")
+    parser.add_argument("--list_presets", action="store_true", help="print all presets with their sources, and stop")
+    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
     parser.add_argument("--data", nargs="+", metavar="SOURCE", help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT]")
     for flag, (_, _, kind, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=text)

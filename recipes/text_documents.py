@@ -1,17 +1,38 @@
-"""Documents from files, globs and Hugging Face data sets."""
+"""Documents from files, globs and Hugging Face data sets, one at a time."""
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import glob
+import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trustratio.recipes.recipe_errors import RecipeError
 
 _DOCUMENT_CHARACTERS = 4000
 HUB_PREFIX = "hf:"
+_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def _open_zstandard(path: Path, mode: str) -> io.BufferedIOBase:
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+_DECOMPRESSORS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstandard,
+}
 
 
 def expand_sources(sources: Sequence[str]) -> list[str]:
@@ -28,7 +49,10 @@ def expand_sources(sources: Sequence[str]) -> list[str]:
         matches = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
         files = [match for match in matches if not Path(match).is_dir()]
         if not files and Path(source).is_dir():
-            raise RecipeError(f"--data {source!r} is a folder; give files or a glob, e.g. {source.rstrip('/')}/*.txt")
+            raise RecipeError(
+                f"--data {source!r} is a folder; give files or a glob, e.g. {source.rstrip('/')}/*.txt, or a folder "
+                "that `prepare` has written"
+            )
         if not files:
             raise RecipeError(f"--data {source!r} matches no file; give files, globs, or {HUB_PREFIX}NAME")
         for file in files:
@@ -38,24 +62,39 @@ def expand_sources(sources: Sequence[str]) -> list[str]:
 
 
 def read_documents(sources: Iterable[str], text_column: str) -> Iterator[str]:
-    """Yield the documents of expanded sources in order.
+    """Yield the documents of expanded sources in order; see `read_source`."""
+    for source in sources:
+        yield from read_source(source, text_column)
+
+
+def read_source(source: str, text_column: str) -> Iterator[str]:
+    """Yield the documents of one file or `hf:` data set in order, holding one document at a time.
 
     .jsonl and .json hold one JSON object per line, .parquet a table, both with the text in `text_column`; anything
     else is UTF-8 text, in which runs of paragraphs (separated by blank lines) make up documents of about
-    4,000 characters.
+    4,000 characters. Text and JSON Lines may be compressed: .gz, .bz2, .xz, .zst. A data set is streamed.
 
     Raises:
         RecipeError: unreadable or malformed data, named with its file and line; a missing column (columns listed).
     """
-    for source in sources:
-        if source.startswith(HUB_PREFIX):
-            yield from _read_hub(source.removeprefix(HUB_PREFIX), text_column)
-        elif source.endswith((".jsonl", ".json")):
-            yield from _read_json_lines(Path(source), text_column)
-        elif source.endswith(".parquet"):
-            yield from _read_parquet(Path(source), text_column)
-        else:
-            yield from _read_text(Path(source))
+    if source.startswith(HUB_PREFIX):
+        yield from _read_hub(source.removeprefix(HUB_PREFIX), text_column)
+        return
+    path = Path(source)
+    kind = Path(path.stem).suffix if path.suffix in _DECOMPRESSORS else path.suffix
+    if kind in (".jsonl", ".json"):
+        yield from _read_json_lines(path, text_column)
+    elif kind == ".parquet":
+        yield from _read_parquet(path, text_column)
+    else:
+        yield from _read_text(path)
+
+
+def _open_text(path: Path) -> TextIO:
+    """Open a plain or compressed UTF-8 file."""
+    if path.suffix in _DECOMPRESSORS:
+        return io.TextIOWrapper(_DECOMPRESSORS[path.suffix](path, "rb"), encoding="utf-8")
+    return path.open(encoding="utf-8")
 
 
 def _check_readable(file: str) -> None:
@@ -84,7 +123,7 @@ def _read_text(path: Path) -> Iterator[str]:
 def _paragraphs(path: Path) -> Iterator[str]:
     lines: list[str] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with _open_text(path) as file:
             for line in file:
                 if line.strip():
                     lines.append(line.rstrip())
@@ -95,15 +134,15 @@ def _paragraphs(path: Path) -> Iterator[str]:
         raise RecipeError(
             f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); text, .jsonl and .parquet can be read"
         ) from error
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
+    except _READ_ERRORS as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
     if lines:
         yield "\n".join(lines)
 
 
 def _read_json_lines(path: Path, column: str) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with _open_text(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _text_of(json.loads(line), column, f"{path}, line {number}")
@@ -111,8 +150,8 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
         raise
     except ValueError as error:
         raise RecipeError(f"{path} is not JSON Lines (one object per line): {error}") from error
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
+    except _READ_ERRORS as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
 
 
 def _text_of(record: Any, column: str, where: str) -> str:
@@ -143,18 +182,30 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _read_hub(name: str, column: str) -> Iterator[str]:
-    """Read `NAME`, `NAME:CONFIGURATION`, either with `@SPLIT` (default: train)."""
+    """Stream `NAME`, `NAME:CONFIGURATION`, either with `@SPLIT` (default: train)."""
     import datasets
 
     path, _, split = name.partition("@")
     path, _, configuration = path.partition(":")
+    with _hub_errors(name):
+        data = iter(datasets.load_dataset(path, configuration or None, split=split or "train", streaming=True))
+    while True:
+        with _hub_errors(name):
+            record = next(data, None)
+        if record is None:
+            return
+        if column not in record:
+            raise RecipeError(f"data set {name!r} has no column {column!r}; {_column_hint(list(record))}")
+        if record[column]:
+            yield str(record[column])
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
     try:
-        data = datasets.load_dataset(path, configuration or None, split=split or "train")
+        yield
     except Exception as error:  # the hub client raises many unrelated classes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
             f"cannot load the Hugging Face data set {name!r}: {reason[0]} (without a network, give files with --data)"
         ) from error
-    if column not in data.column_names:
-        raise RecipeError(f"data set {name!r} has no column {column!r}; {_column_hint(data.column_names)}")
-    yield from (str(record[column]) for record in data if record[column])

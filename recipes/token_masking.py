@@ -12,23 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trustratio.recipes.wordpiece_vocabulary import Vocabulary
+
 VALIDATION_EPOCH = 2**63 - 1
 """Epoch number that validation masks are drawn with: fixed, and never reached by training."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SHARE_MASK, _SHARE_RANDOM = 0.8, 0.1
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What masking needs to know of a tokenizer.
-
-    `ordinary` holds the ids that are not special: only they are masked, and random replacements are drawn from them.
-    """
-
-    mask_id: int
-    special: NDArray[np.int64]
-    ordinary: NDArray[np.int64]
 
 
 @dataclass
@@ -60,17 +50,27 @@ def splitmix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return z ^ (z >> np.uint64(31))
 
 
-def hashed_bits(seed: int, epoch: int, rows: NDArray[np.int64], length: int, draw: int) -> NDArray[np.uint64]:
-    """Return one 64-bit hash per (row, position); `draw` separates several draws at the same position."""
+def _position_keys(seed: int, epoch: int, rows: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
+    """Return one 64-bit hash per (row, position)."""
     key = splitmix64(np.asarray([seed % 2**64], dtype=np.uint64))
     key = splitmix64(key ^ np.uint64(epoch % 2**64))
     keys = splitmix64(key ^ rows.astype(np.uint64))[:, None]
-    return splitmix64(splitmix64(keys ^ np.arange(length, dtype=np.uint64)[None, :]) ^ np.uint64(draw))
+    return splitmix64(keys ^ np.arange(length, dtype=np.uint64)[None, :])
+
+
+def _draw(keys: NDArray[np.uint64], draw: int) -> NDArray[np.uint64]:
+    """Return 64 random-looking bits per key; `draw` separates several draws at the same position."""
+    return splitmix64(keys ^ np.uint64(draw))
+
+
+def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return float64 in [0, 1), from the 53 high bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def hashed_uniform(seed: int, epoch: int, rows: NDArray[np.int64], length: int, draw: int) -> NDArray[np.float64]:
-    """Return float64 (rows, length) in [0, 1), from the 53 high bits of the hash."""
-    return (hashed_bits(seed, epoch, rows, length, draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    """Return float64 (rows, length) in [0, 1): the numbers that decide on masks (draw 0) and replacements (1)."""
+    return _uniform(_draw(_position_keys(seed, epoch, rows, length), draw))
 
 
 def mask_sequences(
@@ -91,17 +91,16 @@ def mask_sequences(
         vocabulary: ids that may not be chosen, and the replacements.
         probability: share of the ordinary tokens that are predicted.
     """
-    length = tokens.shape[1]
-    chosen = hashed_uniform(seed, epoch, rows, length, 0) < probability
-    chosen &= ~np.isin(tokens, vocabulary.special)
-    action = hashed_uniform(seed, epoch, rows, length, 1)
-    drawn = hashed_bits(seed, epoch, rows, length, 2) % np.uint64(len(vocabulary.ordinary))
-    masked = np.where(chosen & (action < _SHARE_MASK), vocabulary.mask_id, tokens)
-    replace = chosen & (action >= _SHARE_MASK) & (action < _SHARE_MASK + _SHARE_RANDOM)
-    masked = np.where(replace, vocabulary.ordinary[drawn.astype(np.int64)], masked)
-    positions = np.flatnonzero(chosen)
-    return MaskedBatch(
-        torch.from_numpy(masked.astype(np.int64)),
-        torch.from_numpy(positions.astype(np.int64)),
-        torch.from_numpy(tokens.reshape(-1)[positions].astype(np.int64)),
+    keys = _position_keys(seed, epoch, rows, tokens.shape[1])
+    special = np.zeros(int(max(tokens.max(initial=0), vocabulary.special.max(initial=0))) + 1, dtype=bool)
+    special[vocabulary.special] = True
+    positions = np.flatnonzero((_uniform(_draw(keys, 0)) < probability) & ~special[tokens])
+    labels = tokens.reshape(-1)[positions]
+    keys = keys.reshape(-1)[positions]  # the other two draws matter at the chosen positions alone
+    action = _uniform(_draw(keys, 1))
+    drawn = vocabulary.ordinary[(_draw(keys, 2) % np.uint64(len(vocabulary.ordinary))).astype(np.int64)]
+    masked = tokens.astype(np.int64)
+    masked.reshape(-1)[positions] = np.where(
+        action < _SHARE_MASK, vocabulary.mask_id, np.where(action < _SHARE_MASK + _SHARE_RANDOM, drawn, labels)
     )
+    return MaskedBatch(torch.from_numpy(masked), torch.from_numpy(positions), torch.from_numpy(labels.astype(np.int64)))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trustratio.recipes import rank_agreement
+from trustratio.recipes.batch_feed import BatchFeed
 from trustratio.recipes.global_batch import BatchPlan
+from trustratio.recipes.metric_loggers import MetricLogger
 from trustratio.recipes.packed_sequences import MaskedRows
 from trustratio.recipes.progress_display import TrainingBar
 from trustratio.recipes.recipe_config import RunConfig
-from trustratio.recipes.run_folder import MetricsLog
+from trustratio.recipes.recipe_errors import TrainingFailure
+from trustratio.recipes.step_metrics import StepMetrics
 from trustratio.recipes.token_masking import MaskedBatch
 from trustratio.recipes.training_engines import TrainingEngine
 
@@ -50,7 +56,8 @@ def accumulate_step(
     arrived = _mark(engine.device)
     normaliser = totals[0].clamp(min=1.0).float()
     loss_sum = torch.zeros((), device=engine.device)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        engine.begin_micro_batch(last=number == len(batches))
         loss, _ = engine.loss(batch.to(engine.device))
         loss = loss / normaliser
         loss_sum += loss.detach()
@@ -76,7 +83,7 @@ def validate(engine: TrainingEngine, batches: list[MaskedBatch]) -> tuple[float,
 
 @dataclass
 class TrainingLoop:
-    """Trains from one step to another and reports; every rank runs it in step.
+    """Trains from one step of a phase to another and reports; every rank runs it in step.
 
     Attributes:
         engine: wrapped model and optimizer.
@@ -86,10 +93,14 @@ class TrainingLoop:
         config: how often to log, validate and write checkpoints.
         seed: of the run.
         unigram_entropy: baseline, logged next to the validation loss.
-        metrics: log on the first rank.
+        step_metrics: measures every update.
+        metrics: takes the records.
         display: progress on the first rank.
         checkpoint: writes a checkpoint of the given step (collective).
         stop_requested: asks whether this rank should stop.
+        phase_first: updates done before the phase that the loop trains.
+        sequences_before: sequences read before it.
+        data_workers: processes that make the batches of this rank ahead of time; 0: made when they are needed.
     """
 
     engine: TrainingEngine
@@ -99,16 +110,16 @@ class TrainingLoop:
     config: RunConfig
     seed: int
     unigram_entropy: float
-    metrics: MetricsLog
+    step_metrics: StepMetrics
+    metrics: MetricLogger
     display: TrainingBar
     checkpoint: Callable[[int], Any]
     stop_requested: Callable[[], bool]
-    _pending: list[dict[str, Any]] = field(default_factory=list)
-    _losses: list[torch.Tensor] = field(default_factory=list)
+    phase_first: int = 0
+    sequences_before: int = 0
+    data_workers: int = 0
     _first: int = 0
     _started_at: float = 0.0
-    _logged_step: int = 0
-    _logged_at: float = 0.0
 
     def run(self, first: int, last: int) -> tuple[int, bool]:
         """Do the updates first + 1 .. last.
@@ -116,54 +127,82 @@ class TrainingLoop:
         Returns:
             The number of updates done in all, and whether a request to stop ended the run before `last`.
         """
+        feed = BatchFeed(
+            self.training_rows,
+            self.plan,
+            self.engine.rank,
+            first - self.phase_first,
+            last - self.phase_first,
+            self.data_workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        with contextlib.closing(feed):
+            self._require_data(feed)
+            step, stopped = self._train(first, last, feed)
+            self._require_data(feed)
+        return step, stopped
+
+    def _train(self, first: int, last: int, feed: BatchFeed) -> tuple[int, bool]:
         self._mark_time(first)
         saved = first
         step, stopped = first, False
         while step < last and not stopped:
-            stopped = self._update(step)
+            stopped = self._update(step, feed)
             step += 1
             if step == last or stopped or step % self.config.log_every == 0:
                 self._log(step, last)
             if step == last or _due(step, self.config.validate_every):
                 self._validate(step)
             if not stopped and step < last and _due(step, self.config.checkpoint_every):
-                self.checkpoint(step)
+                self._checkpoint(step, last)
                 saved = step
         if saved != step:
-            self.checkpoint(step)
+            self._checkpoint(step, last)
         return step, stopped and step < last
 
-    def _update(self, step: int) -> bool:
+    def _checkpoint(self, step: int, last: int) -> None:
+        """Write a checkpoint, of a state that can be continued only."""
+        self._log(step, last)  # raises if a loss since the last log was not finite
+        # The last update has no loss yet that would show what it did to the weights.
+        with self.step_metrics.not_training():
+            loss, _ = validate(self.engine, self.validation_batches[:1])
+        if not math.isfinite(loss):
+            raise TrainingFailure(
+                f"after the update of step {step} the loss on held-out text is {loss}; no checkpoint of it was written"
+            )
+        self.checkpoint(step)
+
+    def _require_data(self, feed: BatchFeed) -> None:
+        """Raise on all ranks if one of them cannot read the data of its next step."""
+        broken = self.engine.sum_over_ranks(torch.tensor([float(feed.failure is not None)]))
+        if broken.item():
+            raise TrainingFailure("; ".join(rank_agreement.collect_failures(feed.failure)))
+
+    def _update(self, step: int, feed: BatchFeed) -> bool:
         seed_step(self.seed, step, self.engine.rank)
-        batches = self.training_rows.step_batches(step, self.plan, self.engine.rank)
+        batches = feed.take()
         learning_rate = self.engine.learning_rate()
-        loss, totals = accumulate_step(self.engine, batches, self.stop_requested())
-        self._losses.append(loss)
-        self._pending.append({"kind": "train", "step": step + 1, "lr": learning_rate, "masked_tokens": int(totals[0])})
+        loss, totals = accumulate_step(self.engine, batches, self.stop_requested() or feed.failure is not None)
+        read = self.sequences_before + (step + 1 - self.phase_first) * self.plan.sequences
+        length = self.training_rows.rows.shape[1]
+        self.step_metrics.add(step + 1, read, self.plan, length, learning_rate, loss, int(totals[0]), feed.wait_seconds)
         return bool(totals[1] > 0)
 
     def _log(self, step: int, last: int) -> None:
-        losses = self.engine.sum_over_ranks(torch.stack(self._losses)).tolist()
-        ratios = self.engine.trust_ratios()
-        seconds = max(time.perf_counter() - self._logged_at, 1e-9)
-        rate = (step - self._logged_step) * self.plan.sequences / seconds
-        for record, loss in zip(self._pending, losses, strict=True):
-            record["loss"] = loss
-            record["sequences"] = record["step"] * self.plan.sequences
-            record["sequences_per_second"] = rate
-            record["tokens_per_second"] = rate * self.training_rows.rows.shape[1]
-        self._pending[-1]["gradient_norm"] = self.engine.gradient_norm()
-        self._pending[-1]["trust_ratios"] = ratios
-        for record in self._pending:
+        records = self.step_metrics.fetch()
+        if not records:
+            return
+        for record in records:
             self.metrics.write(record)
         per_step = (time.perf_counter() - self._started_at) / (step - self._first)
-        self.display.update(self._pending[-1], per_step * (last - step))
-        self._pending, self._losses = [], []
-        self._logged_at, self._logged_step = time.perf_counter(), step
+        self.display.update(records[-1], per_step * (last - step))
+        broken = next((record for record in records if not math.isfinite(record["loss"])), None)
+        if broken is not None:
+            raise TrainingFailure(f"the loss became {broken['loss']} at step {broken['step']}")
 
     def _validate(self, step: int) -> None:
-        began = time.perf_counter()
-        loss, accuracy = validate(self.engine, self.validation_batches)
+        with self.step_metrics.not_training():
+            loss, accuracy = validate(self.engine, self.validation_batches)
         self.metrics.write(
             {
                 "kind": "validation",
@@ -177,11 +216,11 @@ class TrainingLoop:
             f"step {step}: validation loss {loss:.4f} (unigram entropy {self.unigram_entropy:.4f}), "
             f"masked accuracy {accuracy:.2%}"
         )
-        self._logged_at += time.perf_counter() - began  # not part of the training throughput
 
     def _mark_time(self, step: int) -> None:
-        self._started_at = self._logged_at = time.perf_counter()
-        self._first = self._logged_step = step
+        self._started_at = time.perf_counter()
+        self._first = step
+        self.step_metrics.begin()
 
 
 def _due(step: int, every: int) -> bool:

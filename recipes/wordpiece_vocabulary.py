@@ -8,15 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 
 from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.token_masking import Vocabulary
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _NEEDED = ("cls", "sep", "mask")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What masking needs to know of a tokenizer.
+
+    `ordinary` holds the ids that are not special: only they are masked, and random replacements are drawn from them.
+    """
+
+    mask_id: int
+    special: NDArray[np.int64]
+    ordinary: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,15 +57,9 @@ class TextTokenizer:
         """Hash of the whole tokenizer: model, vocabulary and normalisation."""
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
 
-    def vocabulary(self) -> Vocabulary:
-        """Return the ids in the form that masking takes."""
-        special = np.asarray(sorted(self.special_ids), dtype=np.int64)
-        ordinary = np.setdiff1d(np.arange(self.size, dtype=np.int64), special)
-        return Vocabulary(self.mask_id, special, ordinary)
-
     def encode(self, documents: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each document, without special tokens."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(documents, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)]
 
 
 def train_wordpiece(documents: Iterable[str], size: int) -> TextTokenizer:

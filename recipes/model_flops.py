@@ -1,0 +1,85 @@
+"""Floating-point operations of a BERT update, and what devices can do at most.
+
+A multiplication and an addition count as two. Backward costs twice the forward pass. Recomputation under activation
+checkpointing is not counted: model FLOP/s tell what the model needed, not what the device did (Chowdhery et al. 2022,
+arXiv 2204.02311, appendix B). Embedding look-ups, norms, softmax and the optimizer are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Forward and backward operations of an encoder with a masked-token head.
+
+        per token             3 L (8 H^2 + 4 H I + 4 S H)
+        per predicted token   3 (2 H^2 + 2 H V)
+
+    8 H^2: query, key, value and output; 4 H I: the feed-forward pair; 4 S H: scores and their weighted sum. With I = 4H
+    the first is 3 L (24 H^2 + 4 S H).
+
+    Attributes:
+        layers: L.
+        hidden: H.
+        intermediate: I.
+        vocabulary: V, rows of the output projection.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    def update(self, tokens: int, predicted: int, length: int) -> float:
+        """Return the operations of an update over all ranks.
+
+        Args:
+            tokens: in the global batch.
+            predicted: those whose logits are computed.
+            length: S, tokens per sequence.
+        """
+        encoder = self.layers * self.hidden * (8 * self.hidden + 4 * self.intermediate + 4 * length)
+        head = 2 * self.hidden * (self.hidden + self.vocabulary)
+        return 3.0 * (tokens * encoder + predicted * head)
+
+
+# Dense peaks in TFLOP/s from the manufacturers' data sheets, (16-bit matrix units, fp32 without them). The first name
+# that a device's own contains decides.
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("H200", 989.0, 67.0),
+    ("H100 PCIe", 756.0, 51.0),
+    ("H100 NVL", 835.0, 60.0),
+    ("H100", 989.0, 67.0),
+    ("A100", 312.0, 19.5),
+    ("L40S", 362.0, 91.6),
+    ("A40", 149.7, 37.4),
+    ("A10G", 70.0, 35.0),
+    ("A10", 125.0, 31.2),
+    ("L4", 121.0, 30.3),
+    ("V100", 125.0, 15.7),
+    ("T4", 65.0, 8.1),
+)
+
+
+def device_peak(name: str, precision: str) -> float | None:
+    """Return a device's peak in FLOP/s by the name that torch reports; None if it is not in the table.
+
+    Args:
+        name: e.g. "NVIDIA H100 80GB HBM3".
+        precision: "bf16", "fp16" or "fp32".
+    """
+    for known, half, single in _PEAKS:
+        if known in name:
+            return 1e12 * (single if precision == "fp32" else half)
+    return None
+
+
+def peak_of(device: torch.device, precision: str, given: float | None) -> float | None:
+    """Return the peak in FLOP/s of one device: `given` in TFLOP/s if it is, else from the table; None if unknown."""
+    if given is not None:
+        return 1e12 * given
+    return device_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
