@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
-import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-import torch.multiprocessing
+
+from benchmarks.ranks import run_on_ranks
 
 RANKS = 2
 STEPS = 5
@@ -106,40 +105,17 @@ def train(optimizer_name: str, stage: int) -> dict[str, float]:
     return moved
 
 
-def run_rank(rank: int, port: int, answer: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_SIZE=str(RANKS),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel("ERROR")
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", verbose=False)
-    moved = {name: {stage: train(name, stage) for stage in STAGES} for name in ("textbook", "trustratio")}
-    if rank == 0:
-        Path(answer).write_text(json.dumps(moved))
+def train_all() -> dict[str, dict[int, dict[str, float]]]:
+    """Every variant on this rank."""
+    return {name: {stage: train(name, stage) for stage in STAGES} for name in ("textbook", "trustratio")}
 
 
 def measure() -> dict[str, Any]:
     """Train all variants in two processes and relate each layer's movement to the unsharded run's."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        answer = str(Path(folder) / "moved.json")
-        torch.multiprocessing.spawn(run_rank, (port, answer), nprocs=RANKS)
-        moved = json.loads(Path(answer).read_text())
+    moved = run_on_ranks(train_all, RANKS, deepspeed=True)
     ratios = {
         name: {
-            f"ZeRO-{stage}": {
-                layer: stages[str(stage)][layer] / size if size else 1.0 for layer, size in stages["0"].items()
-            }
+            f"ZeRO-{stage}": {layer: stages[stage][layer] / size if size else 1.0 for layer, size in stages[0].items()}
             for stage in STAGES[1:]
         }
         for name, stages in moved.items()

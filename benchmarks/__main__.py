@@ -1,0 +1,84 @@
+"""Measures steps beside other packages' and writes docs/benchmarks.json and docs/benchmarks.md.
+
+python -m benchmarks                      # everything, on a quiet machine: about 15 minutes on two cores
+python -m benchmarks bert-base statistics # some parts; the others keep their old numbers
+python -m benchmarks --smoke              # seconds, tiny sizes, writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import dense, growth, memory, sharded
+from benchmarks.contenders import dense_contenders
+from benchmarks.machine import copy_bandwidth, describe_machine
+from benchmarks.shapes import SHAPES, equal_layers
+from benchmarks.tables import PARTS, markdown
+
+OUTPUT = Path(__file__).parent.parent / "docs"
+ROUNDS = 15
+
+
+def measurements(device: str, *, smoke: bool) -> dict[str, Callable[[], Any]]:
+    """What each part runs, by its name."""
+    rounds = 2 if smoke else ROUNDS
+    base, large = (SHAPES["bert-tiny"],) * 2 if smoke else (SHAPES["bert-base"], SHAPES["bert-large"])
+    layer_counts = [10, 100] if smoke else [10, 100, 1000, 10_000]
+    sizes = [10**6] if smoke else [10**6, 10**7, 10**8, 10**9]
+    ranks = [1, 2] if smoke else [1, 2, 4, 8]
+    tiny = equal_layers(100, 1600) if smoke else equal_layers(10_000, 160_000)
+    elements = 10**6 if smoke else 1 << 24
+    contenders = [c for c in dense_contenders(device) if not (smoke and c.compiles)]
+    return {
+        "bert-base": lambda: dense.measure_dense(base, device, rounds, contenders),
+        "bert-large": lambda: dense.measure_dense(large, device, rounds, contenders),
+        "tiny-layers": lambda: dense.measure_dense(tiny, device, rounds, contenders),
+        "layers": lambda: growth.measure_growth_with_layers(layer_counts, elements, device, rounds),
+        "parameters": lambda: growth.measure_growth_with_parameters(sizes, device, max(2, rounds // 3)),
+        "ranks": lambda: sharded.measure_growth_with_ranks(ranks, [10, 100] if smoke else [10, 1000]),
+        "zero": lambda: sharded.measure_zero(rounds),
+        "rivals": lambda: sharded.measure_rivals(rounds),
+        "statistics": lambda: sharded.measure_statistics(max(2, rounds // 2), sequences=2 if smoke else 16),
+        "memory": lambda: memory.measure_memory(base, device, contenders),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"which of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing is written")
+    parser.add_argument("--out", type=Path, default=None, help="default: docs/benchmarks[_DEVICE].json and .md")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"unknown parts {', '.join(unknown)}; allowed are {', '.join(PARTS)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = options.out or OUTPUT / ("benchmarks.json" if options.device == "cpu" else "benchmarks_cuda.json")
+    results = json.loads(out.read_text()) if out.exists() and not options.smoke else {}
+    results["machine"] = {
+        **describe_machine(options.device),
+        "copy_gigabytes_per_second": round(copy_bandwidth(options.device, 1 << (20 if options.smoke else 27)) / 1e9, 1),
+    }
+    for name, measure in measurements(options.device, smoke=options.smoke).items():
+        if options.parts and name not in options.parts:
+            continue
+        results[name] = measure()
+        title, table = PARTS[name]
+        print(f"\n{title}\n\n{table(results[name])}", flush=True)
+        if not options.smoke:
+            out.write_text(json.dumps(results, indent=1) + "\n")
+            out.with_suffix(".md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""What a measurement was made on: stored with every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import quartiles, synchronize
+
+__all__ = ["available_memory", "copy_bandwidth", "describe_machine"]
+
+PACKAGES = ("torch", "deepspeed", "timm", "pytorch_optimizer", "triton", "apex")
+
+
+def describe_machine(device: str) -> dict[str, object]:
+    """Processor or GPU, threads, versions, and the load by others when the measurement began."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def copy_bandwidth(device: str, elements: int = 1 << 27, rounds: int = 9) -> float:
+    """Bytes per second, read and written, that copying fp32 tensors of `elements` gets; the median of `rounds`."""
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = []
+    for _ in range(rounds):
+        synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 8 * elements / quartiles(seconds)[1]
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can still be allocated."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if sys.platform == "linux":
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
+        flags = next((line for line in lines if line.startswith("flags")), "")
+        widest = next((name for name in ("avx512f", "avx2") if f" {name} " in f"{flags} "), "")
+        return ", ".join([*sorted(names), *([widest] if widest else [])])
+    return platform.processor() or platform.machine()

@@ -1,0 +1,144 @@
+"""Markdown tables of the results, one function per part; `docs/benchmarks.md` is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["PARTS", "markdown"]
+
+Rows = dict[str, Any]
+
+
+def markdown(results: Rows) -> str:
+    """The page of all parts that `results` holds."""
+    machine = results["machine"]
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("device",))
+    sections = [f"## {title}\n\n{table(results[name])}" for name, (title, table) in PARTS.items() if name in results]
+    head = (
+        "# Benchmarks\n\n"
+        "Made by `python -m benchmarks`; the numbers are in [benchmarks.json](benchmarks.json). All contenders of a "
+        "table ran in turn in one process (or one set of ranks); times are medians with quartiles, ratios are medians "
+        "of the ratios round by round.\n\n"
+        f"{machine['device']}; {facts}."
+    )
+    return "\n\n".join([head, *sections]) + "\n"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(head)
+    lines = [columns, ["---"] * len(columns), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _time(row: Rows) -> str:
+    return f"{row['milliseconds']:.1f} ({row['milliseconds_low']:.1f} to {row['milliseconds_high']:.1f})"
+
+
+def _ratio(row: Rows) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+
+
+def dense_table(part: Rows) -> str:
+    """Time and ratio of every contender."""
+    rows = part["rows"]
+    lines = sorted((r["milliseconds"], name) for name, r in rows.items() if "missing" not in r)
+    found = [[name, _time(rows[name]), _ratio(rows[name])] for _, name in lines]
+    absent = [[name, "–", r["missing"].splitlines()[0][:90]] for name, r in rows.items() if "missing" in r]
+    head = ("step", "milliseconds (quartiles)", "over torch AdamW fused (quartiles)")
+    return f"{part['elements']:,} parameters in {part['layers']:,} layers.\n\n{_table(head, found + absent)}"
+
+
+def layers_table(part: Rows) -> str:
+    """Milliseconds by number of layers."""
+    return _growth_table("layers", part)
+
+
+def parameters_table(part: Rows) -> str:
+    """Milliseconds by number of parameters."""
+    return _growth_table("parameters", part)
+
+
+def _growth_table(what: str, part: Rows) -> str:
+    names = list(next(p["rows"] for p in part.values() if "rows" in p))
+    lines = []
+    for size, measured in part.items():
+        rows = measured.get("rows", {})
+        missing = measured.get("missing", "–")
+        lines.append([f"{int(size):,}", *(_time(rows[n]) if "ratio" in rows.get(n, {}) else missing for n in names)])
+    return _table((what, *(f"{name}, ms" for name in names)), lines)
+
+
+def zero_table(part: Rows) -> str:
+    """Whole updates under ZeRO."""
+    lines = [
+        [sharding, name, _time(r), _ratio(r), str(r["collectives"]), f"{r['bytes']:,}"]
+        for sharding, rows in part.items()
+        for name, r in rows.items()
+    ]
+    head = ("sharding", "optimizer", "update, ms", "over AdamW", "collectives", "bytes per rank")
+    return _table(head, lines)
+
+
+def statistics_table(part: Rows) -> str:
+    """Whole updates with and without gradient statistics."""
+    lines = [
+        [sharding, name, _time(r), _ratio(r), str(r["collectives"]), f"{r['bytes']:,}"]
+        for sharding, rows in part["rows"].items()
+        for name, r in rows.items()
+    ]
+    head = ("sharding", "optimizer", "update, ms", "over LAMB", "collectives", "bytes per rank")
+    note = f"Accumulation {part['accumulation']}, {part['sequences_per_micro_batch']} sequences of 64 per micro-batch."
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def rivals_table(part: Rows) -> str:
+    """Exact sharded LAMBs."""
+    lines = [
+        [
+            name,
+            _time(r["optimizer_step"]),
+            _ratio(r["optimizer_step"]),
+            str(r["optimizer_collectives"]),
+            f"{r['optimizer_bytes']:,}",
+            _time(r),
+        ]
+        for name, r in part.items()
+    ]
+    head = ("", "step, ms", "over AdamW's", "collectives in it", "bytes in it", "whole update, ms")
+    return _table(head, lines)
+
+
+def ranks_table(part: Rows) -> str:
+    """Collectives and bytes of a LAMB step."""
+    lines = [
+        [ranks, f"{int(layers):,}", str(r["collectives"]), f"{r['bytes']:,}"]
+        for ranks, rows in part.items()
+        for layers, r in rows.items()
+    ]
+    return _table(("ranks", "layers", "collectives per step", "bytes per rank"), lines)
+
+
+def memory_table(part: Rows) -> str:
+    """Peak memory of a step."""
+    lines = [
+        [name, f"{r['bytes'] / 1e6:,.1f}" if "bytes" in r else "–", f"{r['bytes'] / part['elements']:.3f}"]
+        for name, r in part["rows"].items()
+        if "bytes" in r
+    ]
+    head = ("step", "MB above parameters, gradients and state", "bytes per parameter")
+    return f"{part['elements']:,} parameters in {part['layers']:,} layers.\n\n{_table(head, lines)}"
+
+
+PARTS = {
+    "bert-base": ("A step on BERT-base's shapes", dense_table),
+    "bert-large": ("A step on BERT-large's shapes", dense_table),
+    "tiny-layers": ("A step on 10,000 tiny layers", dense_table),
+    "layers": ("Growth with the number of layers", layers_table),
+    "parameters": ("Growth with the number of parameters", parameters_table),
+    "ranks": ("Growth with ranks: collectives of a LAMB step under FSDP2", ranks_table),
+    "zero": ("Whole updates under DeepSpeed ZeRO, 2 ranks", zero_table),
+    "rivals": ("Exact sharded LAMBs, 2 ranks", rivals_table),
+    "statistics": ("The price of gradient statistics, 2 ranks", statistics_table),
+    "memory": ("Extra memory of a step", memory_table),
+}

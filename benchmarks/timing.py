@@ -1,0 +1,81 @@
+"""Times of several contenders for the same work: taken in turn, quoted as medians and ratios.
+
+Machines are noisy and change their speed while they run. Every round runs each contender once, each round in another
+order, and a contender's time is compared with the baseline's of the same round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Timing", "alternate", "synchronize"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender, one entry per round, and those of the baseline in the same rounds."""
+
+    seconds: list[float]
+    baseline: list[float]
+
+    def summary(self) -> dict[str, float]:
+        """Median and quartiles in milliseconds, and of the ratio to the baseline, round by round."""
+        ratios = [own / other for own, other in zip(self.seconds, self.baseline, strict=True)]
+        low, middle, high = quartiles([1e3 * value for value in self.seconds])
+        ratio_low, ratio, ratio_high = quartiles(ratios)
+        return {
+            "milliseconds": middle,
+            "milliseconds_low": low,
+            "milliseconds_high": high,
+            "ratio": ratio,
+            "ratio_low": ratio_low,
+            "ratio_high": ratio_high,
+            "rounds": len(self.seconds),
+        }
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], baseline: str, rounds: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Run every contender once per round.
+
+    Args:
+        contenders: What to time, by name.
+        baseline: Name of the one that the others are compared with.
+        rounds: Rounds that count.
+        warmup: Rounds that do not, first: state and plans are made in them.
+
+    Returns:
+        One `Timing` per contender.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize()
+            began = time.perf_counter()
+            contenders[name]()
+            synchronize()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: Timing(values, seconds[baseline]) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
