@@ -238,7 +238,9 @@ def make_optimizer(case: Case, model: Model) -> torch.optim.Optimizer:
         ]
         groups.append({"params": members if case.named else [p for _, p in members], **options})
     if case.optimizer == "naive":
-        return NaiveLAMB([{**g, "params": [p for _, p in g["params"]]} for g in groups], lr=case.groups[0]["lr"])
+        return NaiveLAMB(
+            [{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups], lr=case.groups[0]["lr"]
+        )
     optimizer = create_optimizer(case.optimizer, groups, lr=case.groups[0]["lr"], **case.constructor)
     if case.regroup:
         first, second = optimizer.param_groups
@@ -345,17 +347,21 @@ class _Run:
             self.model = Model(case)
         self.model.load(weights)
         self.optimizer = make_optimizer(case, self.model)
+        self.config = config
         self.engine: Any = None
-        self.trained = self.model
-        if isinstance(case.stage, int):
-            self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=config)
-            self.trained = self.engine
-            assert self.engine.basic_optimizer is self.optimizer
-        elif case.stage == "ddp":
-            self.trained = torch.nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+        self.trained: Any = self.model
+        self._wrap()
         self.counter = CollectiveCounter(self.optimizer)
         self.ratios: list[dict[str, float]] = []
         self.gradients = mean_gradients(case)
+
+    def _wrap(self) -> None:
+        if isinstance(self.case.stage, int):
+            self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=self.config)
+            self.trained = self.engine
+            assert self.engine.basic_optimizer is self.optimizer
+        elif self.case.stage == "ddp":
+            self.trained = torch.nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):

@@ -1,8 +1,12 @@
-"""One pool of worker processes at a time; tests are ordered by world size so that each is started once."""
+"""One pool of worker processes at a time; tests are ordered by world size so that each is started once.
+
+Tests with a parameter `after` come last: they read what pools of that many ranks have written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +18,7 @@ class _Pools:
         self.current: WorkerPool | None = None
 
     def get(self, world_size: int) -> WorkerPool:
-        if self.current is None or self.current.world_size != world_size:
+        if self.current is None or self.current.world_size != world_size or self.current.is_worn():
             self.close()
             self.current = WorkerPool(world_size)
         return self.current
@@ -38,9 +42,36 @@ def pool(pools: _Pools, world_size: int) -> WorkerPool:
     return pools.get(world_size)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def world_size(item: pytest.Item) -> int:
-        callspec = getattr(item, "callspec", None)
-        return callspec.params.get("world_size", 0) if callspec else 0
+@pytest.fixture(scope="session")
+def files(pools: _Pools, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from .checkpoint_runs import Files
 
-    items.sort(key=world_size)
+    return Files(tmp_path_factory.mktemp("states"), pools)
+
+
+# Of what runs on more ranks than the machine may have cores, a sample is quick enough for every day.
+QUICK_ON_MANY_RANKS = {"test_weights_and_ratios_equal_one_process": ("lamb", "lars", "vrlamb")}
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    name, _, parameters = item.name.partition("[")
+    chosen = QUICK_ON_MANY_RANKS.get(name, ())
+    callspec = getattr(item, "callspec", None)
+    ranks = callspec.params.get("world_size", 0) if callspec else 0
+    return ranks > 2 and not any(optimizer in parameters.rstrip("]").split("-") for optimizer in chosen)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_slow(item):
+            item.add_marker(pytest.mark.slow)
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        callspec = getattr(item, "callspec", None)
+        params = callspec.params if callspec else {}
+        # What reads the files of larger pools runs after them, in smaller and smaller pools.
+        after = "after" in params
+        return after, (-1 if after else 1) * params.get("world_size", 0)
+
+    items.sort(key=order)

@@ -10,10 +10,12 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import CowClip
 from trustratio.optimizers.data_parallel import DataParallel
+from trustratio.optimizers.layout import local_part
 from trustratio.optimizers.rows import Rows
 
 from ..reference import cowclip as reference
@@ -147,6 +149,8 @@ def train(run: Run) -> dict[str, Any]:
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=run.zero_init):
                 if p.numel():
                     p.copy_(w)
+    if run.stage == "fsdp2":
+        fully_shard(model)
     members = [(n, p) if run.named else p for n, p in model.named_parameters() if n.startswith("tables")]
     others = [(n, p) if run.named else p for n, p in model.named_parameters() if n.startswith("dense")]
     groups = [{"params": members, **EMBEDDING_OPTIONS, "threshold": run.threshold}, {"params": others, **DENSE_OPTIONS}]
@@ -174,7 +178,7 @@ def train(run: Run) -> dict[str, Any]:
         for name in initial_weights():
             parameter = model.get_parameter(name)
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                weights[name] = parameter.detach().float().clone()
+                weights[name] = getattr(parameter, "full_tensor", lambda p=parameter: p)().detach().float().clone()
         return {"weights": weights, "collectives": counter.per_call, "masters": _masters(optimizer)}
     finally:
         counter.close()
@@ -206,7 +210,7 @@ def _masters(optimizer: CowClip) -> dict[str, list[tuple[int, torch.Tensor]]]:
     for plan in optimizer._plans.values():
         for shard in plan.layout.shards:
             layer = plan.layout.layers[shard.layer]
-            flat = plan.layout.tensors[layer.tensor].detach().reshape(-1)
+            flat = local_part(plan.layout.tensors[layer.tensor]).detach().reshape(-1)
             values = flat[shard.start : shard.start + shard.length].clone()
             shards.setdefault(layer.name, []).append((shard.offset, values))
     return shards
@@ -228,16 +232,18 @@ def assert_exact(run: Run, answers: list[dict[str, Any]]) -> None:
             assert error <= BOUND, f"{name}: relative error of the weight change {error:.2e}"
 
 
-@pytest.mark.parametrize("stage", ["ddp", 0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", ["ddp", 0, 1, 2, 3, "fsdp2"])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_cut_rows_equal_one_process(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     run = Run(stage)
     answers = pool.run(train, run)
     assert_exact(run, answers)
     # One all-reduce of the counts where ranks see different samples, one of the sums where layers are cut. The first
     # step also proves the layout and exchanges the boundaries of its shards.
-    counted, summed = int(world_size > 1), int(world_size > 1 and stage in (1, 2, 3))
-    calls = [counted + summed, summed] if stage in (1, 2, 3) else [counted]
+    counted, summed = int(world_size > 1), int(world_size > 1 and stage in (1, 2, 3, "fsdp2"))
+    calls = [counted + summed, summed] if stage in (1, 2, 3) else [counted + summed]
     for answer in answers:
         assert answer["collectives"][len(calls) :] == calls * (run.steps - 1)
 

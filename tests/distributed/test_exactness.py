@@ -248,7 +248,12 @@ def test_max_grad_norm_is_refused_where_the_wrapper_clips(pool: WorkerPool, stag
 
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize(
-    ("name", "stage"), [*((name, stage) for name in OPTIMIZERS for stage in (1, 3)), ("lamb", 2), ("lars", 2)]
+    ("name", "stage"),
+    [
+        *((name, stage) for name in OPTIMIZERS for stage in (1, 3)),
+        *((name, 2) for name in ("lamb", "lars", "novograd", "vrlamb")),
+        *((name, 0) for name in ("lamb", "novograd")),
+    ],
 )
 def test_a_checkpoint_continues_bit_for_bit(
     pool: WorkerPool, name: str, stage: int, world_size: int, tmp_path: Any
@@ -266,15 +271,26 @@ def test_a_checkpoint_continues_bit_for_bit(
 
 
 @pytest.mark.parametrize("world_size", [2])
-def test_a_bf16_checkpoint_continues_bit_for_bit(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
-    for number, config in enumerate((BF16, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}})):
-        for stage in (1, 2, 3) if number == 0 else (1,):
-            folder = str(tmp_path / f"{number}{stage}")
-            straight = make_case("lamb", stage, steps=6, dtype="bf16", spread=0.0, config=config)
-            one = pool.run(run_case, straight)
-            other = pool.run(run_case, replace(straight, save_after=3, folder=folder))
-            for a, b in zip(one, other, strict=True):
-                assert all(torch.equal(w, b["weights"][layer]) for layer, w in a["weights"].items())
+@pytest.mark.parametrize(
+    ("name", "stage", "data_types"),
+    [
+        ("lamb", 0, {}),
+        ("lamb", 1, {}),
+        ("lamb", 2, {}),
+        ("lamb", 3, {}),
+        ("lamb", 1, {"grad_accum_dtype": "fp32"}),
+        ("novograd", 1, {"grad_accum_dtype": "fp32"}),
+    ],
+)
+def test_a_bf16_checkpoint_continues_bit_for_bit(
+    pool: WorkerPool, name: str, stage: int, data_types: dict[str, str], world_size: int, tmp_path: Any
+) -> None:
+    config = {**BF16, "data_types": data_types}
+    straight = make_case(name, stage, steps=6, dtype="bf16", spread=0.0, config=config)
+    one = pool.run(run_case, straight)
+    other = pool.run(run_case, replace(straight, save_after=3, folder=str(tmp_path)))
+    for a, b in zip(one, other, strict=True):
+        assert all(torch.equal(w, b["weights"][layer]) for layer, w in a["weights"].items())
 
 
 # Random models ------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_the_run_prints_what_it_does(run):
     )  # one rank speaks
     assert "unigram entropy" in printed
     assert "steps per epoch" in printed
-    assert f"report: {folder / 'report.png'}" in printed
+    assert f"report: {folder / 'report.html'}" in printed
     assert "training.zero_stage=1" in printed
 
 
@@ -117,9 +117,11 @@ def test_metrics_have_every_step_and_validation(run):
         assert 0 <= record["validation_accuracy"] <= 1
 
 
-def test_the_report_is_a_picture(run):
+def test_the_report_is_a_page_and_pictures(run):
     folder, _ = run
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "</html>" in (folder / "report.html").read_text()
+    for name in ("report.png", "trust_ratios.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_first_update_is_that_of_one_process_without_a_wrapper(stopped):
@@ -184,7 +186,7 @@ def stopped(text_folder, tmp_path_factory, cache):
     """A long run under ZeRO-3 whose process group got a SIGTERM after its second step."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     environment = {**os.environ, "TRUSTRATIO_CACHE": str(cache)}
-    arguments = ("--output", folder, "--steps", 100_000, "--zero_stage", 3, "run.validate_every=0")
+    arguments = ("--output", folder, "--steps", 100_000, "--zero_stage", 3, "run.validate_every=0", "run.log_every=1")
     process = subprocess.Popen(
         command(text_folder, *arguments),
         stdout=subprocess.PIPE,
@@ -212,5 +214,5 @@ def test_sigterm_writes_a_checkpoint_and_a_report(stopped):
     assert f"stopped on request after step {last} of 100000; continue with --resume {folder}" in printed
     assert (folder / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
     assert len(list((folder / "checkpoints" / f"step-{last:08d}").glob("*optim_states.pt"))) == 2
-    assert (folder / "report.png").exists()
+    assert (folder / "report.html").exists()
     assert "Traceback" not in printed

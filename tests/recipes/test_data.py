@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import json
+import lzma
 
 import numpy as np
 import pyarrow
@@ -7,7 +10,8 @@ import pytest
 
 from tests.recipes.conftest import sentences
 from trustratio.recipes import docstring_corpus
-from trustratio.recipes.packed_sequences import hold_out, pack, unigram_counts, unigram_entropy, unique_documents
+from trustratio.recipes.document_index import REPEATED, VALIDATION, index_documents
+from trustratio.recipes.packed_sequences import unigram_entropy
 from trustratio.recipes.prepared_data import cache_folder, prepare
 from trustratio.recipes.progress_display import Reporter
 from trustratio.recipes.recipe_config import DataConfig
@@ -113,10 +117,27 @@ def test_bad_data_is_named(tmp_path, source, message):
         prepare(DataConfig(sources=(str(folder / source),)), QUIET)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_are_read_and_broken_ones_named(tmp_path, suffix):
+    lines = "".join(json.dumps({"text": f"Document {i}. " + "word " * 50}) + "\n" for i in range(100))
+    path = tmp_path / f"a.jsonl{suffix}"
+    if suffix == ".zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(lines.encode())
+    else:
+        path.write_bytes({".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix].compress(lines.encode()))
+    assert len(list(read_documents([str(path)], "text"))) == 100
+    (tmp_path / f"b.txt{suffix}").write_bytes(path.read_bytes())
+    assert len(list(read_documents([str(tmp_path / f"b.txt{suffix}")], "text"))) == 1 + len(lines) // 10_000_000
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RecipeError, match=f"a.jsonl{suffix}"):
+        list(read_documents([str(path)], "text"))
+
+
 def test_an_unreachable_hub_data_set_is_named(monkeypatch):
     import datasets
 
-    def unreachable(path, configuration, split):
+    def unreachable(path, configuration, split, streaming):
         raise ConnectionError(f"cannot reach the hub for {path} {configuration} {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
@@ -124,49 +145,68 @@ def test_an_unreachable_hub_data_set_is_named(monkeypatch):
         list(read_documents(["hf:org/x:en@test"], "text"))
 
 
-def test_hub_data_sets_are_read_by_column(monkeypatch):
+def test_hub_data_sets_are_streamed_by_column(monkeypatch):
     import datasets
 
-    data = datasets.Dataset.from_dict({"body": ["one", "two", ""]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
-    assert list(read_documents(["hf:x"], "body")) == ["one", "two"]
+    taken = []
+
+    class Endless:
+        def __iter__(self):
+            for i in range(10**9):
+                taken.append(i)
+                yield {"body": f"document {i}"}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, streaming, **options: Endless() if streaming else None)
+    documents = read_documents(["hf:x"], "body")
+    assert [next(documents) for _ in range(3)] == ["document 0", "document 1", "document 2"]
+    assert len(taken) <= 4
     with pytest.raises(RecipeError, match=r"no column 'text'; columns: body; choose one with data.text_column=NAME"):
         list(read_documents(["hf:x"], "text"))
 
 
-def test_rows_are_full_and_keep_the_stream():
-    documents = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
-    packed = pack(documents, 6, cls_id=2, sep_id=3, dtype=np.uint16)
-    assert packed.tolist() == [[2, 10, 11, 12, 3, 3], [2, 20, 3, 30, 31, 3], [2, 32, 33, 34, 3, 3]]
-    assert pack([[1]], 6, 2, 3, np.uint16).shape == (0, 6)
+def test_a_data_set_folder_is_read_as_the_hub_would_give_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        texts = [f"{split} document {i}" for i in range(count)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{split}-00000-of-00001.parquet")
+    assert list(read_documents([f"hf:{tmp_path}/set"], "text")) == [f"train document {i}" for i in range(3)]
+    assert list(read_documents([f"hf:{tmp_path}/set@test"], "text")) == [f"test document {i}" for i in range(2)]
 
 
-def test_the_held_out_documents_do_not_depend_on_the_order():
+def roles(documents, fraction, tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    index = index_documents([str(path)], "text", fraction)
+    return index.roles.tolist()
+
+
+def test_the_held_out_documents_do_not_depend_on_the_order(tmp_path):
     documents = [f"document {i}" for i in range(100)]
-    training, validation = hold_out(documents, 0.05)
-    assert len(validation) == 5
-    assert sorted(training + validation) == sorted(documents)
-    assert set(hold_out(documents[::-1], 0.05)[1]) == set(validation)
-    assert len(hold_out(documents[:3], 0.05)[1]) == 1
+    forward, backward = roles(documents, 0.05, tmp_path), roles(documents[::-1], 0.05, tmp_path)
+    assert forward.count(VALIDATION) == 5
+    assert forward == backward[::-1]
+    assert roles(documents[:3], 0.05, tmp_path).count(VALIDATION) == 1
 
 
-def test_repeated_documents_are_dropped_before_the_split():
-    assert unique_documents([" a ", "b", "a", "", "  "]) == ["a", "b"]
+def test_repeated_documents_are_dropped_before_the_split(tmp_path):
+    found = roles([" a ", "b", "a", "", "  ", "c"], 0.01, tmp_path)
+    assert [role == REPEATED for role in found] == [False, False, True, False]
 
 
-def test_unigram_entropy_leaves_special_tokens_out(vocabulary):
-    rows = np.array([[2, 10, 10, 11, 12, 3]])
-    entropy = unigram_entropy(unigram_counts(rows, vocabulary, 100))
-    assert entropy == pytest.approx(-(0.5 * np.log(0.5) + 2 * 0.25 * np.log(0.25)))
+def test_unigram_entropy_is_that_of_the_counts():
+    assert unigram_entropy(np.array([0, 2, 1, 1])) == pytest.approx(-(0.5 * np.log(0.5) + 2 * 0.25 * np.log(0.25)))
 
 
 def test_prepare_is_cached_and_keyed_by_content(text_folder, tmp_path):
     config = DataConfig(sources=(f"{text_folder}/*.txt",), vocabulary=200, sequence_length=16, validation_fraction=0.2)
     data = prepare(config, QUIET)
     assert data.rows("train").shape == (data.train_rows, 16)
-    assert data.rows("train").dtype == np.uint16
+    train = data.rows("train")[np.arange(data.train_rows)]
+    assert train.dtype == np.uint16
     assert data.rows("validation").shape == (data.validation_rows, 16)
-    assert (data.rows("train")[:, 0] == data.special_ids[2]).all()
+    assert (train[:, 0] == data.special_ids[2]).all()
     assert 0 < data.unigram_entropy < np.log(200)
     made = sorted(p.name for p in cache_folder().iterdir())
     assert prepare(config, QUIET) == data

@@ -1,8 +1,6 @@
-import json
-
 import pytest
 
-from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.recipe_errors import RecipeError, TrainingFailure
 from trustratio.recipes.run_folder import (
     CheckpointFolder,
     MetricsLog,
@@ -15,7 +13,6 @@ from trustratio.recipes.run_folder import (
     require_newest,
     run_of,
 )
-from trustratio.recipes.run_plots import draw_report, short_name, trust_ratio_table
 
 
 def write(checkpoints, step, fail=False):
@@ -24,7 +21,12 @@ def write(checkpoints, step, fail=False):
         if fail:
             raise OSError(28, "No space left on device")
 
-    return checkpoints.write(step, save, barrier=lambda: None, first=True)
+    return checkpoints.write(step, save, agree=alone, first=True)
+
+
+def alone(failure):
+    """What `rank_agreement.collect_failures` returns where there is one rank."""
+    return [] if failure is None else [f"rank 0: {failure}"]
 
 
 def test_fresh_folders_get_new_names(tmp_path):
@@ -62,8 +64,10 @@ def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path):
 def test_a_failed_checkpoint_leaves_the_previous_one_whole(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, keep=1, identity={})
     good = write(checkpoints, 1)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TrainingFailure, match=r"checkpoint of step 2 could not be written \(rank 0: .*No space left"):
         write(checkpoints, 2, fail=True)
+    assert checkpoints.newest() == good
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["latest", "step-00000001"]  # space is freed
     assert find_checkpoint(tmp_path) == good
     assert (good / "weights").read_text() == "weights of step 1"
     assert find_checkpoint(write(checkpoints, 2)).name == "step-00000002"  # the partial folder is in nobody's way
@@ -109,32 +113,26 @@ def test_metrics_of_a_resumed_run_replace_those_it_repeats(tmp_path):
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
 
 
+def test_layer_names_are_written_once_and_read_back(tmp_path):
+    records = [
+        {"kind": "train", "step": 1, "loss": 3.0, "trust_ratios": {"a": 0.1, "b": 1.0}},
+        {"kind": "train", "step": 2, "loss": 2.0, "trust_ratios": {"a": 0.2, "b": 1.0}, "noise_scales": {"b": 7.0}},
+        {"kind": "validation", "step": 2, "validation_loss": 2.5},
+        {"kind": "train", "step": 3, "loss": 1.0, "trust_ratios": {"c": 0.123456789}},
+    ]
+    log = MetricsLog(tmp_path, active=True)
+    for record in records:
+        log.write(record)
+    log.close()
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert written.count('"names"') == 3  # at first, with the noise scales, and when the layers changed
+    assert '"trust_ratios":[0.2,1.0]' in written
+    records[-1]["trust_ratios"]["c"] = 0.1234568
+    assert read_metrics(tmp_path) == records
+
+
 def test_an_inactive_log_writes_nothing(tmp_path):
     log = MetricsLog(tmp_path, active=False)
     log.write({"step": 1})
     log.close()
     assert not list(tmp_path.iterdir())
-
-
-def records(steps, ratios=True):
-    layers = {"bert.encoder.layer.0.output.dense.weight": 0.5, "cls.predictions.bias": 1.0}
-    for step in steps:
-        scaled = {name: value if value == 1.0 else value * step for name, value in layers.items()} if ratios else {}
-        yield {"kind": "train", "step": step, "loss": 9 - step / 10, "lr": 0.1, "trust_ratios": scaled}
-    yield {"kind": "validation", "step": steps[-1], "validation_loss": 5.0, "validation_accuracy": 0.2}
-
-
-def test_the_heat_map_shows_adapted_layers_only():
-    layers, steps, ratios = trust_ratio_table([r for r in records([3, 4, 5]) if r["kind"] == "train"])
-    assert layers == ["bert.encoder.layer.0.output.dense.weight"]
-    assert steps == [3, 4, 5]
-    assert ratios.tolist() == [[1.5, 2.0, 2.5]]
-    assert short_name(layers[0]) == "layer 0 feed-forward out"
-
-
-@pytest.mark.parametrize("steps", [[1], [1, 2, 3, 10]])
-@pytest.mark.parametrize("ratios", [True, False])
-def test_a_report_is_drawn_for_any_run(tmp_path, steps, ratios):
-    made = json.loads(json.dumps(list(records(steps, ratios))))
-    draw_report(made, "title", 6.0, tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

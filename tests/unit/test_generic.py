@@ -450,6 +450,7 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "threshold": [("other", "threshold must be one of 'code', 'paper', got 'other'")],
     "cowclip": [(1, "cowclip must be True or False, got 1")],
     "adapt": [("yes", "adapt must be one of None, True, False, got 'yes'")],
+    "implementation": [("fast", "implementation must be one of None, 'eager', 'cpu', 'triton', got 'fast'")],
 }
 
 
@@ -466,7 +467,7 @@ def test_bad_options_raise(name: str, option: str) -> None:
     for value, message in BAD[option]:
         with pytest.raises(ValueError, match=message):
             make(name, make_parameters(), **{option: value})
-        if option != "trust_clip":
+        if option not in ("trust_clip", "implementation"):  # no group options
             with pytest.raises(ValueError, match=message):
                 create_optimizer(name, [{"params": [torch.nn.Parameter(torch.ones(2))], option: value}], lr=LR)
 

@@ -6,13 +6,14 @@ import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from trustratio.optimizers import LAMB, LayoutError
-from trustratio.optimizers.layout import Layer, Layout, Shard
+from trustratio.optimizers.layout import Layer, Layout, Shard, in_segments
 
 
 def layer() -> torch.nn.Parameter:
@@ -97,3 +98,69 @@ def test_deepspeed_admits_the_classes_once_an_optimizer_is_made() -> None:
     assert LAMB in ZERO_SUPPORTED_OPTIMIZERS
     assert Variant in ZERO_SUPPORTED_OPTIMIZERS
     assert ZERO_SUPPORTED_OPTIMIZERS.count(LAMB) == 1
+
+
+# Segments -----------------------------------------------------------------------------------------------------------
+
+
+def layout_of(shape: tuple[int, ...], *shards: Shard, name: str = "layer") -> Layout:
+    return Layout("test", (torch.zeros(1000),), (0,), (Layer(name, shape, 0),), shards)
+
+
+def elements(shard: Shard, shape: tuple[int, ...], width: int) -> list[int]:
+    """Positions in the layer of a block of `width` columns; of a run if width is 0."""
+    if not width:
+        return list(range(shard.offset, shard.offset + shard.length))
+    columns = shape[1]
+    first, column = divmod(shard.offset, columns)
+    return [(first + i) * columns + column + j for i in range(shard.length // width) for j in range(width)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    ("width", "shard"), [(0, Shard(0, 5, 3, 14)), (0, Shard(0, 0, 0, 30)), (2, Shard(0, 7, 6, 8, 17))]
+)
+def test_segments_hold_the_same_elements_in_the_same_places(count: int, width: int, shard: Shard) -> None:
+    shape = (6, 5)
+    layout = in_segments(layout_of(shape, shard), [{"segments": count}])
+    part = (6 // count, 5)
+    assert [layer.shape for layer in layout.layers] == [part] * count
+    found = [
+        position + piece.layer * part[0] * part[1]
+        for piece in layout.shards
+        for position in elements(piece, part, width)
+    ]
+    assert found == elements(shard, shape, width)
+    places = [place for piece in layout.shards for place in range(piece.start, piece.start + piece.length)]
+    assert places == list(range(shard.start, shard.start + shard.length))
+    assert sum(p.index_sum + p.length * p.layer * part[0] * part[1] for p in layout.shards) == sum(found)
+
+
+def test_segments_by_name() -> None:
+    groups = [{"segments": {"*.qkv.*": 3}}]
+    assert len(in_segments(layout_of((6, 2), name="a.qkv.weight"), groups).layers) == 3
+    assert [layer.name for layer in in_segments(layout_of((6, 2), name="b"), groups).layers] == ["b"]
+    with pytest.raises(ValueError, match=r"layer a of shape \(6, 2\) does not divide into 4 segments"):
+        in_segments(layout_of((6, 2), name="a"), [{"segments": 4}])
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (0, "segments must be a number of equal parts"),
+        (1.5, "segments must be a number of equal parts"),
+        ({"a": "3"}, "segments must be a number of equal parts"),
+        ({"b": 3}, r"segments has the name 'b', which no parameter of the group has: \['a'\]"),
+    ],
+)
+def test_bad_segments(segments: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LAMB([{"params": [("a", torch.nn.Parameter(torch.ones(6, 2)))], "segments": segments}])
+
+
+def test_shards_in_the_same_place_are_not_a_cover() -> None:
+    """Both halves of one rank have the right length, and the same elements."""
+    twice = replace(layout_of((4, 2), Shard(0, 0, 0, 4), Shard(0, 4, 0, 4)), placed=True)
+    with pytest.raises(LayoutError, match=r"ranks hold overlapping parts of layer \(4, 2\)"):
+        twice.prove()
+    replace(twice, shards=(Shard(0, 0, 0, 4), Shard(0, 4, 4, 4))).prove()

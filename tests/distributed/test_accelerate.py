@@ -1,0 +1,68 @@
+"""Training through accelerate equals one process: every optimizer, DDP and ZeRO 1 to 3, accumulation, statistics."""
+
+from __future__ import annotations
+
+import pytest
+
+from trustratio.optimizers import OPTIMIZERS
+
+from .accelerate_runs import harmless, offloaded, run_accelerated
+from .exactness import BOUND, assert_exact, worst_error
+from .pool import WorkerPool
+from .test_exactness import make_case
+from .test_gradient_statistics import assert_norms
+
+STAGES: tuple[str | int, ...] = ("ddp", 1, 2, 3)
+
+# Adam's moments, momentum alone, and squares of group gradients.
+QUICK = ("lamb", "lars", "vrlamb")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
+    case = make_case(name, stage, accumulation=2, steps=3)
+    answers = pool.run(run_accelerated, case)
+    assert_exact(case, answers)
+    assert set(answers[0]["step_counts"].values()) == {3.0}
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_accumulation_under_no_sync(pool: WorkerPool, world_size: int) -> None:
+    """Not under DeepSpeed, where accelerate 1.15 steps in every `backward` but those inside `accumulate`."""
+    for name in ("lamb", "vrlamb"):
+        case = make_case(name, "ddp", accumulation=2, steps=3)
+        assert_exact(case, pool.run(run_accelerated, case, True))
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_group_norms(pool: WorkerPool, stage: str | int, world_size: int) -> None:
+    case = make_case("lamb", stage, accumulation=2, steps=3, noise=1.0)
+    for answer in pool.run(run_accelerated, case, False, True):
+        assert_norms(case, answer["norms"], world_size)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_comparison_catches_norms_of_shards(pool: WorkerPool, world_size: int) -> None:
+    """A LAMB that takes the norms of what its rank holds: exact under DDP, wrong where layers are sharded."""
+    whole, sharded = (make_case("naive", stage, accumulation=2, steps=3) for stage in ("ddp", 1))
+    error, _ = worst_error(whole, pool.run(run_accelerated, whole)[0]["weights"])
+    assert error <= BOUND
+    error, _ = worst_error(sharded, pool.run(run_accelerated, sharded)[0]["weights"])
+    assert not error < 0.05
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_an_optimizer_that_offload_would_replace_is_refused(pool: WorkerPool, world_size: int) -> None:
+    for answer in pool.run(offloaded, False):
+        assert answer.startswith("ReplacedOptimizerError: DeepSpeedCPUAdam"), answer
+        assert '"zero_force_ds_cpu_optimizer": false' in answer
+    assert pool.run(offloaded, True) == ["LAMB", "LAMB"]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_no_false_alarm(pool: WorkerPool, world_size: int) -> None:
+    pool.run(harmless)

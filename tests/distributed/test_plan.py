@@ -1,0 +1,155 @@
+"""The plan's memory and traffic against the tensors that real engines hold and the collectives that they issue."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trustratio.recipes.recipe_config import ModelConfig, OptimizerConfig, RecipeConfig, TrainingConfig
+from trustratio.recipes.recipe_phases import phases_of
+from trustratio.recipes.run_plan import NORM_SUMS, memory_parts, model_size, traffic
+
+VOCABULARY, MICRO, ACCUMULATION = 2000, 2, 2
+SETTINGS = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000}}
+
+
+def config_of(stage: int, precision: str, optimizer: str) -> RecipeConfig:
+    return RecipeConfig(
+        model=ModelConfig(layers=2, hidden=64, heads=2, intermediate=128, max_positions=32),
+        optimizer=OptimizerConfig(name=optimizer, lr=0.01),
+        training=TrainingConfig(zero_stage=stage, precision=precision, global_batch=8, micro_batch=MICRO),
+    )
+
+
+class Collectives(TorchDispatchMode):
+    """Keeps (operation, bytes, dtype) of every collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            largest = max(tensors, key=lambda tensor: tensor.numel() * tensor.element_size())
+            self.seen.append((name[6:], largest.numel() * largest.element_size(), largest.dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def held_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor) and type(found) in (torch.Tensor, torch.nn.Parameter):
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def update(engine: Any) -> None:
+    from trustratio.recipes.token_masking import MaskedBatch
+
+    for _ in range(ACCUMULATION):
+        tokens, positions = torch.randint(5, 100, (MICRO, 16)), torch.arange(10)
+        loss, _ = engine.loss(MaskedBatch(tokens, positions, torch.randint(5, 100, (10,))))
+        engine.backward(loss)
+        del loss
+        engine.step()
+
+
+def measure(stage: int, precision: str, optimizer: str) -> dict[str, Any]:
+    """Train three updates; return the bytes held after the second and the collectives of the third."""
+    from trustratio.recipes import deepspeed_settings
+    from trustratio.recipes.global_batch import BatchPlan
+    from trustratio.recipes.recipe_parts import build_parts
+    from trustratio.recipes.training_engines import DeepSpeedTraining
+
+    config = config_of(stage, precision, optimizer)
+    before = held_bytes()
+    parts = build_parts(config, VOCABULARY)
+    settings = deepspeed_settings.merge(SETTINGS, BatchPlan(MICRO, ACCUMULATION, 2), stage, precision, 1.0, False)
+    engine = DeepSpeedTraining.initialize(parts.model, parts.optimizer, parts.schedule, settings)
+    del parts
+
+    update(engine)
+    update(engine)
+    held = held_bytes() - before
+    with Collectives() as collectives:  # last: a dispatch mode keeps some of the tensors that it sees alive
+        update(engine)
+    engine.engine.destroy()
+    del engine
+    gc.collect()
+    return {"held": held, "seen": collectives.seen}
+
+
+CASES = [
+    (0, "bf16", "lamb"),
+    (1, "bf16", "lamb"),
+    (2, "bf16", "lamb"),
+    (3, "bf16", "lars"),
+]
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(("stage", "precision", "optimizer"), CASES)
+def test_memory_and_traffic_are_those_of_a_real_engine(pool, world_size, stage, precision, optimizer):
+    measured = pool.run(measure, stage, precision, optimizer)[0]
+    config = config_of(stage, precision, optimizer)
+    size = model_size(config, VOCABULARY)
+    (phase,) = phases_of(config)
+    parts = memory_parts(size, config, phase, MICRO, world_size, SETTINGS)
+    held = sum(part.bytes for part in parts if part.held)
+    assert measured["held"] == pytest.approx(held, rel=0.03)  # what is left are ids, scalars and padding
+
+    plan = traffic(size, config, ACCUMULATION, world_size)
+    width = 4 if precision == "fp32" else 2
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    count, sent = collections.Counter(), collections.Counter()
+    for name, amount, kind in measured["seen"]:
+        purpose = "other"
+        if name in ("_reduce_scatter_base_", "reduce_scatter_") or (
+            name == "allreduce_" and kind == dtype and amount > 1000
+        ):
+            purpose = "gradients"
+        elif name.startswith("_allgather") or name.startswith("allgather"):
+            purpose = "weights"
+        elif name == "allreduce_" and kind == torch.float64 and amount > 16:
+            purpose = "norms"
+        count[purpose] += 1
+        sent[purpose] += amount
+    ring = (world_size - 1) / world_size
+    assert plan.bytes["gradients"] == pytest.approx((1 if stage == 3 else 2) * ring * sent["gradients"], rel=0.01)
+    assert count["norms"] == plan.collectives.get("norms", 0)
+    assert plan.bytes.get("norms", 0) == 2 * ring * sent["norms"]
+    if stage in (1, 2):
+        assert plan.bytes["weights"] == pytest.approx(ring * sent["weights"], rel=0.01)
+        assert plan.collectives["weights"] == count["weights"]
+    if stage == 3:
+        assert ring * width * size.elements <= ring * sent["weights"] <= 2 * plan.bytes["weights"]
+    if stage < 2:
+        assert plan.collectives["gradients"] == count["gradients"]
+    assert count["other"] <= plan.collectives["scalars"]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_plan_of_another_stage_is_caught(pool, world_size):
+    measured = pool.run(measure, 2, "bf16", "lamb")[0]
+    config = config_of(1, "bf16", "lamb")
+    parts = memory_parts(model_size(config, VOCABULARY), config, phases_of(config)[0], MICRO, world_size, SETTINGS)
+    assert measured["held"] != pytest.approx(sum(part.bytes for part in parts if part.held), rel=0.2)
+
+
+def test_the_norms_that_are_counted_are_known_for_what_the_table_lists():
+    for name in NORM_SUMS:
+        assert model_size(config_of(1, "fp32", name), VOCABULARY).norm_sums == NORM_SUMS[name]
+    clipped = dataclasses.replace(
+        config_of(0, "fp32", "lamb"), optimizer=OptimizerConfig(name="lamb", options={"max_grad_norm": 1.0})
+    )
+    assert model_size(clipped, VOCABULARY).norm_sums is None

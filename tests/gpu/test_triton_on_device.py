@@ -1,0 +1,94 @@
+"""The sweeps of triton_kernels.py on a CUDA device: results, no synchronisation, graph capture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from trustratio.optimizers import LAMB, OPTIMIZERS, LayerwiseOptimizer, create_optimizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPES = ((4097, 3), (3, 11), (17,), (), (1000, 1024))
+PLAIN = [
+    name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None and name not in ("cowclip", "mclr")
+]
+
+
+def make(
+    name: str, device: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[list[torch.nn.Parameter], LayerwiseOptimizer]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+    return parameters, create_optimizer(name, parameters, **{"lr": 0.05, **options})
+
+
+def assert_same(found: list[torch.nn.Parameter], expected: list[torch.nn.Parameter], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        wanted = b.detach().cpu().double()
+        assert (a.detach().cpu().double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equal_to_tensor_operations(name: str, dtype: torch.dtype) -> None:
+    parameters, optimizer = make(name, "cuda", dtype, implementation="triton")
+    expected, reference = make(name, "cpu", dtype, implementation="eager")
+    for _ in range(3):
+        optimizer.step()
+        reference.step()
+    assert_same(parameters, expected, 1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_step_does_not_wait_for_the_device(name: str) -> None:
+    _, optimizer = make(name, "cuda", implementation="triton")
+    for _ in range(2):  # compiles, and sends tables to the device
+        optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_step_replays() -> None:
+    lr = torch.tensor(0.05, device="cuda")
+    parameters, optimizer = make("lamb", "cuda", lr=lr, implementation="triton")
+    expected, reference = make("lamb", "cuda", lr=0.05, implementation="eager")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(5):
+        reference.step()
+    assert_same(parameters, expected, 1e-5)
+    assert optimizer.state[parameters[0]]["step"].item() == 5
+
+
+def test_the_same_bits_every_time() -> None:
+    results = []
+    for _ in range(2):
+        parameters, optimizer = make("lamb", "cuda", implementation="triton")
+        optimizer.step()
+        results.append([p.detach().clone() for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_gpu_is_chosen_by_itself() -> None:
+    pytest.importorskip("triton")
+    parameters, _ = make("lamb", "cuda")
+    optimizer = LAMB(parameters)
+    optimizer.step()
+    assert ("pointers", "weights") in next(iter(optimizer._plans.values())).cache

@@ -1,0 +1,117 @@
+"""Runs of the recipe inside the worker processes of a pool, with injected failures if asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+SMALL = (
+    *("--sequence_length", "16", "--global_batch", "16", "--micro_batch", "4", "--steps", "6"),
+    *("data.vocabulary=200", "data.validation_fraction=0.2", "data.validation_sequences=10"),
+    *("model.hidden=32", "model.intermediate=64", "model.max_positions=32", "model.dropout=0.1"),
+    *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
+    *("run.validate_every=5", "run.checkpoint_every=5"),
+)
+"""Ten updates: six of 2 ranks x 2 x 4 sequences of 16 tokens, then four of 2 x 4 x 1 of 32."""
+
+
+def train(cache: str, environment: dict[str, str], front_end: str, arguments: list[str], sabotage: str = "") -> str:
+    """Run the recipe on this rank as a launcher would have started it; return how it ended.
+
+    Args:
+        cache: folder of the prepared data.
+        environment: what the launcher sets.
+        front_end: of "bert.py", "bert_accelerate.py" or "bert_trainer.py".
+        arguments: the command line.
+        sabotage: name of a failure to inject, see `_sabotaged`.
+    """
+    from accelerate.state import AcceleratorState
+
+    from trustratio.recipes import bert_pretraining, front_ends, recipe_errors, trainer_pretraining
+
+    reporter = bert_pretraining.Reporter(active=dist.get_rank() == 0)
+    with mock.patch.dict(os.environ, {**environment, "TRUSTRATIO_CACHE": cache}), _sabotaged(sabotage):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        # Pictures take longer than these runs; those that fail show that the report is made all the same.
+        pictures = contextlib.nullcontext() if sabotage else mock.patch.object(bert_pretraining, "_report")
+        try:
+            invocation = bert_pretraining.parse_command_line(arguments)
+            with pictures:
+                if front_end == "bert_trainer.py":
+                    trainer_pretraining.pretrain(trainer_pretraining.check_run(invocation), reporter)
+                else:
+                    accelerate = front_end == "bert_accelerate.py"
+                    wrapper = front_ends.AccelerateFrontEnd() if accelerate else front_ends.DeepSpeedFrontEnd()
+                    bert_pretraining.pretrain(bert_pretraining.check_run(invocation, wrapper), reporter)
+        except (recipe_errors.RecipeError, recipe_errors.TrainingFailure) as error:
+            return f"{type(error).__name__}: {error}"
+    return "finished"
+
+
+def recipe(text: str, output: Path, *arguments: str) -> list[str]:
+    """Return the command line of a small run."""
+    return ["--data", f"{text}/*.txt", *SMALL, "--output", str(output), *arguments]
+
+
+def records(folder: Path, kind: str = "train") -> list[dict]:
+    """Return the records of a run's metrics.jsonl, in order."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(folder: Path) -> list[float]:
+    """Return a run's training losses, one per update."""
+    return [record["loss"] for record in records(folder)]
+
+
+def trained_tensors(checkpoint: Path) -> list[torch.Tensor]:
+    """Return every tensor of a checkpoint's files, in a fixed order."""
+
+    def tensors(value: object) -> list[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return [tensor for item in inner for tensor in tensors(item)]
+
+    files = sorted(checkpoint.glob("*.pt"))
+    return [tensor for file in files for tensor in tensors(torch.load(file, weights_only=False, map_location="cpu"))]
+
+
+@contextlib.contextmanager
+def _sabotaged(what: str):
+    """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk."""
+    from trustratio.recipes import training_engines
+
+    engine = training_engines.DeepSpeedTraining
+    loss, step, save = engine.loss, engine.step, torch.save
+    last_rank = dist.get_rank() == dist.get_world_size() - 1
+
+    def broken_loss(self, batch):
+        value, correct = loss(self, batch)
+        return (value * float("nan") if self.scheduler.last_epoch == 7 and last_rank else value), correct
+
+    def full_disk(state, file, *arguments, **options):
+        if "step-00000010" in str(file) and last_rank:
+            Path(file).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        return save(state, file, *arguments, **options)
+
+    def breaking_step(self):
+        step(self)
+        if self.scheduler.last_epoch == 10 and last_rank:
+            next(self.engine.module.parameters()).data.fill_(float("inf"))
+
+    patches = {
+        "": contextlib.nullcontext,
+        "loss": lambda: mock.patch.object(engine, "loss", broken_loss),
+        "weights": lambda: mock.patch.object(engine, "step", breaking_step),
+        "disk": lambda: mock.patch.object(torch, "save", full_disk),
+    }
+    with patches[what]():
+        yield

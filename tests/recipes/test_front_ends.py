@@ -1,0 +1,160 @@
+"""One preset through every front end, across the border between two phases, and with failures; two ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.pool import WorkerPool
+
+from .front_end_runs import losses, recipe, records, train, trained_tensors
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,mixed_precision"}
+DDP = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+LAUNCHED = {**ZERO, "ACCELERATE_MIXED_PRECISION": "no"}
+ACCELERATE, TRAINER = "bert_accelerate.py", "bert_trainer.py"
+# name: what the launcher sets, the script, further arguments
+FRONT_ENDS = {
+    "deepspeed-zero-1": ({}, "bert.py", ("--zero_stage", "1")),
+    "accelerate-ddp": ({}, ACCELERATE, ()),
+    "accelerate-zero-1": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, ACCELERATE, ()),
+    "accelerate-zero-2": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ACCELERATE, ()),
+    "accelerate-zero-3": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ACCELERATE, ()),
+    "trainer-ddp": (DDP, TRAINER, ()),
+    "trainer-zero-1": ({}, TRAINER, ("--zero_stage", "1")),
+    "trainer-zero-2": ({**LAUNCHED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, TRAINER, ()),
+    "trainer-zero-3": ({**LAUNCHED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, TRAINER, ()),
+}
+REFERENCE = "deepspeed-zero-1"
+NO_DROPOUT = "model.dropout=0"
+
+
+@pytest.fixture(scope="module")
+def launch(text_folder, tmp_path_factory):
+    """Run the recipe on two ranks; return its folder and how it ended on each rank."""
+    pool, root = WorkerPool(2), tmp_path_factory.mktemp("front-ends")
+
+    def start(name: str, front_end: str, *arguments: str, sabotage: str = "") -> tuple[Path, list[str]]:
+        environment, script, own = FRONT_ENDS[front_end]
+        folder = root / name
+        line = recipe(text_folder, folder, *own, *arguments)
+        return folder, pool.run(train, str(root / "cache"), environment, script, line, sabotage)
+
+    yield start
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def runs(launch):
+    """The folder of a finished run per front end and dropout, made when first asked for."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def run(front_end: str, *arguments: str) -> Path:
+        key = (front_end, *arguments)
+        if key not in made:
+            made[key], endings = launch(f"{front_end}{len(made)}", front_end, *arguments)
+            assert endings == ["finished"] * 2
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize("front_end", [name for name in FRONT_ENDS if name != REFERENCE])
+def test_every_front_end_gives_the_same_first_ten_losses(runs, front_end):
+    """Dropout is off: it draws from torch's generator, which activation order of a wrapper may move."""
+    expected = losses(runs(REFERENCE, NO_DROPOUT))
+    assert len(expected) == 10
+    assert losses(runs(front_end, NO_DROPOUT)) == pytest.approx(expected, rel=1e-4)
+    assert expected[0] != pytest.approx(expected[-1], rel=1e-2)  # the losses do move
+
+
+def test_gradient_statistics_cross_the_border_too(runs):
+    """VR-LAMB takes the gradient of every rank's every micro-batch: four of them in both phases, of other sizes."""
+    options = (NO_DROPOUT, "optimizer.name=vrlamb", "phase_two.micro_batch=2")
+    expected = losses(runs(REFERENCE, *options))
+    assert losses(runs("accelerate-ddp", *options)) == pytest.approx(expected, rel=1e-4)
+    assert expected[1:] != pytest.approx(losses(runs(REFERENCE, NO_DROPOUT))[1:], rel=1e-4)
+
+
+def test_the_phases_follow_their_plan(runs):
+    folder = runs(REFERENCE, NO_DROPOUT)
+    steps = records(folder)
+    assert [r["sequences"] for r in steps] == [16, 32, 48, 64, 80, 96, 104, 112, 120, 128]
+    # One step of warm-up of six (10 %) and none of four; then linear decay, begun anew at update 7.
+    rates = [0.02 * (6 - max(k, 1)) / 5 if k else 0.02 for k in range(6)] + [0.01 * (4 - k) / 4 for k in range(4)]
+    assert [r["lr"] for r in steps] == pytest.approx(rates)
+    assert (folder / "checkpoints" / "step-00000006").is_dir()  # at the border
+    validations = records(folder, "validation")
+    assert [r["step"] for r in validations] == [5, 6, 10]
+
+
+@pytest.mark.parametrize(("front_end", "step"), [(REFERENCE, 5), (REFERENCE, 6), ("accelerate-ddp", 5)])
+def test_a_run_resumed_before_or_at_the_border_is_bit_exact(runs, launch, front_end, step):
+    straight = runs(front_end)
+    checkpoint = straight / "checkpoints" / f"step-{step:08d}"
+    resumed, endings = launch(f"{front_end}-from-{step}", front_end, "--resume", str(checkpoint))
+    assert endings == ["finished"] * 2
+    assert losses(resumed) == losses(straight)[step:]
+    one, other = (trained_tensors(folder / "checkpoints" / "step-00000010") for folder in (straight, resumed))
+    assert len(one) > 20
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("front_end", "step"), [("trainer-ddp", 5), ("trainer-zero-1", 6), ("trainer-zero-3", 5)])
+def test_a_run_of_the_trainer_resumed_before_or_at_the_border_is_bit_exact(runs, launch, front_end, step):
+    straight = runs(front_end, NO_DROPOUT)
+    checkpoint = straight / "checkpoints" / f"step-{step:08d}"
+    resumed, endings = launch(f"{front_end}-from-{step}", front_end, NO_DROPOUT, "--resume", str(checkpoint))
+    assert endings == ["finished"] * 2
+    assert losses(resumed) == losses(straight)[step:]
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (straight, resumed))
+    assert len(one) > 20
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_moments_and_steps_are_carried_over_as_asked(runs):
+    straight = losses(runs(REFERENCE))
+    zeroed = losses(runs(REFERENCE, "phase_two.keep_moments=false"))
+    counting = losses(runs(REFERENCE, "phase_two.reset_step=false"))
+    assert straight[:7] == zeroed[:7] == counting[:7]  # the first loss after the border comes before its update
+    assert straight[7] != zeroed[7] != counting[7] != straight[7]
+
+
+def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch):
+    folder, endings = launch("nan", REFERENCE, "run.checkpoint_every=2", sabotage="loss")
+    good = folder / "checkpoints" / "step-00000006"
+    assert len(set(endings)) == 1
+    assert endings[0].startswith("TrainingFailure: the loss became nan at step 8; the last good checkpoint")
+    assert f"--resume {good}" in endings[0]
+    assert sorted(p.name for p in good.parent.glob("step-*")) == ["step-00000002", "step-00000004", good.name]
+    assert (folder / "report.png").exists()
+
+
+def test_weights_that_broke_are_not_saved(launch):
+    folder, endings = launch("weights", REFERENCE, sabotage="weights")
+    assert len(set(endings)) == 1
+    assert endings[0].startswith("TrainingFailure: after the update of step 10 the loss on held-out text is nan")
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch):
+    folder, endings = launch("disk", REFERENCE, sabotage="disk")
+    assert len(set(endings)) == 1
+    assert "the checkpoint of step 10 could not be written (rank 1: OSError: [Errno 28] No space left" in endings[0]
+    assert f"{folder / 'checkpoints' / 'step-00000006'}, is whole: continue with --resume" in endings[0]
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000006"]
+    assert len(trained_tensors(folder / "checkpoints" / "step-00000006")) > 20
+    assert (folder / "report.png").exists()
+
+
+def test_the_saved_configuration_is_what_was_used(runs):
+    folder = runs("accelerate-zero-2", NO_DROPOUT)
+    settings = json.loads((folder / "deepspeed_config.json").read_text())
+    assert settings["zero_optimization"]["stage"] == 2
+    assert settings["gradient_accumulation_steps"] == 2  # the recipe's, not accelerate's default of 1
+    assert json.loads((folder / "config.json").read_text())["training"]["zero_stage"] == 2
+    assert not (runs("accelerate-ddp", NO_DROPOUT) / "deepspeed_config.json").exists()

@@ -1,0 +1,156 @@
+"""Published presets against the numbers of their sources, their twins' proportions, and the page that lists them."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from trustratio.recipes.bert_pretraining import check_run, main
+from trustratio.recipes.recipe_config import MODEL_SIZES
+from trustratio.recipes.recipe_optimizers import build_optimizer
+from trustratio.recipes.recipe_options import parse_command_line
+from trustratio.recipes.recipe_phases import describe_plan, learning_rate, phases_of
+from trustratio.recipes.recipe_presets import PRESETS, PUBLISHED, TWIN_SIZES, get_preset, twin
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+# preset: (batch, tokens, updates) of its phases, and (update, learning rate) as the source's formula gives them
+NUMBERS = {
+    "lamb-64k-32k": (
+        [(65536, 128, 7038), (32768, 512, 1563)],
+        [
+            (0, 6e-3 / 2001),
+            (2000, 6e-3),
+            (2001, 6e-3 * (1 - 2002 / 7038) ** 0.5),  # falls to 0.846 of the peak where the warm-up ends
+            (7037, 0.0),
+            (7038, 4e-3 / 200),
+            (7237, 4e-3),
+            (7238, 4e-3 * (1 - 201 / 1563) ** 0.5),
+        ],
+    ),
+    "lamb-64k-32k-deepspeed": (
+        [(65536, 128, 6150), (32768, 512, 610)],
+        [
+            (0, 1e-3),
+            (225, 1e-3 + 11e-3 / 4),
+            (450, 12e-3),
+            (700, 1e-3 + 11e-3 * 0.9),
+            (6150, 0.0),
+            (6300, 2e-3),
+            (6450, 2e-3 * 0.9),
+        ],
+    ),
+    "lamb-32k": ([(32768, 128, 14063), (32768, 512, 1562)], [(3124, 5e-3), (9375, 5e-3 / 2), (15624, 5e-3 / 12500)]),
+    "lans-96k-33k": (
+        [(98304, 128, 3519), (33792, 512, 782)],
+        [(1500, 6.75e-3), (2400, 6.75e-3), (3519 - 528, 6.75e-3 / 2), (3519 + 149, 5e-3), (3519 + 233, 5e-3)],
+    ),
+    "vr-lamb-64k-32k": ([(65536, 128, 7037), (32768, 512, 1562)], [(2000, 6e-3), (7037 + 199, 4e-3)]),
+    "vr-lamb-96k": ([(98304, 128, 4693), (98304, 512, 521)], [(1333, 6e-3 * 1.5**0.5), (4693 + 66, 4e-3 * 3**0.5)]),
+    "vr-lamb-128k-64k": ([(131072, 128, 3519), (65536, 512, 782)], [(999, 6e-3 * 2**0.5), (3618, 4e-3 * 2**0.5)]),
+    "adamw-64k": ([(65536, 128, 7037), (32768, 512, 1562)], [(2000, 1e-3), (7037 + 199, 5e-4)]),
+    "mlperf-8192": (
+        [(8192, 512, 600)],
+        [(0, 2.88293e-3 * 77 / 287), (210, 2.88293e-3), (211, 2.88293e-3 * (1 - 212 / 600)), (599, 0.0)],
+    ),
+    "mlperf-16384": ([(16384, 512, 600)], [(0, 3.3e-3 * 101 / 290), (189, 3.3e-3), (190, 3.3e-3 * (1 - 191 / 600))]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_have_their_sources_numbers(name):
+    config = get_preset(name)
+    batches, rates = NUMBERS[name]
+    assert [(p.global_batch, p.sequence_length, p.steps) for p in phases_of(config)] == batches
+    for step, rate in rates:
+        assert learning_rate(config, step) == pytest.approx(rate, rel=2e-4, abs=1e-12), step
+    assert (config.model.layers, config.model.hidden, config.model.max_positions) == (24, 1024, 512)
+    assert config.data.vocabulary == 30522
+
+
+def test_lamb_of_nvidia_and_deepspeed_differ_as_documented():
+    assert get_preset("lamb-64k-32k").optimizer.options == {}
+    deepspeed = get_preset("lamb-64k-32k-deepspeed").optimizer.options
+    assert deepspeed == {"bias_correction": False, "trust_bounds": [0.01, 0.3], "eps": 1e-8}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_on_1_to_8_ranks_or_says_how(name):
+    config = get_preset(name)
+    for ranks in (1, 2, 4) if PRESETS[name].twin_of else (1, 2, 4, 8, 16, 32, 64):
+        if config.training.global_batch // config.training.micro_batch % ranks == 0:
+            describe_plan(config, ranks)
+    describe_plan(config, 1)
+    describe_plan(config, 2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_unverified_values_exist(name):
+    preset = PRESETS[name]
+    for key, why in preset.unverified.items():
+        section, field = key.split(".")
+        part = getattr(preset.config, section)
+        assert why
+        assert hasattr(part, field) or field in ("eps", "betas"), key
+
+
+def test_every_optimizer_of_a_preset_takes_its_options():
+    import torch
+
+    for preset in PUBLISHED.values():
+        build_optimizer(preset.config.optimizer, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("size", TWIN_SIZES)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_twins_keep_the_proportions(name, size):
+    full, small = get_preset(name), twin(PUBLISHED[name], size).config
+    assert PRESETS[f"{name}-{size}"].config == small
+    scale = TWIN_SIZES[size]
+    for one, other in zip(phases_of(full), phases_of(small), strict=True):
+        assert one.sequence_length == other.sequence_length * scale.sequence_divisor
+        # A batch's share of the corpus: the corpus shrinks by 683 in tokens, so batches do by that over the divisor.
+        share = other.global_batch / (one.global_batch * scale.sequence_divisor * 3 / 2048)
+        assert 0.85 < share < 1.15 or other.global_batch == 12
+        assert one.steps / other.steps == pytest.approx(scale.step_divisor, rel=0.02)
+        # The learning rate follows the same curve.
+        for part in (0.5, 0.9):
+            expected = learning_rate(full, one.first + int(part * one.steps))
+            found = learning_rate(small, other.first + int(part * other.steps))
+            assert found == pytest.approx(expected, abs=0.1 * full.optimizer.lr)
+    assert small.optimizer == full.optimizer
+    assert {k: getattr(small.model, k) for k in MODEL_SIZES[size]} == MODEL_SIZES[size]
+
+
+def test_the_page_lists_the_presets_as_they_are():
+    spec = importlib.util.spec_from_file_location("preset_table", DOCS / "preset_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (DOCS / "presets.md").read_text(encoding="utf-8")
+    assert module.written(page) == page, "run: python docs/preset_table.py"
+
+
+def test_list_presets_prints_sources_and_what_is_unverified(capsys):
+    assert main(["--list_presets"]) == 0
+    printed = capsys.readouterr().out
+    for name in PRESETS:
+        assert re.search(rf"^{name}: ", printed, re.MULTILINE)
+    assert "    source: NVIDIA DeepLearningExamples" in printed
+    assert "    unverified: optimizer.lr (quoted from memory, not read in the source)" in printed
+
+
+def test_the_plan_of_both_phases_is_printed(capsys):
+    assert main(["--preset", "lamb-64k-32k", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "phase 1: global = micro x accum x ranks = 256 x 256 x 1 = 65,536 sequences (8,388,608 tokens)" in printed
+    assert "phase 2: global = micro x accum x ranks = 32 x 1024 x 1 = 32,768 sequences (16,777,216 tokens)" in printed
+    assert "updates 7,039 to 8,601; learning rate 2e-05, highest 0.004 at update 7,238, 0 at the end" in printed
+    assert "weights kept; moments kept; optimizer's step count begins anew; learning rate begins anew" in printed
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_model_sizes_by_name(size):
+    model = check_run(parse_command_line(["--model", size, "model.dropout=0.1"])).config.model
+    assert {k: getattr(model, k) for k in MODEL_SIZES[size]} == MODEL_SIZES[size]
+    assert (model.dropout, model.max_positions) == (0.1, 512)

@@ -1,0 +1,189 @@
+"""The plug-ins of the Hugging Face Trainer in one process: loss under accumulation, pairs, logs, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import transformers
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
+
+from trustratio.integrations.accelerate import ReplacedOptimizerError, layerwise_optimizer, refuse_replacement
+from trustratio.integrations.transformers import (
+    TrustRatioCallback,
+    masked_language_modeling_loss,
+    optimizer_for_trainer,
+)
+from trustratio.optimizers import LAMB, OPTIMIZERS
+
+transformers.logging.set_verbosity_error()
+
+
+def rows(count=64):
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for number in range(count):
+        ids = torch.randint(31, (8,), generator=generator)
+        predicted = torch.rand(8, generator=generator) < (0.2 if number % 2 else 0.7)
+        predicted[number % 8] = True
+        found.append({"input_ids": ids, "labels": ids.flip(0).where(predicted, -100)})
+    return found
+
+
+def small_bert():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(vocab_size=31, max_position_embeddings=8, **shape, **dropout))
+
+
+class Recorder(TrainerCallback):
+    """Stands for a reporting integration: it sees what every reporter sees."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, **kwargs):
+        self.logs.append((state.global_step, dict(kwargs["logs"])))
+
+
+def trained(folder, micro=8, accumulation=8, steps=1, callback=None, **options):
+    """Train on 64 rows per step; the trainer."""
+    options.setdefault("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.5}))
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        max_grad_norm=1e9,  # so that the norm is logged and nothing is clipped
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    recorder = Recorder()
+    trainer = Trainer(small_bert(), arguments, train_dataset=rows(), callbacks=[recorder], **options)
+    if callback is not None:
+        trainer.add_callback(callback(trainer))
+    with contextlib.redirect_stdout(None):
+        trainer.train()
+    trainer.recorder = recorder
+    return trainer
+
+
+def outcome(trainer):
+    """Return the first step's loss and gradient norm, and all weights."""
+    logs = next(logs for _, logs in trainer.recorder.logs if "loss" in logs)
+    return logs["loss"], logs["grad_norm"], torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut_and_the_stock_one_does(tmp_path):
+    cuts = {(64, 1), (8, 8), (1, 64)}
+    repaired = {
+        cut: outcome(trained(tmp_path, *cut, steps=3, compute_loss_func=masked_language_modeling_loss)) for cut in cuts
+    }
+    loss, norm, weights = repaired[64, 1]
+    for found in repaired.values():
+        assert found[0] == pytest.approx(loss, rel=1e-5)
+        assert found[1] == pytest.approx(norm, rel=1e-5)
+        assert torch.allclose(found[2], weights, rtol=1e-4, atol=1e-6)
+    stock = {cut: outcome(trained(tmp_path, *cut)) for cut in cuts}
+    # One micro-batch is right without help; with accumulation loss and gradient are too large by about its length.
+    assert stock[64, 1][:2] == pytest.approx((loss, norm), rel=1e-5)
+    for (_, accumulation), found in stock.items():
+        assert found[0] == pytest.approx(accumulation * loss, rel=0.2)
+    assert stock[8, 8][1] > 6 * norm
+    assert stock[1, 64][1] > 40 * norm
+
+
+def test_the_loss_outside_training_is_the_mean():
+    logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 2], [-100, 4, 0]])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert torch.allclose(masked_language_modeling_loss({"logits": logits}, labels), expected)
+    assert masked_language_modeling_loss((logits,), torch.full((2, 3), -100)) == 0
+    with pytest.raises(ValueError, match="needs a batch with `labels`"):
+        masked_language_modeling_loss((logits,), None)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_plain_class_works_and_the_callback_names_the_layers(name, tmp_path):
+    trainer = trained(
+        tmp_path,
+        steps=2,
+        callback=lambda trainer: TrustRatioCallback(trainer, noise=True),
+        compute_loss_func=masked_language_modeling_loss,
+        optimizer_cls_and_kwargs=(OPTIMIZERS[name].optimizer_class, {"lr": 0.01}),
+    )
+    names = {layer for layer, _ in trainer.model.named_parameters()}
+    assert set(layerwise_optimizer(trainer.optimizer).trust_ratios()) == names
+    logged = [logs for _, logs in trainer.recorder.logs]
+    assert sum("loss" in logs for logs in logged) == 2
+    assert sum("trust_ratio/min" in logs and "gradient_noise/scale" in logs for logs in logged) == 2
+
+
+def test_what_the_callback_logs(tmp_path):
+    trainer = trained(
+        tmp_path,
+        steps=2,
+        callback=lambda trainer: TrustRatioCallback(trainer, per_layer=True),
+        compute_loss_func=masked_language_modeling_loss,
+        optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", lr=0.01, weight_decay=0.1),
+    )
+    optimizer = layerwise_optimizer(trainer.optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    ratios = optimizer.trust_ratios()
+    logs = next(logs for step, logs in trainer.recorder.logs if step == 2 and "trust_ratio/min" in logs)
+    for layer, ratio in ratios.items():
+        assert logs[f"trust_ratio/{layer}"] == ratio
+    matrices = [ratios[layer] for layer, p in trainer.model.named_parameters() if p.dim() > 1]
+    assert logs["trust_ratio/min"] == pytest.approx(min(matrices))
+    assert logs["trust_ratio/max"] == pytest.approx(max(matrices))
+    assert min(matrices) <= logs["trust_ratio/median"] <= max(matrices)
+    assert logs["trust_ratio/max"] != 1.0
+    assert any("trust_ratio/min" in entry for entry in trainer.state.log_history)
+
+
+def test_unknown_names_and_options_are_refused_before_training():
+    with pytest.raises(ValueError, match="nearest: lamb"):
+        optimizer_for_trainer("lam", lr=0.1)
+    with pytest.raises(ValueError, match="has no option 'weight_dekay'; nearest: weight_decay"):
+        optimizer_for_trainer("lamb", weight_dekay=0.1)
+    with pytest.raises(ValueError, match="lr"):
+        optimizer_for_trainer("lamb", lr=-1.0)
+    with pytest.raises(TypeError, match="lr"):
+        optimizer_for_trainer("lars")
+
+
+def test_the_callback_refuses_another_optimizer(tmp_path):
+    with pytest.raises(ReplacedOptimizerError, match="SGD steps, which is no optimizer of trustratio"):
+        trained(tmp_path, callback=TrustRatioCallback)
+
+
+def test_a_trainer_that_is_given_the_optimizer_itself(tmp_path):
+    """Nothing drops it without DeepSpeed, and a subclass may hold on to it."""
+    model_optimizers = []
+
+    class Holding(Trainer):
+        def create_optimizer(self, model=None):
+            model_optimizers.append(LAMB(self.model.parameters(), lr=0.01))
+            self.optimizer = model_optimizers[-1]
+            return self.optimizer
+
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True)
+    with contextlib.redirect_stdout(None):
+        Holding(small_bert(), arguments, train_dataset=rows()).train()
+    assert model_optimizers[0].state
+
+
+def test_groups_in_another_optimizer_are_told_from_wrappers():
+    lamb = LAMB([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    refuse_replacement(lamb)
+    refuse_replacement(torch.optim.Adam([torch.nn.Parameter(torch.ones(2, 2))]))
+    taken = torch.optim.Adam(lamb.param_groups)
+    taken.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+    with pytest.raises(ReplacedOptimizerError, match="Adam was made from the parameter groups"):
+        taken.step()
+    assert torch.equal(lamb.param_groups[0]["params"][0].detach(), torch.ones(2, 2))

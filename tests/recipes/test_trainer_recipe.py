@@ -1,0 +1,96 @@
+"""The recipe through the Hugging Face Trainer, on two ranks: a model that loads, as an exported checkpoint does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from tests.distributed.pool import WorkerPool
+from trustratio.recipes.checkpoint_export import export_checkpoint
+from trustratio.recipes.progress_display import Reporter
+from trustratio.recipes.recipe_errors import RecipeError
+
+from .trainer_recipe_runs import SMALL, train
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
+ZERO = {**ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true"}
+# name: what the launcher sets, through the Trainer, further arguments
+RUNS = {
+    "bert.py": ({}, False, ()),
+    "bert.py-zero-0": ({}, False, ("--zero_stage", "0")),
+    "bert.py-zero-3": ({}, False, ("--zero_stage", "3")),
+    "bert_accelerate.py": ({**ACCELERATE, "ACCELERATE_USE_CPU": "true"}, False, ()),
+    "deepspeed-zero-1": ({}, True, ("--zero_stage", "1")),
+    "accelerate-zero-3": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, True, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def launch(text_folder, cache, tmp_path_factory):
+    pool, root = WorkerPool(2), tmp_path_factory.mktemp("trainer")
+
+    def start(name, *arguments):
+        environment, by_trainer, own = RUNS[name]
+        line = ["--data", f"{text_folder}/*.txt", *SMALL, *own, *arguments]
+        line = ["--output", str(root / name), *line]
+        return root / name, pool.run(train, str(cache), environment, by_trainer, line)
+
+    yield start
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def runs(launch):
+    made = {}
+    for name in RUNS:
+        made[name], endings = launch(name)
+        assert endings == ["finished"] * 2, endings
+    return made
+
+
+def test_the_model_loads_in_transformers(runs):
+    for name in ("deepspeed-zero-1", "accelerate-zero-3"):
+        model = AutoModelForMaskedLM.from_pretrained(runs[name] / "model")
+        assert model.config.hidden_size == 32
+        assert type(model).__name__ == "BertForMaskedLM"
+        assert (runs[name] / "report.png").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, by_trainer, _) in RUNS.items() if not by_trainer])
+def test_an_exported_checkpoint_has_the_trained_weights(runs, cache, name, tmp_path, monkeypatch):
+    """Whatever wrapper wrote it; compared with the Trainer's model, which trained the same."""
+    monkeypatch.setenv("TRUSTRATIO_CACHE", str(cache))
+    export_checkpoint(runs[name], tmp_path, Reporter(active=False))
+    exported = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    trained = AutoModelForMaskedLM.from_pretrained(runs["deepspeed-zero-1"] / "model")
+    for (layer, one), other in zip(exported.named_parameters(), trained.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5), layer
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("trust ratio", "large batch")
+    assert tokenizer.decode(ids["input_ids"]) == "[CLS] trust ratio [SEP] large batch [SEP]"
+    assert set(ids["token_type_ids"]) == {0, 1}
+
+
+def test_a_checkpoint_of_other_data_is_refused(runs, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUSTRATIO_CACHE", str(cache))
+    run = tmp_path / "run"
+    shutil.copytree(runs["bert.py"], run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["vocabulary"] = 190
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="was trained on other data than"):
+        export_checkpoint(run, tmp_path / "model", Reporter(active=False))
+
+
+def test_a_checkpoint_of_the_other_scripts_is_refused(launch, runs):
+    _, endings = launch("deepspeed-zero-1", "--resume", str(runs["bert.py"]))
+    assert "was not written by bert_trainer.py; continue it with the script that wrote it" in endings[0]

@@ -1,0 +1,113 @@
+"""The GPU's sweeps, computed by Triton's interpreter on the CPU. tests/gpu runs them on a device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton")
+
+from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer, kernels
+from trustratio.optimizers.kernels import triton_kernels
+
+from . import test_kernels
+from .test_generic import backward, make_gradients, make_parameters, values
+from .test_kernels import assert_close, flat_run, states
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*group.* of samples per step.*"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these on the device"),
+]
+
+BLOCK = triton_kernels.BLOCK
+SHAPES: dict[str, tuple[int, ...]] = {"blocks": (BLOCK + 1, 2), "odd": (3, 11), "bias": (17,), "scalar": ()}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in OPTIMIZERS if name not in ("cowclip", "mclr")),
+    ("lars", {"nesterov": True, "momentum_form": "gradient"}),
+    ("lars", {"momentum": 0.0}),
+    ("lamb", {"max_grad_norm": 1.0}),
+    ("vrlamb", {"second_moment": "mean", "bias_correction": False}),
+    ("vrlars", {"nesterov": True, "momentum_form": "unscaled"}),
+]
+
+
+def run(name: str, implementation: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    parameters = make_parameters(dtype, SHAPES)
+    given = {"lr": 0.05, "weight_decay": 0.1, **options}
+    optimizer = create_optimizer(name, list(parameters.items()), implementation=implementation, **given)
+    for step in range(2):
+        gradients = make_gradients(step, parameters)
+        gradients["blocks"][:, : BLOCK // 2] = 0.0  # a block without gradient
+        if step == 1:
+            del gradients["bias"]
+        optimizer.zero_grad()
+        backward(parameters, gradients)
+        optimizer.step()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_sweeps_equal_tensor_operations(name: str, options: dict[str, Any]) -> None:
+    parameters, optimizer = run(name, "triton", **options)
+    expected, reference = run(name, "eager", **options)
+    assert_close(parameters, expected, 1e-6)
+    for state in (*optimizer.element_state, *optimizer.layer_state):
+        assert_close(states(optimizer, parameters, state), states(reference, expected, state), 2e-6)
+    assert optimizer.trust_ratios() == pytest.approx(reference.trust_ratios(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans"])
+def test_odd_starts_and_lengths_and_poisoned_padding(name: str) -> None:
+    lengths, gaps = [1, 15, 33, BLOCK, BLOCK + 7, 16, 5], [3, 0, 1, 2, 1, 0, 9]
+    assert_close(flat_run(name, "triton", lengths, gaps), flat_run(name, "eager", lengths, gaps), 1e-6)
+
+
+def test_steps_are_the_same_bits_every_time() -> None:
+    first, second = (values(run("lamb", "triton")[0]) for _ in range(2))
+    assert all(torch.equal(first[layer], second[layer]) for layer in first)
+
+
+def test_sixteen_bit_weights_and_gradients() -> None:
+    parameters, _ = run("lamb", "triton", torch.bfloat16)
+    expected, _ = run("lamb", "eager", torch.bfloat16)
+    # The interpreter cuts off bits of bf16 where the device rounds: in each of the steps up to 2^-7 of the weight.
+    assert_close(parameters, expected, 2**-6)
+
+
+def test_layers_of_several_dtypes() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    def trained(implementation: str) -> list[torch.Tensor]:
+        ps = [torch.nn.Parameter(torch.linspace(-1, 1, 35, dtype=dtype).view(5, 7)) for dtype in dtypes]
+        optimizer = LAMB(ps, implementation=implementation)
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return [p.detach() for p in ps]
+
+    for a, b in zip(trained("triton"), trained("eager"), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["lamb", "clars", "vrlamb"])
+def test_guarantees(name: str) -> None:
+    """The same tests as the CPU's sweeps have to pass."""
+    if OPTIMIZERS[name].group_statistics:
+        test_kernels.test_a_gradient_that_is_not_finite_changes_nothing(name, "triton")
+    else:
+        test_kernels.test_state_is_not_written_before_the_groups_are_known_to_be_finite("triton")
+
+
+def test_without_a_gpu() -> None:
+    os.environ["TRITON_INTERPRET"] = "0"
+    try:
+        with pytest.raises(kernels.ImplementationError, match=r"'triton' needs parameters on cuda, got cpu"):
+            kernels.choose("triton", torch.device("cpu"))
+    finally:
+        os.environ["TRITON_INTERPRET"] = "1"
