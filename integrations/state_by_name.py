@@ -174,7 +174,11 @@ class LocalState:
 
     def copy_from(self, read: ReadBlock, layer: LocalLayer, what: str) -> None:
         """Set this rank's elements of a layer."""
-        whole = layer.tensor if what == WEIGHT else make_element_state(self.optimizer, layer.tensor, what)
+        whole = (
+            layer.tensor
+            if what == WEIGHT
+            else make_element_state(self.optimizer.state[layer.tensor], layer.tensor, what)
+        )
         part = local_part(whole).detach()
         flat = part.reshape(-1)
         for piece in layer.pieces:

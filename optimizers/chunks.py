@@ -106,6 +106,8 @@ class Chunk:
         if summand.bins:
             return self._histograms(summand.elements, summand.bins)
         parts = summand.elements.split(self.lengths)
+        if summand.squared and summand.elements.is_cpu:  # where norms in fp64 of fp32 are slow
+            return [torch.dot(part, part) for part in summand.elements.to(torch.float64).split(self.lengths)]
         if summand.squared:
             return [norm.square_() for norm in torch._foreach_norm(list(parts), 2, torch.float64)]
         return [part.sum(dtype=torch.float64) for part in parts]

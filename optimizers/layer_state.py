@@ -7,6 +7,7 @@ because DeepSpeed cuts the padding's length off every tensor that lies in a flat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "layer_numbers",
     "make_element_state",
-    "put",
+    "read_all_numbers",
     "read_numbers",
     "set_layer_numbers",
     "state_dtype",
+    "write_all_numbers",
     "write_numbers",
 ]
 
@@ -32,12 +34,11 @@ def state_dtype(tensor: torch.Tensor, name: str) -> torch.dtype:
     return torch.float32 if name == "step" else compute_dtype(tensor)
 
 
-def make_element_state(optimizer: LayerwiseOptimizer, tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a local tensor's element-wise state, which is made of zeros where there is none.
+def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return an element-wise state of a local tensor, which is made of zeros where there is none.
 
     It has the tensor's shape; of a DTensor it is a DTensor with the same placements.
     """
-    state = optimizer.state[tensor]
     if name not in state:
         dense = torch.contiguous_format
         state[name] = torch.zeros_like(tensor, dtype=state_dtype(tensor, name), memory_format=dense)
@@ -67,15 +68,52 @@ def read_numbers(state: dict[str, Any], name: str, layers: int, device: torch.de
 def write_numbers(state: dict[str, Any], name: str, values: torch.Tensor) -> None:
     """Keep a copy of the per-layer state of a tensor's layers, shape (layers,)."""
     if len(values) == 1:
-        put(state, name, values[0])
+        _put(state, name, values[0])
         return
-    put(state.setdefault("layers", {}), name, values)
+    _put(state.setdefault("layers", {}), name, values)
     if name == "step":
         # DeepSpeed's universal checkpoint expects one `step` for the whole flat tensor.
-        put(state, name, values.max())
+        _put(state, name, values.max())
 
 
-def put(state: dict[str, Any], name: str, value: torch.Tensor) -> None:
+def read_all_numbers(
+    states: Sequence[dict[str, Any]], name: str, counts: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """The per-layer state of all tensors, one after the other, fp64; `counts` says how many layers each carries."""
+    vectors = [read_numbers(state, name, count, device) for state, count in zip(states, counts, strict=True)]
+    if len({(v.dtype, v.dim()) for v in vectors}) == 1 and len(vectors) == sum(counts) and vectors[0].dim() == 0:
+        return torch.stack(vectors).to(torch.float64)
+    return torch.cat([v.to(torch.float64).expand(count) for v, count in zip(vectors, counts, strict=True)])
+
+
+def write_all_numbers(
+    states: Sequence[dict[str, Any] | None],
+    tensors: Sequence[torch.Tensor],
+    name: str,
+    counts: Sequence[int],
+    values: torch.Tensor,
+) -> None:
+    """Keep what `read_all_numbers` has read, in the same memory where there is some; not where a state is None."""
+    numbers, first = values.unbind(), 0
+    known, new = [], []
+    for state, tensor, count in zip(states, tensors, counts, strict=True):
+        first, begin = first + count, first
+        if state is None:
+            continue
+        if count != 1:
+            write_numbers(state, name, values[begin:first].to(state_dtype(tensor, name)))
+            continue
+        value = state.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() == 0 and value.device == values.device:
+            known.append(value)
+            new.append(numbers[begin])
+        else:
+            state[name] = numbers[begin].to(state_dtype(tensor, name), copy=True)
+    if known:
+        torch._foreach_copy_(known, new)
+
+
+def _put(state: dict[str, Any], name: str, value: torch.Tensor) -> None:
     """Keep a copy; on a GPU in the same memory as before, since a captured graph reads and writes that."""
     known = state.get(name)
     if isinstance(known, torch.Tensor) and known.is_cuda and (known.shape, known.dtype) == (value.shape, value.dtype):

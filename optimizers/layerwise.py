@@ -18,7 +18,7 @@ from .hyperparameters import check_choice, check_segments
 from .kernels import IMPLEMENTATIONS
 from .kernels.updates import Update
 from .layers import LayerTable
-from .layout import Layout, LayoutError, cut_of, resolve_layout
+from .layout import Layout, LayoutError, resolve_layout
 from .rows import Rows
 from .statistics import GradientStatistics
 from .step import Plan, Step
@@ -240,7 +240,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         wanted = self.group_statistics
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
-        self._plans: dict[tuple[tuple[int, Any], ...], Plan] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}  # by the ids of the local tensors
         self._loaded = False
         self._last_ratios: dict[tuple[int, ...], tuple[list[str], torch.Tensor]] = {}
         # Weak, so that parameters which a wrapper replaces are not kept alive.
@@ -278,14 +278,15 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     # Plans ----------------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
-        tensors = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        key = tuple((id(tensor), cut_of(tensor)) for _, tensor in tensors)
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        key = tuple(map(id, tensors))
         plan = self._plans.get(key)
-        if plan is None or plan.is_abandoned():
-            layout = resolve_layout(self, tensors)
+        if plan is None or not plan.fits(tensors):
+            groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+            layout = resolve_layout(self, list(zip(groups, tensors, strict=True)))
             self._refuse_segments_of_groups(layout)
             self.check_layout(layout)
-            plan = self._plans[key] = Plan.of(layout)
+            plan = self._plans[key] = Plan.of(layout, tensors)
             if self._loaded:
                 plan.share_layer_state(self.layer_state, self.state)
             with_rows = [index for index in plan.group_layers if self.has_rows(self.param_groups[index])]

@@ -366,13 +366,13 @@ def placements_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     return getattr(tensor, "placements", None)
 
 
-def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What changes if a tensor is cut anew without becoming another object: a key for this process only."""
-    placements = placements_of(tensor)
-    return (tensor.shape,) if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
-
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes if a tensor is cut anew without becoming another object; for comparison in this process only."""
+    placements = None if type(tensor) in _PLAIN else placements_of(tensor)
+    return tensor.shape if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
 
 
 def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ model's size, and a layer whose gradient turns out to be zero on all ranks is le
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -25,9 +26,16 @@ from . import kernels
 from .chunks import Chunk, ChunkView, Summand, cut_into_chunks
 from .gradients import read_gradients
 from .kernels.updates import AdamUpdate, Sums
-from .layer_state import make_element_state, put, read_numbers, state_dtype, write_numbers
+from .layer_state import (
+    make_element_state,
+    read_all_numbers,
+    read_numbers,
+    state_dtype,
+    write_all_numbers,
+    write_numbers,
+)
 from .layers import LayerTable, adapts
-from .layout import Layout, LayoutError, cut_alike, local_part
+from .layout import Layout, LayoutError, cut_alike, cut_of, local_part
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -43,11 +51,12 @@ class Plan:
     layout: Layout
     group_layers: dict[int, range]  # group index -> its layers
     tensor_layers: list[range]  # local tensor -> the layers it carries
+    cuts: list[Any]  # how the tensors of the call, those without elements too, were cut
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layout: Layout) -> Plan:
+    def of(cls, layout: Layout, tensors: Sequence[torch.Tensor]) -> Plan:
         carried: list[list[int]] = [[] for _ in layout.tensors]
         for index, layer in enumerate(layout.layers):
             carried[layer.tensor].append(index)
@@ -58,9 +67,14 @@ class Plan:
             layout=layout,
             group_layers={group: _as_range(layers) for group, layers in groups.items()},
             tensor_layers=[_as_range(layers) for layers in carried],
+            cuts=[cut_of(tensor) for tensor in tensors],
         )
 
-    def is_abandoned(self) -> bool:
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the tensors, the same ones, are still cut as they were, and have not been abandoned."""
+        return all(map(operator.eq, map(cut_of, tensors), self.cuts)) and not self._is_abandoned()
+
+    def _is_abandoned(self) -> bool:
         """Whether whole layers got no gradient at all: a wrapper may have put others in their place since."""
         return not self.layout.reductions and all(tensor.grad is None for tensor in self.layout.tensors)
 
@@ -70,19 +84,23 @@ class Plan:
             return
         device = self.layout.device
         own_states = [states[tensor] for tensor in self.layout.tensors]
-        counts = [len(layers) for layers in self.tensor_layers]
         for name in names:
             known = [name in state or name in state.get("layers", {}) for state in own_states]
             values = [
                 read_numbers(state, name, count, device).to(torch.float64).expand(count)
-                for state, count in zip(own_states, counts, strict=True)
+                for state, count in zip(own_states, self.layer_counts, strict=True)
             ]
             mask = torch.cat([torch.full_like(v, there) for v, there in zip(values, known, strict=True)])
             total, ranks = self.layout.reduce(torch.stack([torch.cat(values) * mask, mask]))
-            shared = (total / ranks.clamp(min=1)).split(counts)
+            shared = (total / ranks.clamp(min=1)).split(self.layer_counts)
             for state, there, of_tensor, tensor in zip(own_states, known, shared, self.layout.tensors, strict=True):
                 if not there and len(of_tensor):
                     write_numbers(state, name, of_tensor.to(state_dtype(tensor, name)))
+
+    @functools.cached_property
+    def layer_counts(self) -> list[int]:
+        """How many layers each local tensor carries."""
+        return [len(layers) for layers in self.tensor_layers]
 
     @functools.cached_property
     def chunks(self) -> list[Chunk]:
@@ -127,6 +145,10 @@ class Step:
         # Where layers are whole, no gradient here is no gradient anywhere.
         sharded = bool(self.layout.reductions)
         self.takes_part = [sharded or gradient is not None for gradient in self.gradients]
+        self.states = [
+            optimizer.state[tensor] if takes_part else None
+            for tensor, takes_part in zip(self.layout.tensors, self.takes_part, strict=True)
+        ]
         self.state = {name: self._element_state(name) for name in optimizer.element_state}
         self.layer_state = {name: self._read_layer_state(name) for name in optimizer.layer_state}
         self.tables = {group: self._table(group, layers) for group, layers in plan.group_layers.items()}
@@ -340,12 +362,12 @@ class Step:
     def _element_state(self, name: str) -> list[torch.Tensor]:
         nothing = self.weights[0].new_empty(0, dtype=torch.float32)
         return [
-            self._element_state_of(index, tensor, name) if takes_part else nothing
-            for index, (tensor, takes_part) in enumerate(zip(self.layout.tensors, self.takes_part, strict=True))
+            nothing if state is None else self._element_state_of(index, tensor, state, name)
+            for index, (tensor, state) in enumerate(zip(self.layout.tensors, self.states, strict=True))
         ]
 
-    def _element_state_of(self, index: int, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        value = make_element_state(self.optimizer, tensor, name)
+    def _element_state_of(self, index: int, tensor: torch.Tensor, state: dict[str, Any], name: str) -> torch.Tensor:
+        value = make_element_state(state, tensor, name)
         if not cut_alike(value, tensor):
             layer = self.layout.layers[self.plan.tensor_layers[index].start]
             raise LayoutError(
@@ -354,38 +376,24 @@ class Step:
                 "after the first step"
             )
         if not value.is_contiguous():
-            value = self.optimizer.state[tensor][name] = value.contiguous()
+            value = state[name] = value.contiguous()
         return _local(value)
 
     def _read_layer_state(self, name: str) -> torch.Tensor:
         """The per-layer state of all layers, shape (layers,), fp64."""
-        states = [self.optimizer.state.get(tensor, {}) for tensor in self.layout.tensors]
-        vectors = [
-            read_numbers(state, name, len(layers), self.layout.device)
-            for state, layers in zip(states, self.plan.tensor_layers, strict=True)
+        # A tensor that does not take part may have some from earlier steps.
+        states = [
+            self.optimizer.state.get(tensor, {}) if state is None else state
+            for tensor, state in zip(self.layout.tensors, self.states, strict=True)
         ]
-        counted = list(zip(vectors, self.plan.tensor_layers, strict=True))
-        if all(v.dim() == 0 and len(layers) == 1 for v, layers in counted) and len({v.dtype for v in vectors}) == 1:
-            return torch.stack(vectors).to(self.layout.device, torch.float64)
-        return torch.cat([v.to(torch.float64).expand(len(layers)) for v, layers in counted]).to(self.layout.device)
+        return read_all_numbers(states, name, self.plan.layer_counts, self.layout.device)
 
     def _write_layer_state(self) -> None:
         changed = torch.cat([table.has_gradient() for table in self.tables.values()])
         for name, old in self.layer_state.items():
             new = torch.cat([getattr(table, name) for table in self.tables.values()])
             kept = torch.where(changed, new, old)
-            dtypes = (torch.float32,) if name == "step" else (torch.float32, torch.float64)
-            rounded = {dtype: kept.to(dtype).unbind() for dtype in dtypes}
-            for tensor, layers, takes_part in zip(
-                self.layout.tensors, self.plan.tensor_layers, self.takes_part, strict=True
-            ):
-                if not takes_part:
-                    continue
-                state, dtype = self.optimizer.state[tensor], state_dtype(tensor, name)
-                if len(layers) == 1:
-                    put(state, name, rounded[dtype][layers.start])
-                else:
-                    write_numbers(state, name, kept[layers.start : layers.stop].to(dtype))
+            write_all_numbers(self.states, self.layout.tensors, name, self.plan.layer_counts, kept)
 
     def _table(self, group: int, layers: range) -> LayerTable:
         state = {name: vector[layers.start : layers.stop] for name, vector in self.layer_state.items()}

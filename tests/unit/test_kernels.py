@@ -15,7 +15,7 @@ import torch
 from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, VRSGD, LayerwiseOptimizer, create_optimizer, kernels
 from trustratio.optimizers.kernels import cpu, updates
 from trustratio.optimizers.layers import LayerTable
-from trustratio.optimizers.layout import Layer, Layout, Shard, cut_of
+from trustratio.optimizers.layout import Layer, Layout, Shard
 from trustratio.optimizers.step import Plan
 
 from .test_generic import all_variants, backward, make_gradients, make_parameters, train, values
@@ -180,7 +180,7 @@ def flat_run(name: str, implementation: str, lengths: Sequence[int], gaps: Seque
             flat[start : start + length] = torch.randn(length, generator=generator)
         start += length
     layout = Layout("test", (flat,), (0,), tuple(layers), tuple(shards))
-    optimizer._plans[((id(flat), cut_of(flat)),)] = Plan.of(layout)
+    optimizer._plans[(id(flat),)] = Plan.of(layout, [flat])
     for _ in range(3):
         flat.grad = torch.full((total,), torch.nan)
         for index, shard in enumerate(shards):
@@ -249,7 +249,7 @@ def sharded_run(name: str, implementation: str) -> tuple[Tensor, Tensor]:
         every_layer = tuple(range(len(lengths)))
         layout = _ThreadedLayout("test", (flat,), (0,), layers, shards, ((ranks, every_layer),))
         object.__setattr__(layout, "rank", rank)
-        optimizer._plans[((id(flat), cut_of(flat)),)] = Plan.of(layout)
+        optimizer._plans[(id(flat),)] = Plan.of(layout, [flat])
         for step in gradients:
             flat.grad = half(step)
             optimizer.step()
