@@ -100,7 +100,8 @@ def run_measured(case: Case, bucket_elements: int) -> dict[str, Any]:
         return {**run_case(case), "traffic": vars(traffic)}
 
 
-def run_on_reduced_gradients(case: Case) -> dict[str, Any]:
+@contextmanager
+def seeing_reduced_gradients() -> Iterator[None]:
     """What one gets from hooks that see gradients after their reduction."""
     see = statistics.GradientStatistics._see
 
@@ -111,9 +112,14 @@ def run_on_reduced_gradients(case: Case) -> dict[str, Any]:
 
     statistics.GradientStatistics._see = reduced  # type: ignore[method-assign]
     try:
-        return run_case(case)
+        yield
     finally:
         statistics.GradientStatistics._see = see  # type: ignore[method-assign]
+
+
+def run_on_reduced_gradients(case: Case) -> dict[str, Any]:
+    with seeing_reduced_gradients():
+        return run_case(case)
 
 
 class Network(torch.nn.Module):

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer, statistics
+from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 
 from ..reference import relative_error
 from .cases import (
@@ -34,7 +34,7 @@ from .cases import (
     mean_gradients,
 )
 from .exactness import MODEL, NOISE, assert_exact, expected, two_groups, worst_error
-from .group_runs import measured
+from .group_runs import measured, seeing_reduced_gradients
 from .pool import CaseFailed, WorkerPool
 from .test_gradient_statistics import assert_norms
 
@@ -410,19 +410,8 @@ def test_wire_and_memory_of_statistics(pool: WorkerPool, accumulation: int, worl
 
 
 def run_on_reduced_gradients(case: Case) -> dict[str, Any]:
-    """What one gets from hooks that see gradients after their reduction."""
-    see = statistics.GradientStatistics._see
-
-    def reduced(self: Any, watched: Any, gradient: torch.Tensor) -> None:
-        mean = gradient.clone()
-        dist.all_reduce(mean)
-        see(self, watched, mean / dist.get_world_size())
-
-    statistics.GradientStatistics._see = reduced  # type: ignore[method-assign]
-    try:
+    with seeing_reduced_gradients():
         return run_case(case, Setup())
-    finally:
-        statistics.GradientStatistics._see = see  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [2])
