@@ -50,15 +50,19 @@ def files(pools: _Pools, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # Of what runs on more ranks than the machine may have cores, a sample is quick enough for every day.
-QUICK_ON_MANY_RANKS = {"test_weights_and_ratios_equal_one_process": ("lamb", "lars", "vrlamb")}
+QUICK_ON_MANY_RANKS = {
+    "test_weights_and_ratios_equal_one_process": ("lamb", "lars", "vrlamb"),
+    "test_zero_3_on_four_ranks_to_fsdp2_on_two": ("lamb", "novograd"),
+    "test_and_on_to_two": ("lamb",),
+}
 
 
 def _is_slow(item: pytest.Item) -> bool:
     name, _, parameters = item.name.partition("[")
     chosen = QUICK_ON_MANY_RANKS.get(name, ())
     callspec = getattr(item, "callspec", None)
-    ranks = callspec.params.get("world_size", 0) if callspec else 0
-    return ranks > 2 and not any(optimizer in parameters.rstrip("]").split("-") for optimizer in chosen)
+    ranks = [callspec.params.get(name, 0) for name in ("world_size", "after")] if callspec else [0]
+    return max(ranks) > 2 and not any(optimizer in parameters.rstrip("]").split("-") for optimizer in chosen)
 
 
 @pytest.hookimpl(tryfirst=True)
