@@ -93,7 +93,7 @@ class _Step(ctypes.Structure):
         ("measure", ctypes.POINTER(_Sweep)),
         ("apply", ctypes.POINTER(_Sweep)),
         *((name, ctypes.c_int64) for name in ("batches", "rules")),
-        *((name, ctypes.c_void_p) for name in ("first_shard", "measured", "ready", "changes")),
+        *((name, ctypes.c_void_p) for name in ("first_shard", "measured", "ready", "taken", "changes")),
         ("rule", _Rule * 2),
     )
 
@@ -254,12 +254,12 @@ class CpuSweeps:
             return None
         measure, found = self._measuring(group, measured, changing, keep=True)
         apply = self._applying(group, applied, None)
-        counters = torch.zeros(2, len(batches) - 1, dtype=torch.int64, device="cpu")
+        counters = torch.zeros(2 + 2 * table.threads, len(batches) - 1, dtype=torch.int64, device="cpu")
         changes = torch.zeros(table.layers, dtype=torch.uint8, device="cpu")
         apply.changes = changes.data_ptr()
         step = _Step(ctypes.pointer(measure), ctypes.pointer(apply), len(batches) - 1, len(sums.rules))
         step.first_shard, step.changes = batches.data_ptr(), changes.data_ptr()
-        step.measured, step.ready = counters[0].data_ptr(), counters[1].data_ptr()
+        step.measured, step.ready, step.taken = (counters[row].data_ptr() for row in range(3))
         alive = [_fill(place, rule, sums.of, applied) for place, rule in zip(step.rule, sums.rules, strict=False)]
         if measure.shards:
             _compiled().trustratio_step(ctypes.byref(step), self.level)

@@ -70,6 +70,7 @@ typedef struct {
     int64_t batches, rules;
     const int64_t *first_shard; /* per batch, and the number of shards; a layer's shards are in one batch */
     int64_t *measured, *ready;  /* per batch, zero at first: blocks measured; whether its layers' ratios are known */
+    int64_t *taken;             /* threads x batches x 2, zero at first: blocks taken of a thread's run, per sweep */
     uint8_t *changes;           /* per layer: what `apply` looks at */
     Rule rule[2];
 } Step;
@@ -261,50 +262,65 @@ static void add_up(const Sweep *s, int64_t first_shard, int64_t end)
             for (int k = 0; k < SUMS; k++) s->sums[k * s->layers + s->layer[shard]] += s->partial[block * SUMS + k];
 }
 
+/* Visit what is left of the blocks of some shards; returns how many were visited. Each thread has a run of the blocks,
+   the same one in each sweep, since parts of a processor have caches of their own and what lies in another part's is
+   slower to reach than memory. Who has finished its run helps the others. `taken` counts the blocks that were taken of
+   each run, at distances of `stride`. */
+static int64_t take_blocks(const Sweep *s, block_function function, int64_t first_shard, int64_t end_shard,
+                           int64_t thread, int64_t threads, int64_t *taken, int64_t stride)
+{
+    const int64_t *first_block = s->first_block + first_shard;
+    int64_t shards = end_shard - first_shard, count = first_block[shards] - first_block[0], visited = 0;
+    for (int64_t k = 0; k < threads; k++) {
+        int64_t owner = (thread + k) % threads, place;
+        int64_t begin = first_block[0] + count * owner / threads, end = first_block[0] + count * (owner + 1) / threads;
+        while ((place = __atomic_fetch_add(&taken[owner * stride], 1, __ATOMIC_RELAXED)) < end - begin) {
+            /* Applying goes backwards: what was measured last is still in cache. */
+            int64_t block = s->sums ? begin + place : end - 1 - place;
+            visit(s, function, first_shard + run_of_block(first_block, shards, block), block);
+            visited++;
+        }
+    }
+    return visited;
+}
+
+static int64_t thread_count(const Sweep *s) { return s->threads < MAX_THREADS ? s->threads : MAX_THREADS; }
+
 /* Run `work` in as many threads as the sweep wants. */
 static void run_threads(const Sweep *s, void *(*work)(void *), void *argument)
 {
     pthread_t others[MAX_THREADS];
-    int64_t started = 0, threads = s->threads < MAX_THREADS ? s->threads : MAX_THREADS;
-    while (started < threads - 1 && !pthread_create(&others[started], NULL, work, argument)) started++;
+    int64_t started = 0;
+    while (started < thread_count(s) - 1 && !pthread_create(&others[started], NULL, work, argument)) started++;
     work(argument);
     while (started) pthread_join(others[--started], NULL);
 }
 
+#define LINE 8 /* counters of 8 bytes in a cache line */
+
 typedef struct {
     const Sweep *sweep;
     block_function function;
-    int64_t blocks, claim;
-    int64_t next; /* atomic */
-} Work;
+    int64_t *taken;
+    int64_t started; /* atomic */
+} SweepWork;
 
-static void *take_blocks(void *argument)
+static void *do_sweep(void *argument)
 {
-    Work *work = argument;
+    SweepWork *work = argument;
     const Sweep *s = work->sweep;
-    for (;;) {
-        int64_t taken = __atomic_fetch_add(&work->next, work->claim, __ATOMIC_RELAXED);
-        if (taken >= work->blocks) return NULL;
-        int64_t end = taken + work->claim < work->blocks ? taken + work->claim : work->blocks, block = taken;
-        if (!s->sums) { /* backwards: what was measured last is still in cache */
-            block = work->blocks - end;
-            end = work->blocks - taken;
-        }
-        for (int64_t shard = run_of_block(s->first_block, s->shards, block); block < end; block++) {
-            while (block >= s->first_block[shard + 1]) shard++;
-            visit(s, work->function, shard, block);
-        }
-    }
+    int64_t thread = __atomic_fetch_add(&work->started, 1, __ATOMIC_RELAXED);
+    take_blocks(s, work->function, 0, s->shards, thread, thread_count(s), work->taken, LINE);
+    return NULL;
 }
 
 /* Run one sweep. `level` is at most what `trustratio_best_level` says. */
 void trustratio_sweep(const Sweep *s, int64_t level)
 {
-    int64_t blocks = s->first_block[s->shards];
-    Work work = {s, function_of(level), blocks, blocks / (s->threads * 16), 0};
-    if (work.claim < 1) work.claim = 1;
-    if (s->partial) memset(s->partial, 0, sizeof(double) * SUMS * (size_t)blocks);
-    run_threads(s, take_blocks, &work);
+    int64_t taken[MAX_THREADS * LINE] = {0};
+    SweepWork work = {s, function_of(level), taken, 0};
+    if (s->partial) memset(s->partial, 0, sizeof(double) * SUMS * (size_t)s->first_block[s->shards]);
+    run_threads(s, do_sweep, &work);
     if (s->sums) add_up(s, 0, s->shards);
 }
 
@@ -349,38 +365,30 @@ static void rule_on(const Step *step, int64_t batch)
 typedef struct {
     const Step *step;
     block_function function;
-    int64_t next; /* atomic */
+    int64_t started; /* atomic */
 } StepWork;
 
-/* There is one queue: each batch's blocks to measure, then the same blocks to apply, in reverse. Who takes a block to
-   apply waits until the last of the batch is measured, which somebody is at already. */
-static void *take_batches(void *argument)
+/* Batch by batch: measure its blocks, and apply them once the last is measured, by whoever is at it. */
+static void *do_step(void *argument)
 {
     StepWork *work = argument;
     const Step *step = work->step;
     const Sweep *s = step->measure;
-    int64_t batch = 0, blocks = s->first_block[s->shards];
-    for (;;) {
-        int64_t place = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-        if (place >= 2 * blocks) return NULL;
-        while (place >= 2 * s->first_block[step->first_shard[batch + 1]]) batch++;
-        int64_t first_shard = step->first_shard[batch], shards = step->first_shard[batch + 1] - first_shard;
-        int64_t first = s->first_block[first_shard], count = s->first_block[first_shard + shards] - first;
-        int64_t ahead = place - 2 * first;
-        int measures = ahead < count;
-        int64_t block = first + (measures ? ahead : 2 * count - 1 - ahead);
-        int64_t shard = first_shard + run_of_block(s->first_block + first_shard, shards, block);
-        if (measures) {
-            visit(s, work->function, shard, block);
-            if (__atomic_add_fetch(&step->measured[batch], 1, __ATOMIC_ACQ_REL) < count) continue;
+    int64_t threads = thread_count(s), thread = __atomic_fetch_add(&work->started, 1, __ATOMIC_RELAXED);
+    for (int64_t batch = 0; batch < step->batches; batch++) {
+        int64_t first = step->first_shard[batch], end = step->first_shard[batch + 1];
+        int64_t *taken = step->taken + 2 * batch, stride = 2 * step->batches;
+        int64_t measured = take_blocks(s, work->function, first, end, thread, threads, taken, stride);
+        int64_t all = s->first_block[end] - s->first_block[first];
+        if (measured && __atomic_add_fetch(&step->measured[batch], measured, __ATOMIC_ACQ_REL) == all) {
             rule_on(step, batch);
             __atomic_store_n(&step->ready[batch], 1, __ATOMIC_RELEASE);
-        } else {
-            for (int turns = 0; !__atomic_load_n(&step->ready[batch], __ATOMIC_ACQUIRE); turns++)
-                if (turns > 10000) sched_yield(); /* another program may have the other's core */
-            visit(step->apply, work->function, shard, block);
         }
+        for (int turns = 0; !__atomic_load_n(&step->ready[batch], __ATOMIC_ACQUIRE); turns++)
+            if (turns > 10000) sched_yield(); /* another program may have the other's core */
+        take_blocks(step->apply, work->function, first, end, thread, threads, taken + 1, stride);
     }
+    return NULL;
 }
 
 /* Run a whole step of layers that are complete here. `level` as above. */
@@ -389,5 +397,5 @@ void trustratio_step(const Step *step, int64_t level)
     const Sweep *s = step->measure;
     StepWork work = {step, function_of(level), 0};
     memset(s->partial, 0, sizeof(double) * SUMS * (size_t)s->first_block[s->shards]);
-    run_threads(s, take_batches, &work);
+    run_threads(s, do_step, &work);
 }
