@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import Contender
 from benchmarks.shapes import Shape, make_parameters
@@ -19,8 +19,8 @@ __all__ = ["measure_memory", "peak_above"]
 def measure_memory(shapes: list[Shape], device: str, contenders: Sequence[Contender]) -> dict[str, Any]:
     """Bytes that the third step of each contender takes at most above what is allocated before it.
 
-    On a CPU the process' resident memory is measured (Linux alone), in steps of a page and with the allocator's own
-    reserves, so small numbers mean "nothing of the model's size".
+    What torch allocates is counted, which all contenders use for tensors. Resident memory would say nothing: the
+    C library keeps what earlier steps have freed.
     """
     rows: dict[str, Any] = {}
     for contender in contenders:
@@ -45,14 +45,8 @@ def peak_above(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
-        raise OSError("peak memory of a CPU step is read from /proc, which only Linux has")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    return max(held, default=0)

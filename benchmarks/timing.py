@@ -1,11 +1,13 @@
 """Times of several contenders for the same work: taken in turn, quoted as medians and ratios.
 
 Machines are noisy and change their speed while they run. Every round runs each contender once, each round in another
-order, and a contender's time is compared with the baseline's of the same round.
+order, since one leaves caches and threads behind for the next. A contender's time is compared with the baseline's of
+the same round.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -56,8 +58,7 @@ def alternate(
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(number).sample(names, len(names)):
             synchronize()
             began = time.perf_counter()
             contenders[name]()
