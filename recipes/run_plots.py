@@ -89,7 +89,7 @@ def _draw_loss(axes: Axes, train: Series, history: RunHistory, against: str) -> 
         axes.annotate(
             f"{losses[-1]:.3f} nats, accuracy {validation['validation_accuracy'][-1]:.1%}",
             (places[-1], losses[-1]),
-            xytext=(0, 10),
+            xytext=(0, 28),
             textcoords="offset points",
             ha="right",
             color=_VALIDATION,
