@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -68,9 +69,11 @@ def megatron_optimizer(make: Callable[..., Any], config: Any, model_chunks: Sequ
     for option in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
         if getattr(config, option, False):
             raise ValueError(f"{option} must be False with an optimizer of trustratio, got True")
-    # get_megatron_optimizer has no argument for the inner optimizer. This is the one that it makes from the groups,
-    # the rate and the decay, and whose class it looks up when it is called.
-    with _replaced(core, "SGD", lambda groups, lr, weight_decay, momentum: make(groups, lr=lr, weight_decay=weight_decay)):
+    # get_megatron_optimizer takes no inner optimizer. SGD is the one that it makes of groups, rate and decay in the same
+    # way whatever else is installed, and it looks the class up when it is called.
+    with _replaced(
+        core, "SGD", lambda groups, lr, weight_decay, momentum: make(groups, lr=lr, weight_decay=weight_decay)
+    ):
         return core.get_megatron_optimizer(replace(config, optimizer="sgd"), model_chunks, **options)
 
 
@@ -171,7 +174,7 @@ def layout_of_shards(wrapper: Any, optimizer: Any, tensors: Sequence[tuple[int, 
 
 
 def _runs(wrapper: Any) -> dict[int, _Run]:
-    """This rank's runs by the id of the parameter."""
+    """What this rank steps, by the id of the parameter."""
     runs = {}
     for parameters_of, tensors_of in (
         (wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
@@ -237,7 +240,7 @@ def _stretches(start: int, end: int, width: int, join: bool) -> Iterator[tuple[i
     if join:
         cuts = sorted({at for at in (*cuts[:1], complete_end) if start < at < end})
     bounds = [start, *(at for at in cuts if at > start), end]
-    yield from zip(bounds[:-1], bounds[1:], strict=True)
+    yield from pairwise(bounds)
 
 
 def _sees_whole_model(wrapper: Any) -> bool:

@@ -34,5 +34,5 @@ class _CPUForCUDA(TorchFunctionMode):
 
 @contextmanager
 def without_cuda() -> Iterator[None]:
-    with mock.patch("torch.cuda.current_device", lambda: torch.device("cpu")), _CPUForCUDA():
+    with mock.patch("torch.cuda.current_device", return_value=torch.device("cpu")), _CPUForCUDA():
         yield
