@@ -69,11 +69,13 @@ def megatron_optimizer(make: Callable[..., Any], config: Any, model_chunks: Sequ
     for option in ("optimizer_cpu_offload", "use_precision_aware_optimizer"):
         if getattr(config, option, False):
             raise ValueError(f"{option} must be False with an optimizer of trustratio, got True")
-    # get_megatron_optimizer takes no inner optimizer. SGD is the one that it makes of groups, rate and decay in the same
-    # way whatever else is installed, and it looks the class up when it is called.
-    with _replaced(
-        core, "SGD", lambda groups, lr, weight_decay, momentum: make(groups, lr=lr, weight_decay=weight_decay)
-    ):
+
+    def make_inner(groups: Any, lr: Any, weight_decay: float, momentum: float) -> Any:
+        return make(groups, lr=lr, weight_decay=weight_decay)
+
+    # get_megatron_optimizer takes no inner optimizer. SGD is the one that it makes of groups, rate and decay in the
+    # same way whatever else is installed, and it looks the class up when it is called.
+    with _replaced(core, "SGD", make_inner):
         return core.get_megatron_optimizer(replace(config, optimizer="sgd"), model_chunks, **options)
 
 
