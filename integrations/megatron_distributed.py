@@ -141,6 +141,7 @@ def layout_of_shards(wrapper: Any, optimizer: Any, tensors: Sequence[tuple[int, 
     _refuse_optimizer(optimizer)
     runs = _runs(wrapper)
     _refuse_strangers(tensors, runs)
+    _refuse_incomplete_state(optimizer, runs)
     parallel = TensorParallel(mpu, wrapper.model_chunks[0].tp_group)
     name_of = _names(wrapper, optimizer)
     stand_ins = _stand_ins_of(optimizer)
@@ -334,6 +335,20 @@ def _refuse_strangers(tensors: Sequence[tuple[int, torch.Tensor]], runs: dict[in
             f"the optimizer is stepped with tensors of shapes {', '.join(strangers[:5])} that Megatron's "
             "DistributedOptimizer did not put into these groups: do not change param_groups after wrapping it"
         )
+
+
+def _refuse_incomplete_state(optimizer: Any, runs: dict[int, _Run]) -> None:
+    """Raise LayoutError if Megatron's load_state_dict has made the state that Adam needs, in uninitialised memory."""
+    wanted = {*optimizer.layer_state, *optimizer.element_state}
+    for run in runs.values():
+        state = optimizer.state.get(run.tensor, {})
+        lacking = wanted - {*state, *state.get("layers", {})}
+        if state and lacking:
+            raise LayoutError(
+                f"the state of {type(optimizer).__name__} lacks {', '.join(sorted(lacking))}: the checkpoints of "
+                "Megatron's DistributedOptimizer hold what Adam needs. Use save_optimizer_state and "
+                "load_optimizer_state of trustratio.integrations.consolidated_state instead"
+            )
 
 
 def _refuse_model_norm() -> torch.Tensor:
