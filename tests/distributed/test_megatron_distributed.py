@@ -361,8 +361,9 @@ def train_in_one_process(case: Case) -> tuple[dict[str, torch.Tensor], list[dict
 @pytest.mark.parametrize(("world_size", "tensor_parallel"), [(2, 1), (2, 2), (4, 2)])
 def test_matrices_that_are_stacked_in_one_parameter(pool: WorkerPool, world_size: int, tensor_parallel: int) -> None:
     """Each matrix is a layer, of which tensor-parallel ranks have parts: the gate of a gated unit, for example."""
-    options = {"segments": {"gated": 2, "columns": 3}}
-    case = make_case("lamb", "ddp", CUT_MODEL, options=options)
+    case = make_case("lamb", "ddp", CUT_MODEL)
+    matrices, others = case.groups
+    case = replace(case, groups=({**matrices, "segments": {"gated": 2, "columns": 3}}, others))
     weights, ratios = train_in_one_process(case)
     assert {"gated[0]", "gated[1]", "columns[2]"} < set(ratios[0])
     for answer in pool.run(train, case, tensor_parallel):
