@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch.distributed.tensor import DTensor
 
-from trustratio.optimizers.layout import Layout, LayoutError
+from trustratio.optimizers.layout import Layout, LayoutError, Shard
 
 __all__ = ["Box", "Piece", "Run", "pieces_by_layer"]
 
@@ -106,7 +106,7 @@ def pieces_by_layer(layout: Layout) -> list[list[Piece]]:
     for shard in layout.shards:
         layer = layout.layers[shard.layer]
         if not isinstance(layout.tensors[layer.tensor], DTensor):
-            pieces[shard.layer].append(Run(layer.shape, shard.start, shard.offset, shard.length))
+            pieces[shard.layer].extend(_runs(layer.shape, shard))
     rows_before: Counter[int] = Counter()  # tensor -> rows of the layers that it carries before this one
     for index, layer in enumerate(layout.layers):
         tensor = layout.tensors[layer.tensor]
@@ -115,6 +115,16 @@ def pieces_by_layer(layout: Layout) -> list[list[Piece]]:
             rows_before[layer.tensor] += layer.shape[0] if layer.shape else 1
             pieces[index] = [box] if prod(box.sizes) else []
     return pieces
+
+
+def _runs(shape: tuple[int, ...], shard: Shard) -> list[Run]:
+    """A shard as runs of the layer: a block that is narrower than the layer is one in each of its rows."""
+    if shard.is_run:
+        return [Run(shape, shard.start, shard.offset, shard.length)]
+    row = _row_size(shape)
+    rows = (shard.end - 1) // row + 1 - shard.offset // row
+    width = shard.length // rows
+    return [Run(shape, shard.start + index * width, shard.offset + index * row, width) for index in range(rows)]
 
 
 def _box(name: str, tensor: DTensor, shape: tuple[int, ...], first_row: int) -> Box:

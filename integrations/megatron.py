@@ -10,9 +10,9 @@ Parameters that are not marked are whole on every tensor-parallel rank and are c
 elements between ranks and so changes no sum. A parameter with `shared=True` is a tied layer's copy on another pipeline
 stage: it is a layer there too, and takes the same step.
 
-Megatron-core's own optimizer wrappers cannot be used. Its DistributedOptimizer takes Adam only and its 16-bit wrappers
-step fp32 copies that exist on CUDA only. Use DeepSpeed ZeRO with `mpu=`, or step fp32 parameters after the gradients
-have been reduced. Read from megatron-core 0.16.1.
+Of megatron-core's own optimizer wrappers the DistributedOptimizer is supported: `megatron_distributed.py`. Its 16-bit
+wrapper without it (Float16OptimizerWithFloat16Params) steps whole fp32 copies and is refused. Read from megatron-core
+0.16.1.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from trustratio.optimizers.data_parallel import DataParallel
 from trustratio.optimizers.layout import Layout, LayoutError, register_backend
 
+from .megatron_distributed import accept, find_wrapper, layout_of_shards, publish_weights
 from .tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
 
 __all__ = ["MegatronBackend", "use_mpu"]
@@ -62,17 +63,21 @@ class MegatronBackend:
         self.mpu: Any = None
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
-        """Do nothing: Megatron has no list of optimizers."""
+        """Make the class pass the check of Megatron's DistributedOptimizer."""
+        accept(optimizer_class)
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
-        """Return the layout of the model's own parameters where it is cut between ranks.
+        """Return the layout under a DistributedOptimizer, or of the model's own parameters where it is cut.
 
         Raises:
-            LayoutError: If a wrapper of Megatron's holds the optimizer, or the optimizer cannot be exact.
+            LayoutError: If another wrapper of Megatron's holds the optimizer, or the optimizer cannot be exact.
         """
         parameters = [tensor for _, tensor in tensors]
-        _refuse_copies(optimizer, parameters)
         mpu = self._current_mpu()
+        wrapper = _distributed_wrapper(optimizer)
+        if wrapper is not None:
+            return layout_of_shards(wrapper, optimizer, tensors, mpu)
+        _refuse_copies(optimizer, parameters)
         if mpu is None or not all(optimizer.was_given(p) and type(p) in PLAIN for p in parameters):
             return None
         stages = _pipeline_stages(mpu)
@@ -86,6 +91,12 @@ class MegatronBackend:
             options = {"clips_with": "clip_grad in Megatron's own step", "gradient_norm": _refuse_model_norm}
         return layout_of_parameters(BACKEND, optimizer, tensors, parallel, optimizer.parameter_name, **options)
 
+    def publish_weights(self, optimizer: Any) -> None:
+        """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
+        wrapper = _distributed_wrapper(optimizer)
+        if wrapper is not None:
+            publish_weights(wrapper)
+
     def data_parallel(self, optimizer: Any) -> DataParallel | None:
         """Return the data-parallel ranks, None where no mpu is known."""
         mpu = self._current_mpu()
@@ -96,6 +107,12 @@ class MegatronBackend:
             return self.mpu
         state = sys.modules.get("megatron.core.parallel_state")
         return state if state is not None and state.model_parallel_is_initialized() else None
+
+
+def _distributed_wrapper(optimizer: Any) -> Any:
+    """The DistributedOptimizer around the optimizer. It leaves it none of the parameters that it was given."""
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return None if tensors and all(map(optimizer.was_given, tensors)) else find_wrapper(optimizer)
 
 
 def _data_parallel_group(mpu: Any) -> dist.ProcessGroup:
@@ -135,8 +152,9 @@ def _refuse_copies(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
     """Raise LayoutError if Megatron-core's wrapper has put fp32 copies, attributes included, in place of parameters."""
     if any(hasattr(tensor, "tensor_model_parallel") and not optimizer.was_given(tensor) for tensor in tensors):
         raise LayoutError(
-            "Megatron-core's optimizer wrappers step fp32 copies of the model's parameters, which are not supported. "
-            "Step the model's own parameters in fp32, or use DeepSpeed ZeRO with mpu="
+            "Megatron-core's optimizer wrappers step fp32 copies of the model's parameters, which is supported with "
+            "use_distributed_optimizer=True only. Set it in Megatron's OptimizerConfig and "
+            "DistributedDataParallelConfig, step the model's own parameters in fp32, or use DeepSpeed ZeRO with mpu="
         )
 
 
