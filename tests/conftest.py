@@ -1,8 +1,12 @@
-"""Settings that must stand before torch and DeepSpeed are imported."""
+"""Settings that must stand before torch and DeepSpeed are imported, and what may run side by side."""
+
+from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +20,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which whoever imports them first does
+
+
+@pytest.hookimpl(trylast=True)  # after tests/distributed has brought its own in order
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for `-n 2 --dist loadgroup`: a file stays together, and whatever shares pools of workers does."""
+    for item in items:
+        shares_pools = "distributed" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else str(item.path)))
