@@ -23,6 +23,7 @@ from trustratio.recipes.recipe_errors import RecipeError
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 _HASHED_AT_ONCE = 1 << 24  # bytes
+_COUNTED_AT_ONCE = 1 << 20  # tokens, of which counting makes 64-bit copies
 
 
 class BrokenShard(RecipeError):
@@ -130,9 +131,10 @@ class TokenRows:
         """Count every id of the stream."""
         counts = np.zeros(self.vocabulary_size, dtype=np.int64)
         for number, file in enumerate(self.files):
-            for start in range(0, file.tokens, _HASHED_AT_ONCE):
-                piece = self._checked(number, self._tokens(number)[start : start + _HASHED_AT_ONCE])
+            for start in range(0, file.tokens, _COUNTED_AT_ONCE):
+                piece = self._checked(number, self._tokens(number)[start : start + _COUNTED_AT_ONCE])
                 counts += np.bincount(piece, minlength=self.vocabulary_size)
+            self._mapped.pop(number, None)  # its pages would stay part of this process's memory
         return counts
 
     def __getstate__(self) -> dict[str, Any]:

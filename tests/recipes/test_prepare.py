@@ -139,6 +139,7 @@ def test_rows_are_the_packed_stream_across_files_of_any_size(tmp_path):
         assert (rows[order][:, 0] == 2).all()
         assert (rows[order][:, -1] == 3).all()
     assert rows.counts().tolist() == np.bincount(stream, minlength=300).tolist()
+    assert not rows._mapped  # what counting has read need not stay in memory
 
 
 def test_shards_hold_every_document_once_and_serve_every_length(documents, vocabulary_file):
