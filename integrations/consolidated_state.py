@@ -35,6 +35,7 @@ from .state_by_name import (
     as_json,
     device_for,
     of_all_ranks,
+    prove_positions,
     raise_together,
     rank,
     several_ranks,
@@ -120,13 +121,15 @@ def load_optimizer_state(
         What was given as `extra`.
 
     Raises:
-        OptimizerStateError: On all ranks and before anything is changed, if the file cannot be read or holds the state
-            of another model or optimizer; the message lists the differences.
+        OptimizerStateError: On all ranks and before anything is changed, if the position of a layer's elements is not
+            known, or the file cannot be read or holds the state of another model or optimizer; the message lists the
+            differences.
         LayoutError: If no backend explains the optimizer's tensors.
         TypeError: If this is not an optimizer of this package.
     """
     local = LocalState(optimizer, model)
     catalogue = Catalogue.of_all_ranks(local)
+    prove_positions(local)
     stored, problems = _open(path)
     raise_together(problems)
     assert stored is not None
