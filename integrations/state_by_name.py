@@ -15,6 +15,7 @@ import torch.distributed as dist
 from trustratio.optimizers.layer_state import layer_numbers, make_element_state, set_layer_numbers, state_dtype
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.layout import _backends, local_part, reduction_device, resolve_layout
+from trustratio.optimizers.saved_state import without_wrappers
 
 from .layer_pieces import Piece, ReadBlock, pieces_by_layer
 
@@ -117,7 +118,7 @@ class LocalState:
         self.element_state = list(self.optimizer.element_state)
         self.layer_state = list(self.optimizer.layer_state)
         self.layout = resolve_layout(self.optimizer, _stepped_tensors(self.optimizer))
-        names = {id(p): _without_wrappers(name) for name, p in model.named_parameters()} if model is not None else {}
+        names = {id(p): without_wrappers(name) for name, p in model.named_parameters()} if model is not None else {}
         parts = Counter(id(layer.parameter) for layer in self.layout.layers if layer.parameter is not None)
         seen: Counter[int] = Counter()  # id of a parameter -> layers so far; several if its segments are layers
         self.carried: Counter[int] = Counter()  # id of a local tensor -> number of its layers
@@ -193,13 +194,6 @@ class LocalState:
             publish = getattr(backend, "publish_weights", None)
             if publish is not None:
                 publish(self.optimizer)
-
-
-def _without_wrappers(name: str) -> str:
-    """The parameter's name in the model as it was before DDP, FSDP1, torch.compile or activation checkpointing."""
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
 
 
 def _stepped_tensors(optimizer: LayerwiseOptimizer) -> list[tuple[int, torch.Tensor]]:
