@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["refuse_foreign_state", "without_wrappers"]
 
-MADE_LATER = ("adapt", "segments")
-"""Options that files of older releases lack; they get their defaults."""
+MAY_LACK = ("adapt", "segments", "differentiable")
+"""Options that files of older releases lack, and torch's own, which wrappers drop; they get their defaults."""
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -49,7 +49,8 @@ def refuse_foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, An
             f"the state_dict does not belong to this {type(optimizer).__name__}:\n  "
             + "\n  ".join(shown)
             + "\nLoad the state of the same optimizer class, made for the same model with its parameters in the same "
-            "groups and order. Nothing was loaded"
+            "groups and order; between wrappers, use save_optimizer_state and load_optimizer_state of "
+            "trustratio.integrations.consolidated_state. Nothing was loaded"
         )
 
 
@@ -59,7 +60,7 @@ def _foreign_options(optimizer: LayerwiseOptimizer, saved: list[dict[str, Any]])
 
     of_others = {name for entry in OPTIMIZERS.values() for name in inspect.signature(entry.optimizer_class).parameters}
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
-        lacking = [key for key in optimizer.defaults if key not in group and key not in MADE_LATER]
+        lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
         foreign = [key for key in group if key in of_others and key not in current and key != "params"]
         if lacking:
             yield f"group {index} lacks the options {', '.join(lacking)}"

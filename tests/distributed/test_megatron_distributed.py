@@ -449,10 +449,20 @@ def load_with_megatron(case: Case) -> None:
         run.train(0, 1)
 
 
+def step_with_the_state_of_adam(case: Case) -> None:
+    with running(case) as run:
+        for group in run.inner.param_groups:
+            for tensor in group["params"]:
+                run.inner.state[tensor] = {name: torch.empty_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
+        run.train(0, 1)
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_state_made_for_adam_is_refused(pool: WorkerPool, world_size: int) -> None:
-    with pytest.raises(CaseFailed, match=r"the state of LAMB lacks step: .*load_optimizer_state"):
+    with pytest.raises(CaseFailed, match=r"has the state exp_avg, exp_avg_sq instead of .*, step"):
         pool.run(load_with_megatron, make_case("lamb", "ddp"))
+    with pytest.raises(CaseFailed, match=r"the state of LAMB lacks step: .*load_optimizer_state"):
+        pool.run(step_with_the_state_of_adam, make_case("lamb", "ddp"))
 
 
 # Experts and pipeline stages ----------------------------------------------------------------------------------------
