@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,13 +36,21 @@ from .state_by_name import (
     as_json,
     device_for,
     of_all_ranks,
+    prove_positions,
     raise_together,
     rank,
     several_ranks,
     share_out,
 )
 
-__all__ = ["OptimizerStateError", "load_optimizer_state", "save_optimizer_state"]
+__all__ = [
+    "OptimizerStateError",
+    "StoredFile",
+    "StoredState",
+    "load_optimizer_state",
+    "restore",
+    "save_optimizer_state",
+]
 
 FORMAT = "trustratio optimizer state"
 VERSION = "1"
@@ -120,14 +129,28 @@ def load_optimizer_state(
         What was given as `extra`.
 
     Raises:
-        OptimizerStateError: On all ranks and before anything is changed, if the file cannot be read or holds the state
-            of another model or optimizer; the message lists the differences.
+        OptimizerStateError: On all ranks and before anything is changed, if the position of a layer's elements is not
+            known, or the file cannot be read or holds the state of another model or optimizer; the message lists the
+            differences.
         LayoutError: If no backend explains the optimizer's tensors.
         TypeError: If this is not an optimizer of this package.
     """
+    return restore(optimizer, StoredFile, path, model=model, weights=weights)
+
+
+def restore(
+    optimizer: Any,
+    make: Callable[[str], StoredState],
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module | None,
+    weights: bool = True,
+) -> Any:
+    """Do what `load_optimizer_state` does, from what `make` finds under the path."""
     local = LocalState(optimizer, model)
     catalogue = Catalogue.of_all_ranks(local)
-    stored, problems = _open(path)
+    prove_positions(local)
+    stored, problems = _open(make, path)
     raise_together(problems)
     assert stored is not None
     problems = _differences(stored, local, catalogue)
@@ -243,40 +266,45 @@ def _on_rank_0(file: ReplacedFile, action: Callable[[], None]) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-class _StoredState:
-    """The file. Raises OSError, SafetensorError, KeyError or ValueError if it is not what it should be."""
+class StoredState:
+    """Weights, state and options by layer name.
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._file = safe_open(os.fspath(path), framework="pt", device="cpu")
-        metadata = self._file.metadata() or {}
+    Args:
+        metadata: As `save_optimizer_state` puts it into the file's header.
+
+    Raises:
+        ValueError: If it is not what it should be.
+    """
+
+    def __init__(self, metadata: dict[str, str]):
         if metadata.get("format") != FORMAT:
             raise ValueError(f"not written by save_optimizer_state: its format is {metadata.get('format')!r}")
         if metadata["version"] != VERSION:
             raise ValueError(f"version {metadata['version']} of the format; this release reads version {VERSION}")
+        self.metadata = metadata
         self.fingerprint = json.dumps(metadata, sort_keys=True)
         self.class_name = metadata["optimizer"]
         self.element_state: list[str] = json.loads(metadata["element_state"])
         self.layer_state: list[str] = json.loads(metadata["layer_state"])
         self.groups: list[dict[str, Any]] = json.loads(metadata["groups"])
         self.extra = json.loads(metadata["extra"])
-        self.shapes = {name: self._shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
+        self.shapes = {name: self.shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
         for name, shape in self.shapes.items():
-            expected = {**dict.fromkeys(self.element_state, shape), **dict.fromkeys(self.layer_state, ())}
-            for what, wanted in expected.items():
-                if self._shape(name, what) != wanted:
-                    raise ValueError(f"{_key(name, what)} has shape {self._shape(name, what)} instead of {wanted}")
+            for what in self.element_state:
+                if self.shape(name, what) != shape:
+                    raise ValueError(f"{what} of {name} has shape {self.shape(name, what)} instead of {shape}")
 
-    def _shape(self, name: str, what: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(_key(name, what)).get_shape())
+    def shape(self, name: str, what: str) -> tuple[int, ...]:
+        """The shape of a layer's weight or element-wise state."""
+        raise NotImplementedError
 
     def reader(self, name: str, what: str) -> ReadBlock:
-        """Read the part of a tensor that slices select."""
-        key = _key(name, what)
-        return lambda slices: self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
+        """Read the part of a layer's weight or element-wise state that slices select."""
+        raise NotImplementedError
 
     def number(self, name: str, what: str) -> float:
         """A layer's per-layer state."""
-        return self._file.get_tensor(_key(name, what)).item()
+        raise NotImplementedError
 
     def options_of(self, names: list[str]) -> list[dict[str, Any]]:
         """The different options that these layers have."""
@@ -287,14 +315,40 @@ class _StoredState:
         return found
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[_StoredState | None, list[str]]:
+class StoredFile(StoredState):
+    """A file of `save_optimizer_state`. Raises OSError, SafetensorError, KeyError or ValueError if it is none."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._file = safe_open(os.fspath(path), framework="pt", device="cpu")
+        super().__init__(self._file.metadata() or {})
+        for name in self.shapes:
+            for what in self.layer_state:
+                if self.shape(name, what) != ():
+                    raise ValueError(f"{_key(name, what)} has shape {self.shape(name, what)} instead of ()")
+
+    def shape(self, name: str, what: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(_key(name, what)).get_shape())
+
+    def reader(self, name: str, what: str) -> ReadBlock:
+        key = _key(name, what)
+        return lambda slices: self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
+
+    def number(self, name: str, what: str) -> float:
+        return self.whole(name, what).item()
+
+    def whole(self, name: str, what: str) -> torch.Tensor:
+        """A tensor of the file."""
+        return self._file.get_tensor(_key(name, what))
+
+
+def _open(make: Callable[[str], StoredState], path: str | os.PathLike[str]) -> tuple[StoredState | None, list[str]]:
     try:
-        return _StoredState(path), []
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        return make(os.fspath(path)), []
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, UnpicklingError) as error:
         return None, [f"{os.fspath(path)} cannot be read as an optimizer's state: {error}"]
 
 
-def _differences(stored: _StoredState, local: LocalState, catalogue: Catalogue) -> list[str]:
+def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -> list[str]:
     """Why the file does not belong to this optimizer and model."""
     problems = []
     if stored.class_name != local.class_name:
@@ -334,7 +388,7 @@ def _differences(stored: _StoredState, local: LocalState, catalogue: Catalogue) 
     return problems
 
 
-def _differing_options(stored: _StoredState, local: LocalState) -> str:
+def _differing_options(stored: StoredState, local: LocalState) -> str:
     differing = []
     for index, group in enumerate(local.optimizer.param_groups):
         for options in stored.options_of(local.names_of_group(index)):

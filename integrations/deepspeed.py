@@ -48,7 +48,7 @@ from .deepspeed_parallel import (
     unknown_norm,
     unwrapped_layout,
 )
-from .tensor_parallel import Reductions, TensorParallel
+from .tensor_parallel import Part, Reductions, TensorParallel
 
 __all__ = ["DeepSpeedBackend"]
 
@@ -236,20 +236,25 @@ def _layout(
     layers: list[Layer] = []
     shards: list[Shard] = []
     cut: set[int] = set()
+    placed = True
     reductions = Reductions()
     for carrier, (_, _, flat) in enumerate(described):
         base = len(layers)
-        for index, (parameter, part) in enumerate(flat.parameters):
+        parts: list[Part] = []
+        for index, (parameter, shape) in enumerate(flat.parameters):
             name = name_of(parameter) or f"{carrier}.{index}"
-            shape, tensor_parallel_group = parallel.cut(name, parameter, part)
-            refuse_partitions_over(tensor_parallel_group, flat.process_group, name)
+            part = parallel.part(name, parameter, shape)
+            refuse_partitions_over(part.process_group, flat.process_group, name)
             if flat.process_group is not None:
                 reductions.add(flat.process_group, len(layers))
-            if tensor_parallel_group is not None:
-                reductions.add(tensor_parallel_group, len(layers))
+            if part.process_group is not None:
+                reductions.add(part.process_group, len(layers))
                 cut.add(len(layers))
-            layers.append(Layer(name, shape, carrier, parameter))
-        shards.extend(Shard(base + index, start, offset, length) for index, start, offset, length in flat.runs)
+            placed = placed and part.is_placed
+            parts.append(part)
+            layers.append(Layer(name, part.whole, carrier, parameter))
+        for index, start, offset, length in flat.runs:
+            shards.extend(parts[index].shards(base + index, start, offset, length))
     parallel.agree(layers, cut)
     part_of_model = steps_with_a_part(
         getattr(wrapper, "mpu", None), (layer.parameter for layer in layers if layer.parameter is not None)
@@ -264,6 +269,7 @@ def _layout(
         reductions=reductions.collected(),
         clips_with=CLIPPING if sharded or part_of_model else None,
         gradient_norm=_gradient_norm(kind, wrapper, part_of_model),
+        placed=placed,
     )
 
 

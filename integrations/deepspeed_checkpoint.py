@@ -3,9 +3,8 @@
     save_engine_state(engine, "state.safetensors")      # on all ranks, e.g. four under ZeRO-3
     load_engine_state(engine, "state.safetensors")      # on all ranks, e.g. three, in a new engine
 
-DeepSpeed's universal checkpoint does the same for Adam: its converter copies `exp_avg` and `exp_avg_sq` and fails on
-state with other names, loses state that is kept per layer, and loading it under ZeRO-3 gives every group the options
-of the first. So the optimizer's part goes through the consolidated state; the rest is a few numbers of the engine.
+The optimizer's part goes through the consolidated state; the rest is a few numbers of the engine. The file can become
+DeepSpeed's universal checkpoint: `universal_checkpoint.py`.
 Read from DeepSpeed 0.19.8.
 """
 
@@ -20,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from .consolidated_state import load_optimizer_state, save_optimizer_state
 
-__all__ = ["load_engine_state", "save_engine_state"]
+__all__ = ["load_engine_state", "restore_engine", "save_engine_state"]
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -77,7 +76,11 @@ def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str]) -> 
         OptimizerStateError: On all ranks, before anything is changed, if the file is of another model or optimizer.
     """
     _warn_of_the_rest(engine)
-    state = load_optimizer_state(engine, path, model=engine.module)
+    return restore_engine(engine, load_optimizer_state(engine, path, model=engine.module))
+
+
+def restore_engine(engine: DeepSpeedEngine, state: dict[str, Any]) -> Any:
+    """Set the step counters, the scheduler and the loss scale; return what was given as `extra`."""
     for name, value in state["counters"].items():
         setattr(engine, name, value)
     if engine.lr_scheduler is not None and state["scheduler"] is not None:

@@ -24,8 +24,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from math import prod
 from typing import Any
 
 import torch
@@ -150,18 +148,20 @@ def layout_of_shards(wrapper: Any, optimizer: Any, tensors: Sequence[tuple[int, 
     layers: list[Layer] = []
     shards: list[Shard] = []
     cut: set[int] = set()
+    placed = True
     reductions = Reductions()
     for index, (_, parameter) in enumerate(members):
-        run, part, name = runs.get(id(parameter)), tuple(parameter.shape), name_of(parameter)
+        run, name = runs.get(id(parameter)), name_of(parameter)
         carriers.append(stand_ins.get(parameter) if run is None else run.tensor)
-        shape, tensor_parallel_group = parallel.cut(name, parameter, part)
-        layers.append(Layer(name, shape, index, parameter))
+        part = parallel.part(name, parameter, tuple(parameter.shape))
+        placed = placed and part.is_placed
+        layers.append(Layer(name, part.whole, index, parameter))
         reductions.add(wrapper.data_parallel_group, index)
-        if tensor_parallel_group is not None:
-            reductions.add(tensor_parallel_group, index)
+        if part.process_group is not None:
+            reductions.add(part.process_group, index)
             cut.add(index)
         if run is not None:
-            shards.extend(_shards(index, run, parameter, tensor_parallel_group))
+            shards.extend(part.shards(index, 0, run.start, run.end - run.start))
     parallel.agree(layers, cut)
     return Layout(
         backend=BACKEND,
@@ -172,7 +172,7 @@ def layout_of_shards(wrapper: Any, optimizer: Any, tensors: Sequence[tuple[int, 
         reductions=reductions.collected(),
         clips_with=CLIPPING,
         gradient_norm=None if _sees_whole_model(wrapper) else _refuse_model_norm,
-        placed=True,
+        placed=placed,
     )
 
 
@@ -212,38 +212,6 @@ def _names(wrapper: Any, optimizer: Any) -> Callable[[torch.Tensor], str]:
         for name, parameter in module.named_parameters()
     }
     return lambda parameter: optimizer.parameter_name(parameter) or in_model[id(parameter)]
-
-
-def _shards(layer: int, run: _Run, parameter: torch.Tensor, cut_over: dist.ProcessGroup | None) -> Iterator[Shard]:
-    """Where a run of this rank's part lies in the whole layer.
-
-    Of a layer that tensor parallelism cuts, a rank has one stretch of `width` elements out of every `pitch`: of each
-    row, where it cuts columns; `partition_stride` times, where a layer is several stacked ones and each of them is cut.
-    """
-    if cut_over is None:
-        yield Shard(layer, 0, run.start, run.end - run.start)
-        return
-    ranks, stride = dist.get_world_size(cut_over), getattr(parameter, "partition_stride", 1)
-    dimension = parameter.partition_dim  # type: ignore[attr-defined]
-    width = prod(parameter.shape[dimension:]) // stride
-    pitch = width * ranks
-    # A block of whole stretches is one shard only if there is one in each row, which is what a block has.
-    rows_are_stretches = dimension == 1 and stride == 1
-    for begin, end in _stretches(run.start, run.end, width, rows_are_stretches):
-        first, last = begin // width, (end - 1) // width
-        offset = first * pitch + dist.get_rank(cut_over) * width + begin % width
-        length = end - begin
-        yield Shard(layer, begin - run.start, offset, length, span=length + (last - first) * (pitch - width))
-
-
-def _stretches(start: int, end: int, width: int, join: bool) -> Iterator[tuple[int, int]]:
-    """Cut [start, end) at multiples of `width`, or only into an incomplete first one, complete ones and the rest."""
-    cuts = list(range(-(-start // width) * width, end, width))
-    complete_end = end // width * width
-    if join:
-        cuts = sorted({at for at in (*cuts[:1], complete_end) if start < at < end})
-    bounds = [start, *(at for at in cuts if at > start), end]
-    yield from pairwise(bounds)
 
 
 def _sees_whole_model(wrapper: Any) -> bool:

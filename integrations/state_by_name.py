@@ -15,6 +15,7 @@ import torch.distributed as dist
 from trustratio.optimizers.layer_state import layer_numbers, make_element_state, set_layer_numbers, state_dtype
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.layout import _backends, local_part, reduction_device, resolve_layout
+from trustratio.optimizers.saved_state import without_wrappers
 
 from .layer_pieces import Piece, ReadBlock, pieces_by_layer
 
@@ -26,6 +27,7 @@ __all__ = [
     "as_json",
     "device_for",
     "of_all_ranks",
+    "prove_positions",
     "raise_together",
     "rank",
     "several_ranks",
@@ -116,7 +118,7 @@ class LocalState:
         self.element_state = list(self.optimizer.element_state)
         self.layer_state = list(self.optimizer.layer_state)
         self.layout = resolve_layout(self.optimizer, _stepped_tensors(self.optimizer))
-        names = {id(p): _without_wrappers(name) for name, p in model.named_parameters()} if model is not None else {}
+        names = {id(p): without_wrappers(name) for name, p in model.named_parameters()} if model is not None else {}
         parts = Counter(id(layer.parameter) for layer in self.layout.layers if layer.parameter is not None)
         seen: Counter[int] = Counter()  # id of a parameter -> layers so far; several if its segments are layers
         self.carried: Counter[int] = Counter()  # id of a local tensor -> number of its layers
@@ -192,13 +194,6 @@ class LocalState:
             publish = getattr(backend, "publish_weights", None)
             if publish is not None:
                 publish(self.optimizer)
-
-
-def _without_wrappers(name: str) -> str:
-    """The parameter's name in the model as it was before DDP, FSDP1, torch.compile or activation checkpointing."""
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
 
 
 def _stepped_tensors(optimizer: LayerwiseOptimizer) -> list[tuple[int, torch.Tensor]]:
@@ -345,27 +340,50 @@ def _lowest_rank_of_replica(local: LocalState) -> list[int]:
     return lowest.tolist()
 
 
+def prove_positions(local: LocalState) -> None:
+    """Prove, for every copy of every layer, that the pieces of the ranks that share it are the layer, by position.
+
+    Raises:
+        OptimizerStateError: On all ranks, naming the layers whose elements' positions are not known.
+    """
+    found = torch.zeros(2, len(local.layers), dtype=torch.float64)
+    for column, layer in enumerate(local.layers):
+        found[:, column] = torch.tensor(_count_and_position_sum(layer))
+    # Sums below 2^53 are exact in fp64, so the moduli of thousands of ranks are.
+    totals = local.layout.reduce(found.to(local.layout.device)).long().tolist()
+    covers = zip(local.layers, *totals, strict=True)
+    raise_together([_not_placed(local, layer) for layer, *total in covers if not _is_whole(layer, *total)])
+
+
+def _count_and_position_sum(layer: LocalLayer) -> tuple[int, int]:
+    sums = [piece.count_and_position_sum() for piece in layer.pieces]
+    return sum(count for count, _ in sums), sum(position_sum for _, position_sum in sums) % POSITION_MODULUS
+
+
+def _is_whole(layer: LocalLayer, count: int, position_sum: int) -> bool:
+    numel = prod(layer.shape)
+    return count == numel and (position_sum - numel * (numel - 1) // 2) % POSITION_MODULUS == 0
+
+
+def _not_placed(local: LocalState, layer: LocalLayer) -> str:
+    return (
+        f"{local.layout.backend} does not tell where all elements of layer {layer.name} {layer.shape} are: its state "
+        "cannot be written or read by name. Use the wrapper's own checkpoint"
+    )
+
+
 def _incomplete(local: LocalState, index: dict[str, int], owned: Iterable[str], device: torch.device) -> list[str]:
     """Layers whose owned pieces, by number and position, are not the layer."""
     found = torch.zeros(2, len(index), dtype=torch.int64)
     for name in owned:
-        for piece in local.by_name[name].pieces:
-            count, position_sum = piece.count_and_position_sum()
-            found[:, index[name]] += torch.tensor([count, position_sum % POSITION_MODULUS])
+        found[:, index[name]] = torch.tensor(_count_and_position_sum(local.by_name[name]))
     found = found.to(device)
     dist.all_reduce(found)
-    problems = []
-    for layer in local.layers:
-        if layer.name not in index:
-            continue
-        count, position_sum = found[:, index[layer.name]].tolist()
-        numel = prod(layer.shape)
-        if count != numel or position_sum % POSITION_MODULUS != numel * (numel - 1) // 2 % POSITION_MODULUS:
-            problems.append(
-                f"{local.layout.backend} does not tell where all elements of layer {layer.name} {layer.shape} are: its "
-                "state cannot be written by name. Use the wrapper's own checkpoint"
-            )
-    return problems
+    return [
+        _not_placed(local, layer)
+        for layer in local.layers
+        if layer.name in index and not _is_whole(layer, *found[:, index[layer.name]].tolist())
+    ]
 
 
 def _differing_replicas(local: LocalState, index: dict[str, int], device: torch.device) -> list[str]:

@@ -5,6 +5,7 @@ Both mark a parameter of which a rank has only a part, and leave those that ever
     attribute of the parameter              meaning                                           set by
     tensor_model_parallel                   this rank has a part of the layer                 both
     partition_dim                           the dimension that is cut, into equal parts       Megatron
+    partition_stride                        how many stacked layers are cut, each on its own  Megatron
     ds_autotp_universal_checkpoint_meta     the whole layer's shape; parts may be unequal     AutoTP
     allreduce (False)                       an expert's, cut over a group of its own          Megatron
 
@@ -16,8 +17,10 @@ that every tensor-parallel rank has whole is added over the latter only, so it i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ from trustratio.optimizers.layout import (
     refuse_strangers,
 )
 
-__all__ = ["Reductions", "TensorParallel", "is_cut", "layout_of_parameters", "refuse_optimizer"]
+__all__ = ["Part", "Reductions", "TensorParallel", "is_cut", "layout_of_parameters", "refuse_optimizer"]
 
 AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"
 
@@ -41,6 +44,68 @@ AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"
 def is_cut(parameter: torch.Tensor) -> bool:
     """Whether this rank has only a part of the layer."""
     return bool(getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank has of a layer.
+
+    Attributes:
+        shape: Its own shape.
+        whole: The whole layer's shape.
+        process_group: The ranks that have the other parts; None where the part is the layer.
+        dimension: Along which the layer is cut.
+        ranges: The indices along that dimension which the part has, in its order; None where they are not known.
+    """
+
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+    process_group: dist.ProcessGroup | None = None
+    dimension: int = 0
+    ranges: tuple[range, ...] | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the positions of its elements in the layer are known."""
+        return self.process_group is None or self.ranges is not None
+
+    def shards(self, layer: int, start: int, offset: int, length: int) -> Iterator[Shard]:
+        """Where `length` elements of the flattened part, from `offset` on, lie in the layer.
+
+        Where that is not known, the shard counts from the part's first element: sums are right, and checkpoints refuse.
+
+        Args:
+            layer: Index of the layer.
+            start: The first of these elements in the local tensor.
+            offset: The first of them in the part.
+            length: Their number, at least 1.
+        """
+        if self.process_group is None or self.ranges is None:
+            yield Shard(layer, start, offset, length)
+            return
+        inner = prod(self.whole[self.dimension + 1 :])
+        row, pitch = (shape[self.dimension] * inner for shape in (self.shape, self.whole))
+        at, end = offset, offset + length
+        while at < end:
+            index, inside = divmod(at, row)
+            run, position = self._run_at(inside, inner)
+            rows = 1
+            if inside == 0 and run == row and self.dimension == 1:
+                rows = max(1, (end - at) // row)  # whole rows of one run each are one block
+            count = min(run + (rows - 1) * row, end - at)
+            span = count + (rows - 1) * (pitch - row)
+            yield Shard(layer, start + at - offset, index * pitch + position, count, span)
+            at += count
+
+    def _run_at(self, inside: int, inner: int) -> tuple[int, int]:
+        """How many elements follow one another in the layer from an element of the part's row on, and its position."""
+        assert self.ranges is not None
+        for indices in self.ranges:
+            size = len(indices) * inner
+            if inside < size:
+                return size - inside, indices.start * inner + inside
+            inside -= size
+        raise AssertionError("the part is larger than its ranges")
 
 
 @dataclass(frozen=True)
@@ -70,29 +135,30 @@ class TensorParallel:
         process_group = self.ranks()
         return 1 if process_group is None else dist.get_world_size(process_group)
 
-    def cut(
-        self, name: str, parameter: torch.Tensor, part: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], dist.ProcessGroup | None]:
-        """The whole layer's shape and the ranks among which it is cut, None where it is not.
+    def part(self, name: str, parameter: torch.Tensor, shape: tuple[int, ...]) -> Part:
+        """What this rank has of a layer.
 
         Args:
             name: The layer's, for messages.
             parameter: The layer's parameter.
-            part: Shape of this rank's part.
+            shape: Shape of this rank's part.
 
         Raises:
             LayoutError: If the parameter says that it is cut, but not how, or nobody knows over which ranks.
         """
         if not is_cut(parameter):
-            return part, None
+            return Part(shape, shape)
         process_group = self.ranks(expert=not getattr(parameter, "allreduce", True))
         if process_group is None:
             raise LayoutError(
-                f"layer {name}, of which this rank has the part {part}, is cut by tensor parallelism over ranks that "
+                f"layer {name}, of which this rank has the part {shape}, is cut by tensor parallelism over ranks that "
                 "are not known. Call trustratio.integrations.megatron.use_mpu(mpu) before the first step, with the "
                 "module or object whose get_tensor_model_parallel_group() returns them"
             )
-        return _whole_shape(name, parameter, part, dist.get_world_size(process_group)), process_group
+        metadata = getattr(parameter, AUTOTP_METADATA, None)
+        if metadata is not None and metadata["original_shape"] is not None:
+            return _autotp_part(metadata, shape, process_group)
+        return _megatron_part(name, parameter, shape, process_group)
 
     def agree(self, layers: Sequence[Layer], cut: Collection[int]) -> None:
         """Check, with two collectives, that the tensor-parallel ranks step the same layers and cut the same of them.
@@ -122,18 +188,40 @@ class TensorParallel:
             )
 
 
-def _whole_shape(name: str, parameter: torch.Tensor, part: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    metadata = getattr(parameter, AUTOTP_METADATA, None)
-    if metadata is not None and metadata["original_shape"] is not None:
-        return tuple(metadata["original_shape"])
+def _megatron_part(
+    name: str, parameter: torch.Tensor, shape: tuple[int, ...], process_group: dist.ProcessGroup
+) -> Part:
+    """Equal parts along `partition_dim`; where the layer is several stacked ones, of each of them."""
     dimension = getattr(parameter, "partition_dim", -1)
-    if not 0 <= dimension < len(part):
+    if not 0 <= dimension < len(shape):
         raise LayoutError(
-            f"layer {name}, of which this rank has the part {part}, is cut by tensor parallelism along a dimension "
+            f"layer {name}, of which this rank has the part {shape}, is cut by tensor parallelism along a dimension "
             f"that is not known: its partition_dim is {dimension}. Set it with "
             "megatron.core.tensor_parallel.set_tensor_model_parallel_attributes, or an attribute of the same name"
         )
-    return tuple(size * ranks if index == dimension else size for index, size in enumerate(part))
+    ranks, stacked = dist.get_world_size(process_group), getattr(parameter, "partition_stride", 1)
+    whole = tuple(size * ranks if index == dimension else size for index, size in enumerate(shape))
+    width = shape[dimension] // stacked
+    if width * stacked != shape[dimension]:
+        return Part(shape, whole, process_group, dimension)
+    firsts = (dist.get_rank(process_group) * width + number * width * ranks for number in range(stacked))
+    return Part(shape, whole, process_group, dimension, tuple(range(first, first + width) for first in firsts))
+
+
+def _autotp_part(metadata: dict[str, Any], shape: tuple[int, ...], process_group: dist.ProcessGroup) -> Part:
+    """Parts of the sizes that AutoTP has noted; where the layer is several stacked ones, of each of them."""
+    whole, dimension = tuple(metadata["original_shape"]), metadata.get("partition_dim")
+    sizes = metadata.get("sub_param_shard_widths") or [metadata.get("partition_sizes")]
+    if dimension is None or None in sizes:
+        return Part(shape, whole, process_group)
+    rank, ranges, first = dist.get_rank(process_group), [], 0
+    for of_ranks in sizes:
+        bounds = list(accumulate(of_ranks, initial=first))
+        ranges.append(range(bounds[rank], bounds[rank + 1]))
+        first = bounds[-1]
+    if first != whole[dimension] or sum(map(len, ranges)) != shape[dimension]:
+        return Part(shape, whole, process_group)
+    return Part(shape, whole, process_group, dimension, tuple(ranges))
 
 
 def _common_name(layer: Layer) -> str | None:
@@ -187,22 +275,28 @@ def layout_of_parameters(
     given = name_layers(optimizer, tensors)
     names = {id(p): name_of(p) or name for (_, p), (_, name) in zip(tensors, given, strict=True)}
     layers: list[Layer] = []
+    shards: list[Shard] = []
     cut: set[int] = set()
+    placed = True
     reductions = Reductions()
     for index, (_, tensor) in enumerate(present):
-        shape, process_group = parallel.cut(names[id(tensor)], tensor, tuple(tensor.shape))
-        layers.append(Layer(names[id(tensor)], shape, index, tensor))
-        if process_group is not None:
+        part = parallel.part(names[id(tensor)], tensor, tuple(tensor.shape))
+        layers.append(Layer(names[id(tensor)], part.whole, index, tensor))
+        placed = placed and part.is_placed
+        if tensor.numel():
+            shards.extend(part.shards(index, 0, 0, tensor.numel()))
+        if part.process_group is not None:
             cut.add(index)
-            reductions.add(process_group, index)
+            reductions.add(part.process_group, index)
     parallel.agree(layers, cut)
     return Layout(
         backend=backend,
         tensors=tuple(tensor for _, tensor in present),
         groups=tuple(group for group, _ in present),
         layers=tuple(layers),
-        shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(present) if tensor.numel()),
+        shards=tuple(shards),
         reductions=reductions.collected(),
+        placed=placed,
         **options,
     )
 

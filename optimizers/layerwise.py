@@ -20,6 +20,7 @@ from .kernels.updates import Update
 from .layers import LayerTable
 from .layout import Layout, LayoutError, resolve_layout
 from .rows import Rows
+from .saved_state import refuse_foreign_state
 from .statistics import GradientStatistics
 from .step import Plan, Step
 
@@ -265,7 +266,12 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 self._remember(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch.optim does, but keep the state's own dtype: fp32 also for 16-bit parameters."""
+        """Load as torch.optim does, but keep the state's own dtype: fp32 also for 16-bit parameters.
+
+        Raises:
+            ValueError: Before anything is changed, if it is the state of another optimizer, or of other parameters.
+        """
+        refuse_foreign_state(self, state_dict)
         super().load_state_dict(state_dict)
         current = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]

@@ -104,7 +104,7 @@ class Recorder:
         weights = self._weights()
         for name, shards in masters(self.optimizer).items():
             # Of 16-bit models what the optimizer holds, if that is all of this rank's part.
-            [(_, values)] = shards
+            values = torch.cat([values for _, values in shards])
             in_16_bits = name in weights and self.parameters[name].dtype != torch.float32
             if in_16_bits and values.numel() == weights[name].numel():
                 weights[name] = values.reshape(weights[name].shape)

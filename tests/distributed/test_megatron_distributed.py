@@ -410,9 +410,7 @@ def load_in_one_process(case: Case, path: str) -> None:
 @pytest.mark.parametrize("name", ["lamb", "novograd"])
 @pytest.mark.parametrize(("world_size", "tensor_parallel"), [(2, 1), (2, 2), (4, 2)])
 def test_consolidated_state(pool: WorkerPool, name: str, world_size: int, tensor_parallel: int, tmp_path: Path) -> None:
-    # Without `middle`, whose parts are no rows of the layer.
-    layers = tuple(layer for layer in CUT_MODEL if layer.name != "middle")
-    case, path = make_case(name, "ddp", layers), str(tmp_path / "state.safetensors")
+    case, path = make_case(name, "ddp", CUT_MODEL), str(tmp_path / "state.safetensors")
     saved = pool.run(save, case, tensor_parallel, path)
     assert_exact(case, saved)
     for started in (False, True):
@@ -451,10 +449,20 @@ def load_with_megatron(case: Case) -> None:
         run.train(0, 1)
 
 
+def step_with_the_state_of_adam(case: Case) -> None:
+    with running(case) as run:
+        for group in run.inner.param_groups:
+            for tensor in group["params"]:
+                run.inner.state[tensor] = {name: torch.empty_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
+        run.train(0, 1)
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_state_made_for_adam_is_refused(pool: WorkerPool, world_size: int) -> None:
-    with pytest.raises(CaseFailed, match=r"the state of LAMB lacks step: .*load_optimizer_state"):
+    with pytest.raises(CaseFailed, match=r"has the state exp_avg, exp_avg_sq instead of .*, step"):
         pool.run(load_with_megatron, make_case("lamb", "ddp"))
+    with pytest.raises(CaseFailed, match=r"the state of LAMB lacks step: .*load_optimizer_state"):
+        pool.run(step_with_the_state_of_adam, make_case("lamb", "ddp"))
 
 
 # Experts and pipeline stages ----------------------------------------------------------------------------------------
