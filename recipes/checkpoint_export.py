@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from unittest import mock
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -22,6 +30,8 @@ from trustratio.recipes.recipe_errors import RecipeError
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _DATA_PARALLEL_FILE = "training_state.pt"
+# What DeepSpeed 0.19.8 pickles besides tensors and plain values.
+_OF_DEEPSPEED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 
 
 def is_exported(path: Path) -> bool:
@@ -91,11 +101,29 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path) -> None
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The fp32 weights by name, from whatever wrapper wrote them."""
+    try:
+        with _tensors_only():
+            return _read_weights(checkpoint)
+    except UnpicklingError as error:
+        raise RecipeError(
+            f"{checkpoint} holds more than tensors and DeepSpeed's own data, not loaded: {error}"
+        ) from None
+
+
+def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if (checkpoint / _DATA_PARALLEL_FILE).is_file():
         return torch.load(checkpoint / _DATA_PARALLEL_FILE, weights_only=True, map_location="cpu")["model"]
     if list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")):
         found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         return {name: torch.as_tensor(weight) for name, weight in found.items()}
     if (checkpoint / _MODEL_FILE).is_file():
-        return torch.load(checkpoint / _MODEL_FILE, weights_only=False, map_location="cpu")["module"]
+        return torch.load(checkpoint / _MODEL_FILE, weights_only=True, map_location="cpu")["module"]
     raise RecipeError(f"{checkpoint} holds neither DeepSpeed's files nor {_DATA_PARALLEL_FILE}")
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Let torch.load unpickle nothing else, DeepSpeed's own calls with `weights_only=False` included."""
+    variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    with mock.patch.dict(os.environ, variables), torch.serialization.safe_globals(list(_OF_DEEPSPEED)):
+        yield
