@@ -7,6 +7,7 @@ spread to one value per element), so a step needs no temporary larger than a chu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -62,20 +63,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pieces of one parameter group, of one dtype and device, that are worked on together."""
+    """Pieces of one parameter group, of one dtype, that are worked on together."""
 
     group: int
     pieces: tuple[Piece, ...]
 
-    @property
+    @functools.cached_property
     def layers(self) -> list[int]:
         return [piece.layer for piece in self.pieces]
 
-    @property
+    @functools.cached_property
     def lengths(self) -> list[int]:
         return [piece.length for piece in self.pieces]
 
-    @property
+    @functools.cached_property
+    def _sent(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def _layers_and_lengths(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the pieces, on the device; sent there once, since that waits."""
+        if device not in self._sent:
+            self._sent[device] = torch.tensor(self.layers, device=device), torch.tensor(self.lengths, device=device)
+        return self._sent[device]
+
+    @functools.cached_property
     def numel(self) -> int:
         return sum(self.lengths)
 
@@ -117,7 +128,7 @@ class Chunk:
         table = torch.zeros(len(self.pieces), bins + 1, dtype=torch.float64, device=device)
         if len(self.pieces) > 1:
             first = torch.arange(len(self.pieces), device=device) * (bins + 1)
-            lengths = torch.tensor(self.lengths, device=device)
+            _, lengths = self._layers_and_lengths(device)
             bin_of_element = bin_of_element + first.repeat_interleave(lengths, output_size=self.numel)
         # bincount would wait for the device.
         table.view(-1).scatter_add_(0, bin_of_element, table.new_ones(()).expand(self.numel))
@@ -127,10 +138,11 @@ class Chunk:
         """Give each element its layer's number: a 0-d tensor for one layer, else one value per element."""
         if len(self.pieces) == 1:
             return per_layer[self.pieces[0].layer - first_layer]
-        numbers = per_layer[[layer - first_layer for layer in self.layers]]
+        layers, lengths = self._layers_and_lengths(per_layer.device)
+        numbers = per_layer[layers - first_layer]
         if numbers.dtype != torch.bool:
             numbers = numbers.to(dtype)
-        return numbers.repeat_interleave(torch.tensor(self.lengths, device=numbers.device), output_size=self.numel)
+        return numbers.repeat_interleave(lengths, output_size=self.numel)
 
     def _views(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [flats[piece.tensor].narrow(0, piece.start, piece.length) for piece in self.pieces]
@@ -271,5 +283,4 @@ def _fit_together(layout: Layout, pending: list[Piece], piece: Piece, limit: int
         sum(p.length for p in pending) + piece.length <= limit
         and layout.groups[pending[0].tensor] == layout.groups[piece.tensor]
         and before.dtype == after.dtype
-        and before.device == after.device
     )

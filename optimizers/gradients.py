@@ -13,20 +13,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .layout import local_part, placements_of, reduction_device
+from .layout import Layout, LayoutError, local_part, placements_of, reduction_device
 
 __all__ = ["read_gradients"]
 
 
-def read_gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Return each tensor's gradient on this rank, None where there is none.
+def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
+    """Return the gradient of each local tensor on this rank, None where there is none.
 
     Raises:
         RuntimeError: If a gradient is sparse.
+        LayoutError: If a gradient has not as many elements as its tensor; compiled sweeps would read beyond its end.
     """
     gradients: list[torch.Tensor | None] = []
     partial: dict[tuple[Any, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
+    for index, tensor in enumerate(layout.tensors):
         gradient = tensor.grad
         if gradient is None:
             gradients.append(None)
@@ -38,10 +39,22 @@ def read_gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]
                 gradient = gradient.redistribute(placements=placements_of(tensor))  # type: ignore[attr-defined]
         if missing is not None:
             partial.setdefault((missing, gradient.dtype), []).append(index)
-        gradients.append(_dense(local_part(gradient)).contiguous())
+        gradient = _dense(local_part(gradient))
+        if gradient.shape != local_part(tensor).shape:
+            raise _of_other_shape(layout, index, gradient)
+        gradients.append(gradient.contiguous())
     for (process_group, _), indices in partial.items():
         _add(process_group, gradients, indices)
     return gradients
+
+
+def _of_other_shape(layout: Layout, index: int, gradient: torch.Tensor) -> LayoutError:
+    name = next((layer.name for layer in layout.layers if layer.tensor == index), f"tensor {index}")
+    return LayoutError(
+        f"the gradient of {name} has shape {tuple(gradient.shape)}, but the parameter has "
+        f"{tuple(local_part(layout.tensors[index]).shape)}: after giving a parameter other data, call zero_grad() and "
+        "backward() before step(), and build a new optimizer if its shape changes after the first step"
+    )
 
 
 def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:

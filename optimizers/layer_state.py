@@ -62,7 +62,8 @@ def read_numbers(state: dict[str, Any], name: str, layers: int, device: torch.de
         value = state.get("layers", {}).get(name, value)
     if isinstance(value, torch.Tensor):
         return value if value.device == device else value.to(device)
-    return torch.as_tensor(0.0 if value is None else value, dtype=torch.float32, device=device)
+    # A tensor of a number would be copied to the device, and wait for it.
+    return torch.full((), 0.0 if value is None else value, dtype=torch.float32, device=device)
 
 
 def write_numbers(state: dict[str, Any], name: str, values: torch.Tensor) -> None:

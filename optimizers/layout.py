@@ -7,6 +7,7 @@ to know about sharding; who produced the layout (a *backend*) stays behind this 
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,19 +134,26 @@ class Layout:
         Returns:
             The same tensor on every rank of the group, shape (rows, layers).
         """
-        for process_group, layers in self.reductions:
+        for (process_group, _), layers in zip(self.reductions, self._reduced_layers, strict=True):
             if dist.get_world_size(process_group) == 1:
                 continue
-            columns: Any = slice(None)
-            if len(layers) < len(self.layers):
-                columns = torch.tensor(layers, device=sums.device)
-                if layer_of_column is not None:
-                    columns = torch.isin(layer_of_column, columns)
+            columns: Any = slice(None) if layers is None else layers
+            if layers is not None and layer_of_column is not None:
+                columns = torch.isin(layer_of_column, layers)
             packed = sums[:, columns].to(reduction_device(process_group, sums.device)).contiguous()
             dist.all_reduce(packed, group=process_group)
             sums[:, columns] = packed.to(sums.device)
         return sums
 
+    @functools.cached_property
+    def _reduced_layers(self) -> list[torch.Tensor | None]:
+        """The layers of each reduction, on the device, None where they are all; sent once, as a step must not wait."""
+        return [
+            torch.tensor(layers, device=self.device) if len(layers) < len(self.layers) else None
+            for _, layers in self.reductions
+        ]
+
+    @functools.cached_property
     def copies(self) -> torch.Tensor:
         """Over how many ranks each layer's sums are added, shape (layers,), fp64: what `reduce` makes of ones."""
         copies = torch.ones(len(self.layers), dtype=torch.float64)
@@ -235,15 +243,18 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
         tensors: (index into `optimizer.param_groups`, local tensor) pairs.
 
     Raises:
-        LayoutError: If no backend explains the tensors, or the shards do not add up.
+        LayoutError: If no backend explains the tensors, they are on several devices, or the shards do not add up.
     """
     for backend in _backends.load():
         layout = backend.explain(optimizer, tensors)
         if layout is not None:
+            refuse_several_devices(layout)
             layout = in_segments(layout, optimizer.param_groups)
             layout.prove()
             return layout
-    return in_segments(_whole_parameters(optimizer, tensors), optimizer.param_groups)
+    layout = _whole_parameters(optimizer, tensors)
+    refuse_several_devices(layout)
+    return in_segments(layout, optimizer.param_groups)
 
 
 def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout:
@@ -352,6 +363,17 @@ def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
             "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, FSDP1 with "
             "use_orig_params=True, FSDP2 (fully_shard) and tensor parallelism by DTensor, and one kind of wrapper per "
             "optimizer. Construct the optimizer with the model's own parameters and pass that object to the wrapper."
+        )
+
+
+def refuse_several_devices(layout: Layout) -> None:
+    """Raise LayoutError if the local tensors are not all on one device, where a step keeps the layers' numbers."""
+    named = {layout.tensors[layer.tensor].device: layer.name for layer in reversed(layout.layers)}
+    if len(named) > 1:
+        found = " and ".join(f"{name} on {device}" for device, name in named.items())
+        raise LayoutError(
+            f"the parameters of one optimizer must be on one device, got {found}: move the model to one device before "
+            "the first step, or build one optimizer per device"
         )
 
 

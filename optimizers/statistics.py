@@ -442,7 +442,7 @@ class GradientStatistics:
         self._clipping = factor * self._loss_scale
         self._warn_of_few(self.groups * ranks)
         groups = torch.full_like(averages[0], self.groups if told else self.groups * ranks)
-        shares = 1.0 if told else layout.copies()
+        shares = 1.0 if told else layout.copies
         contributions = {
             "group_norm": averages[0] * factor / shares,
             "group_square": averages[1] * factor.square() * self.groups / shares,
@@ -480,7 +480,7 @@ class GradientStatistics:
         # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
         of_model = [layer.sums[1].to(layout.device) for layer in self._watched.values() if layer.sums is not None]
         not_finite = (0 * torch.stack(of_model).sum()).expand(1, len(watched))
-        now = _probes(layout, gradients) * layout.copies() if complete else zeros[:1].expand(len(watched))
+        now = _probes(layout, gradients) * layout.copies if complete else zeros[:1].expand(len(watched))
         averages = torch.cat([sums, not_finite, now.unsqueeze(0)])
         if complete:
             assert self._data_parallel is not None
@@ -572,7 +572,9 @@ class GradientStatistics:
         assert self._flow is not None
         assert self._flow.factor is not None
         factor = self._flow.factor(self._loss_scale)
-        return torch.as_tensor(factor, dtype=torch.float64, device=layout.device).reshape(())
+        if isinstance(factor, torch.Tensor):
+            return factor.to(layout.device, torch.float64).reshape(())
+        return torch.full((), factor, dtype=torch.float64, device=layout.device)
 
     def _factor(self, layout: Layout, seen: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
         """What the gradient was multiplied by since backward, where nobody tells: unscaling, and the user's clipping.

@@ -102,6 +102,11 @@ class Plan:
         """How many layers each local tensor carries."""
         return [len(layers) for layers in self.tensor_layers]
 
+    def recent(self, name: str) -> kernels.Recent:
+        """What was made of the sets of layers that had a gradient in the last steps."""
+        recent: kernels.Recent = self.cache.setdefault(name, kernels.Recent(kernels.SETS_OF_GRADIENTS))
+        return recent
+
     @functools.cached_property
     def chunks(self) -> list[Chunk]:
         return cut_into_chunks(self.layout)
@@ -141,7 +146,7 @@ class Step:
         self.layout = plan.layout
         self.locals = [_local(tensor) for tensor in self.layout.tensors]
         self.weights = [_contiguous(tensor) for tensor in self.locals]
-        self.gradients = read_gradients(self.layout.tensors)
+        self.gradients = read_gradients(self.layout)
         # Where layers are whole, no gradient here is no gradient anywhere.
         sharded = bool(self.layout.reductions)
         self.takes_part = [sharded or gradient is not None for gradient in self.gradients]
@@ -198,7 +203,12 @@ class Step:
         def wanted(tensor: int) -> bool:
             return self.takes_part[tensor] and (not self.served[tensor] or groups[tensor] in groups_without_sweeps)
 
-        return [chunk for whole in self.plan.chunks if (chunk := whole.only(wanted))]
+        # Kept, as a chunk keeps what it has sent to the device.
+        wanted_tensors = [wanted(tensor) for tensor in range(len(groups))]
+        return self.plan.recent("chunks").find(
+            wanted_tensors,
+            lambda: [chunk for whole in self.plan.chunks if (chunk := whole.only(wanted_tensors.__getitem__))],
+        )
 
     def _view(self, chunk: Chunk, *, in_place: bool) -> ChunkView:
         first = self.plan.group_layers[chunk.group].start
@@ -308,14 +318,15 @@ class Step:
 
     def _add_up(self, parts: list[list[torch.Tensor]], layers: list[int]) -> torch.Tensor:
         """Sum the pieces' values per layer, shape (rows, layers), in a fixed order."""
-        device = self.layout.device
         # Shards lie in the order of their tensors, which need not be the layers' order.
         by_layer = sorted(range(len(layers)), key=layers.__getitem__)
-        values = torch.cat(
-            [torch.stack([row[index].reshape(-1).to(device) for index in by_layer]) for row in parts], dim=1
-        )
-        counts = torch.bincount(torch.tensor(layers), minlength=len(self.layout.layers)).to(device)
-        return torch.segment_reduce(values, "sum", lengths=counts, axis=0, initial=0.0).T.contiguous()
+        values = torch.cat([torch.stack([row[index].reshape(-1) for index in by_layer]) for row in parts], dim=1)
+        # Sent to the device when it changes, and not checked there, as both wait for the device.
+        counts = self.plan.recent("counts").find(layers, lambda: self._counts(layers))
+        return torch.segment_reduce(values, "sum", lengths=counts, axis=0, unsafe=True, initial=0.0).T.contiguous()
+
+    def _counts(self, layers: list[int]) -> torch.Tensor:
+        return torch.bincount(torch.tensor(layers), minlength=len(self.layout.layers)).to(self.layout.device)
 
     # Applying
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -17,7 +17,17 @@ import torch
 from ..layout import Layout
 from .updates import Sums, Update
 
-__all__ = ["IMPLEMENTATIONS", "ImplementationError", "Kernels", "Operands", "Sweeps", "choose", "warn_of_others"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "SETS_OF_GRADIENTS",
+    "ImplementationError",
+    "Kernels",
+    "Operands",
+    "Recent",
+    "Sweeps",
+    "choose",
+    "warn_of_others",
+]
 
 IMPLEMENTATIONS = ("eager", "cpu", "triton")
 VARIABLE = "TRUSTRATIO_IMPLEMENTATION"
@@ -27,6 +37,27 @@ _MODULES = {"cpu": "cpu", "triton": "triton_kernels"}
 
 class ImplementationError(RuntimeError):
     """An implementation that was asked for cannot be had; the message says what is missing."""
+
+
+SETS_OF_GRADIENTS = 8
+"""How many sets of layers without gradient have their tables kept; each further one would take memory for ever."""
+
+
+class Recent:
+    """What was made of the contents that were asked for last."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.made: list[tuple[Any, Any]] = []  # content and what was made of it, the last one first
+
+    def __contains__(self, content: Any) -> bool:
+        return any(known == content for known, _ in self.made)
+
+    def find(self, content: Any, make: Callable[[], Any]) -> Any:
+        """What was made of an equal content, else what `make` returns; what was asked for longest ago is dropped."""
+        found = next((pair for pair in self.made if pair[0] == content), None) or (content, make())
+        self.made = [found, *(pair for pair in self.made if pair is not found)][: self.most]
+        return found[1]
 
 
 class Operands:

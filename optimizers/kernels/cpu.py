@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import Operands
+from . import SETS_OF_GRADIENTS, Operands, Recent
 from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
 from .updates import Sums, TrustRule, Update
 
@@ -137,7 +137,7 @@ class CpuKernels:
         served = [weight.dtype in TYPES and weight.is_cpu for weight in operands.weights]
         for tensors in operands.state.values():
             for index, value in enumerate(tensors):
-                served[index] &= value.dtype is torch.float32
+                served[index] &= value.dtype is torch.float32 and value.is_cpu
         for index, gradient in enumerate(operands.gradients):
             served[index] &= gradient is None or (gradient.dtype in TYPES and gradient.is_cpu)
         return served
@@ -145,7 +145,8 @@ class CpuKernels:
     def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> CpuSweeps:
         if "shards" not in cache:
             cache["shards"] = _Shards.of(operands)
-        return CpuSweeps(operands, cache["shards"], served, cache.setdefault(("tables", *served), {}))
+        tables = cache.setdefault("tables", Recent(SETS_OF_GRADIENTS)).find(served, dict)
+        return CpuSweeps(operands, cache["shards"], served, tables)
 
 
 KERNELS = CpuKernels()

@@ -9,14 +9,15 @@ With the environment variable TRITON_INTERPRET=1 Triton computes all this on the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from . import Operands
+from . import SETS_OF_GRADIENTS, Operands, Recent
 from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
 from .updates import Sums, Update
 
@@ -66,6 +67,9 @@ class TritonKernels:
 
 KERNELS = TritonKernels()
 
+_captured: dict[int, Any] = {}
+"""Tables that a CUDA graph reads at every replay. Nobody tells when a graph is gone, so they stay."""
+
 
 @dataclass(frozen=True)
 class _Blocks:
@@ -108,8 +112,10 @@ class TritonSweeps:
             assert group not in self.idle, "a direction is measured once per step"
             mode = MEASURE_AND_KEEP
         for blocks, partial in self._sweep(group, numbers, changing, mode):
-            _fold[(layers, PLACES)](partial, blocks.ends, total, len(blocks.rows), layers, BLOCK=FOLD)
-        return total[[PLACE[name] for name in sums.names]]
+            with _launching_on(self.device):
+                _fold[(layers, PLACES)](partial, blocks.ends, total, len(blocks.rows), layers, BLOCK=FOLD)
+        # An index made of a list would wait for the device.
+        return torch.stack([total[PLACE[name]] for name in sums.names])
 
     def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
         """Nothing: blocks of a launch run in no order that a cache could make use of."""
@@ -153,17 +159,18 @@ class TritonSweeps:
             # One column per block; sums that the kind does not measure stay zero.
             partial = torch.zeros(PLACES, count, dtype=torch.float64, device=self.device)
             idle = self.idle[group][index] if group in self.idle else changing
-            _KERNELS[_family(numbers.kind)][(count,)](
-                *(blocks.rows, changing, idle, partial, count),
-                *(weights, gradients, *state, mean_square, factor, *vectors, *scalars, *complements),
-                KIND=numbers.kind.name,
-                MODE=mode,
-                MOMENTUM=bool(numbers.state),
-                NESTEROV=bool(numbers.scalars.get("nesterov", 0)),
-                WEIGHT=_TL_TYPES[blocks.weight_type],
-                GRADIENT=_TL_TYPES[blocks.gradient_type],
-                BLOCK=BLOCK,
-            )
+            with _launching_on(self.device):
+                _KERNELS[_family(numbers.kind)][(count,)](
+                    *(blocks.rows, changing, idle, partial, count),
+                    *(weights, gradients, *state, mean_square, factor, *vectors, *scalars, *complements),
+                    KIND=numbers.kind.name,
+                    MODE=mode,
+                    MOMENTUM=bool(numbers.state),
+                    NESTEROV=bool(numbers.scalars.get("nesterov", 0)),
+                    WEIGHT=_TL_TYPES[blocks.weight_type],
+                    GRADIENT=_TL_TYPES[blocks.gradient_type],
+                    BLOCK=BLOCK,
+                )
             results.append((blocks, partial))
         return results
 
@@ -171,22 +178,22 @@ class TritonSweeps:
 
     def _group(self, group: int) -> tuple[int, list[_Blocks]]:
         """Number of layers and blocks of a group, for the tensors that are served now."""
-        key = "blocks", group, tuple(self.types)
-        if key not in self.cache:
-            layout = self.operands.layout
-            of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
-            rows: list[tuple[Any, ...]] = []
-            for shard in layout.shards:
-                tensor = layout.layers[shard.layer].tensor
-                if layout.groups[tensor] == group and self.types[tensor] is not None:
-                    for begin in range(0, shard.length, BLOCK):
-                        length = min(BLOCK, shard.length - begin)
-                        row = tensor, shard.start + begin, length, shard.layer - of_group[0]
-                        rows.append((self.types[tensor], row))
-            rows.sort(key=lambda typed: (typed[0], typed[1][3]))
-            by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
-            self.cache[key] = len(of_group), [self._blocks(types, of, len(of_group)) for types, of in by_type]
-        return self.cache[key]
+        return self._table(("blocks", group), self.types, lambda: self._make_group(group), SETS_OF_GRADIENTS)
+
+    def _make_group(self, group: int) -> tuple[int, list[_Blocks]]:
+        layout = self.operands.layout
+        of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
+        rows: list[tuple[Any, ...]] = []
+        for shard in layout.shards:
+            tensor = layout.layers[shard.layer].tensor
+            if layout.groups[tensor] == group and self.types[tensor] is not None:
+                for begin in range(0, shard.length, BLOCK):
+                    length = min(BLOCK, shard.length - begin)
+                    row = tensor, shard.start + begin, length, shard.layer - of_group[0]
+                    rows.append((self.types[tensor], row))
+        rows.sort(key=lambda typed: (typed[0], typed[1][3]))
+        by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
+        return len(of_group), [self._blocks(types, of, len(of_group)) for types, of in by_type]
 
     def _blocks(self, types: tuple[str, str], rows: list[tuple[int, ...]], layers: int) -> _Blocks:
         counts = torch.bincount(torch.tensor([row[3] for row in rows]), minlength=layers)
@@ -196,14 +203,33 @@ class TritonSweeps:
     def _pointers(self, name: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Addresses as a tensor on the device, sent there if they differ from the last step's."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        known, on_device = self.cache.get(("pointers", name), (None, None))
-        if known != addresses:
-            on_host = torch.tensor(addresses, dtype=torch.int64)
-            if self.device.type == "cuda":
-                on_host = on_host.pin_memory()  # or the copy would wait
-            on_device = on_host.to(self.device, non_blocking=True)
-            self.cache["pointers", name] = addresses, on_device
-        return on_device
+        return self._table(("pointers", name), addresses, lambda: self._send(addresses))
+
+    def _send(self, addresses: list[int]) -> torch.Tensor:
+        on_host = torch.tensor(addresses, dtype=torch.int64)
+        if self.device.type == "cuda":
+            on_host = on_host.pin_memory()  # or the copy would wait
+        return on_host.to(self.device, non_blocking=True)
+
+    def _table(self, name: tuple[str, Any], content: list[Any], make: Callable[[], Any], most: int = 1) -> Any:
+        """What was made of this content in one of the last steps, or is made now; only the newest are kept."""
+        tables = self.cache.setdefault(name, Recent(most))
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and content not in tables:
+            raise RuntimeError(
+                f"the {' of '.join(map(str, name))} changed since the last step, and a CUDA graph cannot capture how "
+                "they get to the device: before the capture take two steps, with zero_grad(set_to_none=False) so that "
+                "gradients stay in place, and leave weights and state where they are"
+            )
+        table = tables.find(content, make)
+        if capturing:
+            _captured[id(table)] = table
+        return table
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the parameters."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _family(kind: Kind) -> str:

@@ -77,6 +77,57 @@ def test_a_captured_step_replays() -> None:
     assert optimizer.state[parameters[0]]["step"].item() == 5
 
 
+def test_a_captured_step_outlives_other_steps() -> None:
+    """Steps with gradients elsewhere, or with none for some layers, between replays."""
+    lr = torch.tensor(0.05, device="cuda")
+    parameters, optimizer = make("lamb", "cuda", lr=lr, implementation="triton")
+    expected, reference = make("lamb", "cuda", lr=0.05, implementation="eager")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    in_place = [p.grad for p in parameters]
+    for step in range(12):
+        for index, p in enumerate(parameters):
+            p.grad = None if step >> index & 1 else in_place[index].clone()
+        optimizer.step()
+    garbage = [torch.full((1 << k,), -1, dtype=torch.int64, device="cuda") for k in range(12) for _ in range(8)]
+    graph.replay()
+    del garbage
+    for step in range(16):
+        for index, p in enumerate(expected):
+            left_out = 3 <= step < 15 and (step - 3) >> index & 1
+            p.grad = None if left_out else in_place[index].clone()
+        reference.step()
+    assert_same(parameters, expected, 1e-5)
+
+
+def test_a_capture_that_would_need_new_tables_is_refused() -> None:
+    parameters, optimizer = make("lamb", "cuda", lr=torch.tensor(0.05, device="cuda"), implementation="triton")
+    for _ in range(2):
+        optimizer.step()
+    kept = parameters[0].grad  # so that the new one has another address
+    parameters[0].grad = kept.clone()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="pointers of gradients changed"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_parameters_on_another_device_than_the_current_one() -> None:
+    parameters, optimizer = make("lamb", "cuda:1", implementation="triton")
+    expected, reference = make("lamb", "cpu", implementation="eager")
+    for _ in range(2):
+        optimizer.step()
+        reference.step()
+    assert_same(parameters, expected, 1e-6)
+
+
 def test_the_same_bits_every_time() -> None:
     results = []
     for _ in range(2):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, VRSGD, LayerwiseOptimizer, create_optimizer, kernels
-from trustratio.optimizers.kernels import cpu, updates
+from trustratio.optimizers.kernels import Operands, cpu, updates
 from trustratio.optimizers.layers import LayerTable
-from trustratio.optimizers.layout import Layer, Layout, Shard
+from trustratio.optimizers.layout import Layer, Layout, LayoutError, Shard
 from trustratio.optimizers.step import Plan
 
 from .test_generic import all_variants, backward, make_gradients, make_parameters, train, values
@@ -500,6 +500,50 @@ def test_tensors_that_move_between_steps() -> None:
         state = optimizers[0].state[moved]
         state["exp_avg"] = state["exp_avg"].t().clone().t() if step else state["exp_avg"].clone()
     assert torch.equal(moved, kept)
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("cpu", marks=needs_compiler), "eager"])
+def test_a_gradient_of_another_shape_is_refused(implementation: str) -> None:
+    """Compiled sweeps would read beyond its end."""
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = LAMB([("bias", p)], implementation=implementation)
+    p.data = torch.ones(100_000)
+    with pytest.raises(LayoutError, match=r"gradient of bias has shape \(4,\), but the parameter has \(100000,\)"):
+        optimizer.step()
+    assert (p == 1).all()
+
+
+@needs_compiler
+def test_state_of_another_shape_or_device_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer = LAMB([("bias", p)], implementation="cpu")
+    optimizer.step()
+    state = optimizer.state[p]
+    kept, state["exp_avg"] = state["exp_avg"], torch.zeros(3)
+    with pytest.raises(LayoutError, match="the state exp_avg of bias is not cut like the parameter"):
+        optimizer.step()
+    state["exp_avg"] = torch.zeros(4, device="meta")
+    assert cpu.KERNELS.serves(Operands(optimizer._plan().layout, [p], [p.grad], {"exp_avg": [kept]})) == [True]
+    assert cpu.KERNELS.serves(Operands(optimizer._plan().layout, [p], [p.grad], {"exp_avg": [state["exp_avg"]]})) == [
+        False
+    ]
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("cpu", marks=needs_compiler), "eager"])
+def test_tables_of_sets_of_gradients_do_not_pile_up(implementation: str) -> None:
+    ps = [torch.nn.Parameter(torch.ones(3, 3)) for _ in range(6)]
+    optimizer = LAMB(ps, implementation=implementation)
+    for step in range(40):
+        for bit, p in enumerate(ps):
+            p.grad = torch.ones(3, 3) if step >> bit & 1 else None
+        optimizer.step()
+    (plan,) = optimizer._plans.values()
+    recent = [table for table in plan.cache.values() if isinstance(table, kernels.Recent)]
+    assert recent
+    assert all(len(table.made) <= kernels.SETS_OF_GRADIENTS for table in recent)
+    assert len(plan.cache) < 6
 
 
 # The choice ---------------------------------------------------------------------------------------------------------

@@ -33,6 +33,18 @@ def test_a_flat_tensor_that_no_backend_explains_is_refused() -> None:
     assert torch.equal(flat, before)
 
 
+def test_parameters_on_several_devices_are_refused() -> None:
+    here, there = layer(), torch.nn.Parameter(torch.empty(3, device="meta"))
+    there.grad = torch.empty(3, device="meta")
+    before = here.detach().clone()
+    optimizer = LAMB([("weight", here), ("bias", there)])
+    with pytest.raises(LayoutError, match="on one device, got bias on meta and weight on cpu: move the model"):
+        optimizer.step()
+    assert torch.equal(here, before)
+    assert not optimizer.state
+    LAMB([("weight", here), ("empty", torch.nn.Parameter(torch.empty(0, device="meta")))]).step()
+
+
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [("_fsdp_flattened", "FSDP1 has flattened")],

@@ -1,0 +1,153 @@
+"""A step on an accelerator waits for nothing: on the device "meta", whose tensors have no numbers to wait for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from trustratio.optimizers import OPTIMIZERS, create_optimizer
+from trustratio.optimizers.layout import Layer, Layout, Shard
+from trustratio.optimizers.step import Plan
+
+META = torch.device("meta")
+PLAIN = [
+    name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None and name not in ("cowclip", "mclr")
+]
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Fails where host data goes to the device by a copy that waits. Reading from it fails by itself."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__:
+            assert not isinstance(args[1], list), "an index made of a list"
+        on_host = function in (torch.tensor, torch.as_tensor) or (args and getattr(args[0], "is_cpu", False))
+        found = function(*args, **(kwargs or {}))
+        assert not (on_host and isinstance(found, torch.Tensor) and found.device == META), function
+        return found
+
+
+class Launcher:
+    """In place of a kernel."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **constants: Any) -> None:
+            self.launches += 1
+
+        return launch
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    pytest.importorskip("triton")
+    from trustratio.optimizers.kernels import triton_kernels
+
+    launcher = Launcher()
+    monkeypatch.setattr(triton_kernels, "_KERNELS", dict.fromkeys(triton_kernels._KERNELS, launcher))
+    monkeypatch.setattr(triton_kernels, "_fold", launcher)
+    monkeypatch.setattr(triton_kernels.TritonKernels, "devices", lambda self: ("meta",))
+    return launcher
+
+
+def take_steps(name: str, implementation: str, **options: Any) -> None:
+    parameters = [torch.nn.Parameter(torch.empty(shape, device=META)) for shape in ((5, 7), (5,), (), (3, 2))]
+    optimizer = create_optimizer(name, parameters, lr=0.1, implementation=implementation, **options)
+    for step in range(4):
+        for p in parameters[step % 2 :]:  # one has no gradient in every second step
+            p.grad = torch.empty_like(p)
+        with NothingFromTheHost() if step >= 2 else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_sweeps_wait_for_nothing(name: str, launcher: Launcher) -> None:
+    take_steps(name, "triton")
+    assert launcher.launches
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_tensor_operations_wait_for_nothing(name: str) -> None:
+    take_steps(name, "eager")
+
+
+def test_clipping_waits_for_nothing(launcher: Launcher) -> None:
+    take_steps("lamb", "triton", max_grad_norm=1.0)
+
+
+def test_launches_are_on_the_device_of_the_parameters(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one."""
+    from trustratio.optimizers.kernels import triton_kernels
+
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def entering(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    assert isinstance(triton_kernels._launching_on(META), nullcontext)
+    monkeypatch.setattr("torch.cuda.device", entering)
+    with triton_kernels._launching_on(torch.device("cuda", 1)):
+        assert entered == [torch.device("cuda", 1)]
+    monkeypatch.setattr(triton_kernels, "_launching_on", entering)
+    take_steps("lamb", "triton")
+    assert entered[1:] == [META] * launcher.launches
+
+
+def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay where they are, and cannot be made anew while a graph is captured."""
+    triton_kernels = pytest.importorskip("trustratio.optimizers.kernels.triton_kernels")
+    capturing = [False]
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(triton_kernels, "_captured", {})
+    sweeps = object.__new__(triton_kernels.TritonSweeps)
+    sweeps.device, sweeps.cache = torch.device("cuda"), {}
+
+    def table(addresses: list[int]) -> torch.Tensor:
+        found: torch.Tensor = sweeps._table(("pointers", "gradients"), addresses, lambda: torch.tensor(addresses))
+        return found
+
+    first = table([1, 2])
+    assert table([1, 2]) is first
+    capturing[0] = True
+    assert table([1, 2]) is first
+    with pytest.raises(RuntimeError, match=r"pointers of gradients changed.*zero_grad\(set_to_none=False\)"):
+        table([3, 4])
+    capturing[0] = False
+    watched = weakref.ref(first)
+    del first
+    assert table([3, 4]).tolist() == [3, 4]
+    assert watched() is not None
+    of_no_graph = weakref.ref(table([5, 6]))
+    table([7, 8])
+    assert of_no_graph() is None
+
+
+def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some layers are cut."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *args, **options: None)
+    monkeypatch.setattr("trustratio.optimizers.layout.reduction_device", lambda group, preferred: preferred)
+    flat = torch.nn.Parameter(torch.empty(12, device=META))
+    layers = tuple(Layer(f"layer{i}", (4,), 0, flat) for i in range(3))
+    shards = tuple(Shard(i, 4 * i, 0, 4) for i in range(3))
+    process_group: Any = object()
+    layout = Layout("test", (flat,), (0,), layers, shards, ((process_group, (0, 2)),))
+    optimizer = create_optimizer("lamb", [flat], lr=0.1, implementation="eager")
+    optimizer._plans[(id(flat),)] = Plan.of(layout, [flat])
+    flat.grad = torch.empty_like(flat)
+    optimizer.step()
+    assert layout.copies.shape == (3,)
+    with NothingFromTheHost():
+        optimizer.step()
+        assert layout.copies.shape == (3,)
