@@ -103,7 +103,8 @@ class Layout:
         shards: The parts of those layers on this rank, in the order of `tensors`.
         reductions: Process groups over which a layer's sums are added, each with the indices of the layers that are
             cut over it. Empty when every layer is whole on this rank.
-        clips_with: Set where the wrapper clips gradients itself: the setting to use instead of an optimizer's own.
+        clips_with: Set where an optimizer's own clipping would not see the whole model's gradient, or the wrapper clips
+            itself: the setting to use instead.
         gradient_norm: Set where one `step()` call does not see the whole model: returns the L2 norm of the whole
             model's gradient as it reaches `step()`, after clipping.
         placed: Whether the shards' offsets and spans are positions in the whole layer, so that the proof checks them.
@@ -243,20 +244,33 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
             layout = in_segments(layout, optimizer.param_groups)
             layout.prove()
             return layout
-    return in_segments(_whole_parameters(optimizer, tensors), optimizer.param_groups)
+    return in_segments(whole_parameters(optimizer, tensors), optimizer.param_groups)
 
 
-def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout:
-    """The layout of unwrapped and DDP training: every layer is whole here, and nothing is reduced."""
+def whole_parameters(
+    optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]], backend: str = "unsharded", **options: Any
+) -> Layout:
+    """The layout of unwrapped and DDP training: every layer is whole here, and nothing is reduced.
+
+    Args:
+        optimizer: The optimizer.
+        tensors: (group index, parameter) pairs.
+        backend: Name for messages.
+        options: Further attributes of the layout.
+
+    Raises:
+        LayoutError: If a tensor is not known to be a whole layer.
+    """
     refuse_strangers(optimizer, [tensor for _, tensor in tensors])
     whole = [(group, tensor) for group, tensor in tensors if tensor.numel()]
     names = dict(name_layers(optimizer, tensors))
     return Layout(
-        backend="unsharded",
+        backend=backend,
         tensors=tuple(tensor for _, tensor in whole),
         groups=tuple(group for group, _ in whole),
         layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(whole)),
         shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(whole)),
+        **options,
     )
 
 
