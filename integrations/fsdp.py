@@ -34,9 +34,11 @@ from trustratio.optimizers.layout import (
     LayoutError,
     Shard,
     local_part,
+    may_be_cut,
     name_layers,
     refuse_strangers,
     register_backend,
+    tensor_parallel_groups,
 )
 from trustratio.optimizers.statistics import GradientFlow
 
@@ -181,6 +183,18 @@ def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
         raise LayoutError(f"parameter {name} is a DTensor of {type(local).__name__}: not supported")
     if tensor.device_mesh.get_coordinate() is None:
         raise LayoutError(f"parameter {name} lies on {tensor.device_mesh}, which this rank is not part of")
+    if may_be_cut(tensor) or _may_have_lost_marks(tensor):
+        raise LayoutError(
+            f"parameter {name} is a DTensor on {tensor.device_mesh}, and Megatron's tensor parallelism may have cut it "
+            "over other ranks before, which fully_shard forgets: not supported. Use parallelize_module under "
+            "fully_shard, or DeepSpeed ZeRO with mpu="
+        )
+
+
+def _may_have_lost_marks(tensor: DTensor) -> bool:
+    """Whether there are tensor-parallel ranks outside the mesh. fully_shard drops a parameter's marks."""
+    on_mesh = set(tensor.device_mesh.mesh.flatten().tolist())
+    return any(set(dist.get_process_group_ranks(ranks)) - on_mesh for ranks in tensor_parallel_groups(tensor))
 
 
 def _refuse_replaced(optimizer: Any, present: Sequence[tuple[int, torch.Tensor]], names: Mapping[int, str]) -> None:

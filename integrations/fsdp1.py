@@ -30,6 +30,7 @@ from trustratio.optimizers.layout import (
     Layout,
     LayoutError,
     Shard,
+    may_be_cut,
     name_layers,
     refuse_strangers,
     register_backend,
@@ -43,12 +44,16 @@ PREFIX = "_fsdp_wrapped_module."
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank holds of one layer: `length` elements from `offset` on."""
+    """What this rank holds of one layer: `length` elements from `offset` on.
+
+    `is_dtensor` tells that the layer is a DTensor, of whose local part `shape` is.
+    """
 
     handle: FlatParamHandle
     shape: tuple[int, ...]
     offset: int
     length: int
+    is_dtensor: bool
 
 
 class FSDP1Backend:
@@ -73,6 +78,8 @@ class FSDP1Backend:
         _refuse_optimizer(optimizer)
         present = [(group, tensor) for group, tensor in tensors if id(tensor) in parts or tensor.numel()]
         names = {key: name.replace(PREFIX, "") for key, name in name_layers(optimizer, tensors)}
+        for _, tensor in present:
+            _refuse_tensor_parallelism(names[id(tensor)], tensor, parts.get(id(tensor)))
         layers: list[Layer] = []
         shards: list[Shard] = []
         cut: dict[int, tuple[dist.ProcessGroup, list[int]]] = {}
@@ -109,12 +116,15 @@ def _parts() -> Iterator[tuple[int, _Part]]:
     """Yield (id, part) of every parameter that FSDP1 has kept as an object of its own."""
     for handle in _handles():
         flat = handle.flat_param
-        for parameter, shape, found in zip(flat._params or (), flat._shapes, flat._shard_param_infos, strict=False):
+        of_parameters = zip(
+            flat._params or (), flat._shapes, flat._shard_param_infos, flat._param_extensions, strict=False
+        )
+        for parameter, shape, found, extension in of_parameters:
             if not handle.uses_sharded_strategy:
                 offset, length = 0, parameter.numel()
             else:
                 offset, length = found.intra_param_start_idx or 0, found.numel_in_shard or 0
-            yield id(parameter), _Part(handle, tuple(shape), offset, length)
+            yield id(parameter), _Part(handle, tuple(shape), offset, length, extension is not None)
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
@@ -126,6 +136,15 @@ def _refuse_flat_parameters(tensors: Iterator[torch.Tensor]) -> None:
         raise LayoutError(
             f"{kind} of shape {tuple(tensor.shape)} that FSDP1 has flattened together with others, so that the layers "
             "in it cannot have parameter groups of their own: pass use_orig_params=True to FullyShardedDataParallel"
+        )
+
+
+def _refuse_tensor_parallelism(name: str, parameter: torch.Tensor, part: _Part | None) -> None:
+    if part is not None and (part.is_dtensor or may_be_cut(parameter)):
+        raise LayoutError(
+            f"layer {name} is cut by tensor parallelism, and {BACKEND} has flattened this rank's part of shape "
+            f"{part.shape}: not supported. Use parallelize_module and FSDP2 (fully_shard), or DeepSpeed ZeRO with "
+            "AutoTP or mpu="
         )
 
 

@@ -78,16 +78,16 @@ class MegatronBackend:
         if wrapper is not None:
             return layout_of_shards(wrapper, optimizer, tensors, mpu)
         _refuse_copies(optimizer, parameters)
-        if mpu is None or not all(optimizer.was_given(p) and type(p) in PLAIN for p in parameters):
+        if mpu is None or not all(optimizer.was_given(p) and _is_plain(p) for p in parameters):
             return None
-        stages = _pipeline_stages(mpu)
+        _refuse_statistics(optimizer, mpu)
         parallel = TensorParallel(mpu)
-        if stages == 1 and parallel.size() == 1:
+        sees_whole_model = _pipeline_stages(mpu) == _expert_parallel_ranks(mpu) == 1
+        if sees_whole_model and parallel.size() == parallel.size(expert=True) == 1:
             return None
         refuse_optimizer(BACKEND, optimizer, parameters)
         options: dict[str, Any] = {}
-        if stages > 1:
-            _refuse_statistics_in_stages(optimizer)
+        if not sees_whole_model:
             options = {"clips_with": "clip_grad in Megatron's own step", "gradient_norm": _refuse_model_norm}
         return layout_of_parameters(BACKEND, optimizer, tensors, parallel, optimizer.parameter_name, **options)
 
@@ -101,6 +101,11 @@ class MegatronBackend:
         """Return the data-parallel ranks, None where no mpu is known."""
         mpu = self._current_mpu()
         return None if mpu is None else DataParallel(_data_parallel_group(mpu))
+
+    def tensor_parallel_group(self, parameter: torch.Tensor) -> dist.ProcessGroup | None:
+        """Return the ranks over which a parameter like this one is cut if it is marked, None if they are not known."""
+        mpu = self._current_mpu()
+        return None if mpu is None else TensorParallel(mpu).ranks(expert=not getattr(parameter, "allreduce", True))
 
     def _current_mpu(self) -> Any:
         if self.mpu is not None:
@@ -122,12 +127,22 @@ def _data_parallel_group(mpu: Any) -> dist.ProcessGroup:
     return mpu.get_data_parallel_group()
 
 
+def _is_plain(parameter: torch.Tensor) -> bool:
+    return type(parameter) in PLAIN and not getattr(parameter, "_fsdp_flattened", False)
+
+
 def _pipeline_stages(mpu: Any) -> int:
-    for name in ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"):
-        count = getattr(mpu, name, None)
-        if count is not None:
-            return count()
-    return 1
+    return _ranks(mpu, "get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size")
+
+
+def _expert_parallel_ranks(mpu: Any) -> int:
+    """Over how many ranks experts are spread: each has experts that the others do not have."""
+    return _ranks(mpu, "get_expert_model_parallel_world_size")
+
+
+def _ranks(mpu: Any, *names: str) -> int:
+    """What the first of these functions that the mpu has says; 1 if it has none."""
+    return next((count() for name in names if (count := getattr(mpu, name, None)) is not None), 1)
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
@@ -135,16 +150,27 @@ def _pipeline_stages(mpu: Any) -> int:
 
 def _refuse_model_norm() -> torch.Tensor:
     raise LayoutError(
-        "this optimizer needs the norm of the whole model's gradient, but steps with one pipeline stage of it: use "
-        "DeepSpeed ZeRO-1, which computes the norm over all stages"
+        "this optimizer needs the norm of the whole model's gradient, but steps with one pipeline stage or some "
+        "experts of it: use DeepSpeed ZeRO-1 for pipeline stages, which computes the norm over all of them, or an "
+        "optimizer without such a norm for experts"
     )
 
 
-def _refuse_statistics_in_stages(optimizer: Any) -> None:
-    if optimizer.statistics is not None:
+def _refuse_statistics(optimizer: Any, mpu: Any) -> None:
+    """Raise LayoutError if the optimizer's statistics of group gradients do not exist with this parallelism."""
+    if optimizer.statistics is None:
+        return
+    problem = None
+    if _pipeline_stages(mpu) > 1:
+        problem = "a pipeline stage sees only its own layers"
+    elif _expert_parallel_ranks(mpu) > 1:
+        problem = "an expert's gradient on one rank is made of the samples of several"
+    elif _ranks(mpu, "get_context_parallel_world_size") > 1:
+        problem = "under context parallelism a rank has that of a part of each sample"
+    if problem is not None:
         raise LayoutError(
-            f"{type(optimizer).__name__} needs the gradient of every rank's every micro-batch, but a pipeline stage "
-            "sees only its own layers: not supported. Use data parallelism (DDP or ZeRO) alone"
+            f"{type(optimizer).__name__} needs the gradient of every rank's every micro-batch, but {problem}: not "
+            "supported. Use data parallelism (DDP or ZeRO) alone"
         )
 
 

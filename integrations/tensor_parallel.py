@@ -31,19 +31,15 @@ from trustratio.optimizers.layout import (
     Layout,
     LayoutError,
     Shard,
+    is_cut,
     name_layers,
     reduction_device,
     refuse_strangers,
 )
 
-__all__ = ["Part", "Reductions", "TensorParallel", "is_cut", "layout_of_parameters", "refuse_optimizer"]
+__all__ = ["Part", "Reductions", "TensorParallel", "layout_of_parameters", "refuse_optimizer"]
 
 AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"
-
-
-def is_cut(parameter: torch.Tensor) -> bool:
-    """Whether this rank has only a part of the layer."""
-    return bool(getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False))
 
 
 @dataclass(frozen=True)
@@ -130,9 +126,9 @@ class TensorParallel:
                 return find()
         return self.process_group
 
-    def size(self) -> int:
-        """Among how many ranks layers are cut; 1 where they are not, or nobody knows."""
-        process_group = self.ranks()
+    def size(self, expert: bool = False) -> int:
+        """Among how many ranks layers, or experts, are cut; 1 where they are not, or nobody knows."""
+        process_group = self.ranks(expert)
         return 1 if process_group is None else dist.get_world_size(process_group)
 
     def part(self, name: str, parameter: torch.Tensor, shape: tuple[int, ...]) -> Part:
@@ -270,7 +266,7 @@ def layout_of_parameters(
         name_of: A parameter's name, where it has one.
         options: Further attributes of the layout.
     """
-    refuse_strangers(optimizer, [tensor for _, tensor in tensors if not is_cut(tensor)])
+    refuse_strangers(optimizer, [tensor for _, tensor in tensors], parts_are_known=True)
     present = [(group, tensor) for group, tensor in tensors if tensor.numel() or is_cut(tensor)]
     given = name_layers(optimizer, tensors)
     names = {id(p): name_of(p) or name for (_, p), (_, name) in zip(tensors, given, strict=True)}

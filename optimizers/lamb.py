@@ -112,9 +112,9 @@ class LAMB(LayerwiseOptimizer):
     def check_layout(self, layout: Layout) -> None:
         if layout.clips_with and self.defaults["max_grad_norm"] is not None:
             raise ValueError(
-                f"max_grad_norm={self.defaults['max_grad_norm']!r} cannot be used under {layout.backend}, which steps "
-                f"the model group by group and clips gradients itself: set {layout.clips_with} to that value and "
-                "leave max_grad_norm at None"
+                f"max_grad_norm={self.defaults['max_grad_norm']!r} cannot be used under {layout.backend}, where a "
+                f"step() call need not see the whole model's gradient: set {layout.clips_with} to that value and leave "
+                "max_grad_norm at None"
             )
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -104,7 +104,8 @@ class Layout:
         shards: The parts of those layers on this rank, in the order of `tensors`.
         reductions: Process groups over which a layer's sums are added, each with the indices of the layers that are
             cut over it. Empty when every layer is whole on this rank.
-        clips_with: Set where the wrapper clips gradients itself: the setting to use instead of an optimizer's own.
+        clips_with: Set where an optimizer's own clipping would not see the whole model's gradient, or the wrapper clips
+            itself: the setting to use instead.
         gradient_norm: Set where one `step()` call does not see the whole model: returns the L2 norm of the whole
             model's gradient as it reaches `step()`, after clipping.
         placed: Whether the shards' offsets and spans are positions in the whole layer, so that the proof checks them.
@@ -252,22 +253,35 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
             layout = in_segments(layout, optimizer.param_groups)
             layout.prove()
             return layout
-    layout = _whole_parameters(optimizer, tensors)
+    layout = whole_parameters(optimizer, tensors)
     refuse_several_devices(layout)
     return in_segments(layout, optimizer.param_groups)
 
 
-def _whole_parameters(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout:
-    """The layout of unwrapped and DDP training: every layer is whole here, and nothing is reduced."""
+def whole_parameters(
+    optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]], backend: str = "unsharded", **options: Any
+) -> Layout:
+    """The layout of unwrapped and DDP training: every layer is whole here, and nothing is reduced.
+
+    Args:
+        optimizer: The optimizer.
+        tensors: (group index, parameter) pairs.
+        backend: Name for messages.
+        options: Further attributes of the layout.
+
+    Raises:
+        LayoutError: If a tensor is not known to be a whole layer.
+    """
     refuse_strangers(optimizer, [tensor for _, tensor in tensors])
     whole = [(group, tensor) for group, tensor in tensors if tensor.numel()]
     names = dict(name_layers(optimizer, tensors))
     return Layout(
-        backend="unsharded",
+        backend=backend,
         tensors=tuple(tensor for _, tensor in whole),
         groups=tuple(group for group, _ in whole),
         layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(whole)),
         shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(whole)),
+        **options,
     )
 
 
@@ -354,15 +368,48 @@ def _ranges(begin: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield number, max(begin, number * size), min(end, (number + 1) * size)
 
 
-def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
-    """Raise LayoutError if any of the tensors is not known to be a whole layer of the optimizer's."""
-    strangers = [description for tensor in tensors for description in _why_not_whole(optimizer, tensor)]
+def is_cut(parameter: torch.Tensor) -> bool:
+    """Whether the parameter is marked as a part of a layer of which tensor parallelism has put others on other ranks.
+
+    Megatron's layers are marked on a single rank too; see `may_be_cut`.
+    """
+    return bool(getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "model_parallel", False))
+
+
+def may_be_cut(parameter: torch.Tensor) -> bool:
+    """Whether the parameter is marked as a part, and no backend knows that the part is all there is."""
+    if not (is_cut(parameter) and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    return not any(dist.get_world_size(ranks) == 1 for ranks in tensor_parallel_groups(parameter))
+
+
+def tensor_parallel_groups(parameter: torch.Tensor) -> list[dist.ProcessGroup]:
+    """The process groups over which a parameter like this one is cut, if it is: what backends know."""
+    found = []
+    for backend in _backends.load():
+        describe = getattr(backend, "tensor_parallel_group", None)
+        ranks = describe(parameter) if describe is not None else None
+        if ranks is not None:
+            found.append(ranks)
+    return found
+
+
+def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor], *, parts_are_known: bool = False) -> None:
+    """Raise LayoutError if any of the tensors is not known to be a whole layer of the optimizer's.
+
+    Args:
+        optimizer: The optimizer.
+        tensors: What it steps.
+        parts_are_known: Whether the caller explains parameters that are marked as parts of layers.
+    """
+    strangers = [why for tensor in tensors for why in _why_not_whole(optimizer, tensor, parts_are_known)]
     if strangers:
         raise LayoutError(
             f"cannot compute exact trust ratios for {_listing(strangers)}. Supported: parameters handed to the "
             "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, FSDP1 with "
-            "use_orig_params=True, FSDP2 (fully_shard) and tensor parallelism by DTensor, and one kind of wrapper per "
-            "optimizer. Construct the optimizer with the model's own parameters and pass that object to the wrapper."
+            "use_orig_params=True, FSDP2 (fully_shard), tensor parallelism by DTensor and by Megatron, and Megatron's "
+            "DistributedOptimizer; one kind of wrapper per optimizer. Construct the optimizer with the model's own "
+            "parameters and pass that object to the wrapper."
         )
 
 
@@ -412,15 +459,21 @@ def name_layers(optimizer: Any, parameters: Sequence[tuple[int, torch.Tensor]]) 
         yield id(parameter), optimizer.parameter_name(parameter) or f"{group}.{index}"
 
 
-def _why_not_whole(optimizer: Any, tensor: torch.Tensor) -> Iterator[str]:
-    described = f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}"
+def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) -> Iterator[str]:
+    name = optimizer.parameter_name(tensor)
+    described = f"{name + ', ' if name else ''}a {type(tensor).__name__} of shape {tuple(tensor.shape)}"
     if not optimizer.was_given(tensor):
         yield f"{described} that the constructor was not given"
     elif type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         yield f"{described} (a tensor subclass)"
     elif getattr(tensor, "_fsdp_flattened", False):
         yield f"{described} that FSDP1 has flattened"
-    elif getattr(tensor, "tensor_model_parallel", False) and dist.is_initialized() and dist.get_world_size() > 1:
+    elif hasattr(tensor, "_st_info"):
+        yield (
+            f"{described} that DistributedDataParallel has made of a DTensor's part (use fully_shard in its place, "
+            "which keeps DTensors)"
+        )
+    elif not parts_are_known and may_be_cut(tensor):
         yield (
             f"{described} that is cut by tensor parallelism over ranks that are not known "
             "(tell them with trustratio.integrations.megatron.use_mpu)"

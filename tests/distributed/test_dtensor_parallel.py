@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -18,11 +18,12 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.optimizers import OPTIMIZERS, create_optimizer
+from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 
 from .exactness import BASE_OPTIONS
-from .pool import WorkerPool
+from .pool import CaseFailed, WorkerPool
 
 STEPS = 4
 NAMES = ("lamb", "lars", "lans", "novograd")
@@ -134,3 +135,39 @@ def test_real_layers_equal_one_process(pool: WorkerPool, mesh: tuple[int, ...], 
         assert set(found[0]["collectives"][1:]) == {each}
     if len(mesh) > 1:
         assert "_StridedShard" in found[0]["placements"]["up.weight"]
+
+
+# Wrappers that take DTensors apart ----------------------------------------------------------------------------------
+
+
+def step_of_taken_apart(wrapper: str, mesh_shape: tuple[int, int]) -> None:
+    """One step of tensor-parallel layers inside a wrapper that shows the optimizer their local parts."""
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("data", "tensor"))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    wrapped: torch.nn.Module
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(model, device_mesh=mesh["data"])
+    else:
+        wrapped = FullyShardedDataParallel(
+            model, device_mesh=mesh["data"], use_orig_params=True, device_id=torch.device("cpu")
+        )
+    optimizer = LAMB(wrapped.named_parameters())
+    wrapped(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, (2, 1)), (4, (2, 2))])
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        ("ddp", r"0\.weight, a Parameter of shape .* that DistributedDataParallel has made of a DTensor's part"),
+        ("fsdp1", "layer 0.weight is cut by tensor parallelism, and FSDP1 has flattened this rank's part"),
+    ],
+)
+def test_local_parts_without_their_placements_are_refused(
+    pool: WorkerPool, wrapper: str, message: str, mesh: tuple[int, int], world_size: int
+) -> None:
+    with pytest.raises(CaseFailed, match=message) as failure:
+        pool.run(step_of_taken_apart, wrapper, mesh)
+    assert str(failure.value).count("LayoutError: ") == world_size

@@ -11,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.integrations.megatron import use_mpu
@@ -27,10 +28,10 @@ STEPS = 4
 
 
 @contextmanager
-def megatron(tensor_parallel: int, pipeline: int = 1) -> Iterator[Any]:
+def megatron(tensor_parallel: int, pipeline: int = 1, **sizes: int) -> Iterator[Any]:
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(tensor_parallel, pipeline)
+    parallel_state.initialize_model_parallel(tensor_parallel, pipeline, **sizes)
     try:
         yield parallel_state
     finally:
@@ -319,6 +320,87 @@ def test_pipeline_stages(pool: WorkerPool, world_size: int) -> None:
         pool.run(step_in_a_pipeline, "sngm")
     with pytest.raises(CaseFailed, match="a pipeline stage sees only its own layers"):
         pool.run(step_in_a_pipeline, "clars")
+
+
+def step_with_experts(name: str, sizes: dict[str, int], **options: Any) -> None:
+    """One step of a layer that all ranks have and one, an expert's, that only this rank has."""
+    with megatron(1, **sizes):
+        dense, expert = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(3, 4))
+        expert.allreduce = False  # type: ignore[attr-defined]
+        dense.grad, expert.grad = torch.ones(3, 4), torch.full((3, 4), 1.0 + dist.get_rank())
+        create_optimizer(name, [("dense", dense), ("expert", expert)], lr=0.1, **options).step()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_experts_and_context(pool: WorkerPool, world_size: int) -> None:
+    experts, context = {"expert_model_parallel_size": 2}, {"context_parallel_size": 2}
+    pool.run(step_with_experts, "lamb", experts)
+    pool.run(step_with_experts, "sngm", context)
+    with pytest.raises(CaseFailed, match="norm of the whole model's gradient"):
+        pool.run(step_with_experts, "sngm", experts)
+    with pytest.raises(CaseFailed, match="set clip_grad in Megatron's own step"):
+        pool.run(step_with_experts, "lamb", experts, max_grad_norm=1.0)
+    for name in ("clars", "vrlamb"):
+        with pytest.raises(CaseFailed, match="an expert's gradient on one rank is made of the samples of several"):
+            pool.run(step_with_experts, name, experts)
+        with pytest.raises(CaseFailed, match="under context parallelism a rank has that of a part of each sample"):
+            pool.run(step_with_experts, name, context)
+
+
+def step_of_marked(wrapper: str, mark: str, tensor_parallel: int | None) -> None:
+    """One step of a layer that Megatron's attributes mark as a part, inside another wrapper."""
+    known = Unit([[0, 1]] if tensor_parallel == 2 else [[0], [1]]) if tensor_parallel else None
+    model: Any = torch.nn.Linear(4, 6)
+    setattr(model.weight, mark, True)
+    model.weight.partition_dim = 0
+    if wrapper == "fsdp1":
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif wrapper == "fsdp2":
+        fully_shard(model)
+        setattr(model.weight, mark, True)  # fully_shard drops it
+    elif wrapper == "ddp":
+        model = DistributedDataParallel(model)
+    optimizer = LAMB(model.named_parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    use_mpu(known)
+    try:
+        optimizer.step()
+    finally:
+        use_mpu(None)
+
+
+@pytest.mark.parametrize("mark", ["tensor_model_parallel", "model_parallel"])
+@pytest.mark.parametrize("world_size", [2])
+def test_marked_parts_in_other_wrappers(pool: WorkerPool, mark: str, world_size: int) -> None:
+    messages = {
+        "ddp": "over ranks that are not known",
+        "fsdp1": "weight is cut by tensor parallelism, and FSDP1 has flattened this rank's part",
+        "fsdp2": "weight is a DTensor.*and Megatron's tensor parallelism may have cut it",
+    }
+    for wrapper, message in messages.items():
+        for ranks in (None, 2) if wrapper == "fsdp1" else (None,):
+            with pytest.raises(CaseFailed, match=message) as failure:
+                pool.run(step_of_marked, wrapper, mark, ranks)
+            assert str(failure.value).count("LayoutError: ") == world_size
+        pool.run(step_of_marked, wrapper, mark, 1)  # Megatron marks layers of one rank too
+
+
+def step_of_lost_marks() -> None:
+    """FSDP2 over one pair of ranks, with layers that Megatron has cut over the other pair."""
+    with megatron(2) as state:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        model = torch.nn.Linear(4, 6)
+        fully_shard(model, mesh=DeviceMesh.from_group(state.get_data_parallel_group(), "cpu"))
+        optimizer = LAMB(model.named_parameters())
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_marks_that_fully_shard_drops(pool: WorkerPool, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match=r"weight is a DTensor.*and Megatron's tensor parallelism may have cut it"):
+        pool.run(step_of_lost_marks)
 
 
 def step_of_a_copy() -> None:
