@@ -14,9 +14,6 @@ placements, so that torch.distributed.checkpoint knows how to save it; the arith
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from math import prod
@@ -65,7 +62,6 @@ class DTensorBackend:
             LayoutError: If the optimizer cannot be exact, or a parameter is of a kind that is not supported.
         """
         if not any(isinstance(tensor, DTensor) for _, tensor in tensors):
-            _refuse_parameters_from_before(tensors)
             return None
         refuse_strangers(optimizer, [tensor for _, tensor in tensors if not isinstance(tensor, DTensor)])
         _refuse_optimizer(optimizer, [tensor for _, tensor in tensors])
@@ -234,23 +230,6 @@ def _agree_on_placements(tensors: Sequence[torch.Tensor], names: Mapping[int, st
                     f"of a process group, {differing[1]} on its rank {rank} (name, shape, placements, mesh). Shard the "
                     "model in the same way on all ranks"
                 )
-
-
-def _refuse_parameters_from_before(tensors: Sequence[tuple[int, torch.Tensor]]) -> None:
-    """Raise if the optimizer was made before `fully_shard`, which replaces parameters and tells nobody."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    module_class = getattr(fsdp, "FSDPModule", None)
-    if module_class is None or not tensors or any(tensor.grad is not None for _, tensor in tensors):
-        return
-    shapes = Counter(tensor.shape for _, tensor in tensors)
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), module_class) and shapes <= Counter(p.shape for p in candidate.parameters()):
-            raise LayoutError(
-                "no parameter of the optimizer has a gradient, and fully_shard has sharded a "
-                f"{type(candidate).__name__} with parameters of the same shapes: it replaces them, so make the "
-                "optimizer from model.parameters() after fully_shard"
-            )
 
 
 register_backend(DTensorBackend())

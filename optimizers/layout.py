@@ -176,13 +176,13 @@ class Layout:
                 misplaced.append(f"{layer.name} {layer.shape}")
         if wrong:
             raise LayoutError(
-                f"{self.backend}: the shards found on all ranks do not add up to the layers: {_listing(wrong)}. "
+                f"{self.backend}: the shards found on all ranks do not add up to the layers: {listing(wrong)}. "
                 "Build the optimizer on the model's current parameters before it is wrapped; if it was, please report "
                 "the wrapper and its version."
             )
         if misplaced:
             raise LayoutError(
-                f"{self.backend}: ranks hold overlapping parts of {_listing(misplaced)}: they disagree about the mesh "
+                f"{self.backend}: ranks hold overlapping parts of {listing(misplaced)}: they disagree about the mesh "
                 "or the placements. Make the same mesh, over the same ranks in the same order, on all ranks"
             )
 
@@ -394,7 +394,7 @@ def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor], *, parts_a
     strangers = [why for tensor in tensors for why in _why_not_whole(optimizer, tensor, parts_are_known)]
     if strangers:
         raise LayoutError(
-            f"cannot compute exact trust ratios for {_listing(strangers)}. Supported: parameters handed to the "
+            f"cannot compute exact trust ratios for {listing(strangers)}. Supported: parameters handed to the "
             "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, FSDP1 with "
             "use_orig_params=True, FSDP2 (fully_shard), tensor parallelism by DTensor and by Megatron, and Megatron's "
             "DistributedOptimizer; one kind of wrapper per optimizer. Construct the optimizer with the model's own "
@@ -458,7 +458,7 @@ def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) 
         )
 
 
-def _listing(items: Sequence[str], shown: int = 5) -> str:
+def listing(items: Sequence[str], shown: int = 5) -> str:
     rest = f" and {len(items) - shown} more" if len(items) > shown else ""
     return "; ".join(items[:shown]) + rest
 

@@ -491,9 +491,7 @@ def step_that_is_refused(name: str) -> None:
         return
     mesh = make_mesh(None)
     placement = Partial() if name == "partial" else Shard(0)
-    # torch remembers offsets by shape and mesh: a broken mesh shows only with a shape that no other case has used.
-    rows = 7 if name == "mesh" else 3
-    weight = DTensor.from_local(torch.ones(rows, 2), mesh, [placement])
+    weight = DTensor.from_local(torch.ones(3, 2), mesh, [placement])
     group = {"params": [("weight", torch.nn.Parameter(weight))], "segments": 4 if name == "segments" else None}
     optimizer = LAMB([group])
     parameters = optimizer.param_groups[0]["params"]
@@ -504,7 +502,8 @@ def step_that_is_refused(name: str) -> None:
         short = DTensor.from_local(torch.ones(3 + dist.get_rank(), 2), mesh, [Shard(0)], shape=(6, 2), stride=(2, 1))
         parameters[:] = [torch.nn.Parameter(short)]
     elif name == "mesh":
-        mesh._coordinate_on_dim = [0]  # every rank takes itself for the first, and holds the first rows
+        own_order = DeviceMesh("cpu", [0, 1] if dist.get_rank() == 0 else [1, 0])  # both have the first rows
+        parameters[:] = [torch.nn.Parameter(DTensor.from_local(torch.ones(3, 2), own_order, [Shard(0)]))]
     elif name == "placements":
         local = torch.ones((3, 2) if dist.get_rank() == 0 else (6, 1))
         weight = DTensor.from_local(local, mesh, [Shard(dist.get_rank())], shape=(6, 2), stride=(2, 1))
@@ -555,22 +554,25 @@ def step_with_a_broken_model(name: str) -> None:
                 fully_shard(model, mesh=make_mesh(None))
 
 
+STALE = r"the model has other parameters.*Make the optimizer from model.parameters\(\) after what replaced them"
+
+
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("statistics", "LAMB needs the gradient of every single micro-batch"),
         ("cowclip", "CowClip clips rows of embeddings, of which each must be whole"),
-        ("mesh", "ranks hold overlapping parts of weight"),
+        ("mesh", "ranks disagree about the mesh or the placements of a parameter"),
         ("placements", "ranks disagree about the mesh or the placements of a parameter"),
         ("resharded", "is not cut like the parameter"),
         ("replaced", "parameter weight was replaced after the first step"),
-        ("sharded later", "make the optimizer from model.parameters\\(\\) after fully_shard"),
+        ("sharded later", STALE),
         ("segments", "layer weight of shape \\(6, 2\\) does not divide into 4 segments"),
         ("subclass", "a Strange of shape \\(3,\\) \\(a tensor subclass\\)"),
         ("two wrappers", "one kind of wrapper per optimizer"),
         ("partial", r"parameter weight has placements \(Partial"),
-        ("stale", "make the optimizer from model.parameters\\(\\) after fully_shard"),
+        ("stale", STALE),
         ("local state", "the state exp_avg of weight is not cut like the parameter"),
         ("uneven", r"weight \(6, 2\): 14 of 12 elements"),
     ],
@@ -579,3 +581,65 @@ def test_what_cannot_be_exact_is_refused(pool: WorkerPool, name: str, message: s
     with pytest.raises(CaseFailed, match=message) as failure:
         pool.run(step_that_is_refused, name)
     assert len(re.findall("(LayoutError|ValueError): ", str(failure.value))) >= world_size
+
+
+# Parameters that were replaced ---------------------------------------------------------------------------------------
+
+
+def train_after_a_replacement(what: str) -> None:
+    """Five steps of blocks of which a wrapper, or a load, replaces some parameters and not the optimizer's."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), torch.nn.LayerNorm(3))
+    if what in ("assigned", "assigned later"):
+        fully_shard(model)
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    if what == "blocks":
+        fully_shard(model[0])
+        fully_shard(model[1])
+    elif what == "every block":
+        for part in model:
+            fully_shard(part)
+    elif what == "flat blocks":
+        model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"))
+    for step in range(5):
+        if (what, step) in (("assigned", 0), ("assigned later", 3)):
+            model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("blocks", r"has other parameters.*: 0\.weight of shape \(6, 4\) \(now FSDPLinear\.weight\)"),
+        ("every block", STALE),
+        ("assigned", STALE),
+        ("assigned later", STALE),
+        ("flat blocks", "use_orig_params=True"),
+    ],
+)
+def test_parameters_that_train_nothing_are_noticed(pool: WorkerPool, what: str, message: str, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match=message) as failure:
+        pool.run(train_after_a_replacement, what)
+    assert str(failure.value).count("LayoutError: ") == world_size
+
+
+def train_with_an_unused_layer() -> None:
+    """A sharded twin with gradients that nobody trains takes nothing's place."""
+    model, twin = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(2))
+    fully_shard(model)
+    fully_shard(twin)
+    twin(torch.ones(2, 4)).sum().backward()
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    model[1].requires_grad_(False)
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        model[0].weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_twin_with_gradients_is_no_replacement(pool: WorkerPool, world_size: int) -> None:
+    pool.run(train_with_an_unused_layer)
