@@ -19,8 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
+from trustratio.optimizers.layout import local_part
 
 from ..reference import relative_error
 from .cases import (
@@ -475,6 +477,41 @@ def test_every_placement_in_one_optimizer(pool: WorkerPool, name: str, world_siz
     # One for each dimension of the first mesh and one for the second.
     stages = OPTIMIZERS[name].collectives
     assert answers[0]["collectives"] == [3 * (stages + 1), 3 * stages, 3 * stages, 3 * stages, 3 * stages + 1]
+
+
+def step_with_fused_rows(name: str, dimension: int, segments: int | None, fused: bool) -> dict[str, Any]:
+    """Three steps of a fused matrix of which each rank has a part of each of three, or all of it."""
+    mesh = make_mesh(None)
+    weight = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    cut = _StridedShard(dimension, split_factor=3)
+
+    def place(value: torch.Tensor) -> torch.Tensor:
+        if not fused:
+            return value
+        parts, _ = cut._split_tensor(value, dist.get_world_size(), with_padding=False, contiguous=True)
+        return DTensor.from_local(parts[dist.get_rank()], mesh, [cut], shape=value.shape, stride=value.stride())
+
+    parameter = torch.nn.Parameter(place(weight))
+    group = {"params": [("qkv", parameter)], "segments": segments}
+    optimizer: Any = create_optimizer(name, [group], lr=0.1)
+    for step in range(3):
+        parameter.grad = place(torch.randn(12, 6, generator=torch.Generator().manual_seed(step + 1)))
+        optimizer.step()
+    return {"weights": local_part(parameter.detach()).clone(), "ratios": optimizer.trust_ratios()}
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_fused_matrices_cut_apart(pool: WorkerPool, world_size: int) -> None:
+    for name in ("lamb", "lars", "novograd"):
+        for segments in (None, 3):
+            wanted = pool.run(step_with_fused_rows, name, 0, segments, False)[0]
+            pieces = wanted["weights"].chunk(3)
+            for rank, found in enumerate(pool.run(step_with_fused_rows, name, 0, segments, True)):
+                part = torch.cat([piece.chunk(world_size)[rank] for piece in pieces])
+                torch.testing.assert_close(found["weights"], part, rtol=1e-6, atol=1e-7)
+                assert found["ratios"] == pytest.approx(wanted["ratios"], rel=1e-6)
+    with pytest.raises(CaseFailed, match="several pieces along dimension 1: supported along dimension 0 only"):
+        pool.run(step_with_fused_rows, "lamb", 1, None, True)
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
