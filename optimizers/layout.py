@@ -7,6 +7,7 @@ to know about sharding; who produced the layout (a *backend*) stays behind this 
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,18 +135,26 @@ class Layout:
         Returns:
             The same tensor on every rank of the group, shape (rows, layers).
         """
-        for process_group, layers in self.reductions:
+        for (process_group, _), layers in zip(self.reductions, self._reduced_layers, strict=True):
             if dist.get_world_size(process_group) == 1:
                 continue
             columns: Any = slice(None)
-            if len(layers) < len(self.layers):
-                columns = torch.tensor(layers, device=sums.device)
+            if layers is not None:
+                columns = layers.to(sums.device)
                 if layer_of_column is not None:
                     columns = torch.isin(layer_of_column, columns)
             packed = sums[:, columns].to(reduction_device(process_group, sums.device)).contiguous()
             dist.all_reduce(packed, group=process_group)
             sums[:, columns] = packed.to(sums.device)
         return sums
+
+    @functools.cached_property
+    def _reduced_layers(self) -> list[torch.Tensor | None]:
+        """The layers of each reduction as an index, None where it has all: made once, for the copy to the device."""
+        return [
+            None if len(layers) == len(self.layers) else torch.tensor(layers, device=self.device)
+            for _, layers in self.reductions
+        ]
 
     def copies(self) -> torch.Tensor:
         """Over how many ranks each layer's sums are added, shape (layers,), fp64: what `reduce` makes of ones."""
