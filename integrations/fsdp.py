@@ -14,9 +14,6 @@ placements, so that torch.distributed.checkpoint knows how to save it; the arith
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from math import prod
@@ -26,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from trustratio.optimizers.data_parallel import DataParallel
 from trustratio.optimizers.layout import (
@@ -43,6 +41,7 @@ from trustratio.optimizers.layout import (
 from trustratio.optimizers.statistics import GradientFlow
 
 from .fsdp_gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
+from .layer_pieces import _local_indices as local_indices
 
 __all__ = ["DTensorBackend"]
 
@@ -65,7 +64,6 @@ class DTensorBackend:
             LayoutError: If the optimizer cannot be exact, or a parameter is of a kind that is not supported.
         """
         if not any(isinstance(tensor, DTensor) for _, tensor in tensors):
-            _refuse_parameters_from_before(tensors)
             return None
         refuse_strangers(optimizer, [tensor for _, tensor in tensors if not isinstance(tensor, DTensor)])
         _refuse_optimizer(optimizer, [tensor for _, tensor in tensors])
@@ -84,7 +82,12 @@ class DTensorBackend:
                 Layer(names[id(tensor)], tuple(tensor.shape), i, tensor, dtypes.get(id(tensor)))
                 for i, (_, tensor) in enumerate(present)
             ),
-            shards=tuple(_shard(i, tensor) for i, (_, tensor) in enumerate(present) if local_part(tensor).numel()),
+            shards=tuple(
+                shard
+                for i, (_, tensor) in enumerate(present)
+                if local_part(tensor).numel()
+                for shard in _shards(i, names[id(tensor)], tensor)
+            ),
             reductions=_reductions([tensor for _, tensor in present]),
             placed=True,
         )
@@ -122,6 +125,46 @@ def _shard(layer: int, tensor: torch.Tensor) -> Shard:
     first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
     reach = sum((size - 1) * stride for size, stride in zip(local.shape, strides, strict=True))
     return Shard(layer, 0, first, local.numel(), span=reach + 1)
+
+
+def _shards(layer: int, name: str, tensor: torch.Tensor) -> list[Shard]:
+    """What this rank has of the layer: one block, or one per run of rows where rows are cut in several."""
+    block = _shard(layer, tensor)
+    if not isinstance(tensor, DTensor) or not _strides(tensor):
+        return [block]
+    indices = local_indices(name, tensor)
+    if [len(index) for index in indices] != list(local_part(tensor).shape):
+        return [block]  # the proof counts its elements, on all ranks
+    rows, *others = indices
+    strides = [prod(tensor.shape[dimension + 1 :]) for dimension in range(tensor.dim())]
+    column = sum(int(index[0]) * stride for index, stride in zip(others, strides[1:], strict=True))
+    reach = sum((len(index) - 1) * stride for index, stride in zip(others, strides[1:], strict=True))
+    in_row = prod(len(index) for index in others)
+    shards, start = [], 0
+    for run in rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1):
+        span = (len(run) - 1) * strides[0] + reach + 1
+        shards.append(Shard(layer, start, int(run[0]) * strides[0] + column, len(run) * in_row, span))
+        start += len(run) * in_row
+    return shards
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """The dimensions of which a rank has several pieces, as of fused matrices: `_StridedShard` for its own sake.
+
+    fully_shard over tensor parallelism makes a `_StridedShard` too, whose pieces the later mesh dimensions take apart.
+    """
+    if not isinstance(tensor, DTensor):
+        return []
+    found = []
+    for mesh_dimension, placement in enumerate(tensor.placements):
+        later = prod(
+            tensor.device_mesh.size(other)
+            for other in range(mesh_dimension + 1, tensor.device_mesh.ndim)
+            if getattr(tensor.placements[other], "dim", None) == getattr(placement, "dim", None)
+        )
+        if isinstance(placement, _StridedShard) and placement.split_factor != later:
+            found.append(placement.dim)
+    return found
 
 
 def _reductions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...]:
@@ -166,7 +209,8 @@ def _refuse_optimizer(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
 def _has_whole_rows(tensor: torch.Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return True
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+    by_rows = all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+    return by_rows and not _strides(tensor)
 
 
 def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
@@ -177,6 +221,12 @@ def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
         raise LayoutError(
             f"parameter {name} has placements {tensor.placements}: no rank knows its weights, which are sums over "
             "ranks. Redistribute it to Shard or Replicate"
+        )
+    strided = [dimension for dimension in _strides(tensor) if dimension > 0]
+    if strided:
+        raise LayoutError(
+            f"parameter {name} has placements {tensor.placements}, which leave a rank several pieces along dimension "
+            f"{strided[0]}: supported along dimension 0 only. Store the matrix transposed, or as several parameters"
         )
     local = local_part(tensor)
     if type(local) not in (torch.Tensor, torch.nn.Parameter):
@@ -234,23 +284,6 @@ def _agree_on_placements(tensors: Sequence[torch.Tensor], names: Mapping[int, st
                     f"of a process group, {differing[1]} on its rank {rank} (name, shape, placements, mesh). Shard the "
                     "model in the same way on all ranks"
                 )
-
-
-def _refuse_parameters_from_before(tensors: Sequence[tuple[int, torch.Tensor]]) -> None:
-    """Raise if the optimizer was made before `fully_shard`, which replaces parameters and tells nobody."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    module_class = getattr(fsdp, "FSDPModule", None)
-    if module_class is None or not tensors or any(tensor.grad is not None for _, tensor in tensors):
-        return
-    shapes = Counter(tensor.shape for _, tensor in tensors)
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), module_class) and shapes <= Counter(p.shape for p in candidate.parameters()):
-            raise LayoutError(
-                "no parameter of the optimizer has a gradient, and fully_shard has sharded a "
-                f"{type(candidate).__name__} with parameters of the same shapes: it replaces them, so make the "
-                "optimizer from model.parameters() after fully_shard"
-            )
 
 
 register_backend(DTensorBackend())

@@ -16,7 +16,6 @@ Read from torch 2.13.
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +69,6 @@ class FSDP1Backend:
         """
         flattened = [tensor for _, tensor in tensors if getattr(tensor, "_fsdp_flattened", False)]
         if not flattened:
-            _refuse_parameters_from_before([tensor for _, tensor in tensors])
             return None
         parts = dict(_parts())
         _refuse_flat_parameters(tensor for tensor in flattened if id(tensor) not in parts)
@@ -145,19 +143,6 @@ def _refuse_tensor_parallelism(name: str, parameter: torch.Tensor, part: _Part |
             f"layer {name} is cut by tensor parallelism, and {BACKEND} has flattened this rank's part of shape "
             f"{part.shape}: not supported. Use parallelize_module and FSDP2 (fully_shard), or DeepSpeed ZeRO with "
             "AutoTP or mpu="
-        )
-
-
-def _refuse_parameters_from_before(tensors: Sequence[torch.Tensor]) -> None:
-    """Raise if FSDP1 has copied parameters like these into flat ones: the optimizer would step what nobody uses."""
-    if not tensors or any(tensor.grad is not None for tensor in tensors):
-        return
-    shapes = Counter(tuple(tensor.shape) for tensor in tensors)
-    flat = [handle.flat_param for handle in _handles() if not handle._use_orig_params]
-    if flat and shapes <= Counter(tuple(shape) for parameter in flat for shape in parameter._shapes):
-        raise LayoutError(
-            "no parameter of the optimizer has a gradient, and FSDP1 has flattened parameters of the same shapes and "
-            "replaced them: pass use_orig_params=True to FullyShardedDataParallel"
         )
 
 

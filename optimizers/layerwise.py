@@ -13,6 +13,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import layout as layouts
+from .abandoned import refuse_abandoned
 from .chunks import ChunkView, Summand
 from .hyperparameters import check_choice, check_segments
 from .kernels import IMPLEMENTATIONS
@@ -143,7 +144,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            LayoutError: If the local tensors cannot be explained, so that the norms would be wrong.
+            LayoutError: If the local tensors cannot be explained, so that the norms would be wrong, or the model has
+                other parameters by now.
         """
         loss = None
         if closure is not None:
@@ -297,6 +299,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 plan.share_layer_state(self.layer_state, self.state)
             with_rows = [index for index in plan.group_layers if self.has_rows(self.param_groups[index])]
             plan.rows = {index: Rows(layout, plan.group_layers[index]) for index in with_rows}
+        if plan.missing_gradients.ask_for_a_look(tensors):
+            refuse_abandoned(self, tensors)
         return plan
 
     def _refuse_segments_of_groups(self, layout: Layout) -> None:

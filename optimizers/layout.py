@@ -138,9 +138,11 @@ class Layout:
         for (process_group, _), layers in zip(self.reductions, self._reduced_layers, strict=True):
             if dist.get_world_size(process_group) == 1:
                 continue
-            columns: Any = slice(None) if layers is None else layers
-            if layers is not None and layer_of_column is not None:
-                columns = torch.isin(layer_of_column, layers)
+            columns: Any = slice(None)
+            if layers is not None:
+                columns = layers.to(sums.device)
+                if layer_of_column is not None:
+                    columns = torch.isin(layer_of_column, columns)
             packed = sums[:, columns].to(reduction_device(process_group, sums.device)).contiguous()
             dist.all_reduce(packed, group=process_group)
             sums[:, columns] = packed.to(sums.device)
@@ -184,13 +186,13 @@ class Layout:
                 misplaced.append(f"{layer.name} {layer.shape}")
         if wrong:
             raise LayoutError(
-                f"{self.backend}: the shards found on all ranks do not add up to the layers: {_listing(wrong)}. "
+                f"{self.backend}: the shards found on all ranks do not add up to the layers: {listing(wrong)}. "
                 "Build the optimizer on the model's current parameters before it is wrapped; if it was, please report "
                 "the wrapper and its version."
             )
         if misplaced:
             raise LayoutError(
-                f"{self.backend}: ranks hold overlapping parts of {_listing(misplaced)}: they disagree about the mesh "
+                f"{self.backend}: ranks hold overlapping parts of {listing(misplaced)}: they disagree about the mesh "
                 "or the placements. Make the same mesh, over the same ranks in the same order, on all ranks"
             )
 
@@ -405,7 +407,7 @@ def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor], *, parts_a
     strangers = [why for tensor in tensors for why in _why_not_whole(optimizer, tensor, parts_are_known)]
     if strangers:
         raise LayoutError(
-            f"cannot compute exact trust ratios for {_listing(strangers)}. Supported: parameters handed to the "
+            f"cannot compute exact trust ratios for {listing(strangers)}. Supported: parameters handed to the "
             "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, FSDP1 with "
             "use_orig_params=True, FSDP2 (fully_shard), tensor parallelism by DTensor and by Megatron, and Megatron's "
             "DistributedOptimizer; one kind of wrapper per optimizer. Construct the optimizer with the model's own "
@@ -480,7 +482,7 @@ def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) 
         )
 
 
-def _listing(items: Sequence[str], shown: int = 5) -> str:
+def listing(items: Sequence[str], shown: int = 5) -> str:
     rest = f" and {len(items) - shown} more" if len(items) > shown else ""
     return "; ".join(items[:shown]) + rest
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import kernels
+from .abandoned import MissingGradients
 from .chunks import Chunk, ChunkView, Summand, cut_into_chunks
 from .gradients import read_gradients
 from .kernels.updates import AdamUpdate, Sums
@@ -52,6 +53,7 @@ class Plan:
     group_layers: dict[int, range]  # group index -> its layers
     tensor_layers: list[range]  # local tensor -> the layers it carries
     cuts: list[Any]  # how the tensors of the call, those without elements too, were cut
+    missing_gradients: MissingGradients
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -68,15 +70,12 @@ class Plan:
             group_layers={group: _as_range(layers) for group, layers in groups.items()},
             tensor_layers=[_as_range(layers) for layers in carried],
             cuts=[cut_of(tensor) for tensor in tensors],
+            missing_gradients=MissingGradients(len(tensors)),
         )
 
     def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the tensors, the same ones, are still cut as they were, and have not been abandoned."""
-        return all(map(operator.eq, map(cut_of, tensors), self.cuts)) and not self._is_abandoned()
-
-    def _is_abandoned(self) -> bool:
-        """Whether whole layers got no gradient at all: a wrapper may have put others in their place since."""
-        return not self.layout.reductions and all(tensor.grad is None for tensor in self.layout.tensors)
+        """Whether the tensors, the same ones, are still cut as they were."""
+        return all(map(operator.eq, map(cut_of, tensors), self.cuts))
 
     def share_layer_state(self, names: Sequence[str], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
         """Give ranks that hold nothing of a layer its per-layer state, which a wrapper may not have loaded there."""

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from unittest import mock
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -125,5 +124,14 @@ def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def _tensors_only() -> Iterator[None]:
     """Let torch.load unpickle nothing else, DeepSpeed's own calls with `weights_only=False` included."""
     variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    with mock.patch.dict(os.environ, variables), torch.serialization.safe_globals(list(_OF_DEEPSPEED)):
-        yield
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with torch.serialization.safe_globals(list(_OF_DEEPSPEED)):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

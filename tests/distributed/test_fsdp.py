@@ -19,8 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
+from trustratio.optimizers.layout import local_part
 
 from ..reference import relative_error
 from .cases import (
@@ -477,6 +479,41 @@ def test_every_placement_in_one_optimizer(pool: WorkerPool, name: str, world_siz
     assert answers[0]["collectives"] == [3 * (stages + 1), 3 * stages, 3 * stages, 3 * stages, 3 * stages + 1]
 
 
+def step_with_fused_rows(name: str, dimension: int, segments: int | None, fused: bool) -> dict[str, Any]:
+    """Three steps of a fused matrix of which each rank has a part of each of three, or all of it."""
+    mesh = make_mesh(None)
+    weight = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    cut = _StridedShard(dimension, split_factor=3)
+
+    def place(value: torch.Tensor) -> torch.Tensor:
+        if not fused:
+            return value
+        parts, _ = cut._split_tensor(value, dist.get_world_size(), with_padding=False, contiguous=True)
+        return DTensor.from_local(parts[dist.get_rank()], mesh, [cut], shape=value.shape, stride=value.stride())
+
+    parameter = torch.nn.Parameter(place(weight))
+    group = {"params": [("qkv", parameter)], "segments": segments}
+    optimizer: Any = create_optimizer(name, [group], lr=0.1)
+    for step in range(3):
+        parameter.grad = place(torch.randn(12, 6, generator=torch.Generator().manual_seed(step + 1)))
+        optimizer.step()
+    return {"weights": local_part(parameter.detach()).clone(), "ratios": optimizer.trust_ratios()}
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_fused_matrices_cut_apart(pool: WorkerPool, world_size: int) -> None:
+    for name in ("lamb", "lars", "novograd"):
+        for segments in (None, 3):
+            wanted = pool.run(step_with_fused_rows, name, 0, segments, False)[0]
+            pieces = wanted["weights"].chunk(3)
+            for rank, found in enumerate(pool.run(step_with_fused_rows, name, 0, segments, True)):
+                part = torch.cat([piece.chunk(world_size)[rank] for piece in pieces])
+                torch.testing.assert_close(found["weights"], part, rtol=1e-6, atol=1e-7)
+                assert found["ratios"] == pytest.approx(wanted["ratios"], rel=1e-6)
+    with pytest.raises(CaseFailed, match="several pieces along dimension 1: supported along dimension 0 only"):
+        pool.run(step_with_fused_rows, "lamb", 1, None, True)
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -491,9 +528,7 @@ def step_that_is_refused(name: str) -> None:
         return
     mesh = make_mesh(None)
     placement = Partial() if name == "partial" else Shard(0)
-    # torch remembers offsets by shape and mesh: a broken mesh shows only with a shape that no other case has used.
-    rows = 7 if name == "mesh" else 3
-    weight = DTensor.from_local(torch.ones(rows, 2), mesh, [placement])
+    weight = DTensor.from_local(torch.ones(3, 2), mesh, [placement])
     group = {"params": [("weight", torch.nn.Parameter(weight))], "segments": 4 if name == "segments" else None}
     optimizer = LAMB([group])
     parameters = optimizer.param_groups[0]["params"]
@@ -504,7 +539,8 @@ def step_that_is_refused(name: str) -> None:
         short = DTensor.from_local(torch.ones(3 + dist.get_rank(), 2), mesh, [Shard(0)], shape=(6, 2), stride=(2, 1))
         parameters[:] = [torch.nn.Parameter(short)]
     elif name == "mesh":
-        mesh._coordinate_on_dim = [0]  # every rank takes itself for the first, and holds the first rows
+        own_order = DeviceMesh("cpu", [0, 1] if dist.get_rank() == 0 else [1, 0])  # both have the first rows
+        parameters[:] = [torch.nn.Parameter(DTensor.from_local(torch.ones(3, 2), own_order, [Shard(0)]))]
     elif name == "placements":
         local = torch.ones((3, 2) if dist.get_rank() == 0 else (6, 1))
         weight = DTensor.from_local(local, mesh, [Shard(dist.get_rank())], shape=(6, 2), stride=(2, 1))
@@ -555,22 +591,25 @@ def step_with_a_broken_model(name: str) -> None:
                 fully_shard(model, mesh=make_mesh(None))
 
 
+STALE = r"the model has other parameters.*Make the optimizer from model.parameters\(\) after what replaced them"
+
+
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("statistics", "LAMB needs the gradient of every single micro-batch"),
         ("cowclip", "CowClip clips rows of embeddings, of which each must be whole"),
-        ("mesh", "ranks hold overlapping parts of weight"),
+        ("mesh", "ranks disagree about the mesh or the placements of a parameter"),
         ("placements", "ranks disagree about the mesh or the placements of a parameter"),
         ("resharded", "is not cut like the parameter"),
         ("replaced", "parameter weight was replaced after the first step"),
-        ("sharded later", "make the optimizer from model.parameters\\(\\) after fully_shard"),
+        ("sharded later", STALE),
         ("segments", "layer weight of shape \\(6, 2\\) does not divide into 4 segments"),
         ("subclass", "a Strange of shape \\(3,\\) \\(a tensor subclass\\)"),
         ("two wrappers", "one kind of wrapper per optimizer"),
         ("partial", r"parameter weight has placements \(Partial"),
-        ("stale", "make the optimizer from model.parameters\\(\\) after fully_shard"),
+        ("stale", STALE),
         ("local state", "the state exp_avg of weight is not cut like the parameter"),
         ("uneven", r"weight \(6, 2\): 14 of 12 elements"),
     ],
@@ -579,3 +618,65 @@ def test_what_cannot_be_exact_is_refused(pool: WorkerPool, name: str, message: s
     with pytest.raises(CaseFailed, match=message) as failure:
         pool.run(step_that_is_refused, name)
     assert len(re.findall("(LayoutError|ValueError): ", str(failure.value))) >= world_size
+
+
+# Parameters that were replaced ---------------------------------------------------------------------------------------
+
+
+def train_after_a_replacement(what: str) -> None:
+    """Five steps of blocks of which a wrapper, or a load, replaces some parameters and not the optimizer's."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), torch.nn.LayerNorm(3))
+    if what in ("assigned", "assigned later"):
+        fully_shard(model)
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    if what == "blocks":
+        fully_shard(model[0])
+        fully_shard(model[1])
+    elif what == "every block":
+        for part in model:
+            fully_shard(part)
+    elif what == "flat blocks":
+        model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"))
+    for step in range(5):
+        if (what, step) in (("assigned", 0), ("assigned later", 3)):
+            model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("blocks", r"has other parameters.*: 0\.weight of shape \(6, 4\) \(now FSDPLinear\.weight\)"),
+        ("every block", STALE),
+        ("assigned", STALE),
+        ("assigned later", STALE),
+        ("flat blocks", "use_orig_params=True"),
+    ],
+)
+def test_parameters_that_train_nothing_are_noticed(pool: WorkerPool, what: str, message: str, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match=message) as failure:
+        pool.run(train_after_a_replacement, what)
+    assert str(failure.value).count("LayoutError: ") == world_size
+
+
+def train_with_an_unused_layer() -> None:
+    """A sharded twin with gradients that nobody trains takes nothing's place."""
+    model, twin = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)) for _ in range(2))
+    fully_shard(model)
+    fully_shard(twin)
+    twin(torch.ones(2, 4)).sum().backward()
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    model[1].requires_grad_(False)
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        model[0].weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_twin_with_gradients_is_no_replacement(pool: WorkerPool, world_size: int) -> None:
+    pool.run(train_with_an_unused_layer)

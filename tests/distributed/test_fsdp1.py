@@ -284,7 +284,10 @@ def step_that_is_refused(what: str) -> None:
     ("what", "message"),
     [
         ("flat", "pass use_orig_params=True to FullyShardedDataParallel"),
-        ("before", "pass use_orig_params=True to FullyShardedDataParallel"),
+        (
+            "before",
+            r"weight of shape .* \(now Linear\._flat_param\).* \(with use_orig_params=True\)",
+        ),
         ("wrapped later", "is not cut like the parameter"),
         ("clars", "CLARS needs the gradient of every single micro-batch of every layer"),
         ("vrlamb", "VRLAMB needs the gradient of every single micro-batch of every layer"),
