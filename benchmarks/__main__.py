@@ -1,7 +1,8 @@
 """Measures steps beside other packages' and writes docs/benchmarks.json and docs/benchmarks.md.
 
-python -m benchmarks                      # everything, on a quiet machine: about 15 minutes on two cores
+python -m benchmarks                      # everything, on a quiet machine: about 12 minutes on two cores
 python -m benchmarks bert-base statistics # some parts; the others keep their old numbers
+python -m benchmarks --page               # the page again, from the numbers there are
 python -m benchmarks --smoke              # seconds, tiny sizes, writes nothing
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +26,15 @@ from benchmarks.tables import PARTS, markdown
 
 OUTPUT = Path(__file__).parent.parent / "docs"
 ROUNDS = 15
+FEWER_ROUNDS = 9  # of whole updates
+FEW_ROUNDS = 5  # of what takes seconds each
 
 
 def measurements(device: str, *, smoke: bool) -> dict[str, Callable[[], Any]]:
     """What each part runs, by its name."""
-    rounds = 2 if smoke else ROUNDS
+    rounds, fewer, few = (2, 2, 2) if smoke else (ROUNDS, FEWER_ROUNDS, FEW_ROUNDS)
+    bert = sharded.TINY_BERT if smoke else sharded.BERT
+    shardings = ["ZeRO-2"] if smoke else list(sharded.ZERO)
     base, large = (SHAPES["bert-tiny"],) * 2 if smoke else (SHAPES["bert-base"], SHAPES["bert-large"])
     layer_counts = [10, 100] if smoke else [10, 100, 1000, 10_000]
     sizes = [10**6] if smoke else [10**6, 10**7, 10**8, 10**9]
@@ -38,14 +44,14 @@ def measurements(device: str, *, smoke: bool) -> dict[str, Callable[[], Any]]:
     contenders = [c for c in dense_contenders(device) if not (smoke and c.compiles)]
     return {
         "bert-base": lambda: dense.measure_dense(base, device, rounds, contenders),
-        "bert-large": lambda: dense.measure_dense(large, device, rounds, contenders),
+        "bert-large": lambda: dense.measure_dense(large, device, few if device == "cpu" else rounds, contenders),
         "tiny-layers": lambda: dense.measure_dense(tiny, device, rounds, contenders),
         "layers": lambda: growth.measure_growth_with_layers(layer_counts, elements, device, rounds),
-        "parameters": lambda: growth.measure_growth_with_parameters(sizes, device, max(2, rounds // 3)),
+        "parameters": lambda: growth.measure_growth_with_parameters(sizes, device, few),
         "ranks": lambda: sharded.measure_growth_with_ranks(ranks, [10, 100] if smoke else [10, 1000]),
-        "zero": lambda: sharded.measure_zero(rounds),
-        "rivals": lambda: sharded.measure_rivals(rounds),
-        "statistics": lambda: sharded.measure_statistics(max(2, rounds // 2), sequences=2 if smoke else 16),
+        "zero": lambda: sharded.measure_zero(fewer, bert, shardings),
+        "rivals": lambda: sharded.measure_rivals(rounds, bert),
+        "statistics": lambda: sharded.measure_statistics(few, sequences=2 if smoke else 16, size=bert),
         "memory": lambda: memory.measure_memory(base, device, contenders),
     }
 
@@ -56,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing is written")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page of old numbers")
     parser.add_argument("--out", type=Path, default=None, help="default: docs/benchmarks[_DEVICE].json and .md")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - set(PARTS))
@@ -65,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     out = options.out or OUTPUT / ("benchmarks.json" if options.device == "cpu" else "benchmarks_cuda.json")
     results = json.loads(out.read_text()) if out.exists() and not options.smoke else {}
+    if options.page:
+        out.with_suffix(".md").write_text(markdown(results))
+        return
     results["machine"] = {
         **describe_machine(options.device),
         "copy_gigabytes_per_second": round(copy_bandwidth(options.device, 1 << (20 if options.smoke else 27)) / 1e9, 1),
@@ -76,8 +86,14 @@ def main(arguments: list[str] | None = None) -> None:
         title, table = PARTS[name]
         print(f"\n{title}\n\n{table(results[name])}", flush=True)
         if not options.smoke:
-            out.write_text(json.dumps(results, indent=1) + "\n")
+            out.write_text(dump(results))
             out.with_suffix(".md").write_text(markdown(results))
+
+
+def dump(results: dict[str, Any]) -> str:
+    """JSON with every list of numbers on one line."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[[-+.\deE\s,]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 if __name__ == "__main__":

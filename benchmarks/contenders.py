@@ -13,16 +13,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from trustratio.optimizers import LAMB, LARS
 
-__all__ = ["BASELINE", "Contender", "dense_contenders", "timm_optimizer"]
+__all__ = ["ADAM_DECAY", "BASELINE", "COPY", "LARS_DECAY", "Contender", "dense_contenders", "timm_optimizer"]
 
 BASELINE = "torch AdamW fused"
+COPY = "copy of the weights"
+# The same for all of a kind: without weight decay, some skip not only the decay but the norms too.
+ADAM_DECAY = 0.01
+LARS_DECAY = 1e-4
+LR = 1e-3
 Parameters = Sequence[torch.nn.Parameter]
+
+
+class Stepper(Protocol):
+    """What a contender makes of parameters: an optimizer, or what is timed in its place."""
+
+    def step(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -31,34 +42,40 @@ class Contender:
 
     Attributes:
         name: As it appears in tables.
-        kind: "lamb", "lars" or "adam": what it computes.
+        kind: "lamb", "lars", "adam" or "copy": what it computes.
         make: From parameters to an optimizer; may raise anything where it cannot be had.
         state_bytes: Bytes of state per parameter, to plan memory.
         compiles: Whether making the first one compiles an extension, which takes minutes.
+        everywhere: Whether it runs beside all others, where memory does not hold all at once.
     """
 
     name: str
     kind: str
-    make: Callable[[Parameters], torch.optim.Optimizer]
+    make: Callable[[Parameters], Stepper]
     state_bytes: int
     compiles: bool = False
+    everywhere: bool = False
 
 
 def dense_contenders(device: str) -> list[Contender]:
     """All that can step whole parameters on this kind of device."""
     kernel = "cpu" if device == "cpu" else "triton"
-    ours = [Contender(f"trustratio LAMB ({name})", "lamb", _ours(LAMB, name), 8) for name in (kernel, "eager")] + [
-        Contender(f"trustratio LARS ({name})", "lars", _ours(LARS, name), 4) for name in (kernel, "eager")
+    ours = [
+        Contender(f"trustratio LAMB ({kernel})", "lamb", _ours_lamb(kernel), 8, everywhere=True),
+        Contender("trustratio LAMB (eager)", "lamb", _ours_lamb("eager"), 8),
+        Contender(f"trustratio LARS ({kernel})", "lars", _ours_lars(kernel), 4, everywhere=True),
+        Contender("trustratio LARS (eager)", "lars", _ours_lars("eager"), 4),
     ]
     torchs = [
-        Contender(BASELINE, "adam", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True), 8),
-        Contender("torch AdamW foreach", "adam", lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True), 8),
+        Contender(BASELINE, "adam", _torch_adamw(fused=True), 8, everywhere=True),
+        Contender("torch AdamW foreach", "adam", _torch_adamw(foreach=True), 8),
+        Contender(COPY, "copy", Copy, 8),
     ]
     others = [
-        Contender("timm Lamb", "lamb", lambda p: timm_optimizer("lamb", "Lamb")(p, lr=1e-3, max_grad_norm=None), 8),
-        Contender("timm Lars", "lars", lambda p: timm_optimizer("lars", "Lars")(p, lr=1e-3, momentum=0.9), 4),
-        Contender("pytorch_optimizer Lamb", "lamb", _pytorch_optimizer("Lamb"), 8),
-        Contender("pytorch_optimizer LARS", "lars", _pytorch_optimizer("LARS"), 4),
+        Contender("timm Lamb", "lamb", _timm_lamb, 8),
+        Contender("timm Lars", "lars", _timm_lars, 4),
+        Contender("pytorch_optimizer Lamb", "lamb", _pytorch_optimizer_lamb, 8),
+        Contender("pytorch_optimizer LARS", "lars", _pytorch_optimizer_lars, 4),
     ]
     deepspeeds = [
         Contender("DeepSpeed CPUAdam", "adam", _deepspeed_cpu_adam, 8, compiles=True)
@@ -69,24 +86,59 @@ def dense_contenders(device: str) -> list[Contender]:
     return torchs + ours + deepspeeds + apexes + others
 
 
-def _ours(optimizer: Any, implementation: str) -> Callable[[Parameters], torch.optim.Optimizer]:
-    return lambda parameters: optimizer(parameters, lr=1e-3, implementation=implementation)
+class Copy:
+    """Copies as many numbers as there are parameters: 8 bytes per parameter at the speed that memory has."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.source = torch.ones(sum(p.numel() for p in parameters), device=parameters[0].device)
+        self.target = torch.empty_like(self.source)
+
+    def step(self) -> None:
+        self.target.copy_(self.source)
 
 
-def _pytorch_optimizer(name: str) -> Callable[[Parameters], torch.optim.Optimizer]:
-    return lambda parameters: getattr(importlib.import_module("pytorch_optimizer"), name)(parameters, lr=1e-3)
+def _ours_lamb(implementation: str) -> Callable[[Parameters], Stepper]:
+    return lambda parameters: LAMB(parameters, LR, weight_decay=ADAM_DECAY, implementation=implementation)
 
 
-def _deepspeed_cpu_adam(parameters: Parameters) -> torch.optim.Optimizer:
-    return importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(list(parameters), lr=1e-3)
+def _ours_lars(implementation: str) -> Callable[[Parameters], Stepper]:
+    return lambda parameters: LARS(parameters, LR, weight_decay=LARS_DECAY, implementation=implementation)
 
 
-def _deepspeed_fused_lamb(parameters: Parameters) -> torch.optim.Optimizer:
-    return importlib.import_module("deepspeed.ops.lamb").FusedLamb(list(parameters), lr=1e-3)
+def _torch_adamw(**implementation: Any) -> Callable[[Parameters], Stepper]:
+    return lambda parameters: torch.optim.AdamW(parameters, LR, weight_decay=ADAM_DECAY, **implementation)
 
 
-def _apex_fused_lamb(parameters: Parameters) -> torch.optim.Optimizer:
-    return importlib.import_module("apex.optimizers").FusedLAMB(list(parameters), lr=1e-3)
+def _timm_lamb(parameters: Parameters) -> Stepper:
+    return timm_optimizer("lamb", "Lamb")(parameters, LR, weight_decay=ADAM_DECAY, max_grad_norm=None)
+
+
+def _timm_lars(parameters: Parameters) -> Stepper:
+    lars = timm_optimizer("lars", "Lars")
+    return lars(parameters, LR, momentum=0.9, weight_decay=LARS_DECAY, always_adapt=True)
+
+
+def _pytorch_optimizer_lamb(parameters: Parameters) -> Stepper:
+    """Decay inside the ratio, as in the paper, and no clipping; bias correction is not to be had."""
+    lamb = importlib.import_module("pytorch_optimizer").Lamb
+    return lamb(parameters, LR, weight_decay=ADAM_DECAY, weight_decouple=False, max_grad_norm=0.0)
+
+
+def _pytorch_optimizer_lars(parameters: Parameters) -> Stepper:
+    return importlib.import_module("pytorch_optimizer").LARS(parameters, LR, weight_decay=LARS_DECAY)
+
+
+def _deepspeed_cpu_adam(parameters: Parameters) -> Stepper:
+    return importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(list(parameters), LR, weight_decay=ADAM_DECAY)
+
+
+def _deepspeed_fused_lamb(parameters: Parameters) -> Stepper:
+    return importlib.import_module("deepspeed.ops.lamb").FusedLamb(list(parameters), LR, weight_decay=ADAM_DECAY)
+
+
+def _apex_fused_lamb(parameters: Parameters) -> Stepper:
+    fused_lamb = importlib.import_module("apex.optimizers").FusedLAMB
+    return fused_lamb(list(parameters), LR, weight_decay=ADAM_DECAY, max_grad_norm=0.0)
 
 
 def timm_optimizer(module: str, name: str) -> Any:

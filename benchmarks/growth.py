@@ -5,26 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.contenders import BASELINE, dense_contenders
-from benchmarks.dense import measure_dense
+from benchmarks.dense import TEMPORARIES, time_steps
 from benchmarks.machine import available_memory
-from benchmarks.shapes import equal_layers
+from benchmarks.shapes import equal_layers, make_parameters
 
 __all__ = ["measure_growth_with_layers", "measure_growth_with_parameters"]
 
-BYTES_PER_PARAMETER = 4 + 4 + 3 * 8 + 8  # weights, gradients, three states, temporaries of the foreach contender
+BYTES_PER_PARAMETER = 4 + 2 * 4 + 3 * 8 + TEMPORARIES  # weights, gradients and their copy, three states
 LARGEST_LAYER = 1 << 22
 
 
-def _chosen(device: str) -> list[Any]:
+def _measure(layers: int, elements: int, device: str, rounds: int) -> dict[str, Any]:
     names = (BASELINE, "torch AdamW foreach", "trustratio LAMB")
-    return [c for c in dense_contenders(device) if c.name.startswith(names) and "eager" not in c.name]
+    chosen = [c for c in dense_contenders(device) if c.name.startswith(names) and "eager" not in c.name]
+    return {"rows": time_steps(chosen, make_parameters(equal_layers(layers, elements), device), rounds)}
 
 
 def measure_growth_with_layers(counts: list[int], elements: int, device: str, rounds: int) -> dict[str, Any]:
     """Time a step over the same number of elements in ever more layers."""
-    return {
-        str(count): measure_dense(equal_layers(count, elements), device, rounds, _chosen(device)) for count in counts
-    }
+    return {str(count): _measure(count, elements, device, rounds) for count in counts}
 
 
 def measure_growth_with_parameters(sizes: list[int], device: str, rounds: int) -> dict[str, Any]:
@@ -36,5 +35,5 @@ def measure_growth_with_parameters(sizes: list[int], device: str, rounds: int) -
             results[str(size)] = {"missing": f"needs {needed / 1e9:.0f} GB of memory"}
             continue
         layers = max(8, size // LARGEST_LAYER)
-        results[str(size)] = measure_dense(equal_layers(layers, size), device, rounds, _chosen(device))
+        results[str(size)] = _measure(layers, size, device, rounds)
     return results

@@ -13,29 +13,41 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contenders import Contender
 from benchmarks.shapes import Shape, make_parameters
 
-__all__ = ["measure_memory", "peak_above"]
+__all__ = ["halved", "measure_memory", "peak_above", "step_memory"]
 
 
 def measure_memory(shapes: list[Shape], device: str, contenders: Sequence[Contender]) -> dict[str, Any]:
     """Bytes that the third step of each contender takes at most above what is allocated before it.
 
     What torch allocates is counted, which all contenders use for tensors. Resident memory would say nothing: the
-    C library keeps what earlier steps have freed.
+    C library keeps what earlier steps have freed. Taken a second time with half the elements in as many layers: what
+    is O(layers) does not change.
     """
+    half = halved(shapes)
     rows: dict[str, Any] = {}
-    for contender in contenders:
-        parameters = make_parameters(shapes, device)
+    for contender in (c for c in contenders if c.kind != "copy"):
         try:
-            optimizer = contender.make(parameters)
-            optimizer.step()
+            rows[contender.name] = {
+                "bytes": step_memory(contender, shapes, device),
+                "bytes_half": step_memory(contender, half, device),
+            }
         except Exception as error:
             rows[contender.name] = {"missing": f"{type(error).__name__}: {error}"[:200]}
-            continue
+    elements, half_elements = (sum(map(prod, size)) for size in (shapes, half))
+    return {"elements": elements, "elements_half": half_elements, "layers": len(shapes), "rows": rows}
+
+
+def step_memory(contender: Contender, shapes: list[Shape], device: str) -> int:
+    """Bytes that the contender's third step takes at most."""
+    optimizer = contender.make(make_parameters(shapes, device))
+    for _ in range(2):
         optimizer.step()
-        rows[contender.name] = {"bytes": peak_above(optimizer.step, device)}
-        del optimizer, parameters
-    elements = sum(prod(shape) for shape in shapes)
-    return {"elements": elements, "layers": len(shapes), "rows": rows}
+    return peak_above(optimizer.step, device)
+
+
+def halved(shapes: list[Shape]) -> list[Shape]:
+    """As many layers with half the rows each."""
+    return [(max(1, rows // 2), *rest) for rows, *rest in shapes]
 
 
 def peak_above(work: Callable[[], object], device: str) -> int:

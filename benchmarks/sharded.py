@@ -1,13 +1,14 @@
-"""Whole training steps on several ranks: DeepSpeed ZeRO, and the other ways to shard a LAMB exactly.
+"""Training steps on several ranks: DeepSpeed ZeRO, and the other ways to shard a LAMB exactly.
 
-All train the same BERT (4 layers x 256, vocabulary 8192) on random tokens. Timed is one update: all micro-batches of
-the accumulation, and the optimizer's step.
+All train the same BERT on random tokens. An update is all micro-batches of the accumulation and the optimizer's step;
+the step is also timed alone, since beside the gradients it hardly shows.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -17,15 +18,28 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.collectives import CollectiveCount
-from benchmarks.contenders import timm_optimizer
+from benchmarks.contenders import ADAM_DECAY, LARS_DECAY, timm_optimizer
 from benchmarks.ranks import run_on_ranks
 from benchmarks.timing import alternate
 
-__all__ = ["measure_growth_with_ranks", "measure_rivals", "measure_statistics", "measure_zero"]
+__all__ = [
+    "BERT",
+    "TINY_BERT",
+    "ZERO",
+    "measure_growth_with_ranks",
+    "measure_rivals",
+    "measure_statistics",
+    "measure_zero",
+]
 
 RANKS = 2
 LR = 1e-4
-ZERO = {
+SEQUENCES = 4  # per rank and micro-batch, of 64 tokens
+# 5.4 million parameters, and as few as a smoke run wants.
+BERT = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024}
+TINY_BERT = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 64}
+Size = Mapping[str, Any]
+ZERO: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"stage": 1},
     "ZeRO-2": {"stage": 2},
     "ZeRO-3": {"stage": 3},
@@ -36,28 +50,40 @@ ZERO = {
 # Work ---------------------------------------------------------------------------------------------------------------
 
 
-def small_bert() -> nn.Module:
-    """A BERT for masked language modelling with 5.4 million parameters."""
+@dataclass(frozen=True)
+class Update:
+    """One training update as two functions; called, it runs both."""
+
+    gradients: Callable[[], None]
+    step: Callable[[], object]
+    close: Callable[[], object] = lambda: None
+
+    def __call__(self) -> None:
+        self.gradients()
+        self.step()
+
+
+def bert(size: Size) -> nn.Module:
+    """A BERT for masked language modelling."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
-    )
-    return BertForMaskedLM(config)
+    return BertForMaskedLM(BertConfig(num_attention_heads=4, **size))
 
 
-def random_tokens(sequences: int, length: int = 64) -> torch.Tensor:
+def random_tokens(model: Any, sequences: int, length: int = 64) -> torch.Tensor:
     """Token ids, another set on every rank, shape (sequences, length)."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    return torch.randint(8192, (sequences, length), generator=generator)
+    return torch.randint(model.config.vocab_size, (sequences, length), generator=generator)
 
 
-def engine_step(optimizer_class: Any, zero: dict[str, Any], accumulation: int, sequences: int) -> Callable[[], None]:
-    """One update through `deepspeed.initialize` as a function."""
+def engine_update(
+    make: Callable[[Any], torch.optim.Optimizer], zero: dict[str, Any], size: Size, accumulation: int, sequences: int
+) -> Update:
+    """An update through `deepspeed.initialize`."""
     import deepspeed
 
-    model = small_bert()
+    model = bert(size)
     config = {
         "train_micro_batch_size_per_gpu": sequences,
         "gradient_accumulation_steps": accumulation,
@@ -67,113 +93,131 @@ def engine_step(optimizer_class: Any, zero: dict[str, Any], accumulation: int, s
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    optimizer = optimizer_class(model.named_parameters(), lr=LR)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    tokens = random_tokens(sequences).to(engine.device)
+    tokens = random_tokens(model, sequences)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make(model.named_parameters()), config=config)
+    tokens = tokens.to(engine.device)
 
-    def update() -> None:
-        for _ in range(accumulation):
+    def gradients() -> None:
+        for number in range(accumulation):
+            if number:
+                engine.step()  # the one before was no boundary: it only counts
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-            engine.step()
 
-    update.engine = engine  # type: ignore[attr-defined]
-    return update
+    return Update(gradients, engine.step, engine.destroy)
 
 
-def torch_step(model: nn.Module, optimizer: torch.optim.Optimizer, sequences: int = 4) -> Callable[[], None]:
-    """One update in plain torch as a function; its `optimizer_step` is the step alone."""
-    tokens = random_tokens(sequences)
+def torch_update(model: nn.Module, tokens: torch.Tensor, optimizer: torch.optim.Optimizer) -> Update:
+    """An update in plain torch."""
 
-    def update() -> None:
+    def gradients() -> None:
         optimizer.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
 
-    update.optimizer_step = optimizer.step  # type: ignore[attr-defined]
-    return update
+    return Update(gradients, optimizer.step)
 
 
 # On all ranks -------------------------------------------------------------------------------------------------------
 
 
-def _zero_rows(rounds: int) -> dict[str, Any]:
+def _zero_rows(rounds: int, size: Size, shardings: Sequence[str]) -> dict[str, Any]:
     from trustratio.optimizers import LAMB, LARS
 
+    # Fused: the fastest that torch has on a flat shard.
+    makers = {
+        "torch AdamW fused": lambda p: torch.optim.AdamW(p, LR, weight_decay=ADAM_DECAY, fused=True),
+        "trustratio LAMB": lambda p: LAMB(p, LR, weight_decay=ADAM_DECAY),
+        "trustratio LARS": lambda p: LARS(p, LR, weight_decay=LARS_DECAY),
+    }
     rows = {}
-    for name, zero in ZERO.items():
-        contenders = {
-            "torch AdamW": engine_step(torch.optim.AdamW, zero, 1, 8),
-            "trustratio LAMB": engine_step(LAMB, zero, 1, 8),
-            "trustratio LARS": engine_step(LARS, zero, 1, 8),
-        }
-        rows[name] = _with_counts(contenders, "torch AdamW", rounds)
-        for update in contenders.values():
-            update.engine.destroy()  # type: ignore[attr-defined]
+    for name in shardings:
+        updates = {optimizer: engine_update(make, ZERO[name], size, 1, SEQUENCES) for optimizer, make in makers.items()}
+        rows[name] = _update_rows(updates, "torch AdamW fused", rounds)
+        _add_step_rows(rows[name], updates, "torch AdamW fused", rounds)
+        _close(updates)
     return rows
 
 
-def _statistics_rows(accumulation: int, sequences: int, rounds: int) -> dict[str, Any]:
+def _statistics_rows(accumulation: int, sequences: int, rounds: int, size: Size) -> dict[str, Any]:
     from trustratio.optimizers import LAMB, VRLAMB
 
+    makers = {
+        "LAMB": lambda p: LAMB(p, LR, weight_decay=ADAM_DECAY),
+        "VRLAMB": lambda p: VRLAMB(p, LR, weight_decay=ADAM_DECAY),
+    }
     rows = {}
     for name in ("ZeRO-1", "ZeRO-2"):
-        contenders = {
-            "LAMB": engine_step(LAMB, ZERO[name], accumulation, sequences),
-            "VRLAMB": engine_step(VRLAMB, ZERO[name], accumulation, sequences),
+        updates = {
+            optimizer: engine_update(make, ZERO[name], size, accumulation, sequences)
+            for optimizer, make in makers.items()
         }
-        rows[name] = _with_counts(contenders, "LAMB", rounds)
-        for update in contenders.values():
-            update.engine.destroy()  # type: ignore[attr-defined]
+        rows[name] = _update_rows(updates, "LAMB", rounds, warmup=1)
+        _close(updates)
     return rows
 
 
-def _rival_rows(rounds: int) -> dict[str, Any]:
+def _rival_rows(rounds: int, size: Size) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.nn.parallel import DistributedDataParallel
 
     from trustratio.optimizers import LAMB
 
-    timm_lamb = timm_optimizer("lamb", "Lamb")
+    lamb = timm_optimizer("lamb", "Lamb")
+    timm_options: dict[str, Any] = {"lr": LR, "weight_decay": ADAM_DECAY, "max_grad_norm": None}
 
-    def sharded(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[], None]:
-        model = small_bert()
+    def sharded(make: Callable[[Any], torch.optim.Optimizer]) -> Update:
+        model = bert(size)
         for layer in model.bert.encoder.layer:  # type: ignore[union-attr]
             fully_shard(layer)
         fully_shard(model)
-        return torch_step(model, make(list(model.parameters())))
+        return torch_update(model, random_tokens(model, SEQUENCES), make(list(model.parameters())))
 
-    def replicated(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[], None]:
-        model = DistributedDataParallel(small_bert())
-        return torch_step(model, make(list(model.parameters())))
+    def replicated(make: Callable[[Any], torch.optim.Optimizer]) -> Update:
+        model = bert(size)
+        parallel = DistributedDataParallel(model)
+        return torch_update(parallel, random_tokens(model, SEQUENCES), make(list(parallel.parameters())))
 
-    contenders = {
-        "FSDP2 + torch AdamW": sharded(lambda p: torch.optim.AdamW(p, lr=LR, foreach=True)),
-        "FSDP2 + trustratio LAMB": sharded(lambda p: LAMB(p, lr=LR)),
-        "FSDP2 + timm Lamb": sharded(lambda p: timm_lamb(p, lr=LR, max_grad_norm=None)),
-        "DDP + trustratio LAMB": replicated(lambda p: LAMB(p, lr=LR)),
+    updates = {
+        "FSDP2 + torch AdamW": sharded(lambda p: torch.optim.AdamW(p, LR, weight_decay=ADAM_DECAY, foreach=True)),
+        "FSDP2 + trustratio LAMB": sharded(lambda p: LAMB(p, LR, weight_decay=ADAM_DECAY)),
+        "FSDP2 + timm Lamb": sharded(lambda p: lamb(p, **timm_options)),
+        "DDP + trustratio LAMB": replicated(lambda p: LAMB(p, LR, weight_decay=ADAM_DECAY)),
         "ZeroRedundancyOptimizer + timm Lamb": replicated(
-            lambda p: ZeroRedundancyOptimizer(p, optimizer_class=timm_lamb, lr=LR, max_grad_norm=None)
+            lambda p: ZeroRedundancyOptimizer(p, optimizer_class=lamb, **timm_options)
         ),
     }
-    rows = _with_counts(contenders, "FSDP2 + torch AdamW", rounds)
-    steps = {name: update.optimizer_step for name, update in contenders.items()}  # type: ignore[attr-defined]
-    for name, timing in alternate(steps, "FSDP2 + torch AdamW", rounds).items():
-        rows[name]["optimizer_step"] = timing.summary()
-        with CollectiveCount() as count:
-            steps[name]()
-        rows[name]["optimizer_collectives"], rows[name]["optimizer_bytes"] = count.total, count.bytes
+    rows = _update_rows(updates, "FSDP2 + torch AdamW", rounds)
+    _add_step_rows(rows, updates, "FSDP2 + torch AdamW", rounds)
     return rows
 
 
-def _with_counts(contenders: dict[str, Callable[[], None]], baseline: str, rounds: int) -> dict[str, Any]:
+def _update_rows(updates: dict[str, Update], baseline: str, rounds: int, warmup: int = 2) -> dict[str, Any]:
     """Times of whole updates, and the collectives of one more update."""
-    rows: dict[str, Any] = {name: t.summary() for name, t in alternate(contenders, baseline, rounds).items()}
-    for name, update in contenders.items():
+    timings = alternate(updates, baseline, rounds, warmup)
+    rows: dict[str, Any] = {name: timing.summary() for name, timing in timings.items()}
+    for name, update in updates.items():
         with CollectiveCount() as count:
             update()
         rows[name].update(collectives=count.total, bytes=count.bytes)
     return rows
+
+
+def _add_step_rows(rows: dict[str, Any], updates: dict[str, Update], baseline: str, rounds: int) -> None:
+    """Times and collectives of the steps alone, each after new gradients."""
+    steps = {name: update.step for name, update in updates.items()}
+    timings = alternate(steps, baseline, rounds, prepare=lambda name: updates[name].gradients())
+    for name, update in updates.items():
+        update.gradients()
+        with CollectiveCount() as count:
+            update.step()
+        rows[name].update(
+            optimizer_step=timings[name].summary(), optimizer_collectives=count.total, optimizer_bytes=count.bytes
+        )
+
+
+def _close(updates: dict[str, Update]) -> None:
+    for update in updates.values():
+        update.close()
 
 
 def _vector_rows(layer_counts: list[int]) -> dict[str, Any]:
@@ -197,20 +241,20 @@ def _vector_rows(layer_counts: list[int]) -> dict[str, Any]:
 # From outside -------------------------------------------------------------------------------------------------------
 
 
-def measure_zero(rounds: int) -> dict[str, Any]:
-    """Whole updates on two ranks under every ZeRO stage: this package's LAMB and LARS against torch's AdamW."""
-    return run_on_ranks(_zero_rows, RANKS, rounds, deepspeed=True)
+def measure_zero(rounds: int, size: Size = BERT, shardings: Sequence[str] = tuple(ZERO)) -> dict[str, Any]:
+    """Updates on two ranks under ZeRO: this package's LAMB and LARS against torch's AdamW."""
+    return run_on_ranks(_zero_rows, RANKS, rounds, size, shardings, deepspeed=True)
 
 
-def measure_statistics(rounds: int, accumulation: int = 8, sequences: int = 16) -> dict[str, Any]:
+def measure_statistics(rounds: int, accumulation: int = 8, sequences: int = 16, size: Size = BERT) -> dict[str, Any]:
     """What gradient statistics cost: whole updates of VRLAMB over LAMB's, two ranks."""
-    rows = run_on_ranks(_statistics_rows, RANKS, accumulation, sequences, rounds, deepspeed=True)
+    rows = run_on_ranks(_statistics_rows, RANKS, accumulation, sequences, rounds, size, deepspeed=True)
     return {"accumulation": accumulation, "sequences_per_micro_batch": sequences, "rows": rows}
 
 
-def measure_rivals(rounds: int) -> dict[str, Any]:
+def measure_rivals(rounds: int, size: Size = BERT) -> dict[str, Any]:
     """Exact sharded LAMBs on two ranks: FSDP2 with this package's and timm's, and ZeroRedundancyOptimizer."""
-    return run_on_ranks(_rival_rows, RANKS, rounds)
+    return run_on_ranks(_rival_rows, RANKS, rounds, size)
 
 
 def measure_growth_with_ranks(rank_counts: list[int], layer_counts: list[int]) -> dict[str, Any]:

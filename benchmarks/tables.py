@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.targets import NOT_MEASURED, batches, targets_section
+
 __all__ = ["PARTS", "markdown"]
 
 Rows = dict[str, Any]
@@ -22,7 +24,7 @@ def markdown(results: Rows) -> str:
         "of the ratios round by round.\n\n"
         f"{machine['device']}; {facts}."
     )
-    return "\n\n".join([head, *sections]) + "\n"
+    return "\n\n".join([head, targets_section(results), *sections]) + "\n"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -39,14 +41,31 @@ def _ratio(row: Rows) -> str:
     return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
 
 
+STEP_HEAD = ("step, ms", "over AdamW's", "collectives in it", "bytes in it")
+
+
+def _step(row: Rows) -> list[str]:
+    """The optimizer's step alone."""
+    if "optimizer_step" not in row:
+        return [NOT_MEASURED] * len(STEP_HEAD)
+    step = row["optimizer_step"]
+    return [_time(step), _ratio(step), str(row["optimizer_collectives"]), f"{row['optimizer_bytes']:,}"]
+
+
 def dense_table(part: Rows) -> str:
-    """Time and ratio of every contender."""
-    rows = part["rows"]
+    """Time and ratio of every contender, one table per batch."""
+    size = f"{part['elements']:,} parameters in {part['layers']:,} layers."
+    several = len(batches(part)) > 1
+    note = " Memory does not hold all contenders at once: compare times within a table." if several else ""
+    return "\n\n".join([size + note, *map(_batch_table, batches(part))])
+
+
+def _batch_table(rows: Rows) -> str:
     lines = sorted((r["milliseconds"], name) for name, r in rows.items() if "missing" not in r)
     found = [[name, _time(rows[name]), _ratio(rows[name])] for _, name in lines]
     absent = [[name, "–", r["missing"].splitlines()[0][:90]] for name, r in rows.items() if "missing" in r]
     head = ("step", "milliseconds (quartiles)", "over torch AdamW fused (quartiles)")
-    return f"{part['elements']:,} parameters in {part['layers']:,} layers.\n\n{_table(head, found + absent)}"
+    return _table(head, found + absent)
 
 
 def layers_table(part: Rows) -> str:
@@ -70,14 +89,14 @@ def _growth_table(what: str, part: Rows) -> str:
 
 
 def zero_table(part: Rows) -> str:
-    """Whole updates under ZeRO."""
+    """Engine steps and whole updates under ZeRO."""
     lines = [
-        [sharding, name, _time(r), _ratio(r), str(r["collectives"]), f"{r['bytes']:,}"]
+        [sharding, name, *_step(r), _time(r), _ratio(r), str(r["collectives"]), f"{r['bytes']:,}"]
         for sharding, rows in part.items()
         for name, r in rows.items()
     ]
-    head = ("sharding", "optimizer", "update, ms", "over AdamW", "collectives", "bytes per rank")
-    return _table(head, lines)
+    whole = ("whole update, ms", "over AdamW's", "collectives", "bytes per rank")
+    return _table(("sharding", "optimizer", *STEP_HEAD, *whole), lines)
 
 
 def statistics_table(part: Rows) -> str:
@@ -94,19 +113,8 @@ def statistics_table(part: Rows) -> str:
 
 def rivals_table(part: Rows) -> str:
     """Exact sharded LAMBs."""
-    lines = [
-        [
-            name,
-            _time(r["optimizer_step"]),
-            _ratio(r["optimizer_step"]),
-            str(r["optimizer_collectives"]),
-            f"{r['optimizer_bytes']:,}",
-            _time(r),
-        ]
-        for name, r in part.items()
-    ]
-    head = ("", "step, ms", "over AdamW's", "collectives in it", "bytes in it", "whole update, ms")
-    return _table(head, lines)
+    lines = [[name, *_step(r), _time(r)] for name, r in part.items()]
+    return _table(("", *STEP_HEAD, "whole update, ms"), lines)
 
 
 def ranks_table(part: Rows) -> str:
@@ -122,12 +130,16 @@ def ranks_table(part: Rows) -> str:
 def memory_table(part: Rows) -> str:
     """Peak memory of a step."""
     lines = [
-        [name, f"{r['bytes'] / 1e6:,.1f}" if "bytes" in r else "–", f"{r['bytes'] / part['elements']:.3f}"]
+        [name, _megabytes(r["bytes"]), f"{r['bytes'] / part['elements']:.3f}", _megabytes(r.get("bytes_half"))]
         for name, r in part["rows"].items()
         if "bytes" in r
     ]
-    head = ("step", "MB above parameters, gradients and state", "bytes per parameter")
+    head = ("step", "MB above parameters, gradients and state", "bytes per parameter", "MB, half the parameters")
     return f"{part['elements']:,} parameters in {part['layers']:,} layers.\n\n{_table(head, lines)}"
+
+
+def _megabytes(number: int | None) -> str:
+    return NOT_MEASURED if number is None else f"{number / 1e6:,.3f}"
 
 
 PARTS = {
@@ -137,7 +149,7 @@ PARTS = {
     "layers": ("Growth with the number of layers", layers_table),
     "parameters": ("Growth with the number of parameters", parameters_table),
     "ranks": ("Growth with ranks: collectives of a LAMB step under FSDP2", ranks_table),
-    "zero": ("Whole updates under DeepSpeed ZeRO, 2 ranks", zero_table),
+    "zero": ("Engine steps and whole updates under DeepSpeed ZeRO, 2 ranks", zero_table),
     "rivals": ("Exact sharded LAMBs, 2 ranks", rivals_table),
     "statistics": ("The price of gradient statistics, 2 ranks", statistics_table),
     "memory": ("Extra memory of a step", memory_table),

@@ -1,8 +1,7 @@
 """Times of several contenders for the same work: taken in turn, quoted as medians and ratios.
 
 Machines are noisy and change their speed while they run. Every round runs each contender once, each round in another
-order, since one leaves caches and threads behind for the next. A contender's time is compared with the baseline's of
-the same round.
+order, since one leaves caches and threads behind for the next. Two contenders' times are compared within each round.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["Timing", "alternate", "synchronize"]
+__all__ = ["Timing", "alternate", "quartiles", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Timing:
     seconds: list[float]
     baseline: list[float]
 
-    def summary(self) -> dict[str, float]:
-        """Median and quartiles in milliseconds, and of the ratio to the baseline, round by round."""
+    def summary(self) -> dict[str, Any]:
+        """Median and quartiles in milliseconds, and of the ratio to the baseline, round by round; and every round."""
         ratios = [own / other for own, other in zip(self.seconds, self.baseline, strict=True)]
         low, middle, high = quartiles([1e3 * value for value in self.seconds])
         ratio_low, ratio, ratio_high = quartiles(ratios)
@@ -38,11 +39,16 @@ class Timing:
             "ratio_low": ratio_low,
             "ratio_high": ratio_high,
             "rounds": len(self.seconds),
+            "each": [round(1e3 * value, 4) for value in self.seconds],
         }
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]], baseline: str, rounds: int, warmup: int = 2
+    contenders: Mapping[str, Callable[[], object]],
+    baseline: str,
+    rounds: int,
+    warmup: int = 2,
+    prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Run every contender once per round.
 
@@ -51,6 +57,7 @@ def alternate(
         baseline: Name of the one that the others are compared with.
         rounds: Rounds that count.
         warmup: Rounds that do not, first: state and plans are made in them.
+        prepare: Called with a contender's name before its turn; its time does not count.
 
     Returns:
         One `Timing` per contender.
@@ -59,13 +66,21 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         for name in random.Random(number).sample(names, len(names)):
-            synchronize()
+            prepare(name)
+            begin_together()
             began = time.perf_counter()
             contenders[name]()
             synchronize()
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return {name: Timing(values, seconds[baseline]) for name, values in seconds.items()}
+
+
+def begin_together() -> None:
+    """Wait for the accelerator and for the other ranks, lest their delays count as this contender's time."""
+    synchronize()
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def synchronize() -> None:

@@ -13,8 +13,12 @@ from torch.distributed import _functional_collectives as functional_collectives
 
 from benchmarks.__main__ import main
 from benchmarks.collectives import CollectiveCount
-from benchmarks.shapes import SHAPES
-from benchmarks.tables import PARTS, markdown
+from benchmarks.contenders import BASELINE, COPY, Contender, dense_contenders
+from benchmarks.dense import measure_dense, time_steps
+from benchmarks.memory import step_memory
+from benchmarks.shapes import SHAPES, equal_layers, make_parameters
+from benchmarks.tables import PARTS, dense_table, markdown
+from benchmarks.targets import BLOCK_BYTES, ratio, targets_section
 from benchmarks.timing import Timing, alternate
 
 
@@ -26,6 +30,16 @@ def test_smoke_run_measures_this_package_and_torch(capsys: pytest.CaptureFixture
     for contender in ("trustratio LAMB (cpu)", "trustratio LARS (eager)", "torch AdamW foreach", "timm Lamb"):
         line = next(line for line in printed.splitlines() if line.startswith(f"| {contender} "))
         assert "Error" not in line
+
+
+def test_smoke_run_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("deepspeed")
+    main(["--smoke", "--device", "cpu", "zero", "rivals"])
+    rows = {line.split(" | ")[0].strip("| "): line for line in capsys.readouterr().out.splitlines() if " | " in line}
+    zero, lamb, timm = (rows[name] for name in ("ZeRO-2", "FSDP2 + trustratio LAMB", "FSDP2 + timm Lamb"))
+    assert "not measured" not in zero  # the step alone has numbers
+    assert lamb.split(" | ")[3] == "1"  # one all-reduce in a step
+    assert int(timm.split(" | ")[3]) > 50
 
 
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +63,94 @@ def test_ratio_is_taken_round_by_round() -> None:
     summary = Timing([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).summary()
     assert summary["ratio"] == summary["ratio_low"] == summary["ratio_high"] == 2.0
     assert summary["milliseconds"] == 4000.0
+
+
+def test_preparation_comes_before_every_turn() -> None:
+    calls: list[str] = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
+    alternate(contenders, "a", rounds=2, warmup=1, prepare=lambda name: calls.append(f"before {name}"))
+    assert [f"before {name}" for name in calls[1::2]] == calls[::2]
+
+
+def test_all_contenders_find_the_same_gradients() -> None:
+    found: list[float] = []
+
+    class Spoiler(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            found.append(sum(p.grad.double().sum().item() for p in self.param_groups[0]["params"]))
+            for p in self.param_groups[0]["params"]:
+                p.grad.mul_(2)
+
+    parameters = make_parameters(equal_layers(2, 64))
+    total = sum(p.grad.double().sum().item() for p in parameters)
+    spoilers = [Contender(name, "adam", Spoiler, 0) for name in (BASELINE, "other")]
+    time_steps(spoilers, parameters, rounds=2)
+    assert len(found) == 2 + 2 * 4
+    assert found == [total] * len(found)
+    assert sum(p.grad.double().sum().item() for p in parameters) == total
+
+
+def test_contenders_of_a_kind_have_the_same_weight_decay() -> None:
+    # Without it some take no norms at all.
+    for contender in dense_contenders("cpu"):
+        if contender.compiles or contender.kind == "copy":
+            continue
+        try:
+            optimizer = contender.make(make_parameters(equal_layers(2, 64)))
+        except ImportError:
+            continue
+        (group,) = optimizer.param_groups  # type: ignore[attr-defined]
+        assert group["weight_decay"] == (1e-4 if contender.kind == "lars" else 0.01), contender.name
+
+
+def test_batches_repeat_what_the_others_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = [c for c in dense_contenders("cpu") if c.name.startswith(("torch", "trustratio"))]
+    monkeypatch.setattr("benchmarks.dense.available_memory", lambda device: 1)
+    part = measure_dense(equal_layers(2, 64), "cpu", 2, contenders)
+    assert len(part["batches"]) == 3
+    assert all({BASELINE, "trustratio LAMB (cpu)"} < set(rows) for rows in part["batches"])
+    assert dense_table(part).count(f"| {BASELINE} |") == 3
+
+
+def _row(kind: str, *each: float) -> dict[str, object]:
+    return {"kind": kind, "ratio": 0.0, "each": list(each)}
+
+
+def test_targets_are_judged_by_ratios_of_the_same_rounds() -> None:
+    part = {
+        "batches": [
+            {BASELINE: _row("adam", 1, 10), "trustratio LAMB (cpu)": _row("lamb", 2, 20)},
+            {"timm Lamb": _row("lamb", 12, 120), "trustratio LAMB (cpu)": _row("lamb", 2, 20)},
+        ]
+    }
+    assert ratio(part, "trustratio LAMB (cpu)", BASELINE) == (2, 2, 2)
+    assert ratio(part, "timm Lamb", BASELINE) is None  # never in one round
+    lines = targets_section({"bert-base": part}).splitlines()
+    assert "| CPU, BERT-base: LAMB / torch AdamW fused | ≤ 1.5 | 2.00 (2.00 to 2.00) | **short** |" in lines
+    assert "| CPU, BERT-base: fastest peer LAMB / ours | ≥ 5 | 6.00 (6.00 to 6.00), timm Lamb | met |" in lines
+    assert sum("not measured: no GPU in this run" in line for line in lines) == 3
+    assert any(line.startswith("- CPU, BERT-base: LAMB / torch AdamW fused: LAMB has to move 40") for line in lines)
+
+
+def test_targets_of_a_gpu() -> None:
+    rows = {
+        COPY: _row("copy", 9),
+        "trustratio LAMB (triton)": _row("lamb", 50),
+        BASELINE: _row("", 40),
+    }
+    lines = targets_section({"bert-large": {"batches": [rows]}}).splitlines()
+    assert any("share of a copy's bandwidth | ≥ 0.85 | 0.90 (0.90 to 0.90) | met" in line for line in lines)
+    assert any("torch AdamW fused / LAMB | ≥ 0.67 | 0.80 (0.80 to 0.80) | met" in line for line in lines)
+    assert sum("not measured: no CPU in this run" in line for line in lines) == 4
+
+
+def test_memory_of_a_step_does_not_grow_with_the_elements() -> None:
+    layers, small, large = 20, 1 << 20, 1 << 23  # eager works through chunks: both are larger than one
+    for contender in dense_contenders("cpu"):
+        if contender.name.startswith(("trustratio", "torch AdamW foreach")):
+            least, most = (step_memory(contender, equal_layers(layers, size), "cpu") for size in (small, large))
+            growth = (most - least) / (large - small)
+            assert (growth > BLOCK_BYTES) == (contender.name == "torch AdamW foreach"), contender.name
 
 
 def test_shapes_are_berts() -> None:
