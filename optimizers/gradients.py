@@ -2,46 +2,70 @@
 
 Tensor parallelism may leave a gradient as a sum over ranks that nobody has added up yet (`Partial`): each rank has the
 part of its own tokens, as for norms under sequence parallelism. All of them are added up together, with one all-reduce
-per process group and dtype.
+per process group and dtype. A rank whose tokens reach no part of a layer adds zeros; that not one of them reaches any
+layer is not provided for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .layout import local_part, placements_of, reduction_device
+from .layout import Layout, LayoutError, local_part, placements_of, reduction_device
 
 __all__ = ["read_gradients"]
 
 
-def read_gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Return each tensor's gradient on this rank, None where there is none.
+def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
+    """Return the gradient of each of the layout's tensors on this rank, None where there is none.
 
     Raises:
+        LayoutError: If one of a parameter and its gradient is a DTensor and the other is not.
         RuntimeError: If a gradient is sparse.
     """
     gradients: list[torch.Tensor | None] = []
-    partial: dict[tuple[Any, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
+    sums: dict[tuple[dist.ProcessGroup, torch.dtype], set[int]] = {}
+    for index, tensor in enumerate(layout.tensors):
         gradient = tensor.grad
         if gradient is None:
             gradients.append(None)
             continue
-        missing = None
         if placements_of(gradient) != placements_of(tensor):
-            missing = _sum_over(gradient, tensor)
-            if missing is None:
+            _check_kind(layout, index, gradient)
+            process_group = _sum_over(gradient, tensor)
+            if process_group is None:
                 gradient = gradient.redistribute(placements=placements_of(tensor))  # type: ignore[attr-defined]
-        if missing is not None:
-            partial.setdefault((missing, gradient.dtype), []).append(index)
+            else:
+                sums.setdefault((process_group, gradient.dtype), set()).add(index)
         gradients.append(_dense(local_part(gradient)).contiguous())
-    for (process_group, _), indices in partial.items():
-        _add(process_group, gradients, indices)
+    for (process_group, dtype), indices in sums.items():
+        indices.update(_lacking(process_group, dtype, layout.tensors))
+        _add(process_group, layout.tensors, gradients, sorted(indices))
     return gradients
+
+
+def _check_kind(layout: Layout, index: int, gradient: torch.Tensor) -> None:
+    tensor = layout.tensors[index]
+    if (placements_of(gradient) is None) != (placements_of(tensor) is None):
+        name = next(layer.name for layer in layout.layers if layer.tensor == index)
+        raise LayoutError(
+            f"parameter {name} is a {type(tensor).__name__} and its gradient a {type(gradient).__name__}, of which one "
+            "is cut by placements and the other is not: assign a gradient like the parameter, as distribute_tensor and "
+            "DTensor.from_local make"
+        )
+
+
+def _lacking(process_group: dist.ProcessGroup, dtype: torch.dtype, tensors: Sequence[torch.Tensor]) -> Iterator[int]:
+    """The tensors that have no gradient here, while other ranks of the group may have a part of it."""
+    for index, tensor in enumerate(tensors):
+        placements = placements_of(tensor)
+        if tensor.grad is None and tensor.requires_grad and tensor.dtype == dtype and placements is not None:
+            groups = tensor.device_mesh.get_all_groups()  # type: ignore[attr-defined]
+            if any(p.is_replicate() and g is process_group for p, g in zip(placements, groups, strict=True)):
+                yield index
 
 
 def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:
@@ -58,14 +82,24 @@ def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:
     return tensor.device_mesh.get_group(dimension) if is_sum and tensor.placements[dimension].is_replicate() else None
 
 
-def _add(process_group: dist.ProcessGroup, gradients: list[torch.Tensor | None], indices: Sequence[int]) -> None:
-    parts = [part for index in indices if (part := gradients[index]) is not None]
+def _add(
+    process_group: dist.ProcessGroup,
+    tensors: Sequence[torch.Tensor],
+    gradients: list[torch.Tensor | None],
+    indices: Sequence[int],
+) -> None:
+    """Complete gradients that are sums over ranks, with zeros for those that this rank has none of."""
+    parts = [_zeros(tensors[index]) if (part := gradients[index]) is None else part for index in indices]
     packed = torch.cat([part.view(-1) for part in parts])
     packed = packed.to(reduction_device(process_group, packed.device))
     dist.all_reduce(packed, group=process_group)
     complete = packed.to(parts[0].device).split([part.numel() for part in parts])
     for index, part, gradient in zip(indices, parts, complete, strict=True):
         gradients[index] = gradient.view(part.shape)
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(local_part(tensor), memory_format=torch.contiguous_format)
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

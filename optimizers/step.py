@@ -140,7 +140,7 @@ class Step:
         self.layout = plan.layout
         self.locals = [_local(tensor) for tensor in self.layout.tensors]
         self.weights = [_contiguous(tensor) for tensor in self.locals]
-        self.gradients = read_gradients(self.layout.tensors)
+        self.gradients = read_gradients(self.layout)
         # Where layers are whole, no gradient here is no gradient anywhere.
         sharded = bool(self.layout.reductions)
         self.takes_part = [sharded or gradient is not None for gradient in self.gradients]
