@@ -2,12 +2,13 @@
 
 Tensor parallelism may leave a gradient as a sum over ranks that nobody has added up yet (`Partial`): each rank has the
 part of its own tokens, as for norms under sequence parallelism. All of them are added up together, with one all-reduce
-per process group and dtype.
+per process group and dtype. A rank whose tokens reach no part of a layer adds zeros; that not one of them reaches any
+layer is not provided for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,39 +23,65 @@ def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
     """Return the gradient of each local tensor on this rank, None where there is none.
 
     Raises:
+        LayoutError: If one of a parameter and its gradient is a DTensor and the other is not, or if a gradient has not
+            the shape of its tensor; compiled sweeps would read beyond its end.
         RuntimeError: If a gradient is sparse.
-        LayoutError: If a gradient has not as many elements as its tensor; compiled sweeps would read beyond its end.
     """
     gradients: list[torch.Tensor | None] = []
-    partial: dict[tuple[Any, torch.dtype], list[int]] = {}
+    sums: dict[tuple[dist.ProcessGroup, torch.dtype], set[int]] = {}
     for index, tensor in enumerate(layout.tensors):
         gradient = tensor.grad
         if gradient is None:
             gradients.append(None)
             continue
-        missing = None
         if placements_of(gradient) != placements_of(tensor):
-            missing = _sum_over(gradient, tensor)
-            if missing is None:
+            _check_kind(layout, index, gradient)
+            process_group = _sum_over(gradient, tensor)
+            if process_group is None:
                 gradient = gradient.redistribute(placements=placements_of(tensor))  # type: ignore[attr-defined]
-        if missing is not None:
-            partial.setdefault((missing, gradient.dtype), []).append(index)
+            else:
+                sums.setdefault((process_group, gradient.dtype), set()).add(index)
         gradient = _dense(local_part(gradient))
-        if gradient.shape != local_part(tensor).shape:
-            raise _of_other_shape(layout, index, gradient)
+        _check_shape(layout, index, gradient)
         gradients.append(gradient.contiguous())
-    for (process_group, _), indices in partial.items():
-        _add(process_group, gradients, indices)
+    for (process_group, dtype), indices in sums.items():
+        indices.update(_lacking(process_group, dtype, layout.tensors))
+        _add(process_group, layout.tensors, gradients, sorted(indices))
     return gradients
 
 
-def _of_other_shape(layout: Layout, index: int, gradient: torch.Tensor) -> LayoutError:
-    name = next((layer.name for layer in layout.layers if layer.tensor == index), f"tensor {index}")
-    return LayoutError(
-        f"the gradient of {name} has shape {tuple(gradient.shape)}, but the parameter has "
-        f"{tuple(local_part(layout.tensors[index]).shape)}: after giving a parameter other data, call zero_grad() and "
-        "backward() before step(), and build a new optimizer if its shape changes after the first step"
-    )
+def _check_shape(layout: Layout, index: int, gradient: torch.Tensor) -> None:
+    shape = local_part(layout.tensors[index]).shape
+    if gradient.shape != shape:
+        raise LayoutError(
+            f"the gradient of {_name_of(layout, index)} has shape {tuple(gradient.shape)}, but the parameter has "
+            f"{tuple(shape)}: after giving a parameter other data, call zero_grad() and backward() before step(), and "
+            "build a new optimizer if its shape changes after the first step"
+        )
+
+
+def _check_kind(layout: Layout, index: int, gradient: torch.Tensor) -> None:
+    tensor = layout.tensors[index]
+    if (placements_of(gradient) is None) != (placements_of(tensor) is None):
+        raise LayoutError(
+            f"parameter {_name_of(layout, index)} is a {type(tensor).__name__} and its gradient a "
+            f"{type(gradient).__name__}, of which one is cut by placements and the other is not: assign a gradient "
+            "like the parameter, as distribute_tensor and DTensor.from_local make"
+        )
+
+
+def _name_of(layout: Layout, index: int) -> str:
+    return next((layer.name for layer in layout.layers if layer.tensor == index), f"tensor {index}")
+
+
+def _lacking(process_group: dist.ProcessGroup, dtype: torch.dtype, tensors: Sequence[torch.Tensor]) -> Iterator[int]:
+    """The tensors that have no gradient here, while other ranks of the group may have a part of it."""
+    for index, tensor in enumerate(tensors):
+        placements = placements_of(tensor)
+        if tensor.grad is None and tensor.requires_grad and tensor.dtype == dtype and placements is not None:
+            groups = tensor.device_mesh.get_all_groups()  # type: ignore[attr-defined]
+            if any(p.is_replicate() and g is process_group for p, g in zip(placements, groups, strict=True)):
+                yield index
 
 
 def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:
@@ -71,14 +98,24 @@ def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:
     return tensor.device_mesh.get_group(dimension) if is_sum and tensor.placements[dimension].is_replicate() else None
 
 
-def _add(process_group: dist.ProcessGroup, gradients: list[torch.Tensor | None], indices: Sequence[int]) -> None:
-    parts = [part for index in indices if (part := gradients[index]) is not None]
+def _add(
+    process_group: dist.ProcessGroup,
+    tensors: Sequence[torch.Tensor],
+    gradients: list[torch.Tensor | None],
+    indices: Sequence[int],
+) -> None:
+    """Complete gradients that are sums over ranks, with zeros for those that this rank has none of."""
+    parts = [_zeros(tensors[index]) if (part := gradients[index]) is None else part for index in indices]
     packed = torch.cat([part.view(-1) for part in parts])
     packed = packed.to(reduction_device(process_group, packed.device))
     dist.all_reduce(packed, group=process_group)
     complete = packed.to(parts[0].device).split([part.numel() for part in parts])
     for index, part, gradient in zip(indices, parts, complete, strict=True):
         gradients[index] = gradient.view(part.shape)
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(local_part(tensor), memory_format=torch.contiguous_format)
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -479,6 +479,29 @@ def test_every_placement_in_one_optimizer(pool: WorkerPool, name: str, world_siz
     assert answers[0]["collectives"] == [3 * (stages + 1), 3 * stages, 3 * stages, 3 * stages, 3 * stages + 1]
 
 
+def step_with_missing_parts() -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """One step with sums over ranks to which the second rank adds nothing for one layer; a third has no gradient."""
+    mesh = make_mesh(None)
+    parameters = {
+        name: torch.nn.Parameter(distribute_tensor(torch.ones(4, 3) * (index + 1), mesh, [Replicate()]))
+        for index, name in enumerate(("missing", "whole", "unused"))
+    }
+    optimizer = LAMB(parameters.items(), lr=0.1)
+    for name in ("whole",) if dist.get_rank() == 1 else ("missing", "whole"):
+        parameters[name].grad = DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])
+    optimizer.step()
+    return {name: p.to_local().detach().clone() for name, p in parameters.items()}, optimizer.trust_ratios()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_without_a_part_of_a_gradient_add_zeros(pool: WorkerPool, world_size: int) -> None:
+    (one, ratios), (other, other_ratios) = pool.run(step_with_missing_parts)
+    assert ratios == other_ratios
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(one["unused"], torch.full((4, 3), 3.0))
+    assert not torch.equal(one["missing"], torch.ones(4, 3))
+
+
 def step_with_fused_rows(name: str, dimension: int, segments: int | None, fused: bool) -> dict[str, Any]:
     """Three steps of a fused matrix of which each rank has a part of each of three, or all of it."""
     mesh = make_mesh(None)
@@ -553,6 +576,8 @@ def step_that_is_refused(name: str) -> None:
         optimizer.add_param_group({"params": list(other.named_parameters())})
     for parameter in parameters:
         parameter.grad = parameter.detach().clone()
+    if name == "plain gradient":
+        parameters[0].grad = torch.ones(6, 2)
     optimizer.step()
     parameter = parameters[0]
     if name == "local state":
@@ -610,6 +635,7 @@ STALE = r"the model has other parameters.*Make the optimizer from model.paramete
         ("two wrappers", "one kind of wrapper per optimizer"),
         ("partial", r"parameter weight has placements \(Partial"),
         ("stale", STALE),
+        ("plain gradient", "parameter weight is a DTensor and its gradient a Tensor"),
         ("local state", "the state exp_avg of weight is not cut like the parameter"),
         ("uneven", r"weight \(6, 2\): 14 of 12 elements"),
     ],
