@@ -19,6 +19,7 @@ from .updates import Sums, Update
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "IMPORTED_IN",
     "SETS_OF_GRADIENTS",
     "ImplementationError",
     "Kernels",
@@ -39,6 +40,7 @@ class ImplementationError(RuntimeError):
     """An implementation that was asked for cannot be had; the message says what is missing."""
 
 
+IMPORTED_IN = os.getpid()  # in a fork, torch's threads are gone
 SETS_OF_GRADIENTS = 8
 """How many sets of layers without gradient have their tables kept; each further one would take memory for ever."""
 

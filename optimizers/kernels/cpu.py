@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,16 @@ from typing import Any
 
 import torch
 
-from . import SETS_OF_GRADIENTS, Operands, Recent
+from . import IMPORTED_IN, SETS_OF_GRADIENTS, Operands, Recent
 from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
 from .updates import Sums, TrustRule, Update
 
 __all__ = ["KERNELS", "CpuKernels"]
 
 ELEMENTS_PER_THREAD = 1 << 17  # starting a thread takes as long as sweeping over a fraction of this
-# Layers that are measured and applied in one go. Together they should stay in the cache that all cores share.
+# Layers that are measured and applied in one go. Together they should stay in cache.
 CACHE_BYTES = 16 << 20
+LEAST_BYTES_PER_THREAD = 1 << 20  # a few blocks, so that threads need not wait for each other after each
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # As in the enum of cpu_kernels.c: four modes of each kind of the Adam family follow each other.
@@ -31,7 +31,7 @@ CODES = {
 }
 MEASURE_AND_KEEP, APPLY, APPLY_KEPT = 1, 2, 3
 
-FUNCTIONS = ("block", "size", "best_level", "sweep", "step", "ratio")
+FUNCTIONS = ("block", "size", "best_level", "cache_bytes", "lend_threads", "sweep", "step", "ratio")
 
 
 class _Sweep(ctypes.Structure):
@@ -108,13 +108,27 @@ def _library() -> ctypes.CDLL | None:
     if not all(hasattr(library, f"trustratio_{name}") for name in FUNCTIONS):
         return None
     library.trustratio_block.restype = library.trustratio_size.restype = ctypes.c_int64
-    library.trustratio_best_level.restype = ctypes.c_int64
+    library.trustratio_best_level.restype = library.trustratio_cache_bytes.restype = ctypes.c_int64
+    library.trustratio_cache_bytes.argtypes = (ctypes.c_int64,)
+    library.trustratio_lend_threads.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    library.trustratio_lend_threads.restype = None
     library.trustratio_sweep.argtypes = (ctypes.POINTER(_Sweep), ctypes.c_int64)
     library.trustratio_step.argtypes = (ctypes.POINTER(_Step), ctypes.c_int64)
     library.trustratio_ratio.argtypes = (ctypes.POINTER(_Rule), ctypes.c_int64, *[ctypes.c_double] * 3)
     library.trustratio_ratio.restype = ctypes.c_double
     library.trustratio_sweep.restype = library.trustratio_step.restype = None
-    return library if library.trustratio_size() == ctypes.sizeof(_Sweep) + ctypes.sizeof(_Step) else None
+    if library.trustratio_size() != ctypes.sizeof(_Sweep) + ctypes.sizeof(_Step):
+        return None
+    library.trustratio_lend_threads(_parallel(), IMPORTED_IN)
+    return library
+
+
+def _parallel() -> ctypes.c_void_p | None:
+    """The function of torch's OpenMP runtime that runs a function in its threads; None where it has another name."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)  # LLVM's and Intel's have it too
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 class CpuKernels:
@@ -250,7 +264,7 @@ class CpuSweeps:
             return None
         table = self._table(group)
         tensors = 2 + len(measured.state)  # of which `measure` reads four bytes per element
-        batches = table.batches(cache_bytes() // (4 * tensors))
+        batches = table.batches(cache_bytes(table.threads) // (4 * tensors))
         if batches is None:
             return None
         measure, found = self._measuring(group, measured, changing, keep=True)
@@ -366,14 +380,11 @@ def _fill(place: _Rule, rule: TrustRule, update: Any, numbers: Numbers) -> list[
     return alive
 
 
-@functools.cache
-def cache_bytes() -> int:
-    """`CACHE_BYTES`, but at most half of the cache that cores share, where the system tells its size."""
-    try:
-        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-    except (ValueError, OSError):  # not on this system
-        size = 0
-    return min(CACHE_BYTES, size // 2) if size > 0 else CACHE_BYTES
+def cache_bytes(threads: int) -> int:
+    """Of a batch: what the threads' own caches hold, at most half of the shared one and `CACHE_BYTES`."""
+    own, shared = (_compiled().trustratio_cache_bytes(level) for level in (2, 3))
+    wanted = threads * max(own, LEAST_BYTES_PER_THREAD) if own else CACHE_BYTES
+    return min(wanted, CACHE_BYTES, shared // 2 or CACHE_BYTES)
 
 
 def _compiled() -> ctypes.CDLL:

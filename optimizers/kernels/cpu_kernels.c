@@ -3,13 +3,14 @@
    The arithmetic is in cpu_sweeps.h, compiled once per instruction set and chosen when the program runs. A sweep walks
    over blocks of at most BLOCK elements of one shard. Which thread takes a block does not matter: each block's sums
    have a place of their own and are added up in a fixed order, so results do not depend on the number of threads.
-   Threads live for one call. That costs some ten microseconds each, and needs no care in programs that fork. */
+   Threads are those of torch's OpenMP runtime, lent for one call, or else made for it. */
 
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -78,6 +79,19 @@ typedef struct {
 typedef void (*block_function)(const Sweep *, int64_t shard, int64_t begin, int64_t count, int64_t block);
 
 int64_t trustratio_block(void) { return BLOCK; }
+
+/* Bytes of the second- or third-level cache of the first core, 0 where the system does not tell. */
+int64_t trustratio_cache_bytes(int64_t level)
+{
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+    return bytes > 0 ? bytes : 0;
+#else
+    (void)level;
+    return 0;
+#endif
+}
+
 int64_t trustratio_size(void) { return sizeof(Sweep) + sizeof(Step); }
 
 static void narrow_bf16(const float *from, uint16_t *to, int64_t count)
@@ -286,12 +300,29 @@ static int64_t take_blocks(const Sweep *s, block_function function, int64_t firs
 
 static int64_t thread_count(const Sweep *s) { return s->threads < MAX_THREADS ? s->threads : MAX_THREADS; }
 
-/* Run `work` in as many threads as the sweep wants. */
-static void run_threads(const Sweep *s, void *(*work)(void *), void *argument)
+/* GOMP_parallel of the runtime that torch uses, NULL where there is none. Its threads wait for work busily after each
+   of torch's operations: threads of our own would have to share their processors. */
+typedef void (*parallel_function)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
+static parallel_function lent_threads;
+static int64_t lent_in; /* a process: after a fork the threads are gone, and the runtime would wait for them */
+
+void trustratio_lend_threads(parallel_function parallel, int64_t process)
+{
+    lent_threads = parallel;
+    lent_in = process;
+}
+
+/* Run `work` in as many threads as the sweep wants, or fewer. */
+static void run_threads(const Sweep *s, void (*work)(void *), void *argument)
 {
     pthread_t others[MAX_THREADS];
     int64_t started = 0;
-    while (started < thread_count(s) - 1 && !pthread_create(&others[started], NULL, work, argument)) started++;
+    if (lent_threads && getpid() == lent_in && thread_count(s) > 1) {
+        lent_threads(work, argument, (unsigned)thread_count(s), 0);
+        return;
+    }
+    while (started < thread_count(s) - 1 &&
+           !pthread_create(&others[started], NULL, (void *(*)(void *))work, argument)) started++;
     work(argument);
     while (started) pthread_join(others[--started], NULL);
 }
@@ -305,13 +336,12 @@ typedef struct {
     int64_t started; /* atomic */
 } SweepWork;
 
-static void *do_sweep(void *argument)
+static void do_sweep(void *argument)
 {
     SweepWork *work = argument;
     const Sweep *s = work->sweep;
     int64_t thread = __atomic_fetch_add(&work->started, 1, __ATOMIC_RELAXED);
     take_blocks(s, work->function, 0, s->shards, thread, thread_count(s), work->taken, LINE);
-    return NULL;
 }
 
 /* Run one sweep. `level` is at most what `trustratio_best_level` says. */
@@ -369,7 +399,7 @@ typedef struct {
 } StepWork;
 
 /* Batch by batch: measure its blocks, and apply them once the last is measured, by whoever is at it. */
-static void *do_step(void *argument)
+static void do_step(void *argument)
 {
     StepWork *work = argument;
     const Step *step = work->step;
@@ -388,7 +418,6 @@ static void *do_step(void *argument)
             if (turns > 10000) sched_yield(); /* another program may have the other's core */
         take_blocks(step->apply, work->function, first, end, thread, threads, taken + 1, stride);
     }
-    return NULL;
 }
 
 /* Run a whole step of layers that are complete here. `level` as above. */

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -349,7 +352,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
 @pytest.fixture
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """64 KiB, and the numbers of batches of each group's step."""
-    monkeypatch.setattr(cpu, "cache_bytes", lambda: 64 << 10)
+    monkeypatch.setattr(cpu, "cache_bytes", lambda threads: 64 << 10)
     batches: list[int] = []
     step = cpu.CpuSweeps.step
 
@@ -544,6 +547,64 @@ def test_tables_of_sets_of_gradients_do_not_pile_up(implementation: str) -> None
     assert recent
     assert all(len(table.made) <= kernels.SETS_OF_GRADIENTS for table in recent)
     assert len(plan.cache) < 6
+
+
+@needs_compiler
+def test_batches_fit_into_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, second: int, third: int):
+            self.trustratio_cache_bytes = {2: second, 3: third}.__getitem__
+
+    def found(second: int, third: int, threads: int) -> int:
+        monkeypatch.setattr(cpu, "_compiled", lambda: Library(second, third))
+        return cpu.cache_bytes(threads) >> 10
+
+    assert found(2 << 20, 480 << 20, 2) == 4096
+    assert found(2 << 20, 480 << 20, 64) == 16384
+    assert found(256 << 10, 8 << 20, 2) == 2048
+    assert found(256 << 10, 8 << 20, 16) == 4096
+    assert found(0, 8 << 20, 2) == 4096
+    assert found(0, 0, 2) == 16384
+
+
+@needs_compiler
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_steps_in_a_fork(steps_before: int) -> None:
+    """Where the threads of torch's OpenMP runtime are gone. Torch itself works there with one thread only."""
+    program = f"""
+import os, signal, time, torch
+from trustratio.optimizers import LAMB
+torch.set_num_threads(2)
+torch.ones(1000, 1000).exp()  # starts torch's threads
+ps = [torch.nn.Parameter(torch.ones(100, 100)) for _ in range(100)]
+optimizer = LAMB(ps, implementation="cpu")
+for p in ps:
+    p.grad = torch.ones(100, 100)
+for _ in range({steps_before}):
+    optimizer.step()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    torch.get_num_threads = lambda: 2
+optimizer.step()
+if child == 0:
+    os._exit(0 if all(0 < p[0, 0] < 1 for p in ps) else 1)
+for _ in range(100):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.3)
+else:
+    os.kill(child, signal.SIGKILL)
+assert ended and os.waitstatus_to_exitcode(status) == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs a C compiler")
+def test_compiled_functions_are_there_where_a_compiler_is() -> None:
+    """Their build is optional, so nothing else tells that the C file does not compile."""
+    assert cpu.KERNELS.missing() is None
 
 
 # The choice ---------------------------------------------------------------------------------------------------------

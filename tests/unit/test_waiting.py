@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +135,16 @@ def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     of_no_graph = weakref.ref(table([5, 6]))
     table([7, 8])
     assert of_no_graph() is None
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    """In a process of its own, as other tests define the kernels for Triton's interpreter."""
+    pytest.importorskip("triton")
+    program = Path(__file__).with_name("compile_triton_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 20
 
 
 def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
