@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .layout import Layout, LayoutError, local_part, placements_of, reduction_device
+from .layout import Layout, LayoutError, is_plain, local_part, placements_of, reduction_device
 
 __all__ = ["read_gradients"]
 
@@ -32,6 +32,9 @@ def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
         if gradient is None:
             gradients.append(None)
             continue
+        if is_plain(tensor) and is_plain(gradient):  # nearly all; the general way takes its time
+            gradients.append(_like(layout, index, gradient, tensor))
+            continue
         missing = None
         if placements_of(gradient) != placements_of(tensor):
             missing = _sum_over(gradient, tensor)
@@ -39,22 +42,23 @@ def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
                 gradient = gradient.redistribute(placements=placements_of(tensor))  # type: ignore[attr-defined]
         if missing is not None:
             partial.setdefault((missing, gradient.dtype), []).append(index)
-        gradient = _dense(local_part(gradient))
-        if gradient.shape != local_part(tensor).shape:
-            raise _of_other_shape(layout, index, gradient)
-        gradients.append(gradient.contiguous())
+        gradients.append(_like(layout, index, local_part(gradient), local_part(tensor)))
     for (process_group, _), indices in partial.items():
         _add(process_group, gradients, indices)
     return gradients
 
 
-def _of_other_shape(layout: Layout, index: int, gradient: torch.Tensor) -> LayoutError:
-    name = next((layer.name for layer in layout.layers if layer.tensor == index), f"tensor {index}")
-    return LayoutError(
-        f"the gradient of {name} has shape {tuple(gradient.shape)}, but the parameter has "
-        f"{tuple(local_part(layout.tensors[index]).shape)}: after giving a parameter other data, call zero_grad() and "
-        "backward() before step(), and build a new optimizer if its shape changes after the first step"
-    )
+def _like(layout: Layout, index: int, gradient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The local gradient, contiguous, if it fits the local tensor."""
+    gradient = _dense(gradient)
+    if gradient.shape != tensor.shape:
+        name = next((layer.name for layer in layout.layers if layer.tensor == index), f"tensor {index}")
+        raise LayoutError(
+            f"the gradient of {name} has shape {tuple(gradient.shape)}, but the parameter has {tuple(tensor.shape)}: "
+            "after giving a parameter other data, call zero_grad() and backward() before step(), and build a new "
+            "optimizer if its shape changes after the first step"
+        )
+    return gradient.contiguous()
 
 
 def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:
