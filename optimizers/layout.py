@@ -440,15 +440,20 @@ def placements_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all of the tensor is here: it is of no subclass."""
+    return type(tensor) in _PLAIN
+
+
 def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What changes if a tensor is cut anew without becoming another object; for comparison in this process only."""
-    placements = None if type(tensor) in _PLAIN else placements_of(tensor)
+    placements = None if is_plain(tensor) else placements_of(tensor)
     return tensor.shape if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
 
 
 def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one layer have the same elements on this rank."""
-    if type(one) in _PLAIN and type(other) in _PLAIN:  # nearly all; the general way takes its time
+    if is_plain(one) and is_plain(other):  # nearly all; the general way takes its time
         return one.shape == other.shape
     return placements_of(one) == placements_of(other) and local_part(one).shape == local_part(other).shape
 

@@ -36,7 +36,7 @@ from .layer_state import (
     write_numbers,
 )
 from .layers import LayerTable, adapts
-from .layout import Layout, LayoutError, cut_alike, cut_of, local_part
+from .layout import Layout, LayoutError, cut_alike, cut_of, is_plain, local_part
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -371,10 +371,13 @@ class Step:
 
     def _element_state(self, name: str) -> list[torch.Tensor]:
         nothing = self.weights[0].new_empty(0, dtype=torch.float32)
-        return [
-            nothing if state is None else self._element_state_of(index, tensor, state, name)
-            for index, (tensor, state) in enumerate(zip(self.layout.tensors, self.states, strict=True))
-        ]
+        found: list[torch.Tensor] = []
+        for index, (tensor, state) in enumerate(zip(self.layout.tensors, self.states, strict=True)):
+            value = nothing if state is None else state.get(name)
+            if state is not None and not (type(value) is torch.Tensor and _lies_like(value, tensor)):
+                value = self._element_state_of(index, tensor, state, name)
+            found.append(value)
+        return found
 
     def _element_state_of(self, index: int, tensor: torch.Tensor, state: dict[str, Any], name: str) -> torch.Tensor:
         value = make_element_state(state, tensor, name)
@@ -431,11 +434,12 @@ class Step:
         self.optimizer._last_ratios[key] = (self.plan.names, torch.cat(ratios))
 
 
-_PLAIN = (torch.nn.Parameter, torch.Tensor)
-
-
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if type(tensor) in _PLAIN else local_part(tensor)
+    return tensor if is_plain(tensor) else local_part(tensor)
+
+
+def _lies_like(value: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return is_plain(tensor) and value.shape == tensor.shape and value.is_contiguous()
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -149,12 +149,12 @@ class CpuKernels:
 
     def serves(self, operands: Operands) -> list[bool]:
         served = [weight.dtype in TYPES and weight.is_cpu for weight in operands.weights]
-        for tensors in operands.state.values():
-            for index, value in enumerate(tensors):
-                served[index] &= value.dtype is torch.float32 and value.is_cpu
-        for index, gradient in enumerate(operands.gradients):
-            served[index] &= gradient is None or (gradient.dtype in TYPES and gradient.is_cpu)
-        return served
+        for state in operands.state.values():
+            served = [ok and s.dtype is torch.float32 and s.is_cpu for ok, s in zip(served, state, strict=True)]
+        return [
+            ok and (gradient is None or (gradient.dtype in TYPES and gradient.is_cpu))
+            for ok, gradient in zip(served, operands.gradients, strict=True)
+        ]
 
     def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> CpuSweeps:
         if "shards" not in cache:
