@@ -30,9 +30,10 @@ if __name__ == "__main__" and sys.path and os.path.realpath(sys.path[0]) == os.p
     del sys.path[0]  # where Python puts this folder, whose files would stand in for packages of the same name
 
 from trustratio.recipes import rate_grids, run_folder
-from trustratio.recipes.recipe_config import is_override
+from trustratio.recipes.recipe_config import RecipeConfig, is_override
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.recipe_options import parse_command_line
+from trustratio.recipes.recipe_phases import total_steps
 from trustratio.recipes.recipe_presets import DEFAULT_PRESET
 
 LEAST_RATES = 3
@@ -58,6 +59,19 @@ STARTING_RATES = {
 
 _SCRIPT = Path(__file__).resolve().with_name("bert.py")
 _INTERRUPTED = 130
+_INSTEAD = {
+    "--optimizer": "give --optimizers A,B,...",
+    "optimizer.name": "give --optimizers A,B,...",
+    "--lr": "give --lrs RATE,RATE,...",
+    "optimizer.lr": "give --lrs RATE,RATE,...",
+    "--seed": "give --seeds SEED ...",
+    "training.seed": "give --seeds SEED ...",
+    "--resume": "a comparison goes on in the same --output by itself",
+    "--overwrite": "choose another --output to begin anew",
+    "--dry_run": "start bert.py with it",
+    "--list_presets": "start bert.py with it",
+}
+"""What is not passed on, because runs would not be what their names say, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +138,31 @@ def outcome(folder: Path, run: Run, last_step: int) -> Outcome | None:
     )
 
 
-def command(run: Run, folder: Path, passed_on: Sequence[str], launcher: Sequence[str]) -> list[str]:
+def second_rate(config: RecipeConfig, lr: float) -> list[str]:
+    """Return the override that scales the second phase's rate as `lr` scales the first's; [] if it has none."""
+    second = config.phase_two
+    if not (second.steps and second.reset_schedule):
+        return []
+    return [f"phase_two.lr={second.lr * (lr / config.optimizer.lr)!r}"]
+
+
+def command(
+    run: Run, folder: Path, passed_on: Sequence[str], launcher: Sequence[str], config: RecipeConfig
+) -> list[str]:
     """Return the command that starts a run, or continues it from its newest checkpoint."""
-    own = ["--optimizer", run.optimizer, "--lr", repr(run.lr), "--seed", str(run.seed)]
+    own = ["--optimizer", run.optimizer, "--lr", repr(run.lr), "--seed", str(run.seed), *second_rate(config, run.lr)]
     try:
         run_folder.find_checkpoint(folder)
     except RecipeError:
         where = ["--output", str(folder), "--overwrite"]
     else:
         where = ["--resume", str(folder)]
+    # What was passed on may set phase_two.lr, which the scaled one has to follow: of overrides the last one holds.
     return [*launcher, str(_SCRIPT), *passed_on, *own, *where]
 
 
-def carry_out(run: Run, folder: Path, passed_on: Sequence[str], launcher: Sequence[str], last_step: int) -> Outcome:
-    """Start or continue a run unless it is finished, and return what it came to.
+def carry_out(run: Run, folder: Path, line: Sequence[str], last_step: int) -> Outcome:
+    """Start or continue a run with the command `line` unless it is finished, and return what it came to.
 
     Raises:
         RecipeError: it failed for another reason than a loss that was not finite.
@@ -147,15 +172,15 @@ def carry_out(run: Run, folder: Path, passed_on: Sequence[str], launcher: Sequen
     if found is not None:
         print(f"{run.name}: kept, {found.status} ({found.loss:.4f} nats)", flush=True)
         return found
-    line = command(run, folder, passed_on, launcher)
     print(f"{run.name}: {shlex.join(line)}", flush=True)
     status, printed = _run(line)
     found = outcome(folder, run, last_step)
-    if found is None and status in (0, -signal.SIGINT, -signal.SIGTERM, _INTERRUPTED):
+    if found is None and status in (-signal.SIGINT, -signal.SIGTERM, _INTERRUPTED):
         raise KeyboardInterrupt
     if found is None:
         end = "\n".join(printed.splitlines()[-15:])
-        raise RecipeError(f"{run.name} ended with exit status {status}; its last lines:\n{end}")
+        early = "" if status else f" without a validation at its last step, {last_step} (stopped? then start again)"
+        raise RecipeError(f"{run.name} ended with exit status {status}{early}; its last lines:\n{end}")
     print(f"{run.name}: {found.status}, {found.loss:.4f} nats", flush=True)
     return found
 
@@ -339,7 +364,7 @@ def grids(optimizers: Sequence[str], given: Sequence[str], allow_single: bool) -
         if len(found[name]) < LEAST_RATES and not allow_single:
             raise RecipeError(
                 f"{name} has {len(found[name])} learning rate(s). With fewer than {LEAST_RATES} a comparison compares "
-                "the guesses, not the optimizers: give more with --lrs, or insist with --allow-single-lr"
+                "the guesses, not the optimizers: give more with --lrs, or insist with --allow_single_lr"
             )
     return {name: found[name] for name in optimizers}
 
@@ -376,7 +401,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="GRID",
         help="how many learning rates, or RATE,RATE,... for all, or NAME=RATE,RATE,... for one optimizer (default: 3)",
     )
-    parser.add_argument("--allow-single-lr", action="store_true", help="accept fewer than three learning rates")
+    parser.add_argument(
+        *("--allow_single_lr", "--allow-single-lr"), action="store_true", help="accept fewer than three learning rates"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds; every one with every learning rate")
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the runs")
     parser.add_argument("--report", type=Path, help="path of the report without suffix (default: OUTPUT/comparison)")
@@ -385,9 +412,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     # `--lrs 3 model.layers=4`: argparse gives a list flag all that follows it.
     passed_on = [text for text in options.lrs if is_override(text)] + passed_on
     options.lrs = [text for text in options.lrs if not is_override(text)]
-    refused = {"--optimizer", "--lr", "--seed", "--resume", "--overwrite", "--dry_run"} & set(passed_on)
-    if refused:
-        raise RecipeError(f"{', '.join(sorted(refused))}: compare.py sets that itself; see --help")
+    for text in passed_on:
+        key = text.partition("=")[0].strip()  # --lr 0.1, --lr=0.1, optimizer.lr=0.1
+        if key in _INSTEAD:
+            raise RecipeError(f"{text!r}: compare.py sets {key} itself; {_INSTEAD[key]}")
     return options, ["--preset", options.preset, *passed_on]
 
 
@@ -416,11 +444,14 @@ def compare(arguments: Sequence[str]) -> str:
     for name in optimizers:  # every bad option is found before the first run
         invocation = parse_command_line([*passed_on, "--optimizer", name])
     config = invocation.config
-    last_step = min(config.training.steps, invocation.max_steps or config.training.steps)
+    last_step = min(total_steps(config), invocation.max_steps or total_steps(config))
     claim(options.output, {"preset": options.preset, "passed_on": passed_on})
     runs = [Run(name, lr, seed) for name in optimizers for lr in rates[name] for seed in options.seeds]
     launcher = shlex.split(options.launcher)
-    outcomes = [carry_out(run, options.output / run.name, passed_on, launcher, last_step) for run in runs]
+    outcomes = []
+    for run in runs:
+        folder = options.output / run.name
+        outcomes.append(carry_out(run, folder, command(run, folder, passed_on, launcher, config), last_step))
     about = {
         "preset": options.preset,
         "passed_on": passed_on[2:],

@@ -173,7 +173,7 @@ def index_documents(
     if np.count_nonzero(roles != REPEATED) < 2:
         raise RecipeError(
             "the data are a single document, and whole documents are held out for validation; give more text "
-            "(text files are cut into documents of about 4,000 characters at blank lines)"
+            "(text files are cut into documents of about 4,000 characters)"
         )
     return DocumentIndex(tuple(read), np.asarray(ends, dtype=np.int64), hashes, lengths, roles)
 

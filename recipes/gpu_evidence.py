@@ -104,7 +104,7 @@ def commands(name: str, rates: dict[str, float], work: Path) -> list[list[str]]:
         if evidence.rate_factor is None:
             line.append("3")
         else:
-            line += [f"{o}={rates[o] * evidence.rate_factor:.2g}" for o in evidence.optimizers] + ["--allow-single-lr"]
+            line += [f"{o}={rates[o] * evidence.rate_factor:.2g}" for o in evidence.optimizers] + ["--allow_single_lr"]
         found.append([*line, *evidence.recipe_arguments(batch, steps), "--output", str(work / f"{name}-{batch}")])
     return found
 

@@ -41,7 +41,7 @@ from trustratio.recipes.token_shards import (
 from trustratio.recipes.wordpiece_vocabulary import TextTokenizer, Vocabulary, load_tokenizer, train_wordpiece
 
 SHARD_CHARACTERS = 64_000_000
-_FORMAT = 2  # part of every key: raise it when indexing, tokenizing or the files change
+_FORMAT = 3  # part of every key: raise it when indexing, tokenizing or the files change
 _BLOCK_CHARACTERS = 2_000_000  # handed to a worker at once
 _ALONE = 16_000_000  # characters that are tokenized before worker processes would have started
 _VOCABULARY_CHARACTERS = 64_000_000  # a vocabulary is trained on a sample of this size

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from trustratio.recipes.recipe_errors import RecipeError
 
 _DOCUMENT_CHARACTERS = 4000
+_ROWS_AT_ONCE = 256  # of a Parquet file: rows may be whole books
 HUB_PREFIX = "hf:"
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
@@ -68,11 +69,12 @@ def read_documents(sources: Iterable[str], text_column: str) -> Iterator[str]:
 
 
 def read_source(source: str, text_column: str) -> Iterator[str]:
-    """Yield the documents of one file or `hf:` data set in order, holding one document at a time.
+    """Yield the documents of one file or `hf:` data set in order, holding one at a time (256 of Parquet).
 
     .jsonl and .json hold one JSON object per line, .parquet a table, both with the text in `text_column`; anything
     else is UTF-8 text, in which runs of paragraphs (separated by blank lines) make up documents of about
-    4,000 characters. Text and JSON Lines may be compressed: .gz, .bz2, .xz, .zst. A data set is streamed.
+    4,000 characters; longer paragraphs are cut at line ends, longer lines at spaces. Records whose text is null or
+    empty are skipped. Text and JSON Lines may be compressed: .gz, .bz2, .xz, .zst. A data set is streamed.
 
     Raises:
         RecipeError: unreadable or malformed data, named with its file and line; a missing column (columns listed).
@@ -121,15 +123,18 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
+    """Yield paragraphs; of a long one, several pieces that end with a line, so that memory holds none as a whole."""
     lines: list[str] = []
+    size = 0
     try:
         with _open_text(path) as file:
-            for line in file:
+            for line in _lines(file):
                 if line.strip():
                     lines.append(line.rstrip())
-                elif lines:
+                    size += len(line)
+                if lines and (size >= _DOCUMENT_CHARACTERS or not line.strip()):
                     yield "\n".join(lines)
-                    lines = []
+                    lines, size = [], 0
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); text, .jsonl and .parquet can be read"
@@ -140,12 +145,26 @@ def _paragraphs(path: Path) -> Iterator[str]:
         yield "\n".join(lines)
 
 
+def _lines(file: TextIO) -> Iterator[str]:
+    """Yield the lines of a file, over-long ones in pieces that end at a space if there is one."""
+    rest = ""
+    while read := file.readline(_DOCUMENT_CHARACTERS):
+        line, rest = rest + read, ""
+        if len(line) >= _DOCUMENT_CHARACTERS and not line.endswith("\n"):
+            end = line.rfind(" ") + 1 or len(line)
+            line, rest = line[:end], line[end:]
+        yield line
+    if rest:
+        yield rest
+
+
 def _read_json_lines(path: Path, column: str) -> Iterator[str]:
     try:
         with _open_text(path) as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _text_of(json.loads(line), column, f"{path}, line {number}")
+                text = _text_of(json.loads(line), column, f"{path}, line {number}") if line.strip() else None
+                if text:
+                    yield text
     except RecipeError:
         raise
     except ValueError as error:
@@ -154,16 +173,19 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
         raise RecipeError(f"cannot read {path}: {error}") from error
 
 
-def _text_of(record: Any, column: str, where: str) -> str:
+def _text_of(record: Any, column: str, where: str) -> str | None:
+    """Return the text of a record; None where the column holds null, as tables have it for "no text"."""
     if not isinstance(record, dict):
         raise RecipeError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    if not isinstance(record.get(column), str):
+    if column not in record or not isinstance(record[column], str | None):
         raise RecipeError(f"{where}: no text in column {column!r}; {_column_hint(list(record))}")
-    return record[column]
+    text: str | None = record[column]
+    return text
 
 
 def _column_hint(columns: Sequence[str]) -> str:
-    return f"columns: {', '.join(map(str, columns))}; choose one with data.text_column=NAME"
+    listed = ", ".join(map(str, columns))
+    return f"columns: {listed}; choose one with --text_column NAME (prepare) or data.text_column=NAME (recipe)"
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
@@ -175,7 +197,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         columns = table.schema_arrow.names
         if column not in columns:
             raise RecipeError(f"{path} has no column {column!r}; {_column_hint(columns)}")
-        for batch in table.iter_batches(columns=[column]):
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
             yield from (str(text) for text in batch.column(0).to_pylist() if text)
     except (OSError, pyarrow.ArrowException) as error:
         raise RecipeError(f"cannot read {path} as Parquet: {error}") from error

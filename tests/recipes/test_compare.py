@@ -15,9 +15,10 @@ from trustratio.recipes import compare, gpu_evidence, rate_grids
 from trustratio.recipes.compare import Comparison, Outcome, grids, markdown
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.recipe_options import parse_command_line
+from trustratio.recipes.recipe_presets import get_preset
 
 # Started in bert.py's place, with its path as the first argument. The loss is smallest at 0.02; above 0.5 it diverges.
-# A file "stop" beside the runs interrupts it once, half-way.
+# A file "stop" beside the runs ends it once, half-way, with the exit status in the file.
 STAND_IN = """
 import json, math, pathlib, sys
 a = sys.argv
@@ -25,6 +26,7 @@ value = lambda flag: a[a.index(flag) + 1]
 folder = pathlib.Path(value("--output" if "--output" in a else "--resume"))
 folder.mkdir(parents=True, exist_ok=True)
 lr, steps = float(value("--lr")), int(value("--steps"))
+steps += sum(int(text.partition("=")[2]) for text in a if text.startswith("phase_two.steps="))
 with open(folder.parent / "started.txt", "a") as file:
     file.write(" ".join(a[2:]) + "\\n")
 stop = folder.parent / "stop"
@@ -39,10 +41,12 @@ with open(folder / "metrics.jsonl", "w") as file:
                                "validation_accuracy": 0.1, "unigram_entropy": 6.0}) + "\\n")
 (folder / "environment.json").write_text('{"torch": "0"}')
 if stop.exists():
+    status = int(stop.read_text())
     stop.unlink()
     (folder / "checkpoints" / "step-00000002").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text("step-00000002")
     (folder / "checkpoints" / "step-00000002" / "checkpoint.json").write_text("{}")
+    sys.exit(status)
 sys.exit(3 if math.isnan(loss) else 0)
 """
 
@@ -101,13 +105,44 @@ def test_runs_differ_in_optimizer_rate_and_seed_alone(run):
     )
 
 
-def test_finished_runs_are_kept_and_an_interrupted_one_goes_on(run, capsys):
+def test_runs_of_two_phases_end_after_the_second_whose_rate_follows_the_first(run):
+    preset = get_preset("lamb-64k-32k-tiny")
+    first, second = preset.optimizer.lr, preset.phase_two.lr
+    lrs = f"{first / 2!r},{first!r},{first * 2!r}"
+    arguments = ("--preset", preset.preset, "--optimizers", "lamb", "--lrs", lrs)
+    assert run(*arguments, "phase_two.steps=2") == 0
+    assert json.loads((run.output / "comparison.json").read_text())["steps"] == 6
+    started = [parse_command_line(line.split()) for line in run.started()]
+    assert [invocation.config.optimizer.lr for invocation in started] == [first / 2, first, first * 2]
+    assert [invocation.config.phase_two.lr for invocation in started] == [second / 2, second, second * 2]
+
+
+def test_a_second_phase_without_a_rate_of_its_own_is_given_none():
+    assert compare.second_rate(get_preset("lamb-tiny"), 0.1) == []
+    whole = parse_command_line(["--preset", "lamb-64k-32k", "phase_two.reset_schedule=false"]).config
+    assert compare.second_rate(whole, 0.1) == []
+
+
+def test_a_step_limit_inside_the_second_phase_ends_the_runs(run):
+    (run.output.parent / "stand_in.py").write_text(STAND_IN.replace('"phase_two.steps="', '"none"'))
+    limited = ("phase_two.steps=100", "--max_steps", "4")
+    assert run("--preset", "lamb-64k-32k-tiny", "--optimizers", "lamb", "--lrs", "3", *limited) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (130, 130, "interrupted; the same command goes on from here"),
+        (0, 2, "lamb-lr0.05-seed1 ended with exit status 0 without a validation at its last step, 4"),
+    ],
+)
+def test_finished_runs_are_kept_and_an_interrupted_one_goes_on(run, capsys, status, code, message):
     arguments = ("--optimizers", "lamb", "--lrs", "0.01,0.02,0.05")
     assert run(*arguments) == 0
     (run.output / "lamb-lr0.05-seed1" / "metrics.jsonl").unlink()
-    (run.output / "stop").touch()
-    assert run(*arguments) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    (run.output / "stop").write_text(str(status))
+    assert run(*arguments) == code
+    assert message in capsys.readouterr().err
     assert len(run.started()) == 4
     assert run(*arguments) == 0
     assert len(run.started()) == 5
@@ -154,8 +189,9 @@ def test_one_learning_rate_is_refused_unless_insisted_on(run, capsys):
     assert run("--optimizers", "lamb", "--lrs", "0.01") == 2
     error = capsys.readouterr().err
     assert "compares the guesses, not the optimizers" in error
-    assert "--allow-single-lr" in error
+    assert "--allow_single_lr" in error
     assert not run.output.exists()
+    assert run("--optimizers", "lamb", "--lrs", "0.01", "--allow_single_lr") == 0
     assert run("--optimizers", "lamb", "--lrs", "0.01", "--allow-single-lr") == 0
     assert "widen the grid" in (run.output / "comparison.md").read_text()
 
@@ -167,7 +203,14 @@ def test_one_learning_rate_is_refused_unless_insisted_on(run, capsys):
         (("--optimizers", "lamb", "--lrs", "a,b"), "no list of numbers"),
         (("--optimizers", "lamb", "--lrs", "0.1,0.2,-1"), "finite and above 0"),
         (("--optimizers", "lamb", "--lrs", "adamw=1,2,3"), "'adamw' is not among --optimizers lamb"),
-        (("--optimizers", "lamb", "--lrs", "3", "--lr", "0.1"), "compare.py sets that itself"),
+        (("--optimizers", "lamb", "--lrs", "3", "--lr", "0.1"), "compare.py sets --lr itself; give --lrs"),
+        (("--optimizers", "lamb", "--lrs", "3", "--lr=0.1"), "'--lr=0.1': compare.py sets --lr itself"),
+        (("--optimizers", "lamb", "--lrs", "3", "optimizer.lr=0.5"), "sets optimizer.lr itself; give --lrs"),
+        (("--lrs", "3", "--optimizers", "lamb", "optimizer.name=sgd"), "itself; give --optimizers"),
+        (("--optimizers", "lamb", "--optimizer=sgd"), "sets --optimizer itself; give --optimizers"),
+        (("--optimizers", "lamb", "--lrs", "3", "training.seed=9"), "sets training.seed itself; give --seeds"),
+        (("--optimizers", "lamb", "--seed=9"), "sets --seed itself; give --seeds"),
+        (("--optimizers", "lamb", "--resume=runs/a"), "goes on in the same --output"),
         (("--optimizers", "lamb", "--lrs", "3", "--golbal_batch", "8"), "unknown option '--golbal_batch'"),
         (("--optimizers", "lamb,adamw", "--lrs", "lamb=1,2,3"), "gives no rate for adamw"),
         (("--lrs", "3"), "--optimizers"),
