@@ -140,8 +140,8 @@ def masked_language_modeling_loss(
 class TrustRatioCallback(TrainerCallback):
     """Logs trust ratios and gradient noise, at the Trainer's logging steps, to wherever the Trainer reports.
 
-    Keys: `trust_ratio/min`, `/median` and `/max` over the layers of two or more dimensions, `trust_ratio/LAYER` if
-    asked for; with `noise` also `gradient_noise/scale` (tr(S)/|G|^2 in samples, averaged over logging steps),
+    Keys: `trust_ratio/min`, `/median` and `/max` over the layers that the ratio scales, `trust_ratio/LAYER` if asked
+    for; with `noise` also `gradient_noise/scale` (tr(S)/|G|^2 in samples, averaged over logging steps),
     `gradient_noise/signal` (|G|^2) and `gradient_noise/noise` (tr(S)) of the step, and
     `gradient_noise/adascale_gain`. Between logging steps nothing waits for the device.
 
@@ -149,19 +149,27 @@ class TrustRatioCallback(TrainerCallback):
         trainer: The one it is added to, ``trainer.add_callback(TrustRatioCallback(trainer))``.
         per_layer: Log each layer's ratio too.
         noise: Keep the norms of the micro-batches' gradients, and log what follows from them. Needs at least two
-            micro-batches or ranks per step.
+            micro-batches or ranks per step; a shorter step at the end of an epoch that has only one is left out.
 
     Raises:
+        TypeError: Without a Trainer.
+        ValueError: When training begins, if `noise` is asked for and a step has a single micro-batch.
         ReplacedOptimizerError: When training begins, if the Trainer steps with another optimizer than one of ours.
     """
 
-    def __init__(self, trainer: Trainer, *, per_layer: bool = False, noise: bool = False):
+    def __init__(self, trainer: Trainer | None = None, *, per_layer: bool = False, noise: bool = False):
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"TrustRatioCallback logs through the Trainer, which callbacks are not told of, and was given "
+                f"{type(trainer).__name__}: leave it out of Trainer(callbacks=...), and call "
+                "trainer.add_callback(TrustRatioCallback(trainer)) afterwards"
+            )
         self.trainer = trainer
         self.per_layer = per_layer
         self.noise = noise
         self._running = RunningNoise()
         self._optimizer: LayerwiseOptimizer | None = None
-        self._matrices: set[str] = set()
+        self._logged = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,21 +178,30 @@ class TrustRatioCallback(TrainerCallback):
         model = kwargs["model"]
         self._optimizer = layerwise_optimizer(kwargs["optimizer"])
         self._optimizer.name_parameters(model.named_parameters())
-        self._matrices = {name for name, parameter in model.named_parameters() if _is_matrix(parameter)}
+        self._logged = state.global_step
         if self.noise:
+            _check_groups(args)
             self._optimizer.collect_group_norms()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log if the Trainer is about to."""
-        if control.should_log:
+        if control.should_log and state.global_step > self._logged:
+            self._logged = state.global_step
             self.trainer.log({**self._trust_ratios(), **(self._gradient_noise() if self.noise else {})})
             control.should_log = True  # which log() has reset, and the Trainer has yet to log its loss
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the epoch's last step under ``logging_strategy="epoch"``."""
+        self.on_step_end(args, state, control, **kwargs)
 
     def _trust_ratios(self) -> dict[str, float]:
         assert self._optimizer is not None
         names, vector = self._optimizer.trust_ratio_vector()
         ratios = dict(zip(names, vector.tolist(), strict=True))
-        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in self._matrices])
+        scaling = self._optimizer.adapted_layers()
+        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in scaling])
         found = {}
         if len(adapted):
             summary = zip(("min", "median", "max"), (adapted.min(), adapted.median(), adapted.max()), strict=True)
@@ -196,14 +213,26 @@ class TrustRatioCallback(TrainerCallback):
     def _gradient_noise(self) -> dict[str, float]:
         assert self._optimizer is not None
         assert self._optimizer.statistics is not None
+        norms = self._optimizer.statistics.norms()
+        if min((of_layer.groups for of_layer in norms.values()), default=0) < 2:
+            return {}
         noise = gradient_noise(self._optimizer, group_size=self.trainer.args.per_device_train_batch_size)
-        gain = adascale(sum_of_layers(self._optimizer.statistics.norms().values())).gain
+        gain = adascale(sum_of_layers(norms.values())).gain
         return {
             "gradient_noise/scale": self._running.update(noise.model).scale,
             "gradient_noise/signal": noise.model.signal,
             "gradient_noise/noise": noise.model.noise,
             "gradient_noise/adascale_gain": gain,
         }
+
+
+def _check_groups(args: TrainingArguments) -> None:
+    if args.gradient_accumulation_steps * args.world_size < 2:
+        raise ValueError(
+            "TrustRatioCallback(noise=True) compares the gradients of 2 or more micro-batches per step, and there is 1 "
+            f"(gradient_accumulation_steps={args.gradient_accumulation_steps} x {args.world_size} rank): halve "
+            "per_device_train_batch_size and double gradient_accumulation_steps, or leave out noise=True"
+        )
 
 
 class DroppedOptimizerGuard(TrainerCallback):

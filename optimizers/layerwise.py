@@ -18,7 +18,7 @@ from .chunks import ChunkView, Summand
 from .hyperparameters import check_choice, check_segments
 from .kernels import IMPLEMENTATIONS
 from .kernels.updates import Update
-from .layers import LayerTable
+from .layers import LayerTable, adapts
 from .layout import Layout, LayoutError, resolve_layout
 from .rows import Rows
 from .saved_state import refuse_foreign_state
@@ -187,6 +187,19 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             return [], torch.zeros(0, dtype=torch.float64)
         vectors = [vector for _, vector in self._last_ratios.values()]
         return [name for names, _ in self._last_ratios.values() for name in names], torch.cat(vectors)
+
+    def adapted_layers(self) -> set[str]:
+        """Names of the layers that the ratio scales, as `adapt` says; known after a step.
+
+        The ratio itself does not tell: a clipped one can be exactly 1.0.
+        """
+        return {
+            layer.name
+            for plan in self._plans.values()
+            for group, layers in plan.group_layers.items()
+            for layer in plan.layout.layers[layers.start : layers.stop]
+            if adapts(layer, self.param_groups[group]["adapt"])
+        }
 
     # Parameters and options -----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.noise_scale import RunningNoise, noise_scale, sum_of_layers
 from trustratio.optimizers.statistics import norms_from_table
 from trustratio.recipes.global_batch import BatchPlan
@@ -141,10 +142,12 @@ class StepMetrics:
         values = _to_host([losses, *(t for h in held for t in _tensors(h))], self.engine.device)
         seconds = max(time.perf_counter() - self._since, 1e-9) / len(held)
         self._since = time.perf_counter()
+        optimizer = self.engine.optimizer
+        adapted = optimizer.adapted_layers() if isinstance(optimizer, LayerwiseOptimizer) else set()
         for h, loss in zip(held, next(values), strict=True):
             h.record["loss"] = loss
             self._add_rates(h, seconds)
-            _add_ratios(h.record, dict(zip(h.ratios[0], next(values), strict=True)))
+            _add_ratios(h.record, dict(zip(h.ratios[0], next(values), strict=True)), adapted)
             if h.norms is not None:
                 self._add_noise(h, next(values))
         last = held[-1].record
@@ -178,13 +181,13 @@ class StepMetrics:
         held.record["noise_scales"] = {name: mean.scale for name, mean in average.items()}
 
 
-def _add_ratios(record: dict[str, Any], ratios: dict[str, float]) -> None:
-    """Add the ratios, and the range of those that were adapted (a ratio of exactly 1 was not)."""
+def _add_ratios(record: dict[str, Any], ratios: dict[str, float], adapted: set[str]) -> None:
+    """Add the ratios, and the range of those of the adapted layers."""
     record["trust_ratios"] = ratios
-    adapted = [ratio for ratio in ratios.values() if ratio != 1.0] or list(ratios.values())
-    if adapted:
-        record["trust_ratio_min"], record["trust_ratio_max"] = min(adapted), max(adapted)
-        record["trust_ratio_median"] = median(adapted)
+    scaling = [ratio for name, ratio in ratios.items() if name in adapted]
+    if scaling:
+        record["trust_ratio_min"], record["trust_ratio_max"] = min(scaling), max(scaling)
+        record["trust_ratio_median"] = median(scaling)
 
 
 def _tensors(held: _Held) -> list[torch.Tensor]:

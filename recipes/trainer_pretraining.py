@@ -44,7 +44,7 @@ from trustratio.recipes.recipe_presets import list_presets
 from trustratio.recipes.step_metrics import StepMetrics
 from trustratio.recipes.stop_requests import StopRequests
 from trustratio.recipes.token_masking import MaskedBatch
-from trustratio.recipes.training_engines import DistributedTraining, set_batch_plan
+from trustratio.recipes.training_engines import DistributedTraining, postponed_failures, set_batch_plan
 from trustratio.recipes.training_loop import seed_step
 
 MODEL = "model"
@@ -335,7 +335,11 @@ class RecipeTrainer(Trainer):
         usual = self.args.output_dir
         self.args.output_dir = str(folder)
         try:
-            super()._save_checkpoint(model, trial)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(postponed_failures(self, "_save"))  # the model, on the first rank
+                if isinstance(self.model_wrapped, DeepSpeedEngine):
+                    stack.enter_context(postponed_failures(self.model_wrapped.checkpoint_engine, "save"))
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = usual
 

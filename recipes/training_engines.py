@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -124,6 +126,38 @@ def set_batch_plan(engine: deepspeed.DeepSpeedEngine, plan: BatchPlan) -> None:
         engine.optimizer.gradient_accumulation_steps = plan.accumulation
 
 
+@contextlib.contextmanager
+def postponed_failures(writer: Any, method: str) -> Iterator[None]:
+    """Have a method that writes files raise at the end of the block only.
+
+    Between their files ranks meet in barriers: one that left at the first failure would keep the others waiting.
+
+    Args:
+        writer: whose method, e.g. DeepSpeed's checkpoint engine.
+        method: its name.
+
+    Raises:
+        OSError, RuntimeError: the first failure.
+    """
+    write, failures = getattr(writer, method), []
+
+    def write_or_remember(*arguments: Any, **options: Any) -> Any:
+        try:
+            return write(*arguments, **options)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            failures.append(OSError(str(error)))
+
+    setattr(writer, method, write_or_remember)
+    try:
+        yield
+    finally:
+        setattr(writer, method, write)
+    if failures:
+        raise failures[0]
+
+
 class DeepSpeedTraining(DistributedTraining):
     """`TrainingEngine` on a `DeepSpeedEngine`."""
 
@@ -207,23 +241,8 @@ class DeepSpeedTraining(DistributedTraining):
 
     def save(self, folder: Path) -> None:
         """Write the complete training state; see `TrainingEngine` for what is raised."""
-        writer = self.engine.checkpoint_engine
-        write, failures = writer.save, []
-
-        def write_or_remember(*arguments: Any, **options: Any) -> Any:
-            # DeepSpeed meets in barriers between its files: a rank that left here would keep the others waiting.
-            try:
-                return write(*arguments, **options)
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        writer.save = write_or_remember
-        try:
+        with postponed_failures(self.engine.checkpoint_engine, "save"):
             self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        finally:
-            writer.save = write
-        if failures:
-            raise failures[0]
 
     def load(self, folder: Path) -> None:
         """Read the complete training state.

@@ -79,14 +79,19 @@ def trained_tensors(checkpoint: Path) -> list[torch.Tensor]:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
         return [tensor for item in inner for tensor in tensors(item)]
 
-    files = sorted(checkpoint.glob("*.pt"))
+    files = sorted(checkpoint.rglob("*.pt"))
     return [tensor for file in files for tensor in tensors(torch.load(file, weights_only=False, map_location="cpu"))]
 
 
 @contextlib.contextmanager
 def _sabotaged(what: str):
-    """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk."""
-    from trustratio.recipes import training_engines
+    """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk.
+
+    Or on the first one, which alone writes it: the Trainer's model of step 10.
+    """
+    from safetensors import SafetensorError
+
+    from trustratio.recipes import trainer_pretraining, training_engines
 
     engine = training_engines.DeepSpeedTraining
     loss, step, save = engine.loss, engine.step, torch.save
@@ -102,6 +107,13 @@ def _sabotaged(what: str):
             raise OSError(28, "No space left on device")
         return save(state, file, *arguments, **options)
 
+    write_model = trainer_pretraining.RecipeTrainer._save
+
+    def full_disk_for_the_model(self, folder, *arguments, **options):
+        if "step-00000010" in folder and dist.get_rank() == 0:
+            raise SafetensorError("No space left on device")
+        write_model(self, folder, *arguments, **options)
+
     def breaking_step(self):
         step(self)
         if self.scheduler.last_epoch == 10 and last_rank:
@@ -112,6 +124,7 @@ def _sabotaged(what: str):
         "loss": lambda: mock.patch.object(engine, "loss", broken_loss),
         "weights": lambda: mock.patch.object(engine, "step", breaking_step),
         "disk": lambda: mock.patch.object(torch, "save", full_disk),
+        "model": lambda: mock.patch.object(trainer_pretraining.RecipeTrainer, "_save", full_disk_for_the_model),
     }
     with patches[what]():
         yield

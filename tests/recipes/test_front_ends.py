@@ -141,10 +141,19 @@ def test_weights_that_broke_are_not_saved(launch):
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch):
-    folder, endings = launch("disk", REFERENCE, sabotage="disk")
+@pytest.mark.parametrize(
+    ("front_end", "sabotage", "failure"),
+    [
+        (REFERENCE, "disk", "rank 1: OSError: [Errno 28] No space left"),
+        ("trainer-zero-1", "disk", "rank 1: OSError: [Errno 28] No space left"),
+        ("trainer-zero-1", "model", "rank 0: OSError: No space left"),
+    ],
+)
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch, front_end, sabotage, failure):
+    """And no rank waits for the one that failed, which would stop this test from ending."""
+    folder, endings = launch(f"{front_end}-{sabotage}", front_end, sabotage=sabotage)
     assert len(set(endings)) == 1
-    assert "the checkpoint of step 10 could not be written (rank 1: OSError: [Errno 28] No space left" in endings[0]
+    assert f"the checkpoint of step 10 could not be written ({failure}" in endings[0]
     assert f"{folder / 'checkpoints' / 'step-00000006'}, is whole: continue with --resume" in endings[0]
     assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000006"]
     assert len(trained_tensors(folder / "checkpoints" / "step-00000006")) > 20

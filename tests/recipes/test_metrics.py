@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trustratio.optimizers import LAMB
+from trustratio.optimizers import LAMB, OPTIMIZERS
 from trustratio.optimizers.noise_scale import RunningNoise, gradient_noise
 from trustratio.recipes import metric_loggers
 from trustratio.recipes.bert_pretraining import main
@@ -207,7 +207,7 @@ def test_records_hold_what_the_optimizer_says_after_every_step(rows, vocabulary)
         average = running.update(noise.model)
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
         assert record["trust_ratios"] == pytest.approx(ratios, rel=1e-9)
-        adapted = [ratio for ratio in ratios.values() if ratio != 1.0]
+        adapted = [ratios[name] for name, p in reference.engine.model.named_parameters() if p.dim() > 1]
         assert (record["trust_ratio_min"], record["trust_ratio_max"]) == pytest.approx((min(adapted), max(adapted)))
         assert record["trust_ratio_median"] == pytest.approx(median(adapted))
         assert record["gradient_signal"] == pytest.approx(noise.model.signal, rel=1e-9)
@@ -217,6 +217,24 @@ def test_records_hold_what_the_optimizer_says_after_every_step(rows, vocabulary)
         assert record["sequences"] == (step + 1) * PLAN.sequences
         assert record["lr"] == 0.01
         assert record["masked_tokens"] > 0
+
+
+def test_an_adapted_ratio_of_exactly_one_counts():
+    """LAMBC clips the large matrix's ratio to 1.0; the small one's is far below, the vector has none."""
+    weights = {"large": torch.full((4, 4), 100.0), "small": torch.full((4, 4), 1e-3), "bias": torch.ones(4)}
+    parameters = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}
+    optimizer = OPTIMIZERS["lambc"].optimizer_class(list(parameters.items()), lr=0.1)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    metrics = StepMetrics(OneProcess(None, optimizer), ModelFlops(1, 1, 1, 1))
+    metrics.add(1, 12, PLAN, 16, 0.1, torch.tensor(3.0), 5, 0.0)
+    (record,) = metrics.fetch()
+    small = record["trust_ratios"]["small"]
+    assert record["trust_ratios"] == {"large": 1.0, "small": small, "bias": 1.0}
+    assert (record["trust_ratio_min"], record["trust_ratio_max"]) == (small, 1.0)
+    assert record["trust_ratio_median"] == pytest.approx((1 + small) / 2)
+    assert small < 0.1
 
 
 def test_rates_follow_from_time_and_batch(rows, vocabulary):

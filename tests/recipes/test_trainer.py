@@ -48,8 +48,8 @@ class Recorder(TrainerCallback):
         self.logs.append((state.global_step, dict(kwargs["logs"])))
 
 
-def trained(folder, micro=8, accumulation=8, steps=1, callback=None, **options):
-    """Train on 64 rows per step; the trainer."""
+def trained(folder, micro=8, accumulation=8, steps=1, callback=None, count=64, logging="steps", **options):
+    """Train on `count` rows, 64 per step unless told otherwise; the trainer."""
     options.setdefault("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.5}))
     arguments = TrainingArguments(
         str(folder),
@@ -59,13 +59,14 @@ def trained(folder, micro=8, accumulation=8, steps=1, callback=None, **options):
         max_grad_norm=1e9,  # so that the norm is logged and nothing is clipped
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
+        logging_strategy=logging,
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
     )
     recorder = Recorder()
-    trainer = Trainer(small_bert(), arguments, train_dataset=rows(), callbacks=[recorder], **options)
+    trainer = Trainer(small_bert(), arguments, train_dataset=rows(count), callbacks=[recorder], **options)
     if callback is not None:
         trainer.add_callback(callback(trainer))
     with contextlib.redirect_stdout(None):
@@ -144,6 +145,38 @@ def test_what_the_callback_logs(tmp_path):
     assert min(matrices) <= logs["trust_ratio/median"] <= max(matrices)
     assert logs["trust_ratio/max"] != 1.0
     assert any("trust_ratio/min" in entry for entry in trainer.state.log_history)
+
+
+def logging_lamb(folder, noise=True, **options):
+    return trained(
+        folder,
+        callback=lambda trainer: TrustRatioCallback(trainer, noise=noise),
+        compute_loss_func=masked_language_modeling_loss,
+        optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", lr=0.01),
+        **options,
+    )
+
+
+def test_the_callback_logs_once_per_epoch_if_the_trainer_does(tmp_path):
+    trainer = logging_lamb(tmp_path, steps=4, accumulation=4, logging="epoch")
+    steps = [step for step, logs in trainer.recorder.logs if "trust_ratio/min" in logs]
+    assert steps == [step for step, logs in trainer.recorder.logs if "loss" in logs] == [2, 4]
+
+
+def test_noise_of_a_single_micro_batch_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"there is 1 \(gradient_accumulation_steps=1 x 1 rank\): halve"):
+        logging_lamb(tmp_path, accumulation=1)
+
+
+def test_a_short_step_at_the_end_of_an_epoch_has_no_noise(tmp_path):
+    trainer = logging_lamb(tmp_path, steps=2, count=72)  # 9 micro-batches, so that the second step has one of 8
+    noise = {step: "gradient_noise/scale" in logs for step, logs in trainer.recorder.logs if "trust_ratio/min" in logs}
+    assert noise == {1: True, 2: False}
+
+
+def test_a_callback_without_trainer_is_told_what_to_do():
+    with pytest.raises(TypeError, match=r"given NoneType: .* call trainer.add_callback\(TrustRatioCallback\(trainer"):
+        TrustRatioCallback()
 
 
 def test_unknown_names_and_options_are_refused_before_training():
