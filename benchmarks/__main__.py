@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.page:
         out.with_suffix(".md").write_text(markdown(results))
         return
-    results["machine"] = {
+    machine = {
         **describe_machine(options.device),
         "copy_gigabytes_per_second": round(copy_bandwidth(options.device, 1 << (20 if options.smoke else 27)) / 1e9, 1),
     }
@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.parts and name not in options.parts:
             continue
         results[name] = measure()
+        results.setdefault("machines", {})[name] = machine
         title, table = PARTS[name]
         print(f"\n{title}\n\n{table(results[name])}", flush=True)
         if not options.smoke:

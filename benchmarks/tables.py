@@ -14,17 +14,24 @@ Rows = dict[str, Any]
 
 def markdown(results: Rows) -> str:
     """The page of all parts that `results` holds."""
-    machine = results["machine"]
-    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("device",))
     sections = [f"## {title}\n\n{table(results[name])}" for name, (title, table) in PARTS.items() if name in results]
     head = (
         "# Benchmarks\n\n"
         "Made by `python -m benchmarks`; the numbers are in [benchmarks.json](benchmarks.json). All contenders of a "
         "table ran in turn in one process (or one set of ranks); times are medians with quartiles, ratios are medians "
         "of the ratios round by round.\n\n"
-        f"{machine['device']}; {facts}."
+        f"{_machines(results['machines'])}"
     )
     return "\n\n".join([head, targets_section(results), *sections]) + "\n"
+
+
+def _machines(machines: dict[str, Rows]) -> str:
+    """One line per machine (and load, and versions), with the parts that were measured on it."""
+    parts: dict[str, list[str]] = {}
+    for name, machine in machines.items():
+        facts = ", ".join(f"{fact} {value}" for fact, value in machine.items() if fact != "device")
+        parts.setdefault(f"{machine['device']}; {facts}", []).append(name)
+    return "\n".join(f"- {', '.join(names)}: {machine}." for machine, names in parts.items())
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
