@@ -21,7 +21,14 @@ import json
 from collections.abc import Sequence
 
 from trustratio.recipes.progress_display import clock
-from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides, check_ranges, set_field
+from trustratio.recipes.recipe_config import (
+    MODEL_SIZES,
+    RecipeConfig,
+    apply_overrides,
+    check_ranges,
+    set_field,
+    with_model_size,
+)
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.recipe_phases import phases_of
 from trustratio.recipes.recipe_presets import DEFAULT_PRESET, get_preset
@@ -138,6 +145,8 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RecipeConf
         if text.startswith("-"):
             raise RecipeError(f"unknown option {text!r}; --help lists them")
     config = get_preset(options.preset)
+    if options.model is not None:
+        config = with_model_size(config, options.model)
     for flag, (section, name) in _FIELDS.items():
         if getattr(options, flag) is not None:
             config = set_field(config, section, name, getattr(options, flag))
@@ -211,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"named configuration (default {DEFAULT_PRESET})")
+    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
     parser.add_argument("--gpus", type=int, default=8, help="data-parallel ranks (default 8)")
     parser.add_argument("--micro_batch", type=int, help="plan this micro-batch instead of the largest that fits")
     for flag, (section, name) in _FIELDS.items():

@@ -233,6 +233,19 @@ def set_field(config: RecipeConfig, section: str, name: str, value: Any) -> Reci
     return dataclasses.replace(config, **{section: changed})
 
 
+def with_model_size(config: RecipeConfig, size: str) -> RecipeConfig:
+    """Return `config` with the model's size replaced by one of `MODEL_SIZES`.
+
+    Raises:
+        RecipeError: there is no such size; the nearest names are given.
+    """
+    if size not in MODEL_SIZES:
+        raise unknown_name("model size", size, MODEL_SIZES)
+    for name, value in MODEL_SIZES[size].items():
+        config = set_field(config, "model", name, value)
+    return config
+
+
 def from_dict(values: Mapping[str, Any]) -> RecipeConfig:
     """Rebuild a configuration from `RecipeConfig.to_dict`, checking names and types."""
     config = RecipeConfig(preset=str(values.get("preset", "custom")))

@@ -15,6 +15,7 @@ from trustratio.recipes.recipe_config import (
     is_override,
     load_config,
     set_field,
+    with_model_size,
 )
 from trustratio.recipes.recipe_errors import RecipeError, unknown_name
 from trustratio.recipes.recipe_presets import DEFAULT_PRESET, PRESETS, TWIN_SIZES, get_preset
@@ -85,7 +86,7 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     checkpoint = find_checkpoint(Path(options.resume)) if options.resume else None
     config = _base(options.preset, checkpoint)
     if options.model is not None:
-        config = _sized(config, options.model)
+        config = with_model_size(config, options.model)
     given = {text.partition("=")[0].strip() for text in overrides}
     if options.data is not None:
         if not sources:
@@ -119,14 +120,6 @@ def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
     if checkpoint is not None:
         return load_config(run_of(checkpoint) / CONFIG)
     return get_preset(DEFAULT_PRESET)
-
-
-def _sized(config: RecipeConfig, size: str) -> RecipeConfig:
-    if size not in MODEL_SIZES:
-        raise unknown_name("model size", size, MODEL_SIZES)
-    for name, value in MODEL_SIZES[size].items():
-        config = set_field(config, "model", name, value)
-    return config
 
 
 class _Parser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from trustratio.recipes import recipe_optimizers
+from trustratio.recipes.global_batch import plan_batch
 from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
 from trustratio.recipes.recipe_config import ModelConfig, RecipeConfig
 from trustratio.recipes.recipe_errors import RecipeError
@@ -159,6 +160,8 @@ def memory_parts(
         live = min(elements, int(_number(zero, "stage3_max_live_parameters", _REUSE)))
         parts.append(MemoryPart("small weights kept whole", width * kept, True))
         parts.append(MemoryPart("gathered weights", width * max(0, live - kept), False))
+    if stage in (1, 2):  # seen in some runs of real engines, not in all
+        parts.append(MemoryPart("kept embedding gradient", width * size.vocabulary * size.shape.hidden, True))
     parts.append(MemoryPart("gradients", width * (share if stage >= 2 else elements), stage == 3))
     if accumulate_fp32:
         parts.append(MemoryPart("fp32 sum of gradients", _FP32 * elements, True))
@@ -318,6 +321,8 @@ def plan_phase(
         below = phase.global_batch // gpus * gpus
         nearest = " and ".join(f"{batch:,}" for batch in (below, below + gpus) if batch)
         problem = f"{phase.global_batch:,} sequences are not divisible by {gpus} GPUs; nearest: {nearest}"
+    elif micro:
+        problem = _undivided(phase.global_batch, micro, gpus)
     per_rank = max(1, phase.global_batch // gpus)
 
     def total(candidate: int) -> float:
@@ -362,6 +367,15 @@ def plan_phase(
     )
 
 
+def _undivided(global_batch: int, micro: int, gpus: int) -> str:
+    """Return the recipe's complaint about a global batch that the micro-batch does not divide, or ""."""
+    try:
+        plan_batch(global_batch, micro, gpus)
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
 def divisors(number: int) -> list[int]:
     """Return the divisors of a positive number, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
@@ -397,6 +411,7 @@ def check_fits(
     size = model_size(config, vocabulary_size)
     for phase in phases_of(config):
         parts = memory_parts(size, config, phase, phase.micro_batch, ranks, settings)
+        parts.append(MemoryPart("reserved", Machine().reserve, True))  # as much as plan.py leaves
         needed = sum(part.bytes for part in parts)
         if needed > memory:
             raise RecipeError(_does_not_fit(size, config, phase, ranks, memory, parts, needed))
@@ -413,11 +428,9 @@ def _does_not_fit(
 ) -> str:
     listed = ", ".join(f"{part.name} {_gib(part.bytes)}" for part in sorted(parts, key=lambda part: -part.bytes))
     option = "--micro_batch" if phase.number == 1 else "phase_two.micro_batch="
-    plan = plan_phase(size, config, phase, ranks, Machine(memory=memory, reserve=0))
+    plan = plan_phase(size, config, phase, ranks, Machine(memory=memory))
     checkpointed = dataclasses.replace(config.training, activation_checkpointing=True)
-    again = plan_phase(
-        size, dataclasses.replace(config, training=checkpointed), phase, ranks, Machine(memory=memory, reserve=0)
-    )
+    again = plan_phase(size, dataclasses.replace(config, training=checkpointed), phase, ranks, Machine(memory=memory))
     advice = [f"{option} {plan.micro} fits".replace("= ", "=")] if plan.fits else []
     if again.fits and again.micro > plan.micro:
         advice.append(f"with training.activation_checkpointing=true, {option} {again.micro}".replace("= ", "="))

@@ -251,11 +251,12 @@ def test_an_optimizer_that_always_diverged_comes_last():
 
 @pytest.mark.slow
 def test_a_comparison_of_the_recipe_itself(text_folder, tmp_path, capsys):
-    """Two real runs: same data order, so the losses before the first update are the same."""
+    """Two real runs of two phases: same data order, so the losses before the first update are the same."""
     small = [
         *("--data", f"{text_folder}/*.txt", "--global_batch", "8", "--micro_batch", "8", "--sequence_length", "16"),
         *("--steps", "2", "data.vocabulary=200", "data.validation_fraction=0.2", "data.validation_sequences=10"),
-        *("model.layers=1", "model.hidden=16", "model.intermediate=16", "model.max_positions=16"),
+        *("model.layers=1", "model.hidden=16", "model.intermediate=16", "model.max_positions=32"),
+        *("phase_two.steps=1", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=8"),
     ]
     output = tmp_path / "runs"
     command = ["--optimizers", "lamb,adamw", "--lrs", "0.01", "--allow-single-lr", "--output", str(output), *small]
@@ -264,6 +265,7 @@ def test_a_comparison_of_the_recipe_itself(text_folder, tmp_path, capsys):
     assert sorted(lines) == ["adamw-lr0.01-seed1", "lamb-lr0.01-seed1"]
     first = [next(r["loss"] for r in map(json.loads, of_run) if r["kind"] == "train") for of_run in lines.values()]
     assert first[0] == first[1]
+    assert {r["steps"] for r in json.loads((output / "comparison.json").read_text())["runs"]} == {3}
     assert (output / "lamb-lr0.01-seed1" / "report.html").exists()
 
 

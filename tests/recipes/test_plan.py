@@ -176,6 +176,35 @@ def test_the_command_prints_tables(capsys):
         assert words in printed
 
 
+def test_a_micro_batch_that_does_not_divide_is_a_problem_with_the_nearest_sizes(capsys):
+    arguments = ["--preset", "lamb-64k-32k", "--gpus", "8", "--memory", "80", "--most_gpus", "1"]
+    assert main([*arguments, "--micro_batch", "48"]) == 1
+    printed = capsys.readouterr().out
+    assert "micro-batch x ranks = 48 x 8 = 384; nearest possible global batches: 65280 and 65664" in printed
+    assert "or keep 65536 with --micro_batch 32" in printed
+    assert "= micro-batch 48" not in printed
+    main([*arguments, "--micro_batch", "32"])
+    assert "= micro-batch 32 x accumulation 256 x 8 GPUs" in capsys.readouterr().out
+
+
+def test_the_model_is_chosen_by_name_as_in_the_recipe(capsys):
+    assert main(["--preset", "lamb-64k-32k", "--model", "base", "--most_gpus", "1"]) == 0
+    assert "BERT 12 x 768" in capsys.readouterr().out
+    assert main(["--model", "bsae"]) == 2
+    assert "unknown model size 'bsae'" in capsys.readouterr().err
+
+
+def test_the_recipe_refuses_what_the_plan_calls_too_large():
+    config = with_training(get_preset("lamb-64k-32k"), precision="bf16")
+    size, phase = model_size(config), phases_of(config)[0]
+    plan = plan_phase(size, config, phase, 8, Machine())
+    config = with_training(config, micro_batch=plan.micro)
+    config = dataclasses.replace(config, phase_two=dataclasses.replace(config.phase_two, steps=0))
+    check_fits(config, None, 8, plan.total)
+    with pytest.raises(RecipeError, match=r"reserved 2\.00 GiB"):
+        check_fits(config, None, 8, plan.total - 1)
+
+
 def test_bad_input_and_what_does_not_fit_have_exit_codes(capsys):
     assert main(["--preset", "lamb-64k-32"]) == 2
     assert "nearest: lamb-64k-32k" in capsys.readouterr().err
@@ -208,6 +237,6 @@ def test_the_recipe_refuses_before_it_builds_anything(monkeypatch):
     bert_pretraining.check_run(invocation)
     monkeypatch.setattr(bert_pretraining, "device_memory", lambda: GIB // 4)
     with pytest.raises(
-        RecipeError, match=r"phase 1 of lamb-64k-32k-small needs .* GPU here has 0\.25 GiB: optimizer state 0"
+        RecipeError, match=r"phase 1 of lamb-64k-32k-small needs .* GPU here has 0\.25 GiB: reserved 2\.00 GiB, optim"
     ):
         bert_pretraining.check_run(invocation)
