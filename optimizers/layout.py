@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from math import prod
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from .late_imports import call_after_import
 
 __all__ = ["Backend", "Layer", "Layout", "LayoutError", "Shard", "local_part", "register_backend", "resolve_layout"]
 
@@ -207,21 +209,42 @@ class Backend(Protocol):
         """Return the layout of the (group index, local tensor) pairs, or None if this wrapper did not make them."""
 
 
+GUARDS = ("accelerate", "transformers.trainer")
+"""Wrappers that may train with another optimizer without ever asking ours: their backends say so. So they are needed
+also where the wrapper is imported after the optimizer was constructed, while others are asked for at the first step."""
+
+
 @dataclass
 class _Backends:
     registered: list[Backend] = field(default_factory=list)
     tried: set[str] = field(default_factory=set)
+    watching: bool = False
+
+    def watch_for_guards(self) -> None:
+        """See to it that guards are loaded whenever their wrapper is imported."""
+        if not self.watching:
+            self.watching = True
+            call_after_import(GUARDS, self._load_guard)
 
     def load(self) -> list[Backend]:
         """Import the backends of those wrappers that the program has imported, and return all known backends."""
         for entry_point in entry_points(group="trustratio.backends"):
-            if entry_point.name in sys.modules and entry_point.name not in self.tried:
-                self.tried.add(entry_point.name)
-                try:
-                    entry_point.load()
-                except ImportError as error:
-                    warnings.warn(f"trustratio cannot use {entry_point.name}: {error}", stacklevel=4)
+            if entry_point.name in sys.modules:
+                self._try(entry_point)
         return self.registered
+
+    def _load_guard(self, wrapper: str) -> None:
+        for entry_point in entry_points(group="trustratio.backends", name=wrapper):
+            self._try(entry_point)
+
+    def _try(self, entry_point: EntryPoint) -> None:
+        if entry_point.name in self.tried:
+            return
+        self.tried.add(entry_point.name)
+        try:
+            entry_point.load()
+        except ImportError as error:
+            warnings.warn(f"trustratio cannot use {entry_point.name}: {error}", stacklevel=5)
 
 
 _backends = _Backends()
@@ -233,7 +256,8 @@ def register_backend(backend: Backend) -> None:
 
 
 def admit(optimizer_class: type[torch.optim.Optimizer]) -> None:
-    """Make the class acceptable to every wrapper that is imported."""
+    """Make the class acceptable to every wrapper that is imported, and have guards wait for those that are not."""
+    _backends.watch_for_guards()
     for backend in _backends.load():
         backend.admit(optimizer_class)
 

@@ -36,7 +36,7 @@ from trustratio.recipes.recipe_phases import Phase, carry_over, describe_plan, p
 from trustratio.recipes.recipe_presets import list_presets
 from trustratio.recipes.run_plan import check_fits
 from trustratio.recipes.run_report import write_report
-from trustratio.recipes.step_metrics import StepMetrics, check_noise_scale
+from trustratio.recipes.step_metrics import StepMetrics, check_noise_scale, measures_noise
 from trustratio.recipes.stop_requests import StopRequests
 from trustratio.recipes.training_engines import TrainingEngine
 from trustratio.recipes.training_loop import TrainingLoop
@@ -309,7 +309,7 @@ def train(
         engine,
         ModelFlops(shape.layers, shape.hidden, shape.intermediate, vocabulary),
         peak_of(engine.device, config.training.precision, config.run.peak_tflops),
-        config.run.noise_scale,
+        measures_noise(config, run.plans),
     )
     metrics = MetricLoggers(checkpoints.folder.parent, config.run.loggers, config.to_dict(), active=reporter.active)
     display = reporter.training_bar(run.first, run.last, config.run.print_every)

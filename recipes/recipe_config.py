@@ -156,8 +156,8 @@ class RunConfig:
     """How often, in steps, a run logs, prints, validates and writes checkpoints (0: only at the end).
 
     Every step is logged; `log_every` is how many steps' values are brought from the device together. `loggers` are
-    "tensorboard" and "wandb", besides metrics.jsonl. `noise_scale` measures the gradient noise scale. `peak_tflops` is
-    what one device can do at most, for the utilisation; None: from a table of devices.
+    "tensorboard" and "wandb", besides metrics.jsonl. `noise_scale` measures the gradient noise scale; None: where that
+    is possible. `peak_tflops` is what one device can do at most, for the utilisation; None: from a table of devices.
     """
 
     log_every: int = 10
@@ -166,7 +166,7 @@ class RunConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     loggers: tuple[str, ...] = ()
-    noise_scale: bool = False
+    noise_scale: bool | None = None
     peak_tflops: float | None = None
 
 
@@ -361,6 +361,7 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
         if value is None:
             return None
         expected = next(t for t in typing.get_args(expected) if t is not type(None))
+        origin = typing.get_origin(expected)
     if origin is tuple and isinstance(value, str):
         return (value,)
     if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -25,6 +25,15 @@ from trustratio.recipes.recipe_config import RecipeConfig
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.recipe_optimizers import is_baseline
 from trustratio.recipes.training_engines import TrainingEngine
+
+
+def measures_noise(config: RecipeConfig, plans: Sequence[BatchPlan]) -> bool:
+    """Tell whether the run measures the gradient noise scale: as configured, or wherever it can in all phases."""
+    if config.run.noise_scale is not None:
+        return config.run.noise_scale
+    several = all(plan.ranks * plan.accumulation >= 2 for plan in plans)
+    # Norms are taken of whole parameters' gradients, which segments cut into several layers.
+    return several and not is_baseline(config.optimizer.name) and "segments" not in config.optimizer.options
 
 
 def check_noise_scale(config: RecipeConfig, plan: BatchPlan) -> None:
@@ -142,7 +151,7 @@ class StepMetrics:
         values = _to_host([losses, *(t for h in held for t in _tensors(h))], self.engine.device)
         seconds = max(time.perf_counter() - self._since, 1e-9) / len(held)
         self._since = time.perf_counter()
-        optimizer = self.engine.optimizer
+        optimizer, memory = self.engine.optimizer, self._memory()
         adapted = optimizer.adapted_layers() if isinstance(optimizer, LayerwiseOptimizer) else set()
         for h, loss in zip(held, next(values), strict=True):
             h.record["loss"] = loss
@@ -150,12 +159,15 @@ class StepMetrics:
             _add_ratios(h.record, dict(zip(h.ratios[0], next(values), strict=True)), adapted)
             if h.norms is not None:
                 self._add_noise(h, next(values))
-        last = held[-1].record
-        last["gradient_norm"] = self.engine.gradient_norm()
-        last["host_memory_bytes"] = psutil.Process().memory_info().rss
-        if self.engine.device.type == "cuda":
-            last["device_peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.engine.device)
+            h.record |= memory
+        held[-1].record["gradient_norm"] = self.engine.gradient_norm()
         return [h.record for h in held]
+
+    def _memory(self) -> dict[str, int]:
+        memory = {"host_memory_bytes": psutil.Process().memory_info().rss}
+        if self.engine.device.type == "cuda":
+            memory["device_peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.engine.device)
+        return memory
 
     def _add_rates(self, held: _Held, seconds: float) -> None:
         tokens = held.plan.sequences * held.length

@@ -41,7 +41,7 @@ from trustratio.recipes.recipe_options import Invocation, parse_command_line
 from trustratio.recipes.recipe_parts import RecipeParts
 from trustratio.recipes.recipe_phases import carry_over
 from trustratio.recipes.recipe_presets import list_presets
-from trustratio.recipes.step_metrics import StepMetrics
+from trustratio.recipes.step_metrics import StepMetrics, measures_noise
 from trustratio.recipes.stop_requests import StopRequests
 from trustratio.recipes.token_masking import MaskedBatch
 from trustratio.recipes.training_engines import DistributedTraining, postponed_failures, set_batch_plan
@@ -395,7 +395,7 @@ class _Records(TrainerCallback):
             self.engine,  # type: ignore[arg-type]
             ModelFlops(shape.layers, shape.hidden, shape.intermediate, vocabulary),
             peak_of(args.device, self.run.config.training.precision, self.often.peak_tflops),
-            self.often.noise_scale,
+            measures_noise(self.run.config, self.run.plans),
         )
         self._begin_phase()
 

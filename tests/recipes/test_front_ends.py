@@ -88,6 +88,7 @@ def test_the_phases_follow_their_plan(runs):
     rates = [0.02 * (6 - max(k, 1)) / 5 if k else 0.02 for k in range(6)] + [0.01 * (4 - k) / 4 for k in range(4)]
     assert [r["lr"] for r in steps] == pytest.approx(rates)
     assert (folder / "checkpoints" / "step-00000006").is_dir()  # at the border
+    assert all("noise_scale" in r for r in steps)  # four micro-batches per update in both phases
     validations = records(folder, "validation")
     assert [r["step"] for r in validations] == [5, 6, 10]
 

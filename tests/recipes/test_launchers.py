@@ -61,8 +61,8 @@ def expected(text_folder, folder):
     return losses(folder / "alone")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", "zero2"])
+# One of each kind is quick enough to run always; the others repeat it with another wrapper or launcher.
+@pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_accelerate_launch_with_the_shipped_configurations(text_folder, folder, expected, config):
     # `accelerate launch` is this module; the `accelerate` command also imports every model library it finds.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -72,8 +72,7 @@ def test_accelerate_launch_with_the_shipped_configurations(text_folder, folder, 
     assert losses(folder / config) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_two_nodes_on_loopback_train_like_one_process(text_folder, folder, expected, launcher):
     port, output = free_port(), folder / launcher
     hosts = folder / "hostfile"

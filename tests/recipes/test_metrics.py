@@ -32,7 +32,7 @@ from trustratio.recipes.recipe_config import (
 )
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.run_folder import read_metrics
-from trustratio.recipes.step_metrics import StepMetrics, check_noise_scale
+from trustratio.recipes.step_metrics import StepMetrics, check_noise_scale, measures_noise
 from trustratio.recipes.training_loop import TrainingLoop
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, intermediate=40, max_positions=16)
@@ -249,8 +249,7 @@ def test_rates_follow_from_time_and_batch(rows, vocabulary):
         assert record["model_flops_per_second"] == pytest.approx(flops / seconds)
         assert record["utilisation"] == pytest.approx(flops / seconds / 1e9)
         assert 0 <= record["data_wait_seconds"] < seconds
-    assert records[-1]["host_memory_bytes"] > 1e7
-    assert "host_memory_bytes" not in records[0]
+        assert record["host_memory_bytes"] > 1e7
 
 
 def test_validation_is_not_training(rows, vocabulary):
@@ -303,6 +302,15 @@ def test_a_noise_scale_that_cannot_be_measured_is_refused():
         check_noise_scale(config, BatchPlan(4, 1, 1))
     with pytest.raises(RecipeError, match="'adamw' does not"):
         check_noise_scale(RecipeConfig(run=config.run, optimizer=OptimizerConfig(name="adamw")), PLAN)
+
+
+def test_noise_is_measured_by_default_where_it_can_be():
+    one = BatchPlan(4, 1, 1)
+    assert measures_noise(RecipeConfig(), [PLAN, PLAN])
+    assert not measures_noise(RecipeConfig(), [PLAN, one])
+    assert not measures_noise(RecipeConfig(optimizer=OptimizerConfig(name="adamw")), [PLAN])
+    assert not measures_noise(RecipeConfig(optimizer=OptimizerConfig(options={"segments": 2})), [PLAN])
+    assert not measures_noise(RecipeConfig(run=RunConfig(noise_scale=False)), [PLAN])
 
 
 def test_loggers_are_named_without_quotes():

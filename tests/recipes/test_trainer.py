@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -220,3 +222,27 @@ def test_groups_in_another_optimizer_are_told_from_wrappers():
     with pytest.raises(ReplacedOptimizerError, match="Adam was made from the parameter groups"):
         taken.step()
     assert torch.equal(lamb.param_groups[0]["params"][0].detach(), torch.ones(2, 2))
+
+
+LATE_IMPORT = """
+import sys
+import torch
+from trustratio.optimizers import LAMB
+
+assert not {"accelerate", "transformers"} & set(sys.modules)
+lamb = LAMB([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+assert not [name for name in sys.modules if name.startswith("trustratio.integrations.")]
+from transformers import Trainer
+from transformers.trainer import DEFAULT_CALLBACKS
+
+print([callback.__name__ for callback in DEFAULT_CALLBACKS].count("DroppedOptimizerGuard"))
+lamb.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+torch.optim.Adam(lamb.param_groups).step()
+"""
+
+
+def test_the_guards_are_set_when_the_trainer_is_imported_after_the_optimizer_was_constructed():
+    found = subprocess.run([sys.executable, "-c", LATE_IMPORT], capture_output=True, text=True, timeout=120)
+    assert found.stdout == "1\n", found.stderr
+    assert "ReplacedOptimizerError: Adam was made from the parameter groups" in found.stderr
+    assert "trustratio cannot use" not in found.stderr
