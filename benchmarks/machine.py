@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from benchmarks.timing import quartiles, synchronize
+from trustratio.recipes import machine_description
 
 __all__ = ["available_memory", "copy_bandwidth", "describe_machine"]
 
@@ -21,12 +20,9 @@ PACKAGES = ("torch", "deepspeed", "timm", "pytorch_optimizer", "triton", "apex")
 def describe_machine(device: str) -> dict[str, object]:
     """Processor or GPU, threads, versions, and the load by others when the measurement began."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "cores": os.cpu_count(),
+        **machine_description.describe_machine(device, PACKAGES),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
@@ -53,20 +49,3 @@ def available_memory(device: str) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
-        flags = next((line for line in lines if line.startswith("flags")), "")
-        widest = next((name for name in ("avx512f", "avx2") if f" {name} " in f"{flags} "), "")
-        return ", ".join([*sorted(names), *([widest] if widest else [])])
-    return platform.processor() or platform.machine()

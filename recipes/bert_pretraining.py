@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
 from deepspeed.accelerator import get_accelerator
 
 from trustratio.recipes import deepspeed_settings, rank_agreement, recipe_optimizers, run_folder
 from trustratio.recipes.batch_feed import default_workers
 from trustratio.recipes.front_ends import DeepSpeedFrontEnd, FrontEnd
 from trustratio.recipes.global_batch import BatchPlan
+from trustratio.recipes.machine_description import describe_machine
 from trustratio.recipes.masked_language_model import padded_vocabulary
 from trustratio.recipes.metric_loggers import MetricLoggers, check_loggers
 from trustratio.recipes.model_flops import ModelFlops, peak_of
@@ -90,6 +88,16 @@ def main(arguments: Sequence[str] | None = None, front_end: FrontEnd | None = No
         arguments: the command line without the program's name; None: this process's.
         front_end: what wraps the model; None: DeepSpeed.
     """
+    front_end = front_end or DeepSpeedFrontEnd()
+    return run_command(arguments, lambda invocation: check_run(invocation, front_end), pretrain)
+
+
+def run_command(
+    arguments: Sequence[str] | None,
+    check: Callable[[Invocation], CheckedRun],
+    train: Callable[[CheckedRun, Reporter], None],
+) -> int:
+    """Read the command line, `check` it, announce the run and `train` it; return the exit status as `main` has it."""
     reporter = Reporter(active=rank_agreement.rank() == 0)
     try:
         invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
@@ -97,21 +105,15 @@ def main(arguments: Sequence[str] | None = None, front_end: FrontEnd | None = No
             for line in list_presets():
                 reporter.line(line)
             return 0
-        run = check_run(invocation, front_end or DeepSpeedFrontEnd())
+        run = check(invocation)
         announce(run, reporter)
-        if not run.invocation.dry_run:
-            pretrain(run, reporter)
-    except RecipeError as error:
-        if reporter.active:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
-    except TrainingFailure as failure:
-        if reporter.active:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-        return FAILED
+        if not invocation.dry_run:
+            train(run, reporter)
+    except (RecipeError, TrainingFailure) as error:
+        reporter.error(f"error: {error}")
+        return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT
     except KeyboardInterrupt:
-        if reporter.active:
-            print("interrupted before training began; nothing was written", file=sys.stderr, flush=True)
+        reporter.error("interrupted before training began; nothing was written")
         return INTERRUPTED
     finally:
         if dist.is_initialized():
@@ -439,10 +441,7 @@ def claim_output(run: CheckedRun) -> Path:
 
 def _environment(run: CheckedRun) -> dict[str, Any]:
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
+        **describe_machine(get_accelerator().device_name()),
         "accelerator": get_accelerator().device_name(),
         "ranks": run.plans[0].ranks,
         "micro_batch": run.plans[0].micro,

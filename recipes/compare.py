@@ -408,10 +408,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the runs")
     parser.add_argument("--report", type=Path, help="path of the report without suffix (default: OUTPUT/comparison)")
     parser.add_argument("--launcher", default=sys.executable, help='e.g. "deepspeed --num_gpus 8" (default: Python)')
-    options, passed_on = parser.parse_known_args(arguments)
-    # `--lrs 3 model.layers=4`: argparse gives a list flag all that follows it.
-    passed_on = [text for text in options.lrs if is_override(text)] + passed_on
-    options.lrs = [text for text in options.lrs if not is_override(text)]
+    # `--lrs 3 model.layers=4`: argparse would give a list flag all that follows it.
+    options, passed_on = parser.parse_known_args([text for text in arguments if not is_override(text)])
+    passed_on += filter(is_override, arguments)
     for text in passed_on:
         key = text.partition("=")[0].strip()  # --lr 0.1, --lr=0.1, optimizer.lr=0.1
         if key in _INSTEAD:
@@ -465,8 +464,8 @@ def compare(arguments: Sequence[str]) -> str:
 
 def _of_first_run(folder: Path) -> dict[str, Any]:
     entropies = [r["unigram_entropy"] for r in run_folder.read_metrics(folder) if "unigram_entropy" in r]
-    versions = json.loads((folder / run_folder.ENVIRONMENT).read_text())
-    return {"unigram_entropy": entropies[-1] if entropies else None, "versions": versions}
+    environment = json.loads((folder / run_folder.ENVIRONMENT).read_text())
+    return {"unigram_entropy": entropies[-1] if entropies else None, "environment": environment}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from trustratio.recipes.checkpoint_export import export_checkpoint, is_exported
 from trustratio.recipes.fine_tuning_data import LabelledTexts, Questions, data_names, load_data
 from trustratio.recipes.fine_tuning_metrics import METRICS, squad_scores
 from trustratio.recipes.fine_tuning_questions import best_answers, windows
+from trustratio.recipes.machine_description import describe_machine
 from trustratio.recipes.progress_display import Reporter
 from trustratio.recipes.recipe_errors import RecipeError
 
@@ -93,11 +93,7 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
         "seeds": arguments.seeds,
         "scores": scores,
         "mean": {start: _means(found) for start, found in scores.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": describe_machine(),
     }
     for line in _table(results):
         reporter.line(line)

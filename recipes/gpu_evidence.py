@@ -33,6 +33,7 @@ if __name__ == "__main__" and sys.path and os.path.realpath(sys.path[0]) == os.p
 import torch
 
 from trustratio.recipes import rate_grids, run_folder
+from trustratio.recipes.machine_description import describe_machine
 from trustratio.recipes.recipe_errors import RecipeError
 
 _FOLDER = Path(__file__).resolve().parent
@@ -151,12 +152,10 @@ def machine() -> dict[str, Any]:
     """Describe the machine and the versions."""
     properties = torch.cuda.get_device_properties(0)
     return {
-        "device": properties.name,
+        **describe_machine("cuda"),
         "device_memory_gib": round(properties.total_memory / 2**30, 1),
         "devices": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "cpus": os.cpu_count(),
     }
 
 

@@ -26,6 +26,11 @@ class Reporter:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def error(self, text: str) -> None:
+        """Print a line to the error stream."""
+        if self.active:
+            print(text, file=sys.stderr, flush=True)
+
     def progress(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield `items` with a progress bar on a terminal, else after one line."""
         if self.terminal:

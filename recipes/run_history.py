@@ -26,7 +26,7 @@ class RunHistory:
     Attributes:
         name: of the folder.
         config: resolved configuration by section; {} if it cannot be read.
-        environment: versions, ranks, first and last step; {} if it cannot be read.
+        environment: machine, versions, ranks, first and last step; {} if it cannot be read.
         train: one value per logged step by name, NaN where there is none; `step` ascends.
         validation: the same for validations.
         layers: names of the layers whose trust ratio was ever other than 1.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 from trustratio.recipes import rate_grids
 from trustratio.recipes.learning_rate_schedules import warmup_polynomial
+from trustratio.recipes.machine_description import describe_machine
 from trustratio.recipes.protein_matches import Matches, Table, load_matches
 from trustratio.recipes.recipe_errors import RecipeError
 
@@ -307,10 +307,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"epochs": options.epochs, "hidden": _HIDDEN, "warmup": _WARMUP}
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     try:
         splits = {seed: load_matches(seed) for seed in range(options.seeds + 1)}
-        results = Results(options.output.with_suffix(".json"), {"settings": settings, "versions": versions})
+        results = Results(
+            options.output.with_suffix(".json"), {"settings": settings, "machine": describe_machine("cpu")}
+        )
     except RecipeError as error:
         print(f"tabular: {error}", file=sys.stderr)
         return 2

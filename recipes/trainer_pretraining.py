@@ -11,7 +11,6 @@ import copy
 import functools
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from trustratio.integrations.accelerate import count_ranks_on_cpu
 from trustratio.recipes import bert_pretraining, rank_agreement, run_folder
 from trustratio.recipes.batch_feed import BatchFeed
-from trustratio.recipes.bert_pretraining import BAD_INPUT, FAILED, INTERRUPTED, CheckedRun
+from trustratio.recipes.bert_pretraining import CheckedRun
 from trustratio.recipes.front_ends import AccelerateFrontEnd, DeepSpeedFrontEnd, FrontEnd, without_variable
 from trustratio.recipes.masked_language_model import padded_vocabulary
 from trustratio.recipes.metric_loggers import MetricLoggers
@@ -37,10 +36,9 @@ from trustratio.recipes.packed_sequences import MaskedRows
 from trustratio.recipes.prepared_data import PreparedData
 from trustratio.recipes.progress_display import Reporter, clock
 from trustratio.recipes.recipe_errors import RecipeError, TrainingFailure
-from trustratio.recipes.recipe_options import Invocation, parse_command_line
+from trustratio.recipes.recipe_options import Invocation
 from trustratio.recipes.recipe_parts import RecipeParts
 from trustratio.recipes.recipe_phases import carry_over
-from trustratio.recipes.recipe_presets import list_presets
 from trustratio.recipes.step_metrics import StepMetrics, measures_noise
 from trustratio.recipes.stop_requests import StopRequests
 from trustratio.recipes.token_masking import MaskedBatch
@@ -53,27 +51,7 @@ MODEL = "model"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; return the process's exit status, as `bert_pretraining.main` does."""
-    reporter = Reporter(active=rank_agreement.rank() == 0)
-    try:
-        invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
-        if invocation.list_presets:
-            for line in list_presets():
-                reporter.line(line)
-            return 0
-        run = check_run(invocation)
-        bert_pretraining.announce(run, reporter)
-        if not invocation.dry_run:
-            pretrain(run, reporter)
-    except (RecipeError, TrainingFailure) as error:
-        if reporter.active:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    return bert_pretraining.run_command(arguments, check_run, pretrain)
 
 
 def check_run(invocation: Invocation) -> CheckedRun:
@@ -369,6 +347,7 @@ def training_arguments(run: CheckedRun, folder: Path) -> TrainingArguments:
             logging_nan_inf_filter=False,  # it would hide a loss that became NaN
             ignore_data_skip=True,  # `Updates` begins where the run goes on
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,  # there are none; the Trainer's default looks for them in every backward
             disable_tqdm=True,
             use_cpu=on_cpu and settings is None,
             deepspeed=settings,

@@ -128,7 +128,7 @@ def set_batch_plan(engine: deepspeed.DeepSpeedEngine, plan: BatchPlan) -> None:
 
 @contextlib.contextmanager
 def postponed_failures(writer: Any, method: str) -> Iterator[None]:
-    """Have a method that writes files raise at the end of the block only.
+    """Have a method that writes files raise at the end of the block only, before what fails because of it.
 
     Between their files ranks meet in barriers: one that left at the first failure would keep the others waiting.
 
@@ -152,6 +152,8 @@ def postponed_failures(writer: Any, method: str) -> Iterator[None]:
     setattr(writer, method, write_or_remember)
     try:
         yield
+    except (OSError, RuntimeError) as error:
+        failures.append(error)
     finally:
         setattr(writer, method, write)
     if failures:

@@ -54,9 +54,9 @@ def train(cache: str, environment: dict[str, str], front_end: str, arguments: li
     return "finished"
 
 
-def recipe(text: str, output: Path, *arguments: str) -> list[str]:
+def recipe(text: str, output: Path, *arguments: str, settings: tuple[str, ...] = SMALL) -> list[str]:
     """Return the command line of a small run."""
-    return ["--data", f"{text}/*.txt", *SMALL, "--output", str(output), *arguments]
+    return ["--data", f"{text}/*.txt", *settings, "--output", str(output), *arguments]
 
 
 def records(folder: Path, kind: str = "train") -> list[dict]:
@@ -87,44 +87,101 @@ def trained_tensors(checkpoint: Path) -> list[torch.Tensor]:
 def _sabotaged(what: str):
     """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk.
 
-    Or on the first one, which alone writes it: the Trainer's model of step 10.
+    Or on the first one, which alone writes it: the state of step 10 under DDP, the Trainer's model of step 10.
     """
-    from safetensors import SafetensorError
-
-    from trustratio.recipes import trainer_pretraining, training_engines
-
-    engine = training_engines.DeepSpeedTraining
-    loss, step, save = engine.loss, engine.step, torch.save
     last_rank = dist.get_rank() == dist.get_world_size() - 1
+    patches = {
+        "": lambda: [],
+        "loss": lambda: _broken_losses(last_rank),
+        "weights": lambda: _broken_weights(last_rank),
+        "disk": lambda: [_full_disk(last_rank)],
+        "state": lambda: [_full_disk(dist.get_rank() == 0)],
+        "model": lambda: [_full_disk_for_the_model(dist.get_rank() == 0)],
+    }
+    with contextlib.ExitStack() as stack:
+        for patch in patches[what]():
+            stack.enter_context(patch)
+        yield
 
-    def broken_loss(self, batch):
-        value, correct = loss(self, batch)
-        return (value * float("nan") if self.scheduler.last_epoch == 7 and last_rank else value), correct
 
-    def full_disk(state, file, *arguments, **options):
-        if "step-00000010" in str(file) and last_rank:
+def _broken_losses(here: bool) -> list:
+    from trustratio.recipes.trainer_pretraining import RecipeTrainer
+    from trustratio.recipes.training_engines import DataParallelTraining, DeepSpeedTraining
+
+    def of_engine(engine):
+        loss = engine.loss
+
+        def broken(self, batch):
+            value, correct = loss(self, batch)
+            return (value * float("nan") if here and self.scheduler.last_epoch == 7 else value), correct
+
+        return mock.patch.object(engine, "loss", broken)
+
+    training_step = RecipeTrainer.training_step
+
+    def broken_step(self, model, *arguments):
+        if here and self.records.update == 7:
+            _fill(self.parts.model, float("nan"))
+        return training_step(self, model, *arguments)
+
+    of_trainer = mock.patch.object(RecipeTrainer, "training_step", broken_step)
+    return [of_engine(DeepSpeedTraining), of_engine(DataParallelTraining), of_trainer]
+
+
+def _broken_weights(here: bool) -> list:
+    from trustratio.recipes.trainer_pretraining import _Records
+    from trustratio.recipes.training_engines import DataParallelTraining, DeepSpeedTraining
+
+    def of_engine(engine, wrapped):
+        step = engine.step
+
+        def breaking(self):
+            step(self)
+            if here and self.scheduler.last_epoch == 10:
+                _fill(wrapped(self).module, float("inf"))
+
+        return mock.patch.object(engine, "step", breaking)
+
+    on_step_end = _Records.on_step_end
+
+    def breaking_end(self, args, state, control, **options):
+        if here and state.global_step == 10:
+            _fill(self.trainer.parts.model, float("inf"))
+        on_step_end(self, args, state, control, **options)
+
+    return [
+        of_engine(DeepSpeedTraining, lambda training: training.engine),
+        of_engine(DataParallelTraining, lambda training: training.model),
+        mock.patch.object(_Records, "on_step_end", breaking_end),
+    ]
+
+
+def _fill(model: torch.nn.Module, value: float) -> None:
+    next(model.parameters()).data.fill_(value)
+
+
+def _full_disk(here: bool):
+    save = torch.save
+
+    def full(state, file, *arguments, **options):
+        if here and "step-00000010" in str(file):
             Path(file).write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         return save(state, file, *arguments, **options)
 
-    write_model = trainer_pretraining.RecipeTrainer._save
+    return mock.patch.object(torch, "save", full)
 
-    def full_disk_for_the_model(self, folder, *arguments, **options):
-        if "step-00000010" in folder and dist.get_rank() == 0:
+
+def _full_disk_for_the_model(here: bool):
+    from safetensors import SafetensorError
+
+    from trustratio.recipes.trainer_pretraining import RecipeTrainer
+
+    write = RecipeTrainer._save
+
+    def full(self, folder, *arguments, **options):
+        if here and "step-00000010" in folder:
             raise SafetensorError("No space left on device")
-        write_model(self, folder, *arguments, **options)
+        write(self, folder, *arguments, **options)
 
-    def breaking_step(self):
-        step(self)
-        if self.scheduler.last_epoch == 10 and last_rank:
-            next(self.engine.module.parameters()).data.fill_(float("inf"))
-
-    patches = {
-        "": contextlib.nullcontext,
-        "loss": lambda: mock.patch.object(engine, "loss", broken_loss),
-        "weights": lambda: mock.patch.object(engine, "step", breaking_step),
-        "disk": lambda: mock.patch.object(torch, "save", full_disk),
-        "model": lambda: mock.patch.object(trainer_pretraining.RecipeTrainer, "_save", full_disk_for_the_model),
-    }
-    with patches[what]():
-        yield
+    return mock.patch.object(RecipeTrainer, "_save", full)

@@ -92,7 +92,8 @@ def test_a_comparison_makes_a_table_and_a_figure(run, capsys):
 
 
 def test_runs_differ_in_optimizer_rate_and_seed_alone(run):
-    assert run("--optimizers", "lamb,lans", "--lrs", "3", "model.layers=1", "--global_batch", "64") == 0
+    listed = ("--lrs", "3", "model.layers=1", "--seeds", "1", "schedule.degree=2")  # lists that overrides follow
+    assert run("--optimizers", "lamb,lans", *listed, "--global_batch", "64") == 0
     own = ("--optimizer", "--lr", "--output")
     shared = set()
     for line in run.started():
@@ -100,7 +101,7 @@ def test_runs_differ_in_optimizer_rate_and_seed_alone(run):
         shared.add(tuple(w for i, w in enumerate(words) if w not in own and (i == 0 or words[i - 1] not in own)))
     (words,) = shared
     assert words == (
-        *("--preset", "lamb-tiny", "model.layers=1", "--global_batch", "64", "--steps", "4"),
+        *("--preset", "lamb-tiny", "--global_batch", "64", "--steps", "4", "model.layers=1", "schedule.degree=2"),
         *("--seed", "1", "--overwrite"),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.pool import WorkerPool
+from trustratio.recipes.recipe_presets import get_preset
 
-from .front_end_runs import losses, recipe, records, train, trained_tensors
+from .front_end_runs import SMALL, losses, recipe, records, train, trained_tensors
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,mixed_precision"}
 DDP = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
@@ -31,6 +34,8 @@ FRONT_ENDS = {
 }
 REFERENCE = "deepspeed-zero-1"
 NO_DROPOUT = "model.dropout=0"
+FAILING = (REFERENCE, "accelerate-ddp", "trainer-ddp", "trainer-zero-1")
+"""Failures are injected into the loop of the recipe on both of its engines, and into the Trainer's."""
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +43,12 @@ def launch(text_folder, tmp_path_factory):
     """Run the recipe on two ranks; return its folder and how it ended on each rank."""
     pool, root = WorkerPool(2), tmp_path_factory.mktemp("front-ends")
 
-    def start(name: str, front_end: str, *arguments: str, sabotage: str = "") -> tuple[Path, list[str]]:
+    def start(
+        name: str, front_end: str, *arguments: str, sabotage: str = "", settings: tuple[str, ...] = SMALL
+    ) -> tuple[Path, list[str]]:
         environment, script, own = FRONT_ENDS[front_end]
         folder = root / name
-        line = recipe(text_folder, folder, *own, *arguments)
+        line = recipe(text_folder, folder, *own, *arguments, settings=settings)
         return folder, pool.run(train, str(root / "cache"), environment, script, line, sabotage)
 
     yield start
@@ -125,8 +132,9 @@ def test_moments_and_steps_are_carried_over_as_asked(runs):
     assert straight[7] != zeroed[7] != counting[7] != straight[7]
 
 
-def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch):
-    folder, endings = launch("nan", REFERENCE, "run.checkpoint_every=2", sabotage="loss")
+@pytest.mark.parametrize("front_end", FAILING)
+def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch, front_end):
+    folder, endings = launch(f"{front_end}-nan", front_end, "run.checkpoint_every=2", sabotage="loss")
     good = folder / "checkpoints" / "step-00000006"
     assert len(set(endings)) == 1
     assert endings[0].startswith("TrainingFailure: the loss became nan at step 8; the last good checkpoint")
@@ -135,8 +143,9 @@ def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch):
     assert (folder / "report.png").exists()
 
 
-def test_weights_that_broke_are_not_saved(launch):
-    folder, endings = launch("weights", REFERENCE, sabotage="weights")
+@pytest.mark.parametrize("front_end", FAILING)
+def test_weights_that_broke_are_not_saved(launch, front_end):
+    folder, endings = launch(f"{front_end}-weights", front_end, sabotage="weights")
     assert len(set(endings)) == 1
     assert endings[0].startswith("TrainingFailure: after the update of step 10 the loss on held-out text is nan")
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
@@ -146,6 +155,8 @@ def test_weights_that_broke_are_not_saved(launch):
     ("front_end", "sabotage", "failure"),
     [
         (REFERENCE, "disk", "rank 1: OSError: [Errno 28] No space left"),
+        ("accelerate-ddp", "state", "rank 0: OSError: [Errno 28] No space left"),
+        ("trainer-ddp", "model", "rank 0: OSError: No space left"),
         ("trainer-zero-1", "disk", "rank 1: OSError: [Errno 28] No space left"),
         ("trainer-zero-1", "model", "rank 0: OSError: No space left"),
     ],
@@ -159,6 +170,25 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch, front_end, sab
     assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000006"]
     assert len(trained_tensors(folder / "checkpoints" / "step-00000006")) > 20
     assert (folder / "report.png").exists()
+
+
+TWINS = ("lamb-64k-32k-tiny", "lans-96k-33k-tiny", "vr-lamb-64k-32k-tiny", "adamw-64k-tiny")
+
+
+@pytest.mark.parametrize("preset", TWINS)
+def test_twins_of_published_presets_train_both_phases(launch, preset):
+    """With their own model, batches, rates and optimizer options; two updates of each phase, on little text."""
+    few = ("--steps", "2", "phase_two.steps=2", "data.vocabulary=200")
+    little = ("data.validation_fraction=0.2", "data.validation_sequences=8")
+    folder, endings = launch(preset, REFERENCE, settings=("--preset", preset, *few, *little))
+    assert endings == ["finished"] * 2
+    config, done = get_preset(preset), records(folder)
+    batches = [config.training.global_batch] * 2 + [config.phase_two.global_batch] * 2
+    assert [r["sequences"] for r in done] == list(itertools.accumulate(batches))
+    assert config.data.sequence_length < config.phase_two.sequence_length
+    assert all(math.isfinite(r["loss"]) for r in done)
+    assert done[1]["loss"] != done[0]["loss"]
+    assert all(any(ratio != 1 for ratio in r["trust_ratios"]) is not preset.startswith("adamw") for r in done)
 
 
 def test_the_saved_configuration_is_what_was_used(runs):

@@ -62,7 +62,7 @@ def expected(text_folder, folder):
 
 
 # One of each kind is quick enough to run always; the others repeat it with another wrapper or launcher.
-@pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", ["ddp", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_accelerate_launch_with_the_shipped_configurations(text_folder, folder, expected, config):
     # `accelerate launch` is this module; the `accelerate` command also imports every model library it finds.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
