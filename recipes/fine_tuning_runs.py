@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -66,36 +67,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]:
-    """Fine-tune from both starts with every seed; print a table and write the results as JSON.
+    """Fine-tune from both starts with every learning rate and seed; print a table and write the results as JSON.
+
+    Returns:
+        What is written: the options, `runs`, and for each start in `best` the learning rate with the highest first
+        metric, and its means over the seeds.
 
     Raises:
         RecipeError: missing checkpoint or data, or options out of range.
     """
-    options = Options(**{name: getattr(arguments, name) for name in asdict(Options())})
-    _check(options)
+    given = {name: getattr(arguments, name) for name in asdict(Options())}
+    trials = [Options(**{**given, "lr": rate}) for rate in arguments.lr]
+    for options in trials:
+        _check(options)
     data = load_data(arguments.data, arguments.data_folder)
     with tempfile.TemporaryDirectory() as scratch:
         model = pretrained_folder(arguments.checkpoint, arguments.export or Path(scratch, "model"), reporter)
         starts = (PRETRAINED, RANDOM) if not arguments.no_random else (PRETRAINED,)
-        scores: dict[str, list[Scores]] = {start: [] for start in starts}
-        for seed in arguments.seeds:
-            for start in starts:
-                found = fine_tune(model, data, options, seed, start == RANDOM, Path(scratch, "trainer"))
-                scores[start].append(found)
-                shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-                reporter.line(f"{data.name}, seed {seed}, from {start} weights: {shown}")
+        runs: list[dict[str, Any]] = []
+        for options, seed, start in itertools.product(trials, arguments.seeds, starts):
+            found = fine_tune(model, data, options, seed, start == RANDOM, Path(scratch, "trainer"))
+            runs.append({"start": start, "lr": options.lr, "seed": seed, "scores": found})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            reporter.line(f"{data.name}, lr {options.lr:g}, seed {seed}, from {start} weights: {shown}")
     results = {
         "data": data.name,
         "train": len(data.train),
         "validation": len(data.validation),
         "checkpoint": Path(arguments.checkpoint).name,
-        "options": asdict(options),
-        "seeds": arguments.seeds,
-        "scores": scores,
-        "mean": {start: _means(found) for start, found in scores.items()},
+        "options": {**given, "seeds": arguments.seeds},
+        "runs": runs,
+        "best": {start: _best([run for run in runs if run["start"] == start]) for start in starts},
         "machine": describe_machine(),
     }
-    for line in _table(results):
+    for line in _table(runs):
         reporter.line(line)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
@@ -237,21 +242,33 @@ def _check(options: Options) -> None:
             raise RecipeError(f"--optimizer: {error} (or adamw)") from error
 
 
+def _by_rate(runs: Sequence[dict[str, Any]]) -> dict[float, list[Scores]]:
+    return {run["lr"]: [other["scores"] for other in runs if other["lr"] == run["lr"]] for run in runs}
+
+
 def _means(scores: Sequence[Scores]) -> Scores:
     return {name: statistics.fmean(found[name] for found in scores) for name in scores[0]}
 
 
-def _table(results: dict[str, Any]) -> list[str]:
-    names = list(results["mean"][PRETRAINED])
-    lines = [f"| start | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for start, found in results["scores"].items():
-        cells = []
-        for name in names:
-            values = [scores[name] for scores in found]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.4f}{spread}")
-        lines.append(f"| {start} | {' | '.join(cells)} |")
+def _best(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    means = {rate: _means(scores) for rate, scores in _by_rate(runs).items()}
+    rate = max(means, key=lambda rate: next(iter(means[rate].values())))
+    return {"lr": rate, **means[rate]}
+
+
+def _table(runs: Sequence[dict[str, Any]]) -> list[str]:
+    names = list(runs[0]["scores"])
+    lines = [f"| start | lr | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    for start in dict.fromkeys(run["start"] for run in runs):
+        for rate, scores in _by_rate([run for run in runs if run["start"] == start]).items():
+            cells = [_spread([found[name] for found in scores]) for name in names]
+            lines.append(f"| {start} | {rate:g} | {' | '.join(cells)} |")
     return lines
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -269,7 +286,14 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--data_folder", type=Path, help="where the data lie as files, if they are not to be downloaded"
     )
-    for name, kind in (("lr", float), ("epochs", float), ("batch", int), ("length", int), ("optimizer", str)):
+    parser.add_argument(
+        *("--lr", "--lrs"),
+        type=float,
+        nargs="+",
+        default=[defaults.lr],
+        help=f"learning rates to try, each with every seed; default: {defaults.lr:g}",
+    )
+    for name, kind in (("epochs", float), ("batch", int), ("length", int), ("optimizer", str)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help="default: %(default)s")
     parser.add_argument("--weight_decay", type=float, default=defaults.weight_decay, help="default: %(default)s")
     parser.add_argument(

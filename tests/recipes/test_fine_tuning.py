@@ -223,12 +223,26 @@ def test_a_comparison_from_the_command_line(model, package, tmp_path, capsys):
     """The class is one word of the sentence, so even one layer learns it."""
     package([review(i, ("fresh", "rotten")[i % 2]) for i in range(400)])
     output = tmp_path / "results.json"
-    line = ["--checkpoint", model, "--data", "rotten-tomatoes", "--lr", "0.02", "--epochs", "4", "--batch", "16"]
+    line = [
+        "--checkpoint",
+        model,
+        "--data",
+        "rotten-tomatoes",
+        "--lr",
+        "1e-6",
+        "0.02",
+        "--epochs",
+        "4",
+        "--batch",
+        "16",
+    ]
     assert run(*line, "--optimizer", "lamb", "--seeds", "1", "2", "--output", output) == 0
     results = json.loads(output.read_text())
     assert results["train"] + results["validation"] == 400
-    assert results["mean"]["pretrained"]["accuracy"] > 0.95
-    assert len(results["scores"]["random"]) == 2
+    assert results["best"]["pretrained"]["accuracy"] > 0.95
+    tried = [(run["start"], run["lr"], run["seed"]) for run in results["runs"]]
+    assert tried == [(start, lr, seed) for lr in (1e-6, 0.02) for seed in (1, 2) for start in ("pretrained", "random")]
+    assert [results["best"][start]["lr"] for start in ("pretrained", "random")] == [0.02, 0.02]
     printed = capsys.readouterr().out
     assert "| pretrained | " in printed
     assert "| random | " in printed
@@ -243,7 +257,7 @@ def test_glue_from_files(model, task, tmp_path):
     line = ["--checkpoint", model, "--data", task, "--data_folder", tmp_path, "--lr", "0.003", "--seeds", "1"]
     output = tmp_path / "results.json"
     assert run(*line, "--epochs", "1", "--no_random", "--output", output) == 0
-    assert set(json.loads(output.read_text())["mean"]["pretrained"]) == set(GLUE[task].metrics)
+    assert set(json.loads(output.read_text())["best"]["pretrained"]) == {"lr", *GLUE[task].metrics}
 
 
 def test_squad_from_files(model, tmp_path):
@@ -261,7 +275,7 @@ def test_squad_from_files(model, tmp_path):
     line = ["--checkpoint", model, "--data", "squad", "--data_folder", tmp_path, "--lr", "0.01", "--seeds", "1"]
     output = tmp_path / "results.json"
     assert run(*line, "--length", "32", "--epochs", "3", "--batch", "16", "--no_random", "--output", output) == 0
-    assert json.loads(output.read_text())["mean"]["pretrained"]["f1"] > 0.9
+    assert json.loads(output.read_text())["best"]["pretrained"]["f1"] > 0.9
 
 
 def test_bad_options_are_refused(model, package, tmp_path, capsys):
