@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trustratio.optimizers.statistics import BUCKET_ELEMENTS
 from trustratio.recipes import recipe_optimizers
 from trustratio.recipes.global_batch import plan_batch
 from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
@@ -34,8 +35,17 @@ NORM_SUMS: dict[str, tuple[int, ...]] = {
     "novograd": (1,),
     "sngm": (1,),
     "tvlars": (3,),
+    "cowclip": (1,),
+    "clars": (6,),
+    "vrsgd": (6,),
+    "vradam": (6,),
+    "vrlars": (6, 2),
+    "vrlamb": (6, 3),
 }
-"""fp64 numbers per layer in each reduction of one `step()` call, with the default options."""
+"""fp64 numbers per layer in each reduction of one sharded `step()` call, with the default options."""
+
+_GROUP_SUMS = 5
+"""fp64 numbers per layer that statistics of group gradients add up in the step where nothing is sharded."""
 
 _BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in elements
 _PERSISTENT = 10**5  # DeepSpeed's stage3_param_persistence_threshold, in elements
@@ -73,13 +83,22 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What matters of a model: its shape, the sizes of its layers, and per element what the optimizer keeps."""
+    """What matters of a model and its optimizer.
+
+    Attributes:
+        shape: of the configuration.
+        vocabulary: rows of the embedding.
+        layers: elements of each.
+        states: numbers per element that the optimizer keeps.
+        statistics: of group gradients that it needs: "", "norms" or "squares".
+        norm_sums: see `NORM_SUMS`; None where the number is not known.
+    """
 
     shape: ModelConfig
     vocabulary: int
     layers: tuple[int, ...]
     states: int
-    squares: bool
+    statistics: str
     norm_sums: tuple[int, ...] | None
 
     @property
@@ -98,8 +117,7 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
         vocabulary=vocabulary,
         layers=tuple(p.numel() for p in model.parameters()),
         states=_element_states(config, model),
-        squares=getattr(recipe_optimizers.build_optimizer(config.optimizer, model), "group_statistics", "")
-        == "squares",
+        statistics=getattr(recipe_optimizers.build_optimizer(config.optimizer, model), "group_statistics", None) or "",
         norm_sums=() if recipe_optimizers.is_baseline(config.optimizer.name) else _norm_sums(config),
     )
 
@@ -170,9 +188,11 @@ def memory_parts(
     parts.append(MemoryPart("optimizer state", _FP32 * size.states * sharded, True))
     if stage in (1, 2) and not accumulate_fp32:
         parts.append(MemoryPart("fp32 gradients of the step", _FP32 * share, False))
-    if size.squares:
-        whole = elements if stage < 2 else 2**23
+    if size.statistics == "squares":
+        whole = elements if stage < 2 else 0  # until the step, as its gradients
         parts.append(MemoryPart("squares of gradients", _FP32 * (whole + (share if stage else 0)), True))
+        if stage:
+            parts.append(MemoryPart("squares on their way", _FP32 * min(2 * elements, BUCKET_ELEMENTS), False))
     if stage >= 2 or (stage == 1 and not accumulate_fp32):
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         parts.append(MemoryPart("reduction bucket", width * bucket * buffers, stage == 3))
@@ -244,14 +264,31 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
         calls["norms"] = steps * len(size.norm_sums)
         sent["norms"] = 2 * ring * _FP64 * sum(size.norm_sums) * len(size.layers)
     if stage and size.norm_sums is None:
-        calls["norms"], sent["norms"] = groups * 2, 2 * ring * _FP64 * 6 * len(size.layers)
-    if size.squares:
-        rounds = accumulation if stage >= 2 else 1
-        sent["squares of gradients"] = rounds * (2 if stage == 0 else 1) * ring * _FP32 * size.elements
-        calls["squares of gradients"] = rounds * (math.ceil(size.elements / 2**23) if stage >= 2 else 1)
+        calls["norms (a guess)"], sent["norms (a guess)"] = groups * 2, 2 * ring * _FP64 * 6 * len(size.layers)
+    if stage == 0 and size.statistics:
+        calls["norms"], sent["norms"] = 1, 2 * ring * _FP64 * _GROUP_SUMS * len(size.layers)
+    if size.statistics == "squares":
+        calls["squares of gradients"], travels = _squares_traffic(size.elements, stage, accumulation, ranks)
+        sent["squares of gradients"] = travels * (2 if stage == 0 else 1) * ring * _FP32 * size.elements
     calls["scalars"] = 3  # masked tokens and stop flags, gradient norm, overflow
     sent["scalars"] = calls["scalars"] * 2 * ring * _FP64
     return Traffic(sent, calls)
+
+
+def _squares_traffic(elements: int, stage: int, accumulation: int, ranks: int) -> tuple[int, int]:
+    """Return the collectives of an update that send squares, and how often each square travels.
+
+    Whole ones are packed into buckets. Sharded ones are staged in half a bucket: a model that fits is sent once per
+    update, a larger one with every micro-batch from stage 2 on. Stages 1 and 2 cut the parameters' buffer, so
+    a border between two owners makes one more collective; stage 3 cuts every layer.
+    """
+    if stage == 0:
+        return math.ceil(elements / BUCKET_ELEMENTS), 1
+    if elements <= BUCKET_ELEMENTS // 2:
+        return 1, 1
+    travels = accumulation if stage >= 2 else 1
+    borders = travels * (ranks - 1) if stage < 3 else 0
+    return math.ceil(travels * elements / (BUCKET_ELEMENTS // 2)) + borders, travels
 
 
 def flops_per_sequence(size: ModelSize, length: int, masked: float, checkpointing: bool) -> tuple[float, float]:

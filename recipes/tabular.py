@@ -69,8 +69,7 @@ class Candidate:
 def candidates() -> dict[str, Candidate]:
     """Return what is compared, by name."""
     decay = 0.01
-    large = (0.02, 0.04, 0.08, 0.16)
-    adaptive = {1024: (0.003, 0.01, 0.03), 65536: large}
+    adaptive = {1024: (0.003, 0.01, 0.03), 65536: (0.02, 0.04, 0.08, 0.16)}
     return {
         "sgd": Candidate(
             "SGD, momentum 0.9",
@@ -89,9 +88,7 @@ def candidates() -> dict[str, Candidate]:
         ),
         "lamb": Candidate("LAMB", lambda named, lr: LAMB(named, lr, weight_decay=decay), adaptive),
         "lans": Candidate("LANS", lambda named, lr: LANS(named, lr, weight_decay=decay), adaptive),
-        "vrlamb": Candidate(
-            "VR-LAMB", lambda named, lr: VRLAMB(named, lr, weight_decay=decay), {65536: large}, groups=8
-        ),
+        "vrlamb": Candidate("VR-LAMB", lambda named, lr: VRLAMB(named, lr, weight_decay=decay), adaptive, groups=8),
     }
 
 

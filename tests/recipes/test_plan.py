@@ -91,7 +91,7 @@ def test_the_model_is_measured_without_being_built():
     assert size.elements == model == pytest.approx(335e6, rel=0.01)
     assert size.states == 2
     assert size.norm_sums == (3,)
-    assert model_size(get_preset("vr-lamb-64k-32k")).squares
+    assert model_size(get_preset("vr-lamb-64k-32k")).statistics == "squares"
     assert model_size(get_preset("adamw-64k")).norm_sums == ()
 
 
@@ -150,6 +150,22 @@ def test_stage_2_and_3_send_once_per_micro_batch():
     often = {s: traffic(size, with_training(config, zero_stage=s), 16, 8).bytes["gradients"] for s in range(4)}
     assert [often[s] / once[s] for s in range(4)] == [1, 1, 16, 16]
     assert once[0] == pytest.approx(2 * 7 / 8 * 2 * size.elements)
+
+
+def test_squares_of_a_large_model_travel_with_every_micro_batch_from_stage_2_on():
+    config = get_preset("vr-lamb-64k-32k")
+    size = model_size(config)
+    once = 4 * size.elements * 7 / 8
+
+    def sent(stage):
+        plan = traffic(size, with_training(config, zero_stage=stage), 4, 8)
+        return plan.bytes["squares of gradients"] / once, plan.collectives["squares of gradients"]
+
+    buckets = -(-size.elements // 2**23)
+    assert sent(0) == (2, buckets)
+    assert sent(1) == (1, -(-size.elements // 2**22) + 7)
+    assert sent(2) == (4, -(-4 * size.elements // 2**22) + 4 * 7)
+    assert sent(3) == (4, -(-4 * size.elements // 2**22))
 
 
 def test_flops_are_six_per_weight_and_token_and_attention():
