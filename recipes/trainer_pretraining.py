@@ -310,16 +310,30 @@ class RecipeTrainer(Trainer):
         self.reporter.line(f"step {step}: checkpoint {path}")
 
     def _save_into(self, model: Any, trial: Any, folder: Path) -> None:
+        engine = self.model_wrapped if isinstance(self.model_wrapped, DeepSpeedEngine) else None
         usual = self.args.output_dir
         self.args.output_dir = str(folder)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(postponed_failures(self, "_save"))  # the model, on the first rank
-                if isinstance(self.model_wrapped, DeepSpeedEngine):
-                    stack.enter_context(postponed_failures(self.model_wrapped.checkpoint_engine, "save"))
+                if engine is not None:
+                    stack.enter_context(postponed_failures(engine.checkpoint_engine, "save"))
+                    stack.enter_context(_without_latest(engine))
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = usual
+        if engine is not None and rank_agreement.rank() == 0:
+            (trainers_part(folder) / "latest").write_text(f"global_step{engine.global_steps}")
+
+
+@contextlib.contextmanager
+def _without_latest(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Keep DeepSpeed from writing its file `latest`, which the first rank does while the others wait for it."""
+    engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
+    try:
+        yield
+    finally:
+        del engine.save_checkpoint
 
 
 def training_arguments(run: CheckedRun, folder: Path) -> TrainingArguments:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -87,7 +89,8 @@ def trained_tensors(checkpoint: Path) -> list[torch.Tensor]:
 def _sabotaged(what: str):
     """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk.
 
-    Or on the first one, which alone writes it: the state of step 10 under DDP, the Trainer's model of step 10.
+    Or on the first one, which alone writes it: of step 10 the state under DDP, the Trainer's model, or DeepSpeed's
+    file `latest`.
     """
     last_rank = dist.get_rank() == dist.get_world_size() - 1
     patches = {
@@ -97,6 +100,7 @@ def _sabotaged(what: str):
         "disk": lambda: [_full_disk(last_rank)],
         "state": lambda: [_full_disk(dist.get_rank() == 0)],
         "model": lambda: [_full_disk_for_the_model(dist.get_rank() == 0)],
+        "latest": lambda: _full_disk_for_latest(dist.get_rank() == 0),
     }
     with contextlib.ExitStack() as stack:
         for patch in patches[what]():
@@ -185,3 +189,14 @@ def _full_disk_for_the_model(here: bool):
         write(self, folder, *arguments, **options)
 
     return mock.patch.object(RecipeTrainer, "_save", full)
+
+
+def _full_disk_for_latest(here: bool) -> list:
+    open_file = io.open
+
+    def full(path, *arguments, **options):
+        if here and "step-00000010" in str(path) and Path(path).name == "latest":
+            raise OSError(28, "No space left on device")
+        return open_file(path, *arguments, **options)
+
+    return [mock.patch.object(module, "open", full) for module in (io, builtins)]

@@ -79,6 +79,14 @@ def test_every_front_end_gives_the_same_first_ten_losses(runs, front_end):
     assert expected[0] != pytest.approx(expected[-1], rel=1e-2)  # the losses do move
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("front_end", [REFERENCE, "accelerate-ddp", "trainer-zero-2"])
+def test_a_compiled_model_gives_the_same_losses(runs, front_end):
+    """By torch's own compiler, inside the wrapper."""
+    compiled = losses(runs(front_end, NO_DROPOUT, "training.compile=true"))
+    assert compiled == pytest.approx(losses(runs(REFERENCE, NO_DROPOUT)), rel=1e-4)
+
+
 def test_gradient_statistics_cross_the_border_too(runs):
     """VR-LAMB takes the gradient of every rank's every micro-batch: four of them in both phases, of other sizes."""
     options = (NO_DROPOUT, "optimizer.name=vrlamb", "phase_two.micro_batch=2")
@@ -159,6 +167,7 @@ def test_weights_that_broke_are_not_saved(launch, front_end):
         ("trainer-ddp", "model", "rank 0: OSError: No space left"),
         ("trainer-zero-1", "disk", "rank 1: OSError: [Errno 28] No space left"),
         ("trainer-zero-1", "model", "rank 0: OSError: No space left"),
+        ("trainer-zero-1", "latest", "rank 0: OSError: [Errno 28] No space left"),
     ],
 )
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch, front_end, sabotage, failure):

@@ -225,6 +225,36 @@ def test_the_command_survives_a_kill(documents):
     assert open_prepared(folder, 32).documents == 640
 
 
+MEASURED = """
+import resource, sys
+from trustratio.recipes.prepare import main
+status = main(sys.argv[1:])
+own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+"""`prepare`, then the peaks of its own process and of the largest of its workers, in KiB."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path, vocabulary_file):
+    base = sentences(0, 20_000)
+    peaks = []
+    for megabytes in (16, 48):
+        source = tmp_path / f"{megabytes}.jsonl"
+        with source.open("w") as file:
+            for number in range(megabytes * 250):  # documents of 4,000 characters, no two the same
+                begin = number * 37 % (len(base) - 4000)
+                file.write(json.dumps({"text": f"{number} {base[begin : begin + 4000]}"}) + "\n")
+        command = [sys.executable, "-c", MEASURED, "--data", source, "--output", tmp_path / f"of-{megabytes}"]
+        command += ["--tokenizer", vocabulary_file, "--workers", "1", "--shard_megabytes", "2"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        peaks.append([int(word) / 1024 for word in done.stdout.splitlines()[-1].split()])
+    for small, large in zip(*peaks, strict=True):
+        assert large < small + 10, peaks  # MiB, where the text grew by 32
+
+
 def break_file(path, how):
     if how == "cut":
         path.write_bytes(path.read_bytes()[:-2])
