@@ -265,7 +265,7 @@ def draw(results: Results, names: Sequence[str], batches: Sequence[int], path: P
             losses = sorted((lr, 1e3 * loss) for lr, loss in results.losses(name, batch).items())
             panel.plot([lr for lr, _ in losses], [loss for _, loss in losses], **style)
     axes[0].set_xscale("log", base=2)
-    axes[0].set_xticks(batches, [f"{b:,}" for b in batches])
+    axes[0].set_xticks(batches, [f"{b:,}" if b % 1024 else f"{b // 1024}K" for b in batches])
     axes[0].set_xlabel("batch")
     axes[0].set_ylabel("test loss at the best rate, 10⁻³ nats")
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
