@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
@@ -219,6 +220,7 @@ def _train(
         data_collator=collator,
         **given,
     )
+    trainer.remove_callback(PrinterCallback)  # it would print the run time of every run
     trainer.train()
     return trainer
 
