@@ -34,7 +34,7 @@ class TextbookLAMB(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
