@@ -29,7 +29,7 @@ from trustratio.recipes.progress_display import Reporter, clock
 from trustratio.recipes.recipe_config import DataConfig, RecipeConfig, check_ranges
 from trustratio.recipes.recipe_errors import RecipeError, TrainingFailure
 from trustratio.recipes.recipe_options import Invocation, parse_command_line
-from trustratio.recipes.recipe_parts import build_parts
+from trustratio.recipes.recipe_parts import build_parts, outline
 from trustratio.recipes.recipe_phases import Phase, carry_over, describe_plan, phases_of
 from trustratio.recipes.recipe_presets import list_presets
 from trustratio.recipes.run_plan import check_fits
@@ -134,7 +134,7 @@ def check_run(invocation: Invocation, front_end: FrontEnd | None = None) -> Chec
     config = complete_config(invocation, given)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
-    recipe_optimizers.check_name(config.optimizer.name)
+    outline(config)  # refuses optimizers and their options before any data are read
     training, phases = config.training, phases_of(config)
     plans = tuple(phase.plan(rank_agreement.world_size()) for phase in phases)
     settings = given

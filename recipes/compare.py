@@ -33,6 +33,7 @@ from trustratio.recipes import rate_grids, run_folder
 from trustratio.recipes.recipe_config import RecipeConfig, is_override
 from trustratio.recipes.recipe_errors import RecipeError
 from trustratio.recipes.recipe_options import parse_command_line
+from trustratio.recipes.recipe_parts import outline
 from trustratio.recipes.recipe_phases import total_steps
 from trustratio.recipes.recipe_presets import DEFAULT_PRESET
 
@@ -439,9 +440,10 @@ def compare(arguments: Sequence[str]) -> str:
     """
     options, passed_on = parse(arguments)
     optimizers = [name.strip().lower() for name in options.optimizers.split(",") if name.strip()]
-    rates = grids(optimizers, options.lrs, options.allow_single_lr)
     for name in optimizers:  # every bad option is found before the first run
         invocation = parse_command_line([*passed_on, "--optimizer", name])
+        outline(invocation.config)
+    rates = grids(optimizers, options.lrs, options.allow_single_lr)
     config = invocation.config
     last_step = min(total_steps(config), invocation.max_steps or total_steps(config))
     claim(options.output, {"preset": options.preset, "passed_on": passed_on})

@@ -18,6 +18,7 @@ if (
 import argparse
 import dataclasses
 import json
+import signal
 from collections.abc import Sequence
 
 from trustratio.recipes.progress_display import clock
@@ -235,4 +236,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `plan.py ... | head` ends without a traceback
     raise SystemExit(main())

@@ -25,16 +25,6 @@ def is_baseline(name: str) -> bool:
     return name.lower() in BASELINES
 
 
-def check_name(name: str) -> None:
-    """Check that an optimizer of that name exists.
-
-    Raises:
-        RecipeError: it does not; the nearest names are given.
-    """
-    if name.lower() not in optimizer_names():
-        raise unknown_name("optimizer", name, optimizer_names())
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two groups of named parameters: matrices with weight decay, biases and norm weights without."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -48,10 +38,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     """Build the optimizer over the model's parameters.
 
     Raises:
-        RecipeError: unknown name, or options that its constructor refuses.
+        RecipeError: unknown name (the nearest are given), or options that its constructor refuses.
     """
-    check_name(config.name)
     name = config.name.lower()
+    if name not in optimizer_names():
+        raise unknown_name("optimizer", config.name, optimizer_names())
     groups = parameter_groups(model, config.weight_decay)
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     try:

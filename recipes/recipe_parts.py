@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,22 @@ class RecipeParts:
     model: GatheredBertForMaskedLM
     optimizer: Optimizer
     schedule: Callable[[Optimizer], PhasedSchedule]
+
+
+def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[GatheredBertForMaskedLM, Optimizer]:
+    """Build model and optimizer without memory for their tensors: to measure them, or to see whether they can be built.
+
+    Args:
+        config: resolved.
+        vocabulary_size: tokens; None: the configuration's.
+
+    Raises:
+        RecipeError: an unknown optimizer, or options that it refuses.
+    """
+    shape = dataclasses.replace(config.model, initial_weights=None)
+    with torch.device("meta"):
+        model = build_model(shape, padded_vocabulary(vocabulary_size or config.data.vocabulary))
+    return model, build_optimizer(config.optimizer, model)
 
 
 def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:

@@ -13,15 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from trustratio.optimizers.statistics import BUCKET_ELEMENTS
 from trustratio.recipes import recipe_optimizers
 from trustratio.recipes.global_batch import plan_batch
-from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
 from trustratio.recipes.recipe_config import ModelConfig, RecipeConfig
 from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.recipe_parts import outline
 from trustratio.recipes.recipe_phases import Phase, phases_of
 
 GIB = 2**30
@@ -109,15 +106,13 @@ class ModelSize:
 
 def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> ModelSize:
     """Measure a configuration's model and optimizer without allocating them."""
-    vocabulary = padded_vocabulary(vocabulary_size or config.data.vocabulary)
-    with torch.device("meta"):
-        model = build_model(dataclasses.replace(config.model, initial_weights=None), vocabulary)
+    model, optimizer = outline(config, vocabulary_size)
     return ModelSize(
         shape=config.model,
-        vocabulary=vocabulary,
+        vocabulary=model.config.vocab_size,
         layers=tuple(p.numel() for p in model.parameters()),
-        states=_element_states(config, model),
-        statistics=getattr(recipe_optimizers.build_optimizer(config.optimizer, model), "group_statistics", None) or "",
+        states=_element_states(config, optimizer),
+        statistics=getattr(optimizer, "group_statistics", None) or "",
         norm_sums=() if recipe_optimizers.is_baseline(config.optimizer.name) else _norm_sums(config),
     )
 
@@ -128,13 +123,13 @@ def _norm_sums(config: RecipeConfig) -> tuple[int, ...] | None:
     )
 
 
-def _element_states(config: RecipeConfig, model: nn.Module) -> int:
+def _element_states(config: RecipeConfig, optimizer: Any) -> int:
     name = config.optimizer.name.lower()
     if name == "adamw":
         return 2 + bool(config.optimizer.options.get("amsgrad"))
     if name == "sgd":
         return int(bool(config.optimizer.options.get("momentum")))
-    return len(recipe_optimizers.build_optimizer(config.optimizer, model).element_state)  # type: ignore[attr-defined]
+    return len(optimizer.element_state)
 
 
 @dataclass(frozen=True)

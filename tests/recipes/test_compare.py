@@ -200,13 +200,15 @@ def test_one_learning_rate_is_refused_unless_insisted_on(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--optimizers", "lamm", "--lrs", "3"), "no learning rate is known to start from for lamm"),
+        (("--optimizers", "cowclip", "--lrs", "3"), "no learning rate is known to start from for cowclip"),
         (("--optimizers", "lamb", "--lrs", "a,b"), "no list of numbers"),
         (("--optimizers", "lamb", "--lrs", "0.1,0.2,-1"), "finite and above 0"),
         (("--optimizers", "lamb", "--lrs", "adamw=1,2,3"), "'adamw' is not among --optimizers lamb"),
         (("--optimizers", "lamb", "--lrs", "3", "--lr", "0.1"), "compare.py sets --lr itself; give --lrs"),
         (("--optimizers", "lamb", "--lrs", "3", "--lr=0.1"), "'--lr=0.1': compare.py sets --lr itself"),
         (("--optimizers", "lamb", "--lrs", "3", "optimizer.lr=0.5"), "sets optimizer.lr itself; give --lrs"),
+        (("--lrs", "3", "--optimizers", "lamb,lan"), "unknown optimizer 'lan'; nearest: lans"),
+        (("--lrs", "3", "--optimizers", "lamb", "optimizer.betaz=3"), "refused its options"),
         (("--lrs", "3", "--optimizers", "lamb", "optimizer.name=sgd"), "itself; give --optimizers"),
         (("--optimizers", "lamb", "--optimizer=sgd"), "sets --optimizer itself; give --optimizers"),
         (("--optimizers", "lamb", "--lrs", "3", "training.seed=9"), "sets training.seed itself; give --seeds"),

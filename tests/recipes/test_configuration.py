@@ -76,6 +76,7 @@ def test_the_batch_line():
     [
         (("--preset", "lamb-tinny"), r"unknown preset 'lamb-tinny'; nearest: lamb-tiny"),
         (("--optimizer", "lamd"), r"unknown optimizer 'lamd'; nearest: lamb.*known: adamw, "),
+        (("optimizer.betaz=[0.9,0.99]",), r"optimizer 'lamb' refused its options .*betaz"),
         (("optimizer.name=Adam",), r"unknown optimizer 'Adam'; nearest: adamw"),
         (("--global_batch", "1000"), r"1000 is not divisible by .* 64 x 1 = 64; nearest possible .* 960 and 1024"),
         (("--global_batch", "1000"), r"keep 1000 with --micro_batch 50"),
