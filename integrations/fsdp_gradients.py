@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from trustratio.optimizers.data_parallel import DataParallel
 from trustratio.optimizers.layout import local_part
@@ -42,9 +43,11 @@ def sources(optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Ten
 
 def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
     """What FSDP2 knows of the optimizer's parameters: (parameter group, parameter) of FSDP2, by the parameter's id."""
-    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    found = {}
-    for candidate in gc.get_objects():
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = {id(parameter) for parameter in parameters if isinstance(parameter, DTensor)}
+    found: dict[int, tuple[Any, Any]] = {}
+    # A look at every object of the process takes a second in a large one.
+    for candidate in gc.get_objects() if wanted else ():
         # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
         if issubclass(type(candidate), FSDPModule):
             for group, parameter in _parameters_of(candidate):

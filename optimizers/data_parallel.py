@@ -73,6 +73,8 @@ def find_data_parallel(optimizer: Any) -> DataParallel:
     Returns:
         What the wrapper says; this process alone if there is none.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return DataParallel()  # no wrapper is without process groups, and backends may look at every object
     for backend in _backends.load():
         describe = getattr(backend, "data_parallel", None)
         found = describe(optimizer) if describe is not None else None
@@ -83,8 +85,6 @@ def find_data_parallel(optimizer: Any) -> DataParallel:
 
 def _ddp_process_group(optimizer: Any) -> dist.ProcessGroup | None:
     """The process group of the DDP module that holds the parameters. DDP leaves no reference to itself on them."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
     for candidate in gc.get_objects():
         # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
         if issubclass(type(candidate), DistributedDataParallel) and any(

@@ -127,6 +127,8 @@ class GradientFlow:
 
 def find_gradient_flow(optimizer: Any) -> GradientFlow | None:
     """Ask the backends for the wrapper that shards the optimizer's gradients; None if gradients stay whole."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
     for backend in _backends.load():
         describe = getattr(backend, "gradient_flow", None)
         found = describe(optimizer) if describe is not None else None
