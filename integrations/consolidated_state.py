@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -266,7 +267,7 @@ def _on_rank_0(file: ReplacedFile, action: Callable[[], None]) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-class StoredState:
+class StoredState(ABC):
     """Weights, state and options by layer name.
 
     Args:
@@ -294,17 +295,17 @@ class StoredState:
                 if self.shape(name, what) != shape:
                     raise ValueError(f"{what} of {name} has shape {self.shape(name, what)} instead of {shape}")
 
+    @abstractmethod
     def shape(self, name: str, what: str) -> tuple[int, ...]:
         """The shape of a layer's weight or element-wise state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reader(self, name: str, what: str) -> ReadBlock:
         """Read the part of a layer's weight or element-wise state that slices select."""
-        raise NotImplementedError
 
+    @abstractmethod
     def number(self, name: str, what: str) -> float:
         """A layer's per-layer state."""
-        raise NotImplementedError
 
     def options_of(self, names: list[str]) -> list[dict[str, Any]]:
         """The different options that these layers have."""

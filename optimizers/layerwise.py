@@ -118,7 +118,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
         The sum of squares of the gradient, named "g", must be among them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define stages(): the sums that its update needs")
 
     def update(self, group: dict[str, Any], layers: LayerTable) -> Update | None:
         """Describe what happens to an element, with the numbers of the layers that are known by now.
@@ -129,7 +129,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
         """Update the state in `x` and return what is subtracted from the weights, shape of `x.w`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define change(): what happens to an element")
 
     # The step -------------------------------------------------------------------------------------------------------
 

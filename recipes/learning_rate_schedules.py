@@ -87,7 +87,7 @@ class FactorLR(LRScheduler):
 
     def factor(self, step: int) -> float:
         """Return the factor for the update number `step`, counted from 0."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define factor()")
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the rate of each group for the next update."""

@@ -223,19 +223,8 @@ def test_a_comparison_from_the_command_line(model, package, tmp_path, capsys):
     """The class is one word of the sentence, so even one layer learns it."""
     package([review(i, ("fresh", "rotten")[i % 2]) for i in range(400)])
     output = tmp_path / "results.json"
-    line = [
-        "--checkpoint",
-        model,
-        "--data",
-        "rotten-tomatoes",
-        "--lr",
-        "1e-6",
-        "0.02",
-        "--epochs",
-        "4",
-        "--batch",
-        "16",
-    ]
+    line = ["--checkpoint", model, "--data", "rotten-tomatoes", "--epochs", "4", "--batch", "16"]
+    line += ["--lr", "1e-6", "0.02"]
     assert run(*line, "--optimizer", "lamb", "--seeds", "1", "2", "--output", output) == 0
     results = json.loads(output.read_text())
     assert results["train"] + results["validation"] == 400

@@ -106,7 +106,7 @@ def test_threads_do_not_change_a_bit(name: str) -> None:
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_every_instruction_set(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if level > cpu._best_level():
-        pytest.skip("not on this processor")
+        pytest.skip(f"this processor cannot execute the instructions of level {level}")
     expected = {name: run(name, "eager")[0] for name in ("lars", "lans", "vrlamb")}
     monkeypatch.setattr(cpu, "_best_level", lambda: level)
     for name, parameters in expected.items():
