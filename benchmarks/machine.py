@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import quartiles, synchronize
-from trustratio.recipes import machine_description
+from trustratio.recipes.common import machine as machine_description
 
 __all__ = ["available_memory", "copy_bandwidth", "describe_machine"]
 

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from trustratio.optimizers import OPTIMIZERS
-from trustratio.recipes.global_batch import plan_batch
-from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
-from trustratio.recipes.packed_sequences import MaskedRows
-from trustratio.recipes.prepared_data import PreparedData, prepare
-from trustratio.recipes.progress_display import Reporter
-from trustratio.recipes.recipe_config import OptimizerConfig
-from trustratio.recipes.recipe_optimizers import build_optimizer
-from trustratio.recipes.recipe_presets import get_preset
+from trustratio.recipes.common.reporter import Reporter
+from trustratio.recipes.configuration.config import OptimizerConfig
+from trustratio.recipes.configuration.presets import get_preset
+from trustratio.recipes.data.preparation import PreparedData, prepare
+from trustratio.recipes.data.rows import MaskedRows
+from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.model.optimizer import build_optimizer
+from trustratio.recipes.rules.global_batch import plan_batch
 
 OUTPUT = Path(__file__).parent.parent / "docs"
 BATCH, MICRO = 64, 8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trustratio.recipes.recipe_config import RecipeConfig, ScheduleConfig
-from trustratio.recipes.recipe_phases import phases_of
-from trustratio.recipes.recipe_presets import PRESETS, PUBLISHED, Preset
+from trustratio.recipes.configuration.config import RecipeConfig, ScheduleConfig
+from trustratio.recipes.configuration.phases import phases_of
+from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, Preset
 
 PAGE = Path(__file__).with_name("presets.md")
 TABLES = {}

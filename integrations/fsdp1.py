@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 
-from trustratio.optimizers.layout import (
+from trustratio.optimizers.sharding.layout import (
     Layer,
     Layout,
     LayoutError,

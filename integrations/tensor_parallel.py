@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers.layout import (
+from trustratio.optimizers.sharding.layout import (
     Layer,
     Layout,
     LayoutError,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from trustratio.optimizers.layout import Layout, LayoutError, register_backend, whole_parameters
+from trustratio.optimizers.sharding.layout import Layout, LayoutError, register_backend, whole_parameters
 
 __all__ = ["ZeroRedundancyBackend"]
 

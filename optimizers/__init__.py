@@ -2,16 +2,16 @@
 
 from .clars import CLARS
 from .cowclip import CowClip
+from .gradient_statistics.watch import StatisticsError
 from .lamb import LAMB, LAMBC
 from .lans import LANS
 from .lars import LARS
 from .layerwise import LayerwiseOptimizer
-from .layout import LayoutError
 from .mclr import MCLR
 from .novograd import NovoGrad
 from .registry import OPTIMIZERS, create_optimizer
+from .sharding.layout import LayoutError
 from .sngm import SNGM
-from .statistics import StatisticsError
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 

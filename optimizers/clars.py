@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .hyperparameters import check_choice, check_range
-from .kernels.updates import MomentumUpdate, Sums
-from .layers import LayerTable, safe_ratio
+from .formulas.hyperparameters import check_choice, check_range
+from .formulas.layer_table import LayerTable, safe_ratio
+from .formulas.updates import MomentumUpdate, Sums
 from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["CLARS"]

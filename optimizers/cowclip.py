@@ -9,12 +9,12 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .chunks import ChunkView, Summand, squares
-from .hyperparameters import check_betas, check_choice, check_flag, check_range
-from .id_counts import IdCounts, LookupHook
-from .layers import LayerTable
+from .formulas.chunks import ChunkView, Summand, squares
+from .formulas.hyperparameters import check_betas, check_choice, check_flag, check_range
+from .formulas.layer_table import LayerTable
+from .gradient_statistics.lookups import IdCounts, LookupHook
 from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers, sums_over_rows
-from .layout import Layer, Layout
+from .sharding.layout import Layer, Layout
 
 __all__ = ["CowClip", "CowClipSettings", "clip_threshold", "scale_cowclip"]
 

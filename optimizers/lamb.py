@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .hyperparameters import check_betas, check_flag, check_range
-from .kernels.updates import AdamUpdate, Sums, TrustRule
-from .layers import LayerTable
+from .formulas.hyperparameters import check_betas, check_flag, check_range
+from .formulas.layer_table import LayerTable
+from .formulas.updates import AdamUpdate, Sums, TrustRule
 from .layerwise import LayerwiseOptimizer, Stage
-from .layout import Layout
+from .sharding.layout import Layout
 
 __all__ = ["LAMB", "LAMBC"]
 

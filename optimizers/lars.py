@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .hyperparameters import check_choice, check_flag, check_range
-from .kernels.updates import MomentumUpdate, Sums, TrustRule
-from .layers import LayerTable
+from .formulas.hyperparameters import check_choice, check_flag, check_range
+from .formulas.layer_table import LayerTable
+from .formulas.updates import MomentumUpdate, Sums, TrustRule
 from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["LARS"]

@@ -12,18 +12,18 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import layout as layouts
-from .abandoned import refuse_abandoned
-from .chunks import ChunkView, Summand
-from .hyperparameters import check_choice, check_segments
+from .formulas.chunks import ChunkView, Summand
+from .formulas.hyperparameters import check_choice, check_segments
+from .formulas.layer_table import LayerTable, adapts
+from .formulas.rows import Rows
+from .formulas.updates import Update
+from .gradient_statistics.watch import GradientStatistics
 from .kernels import IMPLEMENTATIONS
-from .kernels.updates import Update
-from .layers import LayerTable, adapts
-from .layout import Layout, LayoutError, resolve_layout
-from .rows import Rows
-from .saved_state import refuse_foreign_state
-from .statistics import GradientStatistics
-from .step import Plan, Step
+from .sharding import layout as layouts
+from .sharding.abandoned_parameters import refuse_abandoned
+from .sharding.layout import Layout, LayoutError, resolve_layout
+from .stepping.foreign_state import refuse_foreign_state
+from .stepping.step import Plan, Step
 
 __all__ = ["LayerwiseOptimizer", "Stage", "sums_over_layers", "sums_over_rows"]
 

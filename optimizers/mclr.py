@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .chunks import ChunkView, Summand, counts, squares
-from .hyperparameters import check_range
-from .kernels.updates import MomentumUpdate
-from .layers import LayerTable
+from .formulas.chunks import ChunkView, Summand, counts, squares
+from .formulas.hyperparameters import check_range
+from .formulas.layer_table import LayerTable
+from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
 
 __all__ = ["MCLR"]

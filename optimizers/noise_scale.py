@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .hyperparameters import check_range
-from .statistics import GroupNorms, StatisticsError
+from .formulas.hyperparameters import check_range
+from .gradient_statistics.watch import GroupNorms, StatisticsError
 
 __all__ = [
     "AdaScale",

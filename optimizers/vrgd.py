@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .hyperparameters import check_betas, check_choice, check_range
-from .kernels.updates import AdamUpdate, Gsnr, MomentumUpdate, Sums
+from .formulas.hyperparameters import check_betas, check_choice, check_range
+from .formulas.layer_table import LayerTable
+from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, Sums
 from .lamb import LAMB
 from .lars import LARS
-from .layers import LayerTable
 from .layerwise import LayerwiseOptimizer, Stage
 
 __all__ = ["VRLAMB", "VRLARS", "VRSGD", "VRAdam"]

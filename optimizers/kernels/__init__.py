@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..layout import Layout
-from .updates import Sums, Update
+from ..formulas.updates import Sums, Update
+from ..sharding.layout import Layout
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from ..formulas.updates import Sums, TrustRule, Update
 from . import IMPORTED_IN, SETS_OF_GRADIENTS, Operands, Recent
-from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
-from .updates import Sums, TrustRule, Update
+from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
 
 __all__ = ["KERNELS", "CpuKernels"]
 

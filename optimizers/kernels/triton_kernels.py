@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from ..formulas.updates import Sums, Update
 from . import SETS_OF_GRADIENTS, Operands, Recent
-from .numbers import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
-from .updates import Sums, Update
+from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
 
 try:
     import triton

@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from trustratio.integrations.consolidated_state import load_optimizer_state, save_optimizer_state
-from trustratio.integrations.deepspeed_checkpoint import load_engine_state, save_engine_state
-from trustratio.integrations.state_by_name import LocalState
-from trustratio.integrations.universal_checkpoint import load_universal_checkpoint, save_universal_checkpoint
+from trustratio.integrations.checkpoints.consolidated import load_optimizer_state, save_optimizer_state
+from trustratio.integrations.checkpoints.deepspeed_engine import load_engine_state, save_engine_state
+from trustratio.integrations.checkpoints.deepspeed_universal import load_universal_checkpoint, save_universal_checkpoint
+from trustratio.integrations.checkpoints.local_state import LocalState
 from trustratio.optimizers import OPTIMIZERS
 
 from . import cases, test_fsdp

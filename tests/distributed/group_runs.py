@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from trustratio.optimizers import create_optimizer, statistics
+from trustratio.optimizers import create_optimizer
+from trustratio.optimizers.gradient_statistics import watch as statistics
 
 from .cases import Case, _gathered, _Run, run_case
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from trustratio.integrations import consolidated_state
-from trustratio.integrations.consolidated_state import load_optimizer_state, save_optimizer_state
+from trustratio.integrations.checkpoints import consolidated as consolidated_state
+from trustratio.integrations.checkpoints.consolidated import load_optimizer_state, save_optimizer_state
 from trustratio.optimizers import LAMB, OPTIMIZERS
 
 from .checkpoint_runs import WITHOUT_STATISTICS, Files, assert_continued, make_case, read, read_alone

@@ -10,7 +10,7 @@ import deepspeed
 import pytest
 import torch
 
-from trustratio.integrations.deepspeed_checkpoint import load_engine_state, save_engine_state
+from trustratio.integrations.checkpoints.deepspeed_engine import load_engine_state, save_engine_state
 from trustratio.optimizers import LAMB
 
 from .checkpoint_runs import Files, assert_continued, make_case, read

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trustratio.integrations.consolidated_state import load_optimizer_state, save_optimizer_state
+from trustratio.integrations.checkpoints.consolidated import load_optimizer_state, save_optimizer_state
 
 from . import checkpoint_runs
 from .cases import Case

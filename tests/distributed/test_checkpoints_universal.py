@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.integrations.consolidated_state import OptimizerStateError, restore, save_optimizer_state
-from trustratio.integrations.universal_checkpoint import _UniversalFolder, universal_from_engine_state
+from trustratio.integrations.checkpoints.consolidated import OptimizerStateError, restore, save_optimizer_state
+from trustratio.integrations.checkpoints.deepspeed_universal import _UniversalFolder, universal_from_engine_state
 from trustratio.optimizers import LAMB
 
 from .checkpoint_runs import Files, assert_continued, make_case, read

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import CowClip
-from trustratio.optimizers.data_parallel import DataParallel
-from trustratio.optimizers.layout import local_part
-from trustratio.optimizers.rows import Rows
+from trustratio.optimizers.formulas.rows import Rows
+from trustratio.optimizers.sharding.data_parallel import DataParallel
+from trustratio.optimizers.sharding.layout import local_part
 
 from ..reference import cowclip as reference
 from ..reference import relative_error

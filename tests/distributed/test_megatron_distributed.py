@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trustratio.integrations.consolidated_state import load_optimizer_state, save_optimizer_state
-from trustratio.integrations.megatron_distributed import accept, megatron_optimizer
+from trustratio.integrations.checkpoints.consolidated import load_optimizer_state, save_optimizer_state
+from trustratio.integrations.megatron.distributed_optimizer import accept, megatron_optimizer
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 
 from . import recorded

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trustratio.recipes.recipe_config import ModelConfig, OptimizerConfig, RecipeConfig, TrainingConfig
-from trustratio.recipes.recipe_phases import phases_of
-from trustratio.recipes.run_plan import NORM_SUMS, memory_parts, model_size, traffic
+from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, TrainingConfig
+from trustratio.recipes.configuration.phases import phases_of
+from trustratio.recipes.planning.phase_plan import NORM_SUMS, memory_parts, model_size, traffic
 
 VOCABULARY, MICRO, ACCUMULATION = 2000, 2, 2
 SETTINGS = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000}}
@@ -54,7 +54,7 @@ def held_bytes() -> int:
 
 
 def update(engine: Any) -> None:
-    from trustratio.recipes.token_masking import MaskedBatch
+    from trustratio.recipes.data.masking import MaskedBatch
 
     for _ in range(ACCUMULATION):
         tokens, positions = torch.randint(5, 100, (MICRO, 16)), torch.arange(10)
@@ -66,10 +66,10 @@ def update(engine: Any) -> None:
 
 def measure(stage: int, optimizer: str) -> dict[str, Any]:
     """Train three updates; return the bytes held after the second and the collectives of the third."""
-    from trustratio.recipes import deepspeed_settings
-    from trustratio.recipes.global_batch import BatchPlan
-    from trustratio.recipes.recipe_parts import build_parts
-    from trustratio.recipes.training_engines import DeepSpeedTraining
+    from trustratio.recipes.model.build import build_parts
+    from trustratio.recipes.rules.global_batch import BatchPlan
+    from trustratio.recipes.training import deepspeed_settings
+    from trustratio.recipes.training.engines import DeepSpeedTraining
 
     config = config_of(stage, optimizer)
     before = held_bytes()

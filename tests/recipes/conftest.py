@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from trustratio.recipes.token_masking import Vocabulary
+from trustratio.recipes.data.masking import Vocabulary
 
 _WORDS = (
     "layer wise large batch optimizer trust ratio norm weight gradient update shard rank exact step decay warm "

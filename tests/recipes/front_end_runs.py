@@ -35,7 +35,16 @@ def train(cache: str, environment: dict[str, str], front_end: str, arguments: li
     """
     from accelerate.state import AcceleratorState
 
-    from trustratio.recipes import bert_pretraining, front_ends, recipe_errors, trainer_pretraining
+    from trustratio.recipes.common import errors as recipe_errors
+    from trustratio.recipes.training import (
+        bert as bert_pretraining,
+    )
+    from trustratio.recipes.training import (
+        bert_trainer as trainer_pretraining,
+    )
+    from trustratio.recipes.training import (
+        launchers as front_ends,
+    )
 
     reporter = bert_pretraining.Reporter(active=dist.get_rank() == 0)
     with mock.patch.dict(os.environ, {**environment, "TRUSTRATIO_CACHE": cache}), _sabotaged(sabotage):
@@ -109,8 +118,8 @@ def _sabotaged(what: str):
 
 
 def _broken_losses(here: bool) -> list:
-    from trustratio.recipes.trainer_pretraining import RecipeTrainer
-    from trustratio.recipes.training_engines import DataParallelTraining, DeepSpeedTraining
+    from trustratio.recipes.training.bert_trainer import RecipeTrainer
+    from trustratio.recipes.training.engines import DataParallelTraining, DeepSpeedTraining
 
     def of_engine(engine):
         loss = engine.loss
@@ -133,8 +142,8 @@ def _broken_losses(here: bool) -> list:
 
 
 def _broken_weights(here: bool) -> list:
-    from trustratio.recipes.trainer_pretraining import _Records
-    from trustratio.recipes.training_engines import DataParallelTraining, DeepSpeedTraining
+    from trustratio.recipes.training.bert_trainer import _Records
+    from trustratio.recipes.training.engines import DataParallelTraining, DeepSpeedTraining
 
     def of_engine(engine, wrapped):
         step = engine.step
@@ -179,7 +188,7 @@ def _full_disk(here: bool):
 def _full_disk_for_the_model(here: bool):
     from safetensors import SafetensorError
 
-    from trustratio.recipes.trainer_pretraining import RecipeTrainer
+    from trustratio.recipes.training.bert_trainer import RecipeTrainer
 
     write = RecipeTrainer._save
 

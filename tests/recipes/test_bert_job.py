@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trustratio.recipes.global_batch import BatchPlan
-from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
-from trustratio.recipes.packed_sequences import MaskedRows
-from trustratio.recipes.prepared_data import prepare
-from trustratio.recipes.progress_display import Reporter
-from trustratio.recipes.recipe_config import load_config
-from trustratio.recipes.recipe_optimizers import build_optimizer
-from trustratio.recipes.run_folder import read_metrics
+from trustratio.recipes.common.reporter import Reporter
+from trustratio.recipes.configuration.config import load_config
+from trustratio.recipes.data.preparation import prepare
+from trustratio.recipes.data.rows import MaskedRows
+from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.model.optimizer import build_optimizer
+from trustratio.recipes.rules.global_batch import BatchPlan
+from trustratio.recipes.runs.folder import read_metrics
 
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "bert.py"
 STEPS, HALF = 6, 3

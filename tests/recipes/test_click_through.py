@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from trustratio.optimizers.cowclip import CowClipSettings
-from trustratio.recipes import click_through, movielens_clicks
-from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.studies import click_through, movielens_clicks
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ import time
 
 import pytest
 
-from trustratio.recipes import compare, gpu_evidence, rate_grids
-from trustratio.recipes.compare import Comparison, Outcome, grids, markdown
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.recipe_options import parse_command_line
-from trustratio.recipes.recipe_presets import get_preset
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.script import command_file
+from trustratio.recipes.comparison import compare, gpu_evidence, rate_grids
+from trustratio.recipes.comparison.compare import Comparison, Outcome, grids, markdown
+from trustratio.recipes.configuration.command_line import parse_command_line
+from trustratio.recipes.configuration.presets import get_preset
 
 # Started in bert.py's place, with its path as the first argument. The loss is smallest at 0.02; above 0.5 it diverges.
 # A file "stop" beside the runs ends it once, half-way, with the exit status in the file.
@@ -169,7 +170,7 @@ time.sleep(60)
     (tmp_path / "waiting.py").write_text(script)
     launcher = f"{sys.executable} {tmp_path / 'waiting.py'}"
     arguments = ["--optimizers", "lamb", "--lrs", "3", "--output", str(tmp_path / "runs"), "--launcher", launcher]
-    process = subprocess.Popen([sys.executable, compare.__file__, *arguments], cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, command_file("compare.py"), *arguments], cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "began").exists():
         assert process.poll() is None

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from trustratio.recipes import deepspeed_settings
-from trustratio.recipes.bert_pretraining import check_run, early_identity, main
-from trustratio.recipes.front_ends import AccelerateFrontEnd
-from trustratio.recipes.global_batch import BatchPlan, plan_batch
-from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides, check_ranges, from_dict
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.recipe_options import parse_command_line
-from trustratio.recipes.recipe_presets import PRESETS, get_preset
-from trustratio.recipes.run_folder import CheckpointFolder
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.command_line import parse_command_line
+from trustratio.recipes.configuration.config import RecipeConfig, apply_overrides, check_ranges, from_dict
+from trustratio.recipes.configuration.presets import PRESETS, get_preset
+from trustratio.recipes.rules.global_batch import BatchPlan, plan_batch
+from trustratio.recipes.runs.folder import CheckpointFolder
+from trustratio.recipes.training import deepspeed_settings
+from trustratio.recipes.training.bert import check_run, early_identity, main
+from trustratio.recipes.training.launchers import AccelerateFrontEnd
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 

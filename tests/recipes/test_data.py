@@ -10,15 +10,15 @@ import pyarrow.parquet
 import pytest
 
 from tests.recipes.conftest import sentences
-from trustratio.recipes import docstring_corpus
-from trustratio.recipes.document_index import REPEATED, VALIDATION, index_documents
-from trustratio.recipes.packed_sequences import unigram_entropy
-from trustratio.recipes.prepared_data import cache_folder, prepare
-from trustratio.recipes.progress_display import Reporter
-from trustratio.recipes.recipe_config import DataConfig
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.text_documents import expand_sources, read_documents
-from trustratio.recipes.wordpiece_vocabulary import load_tokenizer, train_wordpiece
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.reporter import Reporter
+from trustratio.recipes.configuration.config import DataConfig
+from trustratio.recipes.data import docstrings as docstring_corpus
+from trustratio.recipes.data.documents import expand_sources, read_documents
+from trustratio.recipes.data.index import REPEATED, VALIDATION, index_documents
+from trustratio.recipes.data.preparation import cache_folder, prepare
+from trustratio.recipes.data.rows import unigram_entropy
+from trustratio.recipes.data.wordpiece import load_tokenizer, train_wordpiece
 
 QUIET = Reporter(active=False)
 LONG = "A sentence that is long enough to be kept as the documentation of something, said in plain words. "

@@ -13,16 +13,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from trustratio.recipes import fine_tuning_data, fine_tuning_runs
-from trustratio.recipes.checkpoint_export import save_tokenizer
-from trustratio.recipes.fine_tuning_data import GLUE, Question, load_data
-from trustratio.recipes.fine_tuning_metrics import METRICS, normalized_answer, squad_scores
-from trustratio.recipes.fine_tuning_questions import best_answers, windows
-from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
-from trustratio.recipes.prepared_data import prepare
-from trustratio.recipes.progress_display import Reporter
-from trustratio.recipes.recipe_config import DataConfig, ModelConfig
-from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.reporter import Reporter
+from trustratio.recipes.configuration.config import DataConfig, ModelConfig
+from trustratio.recipes.data.preparation import prepare
+from trustratio.recipes.fine_tuning import data as fine_tuning_data
+from trustratio.recipes.fine_tuning import fine_tune as fine_tuning_runs
+from trustratio.recipes.fine_tuning.data import GLUE, Question, load_data
+from trustratio.recipes.fine_tuning.metrics import METRICS, normalized_answer, squad_scores
+from trustratio.recipes.fine_tuning.questions import best_answers, windows
+from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.training.export import save_tokenizer
 
 WORDS = tuple("layer wise large batch optimizer trust ratio norm weight gradient update shard rank".split())  # noqa: SIM905
 

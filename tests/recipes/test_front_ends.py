@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.pool import WorkerPool
-from trustratio.recipes.recipe_presets import get_preset
+from trustratio.recipes.configuration.presets import get_preset
 
 from .front_end_runs import SMALL, losses, recipe, records, train, trained_tensors
 

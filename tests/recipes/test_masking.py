@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from trustratio.recipes.global_batch import BatchPlan
-from trustratio.recipes.packed_sequences import MaskedRows, RowOrder
-from trustratio.recipes.token_masking import VALIDATION_EPOCH, hashed_uniform, mask_sequences
+from trustratio.recipes.data.masking import VALIDATION_EPOCH, hashed_uniform, mask_sequences
+from trustratio.recipes.data.rows import MaskedRows, RowOrder
+from trustratio.recipes.rules.global_batch import BatchPlan
 
 
 def big_batch(vocabulary, epoch=0, seed=1):

@@ -16,24 +16,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trustratio.optimizers import LAMB, OPTIMIZERS
 from trustratio.optimizers.noise_scale import RunningNoise, gradient_noise
-from trustratio.recipes import metric_loggers
-from trustratio.recipes.bert_pretraining import main
-from trustratio.recipes.global_batch import BatchPlan
-from trustratio.recipes.masked_language_model import build_model
-from trustratio.recipes.metric_loggers import MetricLoggers, check_loggers, scalars
-from trustratio.recipes.model_flops import ModelFlops, device_peak, peak_of
-from trustratio.recipes.packed_sequences import MaskedRows
-from trustratio.recipes.recipe_config import (
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.config import (
     ModelConfig,
     OptimizerConfig,
     RecipeConfig,
     RunConfig,
     apply_overrides,
 )
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.run_folder import read_metrics
-from trustratio.recipes.step_metrics import StepMetrics, check_noise_scale, measures_noise
-from trustratio.recipes.training_loop import TrainingLoop
+from trustratio.recipes.data.rows import MaskedRows
+from trustratio.recipes.model.flops import ModelFlops, device_peak, peak_of
+from trustratio.recipes.model.masked_language_model import build_model
+from trustratio.recipes.rules.global_batch import BatchPlan
+from trustratio.recipes.runs import loggers as metric_loggers
+from trustratio.recipes.runs.folder import read_metrics
+from trustratio.recipes.runs.loggers import MetricLoggers, check_loggers, scalars
+from trustratio.recipes.training.bert import main
+from trustratio.recipes.training.loop import TrainingLoop
+from trustratio.recipes.training.step_metrics import StepMetrics, check_noise_scale, measures_noise
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, intermediate=40, max_positions=16)
 PLAN = BatchPlan(micro=4, accumulation=3, ranks=1)

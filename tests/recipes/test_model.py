@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from transformers import BertForMaskedLM
 
-from trustratio.recipes.global_batch import BatchPlan
-from trustratio.recipes.masked_language_model import build_model, padded_vocabulary
-from trustratio.recipes.packed_sequences import MaskedRows
-from trustratio.recipes.recipe_config import ModelConfig, OptimizerConfig, RecipeConfig, apply_overrides
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.recipe_optimizers import build_optimizer, parameter_groups
-from trustratio.recipes.recipe_parts import build_parts
-from trustratio.recipes.training_loop import accumulate_step, seed_step, validate
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, apply_overrides
+from trustratio.recipes.data.rows import MaskedRows
+from trustratio.recipes.model.build import build_parts
+from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.model.optimizer import build_optimizer, parameter_groups
+from trustratio.recipes.rules.global_batch import BatchPlan
+from trustratio.recipes.training.loop import accumulate_step, seed_step, validate
 
 TINY = ModelConfig(layers=2, hidden=16, heads=2, intermediate=32, max_positions=32)
 

@@ -8,13 +8,12 @@ import json
 import pytest
 import torch
 
-from trustratio.recipes.masked_language_model import build_model
-from trustratio.recipes.plan import main
-from trustratio.recipes.recipe_config import ModelConfig, RecipeConfig, TrainingConfig
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.recipe_phases import phases_of
-from trustratio.recipes.recipe_presets import PRESETS, get_preset
-from trustratio.recipes.run_plan import (
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.config import ModelConfig, RecipeConfig, TrainingConfig
+from trustratio.recipes.configuration.phases import phases_of
+from trustratio.recipes.configuration.presets import PRESETS, get_preset
+from trustratio.recipes.model.masked_language_model import build_model
+from trustratio.recipes.planning.phase_plan import (
     GIB,
     Machine,
     check_fits,
@@ -26,6 +25,7 @@ from trustratio.recipes.run_plan import (
     plan_phase,
     traffic,
 )
+from trustratio.recipes.planning.plan import main
 
 
 def with_training(config, **values):
@@ -245,8 +245,8 @@ def test_a_preset_that_does_not_fit_is_refused_with_the_numbers():
 
 
 def test_the_recipe_refuses_before_it_builds_anything(monkeypatch):
-    from trustratio.recipes import bert_pretraining
-    from trustratio.recipes.recipe_options import parse_command_line
+    from trustratio.recipes.configuration.command_line import parse_command_line
+    from trustratio.recipes.training import bert as bert_pretraining
 
     invocation = parse_command_line(["--preset", "lamb-64k-32k-small", "--precision", "bf16"])
     monkeypatch.setattr(bert_pretraining, "device_memory", lambda: 80 * GIB)

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.recipes.conftest import sentences
-from trustratio.recipes import prepared_data
-from trustratio.recipes.packed_sequences import MaskedRows, RowOrder
-from trustratio.recipes.prepare import main
-from trustratio.recipes.prepared_data import Preparation, check_sources, open_prepared, prepare, prepare_into
-from trustratio.recipes.progress_display import Reporter
-from trustratio.recipes.recipe_config import DataConfig
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.stream_encoding import Block, StreamEncoder, encode_blocks, tokenizes_words_alone
-from trustratio.recipes.token_shards import BrokenShard, TokenFile, TokenRows
-from trustratio.recipes.wordpiece_vocabulary import TextTokenizer, load_tokenizer, train_wordpiece
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.reporter import Reporter
+from trustratio.recipes.configuration.config import DataConfig
+from trustratio.recipes.data import preparation as prepared_data
+from trustratio.recipes.data.encoding import Block, StreamEncoder, encode_blocks, tokenizes_words_alone
+from trustratio.recipes.data.preparation import Preparation, check_sources, open_prepared, prepare, prepare_into
+from trustratio.recipes.data.prepare import main
+from trustratio.recipes.data.rows import MaskedRows, RowOrder
+from trustratio.recipes.data.shards import BrokenShard, TokenFile, TokenRows
+from trustratio.recipes.data.wordpiece import TextTokenizer, load_tokenizer, train_wordpiece
 
 QUIET = Reporter(active=False)
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "prepare.py"
@@ -390,7 +390,7 @@ def test_the_row_order_looks_random():
 
 
 def test_masked_rows_take_shards_as_they_take_arrays(documents):
-    from trustratio.recipes.global_batch import BatchPlan
+    from trustratio.recipes.rules.global_batch import BatchPlan
 
     data = prepare(config_of(documents, sequence_length=16), QUIET)
     rows = data.rows("train")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from trustratio.recipes.bert_pretraining import check_run, main
-from trustratio.recipes.recipe_config import MODEL_SIZES
-from trustratio.recipes.recipe_optimizers import build_optimizer
-from trustratio.recipes.recipe_options import parse_command_line
-from trustratio.recipes.recipe_phases import describe_plan, learning_rate, phases_of
-from trustratio.recipes.recipe_presets import PRESETS, PUBLISHED, TWIN_SIZES, get_preset, twin
+from trustratio.recipes.configuration.command_line import parse_command_line
+from trustratio.recipes.configuration.config import MODEL_SIZES
+from trustratio.recipes.configuration.phases import describe_plan, learning_rate, phases_of
+from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, TWIN_SIZES, get_preset, twin
+from trustratio.recipes.model.optimizer import build_optimizer
+from trustratio.recipes.training.bert import check_run, main
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trustratio.recipes import run_folder, run_report
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.recipe_presets import get_preset
-from trustratio.recipes.run_history import bins, load_history, short_name
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.presets import get_preset
+from trustratio.recipes.runs import folder as run_folder
+from trustratio.recipes.runs import report as run_report
+from trustratio.recipes.runs.history import bins, load_history, short_name
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (

@@ -1,7 +1,7 @@
 import pytest
 
-from trustratio.recipes.recipe_errors import RecipeError, TrainingFailure
-from trustratio.recipes.run_folder import (
+from trustratio.recipes.common.errors import RecipeError, TrainingFailure
+from trustratio.recipes.runs.folder import (
     CheckpointFolder,
     MetricsLog,
     check_same_run,

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from trustratio.recipes.learning_rate_schedules import WarmupPolynomial, resolve_warmup, warmup_polynomial
-from trustratio.recipes.recipe_config import RecipeConfig, apply_overrides
-from trustratio.recipes.recipe_phases import PhasedSchedule, carry_over, learning_rate, phases_of
+from trustratio.recipes.configuration.config import RecipeConfig, apply_overrides
+from trustratio.recipes.configuration.phases import PhasedSchedule, carry_over, learning_rate, phases_of
+from trustratio.recipes.rules.schedules import WarmupPolynomial, resolve_warmup, warmup_polynomial
 
 
 def test_warmup_is_a_fraction_below_one_and_steps_from_one():

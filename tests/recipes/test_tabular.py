@@ -11,8 +11,8 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from trustratio.recipes import protein_matches, tabular
-from trustratio.recipes.protein_matches import Table, load_matches
+from trustratio.recipes.studies import protein_matches, tabular
+from trustratio.recipes.studies.protein_matches import Table, load_matches
 
 
 @pytest.fixture

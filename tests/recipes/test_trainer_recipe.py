@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from tests.distributed.pool import WorkerPool
-from trustratio.recipes.checkpoint_export import export_checkpoint
-from trustratio.recipes.progress_display import Reporter
-from trustratio.recipes.recipe_errors import RecipeError
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.reporter import Reporter
+from trustratio.recipes.training.export import export_checkpoint
 
 from .trainer_recipe_runs import SMALL, train
 

@@ -6,16 +6,8 @@ import math
 import pytest
 import torch
 
-from trustratio.recipes.learning_rate_schedules import (
-    WarmupExponential,
-    WarmupPolynomial,
-    WarmupStableDecay,
-    warmup_exponential,
-    warmup_polynomial,
-    warmup_stable_decay,
-)
-from trustratio.recipes.recipe_errors import RecipeError
-from trustratio.recipes.training_rules import (
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.rules.large_batch import (
     GhostBatchNorm,
     adapt_regime,
     batch_instead_of_decay,
@@ -26,6 +18,14 @@ from trustratio.recipes.training_rules import (
     large_loss_mask,
     scale_learning_rate,
     staleness_learning_rate,
+)
+from trustratio.recipes.rules.schedules import (
+    WarmupExponential,
+    WarmupPolynomial,
+    WarmupStableDecay,
+    warmup_exponential,
+    warmup_polynomial,
+    warmup_stable_decay,
 )
 
 # Schedules

@@ -18,7 +18,16 @@ def train(cache: str, environment: dict[str, str], by_trainer: bool, arguments: 
     """Run the recipe on this rank as a launcher would have started it; return how it ended."""
     from accelerate.state import AcceleratorState
 
-    from trustratio.recipes import bert_pretraining, front_ends, recipe_errors, trainer_pretraining
+    from trustratio.recipes.common import errors as recipe_errors
+    from trustratio.recipes.training import (
+        bert as bert_pretraining,
+    )
+    from trustratio.recipes.training import (
+        bert_trainer as trainer_pretraining,
+    )
+    from trustratio.recipes.training import (
+        launchers as front_ends,
+    )
 
     front_end = front_ends.AccelerateFrontEnd if environment else front_ends.DeepSpeedFrontEnd
     recipe = trainer_pretraining if by_trainer else bert_pretraining

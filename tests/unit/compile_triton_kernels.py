@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from trustratio.optimizers.kernels import triton_kernels
-from trustratio.optimizers.kernels.numbers import Kind
+from trustratio.optimizers.kernels.compiled_form import Kind
 
 TARGET = GPUTarget("cuda", 90, 32)
 INT64 = {"rows", "changing", "idle", "weights", "gradients", "first", "second", "third", "mean_squares", "ends"}

@@ -16,13 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trustratio.integrations import consolidated_state
-from trustratio.integrations.consolidated_state import (
+from trustratio.integrations.checkpoints import consolidated as consolidated_state
+from trustratio.integrations.checkpoints.consolidated import (
     OptimizerStateError,
     load_optimizer_state,
     save_optimizer_state,
 )
-from trustratio.integrations.safetensors_stream import ReplacedFile
+from trustratio.integrations.checkpoints.safetensors_file import ReplacedFile
 from trustratio.optimizers import LAMB, OPTIMIZERS, LayerwiseOptimizer, create_optimizer
 
 SHAPES = {"dense": (4, 6), "conv": (3, 2, 5), "bias": (4,), "scale": ()}

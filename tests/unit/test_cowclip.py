@@ -58,7 +58,7 @@ def test_thresholds_of_code_and_paper_differ_in_the_floor() -> None:
 def test_steps_equal_the_reference_wherever_chunks_end(
     threshold: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trustratio.optimizers.chunks.CHUNK_ELEMENTS", {"cpu": chunk})
+    monkeypatch.setattr("trustratio.optimizers.formulas.chunks.CHUNK_ELEMENTS", {"cpu": chunk})
     torch.manual_seed(0)
     options = {"lr": 0.1, "weight_decay": 0.3, "ratio": 0.7, "zeta": 0.05, "threshold": threshold, "cowclip": True}
     first, second = torch.randn(9, 7, dtype=torch.float64), torch.randn(2, 12, dtype=torch.float64)

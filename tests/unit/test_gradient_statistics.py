@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trustratio.optimizers import CLARS, LAMB, LARS, VRLAMB, VRLARS, VRSGD, StatisticsError, VRAdam
+from trustratio.optimizers.gradient_statistics.watch import GroupNorms
 from trustratio.optimizers.noise_scale import (
     RunningNoise,
     adascale,
@@ -19,7 +20,6 @@ from trustratio.optimizers.noise_scale import (
     noise_scale,
     sum_of_layers,
 )
-from trustratio.optimizers.statistics import GroupNorms
 
 # The groups' gradients of the two steps of the worked examples.
 FIRST = torch.tensor([[1, 0.2, -0.1], [1.2, -0.2, 0.1], [0.8, 0.1, 0.3], [1, -0.1, -0.1]], dtype=torch.float64)

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, VRSGD, LayerwiseOptimizer, create_optimizer, kernels
-from trustratio.optimizers.kernels import Operands, cpu, updates
-from trustratio.optimizers.layers import LayerTable
-from trustratio.optimizers.layout import Layer, Layout, LayoutError, Shard
-from trustratio.optimizers.step import Plan
+from trustratio.optimizers.formulas import updates
+from trustratio.optimizers.formulas.layer_table import LayerTable
+from trustratio.optimizers.kernels import Operands, cpu
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
+from trustratio.optimizers.stepping.step import Plan
 
 from .test_generic import all_variants, backward, make_gradients, make_parameters, train, values
 
@@ -674,6 +675,8 @@ def test_vrsgd_is_swept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """No optimizer of the two families falls back silently."""
     fitting = [name for name in OPTIMIZERS if name not in ("mclr", "cowclip")]
     assert VRSGD is OPTIMIZERS["vrsgd"].optimizer_class
-    monkeypatch.setattr("trustratio.optimizers.step.cut_into_chunks", lambda layout: pytest.fail("tensor operations"))
+    monkeypatch.setattr(
+        "trustratio.optimizers.stepping.step.cut_into_chunks", lambda layout: pytest.fail("tensor operations")
+    )
     for name in fitting:
         run(name, "cpu", steps=1)

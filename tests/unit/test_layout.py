@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trustratio.optimizers import LAMB, LayoutError
-from trustratio.optimizers.layout import Layer, Layout, Shard, in_segments
+from trustratio.optimizers.sharding.layout import Layer, Layout, Shard, in_segments
 
 
 def layer() -> torch.nn.Parameter:

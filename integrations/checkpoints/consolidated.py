@@ -1,0 +1,421 @@
+"""An optimizer's state in one file that any backend on any number of ranks reads: by parameter name, in safetensors.
+
+    save_optimizer_state(optimizer, "optimizer.safetensors")        # on all ranks, e.g. four under ZeRO-3
+    load_optimizer_state(optimizer, "optimizer.safetensors")        # on all ranks, e.g. two under FSDP2
+
+The file holds, under "<what>/<layer's name>", whole tensors of the layers' shapes: `weight`, which is what the
+optimizer steps (the fp32 master weights where a wrapper keeps them), and the optimizer's element-wise state; the
+per-layer state as scalars; and, as JSON in the header, every option of every group with the names of its layers.
+
+Saving streams: batches of bounded size are added up from the ranks' pieces, and rank 0 appends them. Loading reads, on
+each rank, what its own pieces need. Where they are comes from the optimizer's layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from .local_state import (
+    WEIGHT,
+    Catalogue,
+    LocalState,
+    OptimizerStateError,
+    as_json,
+    device_for,
+    of_all_ranks,
+    prove_positions,
+    raise_together,
+    rank,
+    several_ranks,
+    share_out,
+)
+from .pieces import ReadBlock
+from .safetensors_file import ReplacedFile, StoredTensor, header_of
+
+__all__ = [
+    "OptimizerStateError",
+    "StoredFile",
+    "StoredState",
+    "load_optimizer_state",
+    "restore",
+    "save_optimizer_state",
+]
+
+FORMAT = "trustratio optimizer state"
+VERSION = "1"
+BATCH_BYTES = 64 << 20
+"""How much of the state is on its way to rank 0 at a time."""
+
+
+def save_optimizer_state(
+    optimizer: Any, path: str | os.PathLike[str], *, model: torch.nn.Module | None = None, extra: Any = None
+) -> None:
+    """Write the optimizer's weights, state and group options to one file. Call it on all ranks, between steps.
+
+    The file appears under its name when it is complete on disk; a write that is interrupted leaves the file that was
+    there before. Memory: 64 MiB on each rank, or the largest row of a layer if that is more.
+
+    Args:
+        optimizer: One of this package's optimizers, or an object that holds it as `optimizer` (DeepSpeed's engine,
+            accelerate's AcceleratedOptimizer).
+        path: The file, which rank 0 writes; its folder is made.
+        model: Names the layers by `model.named_parameters()`. Needed if the optimizer was not made from named
+            parameters: without names, layers are called by their position, which other backends do not share.
+        extra: Anything plain, e.g. a scheduler's state_dict(); `load_optimizer_state` returns rank 0's, with lists for
+            tuples and numbers for tensors.
+
+    Raises:
+        OptimizerStateError: On all ranks, if two layers share a name, ranks disagree about a layer, the position of
+            a layer's elements is not known, an option cannot be written as JSON, or the file cannot be written.
+        LayoutError: If no backend explains the optimizer's tensors.
+        TypeError: If this is not an optimizer of this package, or `extra` is not plain.
+    """
+    encoded_extra = as_json(extra)
+    local = LocalState(optimizer, model)
+    catalogue = Catalogue.of_all_ranks(local)
+    owned = share_out(local, catalogue.trained)
+    tensors = _stored_tensors(catalogue, local.layer_state)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "optimizer": local.class_name,
+        "element_state": json.dumps(local.element_state),
+        "layer_state": json.dumps(local.layer_state),
+        "groups": json.dumps(catalogue.groups()),
+        "extra": encoded_extra,
+    }
+    file = ReplacedFile(path)
+    write = partial(_on_rank_0, file)
+    try:
+        write(lambda: file.open())
+        write(lambda: file.write(header_of((tensor for _, _, tensor in tensors), metadata)))
+        for batch in _batches(tensors, BATCH_BYTES):
+            values = _gather(batch, local, owned)
+            write(partial(_append, file, batch, values))
+        write(lambda: file.commit())
+    finally:
+        file.discard()
+
+
+def load_optimizer_state(
+    optimizer: Any, path: str | os.PathLike[str], *, model: torch.nn.Module | None = None, weights: bool = True
+) -> Any:
+    """Restore what `save_optimizer_state` wrote, under any backend and number of ranks. Call it on all ranks.
+
+    It may precede the first step. All group options are restored, `lr` and a scheduler's `initial_lr` among them, so
+    change an option after loading. Make a scheduler before loading, and load its own state_dict() after it.
+
+    Nothing is unpickled. Memory: this rank's part of one layer.
+
+    Args:
+        optimizer: As in `save_optimizer_state`, of the class that was saved, in the wrapper that will step it.
+        path: The file; every rank reads it.
+        model: As in `save_optimizer_state`.
+        weights: Also restore what the optimizer steps, and with it the model's trained parameters: exact where a
+            wrapper keeps fp32 master weights of 16-bit parameters. False leaves all weights as they are.
+
+    Returns:
+        What was given as `extra`.
+
+    Raises:
+        OptimizerStateError: On all ranks and before anything is changed, if the position of a layer's elements is not
+            known, or the file cannot be read or holds the state of another model or optimizer; the message lists the
+            differences.
+        LayoutError: If no backend explains the optimizer's tensors.
+        TypeError: If this is not an optimizer of this package.
+    """
+    return restore(optimizer, StoredFile, path, model=model, weights=weights)
+
+
+def restore(
+    optimizer: Any,
+    make: Callable[[str], StoredState],
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module | None,
+    weights: bool = True,
+) -> Any:
+    """Do what `load_optimizer_state` does, from what `make` finds under the path."""
+    local = LocalState(optimizer, model)
+    catalogue = Catalogue.of_all_ranks(local)
+    prove_positions(local)
+    stored, problems = _open(make, path)
+    raise_together(problems)
+    assert stored is not None
+    problems = _differences(stored, local, catalogue)
+    if len(set(of_all_ranks(stored.fingerprint))) > 1:
+        problems.append(f"ranks read different files under {os.fspath(path)}: copy one to all of them")
+    raise_together(problems)
+    options = [stored.options_of(local.names_of_group(index)) for index in range(len(local.optimizer.param_groups))]
+    with torch.no_grad():
+        for name, layer in local.by_name.items():
+            if name not in stored.shapes:
+                continue
+            for what in local.layer_state:
+                local.set_numbers(layer, what, stored.number(name, what))
+            for what in (*local.element_state, *([WEIGHT] if weights else [])):
+                local.copy_from(stored.reader(name, what), layer, what)
+    for group, restored in zip(local.optimizer.param_groups, options, strict=True):
+        for key, value in (restored[0] if restored else {}).items():
+            _set_option(group, key, value)
+    if weights:
+        local.publish_weights()
+    return stored.extra
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def _stored_tensors(catalogue: Catalogue, layer_state: list[str]) -> list[tuple[str, str, StoredTensor]]:
+    """Every tensor of the file with its layer and what it is, wider dtypes first, so that all are aligned."""
+    tensors = [
+        (name, what, StoredTensor(_key(name, what), dtype, () if what in layer_state else layer.shape))
+        for name, layer in catalogue.trained.items()
+        for what, dtype in layer.dtypes.items()
+    ]
+    return sorted(tensors, key=lambda entry: -entry[2].dtype.itemsize)
+
+
+def _key(name: str, what: str) -> str:
+    return f"{what}/{name}"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor of the file, at an offset in a batch's buffer, in bytes."""
+
+    name: str
+    what: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def within(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The rows as a view of the buffer."""
+        begin = self.offset // self.dtype.itemsize
+        return buffer.view(self.dtype)[begin : begin + prod(self.shape)].view(self.shape)
+
+
+def _batches(tensors: list[tuple[str, str, StoredTensor]], limit: int) -> Iterator[list[_Rows]]:
+    """Cut the file's tensors into batches of at most `limit` bytes, if no row is larger."""
+    batch: list[_Rows] = []
+    size = 0
+    for name, what, tensor in tensors:
+        rows = tensor.shape[0] if tensor.shape else 1
+        first = 0
+        while first < rows:
+            count = min(rows - first, (limit - size) // (tensor.nbytes // rows))
+            if count <= 0 and batch:
+                yield batch
+                batch, size = [], 0
+                continue
+            count = max(count, 1)
+            shape = (count, *tensor.shape[1:]) if tensor.shape else ()
+            batch.append(_Rows(name, what, tensor.dtype, shape, first, size))
+            size += -(-batch[-1].nbytes // 8) * 8
+            first += count
+    if batch:
+        yield batch
+
+
+def _gather(batch: list[_Rows], local: LocalState, owned: dict[str, bool]) -> torch.Tensor:
+    """Add up the ranks' pieces on rank 0. As integers: all summands but one are zero, so that every bit arrives."""
+    device = device_for(local.layout.device)
+    buffer = torch.zeros(-(-(batch[-1].offset + batch[-1].nbytes) // 8), dtype=torch.int64, device=device)
+    for rows in batch:
+        if rows.name in owned and (rows.what not in local.layer_state or owned[rows.name]):
+            local.copy_to(rows.within(buffer), rows.first, local.by_name[rows.name], rows.what)
+    if several_ranks():
+        dist.reduce(buffer, dst=0)
+    return buffer
+
+
+def _append(file: ReplacedFile, batch: list[_Rows], values: torch.Tensor) -> None:
+    content = values.cpu()
+    for rows in batch:
+        file.write(rows.within(content))
+
+
+def _on_rank_0(file: ReplacedFile, action: Callable[[], None]) -> None:
+    """Run the action on rank 0; if it fails, raise on all ranks."""
+    problems = []
+    if rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problems = [f"could not write {file.path}: {error}. A file that was there before is unchanged"]
+    raise_together(problems)
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+class StoredState(ABC):
+    """Weights, state and options by layer name.
+
+    Args:
+        metadata: As `save_optimizer_state` puts it into the file's header.
+
+    Raises:
+        ValueError: If it is not what it should be.
+    """
+
+    def __init__(self, metadata: dict[str, str]):
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"not written by save_optimizer_state: its format is {metadata.get('format')!r}")
+        if metadata["version"] != VERSION:
+            raise ValueError(f"version {metadata['version']} of the format; this release reads version {VERSION}")
+        self.metadata = metadata
+        self.fingerprint = json.dumps(metadata, sort_keys=True)
+        self.class_name = metadata["optimizer"]
+        self.element_state: list[str] = json.loads(metadata["element_state"])
+        self.layer_state: list[str] = json.loads(metadata["layer_state"])
+        self.groups: list[dict[str, Any]] = json.loads(metadata["groups"])
+        self.extra = json.loads(metadata["extra"])
+        self.shapes = {name: self.shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
+        for name, shape in self.shapes.items():
+            for what in self.element_state:
+                if self.shape(name, what) != shape:
+                    raise ValueError(f"{what} of {name} has shape {self.shape(name, what)} instead of {shape}")
+
+    @abstractmethod
+    def shape(self, name: str, what: str) -> tuple[int, ...]:
+        """The shape of a layer's weight or element-wise state."""
+
+    @abstractmethod
+    def reader(self, name: str, what: str) -> ReadBlock:
+        """Read the part of a layer's weight or element-wise state that slices select."""
+
+    @abstractmethod
+    def number(self, name: str, what: str) -> float:
+        """A layer's per-layer state."""
+
+    def options_of(self, names: list[str]) -> list[dict[str, Any]]:
+        """The different options that these layers have."""
+        found: list[dict[str, Any]] = []
+        for group in self.groups:
+            if group["options"] not in found and not set(names).isdisjoint(group["layers"]):
+                found.append(group["options"])
+        return found
+
+
+class StoredFile(StoredState):
+    """A file of `save_optimizer_state`. Raises OSError, SafetensorError, KeyError or ValueError if it is none."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._file = safe_open(os.fspath(path), framework="pt", device="cpu")
+        super().__init__(self._file.metadata() or {})
+        for name in self.shapes:
+            for what in self.layer_state:
+                if self.shape(name, what) != ():
+                    raise ValueError(f"{_key(name, what)} has shape {self.shape(name, what)} instead of ()")
+
+    def shape(self, name: str, what: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(_key(name, what)).get_shape())
+
+    def reader(self, name: str, what: str) -> ReadBlock:
+        key = _key(name, what)
+        return lambda slices: self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
+
+    def number(self, name: str, what: str) -> float:
+        return self.whole(name, what).item()
+
+    def whole(self, name: str, what: str) -> torch.Tensor:
+        """A tensor of the file."""
+        return self._file.get_tensor(_key(name, what))
+
+
+def _open(make: Callable[[str], StoredState], path: str | os.PathLike[str]) -> tuple[StoredState | None, list[str]]:
+    try:
+        return make(os.fspath(path)), []
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+        return None, [f"{os.fspath(path)} cannot be read as an optimizer's state: {error}"]
+
+
+def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -> list[str]:
+    """Why the file does not belong to this optimizer and model."""
+    problems = []
+    if stored.class_name != local.class_name:
+        problems.append(f"the file is of {stored.class_name}, the optimizer is {local.class_name}: make that optimizer")
+    elif (stored.element_state, stored.layer_state) != (local.element_state, local.layer_state):
+        kept, wanted = (", ".join((*of.element_state, *of.layer_state)) for of in (stored, local))
+        problems.append(
+            f"the file keeps {kept}, this {local.class_name} keeps {wanted}: make the optimizer with the file's "
+            f"options: {_differing_options(stored, local)}"
+        )
+    missing = [name for name in catalogue.trained if name not in stored.shapes]
+    extra = [name for name in stored.shapes if name not in catalogue.layers]
+    if missing:
+        problems.append(f"layers that the file lacks: {_listing(missing)}")
+    if extra:
+        problems.append(f"layers that only the file has: {_listing(extra)}")
+    if missing or extra:
+        problems.append(
+            "load it into the same model with the same parameters trained; where only names differ, pass `model` or "
+            "named parameters when saving and when loading"
+        )
+    shapes = [
+        f"{name} {stored.shapes[name]} in the file, {layer.shape} in the model"
+        for name, layer in catalogue.layers.items()
+        if stored.shapes.get(name, layer.shape) != layer.shape
+    ]
+    if shapes:
+        problems.append(f"layers of another shape: {_listing(shapes)}")
+    for index in range(len(local.optimizer.param_groups)):
+        options = stored.options_of(local.names_of_group(index))
+        if len(options) > 1:
+            keys = sorted(key for key in {*options[0], *options[1]} if options[0].get(key) != options[1].get(key))
+            problems.append(
+                f"group {index} here holds layers of groups with different {', '.join(keys)} in the file: make groups "
+                "that keep them apart"
+            )
+    return problems
+
+
+def _differing_options(stored: StoredState, local: LocalState) -> str:
+    differing = []
+    for index, group in enumerate(local.optimizer.param_groups):
+        for options in stored.options_of(local.names_of_group(index)):
+            differing += [
+                f"{key}={value!r} (here {group[key]!r}) in group {index}"
+                for key, value in options.items()
+                if key in group and _like(group[key], value) != group[key] and key not in ("lr", "initial_lr")
+            ]
+    return _listing(differing)
+
+
+def _like(current: Any, value: Any) -> Any:
+    """The value as the optimizer keeps the option: JSON has no tuples and no tensors."""
+    if isinstance(current, torch.Tensor):
+        return torch.as_tensor(value).to(current)
+    return tuple(value) if isinstance(current, tuple) else value
+
+
+def _set_option(group: dict[str, Any], key: str, value: Any) -> None:
+    current = group.get(key)
+    if isinstance(current, torch.Tensor):
+        current.copy_(_like(current, value))  # in place, as graphs and compiled steps need it
+    else:
+        group[key] = _like(current, value)
+
+
+def _listing(items: list[str], shown: int = 8) -> str:
+    rest = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return "; ".join(items[:shown]) + rest

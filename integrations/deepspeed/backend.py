@@ -1,0 +1,318 @@
+"""DeepSpeed: where the layers are inside ZeRO's flat partitions.
+
+ZeRO replaces each group's parameters by one flat fp32 tensor per rank. Which layers lie in it is read, once per flat
+tensor, from the wrapper that made it:
+
+    wrapper                          one flat tensor holds                       step() is called
+    DeepSpeedZeroOptimizer (1, 2)    this rank's 1/N of a group's concatenation  once per group
+    BF16_Optimizer (1)               the same                                    once
+    DeepSpeedZeroOptimizer_Stage3    1/N of every layer of a sub-group           once per sub-group
+    FP16_UnfusedOptimizer (0)        one whole layer each                        once
+
+Importing this module makes the registered classes pass DeepSpeed's check for optimizers that are safe under ZeRO.
+Read from DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers.gradient_statistics.watch import GradientFlow
+from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard, register_backend
+
+from ..tensor_parallel import Part, Reductions, TensorParallel
+from .gradients import describe_gradient_flow
+from .parallelism import (
+    CLIPPING,
+    PART_OF_MODEL,
+    find_engine,
+    layer_names,
+    refuse_model_parallelism,
+    refuse_partitions_over,
+    steps_with_a_part,
+    unknown_norm,
+    unwrapped_layout,
+)
+
+__all__ = ["DeepSpeedBackend"]
+
+
+@dataclass(frozen=True)
+class _FlatTensor:
+    """What one of the optimizer's tensors holds: (parameter, shape, first element in the tensor, offset, length)."""
+
+    process_group: dist.ProcessGroup | None
+    parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]]
+    runs: Sequence[tuple[int, int, int, int]]  # (index into parameters, start, offset, length)
+
+
+class DeepSpeedBackend:
+    """Explains the tensors of DeepSpeed's optimizer wrappers."""
+
+    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
+        """Add the class to the list that DeepSpeed compares an optimizer's exact type with."""
+        if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+
+    def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
+        """Return the layout of tensors that a DeepSpeed wrapper made or cut, None for any others.
+
+        Raises:
+            LayoutError: If a wrapper that cannot be exact holds the optimizer.
+        """
+        if all(optimizer.was_given(tensor) for _, tensor in tensors):
+            return unwrapped_layout(optimizer, tensors)
+        wrapper = _find_wrapper(optimizer)
+        if wrapper is None:
+            return None
+        kind, flat_tensors = _describe(wrapper)
+        described = [(group, tensor, flat_tensors.get(id(tensor))) for group, tensor in tensors]
+        if any(flat is None for _, _, flat in described):
+            return None
+        # Of the whole model, so that no group is stepped before another is refused.
+        parameters = [parameter for flat in flat_tensors.values() for parameter, _ in flat.parameters]
+        refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
+        return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
+
+    def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
+        """Return all flat tensors with their groups where `param_groups` lack them between steps (ZeRO-3)."""
+        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            return None
+        if wrapper.swap_optimizer or wrapper.params_in_nvme_and_cpu:
+            raise LayoutError(
+                "the optimizer's state lies on NVMe, where only DeepSpeed finds it: use engine.save_checkpoint and "
+                "engine.load_checkpoint, or set offload_optimizer.device and offload_param.device to cpu"
+            )
+        groups = (wrapper.sub_group_to_group_id[i] for i in range(len(wrapper.fp32_partitioned_groups_flat)))
+        return list(zip(groups, wrapper.fp32_partitioned_groups_flat, strict=True))
+
+    def publish_weights(self, optimizer: Any) -> None:
+        """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
+        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            wrapper.checkpoint_event_prologue()
+            for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+            wrapper.checkpoint_event_epilogue()
+        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+            wrapper.update_lp_params()
+        elif isinstance(wrapper, FP16_UnfusedOptimizer):
+            for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+                for master, parameter in zip(masters, parameters, strict=True):
+                    parameter.data.copy_(master)
+
+    def data_parallel(self, optimizer: Any) -> DataParallel | None:
+        """Return the engine's data-parallel group and its count of skipped steps, None without an engine."""
+        engine = find_engine(optimizer)
+        if engine is None:
+            return None
+        return DataParallel(engine.seq_data_parallel_group, attribute_of(engine, "skipped_steps"))
+
+    def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
+        """Return where gradients go between backward and step, None if they stay whole."""
+        wrapper = _find_wrapper(optimizer)
+        return None if wrapper is None else describe_gradient_flow(wrapper)
+
+
+def _is_unwrapped(optimizer: Any) -> bool:
+    """Whether the optimizer still has the parameters that it was given: between steps no wrapper leaves it those."""
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return bool(tensors) and all(map(optimizer.was_given, tensors))
+
+
+def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
+    """The DeepSpeed object that steps this optimizer.
+
+    DeepSpeed leaves no reference to it on the optimizer, and on a model's parameters only for those that have elements
+    on this rank; the garbage collector knows it on every rank. This runs once per flat tensor.
+    """
+    for candidate in gc.get_objects():
+        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
+        if issubclass(type(candidate), DeepSpeedOptimizer) and getattr(candidate, "optimizer", None) is optimizer:
+            return candidate
+    return None
+
+
+def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]:
+    """The wrapper's name for messages, and what each of its tensors (by id) holds."""
+    if getattr(wrapper, "zenflow", None):
+        raise LayoutError("zenflow steps with optimizers of its own: remove zero_optimization.zenflow")
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        return "DeepSpeed ZeRO-3", _stage3(wrapper)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        stage = 2 if wrapper.partition_gradients else 1
+        return f"DeepSpeed ZeRO-{stage}", _concatenated(
+            wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, wrapper.real_dp_process_group
+        )
+    if isinstance(wrapper, BF16_Optimizer):
+        return "DeepSpeed BF16_Optimizer (ZeRO-1)", _concatenated(
+            wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.real_dp_process_group
+        )
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        return "DeepSpeed FP16_UnfusedOptimizer", dict(_master_copies(wrapper))
+    raise LayoutError(
+        f"{type(wrapper).__name__} is not supported. Supported DeepSpeed wrappers: ZeRO stages 1, 2 and 3, "
+        "BF16_Optimizer and FP16_UnfusedOptimizer"
+    )
+
+
+def _concatenated(
+    partitions: Iterable[torch.Tensor],
+    groups: Iterable[list[torch.nn.Parameter]],
+    process_groups: Iterable[dist.ProcessGroup],
+) -> dict[int, _FlatTensor]:
+    """ZeRO-1/2: a group's parameters lie in one buffer that is cut into equal partitions, one per rank.
+
+    Every parameter is a view of that buffer, so its storage offset is its position, whatever the order
+    (`round_robin_gradients`) and gaps (`parameter_alignment`).
+    """
+    flat_tensors = {}
+    for partition, parameters, process_group in zip(partitions, groups, process_groups, strict=True):
+        size = partition.numel()
+        first = dist.get_rank(process_group) * size
+        runs = []
+        for index, parameter in enumerate(parameters):
+            position = int(parameter.storage_offset())
+            begin, end = max(position, first), min(position + parameter.numel(), first + size)
+            if begin < end:
+                runs.append((index, begin - first, begin - position, end - begin))
+        shapes = [(parameter, tuple(parameter.shape)) for parameter in parameters]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, sorted(runs, key=lambda run: run[1]))
+    return flat_tensors
+
+
+def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, _FlatTensor]:
+    """ZeRO-3: every rank holds one slice of each parameter; the last slices end in uninitialised padding."""
+    flat_tensors = {}
+    for number, (partition, parameters) in enumerate(
+        zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+    ):
+        process_group = wrapper.sub_group_process_groups[number]
+        rank = dist.get_rank(process_group)
+        runs = []
+        for index, parameter in enumerate(parameters):
+            _, start, slice_length = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            offset = rank * slice_length
+            length = min(slice_length, parameter.ds_numel - offset)
+            if length > 0:
+                runs.append((index, start, offset, length))
+        # Under zero.Init a parameter's own shape is (0,).
+        shapes = [(parameter, tuple(parameter.ds_shape)) for parameter in parameters]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, runs)
+    return flat_tensors
+
+
+def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatTensor]]:
+    """Stage 0 with 16-bit parameters: an unsharded fp32 copy of each."""
+    for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        for master, parameter in zip(masters, parameters, strict=True):
+            shape = tuple(parameter.shape)
+            yield id(master), _FlatTensor(None, [(parameter, shape)], [(0, 0, 0, parameter.numel())])
+
+
+def _layout(
+    kind: str, wrapper: DeepSpeedOptimizer, optimizer: Any, described: Sequence[tuple[int, torch.Tensor, _FlatTensor]]
+) -> Layout:
+    name_of = layer_names(optimizer, getattr(wrapper, "param_names", None) or {})
+    # Stage 3 keeps of the mpu its group alone.
+    parallel = TensorParallel(getattr(wrapper, "mpu", None), getattr(wrapper, "model_parallel_group", None))
+    layers: list[Layer] = []
+    shards: list[Shard] = []
+    cut: set[int] = set()
+    placed = True
+    reductions = Reductions()
+    for carrier, (_, _, flat) in enumerate(described):
+        base = len(layers)
+        parts: list[Part] = []
+        for index, (parameter, shape) in enumerate(flat.parameters):
+            name = name_of(parameter) or f"{carrier}.{index}"
+            part = parallel.part(name, parameter, shape)
+            refuse_partitions_over(part.process_group, flat.process_group, name)
+            if flat.process_group is not None:
+                reductions.add(flat.process_group, len(layers))
+            if part.process_group is not None:
+                reductions.add(part.process_group, len(layers))
+                cut.add(len(layers))
+            placed = placed and part.is_placed
+            parts.append(part)
+            layers.append(Layer(name, part.whole, carrier, parameter))
+        for index, start, offset, length in flat.runs:
+            shards.extend(parts[index].shards(base + index, start, offset, length))
+    parallel.agree(layers, cut)
+    part_of_model = steps_with_a_part(
+        getattr(wrapper, "mpu", None), (layer.parameter for layer in layers if layer.parameter is not None)
+    )
+    sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
+    return Layout(
+        backend=kind,
+        tensors=tuple(tensor for _, tensor, _ in described),
+        groups=tuple(group for group, _, _ in described),
+        layers=tuple(layers),
+        shards=tuple(shards),
+        reductions=reductions.collected(),
+        clips_with=CLIPPING if sharded or part_of_model else None,
+        gradient_norm=_gradient_norm(kind, wrapper, part_of_model),
+        placed=placed,
+    )
+
+
+def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) -> Callable[[], torch.Tensor] | None:
+    """How to learn the norm of the whole model's gradient; None where one `step()` call sees the whole model."""
+    in_parts = isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3))
+    if getattr(wrapper, "has_moe_layers", False):
+        problem = "does not compute it exactly for mixture-of-experts layers"
+    elif in_parts and wrapper.torch_autocast_gradscaler:
+        problem = "leaves the loss scale to torch's GradScaler: use bf16, or the fp16 section of the DeepSpeed config"
+    elif not in_parts and part_of_model:
+        problem = PART_OF_MODEL
+    elif in_parts:
+        reference = weakref.ref(wrapper)
+        return lambda: _norm_at_step(kind, reference())
+    else:
+        return None
+    return lambda: unknown_norm(kind, problem)
+
+
+def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
+    """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
+    if wrapper._global_grad_norm is None:
+        return unknown_norm(kind, "does not compute it: set zero_optimization.compute_grad_norm to true")
+    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
+    if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
+        # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
+        norm = norm / wrapper.loss_scaler.scale_factor
+    if wrapper.clip_grad > 0:
+        norm = norm / ((norm + 1e-6) / wrapper.clip_grad).clamp(min=1.0)
+    return norm
+
+
+def _loss_scale_just_grew(wrapper: DeepSpeedZeroOptimizer) -> bool:
+    """Whether this step, which was not skipped, has raised the dynamic loss scale."""
+    scaler = wrapper.loss_scaler
+    if wrapper.custom_loss_scaler or not isinstance(scaler, DynamicLossScaler):
+        return False
+    stable_steps = scaler.cur_iter - scaler.last_overflow_iter - 2  # as the scaler saw it before it counted this step
+    return stable_steps > 0 and stable_steps % scaler.scale_window == 0
+
+
+_backend = DeepSpeedBackend()
+register_backend(_backend)
+for _entry in OPTIMIZERS.values():
+    _backend.admit(_entry.optimizer_class)

@@ -1,0 +1,111 @@
+"""DeepSpeed: what ZeRO does with gradients between backward and step, for statistics of group gradients.
+
+    wrapper                          a rank keeps between micro-batches     the step's gradient is divided by
+    DeepSpeedZeroOptimizer (1)       whole gradients                        loss scale · clip
+    DeepSpeedZeroOptimizer (2)       its partition                          loss scale · clip
+    BF16_Optimizer (1)               whole gradients, fp32                  clip
+    DeepSpeedZeroOptimizer_Stage3    its slice of every layer               loss scale · clip
+
+Stage 0 leaves gradients whole and needs no description. Read from DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from trustratio.optimizers.gradient_statistics.watch import Destination, GradientFlow, Slice, StatisticsError
+
+__all__ = ["describe_gradient_flow"]
+
+
+def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
+    """Return where a wrapper sends gradients and how it scales them; None if it leaves them whole.
+
+    Raises:
+        StatisticsError: At the step, if the wrapper's scale cannot be known.
+    """
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        destinations = _slices_of_layers(wrapper)
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer):
+        partitions = wrapper.single_partition_of_fp32_groups
+        groups = zip(partitions, wrapper.bit16_groups, wrapper.real_dp_process_group, strict=True)
+        destinations = _slices_of_buffers(groups, kept_whole=not wrapper.partition_gradients)
+    elif isinstance(wrapper, BF16_Optimizer):
+        partitions = wrapper.fp32_groups_flat_partition
+        groups = zip(partitions, wrapper.bf16_groups, wrapper.real_dp_process_group, strict=True)
+        destinations = _slices_of_buffers(groups, kept_whole=True)
+    else:
+        return None
+    reference = weakref.ref(wrapper)
+    return GradientFlow(
+        destinations, lambda: _loss_scale(reference()), lambda in_backward: _factor(reference(), in_backward)
+    )
+
+
+def _slices_of_buffers(
+    groups: Iterable[tuple[torch.Tensor, list[torch.nn.Parameter], dist.ProcessGroup]], *, kept_whole: bool
+) -> dict[int, Destination]:
+    """ZeRO-1/2: parameters are views of one buffer per group, which is cut into equal partitions."""
+    destinations = {}
+    for partition, parameters, process_group in groups:
+        size = partition.numel()
+        for parameter in parameters:
+            position = int(parameter.storage_offset())
+            end = position + parameter.numel()
+            slices = []
+            for owner in range(position // size, -(-end // size)):
+                begin, stop = max(position, owner * size), min(end, (owner + 1) * size)
+                slices.append(Slice(owner, begin - position, stop - begin, begin - owner * size))
+            destinations[id(parameter)] = Destination(process_group, partition, tuple(slices), kept_whole)
+    return destinations
+
+
+def _slices_of_layers(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, Destination]:
+    """ZeRO-3: every rank holds one slice of each parameter, at the same place in its partition of the sub-group."""
+    destinations = {}
+    for number, (partition, parameters) in enumerate(
+        zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+    ):
+        process_group = wrapper.sub_group_process_groups[number]
+        for parameter in parameters:
+            _, start, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            slices = [
+                Slice(owner, owner * length, min(length, parameter.ds_numel - owner * length), start)
+                for owner in range(dist.get_world_size(process_group))
+                if owner * length < parameter.ds_numel
+            ]
+            destinations[id(parameter)] = Destination(process_group, partition, tuple(slices), kept_whole=False)
+    return destinations
+
+
+def _loss_scale(wrapper: Any) -> float:
+    return 1.0 if isinstance(wrapper, BF16_Optimizer) else float(wrapper.loss_scale)
+
+
+def _factor(wrapper: Any, in_backward: float) -> float | torch.Tensor:
+    """What the averaged gradient was multiplied by.
+
+    ZeRO divides by the loss scale of now, which is not the one of backward in a step that has just raised it; ZeRO-1/2
+    reports the norm by the one, ZeRO-3 by the other.
+    """
+    if getattr(wrapper, "torch_autocast_gradscaler", None):
+        raise StatisticsError(
+            "torch's GradScaler inside ZeRO does not tell the scale of the gradients: use bf16, or the fp16 section of "
+            "the DeepSpeed config"
+        )
+    now = _loss_scale(wrapper)
+    if not wrapper.clip_grad > 0:
+        return 1 / now
+    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        norm = norm * (in_backward / now)
+    return 1 / (now * ((norm + 1e-6) / wrapper.clip_grad).clamp(min=1.0))

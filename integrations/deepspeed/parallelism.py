@@ -1,0 +1,174 @@
+"""DeepSpeed: model parallelism beside ZeRO, and what it means for an optimizer.
+
+    parallelism                  a layer's sums are added                       what a step does not see
+    AutoTP, `mpu=`               over tensor-parallel ranks too, if it is cut   nothing
+    pipeline stages              within the stage                               the other stages' layers
+    experts (MoE)                over the expert's own data-parallel ranks      experts of other ranks
+    sequence parallelism, hpZ    over the ranks among which ZeRO cuts           nothing
+
+Read from DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+from trustratio.optimizers.sharding.layout import Layout, LayoutError
+
+from ..tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
+
+__all__ = [
+    "CLIPPING",
+    "PART_OF_MODEL",
+    "find_engine",
+    "layer_names",
+    "refuse_model_parallelism",
+    "refuse_partitions_over",
+    "steps_with_a_part",
+    "unwrapped_layout",
+]
+
+CLIPPING = "gradient_clipping in the DeepSpeed config"
+PART_OF_MODEL = "steps with a part of the model, whose other layers are on other ranks: use ZeRO-1 without experts"
+OF_EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
+
+
+def find_engine(optimizer: Any) -> DeepSpeedEngine | None:
+    """The engine that steps this optimizer, directly or through a wrapper; found as the wrapper is."""
+    for candidate in gc.get_objects():
+        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
+        if issubclass(type(candidate), DeepSpeedEngine) and _steps_with(candidate, optimizer):
+            return candidate
+    return None
+
+
+def _steps_with(engine: DeepSpeedEngine, optimizer: Any) -> bool:
+    # An engine under construction, or one that was destroyed, lacks these attributes.
+    inner = vars(engine).get("optimizer")
+    return inner is not None and (inner is optimizer or getattr(inner, "optimizer", None) is optimizer)
+
+
+def steps_with_a_part(mpu: Any, parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether there are layers that only other ranks have: of other pipeline stages, or experts."""
+    return _pipeline_stages(mpu) > 1 or _distributed_experts(parameters)
+
+
+def _pipeline_stages(mpu: Any) -> int:
+    """How many stages the model is cut into."""
+    return bwc_pipeline_parallel_world_size(mpu)
+
+
+def unwrapped_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
+    """The layout under ZeRO-0, which steps the model's own parameters; None without model parallelism."""
+    engine = find_engine(optimizer)
+    if engine is None:
+        return None
+    parallel = TensorParallel(engine.mpu)
+    parameters = [tensor for _, tensor in tensors]
+    plain = _pipeline_stages(engine.mpu) == 1 and parallel.size() == 1 and engine.sequence_parallel_size == 1
+    if plain and not any(map(is_moe_param, parameters)):
+        return None
+    kind = "DeepSpeed ZeRO-0"
+    refuse_model_parallelism(kind, optimizer, engine.mpu, parameters)
+    options: dict[str, Any] = {}
+    if steps_with_a_part(engine.mpu, parameters):
+        options["clips_with"] = CLIPPING
+        options["gradient_norm"] = lambda: unknown_norm(kind, PART_OF_MODEL)
+    name_of = layer_names(optimizer, engine.param_names)
+    return layout_of_parameters(kind, optimizer, tensors, parallel, name_of, **options)
+
+
+def unknown_norm(kind: str, problem: str) -> torch.Tensor:
+    """Raise LayoutError, for `Layout.gradient_norm` where nobody knows it."""
+    raise LayoutError(f"this optimizer needs the norm of the whole model's gradient, but {kind} {problem}")
+
+
+# Experts ------------------------------------------------------------------------------------------------------------
+
+
+def layer_names(optimizer: Any, module_names: Mapping[torch.Tensor, str]) -> Callable[[torch.Tensor], str | None]:
+    """Return a function from a parameter to its layer's name.
+
+    An expert is named by its number among all experts, as in DeepSpeed's checkpoints: within the module every rank
+    counts its own from zero, and experts of different ranks would bear one name.
+
+    Args:
+        optimizer: Knows the names that parameters were given with.
+        module_names: The names in the model, for others.
+    """
+    experts: dict[str, int] = {}
+    for name in module_names.values():
+        if match := OF_EXPERT.fullmatch(name):
+            experts[match[1]] = max(experts.get(match[1], 0), int(match[2]) + 1)
+
+    def name_of(parameter: torch.Tensor) -> str | None:
+        name = optimizer.parameter_name(parameter) or module_names.get(parameter)
+        match = OF_EXPERT.fullmatch(name) if name and is_moe_param(parameter) else None
+        in_module = OF_EXPERT.fullmatch(module_names.get(parameter, ""))
+        if match is None or in_module is None:
+            return name
+        first = deepspeed_groups._get_expert_parallel_rank(_expert_group(parameter)) * experts[in_module[1]]
+        return f"{match[1]}{first + int(match[2])}{match[3]}"
+
+    return name_of
+
+
+def _distributed_experts(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether any parameter belongs to an expert that gets the samples of several ranks."""
+    return any(
+        deepspeed_groups._get_expert_parallel_world_size(_expert_group(parameter)) > 1
+        for parameter in parameters
+        if is_moe_param(parameter)
+    )
+
+
+def _expert_group(parameter: Any) -> str:
+    """DeepSpeed's name of the process groups of an expert's parameter."""
+    return parameter.group_name
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def refuse_model_parallelism(kind: str, optimizer: Any, mpu: Any, parameters: Sequence[torch.Tensor]) -> None:
+    """Raise LayoutError if the optimizer's statistics of group gradients do not exist in this set-up."""
+    refuse_optimizer(kind, optimizer, parameters)
+    if optimizer.statistics is None:
+        return
+    problem = None
+    if deepspeed_groups._get_sequence_parallel_world_size() > 1:
+        problem = "under sequence parallelism a rank has that of a part of each sample"
+    elif _pipeline_stages(mpu) > 1:
+        problem = "a pipeline stage sees only its own layers, and of a tied layer a part of the gradient"
+    elif _distributed_experts(parameters):
+        problem = "an expert's gradient on one rank is made of the samples of several"
+    if problem is not None:
+        raise LayoutError(
+            f"{type(optimizer).__name__} needs the gradient of every rank's every micro-batch, but {problem} ({kind}): "
+            "not supported. Use data parallelism (DDP or ZeRO) alone for CLARS, the VR optimizers and "
+            "collect_group_norms()"
+        )
+
+
+def refuse_partitions_over(
+    tensor_parallel_group: dist.ProcessGroup | None, partitioned_over: dist.ProcessGroup | None, name: str
+) -> None:
+    """Raise LayoutError if ZeRO has spread a part of a layer over ranks that have other parts of it."""
+    if tensor_parallel_group is None or partitioned_over is None:
+        return
+    others = set(dist.get_process_group_ranks(tensor_parallel_group)) - {dist.get_rank()}
+    if others & set(dist.get_process_group_ranks(partitioned_over)):
+        raise LayoutError(
+            f"layer {name} is cut by tensor parallelism, and ZeRO has partitioned this rank's part over ranks that "
+            "have other parts: build the model outside deepspeed.zero.Init"
+        )

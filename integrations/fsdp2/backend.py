@@ -1,0 +1,289 @@
+"""FSDP2 (`fully_shard`), HSDP and every other use of DTensor: where the layers are on a device mesh.
+
+A DTensor is one layer. Its placements say what each dimension of its mesh does with it:
+
+    placement                               this rank holds              the layer's sums are added
+    Replicate                               the same as its neighbours   not over this dimension
+    Shard, along any dimension of a layer   its part, which may be empty over this dimension's process group
+    Partial                                 a summand of the weights     refused
+
+HSDP is (Replicate, Shard(0)) on a mesh of two dimensions. A layer that is cut over both dimensions, as FSDP2 over
+tensor parallelism cuts it, is summed over one and then over the other. State is made of DTensors with the parameter's
+placements, so that torch.distributed.checkpoint knows how to save it; the arithmetic is done on local tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from trustratio.optimizers.gradient_statistics.watch import GradientFlow
+from trustratio.optimizers.sharding.data_parallel import DataParallel
+from trustratio.optimizers.sharding.layout import (
+    Layer,
+    Layout,
+    LayoutError,
+    Shard,
+    local_part,
+    may_be_cut,
+    name_layers,
+    refuse_strangers,
+    register_backend,
+    tensor_parallel_groups,
+)
+
+from ..checkpoints.pieces import _local_indices as local_indices
+from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
+
+__all__ = ["DTensorBackend"]
+
+BACKEND = "FSDP2 (DTensor)"
+
+
+class DTensorBackend:
+    """Explains DTensor parameters, whoever made them, and plain parameters beside them."""
+
+    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
+        """Do nothing: any optimizer may be stepped with DTensors."""
+
+    def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
+        """Return the layout if any of the tensors is a DTensor.
+
+        The constructor need not have been given them: accelerate makes the optimizer first, and replaces its
+        parameters by their DTensors.
+
+        Raises:
+            LayoutError: If the optimizer cannot be exact, or a parameter is of a kind that is not supported.
+        """
+        if not any(isinstance(tensor, DTensor) for _, tensor in tensors):
+            return None
+        refuse_strangers(optimizer, [tensor for _, tensor in tensors if not isinstance(tensor, DTensor)])
+        _refuse_optimizer(optimizer, [tensor for _, tensor in tensors])
+        dtypes = {} if optimizer.statistics is None else gradient_dtypes(optimizer)
+        present = [(group, tensor) for group, tensor in tensors if tensor.numel()]
+        names = _names(optimizer, tensors)
+        for _, tensor in present:
+            _refuse_kind(names[id(tensor)], tensor)
+        _refuse_replaced(optimizer, present, names)
+        _agree_on_placements([tensor for _, tensor in present], names)
+        return Layout(
+            backend=BACKEND,
+            tensors=tuple(tensor for _, tensor in present),
+            groups=tuple(group for group, _ in present),
+            layers=tuple(
+                Layer(names[id(tensor)], tuple(tensor.shape), i, tensor, dtypes.get(id(tensor)))
+                for i, (_, tensor) in enumerate(present)
+            ),
+            shards=tuple(
+                shard
+                for i, (_, tensor) in enumerate(present)
+                if local_part(tensor).numel()
+                for shard in _shards(i, names[id(tensor)], tensor)
+            ),
+            reductions=_reductions([tensor for _, tensor in present]),
+            placed=True,
+        )
+
+    def data_parallel(self, optimizer: Any) -> DataParallel | None:
+        """Return the ranks over which fully_shard averages gradients, None without it."""
+        return data_parallel(optimizer)
+
+    def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
+        """Return where fully_shard sends gradients, None without it."""
+        return gradient_flow(optimizer)
+
+    def sources(self, optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (parameter, tensor that the module's forward used in its place)."""
+        return sources(optimizer, module)
+
+
+def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[int, str]:
+    """Each parameter's name by id; where it was put in place of another, that one's."""
+    names = dict(name_layers(optimizer, tensors))
+    for group in optimizer.param_groups:
+        given = group.get("param_names") or ()
+        if len(given) == len(group["params"]):
+            names.update({id(p): name for p, name in zip(group["params"], given, strict=True)})
+    return names
+
+
+def _shard(layer: int, tensor: torch.Tensor) -> Shard:
+    """What this rank has of the layer, which must not be empty: the block from its first to its last element."""
+    if not isinstance(tensor, DTensor):
+        return Shard(layer, 0, 0, tensor.numel())
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    strides = [prod(tensor.shape[dimension + 1 :]) for dimension in range(tensor.dim())]
+    local = local_part(tensor)
+    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    reach = sum((size - 1) * stride for size, stride in zip(local.shape, strides, strict=True))
+    return Shard(layer, 0, first, local.numel(), span=reach + 1)
+
+
+def _shards(layer: int, name: str, tensor: torch.Tensor) -> list[Shard]:
+    """What this rank has of the layer: one block, or one per run of rows where rows are cut in several."""
+    block = _shard(layer, tensor)
+    if not isinstance(tensor, DTensor) or not _strides(tensor):
+        return [block]
+    indices = local_indices(name, tensor)
+    if [len(index) for index in indices] != list(local_part(tensor).shape):
+        return [block]  # the proof counts its elements, on all ranks
+    rows, *others = indices
+    strides = [prod(tensor.shape[dimension + 1 :]) for dimension in range(tensor.dim())]
+    column = sum(int(index[0]) * stride for index, stride in zip(others, strides[1:], strict=True))
+    reach = sum((len(index) - 1) * stride for index, stride in zip(others, strides[1:], strict=True))
+    in_row = prod(len(index) for index in others)
+    shards, start = [], 0
+    for run in rows.tensor_split((rows.diff() != 1).nonzero().flatten() + 1):
+        span = (len(run) - 1) * strides[0] + reach + 1
+        shards.append(Shard(layer, start, int(run[0]) * strides[0] + column, len(run) * in_row, span))
+        start += len(run) * in_row
+    return shards
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """The dimensions of which a rank has several pieces, as of fused matrices: `_StridedShard` for its own sake.
+
+    fully_shard over tensor parallelism makes a `_StridedShard` too, whose pieces the later mesh dimensions take apart.
+    """
+    if not isinstance(tensor, DTensor):
+        return []
+    found = []
+    for mesh_dimension, placement in enumerate(tensor.placements):
+        later = prod(
+            tensor.device_mesh.size(other)
+            for other in range(mesh_dimension + 1, tensor.device_mesh.ndim)
+            if getattr(tensor.placements[other], "dim", None) == getattr(placement, "dim", None)
+        )
+        if isinstance(placement, _StridedShard) and placement.split_factor != later:
+            found.append(placement.dim)
+    return found
+
+
+def _reductions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...]:
+    """The process groups of the mesh dimensions that cut a layer. Meshes over the same ranks share one group."""
+    cut: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[int]]] = {}
+    for index, tensor in enumerate(tensors):
+        for process_group in _cut_over(tensor):
+            ranks = tuple(dist.get_process_group_ranks(process_group))
+            cut.setdefault(ranks, (process_group, []))[1].append(index)
+    return tuple((process_group, tuple(indices)) for process_group, indices in cut.values())
+
+
+def _cut_over(tensor: torch.Tensor) -> Iterator[dist.ProcessGroup]:
+    if isinstance(tensor, DTensor):
+        for dimension, placement in enumerate(tensor.placements):
+            if not placement.is_replicate():
+                yield tensor.device_mesh.get_group(dimension)
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_optimizer(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """Raise LayoutError if the optimizer needs more of a layer than sums over its elements, and cannot have it."""
+    name = type(optimizer).__name__
+    if optimizer.statistics is not None:
+        sharded = sharded_parameters(optimizer)
+        if any(id(tensor) not in sharded for tensor in tensors):
+            raise LayoutError(
+                f"{name} needs the gradient of every single micro-batch, which is known of parameters that fully_shard "
+                "has sharded, and of no other DTensors: use DDP, FSDP2 or DeepSpeed ZeRO alone for CLARS, the VR "
+                "optimizers and collect_group_norms()"
+            )
+    for group in optimizer.param_groups:
+        if optimizer.has_rows(group) and not all(map(_has_whole_rows, group["params"])):
+            raise LayoutError(
+                f"{name} clips rows of embeddings, of which each must be whole on one rank under {BACKEND}: shard "
+                "embeddings with Shard(0), or put them into a group with cowclip=False"
+            )
+
+
+def _has_whole_rows(tensor: torch.Tensor) -> bool:
+    if not isinstance(tensor, DTensor):
+        return True
+    by_rows = all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+    return by_rows and not _strides(tensor)
+
+
+def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, DTensor):
+        return
+    partial = [placement for placement in tensor.placements if placement.is_partial()]
+    if partial:
+        raise LayoutError(
+            f"parameter {name} has placements {tensor.placements}: no rank knows its weights, which are sums over "
+            "ranks. Redistribute it to Shard or Replicate"
+        )
+    strided = [dimension for dimension in _strides(tensor) if dimension > 0]
+    if strided:
+        raise LayoutError(
+            f"parameter {name} has placements {tensor.placements}, which leave a rank several pieces along dimension "
+            f"{strided[0]}: supported along dimension 0 only. Store the matrix transposed, or as several parameters"
+        )
+    local = local_part(tensor)
+    if type(local) not in (torch.Tensor, torch.nn.Parameter):
+        raise LayoutError(f"parameter {name} is a DTensor of {type(local).__name__}: not supported")
+    if tensor.device_mesh.get_coordinate() is None:
+        raise LayoutError(f"parameter {name} lies on {tensor.device_mesh}, which this rank is not part of")
+    if may_be_cut(tensor) or _may_have_lost_marks(tensor):
+        raise LayoutError(
+            f"parameter {name} is a DTensor on {tensor.device_mesh}, and Megatron's tensor parallelism may have cut it "
+            "over other ranks before, which fully_shard forgets: not supported. Use parallelize_module under "
+            "fully_shard, or DeepSpeed ZeRO with mpu="
+        )
+
+
+def _may_have_lost_marks(tensor: DTensor) -> bool:
+    """Whether there are tensor-parallel ranks outside the mesh. fully_shard drops a parameter's marks."""
+    on_mesh = set(tensor.device_mesh.mesh.flatten().tolist())
+    return any(set(dist.get_process_group_ranks(ranks)) - on_mesh for ranks in tensor_parallel_groups(tensor))
+
+
+def _refuse_replaced(optimizer: Any, present: Sequence[tuple[int, torch.Tensor]], names: Mapping[int, str]) -> None:
+    """Raise if a parameter was put in place of another that has state: its own would silently start from zero."""
+    current = {id(tensor) for _, tensor in present}
+    abandoned = {tuple(tensor.shape) for tensor in optimizer.state if id(tensor) not in current}
+    for _, tensor in present:
+        if tensor not in optimizer.state and tuple(tensor.shape) in abandoned:
+            raise LayoutError(
+                f"parameter {names[id(tensor)]} was replaced after the first step, so that the optimizer's state "
+                "belongs to the one before. Make a new optimizer, and carry the state over with "
+                "get_optimizer_state_dict and set_optimizer_state_dict of torch.distributed.checkpoint.state_dict"
+            )
+
+
+def _agree_on_placements(tensors: Sequence[torch.Tensor], names: Mapping[int, str]) -> None:
+    """Check over every dimension of every mesh that its ranks cut the same layers in the same way.
+
+    Raises:
+        LayoutError: On every rank of a process group alike, naming the first layer on which its ranks differ.
+    """
+    by_group: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[tuple[Any, ...]]]] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            cut = (names[id(tensor)], tuple(tensor.shape), str(tensor.placements), tensor.device_mesh.mesh.tolist())
+            for process_group in tensor.device_mesh.get_all_groups():
+                ranks = tuple(dist.get_process_group_ranks(process_group))
+                by_group.setdefault(ranks, (process_group, []))[1].append(cut)
+    for process_group, cuts in by_group.values():
+        of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(of_ranks, cuts, group=process_group)
+        for rank, others in enumerate(of_ranks):
+            differing = next((pair for pair in zip_longest(of_ranks[0], others) if pair[0] != pair[1]), None)
+            if differing is not None:
+                raise LayoutError(
+                    f"ranks disagree about the mesh or the placements of a parameter: {differing[0]} on the first rank "
+                    f"of a process group, {differing[1]} on its rank {rank} (name, shape, placements, mesh). Shard the "
+                    "model in the same way on all ranks"
+                )
+
+
+register_backend(DTensorBackend())

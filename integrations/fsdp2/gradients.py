@@ -1,0 +1,152 @@
+"""FSDP2 (`fully_shard`): what it does with gradients between backward and step, for statistics of group gradients.
+
+In a module's forward, FSDP2 puts an unsharded parameter in the place of each sharded one. Backward makes the gradient
+of that tensor, from this rank's one micro-batch; a hook on it sees it before anything is added or reduced. At the end
+of the module's backward, FSDP2 packs the gradients of a parameter group and reduce-scatters them in the dtype of its
+mixed precision policy, under HSDP followed by an all-reduce over the replicas. After
+`set_requires_gradient_sync(False)` it adds them up unsharded instead.
+
+A custom reduce-scatter (`set_custom_reduce_scatter`) would see the packed gradients, but of single micro-batches only
+where each is reduced, without those that are None, and not on one rank. Read from torch 2.13.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from trustratio.optimizers.gradient_statistics.watch import Destination, GradientFlow, Slice, StatisticsError
+from trustratio.optimizers.sharding.data_parallel import DataParallel
+from trustratio.optimizers.sharding.layout import local_part
+
+__all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]
+
+
+def sources(optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (sharded parameter, unsharded parameter) of the optimizer's parameters that the module's forward used."""
+    if not isinstance(module, FSDPModule):
+        return
+    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for _, parameter in _parameters_of(part):
+                unsharded = getattr(parameter, "_unsharded_param", None)
+                if id(parameter.sharded_param) in wanted and unsharded is not None:
+                    yield parameter.sharded_param, unsharded
+
+
+def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
+    """What FSDP2 knows of the optimizer's parameters: (parameter group, parameter) of FSDP2, by the parameter's id."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = {id(parameter) for parameter in parameters if isinstance(parameter, DTensor)}
+    found: dict[int, tuple[Any, Any]] = {}
+    # A look at every object of the process takes a second in a large one.
+    for candidate in gc.get_objects() if wanted else ():
+        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
+        if issubclass(type(candidate), FSDPModule):
+            for group, parameter in _parameters_of(candidate):
+                if id(parameter.sharded_param) in wanted:
+                    found[id(parameter.sharded_param)] = group, parameter
+    return found
+
+
+def _parameters_of(module: FSDPModule) -> Iterator[tuple[Any, Any]]:
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            yield group, parameter
+
+
+def gradient_dtypes(optimizer: Any) -> dict[int, torch.dtype]:
+    """In which dtype FSDP2 adds up each parameter's gradient, by id: that of its mixed precision policy."""
+    return {
+        key: group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or parameter.orig_dtype
+        for key, (group, parameter) in sharded_parameters(optimizer).items()
+    }
+
+
+def data_parallel(optimizer: Any) -> DataParallel | None:
+    """Return the ranks over which FSDP2 averages gradients, None if it shards none of the optimizer's parameters."""
+    for group, _ in sharded_parameters(optimizer).values():
+        shard_group = getattr(group.mesh_info, "shard_process_group", None)
+        return DataParallel(shard_group, replicas=getattr(group.mesh_info, "replicate_process_group", None))
+    return None
+
+
+def gradient_flow(optimizer: Any) -> GradientFlow | None:
+    """Return where FSDP2 sends gradients, None if it shards none of the optimizer's parameters.
+
+    Raises:
+        StatisticsError: Where single gradients cannot be known.
+    """
+    found = sharded_parameters(optimizer)
+    if not found:
+        return None
+    _refuse(optimizer, found)
+    return GradientFlow({key: _destination(*pair) for key, pair in found.items()}, sources=True)
+
+
+def _destination(group: Any, parameter: Any) -> Destination:
+    process_group = group.mesh_info.shard_process_group
+    ranks = dist.get_world_size(process_group)
+    dimension = parameter.fsdp_placement.dim
+    shape = parameter._orig_size
+    rows = shape[dimension]
+    per_rank = -(-rows // ranks)
+    width = shape.numel() // rows if rows else 0
+    slices = []
+    for owner in range(ranks):
+        begin, end = min(owner * per_rank, rows), min((owner + 1) * per_rank, rows)
+        if begin < end:
+            slices.append(Slice(owner, begin * width, (end - begin) * width, 0))
+
+    def arrange(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.reshape(-1) for part in gradient.chunk(ranks, dimension)])
+
+    return Destination(
+        process_group,
+        parameter.sharded_param,
+        tuple(slices),
+        kept_whole=False,
+        accumulating=lambda: not group.reduce_grads,
+        arrange=arrange if dimension else None,
+    )
+
+
+def _refuse(optimizer: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    name = type(optimizer).__name__
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    remedy = "use LAMB or LARS, or shard the whole model by fully_shard on one mesh"
+    if any(id(parameter) not in found for parameter in parameters if parameter.requires_grad):
+        raise StatisticsError(
+            f"{name} needs the gradient of every single micro-batch, and fully_shard has sharded only some of the "
+            f"optimizer's parameters: {remedy}"
+        )
+    groups = [group for group, _ in found.values()]
+    meshes = {tuple(dist.get_process_group_ranks(g)) for g in map(_shard_group, groups) if g is not None}
+    if len(meshes) != 1 or any(_shard_group(group) is None for group in groups):
+        raise StatisticsError(
+            f"{name} needs the gradient of every single micro-batch, and fully_shard has sharded the optimizer's "
+            f"parameters on different meshes, or not at all: {remedy}"
+        )
+    if any(parameter.is_dtensor for _, parameter in found.values()):
+        raise StatisticsError(
+            f"{name} needs the norms of every single micro-batch's gradients, of which tensor parallelism leaves each "
+            f"rank a part: {remedy}"
+        )
+    if optimizer.statistics.squares and any(group.reduce_scatter_unused_params for group in groups):
+        raise StatisticsError(
+            f"{name} sends the squares of gradients where FSDP2 sends gradients, and with "
+            "set_reduce_scatter_unused_params(True) ranks need not have the same ones: turn that off"
+        )
+    if any(hasattr(local_part(parameter.sharded_param), "fsdp_pre_all_gather") for _, parameter in found.values()):
+        raise StatisticsError(f"{name} cannot see gradients of tensor subclasses that gather themselves: {remedy}")
+
+
+def _shard_group(group: Any) -> dist.ProcessGroup | None:
+    return getattr(group.mesh_info, "shard_process_group", None)

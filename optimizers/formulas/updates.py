@@ -1,0 +1,271 @@
+"""Descriptions of element-wise updates: numbers per layer and the formulas that use them.
+
+An algorithm says what happens to an element by one of these descriptions, and so does not care who computes it. The
+formulas are written here, over `ChunkView`s; compiled implementations follow them term by term. Vectors have one fp64
+entry per layer of a parameter group, shape (layers,), on the device of the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .chunks import ChunkView, Summand, squares, values
+from .layer_table import LayerTable, safe_ratio
+
+__all__ = ["AdamUpdate", "Gsnr", "Measurable", "MomentumUpdate", "Sums", "TrustRule", "Update"]
+
+SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
+
+
+class Measurable(Protocol):
+    """Something with elements whose sums per layer can be measured."""
+
+    def measure(self, x: ChunkView) -> dict[str, Summand]:
+        """Everything that can be measured, by name, with the state updated in the view's scratch copy."""
+
+
+class Update(Measurable, Protocol):
+    """What happens to an element."""
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the element-wise state that it reads and writes, in the order of its formula."""
+
+    def change(self, x: ChunkView) -> torch.Tensor:
+        """Update the state in `x` and return what is subtracted from the weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """A stage: sums over layers, by the names that the update gives them.
+
+    Attributes:
+        names: E.g. "w" and "g", the sums of squares of the weights and of the gradient.
+        of: What is measured; None for the weights "w" and the gradient "g" alone.
+        rules: If given, this is the last stage, and `of` is the whole update but for the vectors that these rules name:
+            each must be multiplied by its rule's ratio. So whoever has all of a layer may apply the update at once.
+    """
+
+    names: tuple[str, ...]
+    of: Measurable | None = None
+    rules: tuple[TrustRule, ...] = ()
+
+    def __init__(self, *names: str, of: Measurable | None = None, rules: Sequence[TrustRule] = ()):
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "of", of)
+        object.__setattr__(self, "rules", tuple(rules))
+
+    @property
+    def sum_sizes(self) -> dict[str, int]:
+        return dict.fromkeys(self.names, 1)
+
+    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
+        found = {"w": squares(x.w), "g": squares(x.g)} if self.of is None else self.of.measure(x)
+        return [found[name] for name in self.names]
+
+
+@dataclass(frozen=True, eq=False)
+class TrustRule:
+    r"""How a layer's ratio follows from its norms.
+
+        ratio = coefficient·‖w‖ / (weight·‖w‖ + gradient·‖g‖ + direction·‖u‖ + constant)
+
+    It is 1 where the numerator, the denominator or ‖g‖ is zero; then it is kept within `bounds`. Layers that are not
+    adapted have 1. NaN stays NaN. Norms whose factor is zero are left out. All is fp64, added in the order above.
+
+    Attributes:
+        adapt: Vector of booleans: the layers that are adapted.
+        scales: Name of the update's vector that the ratio multiplies.
+        coefficient: See above.
+        weight: See above.
+        gradient: See above.
+        direction: See above.
+        direction_name: Name of u among the sums.
+        constant: See above.
+        bounds: (low, high).
+    """
+
+    adapt: torch.Tensor
+    scales: str = "step"
+    coefficient: float = 1.0
+    weight: float = 0.0
+    gradient: float = 0.0
+    direction: float = 0.0
+    direction_name: str = "u"
+    constant: float = 0.0
+    bounds: tuple[float, float] = (0.0, math.inf)
+
+    def __call__(self, layers: LayerTable) -> torch.Tensor:
+        """Return the ratio of each layer, of sums that are complete."""
+        numerator = self.coefficient * layers.norm("w")
+        denominator = torch.zeros_like(numerator)
+        for name, factor in (("w", self.weight), ("g", self.gradient), (self.direction_name, self.direction)):
+            if factor != 0:
+                denominator = denominator + factor * layers.norm(name)
+        ratio = safe_ratio(numerator, denominator + self.constant, self.adapt & (layers.total("g") != 0))
+        return torch.where(self.adapt, ratio.clamp(*self.bounds), ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Gsnr:
+    r"""The gradient signal-to-noise ratio of every element, of the gradient as it comes.
+
+        r = g² / (max(σ² - g², 0) + resolution·g²)        σ² the groups' mean square, `x.mean_square`
+
+    Attributes:
+        floor: Lower bound of the ratio once it is multiplied by `scale`; the upper one is 1.
+        resolution: Vector; bounds r by its inverse.
+        scale: Vector: 1 over the mean of r in the layer. 1 while that is not known.
+    """
+
+    floor: float
+    resolution: torch.Tensor
+    scale: torch.Tensor
+
+    def raw(self, x: ChunkView) -> torch.Tensor:
+        signal = x.g.square()
+        variance = (x.mean_square - signal).clamp_(min=0)
+        return signal / variance.add_(signal * x.of(self.resolution)).add_(SMALLEST_VARIANCE)
+
+    def __call__(self, x: ChunkView) -> torch.Tensor:
+        return self.raw(x).mul_(x.of(self.scale)).clamp_(self.floor, 1.0)
+
+    def measure(self, x: ChunkView) -> dict[str, Summand]:
+        """Sum "r" of the raw ratio, and "g"."""
+        return {"r": values(self.raw(x)), "g": squares(x.g)}
+
+
+@dataclass(frozen=True, eq=False)
+class MomentumUpdate:
+    r"""SGD with momentum and numbers per layer; what LARS and its relatives are.
+
+        d = scale·g + λw             g times r with `gsnr`
+        v ← μv + a·d                 kept in `buffer`; without momentum v = a·d
+        w ← w - step·v               with Nesterov, a·d + μv in place of v
+
+    Attributes:
+        momentum: μ; zero keeps no state.
+        weight_decay: λ.
+        factor: Vector a.
+        step: Vector.
+        scale: Vector, or None for 1.
+        nesterov: See above.
+        gsnr: Adapts the gradient.
+        buffer: Name of v in the state.
+    """
+
+    momentum: float
+    weight_decay: float
+    factor: torch.Tensor
+    step: torch.Tensor
+    scale: torch.Tensor | None = None
+    nesterov: bool = False
+    gsnr: Gsnr | None = None
+    buffer: str = "momentum_buffer"
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return (self.buffer,) if self.momentum else ()
+
+    def gradient(self, x: ChunkView) -> torch.Tensor:
+        return x.g if self.gsnr is None else self.gsnr(x).mul_(x.g)
+
+    def direction(self, x: ChunkView, g: torch.Tensor) -> torch.Tensor:
+        """Return d, of the gradient g."""
+        return (g if self.scale is None else g * x.of(self.scale)).add(x.w, alpha=self.weight_decay)
+
+    def measure(self, x: ChunkView) -> dict[str, Summand]:
+        """Sums of squares: "w", "g" (adapted) and "d"."""
+        g = self.gradient(x)
+        return {"w": squares(x.w), "g": squares(g), "d": squares(self.direction(x, g))}
+
+    def change(self, x: ChunkView) -> torch.Tensor:
+        increment = self.direction(x, self.gradient(x)).mul_(x.of(self.factor))
+        if not self.momentum:
+            return increment.mul_(x.of(self.step))
+        v = getattr(x, self.buffer).mul_(self.momentum).add_(increment)
+        return (increment.add_(v, alpha=self.momentum) if self.nesterov else v) * x.of(self.step)
+
+
+@dataclass(frozen=True, eq=False)
+class AdamUpdate:
+    r"""Adam with numbers per layer; what LAMB and its relatives are.
+
+        g' = scale·g                 h = g', or with `gsnr`:  p ← β₃p + (1-β₃)r,  h = p/correction3 · g'
+        m ← β₁m + gain·h             v ← β₂v + (1-β₂)h²          g'² in place of h² with `second_moment="mean"`
+        d = √(v/correction2) + ε
+        u = m/correction1 / d + λw
+        w ← w - step·u               with a second direction u_g = g'/d + λw:  w ← w - step·u - second_step·u_g
+
+    m, v and p are `exp_avg`, `exp_avg_sq` and `exp_avg_gsnr`. When sums of u are measured, everything but `step` and
+    `second_step` must be known: state may be written then.
+
+    Attributes:
+        betas: (β₁, β₂).
+        eps: ε.
+        weight_decay: λ.
+        step: Vector.
+        correction1: Vector, 1-β₁ᵗ or 1.
+        correction2: Vector, 1-β₂ᵗ or 1.
+        gain: 1-β₁ or 1.
+        scale: Vector, or None for 1.
+        second_step: Vector; None for no second direction.
+        gsnr: Adapts the gradient.
+        gsnr_beta: β₃.
+        correction3: Vector, 1-β₃ᵗ.
+        second_moment: "adapted" or "mean".
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    step: torch.Tensor
+    correction1: torch.Tensor
+    correction2: torch.Tensor
+    gain: float
+    scale: torch.Tensor | None = None
+    second_step: torch.Tensor | None = None
+    gsnr: Gsnr | None = None
+    gsnr_beta: float = 0.0
+    correction3: torch.Tensor | None = None
+    second_moment: str = "adapted"
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if self.gsnr is None else ("exp_avg", "exp_avg_sq", "exp_avg_gsnr")
+
+    def adapted(self, x: ChunkView, g: torch.Tensor) -> torch.Tensor:
+        """Return h, with the running average of r updated."""
+        if self.gsnr is None:
+            return g
+        assert self.correction3 is not None
+        p = x.exp_avg_gsnr.mul_(self.gsnr_beta).add_(self.gsnr(x), alpha=1 - self.gsnr_beta)
+        return p / x.of(self.correction3) * g
+
+    def directions(self, x: ChunkView) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Directions u and, where there is one, u_g, with all averages updated."""
+        beta1, beta2 = self.betas
+        g = x.g if self.scale is None else x.g * x.of(self.scale)
+        h = self.adapted(x, g)
+        second = h if self.second_moment == "adapted" else g
+        m = x.exp_avg.mul_(beta1).add_(h, alpha=self.gain)
+        v = x.exp_avg_sq.mul_(beta2).addcmul_(second, second, value=1 - beta2)
+        d = (v / x.of(self.correction2)).sqrt_().add_(self.eps)
+        u = (m / x.of(self.correction1)).div_(d).add_(x.w, alpha=self.weight_decay)
+        return u, None if self.second_step is None else (g / d).add_(x.w, alpha=self.weight_decay)
+
+    def measure(self, x: ChunkView) -> dict[str, Summand]:
+        """Sums of squares: "w", "g" (as it comes), "u", and "u_g" of the second direction."""
+        u, u_g = self.directions(x)
+        found = {"w": squares(x.w), "g": squares(x.g), "u": squares(u)}
+        return found if u_g is None else {**found, "u_g": squares(u_g)}
+
+    def change(self, x: ChunkView) -> torch.Tensor:
+        u, u_g = self.directions(x)
+        u.mul_(x.of(self.step))
+        return u if u_g is None else u.add_(u_g.mul_(x.of(self.second_step)))  # type: ignore[arg-type]

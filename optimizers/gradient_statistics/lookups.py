@@ -1,0 +1,92 @@
+"""How often each row of an embedding is looked up in the global batch of one optimizer step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..sharding.data_parallel import DataParallel, find_data_parallel
+from ..sharding.layout import Layer
+
+__all__ = ["IdCounts", "LookupHook"]
+
+
+class IdCounts:
+    """Collects ids on each rank while gradients accumulate, and adds their counts over ranks for the step.
+
+    Until then it keeps the ids themselves, 4 bytes per lookup of this rank. The counts travel as one int32 vector over
+    all rows of the embeddings in a `step()` call, so 4 bytes per row: 1/D of what their fp32 gradients of D columns do.
+    """
+
+    def __init__(self, optimizer: Any):
+        self._optimizer = weakref.ref(optimizer)
+        self._ids: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._data_parallel: DataParallel | None = None
+        self._skipped_steps = 0
+
+    def add(self, parameter: torch.Tensor, ids: torch.Tensor) -> None:
+        """Note the lookups of one micro-batch. Those of an update that the wrapper has dropped since are forgotten."""
+        if self._data_parallel is None:
+            self._data_parallel = find_data_parallel(self._optimizer())
+        skipped = self._data_parallel.skipped_steps()
+        if skipped != self._skipped_steps:
+            self._skipped_steps = skipped
+            self.forget()
+        self._ids.setdefault(parameter, []).append(ids.detach().reshape(-1).to(torch.int32, copy=True))
+
+    def forget(self) -> None:
+        """Drop everything noted so far, with the gradients that it belongs to."""
+        self._ids.clear()
+
+    def look_up_wrapper(self) -> None:
+        """Find out anew which wrapper averages the gradients: it may have come after the first lookups."""
+        self._data_parallel = find_data_parallel(self._optimizer())
+
+    def take(self, layers: Sequence[Layer], device: torch.device) -> tuple[list[torch.Tensor], list[bool]]:
+        """Add the counts over ranks and forget them: one all-reduce if there are several ranks.
+
+        Args:
+            layers: Embeddings, the same on all ranks.
+            device: Where the counts are wanted.
+
+        Returns:
+            For each layer the count of every row in the global batch (int32), and whether this rank noted any lookup.
+        """
+        assert self._data_parallel is not None
+        noted = [self._ids.pop(layer.parameter, []) for layer in layers]
+        counts = torch.zeros(sum(layer.shape[0] for layer in layers), dtype=torch.int32, device=device)
+        of_layers = list(counts.split([layer.shape[0] for layer in layers]))
+        for of_layer, parts in zip(of_layers, noted, strict=True):
+            for ids in parts:
+                ids = ids.to(device)
+                of_layer.index_add_(0, ids, torch.ones_like(ids))
+        self._data_parallel.add(counts)
+        return of_layers, [bool(parts) for parts in noted]
+
+
+class LookupHook:
+    """A forward hook that notes the ids of an embedding when the gradient of its output arrives.
+
+    At that moment and not in the forward pass, so that evaluation, passes without a backward and recomputation under
+    activation checkpointing are not counted, and `zero_grad()` may stand between forward and backward.
+    """
+
+    def __init__(self, counts: IdCounts, parameter: torch.Tensor):
+        self._counts = weakref.ref(counts)
+        self._parameter = weakref.ref(parameter)
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: torch.Tensor
+    ) -> None:
+        if output.requires_grad:
+            ids = args[0] if args else options["input"]
+            output.register_hook(lambda _: self._note(ids))
+
+    def _note(self, ids: torch.Tensor) -> None:
+        counts, parameter = self._counts(), self._parameter()
+        if counts is not None and parameter is not None:
+            counts.add(parameter, ids)

@@ -1,0 +1,154 @@
+"""Descriptions in the form that compiled sweeps take: a kind, vectors over layers, and plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, Sums, TrustRule
+
+__all__ = ["PLACE", "PLACES", "Kind", "Numbers", "numbers_of_sums", "numbers_of_update", "targets_of"]
+
+LARGEST = torch.finfo(torch.float32).max
+
+PLACES = 4  # for sums: w, g, and up to two directions
+PLACE = {"w": 0, "g": 1, "u": 2, "d": 2, "r": 2, "u_g": 3}
+
+
+class Kind(Enum):
+    """What a sweep computes."""
+
+    SUM_G = "g"
+    SUM_W_G = "w, g"
+    SUM_W_G_D = "w, g, and g + λw"
+    SUM_W_G_GSNR = "w, and g times r"
+    SUM_R_G = "r, g"
+    MOMENTUM = "MomentumUpdate"
+    MOMENTUM_GSNR = "MomentumUpdate with r"
+    ADAM = "AdamUpdate"
+    LANS = "AdamUpdate with two directions"
+    ADAM_GSNR = "AdamUpdate with r"
+    ADAM_GSNR_MEAN = "AdamUpdate with r and the mean gradient's second moment"
+
+    @property
+    def is_adam(self) -> bool:
+        return self in (Kind.ADAM, Kind.LANS, Kind.ADAM_GSNR, Kind.ADAM_GSNR_MEAN)
+
+    @property
+    def has_gsnr(self) -> bool:
+        return self in (Kind.SUM_W_G_GSNR, Kind.SUM_R_G, Kind.MOMENTUM_GSNR, Kind.ADAM_GSNR, Kind.ADAM_GSNR_MEAN)
+
+
+@dataclass
+class Numbers:
+    """What a sweep needs to know.
+
+    Attributes:
+        kind: What it computes.
+        state: Names of the state that it reads and writes: first, second, third.
+        vectors: fp32, one number per layer.
+        scalars: The same for all layers.
+    """
+
+    kind: Kind
+    state: tuple[str, ...] = ()
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    def add_vectors(self, **vectors: torch.Tensor | None) -> None:
+        for name, vector in vectors.items():
+            if vector is not None:
+                # The inverse of a subnormal norm is finite in fp64 alone.
+                self.vectors[name] = vector.clamp(-LARGEST, LARGEST).to(torch.float32).contiguous()
+
+    def add_gsnr(self, gsnr: Gsnr | None) -> None:
+        if gsnr is not None:
+            self.add_vectors(resolution=gsnr.resolution, gsnr_scale=gsnr.scale)
+            self.scalars["gsnr_floor"] = gsnr.floor
+
+
+def numbers_of_update(update: Any) -> Numbers | None:
+    """None if no sweep computes this update."""
+    if isinstance(update, MomentumUpdate):
+        return _momentum(update)
+    if isinstance(update, AdamUpdate) and not (update.gsnr is not None and update.second_step is not None):
+        return _adam(update)
+    return None
+
+
+def numbers_of_sums(sums: Sums) -> Numbers | None:
+    """None if no sweep measures these sums."""
+    names, of = frozenset(sums.names), sums.of
+    if isinstance(of, AdamUpdate):
+        return numbers_of_update(of) if names <= {"w", "g", "u", "u_g"} else None
+    kind = _kind_of_sums(names, of)
+    if kind is None:
+        return None
+    numbers = Numbers(kind)
+    if isinstance(of, Gsnr):
+        numbers.add_gsnr(of)
+    elif isinstance(of, MomentumUpdate):
+        numbers.scalars["weight_decay"] = of.weight_decay
+        numbers.add_gsnr(of.gsnr)
+    return numbers
+
+
+def targets_of(update: Any, rule: TrustRule) -> dict[str, tuple[torch.Tensor, float]]:
+    """The vectors of an update's numbers that follow from a rule's ratio q: of each the fp64 b and the a in b·q·a."""
+    scaled = getattr(update, rule.scales)
+    if rule.scales != "factor":
+        return {rule.scales: (scaled, 1.0)}
+    gradient_scale = scaled if update.scale is None else scaled * update.scale
+    return {"gradient_scale": (gradient_scale, 1.0), "weight_scale": (scaled, update.weight_decay)}
+
+
+def _kind_of_sums(names: frozenset[str], of: Any) -> Kind | None:
+    if isinstance(of, Gsnr):
+        return Kind.SUM_R_G if names <= {"r", "g"} else None
+    if not (of is None or isinstance(of, MomentumUpdate)):
+        return None
+    if of is not None and of.gsnr is not None:
+        return Kind.SUM_W_G_GSNR if names <= {"w", "g"} else None
+    if names <= {"w", "g"}:
+        return Kind.SUM_W_G if "w" in names else Kind.SUM_G
+    return Kind.SUM_W_G_D if of is not None and of.scale is None and names <= {"w", "g", "d"} else None
+
+
+def _momentum(update: MomentumUpdate) -> Numbers:
+    numbers = Numbers(Kind.MOMENTUM if update.gsnr is None else Kind.MOMENTUM_GSNR, update.state)
+    numbers.add_vectors(
+        gradient_scale=update.factor if update.scale is None else update.factor * update.scale,
+        weight_scale=update.factor * update.weight_decay,
+        step=update.step,
+    )
+    numbers.scalars = {"beta1": update.momentum, "nesterov": int(update.nesterov)}
+    numbers.add_gsnr(update.gsnr)
+    return numbers
+
+
+def _adam(update: AdamUpdate) -> Numbers:
+    kind = Kind.ADAM if update.second_step is None else Kind.LANS
+    if update.gsnr is not None:
+        kind = Kind.ADAM_GSNR if update.second_moment == "adapted" else Kind.ADAM_GSNR_MEAN
+    numbers = Numbers(kind, update.state)
+    numbers.add_vectors(
+        gradient_scale=torch.ones_like(update.step) if update.scale is None else update.scale,
+        step=update.step,
+        second_step=update.second_step,
+        correction1=1 / update.correction1,
+        correction2=1 / update.correction2,
+        correction3=None if update.correction3 is None else 1 / update.correction3,
+    )
+    numbers.scalars = {
+        "beta1": update.betas[0],
+        "beta2": update.betas[1],
+        "beta3": update.gsnr_beta,
+        "gain": update.gain,
+        "eps": update.eps,
+        "weight_decay": update.weight_decay,
+    }
+    numbers.add_gsnr(update.gsnr)
+    return numbers

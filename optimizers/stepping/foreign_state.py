@@ -1,0 +1,111 @@
+"""Whether a `state_dict()` belongs to an optimizer, told before anything of it is loaded.
+
+torch compares the number of groups and of parameters, and loads the rest as it comes: the options and the state of
+another algorithm, or of layers in another order, would show at the next step or never.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..layerwise import LayerwiseOptimizer
+
+__all__ = ["refuse_foreign_state", "without_wrappers"]
+
+MAY_LACK = ("adapt", "segments", "differentiable")
+"""Options that files of older releases lack, and torch's own, which wrappers drop; they get their defaults."""
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def without_wrappers(name: str) -> str:
+    """The parameter's name in the model as it was before DDP, FSDP1, torch.compile or activation checkpointing."""
+    kept = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return kept.removeprefix("module.")
+
+
+def refuse_foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> None:
+    """Compare options, names, and the names and shapes of the state with the optimizer's own.
+
+    Args:
+        optimizer: What should load it.
+        state_dict: What `state_dict()` has returned, of as many groups and parameters; others are torch's to refuse.
+
+    Raises:
+        ValueError: Listing the differences.
+    """
+    saved, own = state_dict["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+        return
+    problems = [*_foreign_options(optimizer, saved)] or [*_other_names(own, saved)]
+    problems = problems or [*_foreign_state(optimizer, state_dict)]
+    if problems:
+        shown = problems[:8] + ([f"and {len(problems) - 8} more differences"] if len(problems) > 8 else [])
+        raise ValueError(
+            f"the state_dict does not belong to this {type(optimizer).__name__}:\n  "
+            + "\n  ".join(shown)
+            + "\nLoad the state of the same optimizer class, made for the same model with its parameters in the same "
+            "groups and order; between wrappers, use save_optimizer_state and load_optimizer_state of "
+            "trustratio.integrations.checkpoints.consolidated. Nothing was loaded"
+        )
+
+
+def _foreign_options(optimizer: LayerwiseOptimizer, saved: list[dict[str, Any]]) -> Iterator[str]:
+    """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
+    from ..registry import OPTIMIZERS
+
+    of_others = {name for entry in OPTIMIZERS.values() for name in inspect.signature(entry.optimizer_class).parameters}
+    for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
+        lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
+        foreign = [key for key in group if key in of_others and key not in current and key != "params"]
+        if lacking:
+            yield f"group {index} lacks the options {', '.join(lacking)}"
+        if foreign:
+            yield f"group {index} has options of another optimizer: {', '.join(foreign)}"
+
+
+def _other_names(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:
+    """Parameters that bear other names in the file, where both know names."""
+    for index, (group, current) in enumerate(zip(saved, own, strict=True)):
+        pairs = zip(group.get("param_names") or (), current.get("param_names") or (), strict=False)
+        for position, (theirs, ours) in enumerate(pairs):
+            if without_wrappers(theirs) != without_wrappers(ours):
+                yield f"parameter {position} of group {index} is {theirs} in the state_dict and {ours} here"
+
+
+def _foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> Iterator[str]:
+    """State of other names or shapes, given the options of the file; a parameter may have none yet."""
+    element_state = _element_state(optimizer, state_dict["param_groups"])
+    wanted = {*optimizer.layer_state, *element_state}
+    for group, current in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for position, (key, parameter) in enumerate(zip(group["params"], current["params"], strict=True)):
+            state = state_dict["state"].get(key) or {}
+            of_layers = state.get("layers", {})
+            name = dict(enumerate(current.get("param_names") or ())).get(position, f"number {position}")
+            found = {*state, *of_layers} - {"layers"}
+            if state and found != wanted:
+                yield f"parameter {name} has the state {_listing(found)} instead of {_listing(wanted)}"
+                continue
+            shapes = {what: tuple(parameter.shape) for what in element_state}
+            shapes |= {what: () for what in optimizer.layer_state if what not in of_layers}
+            for what, shape in shapes.items():
+                value = torch.as_tensor(state.get(what, 0.0)) if shape == () else state.get(what)
+                if value is not None and tuple(value.shape) != shape and not (shape == () and value.numel() == 1):
+                    yield f"{what} of parameter {name} has shape {tuple(value.shape)} instead of {shape}"
+
+
+def _element_state(optimizer: LayerwiseOptimizer, saved: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of the element-wise state that the optimizer keeps with the options of the file."""
+    current, optimizer.param_groups = optimizer.param_groups, saved
+    try:
+        return optimizer.element_state
+    finally:
+        optimizer.param_groups = current
+
+
+def _listing(names: set[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,233 @@
+"""BERT at true batches of 65,536 and 131,072 sequences per update on one GPU: one command per run, a time budget each.
+
+    python recipes/gpu_evidence.py sweep      # first: tiny model, six optimizers, three learning rates each
+    python recipes/gpu_evidence.py main       # mini model, 64K, at the rates that the sweep found
+    python recipes/gpu_evidence.py scale      # the same at 128K: as many sequences, rates times the square root of 2
+    python recipes/gpu_evidence.py depth      # small model, 64K, LAMB and AdamW
+    python recipes/gpu_evidence.py systems    # base model, 128 tokens: speed, memory, trust ratios; no claim on loss
+
+Each writes OUTPUT/gpu_NAME.json with machine, versions, commands and results. A run that its budget ended goes on when
+the command is given again. `--dry_run` prints what would be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..common.errors import RecipeError
+from ..common.machine import describe_machine
+from ..common.script import command_file
+from ..runs import folder as run_folder
+from . import rate_grids
+
+_SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "base": (12, 768)}
+_FOUR = ("lamb", "lans", "vrlamb", "adamw")
+_STOP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One run of this script.
+
+    Attributes:
+        purpose: what it shows.
+        optimizers: compared, at the rates of the sweep or (if there is no sweep to take them from) a grid.
+        size: of the model.
+        sequence_length: tokens.
+        batches: sequences per update, and updates.
+        micro_batch: sequences per pass.
+        rate_factor: of the sweep's best rates; None: three rates each.
+        vocabulary: tokens.
+        budget: seconds.
+    """
+
+    purpose: str
+    optimizers: tuple[str, ...]
+    size: str
+    sequence_length: int
+    batches: tuple[tuple[int, int], ...]
+    micro_batch: int
+    rate_factor: float | None
+    vocabulary: int = 8192
+    budget: float = 540.0
+
+    def recipe_arguments(self, batch: int, steps: int) -> list[str]:
+        """Return the arguments of bert.py."""
+        layers, hidden = _SHAPES[self.size]
+        shape = [f"model.layers={layers}", f"model.hidden={hidden}", f"model.heads={hidden // 64}"]
+        return [
+            *("--global_batch", str(batch), "--micro_batch", str(self.micro_batch), "--steps", str(steps)),
+            *("--sequence_length", str(self.sequence_length), f"data.vocabulary={self.vocabulary}"),
+            *(*shape, f"model.intermediate={4 * hidden}", "training.zero_stage=0"),
+            *(f"run.validate_every={max(1, steps // 5)}", f"run.checkpoint_every={max(1, steps // 2)}"),
+        ]
+
+
+EVIDENCE = {
+    "sweep": Evidence(
+        "learning rates at 64K", (*_FOUR, "lars", "sgd"), "tiny", 32, ((65536, 100),), 8192, rate_factor=None
+    ),
+    "main": Evidence("optimizers at 64K", _FOUR, "mini", 64, ((65536, 110),), 4096, rate_factor=1.0),
+    "scale": Evidence(
+        "the same at 128K", _FOUR, "mini", 64, ((131072, 55),), 4096, rate_factor=math.sqrt(2.0), budget=600.0
+    ),
+    "depth": Evidence("past the unigram plateau", ("lamb", "adamw"), "small", 64, ((65536, 120),), 4096, 1.0),
+    "systems": Evidence(
+        *("speed and memory", ("lamb",), "base", 128, ((65536, 20), (131072, 5)), 256, 1.0, 30522),
+        budget=600.0,
+    ),
+}
+
+
+def commands(name: str, rates: dict[str, float], work: Path) -> list[list[str]]:
+    """Return the commands of a run, each with the folder that it writes to as its last argument."""
+    evidence = EVIDENCE[name]
+    found = []
+    for batch, steps in evidence.batches:
+        line = [sys.executable, str(command_file("compare.py")), "--optimizers", ",".join(evidence.optimizers), "--lrs"]
+        if evidence.rate_factor is None:
+            line.append("3")
+        else:
+            line += [f"{o}={rates[o] * evidence.rate_factor:.2g}" for o in evidence.optimizers] + ["--allow_single_lr"]
+        found.append([*line, *evidence.recipe_arguments(batch, steps), "--output", str(work / f"{name}-{batch}")])
+    return found
+
+
+def sweep_rates(output: Path) -> dict[str, float]:
+    """Return the best learning rate per optimizer that the sweep found.
+
+    Raises:
+        RecipeError: there was no sweep yet.
+    """
+    path = output / "gpu_sweep.json"
+    if not path.exists():
+        raise RecipeError(f"the learning rates come from {path}: run `python recipes/gpu_evidence.py sweep` first")
+    rates: dict[str, float] = {}
+    for result in json.loads(path.read_text())["results"]:
+        for optimizer in {run["optimizer"] for run in result["runs"]}:
+            runs = [run for run in result["runs"] if run["optimizer"] == optimizer]
+            best = rate_grids.best_rate({run["lr"]: math.nan if run["loss"] is None else run["loss"] for run in runs})
+            if best is not None:
+                rates[optimizer] = best
+    return rates
+
+
+def run_within(line: Sequence[str], seconds: float) -> int:
+    """Run a command for at most `seconds`, then ask it to stop as Ctrl-C would; return its exit status."""
+    process = subprocess.Popen(line, start_new_session=True, preexec_fn=_listen_to_interrupts)
+    try:
+        return process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        return process.wait(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def _listen_to_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **describe_machine("cuda"),
+        "device_memory_gib": round(properties.total_memory / 2**30, 1),
+        "devices": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def systems_numbers(folder: Path) -> list[dict[str, Any]]:
+    """Return throughput, utilisation and memory of every run in a comparison's folder, medians over its updates."""
+    found = []
+    for metrics in sorted(folder.glob(f"*/{run_folder.METRICS}")):
+        train = [r for r in run_folder.read_metrics(metrics.parent) if r["kind"] == "train"]
+        values: dict[str, Any] = {"run": metrics.parent.name, "steps": len(train)}
+        for name in ("sequences_per_second", "tokens_per_second", "model_flops_per_second", "utilisation"):
+            numbers = [r[name] for r in train if r.get(name) is not None]
+            values[name] = median(numbers) if numbers else None
+        peaks = [r["device_peak_memory_bytes"] for r in train if "device_peak_memory_bytes" in r]
+        values["device_peak_memory_bytes"] = max(peaks, default=None)
+        found.append(values)
+    return found
+
+
+def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> int:
+    """Carry out one run within its budget and write its JSON; return the exit status.
+
+    Raises:
+        RecipeError: no GPU, or no sweep yet.
+    """
+    if not torch.cuda.is_available():
+        raise RecipeError("no CUDA device was found: these are the runs that need one (--dry_run prints the commands)")
+    evidence = EVIDENCE[name]
+    rates = {} if evidence.rate_factor is None else sweep_rates(output)
+    lines = [[*line, *passed_on] for line in commands(name, rates, work)]
+    began = time.monotonic()
+    results, status = [], 0
+    for line, (batch, _) in zip(lines, evidence.batches, strict=True):
+        status = run_within(line, evidence.budget - (time.monotonic() - began))
+        folder = work / f"{name}-{batch}"
+        report = folder / "comparison.json"
+        known = json.loads(report.read_text()) if report.exists() else {"runs": []}
+        results.append({**known, "global_batch": batch, "systems": systems_numbers(folder)})
+        if status:
+            print(f"ended with exit status {status}; the same command goes on from here", file=sys.stderr)
+            break
+    output.mkdir(parents=True, exist_ok=True)
+    found = {
+        "purpose": evidence.purpose,
+        "finished": status == 0,
+        "machine": machine(),
+        "commands": [shlex.join(["python", f"recipes/{Path(line[1]).name}", *line[2:]]) for line in lines],
+        "seconds": round(time.monotonic() - began, 1),
+        "results": results,
+    }
+    run_folder.write_json(output / f"gpu_{name}.json", found)
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_evidence.py",
+        description="BERT at 64K and 128K sequences per update on one GPU. Other options go to compare.py.",
+        epilog="\n".join(f"{name}: {evidence.purpose}" for name, evidence in EVIDENCE.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=list(EVIDENCE))
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the JSON files")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the runs")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands")
+    options, passed_on = parser.parse_known_args(arguments)
+    try:
+        if options.dry_run:
+            from .compare import STARTING_RATES
+
+            for line in commands(options.name, STARTING_RATES, options.work):
+                print(shlex.join([*line, *passed_on]))
+            return 0
+        return collect(options.name, options.output, options.work, passed_on)
+    except RecipeError as error:
+        print(f"gpu_evidence: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,155 @@
+"""The command line: flags and dotted overrides on top of a preset, a saved run, or the default preset."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ..common.errors import RecipeError, unknown_name
+from ..runs.folder import CONFIG, find_checkpoint, run_of
+from .config import MODEL_SIZES, RecipeConfig, apply_overrides, is_override, load_config, set_field, with_model_size
+from .presets import DEFAULT_PRESET, PRESETS, TWIN_SIZES, get_preset
+
+# flag -> (section, field, type, help); a flag is a short name for a dotted override
+_FLAGS: dict[str, tuple[str, str, type, str]] = {
+    "tokenizer": (
+        "data",
+        "tokenizer",
+        str,
+        "tokenizer.json, folder or hub name (default: train WordPiece on the text)",
+    ),
+    "sequence_length": ("data", "sequence_length", int, "tokens per sequence"),
+    "optimizer": ("optimizer", "name", str, "optimizer by name; its options as optimizer.OPTION=VALUE"),
+    "lr": ("optimizer", "lr", float, "peak learning rate"),
+    "global_batch": ("training", "global_batch", int, "sequences per update over all ranks"),
+    "micro_batch": ("training", "micro_batch", int, "sequences per rank and forward pass"),
+    "steps": ("training", "steps", int, "updates; the length of the learning-rate schedule"),
+    "zero_stage": ("training", "zero_stage", int, "ZeRO stage, 0 to 3"),
+    "precision": ("training", "precision", str, "auto, fp32 or bf16 (auto: bf16 where the GPU has it)"),
+    "seed": ("training", "seed", int, "seed of weights, data order, masks and dropout"),
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A parsed command line.
+
+    Attributes:
+        config: resolved but unchecked configuration.
+        given: names of the fields (`section.field`) that the command line set.
+        deepspeed_config: path of a DeepSpeed configuration, or None.
+        output: explicit output folder, or None for a fresh one under runs/.
+        resume: checkpoint folder to continue, or None.
+        max_steps: stop after this many updates in all; the schedule keeps its length.
+        overwrite: replace what the output folder holds.
+        dry_run: check and print everything, then stop before reading data.
+        list_presets: print the presets and do nothing else.
+    """
+
+    config: RecipeConfig
+    given: frozenset[str]
+    deepspeed_config: str | None
+    output: Path | None
+    resume: Path | None
+    max_steps: int | None
+    overwrite: bool
+    dry_run: bool
+    list_presets: bool = False
+
+
+def parse_command_line(arguments: Sequence[str]) -> Invocation:
+    """Parse and resolve a command line.
+
+    Raises:
+        RecipeError: unknown flag, preset or field, malformed value or override, missing checkpoint.
+        SystemExit: for --help.
+    """
+    # Overrides may stand anywhere, which argparse's positional arguments may not: they are what it does not know.
+    options, rest = _parser().parse_known_args(arguments)
+    for text in rest:
+        if text.startswith("-"):
+            raise unknown_name("option", text.partition("=")[0], _known_flags())
+    # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
+    sources = [text for text in options.data or [] if not is_override(text)]
+    overrides = [text for text in options.data or [] if is_override(text)] + rest
+    checkpoint = find_checkpoint(Path(options.resume)) if options.resume else None
+    config = _base(options.preset, checkpoint)
+    if options.model is not None:
+        config = with_model_size(config, options.model)
+    given = {text.partition("=")[0].strip() for text in overrides}
+    if options.data is not None:
+        if not sources:
+            raise RecipeError("--data names no file, glob or data set")
+        config = set_field(config, "data", "sources", sources)
+        given.add("data.sources")
+    for flag, (section, name, _, _) in _FLAGS.items():
+        value = getattr(options, flag)
+        if value is not None:
+            config = set_field(config, section, name, value)
+            given.add(f"{section}.{name}")
+    config = apply_overrides(config, overrides)
+    if options.max_steps is not None and options.max_steps < 1:
+        raise RecipeError(f"--max_steps {options.max_steps} is out of range: allowed is at least 1")
+    return Invocation(
+        config=config,
+        given=frozenset(given),
+        deepspeed_config=options.deepspeed_config,
+        output=Path(options.output) if options.output else None,
+        resume=checkpoint,
+        max_steps=options.max_steps,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+        list_presets=options.list_presets,
+    )
+
+
+def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
+    if preset is not None:
+        return get_preset(preset)
+    if checkpoint is not None:
+        return load_config(run_of(checkpoint) / CONFIG)
+    return get_preset(DEFAULT_PRESET)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage and exiting, which every rank would do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; --help lists the options")
+
+
+def _known_flags() -> list[str]:
+    return [flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _parser() -> _Parser:
+    shown = {name: preset for name, preset in PRESETS.items() if preset.twin_of is None}
+    presets = "\n".join(f"  {name}: {preset.description}" for name, preset in shown.items())
+    sizes = ", ".join(f"-{size} ({scale.runs_on})" for size, scale in TWIN_SIZES.items())
+    parser = _Parser(
+        prog="deepspeed [--num_gpus N] recipes/bert.py",
+        description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO. "
+        "Besides the options, any number of overrides section.field=value, e.g. model.layers=4.",
+        epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\nScaled-down twins of the published ones: append "
+        f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 2 for "
+        "bad input; 3 when training could not go on (NaN, full disk).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", help="named configuration")
+    parser.add_argument("--list_presets", action="store_true", help="print all presets with their sources, and stop")
+    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
+    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT]")
+    for flag, (_, _, kind, text) in _FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=text)
+    parser.add_argument("--max_steps", type=int, metavar="N", help="stop after N updates, keeping the schedule")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; batch sizes may be left out")
+    parser.add_argument("--output", metavar="DIR", help="folder of the run (default: a fresh runs/PRESET-N)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    parser.add_argument("--resume", metavar="DIR", help="continue a run's newest checkpoint, or one checkpoint folder")
+    parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, train nothing")
+    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
+    return parser

@@ -1,0 +1,198 @@
+"""The phases of a run: how long they are, what each trains on, at which rate, and what the second one takes over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..rules.global_batch import BatchPlan, plan_batch
+from ..rules.schedules import FactorLR, resolve_warmup, warmup_exponential, warmup_polynomial
+from .config import RecipeConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive updates with one sequence length and one global batch.
+
+    Attributes:
+        number: 1 or 2.
+        first: updates done before the phase.
+        steps: updates of the phase.
+        sequence_length: tokens per sequence.
+        global_batch: sequences per update over all ranks.
+        micro_batch: sequences per rank and forward pass.
+        sequences_before: sequences read before the phase.
+    """
+
+    number: int
+    first: int
+    steps: int
+    sequence_length: int
+    global_batch: int
+    micro_batch: int
+    sequences_before: int
+
+    @property
+    def last(self) -> int:
+        """Updates done when the phase ends."""
+        return self.first + self.steps
+
+    def plan(self, ranks: int) -> BatchPlan:
+        """Return the phase's batch division; see `plan_batch` for the error."""
+        option = "--micro_batch " if self.number == 1 else "phase_two.micro_batch="
+        return plan_batch(self.global_batch, self.micro_batch, ranks, option)
+
+
+def phases_of(config: RecipeConfig) -> tuple[Phase, ...]:
+    """Return the one or two phases of a configuration."""
+    training, second = config.training, config.phase_two
+    one = Phase(
+        number=1,
+        first=0,
+        steps=training.steps,
+        sequence_length=config.data.sequence_length,
+        global_batch=training.global_batch,
+        micro_batch=training.micro_batch,
+        sequences_before=0,
+    )
+    if not second.steps:
+        return (one,)
+    two = Phase(
+        number=2,
+        first=training.steps,
+        steps=second.steps,
+        sequence_length=second.sequence_length,
+        global_batch=second.global_batch,
+        micro_batch=second.micro_batch,
+        sequences_before=training.steps * training.global_batch,
+    )
+    return (one, two)
+
+
+def total_steps(config: RecipeConfig) -> int:
+    """Return the updates of all phases."""
+    return phases_of(config)[-1].last
+
+
+def learning_rate(config: RecipeConfig, step: int) -> float:
+    """Return the learning rate of the update number `step` of the run, counted from 0 over all phases."""
+    border, second = config.training.steps, config.phase_two
+    if not second.steps or not second.reset_schedule:
+        return _phase_rate(config.schedule, config.optimizer.lr, step, total_steps(config))
+    if step < border:
+        return _phase_rate(config.schedule, config.optimizer.lr, step, border)
+    schedule = dataclasses.replace(
+        config.schedule,
+        warmup=second.warmup,
+        warmup_start=0,
+        constant=second.constant,
+        decay_steps=second.decay_steps,
+        offset=second.offset,
+    )
+    return _phase_rate(schedule, second.lr, step - border, second.steps)
+
+
+def _phase_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+    warmup = resolve_warmup(schedule.warmup, steps)
+    if schedule.shape == "exponential":
+        factor = warmup_exponential(step, warmup, schedule.decay_rate, schedule.decay_steps)
+    else:
+        factor = warmup_polynomial(
+            step,
+            warmup,
+            steps,
+            schedule.degree,
+            schedule.final,
+            resolve_warmup(schedule.constant, steps),
+            schedule.warmup_start,
+            schedule.decay_from_start,
+        )
+    return peak * factor + schedule.offset
+
+
+class PhasedSchedule(FactorLR):
+    """`learning_rate` as a scheduler: a function of the update's number, the border between phases included."""
+
+    def __init__(self, optimizer: Optimizer, config: RecipeConfig, last_epoch: int = -1) -> None:
+        """Schedule every group of an optimizer whose groups begin at `config.optimizer.lr`."""
+        self.config = config
+        super().__init__(optimizer, last_epoch)
+
+    def factor(self, step: int) -> float:
+        """Return the learning rate of update `step` over `optimizer.lr`."""
+        return learning_rate(self.config, step) / self.config.optimizer.lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position; the rest is the run's configuration."""
+        return {"last_epoch": self.last_epoch}
+
+
+def phased_schedule(config: RecipeConfig) -> Callable[[Optimizer], PhasedSchedule]:
+    """Return a factory that puts the configuration's schedule on an optimizer; DeepSpeed takes such a factory."""
+    return lambda optimizer: PhasedSchedule(optimizer, config)
+
+
+def carry_over(optimizer: Optimizer, keep_moments: bool, reset_step: bool) -> None:
+    """Apply the rule for the optimizer's state at the border between phases, in place.
+
+    Args:
+        optimizer: the one that is stepped, whatever wrapper holds it and however its state is sharded.
+        keep_moments: leave the moments; else all state but the step counts is set to zero.
+        reset_step: set the step counts to zero, so that bias correction begins anew.
+    """
+    for state in optimizer.state.values():
+        for owner, name, value in _entries(state):
+            if name == "step" and reset_step:
+                owner[name] = torch.zeros_like(value) if isinstance(value, torch.Tensor) else type(value)(0)
+            elif name != "step" and not keep_moments and isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def _entries(state: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Return (dict, name, value) of the state's leaves; a flat tensor's state has a dict of per-layer vectors."""
+    leaves = []
+    for name, value in state.items():
+        leaves.extend(_entries(value) if isinstance(value, dict) else [(state, name, value)])
+    return leaves
+
+
+def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
+    """Return the lines that are printed before a run: batches, updates and rates of each phase, and what carries over.
+
+    Raises:
+        RecipeError: a global batch that cannot be divided.
+    """
+    lines = []
+    for phase in phases_of(config):
+        head = f"phase {phase.number}: " if config.phase_two.steps else ""
+        lines.append(head + phase.plan(ranks).describe(phase.sequence_length))
+        if not config.phase_two.steps:
+            continue
+        rates = [learning_rate(config, step) for step in range(phase.first, phase.last)]
+        peak = max(range(phase.steps), key=rates.__getitem__)
+        lines.append(
+            f"  updates {phase.first + 1:,} to {phase.last:,}; learning rate {rates[0]:.3g}, "
+            f"highest {rates[peak]:.3g} at update {phase.first + peak + 1:,}, {rates[-1]:.3g} at the end"
+        )
+    if config.phase_two.steps:
+        lines.append(f"  from phase 1 to 2: {_carried(config)}")
+    return lines
+
+
+def _carried(config: RecipeConfig) -> str:
+    second = config.phase_two
+    return "; ".join(
+        (
+            "weights kept",
+            "moments kept" if second.keep_moments else "moments set to zero",
+            "optimizer's step count begins anew" if second.reset_step else "optimizer's step count goes on",
+            "learning rate begins anew with its own warm-up"
+            if second.reset_schedule
+            else "one learning-rate schedule over both phases",
+        )
+    )

@@ -1,0 +1,417 @@
+"""Named configurations: published large-batch BERT recipes, their scaled-down twins, and small ones of this recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from ..common.errors import unknown_name
+from .config import (
+    MODEL_SIZES,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PhaseTwoConfig,
+    RecipeConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+DEFAULT_PRESET = "lamb-tiny"
+
+REMEMBERED = "quoted from memory, not read in the source"
+CHOSEN = "not published; chosen here and not tuned"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration under a name.
+
+    Attributes:
+        config: the configuration.
+        description: what it is for, in one line.
+        source: where its numbers come from.
+        unverified: fields (`section.field`) whose value was not read in that source, and why.
+        twin_of: the preset that it is scaled down from, or None.
+    """
+
+    config: RecipeConfig
+    description: str
+    source: str
+    unverified: dict[str, str] = field(default_factory=dict)
+    twin_of: str | None = None
+
+
+def _named(name: str, description: str, source: str, **sections: Any) -> tuple[str, Preset]:
+    unverified = sections.pop("unverified", {})
+    return name, Preset(RecipeConfig(preset=name, **sections), description, source, unverified)
+
+
+def _large_bert(**sections: Any) -> dict[str, Any]:
+    """Sections that the published recipes share: BERT-Large, 30,522 tokens, 128 then 512 tokens per sequence."""
+    shared: dict[str, Any] = {
+        "model": ModelConfig(**MODEL_SIZES["large"], dropout=0.1),
+        "data": DataConfig(vocabulary=30522, sequence_length=128, validation_sequences=10_000),
+        "run": RunConfig(validate_every=100, checkpoint_every=200, print_every=1),
+    }
+    return {**shared, **sections}
+
+
+_NVIDIA_SCHEDULE = ScheduleConfig(warmup=0.2843, degree=0.5, decay_from_start=True)
+_NVIDIA = "NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT"
+_LAMB_PAPER = "You et al. 2019 (arXiv 1904.00962)"
+_LANS_PAPER = "Zheng et al. 2020 (arXiv 2006.13484)"
+_VRGD_PAPER = "Jiang et al. 2023 (arXiv 2309.13681)"
+_MLPERF = "MLPerf training 5.1, reference convergence points of BERT (mlcommons/logging, rcps_bert.json)"
+
+_VR_LAMB_UNVERIFIED = {
+    "optimizer.lr": f"{CHOSEN}: NVIDIA's, times the square root of the ratio of the batches (the paper's table is "
+    "in an appendix that was not found)",
+    "phase_two.lr": f"{CHOSEN}, as optimizer.lr",
+    "schedule.warmup": "the paper follows NVIDIA's recipe; that the warm-up is its too is assumed",
+    "phase_two.warmup": "as schedule.warmup",
+    "training.steps": "the paper gives the total of both phases; split 9:1 in samples here",
+    "phase_two.steps": "as training.steps",
+}
+_MLPERF_UNVERIFIED = {
+    "training.gradient_clipping": REMEMBERED,
+    "schedule.degree": REMEMBERED,
+    "optimizer.eps": "1e-6 in all of the file's entries that were read",
+}
+
+
+def _vr_lamb(name: str, total: str, first: tuple[int, int, int, float], second: tuple[int, int, int, float]) -> Any:
+    batch, micro, steps, lr = first
+    batch_two, micro_two, steps_two, lr_two = second
+    return _named(
+        name,
+        f"BERT-Large with VR-LAMB at {batch // 1024}K, then {batch_two // 1024}K: {total} updates",
+        f"{_VRGD_PAPER}: batches and {total} updates; schedule of {_NVIDIA}",
+        **_large_bert(
+            optimizer=OptimizerConfig(name="vrlamb", lr=lr),
+            schedule=_NVIDIA_SCHEDULE,
+            training=TrainingConfig(global_batch=batch, micro_batch=micro, steps=steps),
+            phase_two=PhaseTwoConfig(
+                steps=steps_two,
+                sequence_length=512,
+                global_batch=batch_two,
+                micro_batch=micro_two,
+                lr=lr_two,
+                warmup=0.128,
+            ),
+        ),
+        unverified=_VR_LAMB_UNVERIFIED,
+    )
+
+
+def _mlperf(batch: int, lr: float, betas: list[float], warmup: int, start: int) -> Any:
+    return _named(
+        f"mlperf-{batch}",
+        f"BERT-Large at 512 tokens with LAMB, MLPerf's reference point of batch {batch:,}",
+        f"{_MLPERF}. The reference continues a checkpoint of 28,252 earlier updates: give one with "
+        "model.initial_weights=FOLDER",
+        **_large_bert(
+            data=DataConfig(vocabulary=30522, sequence_length=512, validation_sequences=10_000),
+            optimizer=OptimizerConfig(
+                name="lamb", lr=lr, weight_decay=0.0166629, options={"betas": betas, "eps": 1e-6}
+            ),
+            schedule=ScheduleConfig(warmup=warmup, warmup_start=start, decay_from_start=True),
+            training=TrainingConfig(global_batch=batch, micro_batch=16, steps=600),
+        ),
+        unverified=_MLPERF_UNVERIFIED,
+    )
+
+
+PUBLISHED: dict[str, Preset] = dict(
+    [
+        _named(
+            "lamb-64k-32k",
+            "BERT-Large with LAMB at 64K, then 32K, NVIDIA's hyper-parameters",
+            f"{_NVIDIA} (pretrain_config.sh, run_pretraining.py, schedulers.py)",
+            **_large_bert(
+                optimizer=OptimizerConfig(name="lamb", lr=6e-3),
+                schedule=_NVIDIA_SCHEDULE,
+                training=TrainingConfig(global_batch=65536, micro_batch=256, steps=7038),
+                phase_two=PhaseTwoConfig(
+                    steps=1563, sequence_length=512, global_batch=32768, micro_batch=32, lr=4e-3, warmup=0.128
+                ),
+            ),
+        ),
+        _named(
+            "lamb-64k-32k-deepspeed",
+            "BERT-Large with LAMB at 64K, then 32K, DeepSpeed's hyper-parameters",
+            "DeepSpeedExamples, bing_bert (bert_large_lamb.json, deepspeed_bsz64k_lamb_config_seq128.json, "
+            "optimization.py)",
+            **_large_bert(
+                optimizer=OptimizerConfig(
+                    name="lamb",
+                    lr=11e-3,
+                    options={"bias_correction": False, "trust_bounds": [0.01, 0.3], "eps": 1e-8},
+                ),
+                schedule=ScheduleConfig(shape="exponential", warmup=450, decay_rate=0.9, decay_steps=250, offset=1e-3),
+                training=TrainingConfig(global_batch=65536, micro_batch=64, steps=6150),
+                phase_two=PhaseTwoConfig(
+                    steps=610,
+                    sequence_length=512,
+                    global_batch=32768,
+                    micro_batch=8,
+                    lr=2e-3,
+                    warmup=150,
+                    decay_steps=150,
+                ),
+            ),
+            unverified={
+                "training.steps": "403 million samples of the tutorial over the batch; the schedule's length is 7,500",
+                "phase_two.steps": "20 million samples, between the tutorial's 18 and 22, over the batch",
+                "schedule.warmup": "6 % of 7,500 as in the configuration; the tutorial says 2 %",
+                "phase_two.warmup": "2 % of 7,500 as in the tutorial",
+            },
+        ),
+        _named(
+            "lamb-32k",
+            "BERT-Large with LAMB at 32K in both phases, the paper's hyper-parameters",
+            f"{_LAMB_PAPER}: batch and 15,625 updates",
+            **_large_bert(
+                optimizer=OptimizerConfig(name="lamb", lr=5e-3),
+                schedule=ScheduleConfig(warmup=0.2),
+                training=TrainingConfig(global_batch=32768, micro_batch=256, steps=14063),
+                phase_two=PhaseTwoConfig(
+                    steps=1562,
+                    sequence_length=512,
+                    global_batch=32768,
+                    micro_batch=32,
+                    reset_schedule=False,
+                    reset_step=False,
+                ),
+            ),
+            unverified={
+                "optimizer.lr": REMEMBERED,
+                "schedule.warmup": REMEMBERED,
+                "training.steps": f"the split 9:1 of the updates is {REMEMBERED}",
+                "phase_two.steps": "as training.steps",
+                "phase_two.reset_schedule": f"one schedule over both phases is {REMEMBERED}",
+            },
+        ),
+        _named(
+            "lans-96k-33k",
+            "BERT-Large with LANS at 96K, then 33K: 4,301 updates",
+            f"{_LANS_PAPER}: batches and target; updates as cited by {_VRGD_PAPER}",
+            **_large_bert(
+                optimizer=OptimizerConfig(name="lans", lr=6.75e-3),
+                schedule=ScheduleConfig(warmup=0.4265, constant=0.2735),
+                training=TrainingConfig(global_batch=98304, micro_batch=128, steps=3519, gradient_clipping=0.0),
+                phase_two=PhaseTwoConfig(
+                    steps=782,
+                    sequence_length=512,
+                    global_batch=33792,
+                    micro_batch=16,
+                    lr=5e-3,
+                    warmup=0.192,
+                    constant=0.108,
+                ),
+            ),
+            unverified={
+                **dict.fromkeys(
+                    (
+                        "optimizer.lr",
+                        "schedule.warmup",
+                        "schedule.constant",
+                        "training.steps",
+                        "phase_two.steps",
+                        "phase_two.lr",
+                        "phase_two.warmup",
+                        "phase_two.constant",
+                    ),
+                    REMEMBERED,
+                ),
+                "training.global_batch": "96K and 33K are read as multiples of 1,024",
+                "phase_two.global_batch": "as training.global_batch",
+                "training.gradient_clipping": f"{CHOSEN}: LANS normalises every layer's gradient itself",
+            },
+        ),
+        _vr_lamb("vr-lamb-64k-32k", "8,599", (65536, 256, 7037, 6e-3), (32768, 32, 1562, 4e-3)),
+        _vr_lamb("vr-lamb-96k", "5,214", (98304, 128, 4693, 7.348e-3), (98304, 16, 521, 6.928e-3)),
+        _vr_lamb("vr-lamb-128k-64k", "4,301", (131072, 256, 3519, 8.485e-3), (65536, 32, 782, 5.657e-3)),
+        _named(
+            "adamw-64k",
+            "BERT-Large with AdamW at 64K, then 32K, the baseline that is often left untuned",
+            "Nado et al. 2021 (arXiv 2102.06356): batches and 8,599 updates, as cited by " + _VRGD_PAPER,
+            **_large_bert(
+                optimizer=OptimizerConfig(name="adamw", lr=1e-3, options={"betas": [0.9, 0.999], "eps": 1e-6}),
+                schedule=ScheduleConfig(warmup=0.2843),
+                training=TrainingConfig(global_batch=65536, micro_batch=256, steps=7037),
+                phase_two=PhaseTwoConfig(
+                    steps=1562, sequence_length=512, global_batch=32768, micro_batch=32, lr=5e-4, warmup=0.128
+                ),
+            ),
+            unverified={
+                **dict.fromkeys(
+                    (
+                        "optimizer.lr",
+                        "optimizer.betas",
+                        "optimizer.eps",
+                        "phase_two.lr",
+                        "schedule.warmup",
+                        "phase_two.warmup",
+                    ),
+                    f"{CHOSEN}; try at least three learning rates before comparing",
+                ),
+                "training.steps": "the source gives the total of both phases; split 9:1 in samples here",
+                "phase_two.steps": "as training.steps",
+            },
+        ),
+        _mlperf(8192, 2.88293e-3, [0.88, 0.88], warmup=287, start=-76),
+        _mlperf(16384, 3.3e-3, [0.75, 0.9], warmup=290, start=-100),
+    ]
+)
+
+SMALL: dict[str, Preset] = dict(
+    [
+        _named(
+            "lamb-tiny",
+            "2 x 128 BERT on the installed packages' documentation with LAMB: minutes on two CPU cores",
+            "this recipe; of the learning rates 0.008, 0.02 and 0.05, 0.02 gave the lowest validation loss",
+            optimizer=OptimizerConfig(name="lamb", lr=0.02),
+        ),
+        _named(
+            "adamw-tiny",
+            "the same model, data and schedule with AdamW, as a baseline",
+            "this recipe; the learning rate is a common one for models of this size, not tuned here",
+            optimizer=OptimizerConfig(name="adamw", lr=0.002),
+        ),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TwinSize:
+    """How far a published recipe is scaled down.
+
+    Attributes:
+        sequence_divisor: of both phases' sequence lengths.
+        step_divisor: of both phases' updates.
+        runs_on: the machine it is meant for.
+    """
+
+    sequence_divisor: int
+    step_divisor: int
+    runs_on: str
+
+
+TWIN_SIZES = MappingProxyType(
+    {
+        "tiny": TwinSize(4, 20, "two CPU cores"),
+        "mini": TwinSize(2, 10, "CPU cores or one GPU"),
+        "small": TwinSize(1, 5, "one GPU"),
+    }
+)
+
+_CORPUS_RATIO = 2048 / 3
+"""Tokens of Wikipedia and Books over those of the built-in corpus, so rounded that 64K becomes 384 for a tiny twin:
+3.3 billion words (Devlin et al. 2018) at about 1.3 tokens each, over 6.4 million, are 670."""
+
+_TWIN_UNIT = 12
+"""Twins' batches are multiples of this, so that most small numbers of ranks divide them."""
+
+
+def twin(preset: Preset, size: str) -> Preset:
+    """Scale a published preset down to `size` ("tiny", "mini", "small").
+
+    The share of the corpus that one batch is stays what it was (64K of 34 million sequences of 128: 1/512), and with
+    it the ratio of the two phases' batches, both to the nearest multiple of 12; so do warm-up and decay as shares of
+    the updates, and every other hyper-parameter, the learning rate among them. Model, vocabulary and sequences shrink,
+    and the number of updates is divided too: a twin rehearses a recipe, it does not reproduce its result.
+    """
+    scale, config = TWIN_SIZES[size], preset.config
+
+    def batch(sequences: int) -> int:
+        # The corpus in sequences of the phase's length shrinks by the ratio of the tokens over the divisor.
+        exact = sequences / _CORPUS_RATIO * scale.sequence_divisor
+        return max(1, round(exact / _TWIN_UNIT)) * _TWIN_UNIT
+
+    def updates(steps: float) -> int:
+        return round(steps / scale.step_divisor)
+
+    def warmup(value: float) -> float:
+        return float(updates(value)) if value >= 1 else value
+
+    first, second, schedule = batch(config.training.global_batch), config.phase_two, config.schedule
+    if second.steps:
+        in_second = batch(second.global_batch)
+        second = dataclasses.replace(
+            second,
+            steps=updates(second.steps),
+            sequence_length=second.sequence_length // scale.sequence_divisor,
+            global_batch=in_second,
+            micro_batch=_micro_batch(in_second),
+            warmup=warmup(second.warmup),
+            decay_steps=second.decay_steps / scale.step_divisor,
+        )
+    name = f"{config.preset}-{size}"
+    scaled = dataclasses.replace(
+        config,
+        preset=name,
+        model=dataclasses.replace(config.model, **MODEL_SIZES[size]),
+        data=dataclasses.replace(
+            config.data,
+            vocabulary=DataConfig().vocabulary,
+            sequence_length=config.data.sequence_length // scale.sequence_divisor,
+            validation_sequences=DataConfig().validation_sequences,
+        ),
+        schedule=dataclasses.replace(
+            schedule,
+            warmup=warmup(schedule.warmup),
+            warmup_start=updates(schedule.warmup_start),
+            decay_steps=schedule.decay_steps / scale.step_divisor,
+        ),
+        training=dataclasses.replace(
+            config.training, global_batch=first, micro_batch=_micro_batch(first), steps=updates(config.training.steps)
+        ),
+        phase_two=second,
+        run=RunConfig(),
+    )
+    return Preset(
+        scaled,
+        f"{size} twin of {config.preset}, for {scale.runs_on}",
+        f"scaled down from {config.preset}: batch to data kept, sequences 1/{scale.sequence_divisor}, updates "
+        f"1/{scale.step_divisor}",
+        {**preset.unverified, "optimizer.lr": "the published recipe's, not tuned for this size"},
+        twin_of=config.preset,
+    )
+
+
+def _micro_batch(global_batch: int) -> int:
+    """Return a share of a twin's batch that 1, 2 and 4 ranks, and mostly 8, can work on."""
+    return global_batch // (8 if global_batch % 8 == 0 else 12)
+
+
+PRESETS: dict[str, Preset] = {
+    **SMALL,
+    **PUBLISHED,
+    **{f"{name}-{size}": twin(preset, size) for name, preset in PUBLISHED.items() for size in TWIN_SIZES},
+}
+
+
+def get_preset(name: str) -> RecipeConfig:
+    """Return the configuration of a preset.
+
+    Raises:
+        RecipeError: no preset has that name; the message gives the nearest ones.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name].config
+
+
+def list_presets() -> list[str]:
+    """Return the lines of `--list-presets`: every preset, what it is for, its source, and what is unverified."""
+    lines = []
+    for name, preset in PRESETS.items():
+        lines.append(f"{name}: {preset.description}")
+        if preset.twin_of is None:
+            lines.append(f"    source: {preset.source}")
+            lines.extend(f"    unverified: {key} ({why})" for key, why in preset.unverified.items())
+    return lines

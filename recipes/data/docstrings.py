@@ -1,0 +1,151 @@
+"""Real English text without a network: the docstrings of the installed Python packages.
+
+Sources are parsed with `ast` and never imported. The packages are those that the recipes themselves need, so the text
+exists wherever a recipe can run, and it stays on the user's disk.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import multiprocessing
+import os
+import platform
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from ..common.errors import RecipeError
+
+PACKAGES = (
+    "numpy",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "pandas",
+    "networkx",
+    "matplotlib",
+    "huggingface_hub",
+    "datasets",
+)
+"""Installed with `trustratio[recipes]`, directly or as a dependency. The standard library is read besides."""
+
+STANDARD_LIBRARY = "the standard library"
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__", "lib2to3", "idlelib"}
+_SHORTEST_DOCSTRING = 60  # characters; shorter ones are titles and say little
+_SHORTEST_DOCUMENT = 200
+_MOST_WORKERS = 4
+_FORMAT = 1  # part of the cache key: raise it when what is extracted changes
+
+Progress = Callable[[Iterable[list[str]], int, str], Iterable[list[str]]]
+
+
+def package_folders() -> dict[str, Path]:
+    """Return name -> source folder of the packages that are installed, the standard library last."""
+    site = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")]
+    folders = {}
+    for name in PACKAGES:
+        found = next((folder / name for folder in site if (folder / name).is_dir()), None)
+        if found is not None:
+            folders[name] = found
+    folders[STANDARD_LIBRARY] = Path(sysconfig.get_paths()["stdlib"])
+    return folders
+
+
+def corpus_key(folders: dict[str, Path]) -> str:
+    """Return a hash of the packages' versions: the harvest depends on nothing else."""
+    versions = {name: _version(name) for name in folders}
+    return hashlib.sha256(json.dumps([_FORMAT, versions], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def harvest(folders: dict[str, Path], progress: Progress) -> Iterator[str]:
+    """Yield one document per source file: its docstrings in order, without those that an earlier file had.
+
+    Large libraries repeat docstrings from class to class; kept, they would sit in the held-out documents and in the
+    training text at once.
+
+    Args:
+        folders: from `package_folders`.
+        progress: wraps (items, number of items, package name) and yields the items, e.g. with a progress bar.
+    """
+    seen: set[bytes] = set()
+    # Parsing takes nearly all the time. Spawned workers import this module alone, and no state of a rank is forked.
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for name, folder in folders.items():
+            files = sorted(_source_files(folder))
+            for found in progress(pool.map(docstrings, files, chunksize=16), len(files), name):
+                document = "\n\n".join(text for text in found if _is_new(text, seen))
+                if len(document) >= _SHORTEST_DOCUMENT:
+                    yield document
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    if digest in seen:
+        return False
+    seen.add(digest)
+    return True
+
+
+def docstrings(path: Path) -> list[str]:
+    """Return the cleaned docstrings of a source file in source order; [] for what is not valid Python."""
+    try:
+        source = path.read_bytes()
+        if b'"""' not in source and b"'''" not in source:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    found: list[str] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, found: list[str]) -> None:
+    # Only statement lists are walked, not expressions: several times faster than ast.walk, with the same docstrings
+    # but for those of functions defined under an `if` or a `with`.
+    text = ast.get_docstring(node, clean=False)
+    if text is not None:
+        text = inspect.cleandoc(text).strip()
+        if len(text) >= _SHORTEST_DOCSTRING:
+            found.append(text)
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            _collect(child, found)
+
+
+def _source_files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS)
+        yield from (Path(parent, name) for name in files if name.endswith(".py"))
+
+
+def _version(package: str) -> str:
+    if package == STANDARD_LIBRARY:
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def require_text(folders: dict[str, Path], characters: int) -> None:
+    """Check that a harvest found text at all (a stripped installation has sources without docstrings, or none).
+
+    Raises:
+        RecipeError: nearly nothing was found.
+    """
+    if characters < 100_000:
+        raise RecipeError(
+            f"the documentation of the installed packages ({', '.join(folders)}) gave only {characters:,} characters; "
+            "are the .py files stripped? Give your own text with --data FILES"
+        )

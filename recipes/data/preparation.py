@@ -1,0 +1,511 @@
+"""From documents to token shards on disk: harvest or read, index, train a vocabulary, tokenize, and describe."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import RecipeError
+from ..common.reporter import Reporter
+from ..configuration.config import DataConfig
+from . import docstrings as docstring_corpus
+from .documents import HUB_PREFIX, expand_sources, read_source
+from .encoding import Block, encode_blocks, stream_dtype
+from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
+from .rows import unigram_entropy
+from .shards import (
+    MANIFEST,
+    SPLITS,
+    BrokenShard,
+    Shard,
+    TokenFile,
+    TokenRows,
+    finished_shards,
+    remove_other_shards,
+    write_json,
+    write_shard,
+)
+from .wordpiece import TextTokenizer, Vocabulary, load_tokenizer, train_wordpiece
+
+SHARD_CHARACTERS = 64_000_000
+_FORMAT = 3  # part of every key: raise it when indexing, tokenizing or the files change
+_BLOCK_CHARACTERS = 2_000_000  # handed to a worker at once
+_ALONE = 16_000_000  # characters that are tokenized before worker processes would have started
+_VOCABULARY_CHARACTERS = 64_000_000  # a vocabulary is trained on a sample of this size
+_ROLES = (TRAINING, VALIDATION)  # of the splits, in their order
+_Array = NDArray[np.unsignedinteger]
+_SETTINGS, _INDEX, _TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Token shards on disk, seen as rows of one sequence length, and their summary.
+
+    Attributes:
+        folder: holds the token files, manifest.json and tokenizer.json.
+        fingerprint: hash of the documents, the split and the tokenizer; the same for every sequence length.
+        documents: without repeated ones; `validation_documents` of them are held out.
+        characters: of all these documents.
+        train_rows, validation_rows: full rows of `sequence_length` tokens.
+        vocabulary_size: tokens, special ones included.
+        unigram_entropy: of the training tokens, in nats; special tokens are left out, as they are never predicted.
+    """
+
+    folder: str
+    fingerprint: str
+    documents: int
+    validation_documents: int
+    characters: int
+    sequence_length: int
+    train_rows: int
+    validation_rows: int
+    vocabulary_size: int
+    mask_id: int
+    special_ids: list[int]
+    unigram_entropy: float
+
+    def rows(self, split: str) -> TokenRows:
+        """Return the rows of "train" or "validation"; the token files are mapped into memory."""
+        return _rows(Path(self.folder), _read_manifest(Path(self.folder)), split, self.sequence_length)
+
+    def at_length(self, sequence_length: int) -> PreparedData:
+        """Return the same data in rows of another length; nothing is computed or written for it."""
+        return open_prepared(Path(self.folder), sequence_length)
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the ids that masking needs."""
+        special = np.asarray(self.special_ids, dtype=np.int64)
+        ordinary = np.setdiff1d(np.arange(self.vocabulary_size, dtype=np.int64), special)
+        return Vocabulary(self.mask_id, special, ordinary)
+
+    def describe(self, global_batch: int) -> list[str]:
+        """Return the lines that are printed before training, with a warning if one batch is more than the corpus."""
+        tokens = self.train_rows * self.sequence_length
+        steps = self.train_rows / global_batch
+        lines = [
+            f"data: {self.documents:,} documents, {self.characters / 1e6:.1f} million characters; "
+            f"{self.validation_documents:,} documents held out for validation ({self.validation_rows:,} sequences)",
+            f"training: {tokens:,} tokens in {self.train_rows:,} sequences of {self.sequence_length}; "
+            f"{steps:.1f} steps per epoch; vocabulary {self.vocabulary_size:,}; "
+            f"unigram entropy {self.unigram_entropy:.3f} nats",
+        ]
+        if steps < 1:
+            lines.append(
+                f"warning: the corpus has {self.train_rows:,} training sequences, fewer than one global batch of "
+                f"{global_batch:,}: every update repeats each sequence {1 / steps:.1f} times (with other masks)"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How text becomes token shards, besides what `DataConfig` says.
+
+    Attributes:
+        workers: processes that tokenize; 0 takes one per core that this process may use.
+        shard_characters: text per shard: what an interruption loses at most.
+        skip_broken: leave a source that cannot be read out as a whole, and say so, instead of stopping.
+    """
+
+    workers: int = 0
+    shard_characters: int = SHARD_CHARACTERS
+    skip_broken: bool = False
+
+
+def cache_folder() -> Path:
+    """Return $TRUSTRATIO_CACHE, or ~/.cache/trustratio."""
+    return Path(os.environ.get("TRUSTRATIO_CACHE") or Path("~/.cache/trustratio")).expanduser()
+
+
+def is_prepared(source: str) -> bool:
+    """Tell whether a source is a folder that holds token shards."""
+    return (Path(source) / MANIFEST).is_file() or (Path(source) / _SETTINGS).is_file()
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Check that the sources exist; a prepared folder stands alone.
+
+    Raises:
+        RecipeError: a source is missing or unreadable, or a prepared folder is unfinished or mixed with others.
+    """
+    prepared = [source for source in sources if is_prepared(source)]
+    if not prepared:
+        expand_sources(sources)
+    elif len(sources) > 1:
+        raise RecipeError(f"--data {prepared[0]!r} is a prepared folder and has to be the only source")
+    else:
+        _read_manifest(Path(prepared[0]))
+
+
+def prepare(config: DataConfig, reporter: Reporter) -> PreparedData:
+    """Return the data of a run: a prepared folder, or text prepared in the cache where that has not been done.
+
+    Raises:
+        RecipeError: missing, empty or unreadable data, or too little of it for one training and one validation row.
+    """
+    if any(map(is_prepared, config.sources)):
+        check_sources(config.sources)
+        folder = Path(config.sources[0])
+        _check_tokenizer(config, folder)
+    else:
+        folder = prepare_into(None, config, Preparation(), reporter)
+        try:
+            return open_prepared(folder, config.sequence_length)
+        except BrokenShard as error:
+            reporter.line(f"warning: {error}; doing so")
+            prepare_into(folder, config, Preparation(), reporter)
+    return open_prepared(folder, config.sequence_length)
+
+
+def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
+    """Return the data of a prepared folder in rows of `sequence_length` tokens.
+
+    Raises:
+        RecipeError: the folder is unfinished, or has too little text for one row of each split.
+        BrokenShard: a token file is missing or has the wrong size.
+    """
+    manifest = _read_manifest(folder)
+    rows = {split: _rows(folder, manifest, split, sequence_length) for split in SPLITS}
+    for split in SPLITS:
+        rows[split].check()
+        if len(rows[split]) == 0:
+            raise RecipeError(
+                f"the {split} documents fill no sequence of {sequence_length} tokens; give more text or "
+                f"a shorter --sequence_length"
+            )
+    names = ("documents", "validation_documents", "characters", "vocabulary_size", "mask_id", "special_ids")
+    return PreparedData(
+        folder=str(folder),
+        fingerprint=manifest["fingerprint"],
+        sequence_length=sequence_length,
+        train_rows=len(rows["train"]),
+        validation_rows=len(rows["validation"]),
+        unigram_entropy=manifest["unigram_entropy"],
+        **{name: manifest[name] for name in names},
+    )
+
+
+def prepare_into(output: Path | None, config: DataConfig, how: Preparation, reporter: Reporter) -> Path:
+    """Write the token shards of a configuration's text; shards that a former run finished are kept.
+
+    Memory: 13 bytes per document, about 30 MB per worker process in flight and 50 MB for its table of words, and the
+    word counts of the vocabulary's training sample; nothing grows with the length of the text.
+
+    Args:
+        output: folder to write, or None for one in the cache, named by a hash of everything that matters.
+        config: sources, column, tokenizer or vocabulary size, and held-out fraction.
+        how: processes, shard size, and what to do about broken sources.
+        reporter: shows progress.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RecipeError: bad data, a folder of other data, or a full disk; finished shards stay.
+    """
+    sources, column = _text_sources(config, reporter)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    settings = {
+        "format": _FORMAT,
+        "sources": [_identity(source) for source in sources],
+        "text_column": column,
+        "tokenizer": tokenizer.fingerprint if tokenizer else f"WordPiece {config.vocabulary}",
+        "validation_fraction": config.validation_fraction,
+        "shard_characters": how.shard_characters,
+        "skip_broken": how.skip_broken,
+    }
+    folder = output or cache_folder() / f"tokens-{_hash(settings)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder, reporter):
+            _claim(folder, settings)
+            _Preparer(folder, column, config, how, reporter).run(sources, tokenizer, verify=output is not None)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RecipeError(
+                f"the disk of {folder} is full; the finished shards stay: free some space and run the same again"
+            ) from error
+        raise RecipeError(f"cannot write to {folder}: {error}") from error
+    return folder
+
+
+@dataclass
+class _Preparer:
+    """Writes one folder; every step is kept on disk and found again by the next run."""
+
+    folder: Path
+    column: str
+    config: DataConfig
+    how: Preparation
+    reporter: Reporter
+    hub: dict[str, str] = field(default_factory=dict)
+
+    def run(self, sources: Sequence[str], given: TextTokenizer | None, verify: bool) -> None:
+        if (self.folder / MANIFEST).exists() and not verify:
+            return
+        # A data set of the hub is streamed once, into a file that every pass reads.
+        self.hub = {
+            str(self.folder / f"hub-{_hash(source)}.jsonl"): source
+            for source in sources
+            if source.startswith(HUB_PREFIX)
+        }
+        files = {source: file for file, source in self.hub.items()}
+        index = self._index([files.get(source, source) for source in sources])
+        tokenizer = self._tokenizer(index, given)
+        dtype = np.dtype(stream_dtype(tokenizer.size))
+        shard_of = index.shards(self.how.shard_characters)
+        count = int(shard_of[-1]) + 1
+        shards = finished_shards(self.folder, dtype)
+        todo = np.asarray([number for number in range(count) if number not in shards], dtype=np.int64)
+        if (self.folder / MANIFEST).exists() and len(todo) == 0:
+            self.reporter.line(f"{self.folder} is complete: all {count} shards have the content that was written")
+            return
+        if 0 < len(todo) < count:
+            self.reporter.line(f"{count - len(todo)} of {count} shards are there already")
+        remove_other_shards(self.folder, count)
+        for shard in self._write(index, shard_of, todo, tokenizer):
+            shards[shard.number] = shard
+        skipped = [source for source in sources if files.get(source, source) not in index.sources]
+        self._finish(index, tokenizer, dtype, [shards[number] for number in range(count)], skipped)
+
+    def _index(self, sources: Sequence[str]) -> DocumentIndex:
+        path = self.folder / _INDEX
+        index = DocumentIndex.load(path) if path.exists() else None
+        for file in index.sources if index else sources:
+            if file in self.hub and not Path(file).exists():
+                self.reporter.line(f"streaming {self.hub[file]}")
+                texts = read_source(self.hub[file], self.column)
+                _write_whole(Path(file), (json.dumps({self.column: text}) + "\n" for text in texts))
+        if index is None:
+            visited = self.reporter.progress(sources, len(sources), "reading sources")
+            skipped = self._skip if self.how.skip_broken else None
+            index = index_documents(visited, self.column, self.config.validation_fraction, skipped)
+            index.save(path)
+        return index
+
+    def _skip(self, source: str, error: RecipeError) -> None:
+        self.reporter.line(f"warning: left out {self.hub.get(source, source)}: {error}")
+
+    def _tokenizer(self, index: DocumentIndex, given: TextTokenizer | None) -> TextTokenizer:
+        path = self.folder / _TOKENIZER
+        if given is not None:
+            _write_whole(path, [given.tokenizer.to_str()])
+            return given
+        if not path.exists():
+            chosen = index.sample(_VOCABULARY_CHARACTERS)
+            characters = int(index.characters[chosen].sum(dtype=np.int64))
+            self.reporter.line(
+                f"training a WordPiece vocabulary of {self.config.vocabulary:,} tokens on {characters / 1e6:.1f} "
+                f"million of {index.kept_characters() / 1e6:.1f} million characters"
+            )
+            texts = (text for _, text in index.read(chosen, self.column))
+            _write_whole(path, [train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str()])
+        return load_tokenizer(str(path))
+
+    def _write(
+        self, index: DocumentIndex, shard_of: NDArray[np.int64], todo: NDArray[np.int64], tokenizer: TextTokenizer
+    ) -> Iterator[Shard]:
+        chosen = (index.roles != REPEATED) & np.isin(shard_of, todo)
+        characters = int(index.characters[chosen].sum(dtype=np.int64))
+        workers = 0 if characters < _ALONE else self.how.workers or len(os.sched_getaffinity(0))
+        blocks = _blocks(index, shard_of, chosen, self.column)
+        began, written = time.perf_counter(), 0
+        encoded = encode_blocks(blocks, tokenizer, workers)
+        for shard in self.reporter.progress(self._shards(index, shard_of, encoded), len(todo), "tokenizing shards"):
+            written += shard.characters
+            if len(todo) > 1 and not self.reporter.terminal:
+                rate = written / (time.perf_counter() - began)
+                tokens = sum(file.tokens for file in shard.files.values())
+                self.reporter.line(
+                    f"shard {shard.number}: {tokens:,} tokens; {written / 1e6:.0f} of {characters / 1e6:.0f} million "
+                    f"characters, {rate / 1e6:.1f} million per second"
+                )
+            yield shard
+
+    def _shards(
+        self, index: DocumentIndex, shard_of: NDArray[np.int64], encoded: Iterable[tuple[Block, dict[str, _Array]]]
+    ) -> Iterator[Shard]:
+        pieces: dict[str, list[_Array]] = {split: [] for split in SPLITS}
+        previous: int | None = None
+
+        def written(number: int) -> Shard:
+            first, end = np.searchsorted(shard_of, [number, number + 1])
+            roles, characters = index.roles[first:end], index.characters[first:end]
+            documents = {split: int(np.sum(roles == role)) for split, role in zip(SPLITS, _ROLES, strict=True)}
+            kept = int(characters[roles != REPEATED].sum(dtype=np.int64))
+            return write_shard(self.folder, number, pieces, documents, kept)
+
+        for block, ids in encoded:
+            if previous is not None and block.shard != previous:
+                yield written(previous)
+                pieces = {split: [] for split in SPLITS}
+            previous = block.shard
+            for split in SPLITS:
+                pieces[split].append(ids[split])
+        if previous is not None:
+            yield written(previous)
+
+    def _finish(
+        self,
+        index: DocumentIndex,
+        tokenizer: TextTokenizer,
+        dtype: np.dtype,
+        shards: Sequence[Shard],
+        skipped: list[str],
+    ) -> None:
+        manifest: dict[str, Any] = {
+            "format": _FORMAT,
+            "fingerprint": _hash(_FORMAT, index.fingerprint, tokenizer.fingerprint),
+            "documents": index.count(TRAINING) + index.count(VALIDATION),
+            "validation_documents": index.count(VALIDATION),
+            "repeated_documents": index.count(REPEATED),
+            "characters": index.kept_characters(),
+            "tokens": {split: sum(shard.files[split].tokens for shard in shards) for split in SPLITS},
+            "dtype": dtype.name,
+            "vocabulary_size": tokenizer.size,
+            "cls_id": tokenizer.cls_id,
+            "sep_id": tokenizer.sep_id,
+            "mask_id": tokenizer.mask_id,
+            "special_ids": list(tokenizer.special_ids),
+            "tokenizer": tokenizer.fingerprint,
+            "skipped_sources": skipped,
+            "shards": [asdict(shard) for shard in shards],
+        }
+        counts = _rows(self.folder, manifest, "train", 3).counts()
+        counts[list(tokenizer.special_ids)] = 0
+        manifest["unigram_entropy"] = unigram_entropy(counts) if counts.any() else 0.0
+        write_json(self.folder / MANIFEST, manifest)
+        for path in self.folder.glob("hub-*.jsonl"):
+            path.unlink()
+
+
+def _blocks(
+    index: DocumentIndex, shard_of: NDArray[np.int64], chosen: NDArray[np.bool_], column: str
+) -> Iterator[Block]:
+    block: Block | None = None
+    for number, text in index.read(chosen, column):
+        shard = int(shard_of[number])
+        if block is not None and (block.shard != shard or block.characters >= _BLOCK_CHARACTERS):
+            yield block
+            block = None
+        block = block or Block(shard, SPLITS)
+        block.documents[SPLITS[_ROLES.index(int(index.roles[number]))]].append(text)
+        block.characters += len(text)
+    if block is not None:
+        yield block
+
+
+def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], str]:
+    """Return the files and data sets to read and the column of their text; harvest the default corpus if need be."""
+    if config.sources:
+        return expand_sources(config.sources), config.text_column
+    folders = docstring_corpus.package_folders()
+    path = cache_folder() / f"documentation-{docstring_corpus.corpus_key(folders)}.jsonl"
+    if not path.exists():
+        reporter.line(f"harvesting the documentation of {', '.join(folders)} (once; cached in {path})")
+        documents = list(docstring_corpus.harvest(folders, reporter.progress))
+        docstring_corpus.require_text(folders, sum(map(len, documents)))
+        _write_whole(path, (json.dumps({"text": text}) + "\n" for text in documents))
+    return [str(path)], "text"
+
+
+def _identity(source: str) -> list[Any]:
+    """Return what tells a source from a changed one without reading it."""
+    if source.startswith(HUB_PREFIX):
+        return [source]
+    status = os.stat(source)
+    return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / _SETTINGS
+    if not path.exists():
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+        if others:
+            raise RecipeError(f"{folder} holds {others[0]!r} and no prepared data; give an empty or a new folder")
+        write_json(path, settings)
+        return
+    stored = json.loads(path.read_text())
+    changed = [name for name in settings if stored.get(name) != settings[name]]
+    if changed:
+        raise RecipeError(
+            f"{folder} holds data prepared with other settings ({', '.join(changed)} differ); give another folder, "
+            "or remove it to start again"
+        )
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, reporter: Reporter) -> Iterator[None]:
+    """Let one process at a time write a folder; the others wait and then find the work done."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reporter.line(f"waiting for another process that prepares {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: two writers write the same files, each as a whole
+        yield
+
+
+def _check_tokenizer(config: DataConfig, folder: Path) -> None:
+    if config.tokenizer is None:
+        return
+    given, stored = load_tokenizer(config.tokenizer).fingerprint, _read_manifest(folder)["tokenizer"]
+    if given != stored:
+        raise RecipeError(
+            f"{folder} was prepared with another tokenizer than {config.tokenizer!r}; leave --tokenizer out, or "
+            "prepare the text with it"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"{folder} is not prepared to its end ({MANIFEST} is missing); run `prepare` again, it continues"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+    if manifest.get("format") != _FORMAT:
+        raise RecipeError(
+            f"{folder} was prepared in format {manifest.get('format')}, this version reads {_FORMAT}; prepare it again"
+        )
+    return manifest
+
+
+def _rows(folder: Path, manifest: dict[str, Any], split: str, length: int) -> TokenRows:
+    files = [TokenFile(**shard["files"][split]) for shard in manifest["shards"]]
+    ids = (manifest["cls_id"], manifest["sep_id"], manifest["vocabulary_size"])
+    return TokenRows(folder, files, np.dtype(manifest["dtype"]), length, *ids)
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".writing-", delete=False) as file:
+        try:
+            file.writelines(pieces)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)

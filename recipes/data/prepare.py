@@ -1,0 +1,110 @@
+"""Write text as token shards that training maps into memory: `python -m trustratio.recipes.prepare --help`.
+
+A run that was interrupted continues with the shards that are missing; a finished folder is checked and its broken
+shards are written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.errors import RecipeError
+from ..common.reporter import Reporter, clock
+from ..configuration.config import DataConfig
+from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
+from .shards import MANIFEST
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare a folder; return the exit status: 0 done, 2 bad input, 130 interrupted (finished shards stay)."""
+    options = _parser().parse_args(arguments)
+    reporter = Reporter()
+    began = time.perf_counter()
+    try:
+        config = _config(options)
+        how = Preparation(options.workers, int(options.shard_megabytes * 1e6), options.skip_broken)
+        folder = prepare_into(Path(options.output), config, how, reporter)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"interrupted; the finished shards stay in {options.output}: the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    seconds = time.perf_counter() - began
+    for line in _summary(folder, options.sequence_lengths):
+        reporter.line(line)
+    reporter.line(f"{clock(seconds)} in all; train with: deepspeed recipes/bert.py --data {folder}")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> DataConfig:
+    if not 0 < options.validation_fraction < 1:
+        raise RecipeError(
+            f"--validation_fraction {options.validation_fraction} is out of range: allowed is above 0 and below 1"
+        )
+    for name in ("vocabulary", "shard_megabytes"):
+        if getattr(options, name) <= 0:
+            raise RecipeError(f"--{name} {getattr(options, name)} is out of range: allowed is above 0")
+    if options.workers < 0:
+        raise RecipeError(f"--workers {options.workers} is out of range: allowed is 0 (one per core) or more")
+    return DataConfig(
+        sources=tuple(options.data),
+        text_column=options.text_column,
+        tokenizer=options.tokenizer,
+        vocabulary=options.vocabulary,
+        validation_fraction=options.validation_fraction,
+    )
+
+
+def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tokens = manifest["tokens"]
+    rows = ", ".join(f"{tokens['train'] // (length - 2):,} of {length}" for length in lengths)
+    return [
+        f"{manifest['documents']:,} documents ({manifest['repeated_documents']:,} repeated ones left out), "
+        f"{manifest['characters'] / 1e6:.1f} million characters, {len(manifest['shards'])} shards in {folder}",
+        f"{tokens['train']:,} training tokens and {tokens['validation']:,} held out; vocabulary "
+        f"{manifest['vocabulary_size']:,}; training sequences: {rows}",
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m trustratio.recipes.prepare",
+        description="Tokenize text once into shards. Documents are joined in the order of the sources; repeated ones "
+        "are dropped, and the held-out ones are chosen by their content. The shards serve every sequence length.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="text, .jsonl or .parquet files (text and .jsonl also .gz, .bz2, .xz, .zst), globs, "
+        "hf:NAME[:CONFIGURATION][@SPLIT] (streamed); default: the documentation of the installed packages",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write or to continue")
+    parser.add_argument("--text_column", default=defaults.text_column, help="of .jsonl, .parquet and data sets")
+    parser.add_argument("--tokenizer", help="tokenizer.json, folder or hub name (default: train WordPiece on the text)")
+    parser.add_argument("--vocabulary", type=int, default=defaults.vocabulary, help="size of a trained vocabulary")
+    parser.add_argument("--validation_fraction", type=float, default=defaults.validation_fraction)
+    parser.add_argument("--workers", type=int, default=0, help="processes that tokenize (default: one per core)")
+    parser.add_argument(
+        "--shard_megabytes",
+        type=float,
+        default=SHARD_CHARACTERS / 1e6,
+        help="million characters of text per shard: what an interruption loses at most",
+    )
+    parser.add_argument("--skip_broken", action="store_true", help="leave unreadable sources out instead of stopping")
+    parser.add_argument(
+        "--sequence_lengths", type=int, nargs="+", default=[128, 512], help="to say how many sequences there are"
+    )
+    return parser

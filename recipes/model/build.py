@@ -1,0 +1,66 @@
+"""Model, optimizer and schedule of a configuration, for any wrapper: what every front end of the recipe starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from ..configuration.config import RecipeConfig
+from ..configuration.phases import PhasedSchedule, phased_schedule
+from .masked_language_model import GatheredBertForMaskedLM, build_model, padded_vocabulary
+from .optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class RecipeParts:
+    """What is trained, before any wrapper.
+
+    Attributes:
+        model: on the CPU, in fp32, with the weights that the seed or `model.initial_weights` decides.
+        optimizer: over the model's named parameters, in two groups (with and without weight decay).
+        schedule: puts the learning-rate schedule of all phases on an optimizer; step it once per update.
+    """
+
+    model: GatheredBertForMaskedLM
+    optimizer: Optimizer
+    schedule: Callable[[Optimizer], PhasedSchedule]
+
+
+def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[GatheredBertForMaskedLM, Optimizer]:
+    """Build model and optimizer without memory for their tensors: to measure them, or to see whether they can be built.
+
+    Args:
+        config: resolved.
+        vocabulary_size: tokens; None: the configuration's.
+
+    Raises:
+        RecipeError: an unknown optimizer, or options that it refuses.
+    """
+    shape = dataclasses.replace(config.model, initial_weights=None)
+    with torch.device("meta"):
+        model = build_model(shape, padded_vocabulary(vocabulary_size or config.data.vocabulary))
+    return model, build_optimizer(config.optimizer, model)
+
+
+def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
+    """Build model, optimizer and schedule of a configuration; equal on every rank and for every front end.
+
+    Args:
+        config: resolved and checked.
+        vocabulary_size: tokens of the prepared data; padded to a multiple of 8.
+
+    Raises:
+        RecipeError: options that the optimizer refuses, or initial weights of another shape.
+    """
+    torch.manual_seed(config.training.seed)
+    model = build_model(config.model, padded_vocabulary(vocabulary_size))
+    if config.training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = build_optimizer(config.optimizer, model)
+    if config.training.compile:
+        model.compile()  # in place: parameters keep their names
+    return RecipeParts(model, optimizer, phased_schedule(config))

@@ -1,0 +1,54 @@
+"""Optimizers by name for the recipes: trustratio's own, and torch's AdamW and SGD as baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trustratio.optimizers.registry import OPTIMIZERS, create_optimizer
+
+from ..common.errors import RecipeError, unknown_name
+from ..configuration.config import OptimizerConfig
+
+BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+def optimizer_names() -> list[str]:
+    """Return every name that `build_optimizer` knows."""
+    return sorted({*OPTIMIZERS, *BASELINES})
+
+
+def is_baseline(name: str) -> bool:
+    """Tell whether the name is one of torch's element-wise optimizers, which have no trust ratio."""
+    return name.lower() in BASELINES
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups of named parameters: matrices with weight decay, biases and norm weights without."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [(name, p) for name, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer over the model's parameters.
+
+    Raises:
+        RecipeError: unknown name (the nearest are given), or options that its constructor refuses.
+    """
+    name = config.name.lower()
+    if name not in optimizer_names():
+        raise unknown_name("optimizer", config.name, optimizer_names())
+    groups = parameter_groups(model, config.weight_decay)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+    try:
+        if name in BASELINES:
+            return BASELINES[name](groups, lr=config.lr, **options)
+        return create_optimizer(name, groups, lr=config.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"optimizer {config.name!r} refused its options {config.options}: {error}") from error

@@ -1,0 +1,223 @@
+"""The report of a run: one HTML page that needs nothing else, and pictures.
+
+    python recipes/report.py runs/lamb-tiny-1
+
+makes it for an existing run, finished or not; runs write their own when they end, however they end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.errors import RecipeError
+from . import folder as run_folder
+from .history import RunHistory, binned, bins, load_history, short_name
+from .plots import draw_curves, draw_ratios
+
+_PAGE = Path(__file__).with_name("report_page.html")
+_PLACE = "/*RUN-DATA*/"
+_MOST_POINTS = 1000
+_MOST_COLUMNS = 500
+_DIGITS = 6
+
+
+def write_report(folder: Path) -> str:
+    """Write report.html, report.png and trust_ratios.png into a run's folder; return a line that says so.
+
+    A report that cannot be made is a line, not an error: the run's results are in the folder all the same.
+    """
+    try:
+        make_report(folder)
+    except (RecipeError, OSError, ValueError, RuntimeError) as error:
+        return f"no report: {error}"
+    return f"report: {folder / run_folder.REPORT}; metrics: {folder / run_folder.METRICS}"
+
+
+def make_report(folder: Path) -> None:
+    """Write the three files.
+
+    Raises:
+        RecipeError: not a run's folder, or nothing was logged.
+    """
+    history = load_history(folder)
+    page = _PAGE.read_text(encoding="utf-8").replace(_PLACE, _script_json(page_data(history)))
+    temporary = folder / (run_folder.REPORT + ".partial")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, folder / run_folder.REPORT)
+    draw_curves(history, title(history), folder / run_folder.CURVES)
+    if history.layers:
+        draw_ratios(history, title(history), folder / run_folder.RATIOS)
+
+
+def title(history: RunHistory) -> str:
+    """Return one line: model, optimizer, batch and sharding."""
+    model, training = history.config.get("model", {}), history.config.get("training", {})
+    parts = [
+        f"BERT {model['layers']} × {model['hidden']}" if {"layers", "hidden"} <= set(model) else "",
+        str(history.config.get("optimizer", {}).get("name", "")),
+        f"{training['global_batch']:,} sequences per step" if "global_batch" in training else "",
+        f"ZeRO-{training['zero_stage']}" if "zero_stage" in training else "",
+        f"ranks: {history.environment['ranks']}" if "ranks" in history.environment else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def page_data(history: RunHistory) -> dict[str, Any]:
+    """Return what the page shows, of a size that does not grow with the run."""
+    return {
+        "title": f"{history.config.get('preset', 'run')}: {history.name}",
+        "subtitle": title(history),
+        "notices": list(notices(history)),
+        "tiles": list(_tiles(history)),
+        "series": _train_series(history),
+        "validation": _validation_series(history),
+        "unigram": _json_number(history.unigram_entropy),
+        "ratios": _ratio_table(history),
+        "tables": _tables(history),
+        "footer": "Long runs are summed up: curves are means, with a band from the smallest to the largest value; "
+        "trust ratios are medians. metrics.jsonl has every step.",
+    }
+
+
+def notices(history: RunHistory) -> Iterator[str]:
+    """Yield what a reader must know first: a run that broke down or stopped early."""
+    steps, losses = history.train["step"], history.train["loss"]
+    broken = np.flatnonzero(~np.isfinite(losses))
+    if broken.size:
+        yield f"The loss was not finite at step {int(steps[broken[0]]):,}: the run diverged."
+    last = history.environment.get("last_step")
+    if last is not None and steps[-1] < last:
+        yield f"The run ended at step {int(steps[-1]):,} of {last:,}."
+
+
+def _tiles(history: RunHistory) -> Iterator[dict[str, Any]]:
+    def tile(label: str, value: float, kind: str = "plain", more: str = "") -> dict[str, Any]:
+        return {"label": label, "value": _json_number(value), "kind": kind, "more": more}
+
+    train, validation = history.train, history.validation
+    yield tile("steps", train["step"][-1], "plain", f"{int(train['sequences'][-1]):,} sequences")
+    yield tile("training loss", train["loss"][-1], "plain", "nats, last step")
+    if validation["step"].size:
+        best = (
+            np.nanmin(validation["validation_loss"]) if np.isfinite(validation["validation_loss"]).any() else math.nan
+        )
+        yield tile("validation loss", validation["validation_loss"][-1], "plain", f"nats; best {best:.4f}")
+        yield tile("masked accuracy", validation["validation_accuracy"][-1], "percent", "validation")
+        yield tile("unigram entropy", history.unigram_entropy, "plain", "nats, without context")
+    for name, label, kind, more in (
+        ("sequences_per_second", "throughput", "short", "sequences/s, median"),
+        ("tokens_per_second", "tokens", "short", "tokens/s, median"),
+        ("model_flops_per_second", "model FLOP/s", "short", "median"),
+        ("utilisation", "utilisation", "percent", "of peak, median"),
+    ):
+        if name in train and np.isfinite(train[name]).any():
+            yield tile(label, float(np.nanmedian(train[name])), kind, more)
+    if "seconds" in train:
+        total = float(np.nansum(train["seconds"]))
+        waited = float(np.nansum(train.get("data_wait_seconds", np.zeros(1))))
+        yield tile("training time", total, "minutes", f"{waited / max(total, 1e-9):.1%} waiting for data")
+
+
+def _train_series(history: RunHistory) -> dict[str, list[float | None]]:
+    train = dict(history.train)
+    if {"data_wait_seconds", "seconds"} <= set(train):
+        train["data_wait_share"] = train["data_wait_seconds"] / np.maximum(train["seconds"], 1e-9)
+    train["batch"] = np.diff(train["sequences"], prepend=np.nan)
+    if len(train["batch"]) > 1:
+        train["batch"][0] = train["batch"][1]
+    pieces = bins(len(train["step"]), _MOST_POINTS)
+    reductions = {"step": np.max, "sequences": np.max, "trust_ratio_min": np.min, "trust_ratio_max": np.max}
+    series = {name: binned(values, pieces, reductions.get(name, np.mean)) for name, values in train.items()}
+    for name in ("host_memory_bytes", "device_peak_memory_bytes"):
+        if name in train:
+            series[name] = binned(train[name], pieces, np.max)
+    if len(pieces) < len(train["step"]):
+        series["loss_low"], series["loss_high"] = (binned(train["loss"], pieces, how) for how in (np.min, np.max))
+    return {name: _json_list(values) for name, values in series.items()}
+
+
+def _validation_series(history: RunHistory) -> dict[str, list[float | None]]:
+    validation = history.validation
+    if not validation["step"].size:
+        return {"step": [], "sequences": [], "loss": [], "accuracy": []}
+    pieces = bins(len(validation["step"]), _MOST_POINTS)
+    sequences = np.interp(validation["step"], history.train["step"], history.train["sequences"])
+    return {
+        "step": _json_list(binned(validation["step"], pieces, np.max)),
+        "sequences": _json_list(binned(sequences, pieces, np.max)),
+        "loss": _json_list(binned(validation["validation_loss"], pieces, np.mean)),
+        "accuracy": _json_list(binned(validation["validation_accuracy"], pieces, np.mean)),
+    }
+
+
+def _ratio_table(history: RunHistory) -> dict[str, Any] | None:
+    """Return the ratios as 16-bit levels of a logarithmic scale, layer by layer, or None without any."""
+    pieces = bins(len(history.ratio_steps), _MOST_COLUMNS)
+    table = binned(history.ratios, pieces, np.median).T
+    valid = np.isfinite(table) & (table > 0)
+    if not valid.any():
+        return None
+    low, high = float(table[valid].min()), float(table[valid].max())
+    span = math.log(high / low) or 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.where(valid, 1 + np.round(65534 * np.log(table / low) / span), 0)
+    return {
+        "layers": history.layers,
+        "names": [short_name(layer) for layer in history.layers],
+        "steps": _json_list(binned(history.ratio_steps, pieces, np.max)),
+        "low": low,
+        "high": high,
+        "data": base64.b64encode(levels.astype("<u2").tobytes()).decode("ascii"),
+    }
+
+
+def _tables(history: RunHistory) -> list[tuple[str, list[tuple[str, str]]]]:
+    sections = {name: fields for name, fields in history.config.items() if isinstance(fields, dict)}
+    named = [(name, fields) for name, fields in (*sections.items(), ("environment", history.environment)) if fields]
+    return [(name, [(key, _shown(value)) for key, value in fields.items()]) for name, fields in named]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _json_list(values: NDArray[np.float64]) -> list[float | None]:
+    return [_json_number(value) for value in values.tolist()]
+
+
+def _json_number(value: float) -> float | None:
+    """Return a number as strict JSON has it: no NaN, and no more digits than a picture shows."""
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) and abs(value) < 2**53 else float(f"{value:.{_DIGITS}g}")
+
+
+def _script_json(values: dict[str, Any]) -> str:
+    """Return JSON that may stand in a <script>: nothing in it ends the element."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="report.py", description="Make the report of a run, finished or not.")
+    parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
+    folder = parser.parse_args(arguments).folder
+    try:
+        make_report(folder)
+    except RecipeError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(folder / run_folder.REPORT)
+    return 0

@@ -1,0 +1,353 @@
+"""What the training loop needs of a distributed wrapper, and its implementations on DeepSpeed and on plain DDP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import trustratio.integrations.deepspeed  # noqa: F401 - makes the optimizers ZeRO-supported
+
+from ..common.errors import RecipeError
+from ..data.masking import MaskedBatch
+from ..rules.global_batch import BatchPlan
+from ..rules.schedules import FactorLR
+
+
+class TrainingEngine(Protocol):
+    """One rank of a data-parallel model with its optimizer and learning-rate schedule.
+
+    The loop calls `begin_phase` before the first update of a phase, and `begin_micro_batch`, `loss`, `backward` and
+    `step` once per micro-batch. The gradient of an update is the *sum* over all micro-batches and ranks of what
+    `backward` was given: an implementation undoes its wrapper's averaging.
+    """
+
+    rank: int
+    ranks: int
+    device: torch.device
+    optimizer: Optimizer
+
+    def begin_phase(self, plan: BatchPlan) -> None:
+        """Take note of the batch division of the updates that follow."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Begin a micro-batch; the `last` one of an accumulation will update the weights."""
+
+    def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the model's summed loss and number of right predictions."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to the update."""
+
+    def step(self) -> None:
+        """End a micro-batch; the last one of an accumulation updates weights and learning rate."""
+
+    def train(self, training: bool) -> None:
+        """Switch between training and evaluation mode."""
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise sum of a small tensor over all ranks."""
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next update."""
+
+    def gradient_norm(self) -> float | None:
+        """Return the global gradient norm of the last update before clipping, if the wrapper tells."""
+
+    def trust_ratios(self) -> dict[str, float]:
+        """Return the last update's trust ratio per layer; {} for an optimizer without."""
+
+    def save(self, folder: Path) -> None:
+        """Write the complete training state (collective); the folder exists.
+
+        Raises:
+            OSError, RuntimeError: This rank's part could not be written. The collective part is over by then: no
+                other rank waits for this one.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote (collective)."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+
+class DistributedTraining:
+    """What all implementations share: ranks, sums, and what is read from the optimizer."""
+
+    def __init__(self, optimizer: Optimizer, scheduler: FactorLR, device: torch.device) -> None:
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.device = device
+        self.rank = dist.get_rank()
+        self.ranks = dist.get_world_size()
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all ranks."""
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def trust_ratios(self) -> dict[str, float]:
+        """Return the last update's trust ratio per layer."""
+        ratios = getattr(self.optimizer, "trust_ratios", None)
+        return ratios() if ratios is not None else {}
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def continue_schedule(self, updates: int) -> None:
+        """Set the schedule to where it is after this many updates."""
+        # The schedule is a function of the update's number, so its position is all there is to restore; a stored
+        # schedule would bring back the length that the run had before it was made longer.
+        self.scheduler.last_epoch = updates
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = rate
+
+
+def set_batch_plan(engine: deepspeed.DeepSpeedEngine, plan: BatchPlan) -> None:
+    """Tell DeepSpeed the batch division of the updates that follow, which it reports and sizes its buffers by."""
+    engine.set_train_micro_batch_size(plan.micro)
+    engine.set_train_batch_size(plan.sequences)
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = plan.accumulation
+
+
+@contextlib.contextmanager
+def postponed_failures(writer: Any, method: str) -> Iterator[None]:
+    """Have a method that writes files raise at the end of the block only, before what fails because of it.
+
+    Between their files ranks meet in barriers: one that left at the first failure would keep the others waiting.
+
+    Args:
+        writer: whose method, e.g. DeepSpeed's checkpoint engine.
+        method: its name.
+
+    Raises:
+        OSError, RuntimeError: the first failure.
+    """
+    write, failures = getattr(writer, method), []
+
+    def write_or_remember(*arguments: Any, **options: Any) -> Any:
+        try:
+            return write(*arguments, **options)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            failures.append(OSError(str(error)))
+
+    setattr(writer, method, write_or_remember)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failures.append(error)
+    finally:
+        setattr(writer, method, write)
+    if failures:
+        raise failures[0]
+
+
+class DeepSpeedTraining(DistributedTraining):
+    """`TrainingEngine` on a `DeepSpeedEngine`."""
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        optimizer: Optimizer,
+        scheduler: Callable[[Optimizer], FactorLR],
+    ) -> None:
+        """Train with an engine.
+
+        Args:
+            engine: as `deepspeed.initialize` or `Accelerator.prepare` makes it.
+            optimizer: the one that the engine was given.
+            scheduler: makes the learning-rate schedule; the engine has none of its own.
+
+        Raises:
+            RecipeError: DeepSpeed put another optimizer in the place of this one.
+        """
+        used = engine.basic_optimizer
+        if used is not optimizer:
+            raise RecipeError(
+                f"DeepSpeed replaced {type(optimizer).__name__} by {type(used).__name__}; remove the settings that "
+                "need an optimizer of DeepSpeed's own"
+            )
+        super().__init__(optimizer, scheduler(optimizer), torch.device(engine.device))
+        self.engine = engine
+        self._last = True
+
+    @classmethod
+    def initialize(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Callable[[Optimizer], FactorLR],
+        settings: dict[str, Any],
+    ) -> DeepSpeedTraining:
+        """Wrap the model by `deepspeed.initialize` (collective).
+
+        Args:
+            model: its forward takes (input_ids, positions, labels).
+            optimizer: over the model's named parameters.
+            scheduler: makes the learning-rate schedule.
+            settings: DeepSpeed configuration from `deepspeed_settings.merge`.
+        """
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        return cls(engine, optimizer, scheduler)
+
+    def begin_phase(self, plan: BatchPlan) -> None:
+        """Tell DeepSpeed the batch division."""
+        set_batch_plan(self.engine, plan)
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Tell DeepSpeed where an update ends: its own count would be off after a phase with another accumulation."""
+        self._last = last
+        self.engine.set_gradient_accumulation_boundary(last)
+
+    def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the model's summed loss and number of right predictions."""
+        return self.engine(batch.input_ids, batch.positions, batch.labels)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to the update; see `TrainingEngine`."""
+        # DeepSpeed averages over the ranks and, unless told otherwise, over the accumulation steps.
+        self.engine.backward(loss * self.ranks, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """End a micro-batch; an update that DeepSpeed skips (fp16 overflow) does not advance the schedule."""
+        self.engine.step()
+        if self._last and self.engine.was_step_applied():
+            self.scheduler.step()
+
+    def train(self, training: bool) -> None:
+        """Switch between training and evaluation mode."""
+        self.engine.train(training)
+
+    def gradient_norm(self) -> float | None:
+        """Return the global gradient norm of the last update before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def save(self, folder: Path) -> None:
+        """Write the complete training state; see `TrainingEngine` for what is raised."""
+        with postponed_failures(self.engine.checkpoint_engine, "save"):
+            self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read the complete training state.
+
+        Raises:
+            RecipeError: DeepSpeed found no checkpoint of its own in the folder.
+        """
+        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise RecipeError(f"{folder} holds no DeepSpeed checkpoint")
+        # Skipped updates (fp16 overflow) do not move the schedule.
+        self.continue_schedule(self.engine.global_steps - self.engine.skipped_steps)
+
+
+class DataParallelTraining(DistributedTraining):
+    """`TrainingEngine` on `DistributedDataParallel`, or on the bare model where there is one rank."""
+
+    FILE = "training_state.pt"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Callable[[Optimizer], FactorLR],
+        device: torch.device,
+        gradient_clipping: float,
+    ) -> None:
+        """Train a model that was moved to its device.
+
+        Args:
+            model: wrapped in `DistributedDataParallel` if there are several ranks.
+            optimizer: over the model's named parameters.
+            scheduler: makes the learning-rate schedule.
+            device: of this rank.
+            gradient_clipping: global-norm limit, 0 for none.
+        """
+        super().__init__(optimizer, scheduler(optimizer), device)
+        self.model = model
+        self.gradient_clipping = gradient_clipping
+        self._last = True
+        self._updates = 0
+        self._norm: torch.Tensor | None = None
+
+    def begin_phase(self, plan: BatchPlan) -> None:
+        """Nothing depends on the batch division here."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Reduce gradients in the last micro-batch's backward only."""
+        self._last = last
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = last  # what `no_sync` sets
+
+    def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the model's summed loss and number of right predictions."""
+        return self.model(batch.input_ids, batch.positions, batch.labels)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to the update; see `TrainingEngine`."""
+        (loss * self.ranks).backward()  # DDP averages over the ranks
+
+    def step(self) -> None:
+        """End a micro-batch; after the last one clip, update and advance the schedule."""
+        if not self._last:
+            return
+        limit = self.gradient_clipping or float("inf")
+        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self._updates += 1
+
+    def train(self, training: bool) -> None:
+        """Switch between training and evaluation mode."""
+        self.model.train(training)
+
+    def gradient_norm(self) -> float | None:
+        """Return the global gradient norm of the last update before clipping."""
+        return None if self._norm is None else float(self._norm)
+
+    def save(self, folder: Path) -> None:
+        """Write the complete training state; every rank holds all of it, and the first one writes."""
+        if self.rank == 0:
+            state = {
+                "model": self._bare_model().state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "updates": self._updates,
+            }
+            torch.save(state, folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read the complete training state.
+
+        Raises:
+            RecipeError: the folder has no such file.
+        """
+        if not (folder / self.FILE).is_file():
+            raise RecipeError(f"{folder} holds no {self.FILE}: it was written by a run with another wrapper")
+        state = torch.load(folder / self.FILE, map_location="cpu", weights_only=True)
+        self._bare_model().load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._updates = state["updates"]
+        self.continue_schedule(self._updates)
+
+    def _bare_model(self) -> nn.Module:
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

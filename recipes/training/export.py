@@ -1,0 +1,137 @@
+"""Turn a checkpoint of the recipe into a folder that transformers' `from_pretrained` loads, with its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+
+from ..common.errors import RecipeError
+from ..common.reporter import Reporter
+from ..configuration.config import load_config
+from ..data.preparation import PreparedData, prepare
+from ..model.masked_language_model import build_model, padded_vocabulary
+from ..runs import folder as run_folder
+
+_MODEL_FILE = "mp_rank_00_model_states.pt"
+_DATA_PARALLEL_FILE = "training_state.pt"
+# What DeepSpeed 0.19.8 pickles besides tensors and plain values.
+_OF_DEEPSPEED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+
+
+def is_exported(path: Path) -> bool:
+    """Tell whether transformers loads the folder as it is."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
+    """Write model and tokenizer of a checkpoint in transformers' format.
+
+    Args:
+        path: a run's folder (its newest checkpoint) or one checkpoint, of `bert.py` or `bert_accelerate.py`.
+        output: folder to write.
+        reporter: for what preparing the tokenizer prints.
+
+    Returns:
+        `output`.
+
+    Raises:
+        RecipeError: no checkpoint, or the data that its tokenizer was trained on have changed.
+    """
+    checkpoint = run_folder.find_checkpoint(path)
+    config = load_config(run_folder.run_of(checkpoint) / run_folder.CONFIG)
+    data = prepare(config.data, reporter)
+    identity = run_folder.describe_checkpoint(checkpoint)["identity"]
+    if data.fingerprint not in str(identity.get("data")).split("+"):
+        raise RecipeError(
+            f"{checkpoint} was trained on other data than {', '.join(config.data.sources) or 'the documentation'} "
+            f"now gives (packages or files have changed), so its tokenizer is not known; restore them or "
+            "$TRUSTRATIO_CACHE"
+        )
+    shape = dataclasses.replace(config.model, initial_weights=None)
+    model = BertForMaskedLM(build_model(shape, padded_vocabulary(data.vocabulary_size)).config)
+    missing, unexpected = model.load_state_dict(_weights(checkpoint), strict=False)
+    # The decoder's weight and bias are tied; a checkpoint may hold them once.
+    missing = [name for name in missing if not name.startswith("cls.predictions.decoder")]
+    if missing or unexpected:
+        raise RecipeError(f"{checkpoint} does not fit its configuration: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    model.save_pretrained(output)
+    save_tokenizer(data, config.model.max_positions, output)
+    return output
+
+
+def save_tokenizer(data: PreparedData, max_positions: int, output: Path) -> None:
+    """Write the tokenizer of prepared data such that it adds BERT's special tokens and knows pairs of texts."""
+    tokenizer = Tokenizer.from_file(str(Path(data.folder, "tokenizer.json")))
+    special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    ids = {token: tokenizer.token_to_id(token) for token in special.values()}
+    tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+    )
+    tokens: dict[str, Any] = {f"{name}_token": token for name, token in special.items() if ids[token] is not None}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_positions,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **tokens,
+    )
+    fast.save_pretrained(output)
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights by name, from whatever wrapper wrote them."""
+    try:
+        with _tensors_only():
+            return _read_weights(checkpoint)
+    except UnpicklingError as error:
+        raise RecipeError(
+            f"{checkpoint} holds more than tensors and DeepSpeed's own data, not loaded: {error}"
+        ) from None
+
+
+def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    if (checkpoint / _DATA_PARALLEL_FILE).is_file():
+        return torch.load(checkpoint / _DATA_PARALLEL_FILE, weights_only=True, map_location="cpu")["model"]
+    if list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        return {name: torch.as_tensor(weight) for name, weight in found.items()}
+    if (checkpoint / _MODEL_FILE).is_file():
+        return torch.load(checkpoint / _MODEL_FILE, weights_only=True, map_location="cpu")["module"]
+    raise RecipeError(f"{checkpoint} holds neither DeepSpeed's files nor {_DATA_PARALLEL_FILE}")
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Let torch.load unpickle nothing else, DeepSpeed's own calls with `weights_only=False` included."""
+    variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with torch.serialization.safe_globals(list(_OF_DEEPSPEED)):
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
