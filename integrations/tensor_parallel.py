@@ -33,9 +33,9 @@ from trustratio.optimizers.sharding.layout import (
     Shard,
     is_cut,
     name_layers,
-    reduction_device,
     refuse_strangers,
 )
+from trustratio.optimizers.sharding.local_tensors import reduction_device
 
 __all__ = ["Part", "Reductions", "TensorParallel", "layout_of_parameters", "refuse_optimizer"]
 

@@ -32,13 +32,13 @@ from trustratio.optimizers.sharding.layout import (
     Layout,
     LayoutError,
     Shard,
-    local_part,
     may_be_cut,
     name_layers,
     refuse_strangers,
     register_backend,
     tensor_parallel_groups,
 )
+from trustratio.optimizers.sharding.local_tensors import local_part
 
 from ..checkpoints.pieces import _local_indices as local_indices
 from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from trustratio.optimizers.gradient_statistics.watch import Destination, GradientFlow, Slice, StatisticsError
 from trustratio.optimizers.sharding.data_parallel import DataParallel
-from trustratio.optimizers.sharding.layout import local_part
+from trustratio.optimizers.sharding.local_tensors import local_part
 
 __all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]
 

@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard, reduction_device
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.local_tensors import reduction_device
 
 from ..tensor_parallel import Reductions, TensorParallel
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..sharding.layout import Layout
+from ..sharding.local_tensors import compute_dtype
 
 if TYPE_CHECKING:
     from .rows import Rows
@@ -247,11 +248,6 @@ class ChunkView:
         self.w.sub_(change)
         if not self._w_is_view:
             self._chunk.write(self._weights, self.w)
-
-
-def compute_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """The dtype of state and arithmetic: fp32, or fp64 for fp64 parameters."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def cut_into_chunks(layout: Layout) -> list[Chunk]:

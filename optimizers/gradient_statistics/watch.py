@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..formulas.chunks import compute_dtype
-from ..sharding.data_parallel import DataParallel, add_over, find_data_parallel
-from ..sharding.layout import Layer, Layout, _backends, local_part, placements_of, reduction_device
+from ..sharding.data_parallel import DataParallel, find_data_parallel
+from ..sharding.layout import Layer, Layout, _backends
+from ..sharding.local_tensors import add_over, compute_dtype, local_part, placements_of, reduction_device
 
 __all__ = [
     "Destination",

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .layout import LayoutError, listing, placements_of
+from .layout import LayoutError, listing
+from .local_tensors import placements_of
 
 __all__ = ["MissingGradients", "refuse_abandoned"]
 

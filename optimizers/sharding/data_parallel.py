@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .layout import _backends, reduction_device
+from .layout import _backends
+from .local_tensors import add_over
 
-__all__ = ["DataParallel", "add_over", "find_data_parallel"]
+__all__ = ["DataParallel", "find_data_parallel"]
 
 
 def _none_skipped() -> int:
@@ -53,15 +54,6 @@ class DataParallel:
         """Add `counts` over the ranks, in place: one all-reduce if there are several, two with replicas."""
         for group in self._groups():
             add_over(group, counts)
-
-
-def add_over(process_group: dist.ProcessGroup, values: torch.Tensor) -> None:
-    """Add `values` over the ranks of one group, in place."""
-    if dist.get_world_size(process_group) == 1:
-        return
-    packed = values.to(reduction_device(process_group, values.device))
-    dist.all_reduce(packed, group=process_group)
-    values.copy_(packed)
 
 
 def find_data_parallel(optimizer: Any) -> DataParallel:

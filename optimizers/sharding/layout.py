@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 from .import_watch import call_after_import
+from .local_tensors import reduction_device
 
-__all__ = ["Backend", "Layer", "Layout", "LayoutError", "Shard", "local_part", "register_backend", "resolve_layout"]
+__all__ = ["Backend", "Layer", "Layout", "LayoutError", "Shard", "register_backend", "resolve_layout"]
 
 
 class LayoutError(RuntimeError):
@@ -450,38 +451,6 @@ def refuse_several_devices(layout: Layout) -> None:
         )
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What of the tensor lies on this rank: of a DTensor its local tensor, else the tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def placements_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """How a DTensor is cut, None for any other tensor."""
-    return getattr(tensor, "placements", None)
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether all of the tensor is here: it is of no subclass."""
-    return type(tensor) in _PLAIN
-
-
-def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What changes if a tensor is cut anew without becoming another object; for comparison in this process only."""
-    placements = None if is_plain(tensor) else placements_of(tensor)
-    return tensor.shape if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
-
-
-def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one layer have the same elements on this rank."""
-    if is_plain(one) and is_plain(other):  # nearly all; the general way takes its time
-        return one.shape == other.shape
-    return placements_of(one) == placements_of(other) and local_part(one).shape == local_part(other).shape
-
-
 def name_layers(optimizer: Any, parameters: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, str]]:
     """Yield (id, name) of each parameter: the name it was given, else "group.index"."""
     position: dict[int, int] = {}
@@ -514,13 +483,3 @@ def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) 
 def listing(items: Sequence[str], shown: int = 5) -> str:
     rest = f" and {len(items) - shown} more" if len(items) > shown else ""
     return "; ".join(items[:shown]) + rest
-
-
-def reduction_device(process_group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
-    """Where the group's collectives work: `preferred`, or its own device when NCCL meets offloaded CPU state."""
-    supported = process_group._device_types
-    if any(device.type == preferred.type for device in supported):
-        return preferred
-    if supported[0].type == "cpu":
-        return torch.device("cpu")
-    return torch.device(supported[0].type, torch.accelerator.current_device_index())

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..sharding.layout import Layout, LayoutError, is_plain, local_part, placements_of, reduction_device
+from ..sharding.layout import Layout, LayoutError
+from ..sharding.local_tensors import is_plain, local_part, placements_of, reduction_device
 
 __all__ = ["read_gradients"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formulas.chunks import compute_dtype
+from ..sharding.local_tensors import compute_dtype
 
 if TYPE_CHECKING:
     from ..layerwise import LayerwiseOptimizer

@@ -28,7 +28,8 @@ from ..formulas.layer_table import LayerTable, adapts
 from ..formulas.rows import Rows
 from ..formulas.updates import AdamUpdate, Sums
 from ..sharding.abandoned_parameters import MissingGradients
-from ..sharding.layout import Layout, LayoutError, cut_alike, cut_of, is_plain, local_part
+from ..sharding.layout import Layout, LayoutError
+from ..sharding.local_tensors import cut_alike, cut_of, is_plain, local_part
 from .gradients import read_gradients
 from .state import make_element_state, read_all_numbers, read_numbers, state_dtype, write_all_numbers, write_numbers
 

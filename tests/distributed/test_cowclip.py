@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trustratio.optimizers import CowClip
 from trustratio.optimizers.formulas.rows import Rows
 from trustratio.optimizers.sharding.data_parallel import DataParallel
-from trustratio.optimizers.sharding.layout import local_part
+from trustratio.optimizers.sharding.local_tensors import local_part
 
 from ..reference import cowclip as reference
 from ..reference import relative_error

@@ -22,7 +22,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
-from trustratio.optimizers.sharding.layout import local_part
+from trustratio.optimizers.sharding.local_tensors import local_part
 
 from ..reference import relative_error
 from .cases import (

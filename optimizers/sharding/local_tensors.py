@@ -1,0 +1,66 @@
+"""What of a tensor lies on this rank, and where its numbers are computed and added up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["add_over", "local_part"]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of the tensor lies on this rank: of a DTensor its local tensor, else the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def placements_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """How a DTensor is cut, None for any other tensor."""
+    return getattr(tensor, "placements", None)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether all of the tensor is here: it is of no subclass."""
+    return type(tensor) in _PLAIN
+
+
+def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes if a tensor is cut anew without becoming another object; for comparison in this process only."""
+    placements = None if is_plain(tensor) else placements_of(tensor)
+    return tensor.shape if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
+
+
+def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one layer have the same elements on this rank."""
+    if is_plain(one) and is_plain(other):  # nearly all; the general way takes its time
+        return one.shape == other.shape
+    return placements_of(one) == placements_of(other) and local_part(one).shape == local_part(other).shape
+
+
+def reduction_device(process_group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
+    """Where the group's collectives work: `preferred`, or its own device when NCCL meets offloaded CPU state."""
+    supported = process_group._device_types
+    if any(device.type == preferred.type for device in supported):
+        return preferred
+    if supported[0].type == "cpu":
+        return torch.device("cpu")
+    return torch.device(supported[0].type, torch.accelerator.current_device_index())
+
+
+def compute_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype of state and arithmetic: fp32, or fp64 for fp64 parameters."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def add_over(process_group: dist.ProcessGroup, values: torch.Tensor) -> None:
+    """Add `values` over the ranks of one group, in place."""
+    if dist.get_world_size(process_group) == 1:
+        return
+    packed = values.to(reduction_device(process_group, values.device))
+    dist.all_reduce(packed, group=process_group)
+    values.copy_(packed)
