@@ -24,16 +24,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 
-from trustratio.optimizers.sharding.layout import (
-    Layer,
-    Layout,
-    LayoutError,
-    Shard,
-    may_be_cut,
-    name_layers,
-    refuse_strangers,
-    register_backend,
-)
+from trustratio.optimizers.sharding.backends import register_backend
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
 __all__ = ["FSDP1Backend"]
 

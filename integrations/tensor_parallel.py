@@ -26,16 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers.sharding.layout import (
-    Layer,
-    Layout,
-    LayoutError,
-    Shard,
-    is_cut,
-    name_layers,
-    refuse_strangers,
-)
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
 from trustratio.optimizers.sharding.local_tensors import reduction_device
+from trustratio.optimizers.sharding.unsharded import is_cut, name_layers, refuse_strangers
 
 __all__ = ["Part", "Reductions", "TensorParallel", "layout_of_parameters", "refuse_optimizer"]
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from trustratio.optimizers.sharding.layout import Layout, LayoutError, register_backend, whole_parameters
+from trustratio.optimizers.sharding.backends import register_backend
+from trustratio.optimizers.sharding.layout import Layout, LayoutError
+from trustratio.optimizers.sharding.unsharded import whole_parameters
 
 __all__ = ["ZeroRedundancyBackend"]
 

@@ -21,7 +21,8 @@ from .gradient_statistics.watch import GradientStatistics
 from .kernels import IMPLEMENTATIONS
 from .sharding import layout as layouts
 from .sharding.abandoned_parameters import refuse_abandoned
-from .sharding.layout import Layout, LayoutError, resolve_layout
+from .sharding.layout import Layout, LayoutError
+from .sharding.resolve import resolve_layout
 from .stepping.foreign_state import refuse_foreign_state
 from .stepping.step import Plan, Step
 

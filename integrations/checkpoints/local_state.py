@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
-from trustratio.optimizers.sharding.layout import _backends, resolve_layout
+from trustratio.optimizers.sharding.backends import _backends
 from trustratio.optimizers.sharding.local_tensors import local_part, reduction_device
+from trustratio.optimizers.sharding.resolve import resolve_layout
 from trustratio.optimizers.stepping.foreign_state import without_wrappers
 from trustratio.optimizers.stepping.state import layer_numbers, make_element_state, set_layer_numbers, state_dtype
 

@@ -32,9 +32,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers import OPTIMIZERS
-from trustratio.optimizers.gradient_statistics.watch import GradientFlow
+from trustratio.optimizers.sharding.backends import register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard, register_backend
+from trustratio.optimizers.sharding.gradient_flow import GradientFlow
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
 
 from ..tensor_parallel import Part, Reductions, TensorParallel
 from .gradients import describe_gradient_flow

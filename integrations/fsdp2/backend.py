@@ -25,20 +25,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from trustratio.optimizers.gradient_statistics.watch import GradientFlow
+from trustratio.optimizers.sharding.backends import register_backend, tensor_parallel_groups
 from trustratio.optimizers.sharding.data_parallel import DataParallel
-from trustratio.optimizers.sharding.layout import (
-    Layer,
-    Layout,
-    LayoutError,
-    Shard,
-    may_be_cut,
-    name_layers,
-    refuse_strangers,
-    register_backend,
-    tensor_parallel_groups,
-)
+from trustratio.optimizers.sharding.gradient_flow import GradientFlow
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
 from trustratio.optimizers.sharding.local_tensors import local_part
+from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
 from ..checkpoints.pieces import _local_indices as local_indices
 from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources

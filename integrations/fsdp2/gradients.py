@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from trustratio.optimizers.gradient_statistics.watch import Destination, GradientFlow, Slice, StatisticsError
+from trustratio.optimizers.gradient_statistics.watch import StatisticsError
 from trustratio.optimizers.sharding.data_parallel import DataParallel
+from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow, Slice
 from trustratio.optimizers.sharding.local_tensors import local_part
 
 __all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]

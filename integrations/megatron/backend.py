@@ -24,8 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trustratio.optimizers.sharding.backends import register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel
-from trustratio.optimizers.sharding.layout import Layout, LayoutError, register_backend
+from trustratio.optimizers.sharding.layout import Layout, LayoutError
 
 from ..tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
 from .distributed_optimizer import accept, find_wrapper, layout_of_shards, publish_weights

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..sharding.data_parallel import DataParallel, find_data_parallel
+from ..sharding.backends import find_data_parallel
+from ..sharding.data_parallel import DataParallel
 from ..sharding.layout import Layer
 
 __all__ = ["IdCounts", "LookupHook"]

@@ -27,21 +27,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..sharding.data_parallel import DataParallel, find_data_parallel
-from ..sharding.layout import Layer, Layout, _backends
+from ..sharding.backends import _backends, find_data_parallel, find_gradient_flow, find_sources
+from ..sharding.data_parallel import DataParallel
+from ..sharding.gradient_flow import Destination, GradientFlow, Slice
+from ..sharding.layout import Layer, Layout
 from ..sharding.local_tensors import add_over, compute_dtype, local_part, placements_of, reduction_device
 
-__all__ = [
-    "Destination",
-    "GradientFlow",
-    "GradientStatistics",
-    "GroupNorms",
-    "Slice",
-    "StatisticsError",
-    "StepStatistics",
-    "find_gradient_flow",
-    "find_sources",
-]
+__all__ = ["GradientStatistics", "GroupNorms", "StatisticsError", "StepStatistics"]
 
 BUCKET_ELEMENTS = 1 << 23
 """Elements of squares that ZeRO-2 and 3 stage before sending them: one half holds them, the other their packing."""
@@ -58,93 +50,6 @@ HOW_TO_BUILD = (
 
 class StatisticsError(RuntimeError):
     """An update needs statistics of group gradients that were never collected."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A run of one layer's elements and the rank that gets them when gradients are reduced.
-
-    Attributes:
-        owner: Rank within the destination's process group.
-        offset: First element inside the layer.
-        length: Number of elements.
-        start: First element inside the owner's local tensor.
-    """
-
-    owner: int
-    offset: int
-    length: int
-    start: int
-
-    def part(self, begin: int, end: int) -> Slice:
-        """Return the elements from `begin` to `end` of this slice."""
-        return Slice(self.owner, self.offset + begin, min(end, self.length) - begin, self.start + begin)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where the reduced gradient of one sharded parameter goes.
-
-    Attributes:
-        process_group: The ranks over which the gradient is averaged.
-        tensor: The local tensor that holds this rank's part; the optimizer is stepped with it.
-        slices: The parts of all ranks.
-        kept_whole: Whether every rank keeps the parameter's whole gradient until the step.
-        accumulating: Tells in backward whether the gradient is kept whole because a later one will be reduced with it.
-        arrange: Takes a whole gradient and returns its elements, flat, in the order in which the slices count them;
-            None for the layer's own order.
-    """
-
-    process_group: dist.ProcessGroup
-    tensor: torch.Tensor
-    slices: tuple[Slice, ...]
-    kept_whole: bool
-    accumulating: Callable[[], bool] | None = None
-    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    def is_kept(self) -> bool:
-        """Whether the gradient of this backward pass is kept whole."""
-        return self.kept_whole or (self.accumulating is not None and self.accumulating())
-
-
-@dataclass(frozen=True)
-class GradientFlow:
-    """What a wrapper that shards gradients does with them between backward and step.
-
-    Attributes:
-        destinations: Where each parameter's gradient goes, by the parameter's id.
-        loss_scale: The loss scale now.
-        factor: Takes the loss scale of the backward passes and returns, during the step, what the averaged gradient
-            was multiplied by: 1 over the loss scale, times what clipping took. None where the wrapper does not know.
-        sources: Whether gradients are made for other tensors than the parameters; see `find_sources`.
-    """
-
-    destinations: Mapping[int, Destination]
-    loss_scale: Callable[[], float] = lambda: 1.0
-    factor: Callable[[float], float | torch.Tensor] | None = None
-    sources: bool = False
-
-
-def find_gradient_flow(optimizer: Any) -> GradientFlow | None:
-    """Ask the backends for the wrapper that shards the optimizer's gradients; None if gradients stay whole."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    for backend in _backends.load():
-        describe = getattr(backend, "gradient_flow", None)
-        found = describe(optimizer) if describe is not None else None
-        if found is not None:
-            return found
-    return None
-
-
-def find_sources(optimizer: Any, module: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ask the backends for tensors that take the place of the optimizer's parameters in a module's forward.
-
-    Returns:
-        (parameter, tensor whose gradient backward makes in its place) pairs.
-    """
-    backends = [backend for backend in _backends.registered if hasattr(backend, "sources")]
-    return [pair for backend in backends for pair in backend.sources(optimizer, module)]
 
 
 @dataclass

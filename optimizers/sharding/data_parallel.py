@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .layout import _backends
 from .local_tensors import add_over
 
-__all__ = ["DataParallel", "find_data_parallel"]
+__all__ = ["DataParallel"]
 
 
 def _none_skipped() -> int:
@@ -54,25 +53,6 @@ class DataParallel:
         """Add `counts` over the ranks, in place: one all-reduce if there are several, two with replicas."""
         for group in self._groups():
             add_over(group, counts)
-
-
-def find_data_parallel(optimizer: Any) -> DataParallel:
-    """Find the wrapper that averages the gradients of the optimizer's parameters.
-
-    Args:
-        optimizer: A `LayerwiseOptimizer`; its model may have been wrapped since it was constructed.
-
-    Returns:
-        What the wrapper says; this process alone if there is none.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return DataParallel()  # no wrapper is without process groups, and backends may look at every object
-    for backend in _backends.load():
-        describe = getattr(backend, "data_parallel", None)
-        found = describe(optimizer) if describe is not None else None
-        if found is not None:
-            return found
-    return DataParallel(_ddp_process_group(optimizer))
 
 
 def _ddp_process_group(optimizer: Any) -> dist.ProcessGroup | None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trustratio.optimizers import LAMB, LayoutError
-from trustratio.optimizers.sharding.layout import Layer, Layout, Shard, in_segments
+from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
+from trustratio.optimizers.sharding.segments import in_segments
 
 
 def layer() -> torch.nn.Parameter:

@@ -1,0 +1,48 @@
+"""From the tensors of a `step()` call to their proven layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .backends import _backends
+from .layout import Layout, LayoutError
+from .segments import in_segments
+from .unsharded import whole_parameters
+
+__all__ = ["resolve_layout"]
+
+
+def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout:
+    """Find and prove the layout of the local tensors of one `step()` call.
+
+    Args:
+        optimizer: The layer-wise optimizer; it knows which parameters its constructor was given.
+        tensors: (index into `optimizer.param_groups`, local tensor) pairs.
+
+    Raises:
+        LayoutError: If no backend explains the tensors, they are on several devices, or the shards do not add up.
+    """
+    for backend in _backends.load():
+        layout = backend.explain(optimizer, tensors)
+        if layout is not None:
+            refuse_several_devices(layout)
+            layout = in_segments(layout, optimizer.param_groups)
+            layout.prove()
+            return layout
+    layout = whole_parameters(optimizer, tensors)
+    refuse_several_devices(layout)
+    return in_segments(layout, optimizer.param_groups)
+
+
+def refuse_several_devices(layout: Layout) -> None:
+    """Raise LayoutError if the local tensors are not all on one device, where a step keeps the layers' numbers."""
+    named = {layout.tensors[layer.tensor].device: layer.name for layer in reversed(layout.layers)}
+    if len(named) > 1:
+        found = " and ".join(f"{name} on {device}" for device, name in named.items())
+        raise LayoutError(
+            f"the parameters of one optimizer must be on one device, got {found}: move the model to one device before "
+            "the first step, or build one optimizer per device"
+        )
