@@ -2,7 +2,7 @@
 
 from .clars import CLARS
 from .cowclip import CowClip
-from .gradient_statistics.watch import StatisticsError
+from .gradient_statistics.norms import StatisticsError
 from .lamb import LAMB, LAMBC
 from .lans import LANS
 from .lars import LARS

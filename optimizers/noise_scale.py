@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .formulas.hyperparameters import check_range
-from .gradient_statistics.watch import GroupNorms, StatisticsError
+from .gradient_statistics.norms import GroupNorms, StatisticsError
 
 __all__ = [
     "AdaScale",

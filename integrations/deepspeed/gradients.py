@@ -22,7 +22,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from trustratio.optimizers.gradient_statistics.watch import StatisticsError
+from trustratio.optimizers.gradient_statistics.norms import StatisticsError
 from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow, Slice
 
 __all__ = ["describe_gradient_flow"]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from trustratio.optimizers.gradient_statistics.watch import StatisticsError
+from trustratio.optimizers.gradient_statistics.norms import StatisticsError
 from trustratio.optimizers.sharding.data_parallel import DataParallel
 from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow, Slice
 from trustratio.optimizers.sharding.local_tensors import local_part

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trustratio.optimizers.gradient_statistics.watch import BUCKET_ELEMENTS
+from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 
 from ..common.errors import RecipeError
 from ..configuration.config import ModelConfig, RecipeConfig

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from trustratio.optimizers import LayerwiseOptimizer
-from trustratio.optimizers.gradient_statistics.watch import norms_from_table
+from trustratio.optimizers.gradient_statistics.norms import norms_from_table
 from trustratio.optimizers.noise_scale import RunningNoise, noise_scale, sum_of_layers
 
 from ..common.errors import RecipeError

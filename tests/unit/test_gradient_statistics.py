@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trustratio.optimizers import CLARS, LAMB, LARS, VRLAMB, VRLARS, VRSGD, StatisticsError, VRAdam
-from trustratio.optimizers.gradient_statistics.watch import GroupNorms
+from trustratio.optimizers.gradient_statistics.norms import GroupNorms
 from trustratio.optimizers.noise_scale import (
     RunningNoise,
     adascale,
