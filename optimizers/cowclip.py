@@ -9,11 +9,13 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .formulas.chunks import ChunkView, Summand, squares
+from .formulas.chunk_view import ChunkView
+from .formulas.chunks import Summand, squares
 from .formulas.hyperparameters import check_betas, check_choice, check_flag, check_range
 from .formulas.layer_table import LayerTable
+from .formulas.stages import Stage, sums_over_layers, sums_over_rows
 from .gradient_statistics.lookups import IdCounts, LookupHook
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers, sums_over_rows
+from .layerwise import LayerwiseOptimizer
 from .sharding.layout import Layer, Layout
 
 __all__ = ["CowClip", "CowClipSettings", "clip_threshold", "scale_cowclip"]

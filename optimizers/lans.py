@@ -9,8 +9,9 @@ import torch
 
 from .formulas.hyperparameters import check_betas, check_flag, check_range
 from .formulas.layer_table import LayerTable
-from .formulas.updates import AdamUpdate, Sums, TrustRule
-from .layerwise import LayerwiseOptimizer, Stage
+from .formulas.stages import Stage, Sums
+from .formulas.updates import AdamUpdate, TrustRule
+from .layerwise import LayerwiseOptimizer
 
 __all__ = ["LANS"]
 

@@ -6,16 +6,17 @@ One `step()` call runs the algorithm's `stages`, whose sums are reduced over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .formulas.chunks import ChunkView, Summand
+from .formulas.chunk_view import ChunkView
 from .formulas.hyperparameters import check_choice, check_segments
 from .formulas.layer_table import LayerTable, adapts
 from .formulas.rows import Rows
+from .formulas.stages import Stage
 from .formulas.updates import Update
 from .gradient_statistics.watch import GradientStatistics
 from .kernels import IMPLEMENTATIONS
@@ -26,48 +27,7 @@ from .sharding.resolve import resolve_layout
 from .stepping.foreign_state import refuse_foreign_state
 from .stepping.step import Plan, Step
 
-__all__ = ["LayerwiseOptimizer", "Stage", "sums_over_layers", "sums_over_rows"]
-
-
-class Stage(Protocol):
-    """Sums that are measured together: `kernels.updates.Sums`, or a method that `sums_over_layers` decorates."""
-
-    @property
-    def sum_sizes(self) -> Mapping[str, int]:
-        """Names of the sums over layers, in the order in which they are returned, and how many numbers each has."""
-
-    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
-        """Return the elements whose sums are wanted, of one chunk."""
-
-
-StageMethod = Callable[[Any, dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
-
-
-def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], Any]:
-    """Declare the sums that a stage measures, in the order in which it returns them.
-
-    The names must be known without running the stage, because a rank that holds no shard joins the reduction too.
-
-    Args:
-        names: Sums of one number per layer (`squares`, `values`).
-        histograms: Name and number of bins of each histogram (`counts`); they follow the others.
-    """
-
-    def declare(stage: StageMethod) -> StageMethod:
-        stage.sum_sizes = {**dict.fromkeys(names, 1), **histograms}  # type: ignore[attr-defined]
-        return stage
-
-    return declare
-
-
-def sums_over_rows(*names: str) -> Callable[[StageMethod], Any]:
-    """Declare sums over each row, which a stage returns after those over layers; for groups with `has_rows`."""
-
-    def declare(stage: StageMethod) -> StageMethod:
-        stage.row_names = names  # type: ignore[attr-defined]
-        return stage
-
-    return declare
+__all__ = ["LayerwiseOptimizer"]
 
 
 class LayerwiseOptimizer(torch.optim.Optimizer):

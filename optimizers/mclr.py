@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from .formulas.chunks import ChunkView, Summand, counts, squares
+from .formulas.chunk_view import ChunkView
+from .formulas.chunks import Summand, counts, squares
 from .formulas.hyperparameters import check_range
 from .formulas.layer_table import LayerTable
+from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import MomentumUpdate
-from .layerwise import LayerwiseOptimizer, Stage, sums_over_layers
+from .layerwise import LayerwiseOptimizer
 
 __all__ = ["MCLR"]
 

@@ -9,8 +9,9 @@ import torch
 
 from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable
-from .formulas.updates import MomentumUpdate, Sums
-from .layerwise import LayerwiseOptimizer, Stage
+from .formulas.stages import Stage, Sums
+from .formulas.updates import MomentumUpdate
+from .layerwise import LayerwiseOptimizer
 
 __all__ = ["TVLARS"]
 

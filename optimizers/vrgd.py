@@ -11,10 +11,11 @@ import torch
 
 from .formulas.hyperparameters import check_betas, check_choice, check_range
 from .formulas.layer_table import LayerTable
-from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, Sums
+from .formulas.stages import Stage, Sums
+from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate
 from .lamb import LAMB
 from .lars import LARS
-from .layerwise import LayerwiseOptimizer, Stage
+from .layerwise import LayerwiseOptimizer
 
 __all__ = ["VRLAMB", "VRLARS", "VRSGD", "VRAdam"]
 

@@ -8,16 +8,16 @@ entry per layer of a parameter group, shape (layers,), on the device of the para
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from .chunks import ChunkView, Summand, squares, values
+from .chunk_view import ChunkView
+from .chunks import Summand, squares, values
 from .layer_table import LayerTable, safe_ratio
 
-__all__ = ["AdamUpdate", "Gsnr", "Measurable", "MomentumUpdate", "Sums", "TrustRule", "Update"]
+__all__ = ["AdamUpdate", "Gsnr", "Measurable", "MomentumUpdate", "TrustRule", "Update"]
 
 SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
 
@@ -38,35 +38,6 @@ class Update(Measurable, Protocol):
 
     def change(self, x: ChunkView) -> torch.Tensor:
         """Update the state in `x` and return what is subtracted from the weights."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """A stage: sums over layers, by the names that the update gives them.
-
-    Attributes:
-        names: E.g. "w" and "g", the sums of squares of the weights and of the gradient.
-        of: What is measured; None for the weights "w" and the gradient "g" alone.
-        rules: If given, this is the last stage, and `of` is the whole update but for the vectors that these rules name:
-            each must be multiplied by its rule's ratio. So whoever has all of a layer may apply the update at once.
-    """
-
-    names: tuple[str, ...]
-    of: Measurable | None = None
-    rules: tuple[TrustRule, ...] = ()
-
-    def __init__(self, *names: str, of: Measurable | None = None, rules: Sequence[TrustRule] = ()):
-        object.__setattr__(self, "names", names)
-        object.__setattr__(self, "of", of)
-        object.__setattr__(self, "rules", tuple(rules))
-
-    @property
-    def sum_sizes(self) -> dict[str, int]:
-        return dict.fromkeys(self.names, 1)
-
-    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
-        found = {"w": squares(x.w), "g": squares(x.g)} if self.of is None else self.of.measure(x)
-        return [found[name] for name in self.names]
 
 
 @dataclass(frozen=True, eq=False)

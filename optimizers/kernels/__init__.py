@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..formulas.updates import Sums, Update
+from ..formulas.stages import Sums
+from ..formulas.updates import Update
 from ..sharding.layout import Layout
 
 __all__ = [

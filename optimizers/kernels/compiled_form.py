@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, Sums, TrustRule
+from ..formulas.stages import Sums
+from ..formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, TrustRule
 
 __all__ = ["PLACE", "PLACES", "Kind", "Numbers", "numbers_of_sums", "numbers_of_update", "targets_of"]
 

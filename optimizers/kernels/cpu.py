@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..formulas.updates import Sums, TrustRule, Update
+from ..formulas.stages import Sums
+from ..formulas.updates import TrustRule, Update
 from . import IMPORTED_IN, SETS_OF_GRADIENTS, Operands, Recent
 from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
 

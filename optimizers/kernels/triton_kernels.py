@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..formulas.updates import Sums, Update
+from ..formulas.stages import Sums
+from ..formulas.updates import Update
 from . import SETS_OF_GRADIENTS, Operands, Recent
 from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
 

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import kernels
-from ..formulas.chunks import Chunk, ChunkView, Summand, cut_into_chunks
+from ..formulas.chunk_view import ChunkView
+from ..formulas.chunks import Chunk, Summand, cut_into_chunks
 from ..formulas.layer_table import LayerTable, adapts
 from ..formulas.rows import Rows
-from ..formulas.updates import AdamUpdate, Sums
+from ..formulas.stages import Sums
+from ..formulas.updates import AdamUpdate
 from ..sharding.abandoned_parameters import MissingGradients
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_alike, cut_of, is_plain, local_part
@@ -34,7 +36,8 @@ from .gradients import read_gradients
 from .state import make_element_state, read_all_numbers, read_numbers, state_dtype, write_all_numbers, write_numbers
 
 if TYPE_CHECKING:
-    from ..layerwise import LayerwiseOptimizer, Stage
+    from ..formulas.stages import Stage
+    from ..layerwise import LayerwiseOptimizer
 
 __all__ = ["Plan", "Step"]
 

@@ -1,0 +1,117 @@
+"""What an algorithm sees of a chunk: weights, gradient and state as flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..sharding.local_tensors import compute_dtype
+from .chunks import Chunk
+
+if TYPE_CHECKING:
+    from .rows import Rows
+
+__all__ = ["ChunkView"]
+
+
+class ChunkView:
+    """What an algorithm sees of a chunk.
+
+    `x.w` and `x.g` are the weights and the gradient, flat, in fp32 (fp64 for fp64 parameters). Element-wise state is
+    read by its name, e.g. `x.exp_avg`, and may be updated in place: the view holds a scratch copy until `store`.
+    `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements, and
+    `x.of_rows(vector)` one with a number per row, in groups whose rows are measured.
+    """
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        weights: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        state: Mapping[str, Sequence[torch.Tensor]],
+        first_layer: int,
+        rows: Rows | None = None,
+        inputs: Mapping[str, tuple[Sequence[torch.Tensor], torch.Tensor]] | None = None,
+        *,
+        in_place: bool,
+    ):
+        """Read a chunk.
+
+        Args:
+            chunk: Which elements.
+            weights: Flat local tensors.
+            gradients: Their flat gradients; None counts as zero.
+            state: Flat element-wise state by name.
+            first_layer: Index of the group's first layer in the layout.
+            rows: The group's rows, where they are measured.
+            inputs: Further flat tensors by name, which are read only, each with a factor.
+            in_place: Update state where it lies if no conversion or packing is needed, instead of in a scratch copy.
+        """
+        self._chunk = chunk
+        self._weights = weights
+        self._state = state
+        self._first_layer = first_layer
+        self._rows = rows
+        self._inputs = inputs or {}
+        self._in_place = in_place
+        self._scratch: dict[str, torch.Tensor] = {}
+        self.dtype = compute_dtype(weights[chunk.pieces[0].tensor])
+        self.w, self._w_is_view = chunk.read(weights, self.dtype)
+        self.g = self._read_gradient(gradients)
+
+    def _read_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        pieces = self._chunk.pieces
+        if all(gradients[piece.tensor] is not None for piece in pieces):
+            return self._chunk.read(gradients, self.dtype)[0]  # type: ignore[arg-type]
+        runs = [(gradients[piece.tensor], piece) for piece in pieces]
+        return torch.cat(
+            [
+                self.w.new_zeros(piece.length)
+                if flat is None
+                else flat.narrow(0, piece.start, piece.length).to(self.dtype)
+                for flat, piece in runs
+            ]
+        )
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        state, inputs = self.__dict__.get("_state", {}), self.__dict__.get("_inputs", {})
+        if name in inputs:
+            flats, factor = inputs[name]
+            self.__dict__[name] = scaled = self._chunk.read(flats, self.dtype)[0] * factor.to(self.dtype)
+            return scaled
+        if name not in state:
+            raise AttributeError(f"a chunk has w, g, {list(inputs)} and the state {list(state)}, not {name}")
+        elements, is_view = self._chunk.read(state[name], self.dtype)
+        if not (is_view and self._in_place):
+            elements = elements.clone() if is_view else elements
+            self._scratch[name] = elements
+        self.__dict__[name] = elements
+        return elements
+
+    def of(self, per_layer: torch.Tensor) -> torch.Tensor:
+        """Spread a vector of the group's layers, shape (layers,), so that it multiplies the chunk's elements."""
+        return self._chunk.spread(per_layer, self._first_layer, self.dtype)
+
+    def of_rows(self, per_row: torch.Tensor) -> torch.Tensor:
+        """Spread a vector of the group's rows on this rank, shape (rows,), over the chunk's elements."""
+        assert self._rows is not None, "the optimizer's has_rows() is False for this group"
+        return self._rows.spread(per_row, self._chunk, self.dtype)
+
+    def store(self, change: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Subtract `change` from the weights and keep the updated state.
+
+        Args:
+            change: Flat, the chunk's elements.
+            where: Boolean, broadcastable to the elements: those that may change. Everything if None.
+        """
+        for name, new in self._scratch.items():
+            if where is not None:
+                new = torch.where(where, new, self._chunk.read(self._state[name], self.dtype)[0])
+            self._chunk.write(self._state[name], new)
+        if where is not None:
+            change = torch.where(where, change, torch.zeros_like(change))
+        self.w.sub_(change)
+        if not self._w_is_view:
+            self._chunk.write(self._weights, self.w)

@@ -1,0 +1,84 @@
+"""The stages of a step: sums over layers that are measured together and added up by one all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .chunk_view import ChunkView
+from .chunks import Summand, squares
+from .layer_table import LayerTable
+from .updates import Measurable, TrustRule
+
+__all__ = ["Stage", "Sums", "sums_over_layers", "sums_over_rows"]
+
+
+class Stage(Protocol):
+    """Sums that are measured together: `kernels.updates.Sums`, or a method that `sums_over_layers` decorates."""
+
+    @property
+    def sum_sizes(self) -> Mapping[str, int]:
+        """Names of the sums over layers, in the order in which they are returned, and how many numbers each has."""
+
+    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
+        """Return the elements whose sums are wanted, of one chunk."""
+
+
+StageMethod = Callable[[Any, dict[str, Any], LayerTable, ChunkView], tuple[Summand, ...]]
+
+
+def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], Any]:
+    """Declare the sums that a stage measures, in the order in which it returns them.
+
+    The names must be known without running the stage, because a rank that holds no shard joins the reduction too.
+
+    Args:
+        names: Sums of one number per layer (`squares`, `values`).
+        histograms: Name and number of bins of each histogram (`counts`); they follow the others.
+    """
+
+    def declare(stage: StageMethod) -> StageMethod:
+        stage.sum_sizes = {**dict.fromkeys(names, 1), **histograms}  # type: ignore[attr-defined]
+        return stage
+
+    return declare
+
+
+def sums_over_rows(*names: str) -> Callable[[StageMethod], Any]:
+    """Declare sums over each row, which a stage returns after those over layers; for groups with `has_rows`."""
+
+    def declare(stage: StageMethod) -> StageMethod:
+        stage.row_names = names  # type: ignore[attr-defined]
+        return stage
+
+    return declare
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """A stage: sums over layers, by the names that the update gives them.
+
+    Attributes:
+        names: E.g. "w" and "g", the sums of squares of the weights and of the gradient.
+        of: What is measured; None for the weights "w" and the gradient "g" alone.
+        rules: If given, this is the last stage, and `of` is the whole update but for the vectors that these rules name:
+            each must be multiplied by its rule's ratio. So whoever has all of a layer may apply the update at once.
+    """
+
+    names: tuple[str, ...]
+    of: Measurable | None = None
+    rules: tuple[TrustRule, ...] = ()
+
+    def __init__(self, *names: str, of: Measurable | None = None, rules: Sequence[TrustRule] = ()):
+        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "of", of)
+        object.__setattr__(self, "rules", tuple(rules))
+
+    @property
+    def sum_sizes(self) -> dict[str, int]:
+        return dict.fromkeys(self.names, 1)
+
+    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
+        found = {"w": squares(x.w), "g": squares(x.g)} if self.of is None else self.of.measure(x)
+        return [found[name] for name in self.names]
