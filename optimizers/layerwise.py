@@ -25,7 +25,8 @@ from .sharding.abandoned_parameters import refuse_abandoned
 from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
 from .stepping.foreign_state import refuse_foreign_state
-from .stepping.step import Plan, Step
+from .stepping.plan import Plan
+from .stepping.step import Step
 
 __all__ = ["LayerwiseOptimizer"]
 

@@ -20,7 +20,7 @@ from trustratio.optimizers.formulas import updates
 from trustratio.optimizers.formulas.layer_table import LayerTable
 from trustratio.optimizers.kernels import Operands, cpu
 from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
-from trustratio.optimizers.stepping.step import Plan
+from trustratio.optimizers.stepping.plan import Plan
 
 from .test_generic import all_variants, backward, make_gradients, make_parameters, train, values
 

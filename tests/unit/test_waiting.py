@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from trustratio.optimizers import OPTIMIZERS, create_optimizer
 from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
-from trustratio.optimizers.stepping.step import Plan
+from trustratio.optimizers.stepping.plan import Plan
 
 META = torch.device("meta")
 PLAIN = [
