@@ -19,9 +19,9 @@ from .formulas.rows import Rows
 from .formulas.stages import Stage
 from .formulas.updates import Update
 from .gradient_statistics.watch import GradientStatistics
-from .kernels import IMPLEMENTATIONS
-from .sharding import layout as layouts
+from .kernels.choice import IMPLEMENTATIONS
 from .sharding.abandoned_parameters import refuse_abandoned
+from .sharding.backends import admit
 from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
 from .stepping.foreign_state import refuse_foreign_state
@@ -52,7 +52,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         self._forget()
         defaults.setdefault("adapt", None)
         defaults.setdefault("segments", None)
-        layouts.admit(type(self))
+        admit(type(self))
         super().__init__(params, defaults)
 
     # What an algorithm fills in -------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
     def update(self, group: dict[str, Any], layers: LayerTable) -> Update | None:
         """Describe what happens to an element, with the numbers of the layers that are known by now.
 
-        None if no description in `kernels.updates` fits; then `change` is called.
+        None if no description in `formulas.updates` fits; then `change` is called.
         """
         return None
 

@@ -14,8 +14,8 @@ import torch
 
 from ..formulas.stages import Sums
 from ..formulas.updates import TrustRule, Update
-from . import IMPORTED_IN, SETS_OF_GRADIENTS, Operands, Recent
 from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
+from .interface import IMPORTED_IN, SETS_OF_GRADIENTS, Operands, Recent
 
 __all__ = ["KERNELS", "CpuKernels"]
 

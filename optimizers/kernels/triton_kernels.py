@@ -19,8 +19,8 @@ import torch
 
 from ..formulas.stages import Sums
 from ..formulas.updates import Update
-from . import SETS_OF_GRADIENTS, Operands, Recent
 from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
+from .interface import SETS_OF_GRADIENTS, Operands, Recent
 
 try:
     import triton

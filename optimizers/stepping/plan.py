@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .. import kernels
 from ..formulas.chunks import Chunk, cut_into_chunks
 from ..formulas.rows import Rows
+from ..kernels.interface import SETS_OF_GRADIENTS, Recent
 from ..sharding.abandoned_parameters import MissingGradients
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
@@ -77,9 +77,9 @@ class Plan:
         """How many layers each local tensor carries."""
         return [len(layers) for layers in self.tensor_layers]
 
-    def recent(self, name: str) -> kernels.Recent:
+    def recent(self, name: str) -> Recent:
         """What was made of the sets of layers that had a gradient in the last steps."""
-        recent: kernels.Recent = self.cache.setdefault(name, kernels.Recent(kernels.SETS_OF_GRADIENTS))
+        recent: Recent = self.cache.setdefault(name, Recent(SETS_OF_GRADIENTS))
         return recent
 
     @functools.cached_property

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import kernels
 from ..formulas.chunk_view import ChunkView
 from ..formulas.chunks import Chunk, Summand
 from ..formulas.layer_table import LayerTable, adapts
 from ..formulas.stages import Sums
 from ..formulas.updates import AdamUpdate
+from ..kernels.choice import choose, warn_of_others
+from ..kernels.interface import Operands, Sweeps
 from ..sharding.layout import LayoutError
 from ..sharding.local_tensors import cut_alike, is_plain, local_part
 from .gradients import read_gradients
@@ -98,16 +99,16 @@ class Step:
     # Who works on what
 
     def _choose_kernels(self) -> None:
-        self.operands = kernels.Operands(self.layout, self.weights, self.gradients, self.state)
-        chosen = kernels.choose(self.optimizer.implementation, self.layout.device)
+        self.operands = Operands(self.layout, self.weights, self.gradients, self.state)
+        chosen = choose(self.optimizer.implementation, self.layout.device)
         served = [False] * len(self.weights) if chosen is None else chosen.serves(self.operands)
         self.served = [a and b for a, b in zip(served, self.takes_part, strict=True)]
         self.all_served = self.served == self.takes_part
-        self.sweeps: kernels.Sweeps | None = None
+        self.sweeps: Sweeps | None = None
         if chosen is not None and any(self.served):
             self.sweeps = chosen.open(self.operands, self.served, self.plan.cache)
         if chosen is not None and not self.all_served:
-            kernels.warn_of_others(self.optimizer.implementation)
+            warn_of_others(self.optimizer.implementation)
 
     def _chunks(self, groups_without_sweeps: set[int]) -> list[Chunk]:
         """What tensor operations work on: all of these groups, and elsewhere the tensors that no sweep serves."""

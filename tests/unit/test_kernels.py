@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, VRSGD, LayerwiseOptimizer, create_optimizer, kernels
+from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, VRSGD, LayerwiseOptimizer, create_optimizer
 from trustratio.optimizers.formulas import updates
 from trustratio.optimizers.formulas.layer_table import LayerTable
-from trustratio.optimizers.kernels import Operands, cpu
+from trustratio.optimizers.kernels import choice, cpu, interface
+from trustratio.optimizers.kernels.interface import Operands
 from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
 from trustratio.optimizers.stepping.plan import Plan
 
@@ -544,9 +545,9 @@ def test_tables_of_sets_of_gradients_do_not_pile_up(implementation: str) -> None
             p.grad = torch.ones(3, 3) if step >> bit & 1 else None
         optimizer.step()
     (plan,) = optimizer._plans.values()
-    recent = [table for table in plan.cache.values() if isinstance(table, kernels.Recent)]
+    recent = [table for table in plan.cache.values() if isinstance(table, interface.Recent)]
     assert recent
-    assert all(len(table.made) <= kernels.SETS_OF_GRADIENTS for table in recent)
+    assert all(len(table.made) <= interface.SETS_OF_GRADIENTS for table in recent)
     assert len(plan.cache) < 6
 
 
@@ -621,11 +622,11 @@ def one_step(**options: Any) -> tuple[LayerwiseOptimizer, Tensor]:
 
 def test_the_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUSTRATIO_IMPLEMENTATION", "eager")
-    assert kernels.choose(None, torch.device("cpu")) is None
+    assert choice.choose(None, torch.device("cpu")) is None
     if cpu.KERNELS.missing() is None:
-        assert kernels.choose("cpu", torch.device("cpu")) is cpu.KERNELS
+        assert choice.choose("cpu", torch.device("cpu")) is cpu.KERNELS
         monkeypatch.setenv("TRUSTRATIO_IMPLEMENTATION", "")
-        assert kernels.choose(None, torch.device("cpu")) is cpu.KERNELS
+        assert choice.choose(None, torch.device("cpu")) is cpu.KERNELS
     monkeypatch.setenv("TRUSTRATIO_IMPLEMENTATION", "fast")
     with pytest.raises(ValueError, match=r"TRUSTRATIO_IMPLEMENTATION must be one of eager, cpu, triton, got 'fast'"):
         one_step()
@@ -633,11 +634,11 @@ def test_the_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(kernels.ImplementationError, match=r"'cpu' needs parameters on cpu, got meta"):
-        kernels.choose("cpu", torch.device("meta"))
+    with pytest.raises(interface.ImplementationError, match=r"'cpu' needs parameters on cpu, got meta"):
+        choice.choose("cpu", torch.device("meta"))
     monkeypatch.setattr(cpu, "_library", lambda: None)
-    monkeypatch.setattr(kernels, "_warned", set())
-    with pytest.raises(kernels.ImplementationError, match=r"'cpu' needs its compiled functions.*C compiler"):
+    monkeypatch.setattr(choice, "_warned", set())
+    with pytest.raises(interface.ImplementationError, match=r"'cpu' needs its compiled functions.*C compiler"):
         one_step(implementation="cpu")
     with pytest.warns(UserWarning, match="'eager'.*'cpu' needs its compiled functions"):
         one_step()
@@ -655,7 +656,7 @@ def test_fp64_is_computed_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) 
     optimizer.step()
     assert optimizer.state[ps[0]]["exp_avg"].dtype == torch.float64
     if cpu.KERNELS.missing() is None:
-        monkeypatch.setattr(kernels, "_warned", set())
+        monkeypatch.setattr(choice, "_warned", set())
         optimizer.implementation = "cpu"
         with pytest.warns(UserWarning, match="'cpu' serves weights and gradients in fp32, bf16 and fp16"):
             optimizer.step()
@@ -676,7 +677,7 @@ def test_vrsgd_is_swept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     fitting = [name for name in OPTIMIZERS if name not in ("mclr", "cowclip")]
     assert VRSGD is OPTIMIZERS["vrsgd"].optimizer_class
     monkeypatch.setattr(
-        "trustratio.optimizers.stepping.step.cut_into_chunks", lambda layout: pytest.fail("tensor operations")
+        "trustratio.optimizers.stepping.plan.cut_into_chunks", lambda layout: pytest.fail("tensor operations")
     )
     for name in fitting:
         run(name, "cpu", steps=1)

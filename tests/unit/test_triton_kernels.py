@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer, kernels
-from trustratio.optimizers.kernels import triton_kernels
+from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
+from trustratio.optimizers.kernels import choice, interface, triton_kernels
 
 from . import test_kernels
 from .test_generic import backward, make_gradients, make_parameters, values
@@ -105,7 +105,7 @@ def test_guarantees(name: str) -> None:
 def test_without_a_gpu() -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     try:
-        with pytest.raises(kernels.ImplementationError, match=r"'triton' needs parameters on cuda, got cpu"):
-            kernels.choose("triton", torch.device("cpu"))
+        with pytest.raises(interface.ImplementationError, match=r"'triton' needs parameters on cuda, got cpu"):
+            choice.choose("triton", torch.device("cpu"))
     finally:
         os.environ["TRITON_INTERPRET"] = "1"

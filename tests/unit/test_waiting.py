@@ -152,7 +152,7 @@ def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *args, **options: None)
     monkeypatch.setattr(
-        "trustratio.optimizers.sharding.local_tensors.reduction_device", lambda group, preferred: preferred
+        "trustratio.optimizers.sharding.layout.reduction_device", lambda group, preferred: preferred
     )
     flat = torch.nn.Parameter(torch.empty(12, device=META))
     layers = tuple(Layer(f"layer{i}", (4,), 0, flat) for i in range(3))
