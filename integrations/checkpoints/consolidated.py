@@ -27,21 +27,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from .local_state import (
-    WEIGHT,
-    Catalogue,
-    LocalState,
-    OptimizerStateError,
-    as_json,
-    device_for,
-    of_all_ranks,
-    prove_positions,
-    raise_together,
-    rank,
-    several_ranks,
-    share_out,
-)
+from .catalogue import Catalogue, as_json, prove_positions, share_out
+from .local_state import WEIGHT, LocalState
 from .pieces import ReadBlock
+from .ranks import OptimizerStateError, device_for, of_all_ranks, raise_together, rank, several_ranks
 from .safetensors_file import ReplacedFile, StoredTensor, header_of
 
 __all__ = [

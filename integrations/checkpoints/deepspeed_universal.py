@@ -33,8 +33,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from .consolidated import StoredFile, StoredState, restore
 from .deepspeed_engine import restore_engine, save_engine_state
-from .local_state import WEIGHT, raise_together, rank
+from .local_state import WEIGHT
 from .pieces import ReadBlock
+from .ranks import raise_together, rank
 
 __all__ = ["load_universal_checkpoint", "save_universal_checkpoint", "universal_from_engine_state"]
 

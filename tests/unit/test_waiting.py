@@ -151,9 +151,7 @@ def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.Monke
     """Where only some layers are cut."""
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *args, **options: None)
-    monkeypatch.setattr(
-        "trustratio.optimizers.sharding.layout.reduction_device", lambda group, preferred: preferred
-    )
+    monkeypatch.setattr("trustratio.optimizers.sharding.layout.reduction_device", lambda group, preferred: preferred)
     flat = torch.nn.Parameter(torch.empty(12, device=META))
     layers = tuple(Layer(f"layer{i}", (4,), 0, flat) for i in range(3))
     shards = tuple(Shard(i, 4 * i, 0, 4) for i in range(3))
