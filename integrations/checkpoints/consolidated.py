@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,25 +24,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from .catalogue import Catalogue, as_json, prove_positions, share_out
 from .local_state import WEIGHT, LocalState
-from .pieces import ReadBlock
 from .ranks import OptimizerStateError, device_for, of_all_ranks, raise_together, rank, several_ranks
 from .safetensors_file import ReplacedFile, StoredTensor, header_of
+from .stored import FORMAT, VERSION, StoredFile, StoredState, _key
 
-__all__ = [
-    "OptimizerStateError",
-    "StoredFile",
-    "StoredState",
-    "load_optimizer_state",
-    "restore",
-    "save_optimizer_state",
-]
+__all__ = ["OptimizerStateError", "load_optimizer_state", "restore", "save_optimizer_state"]
 
-FORMAT = "trustratio optimizer state"
-VERSION = "1"
 BATCH_BYTES = 64 << 20
 """How much of the state is on its way to rank 0 at a time."""
 
@@ -177,10 +167,6 @@ def _stored_tensors(catalogue: Catalogue, layer_state: list[str]) -> list[tuple[
     return sorted(tensors, key=lambda entry: -entry[2].dtype.itemsize)
 
 
-def _key(name: str, what: str) -> str:
-    return f"{what}/{name}"
-
-
 @dataclass(frozen=True)
 class _Rows:
     """Some rows of a tensor of the file, at an offset in a batch's buffer, in bytes."""
@@ -254,81 +240,6 @@ def _on_rank_0(file: ReplacedFile, action: Callable[[], None]) -> None:
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
-
-
-class StoredState(ABC):
-    """Weights, state and options by layer name.
-
-    Args:
-        metadata: As `save_optimizer_state` puts it into the file's header.
-
-    Raises:
-        ValueError: If it is not what it should be.
-    """
-
-    def __init__(self, metadata: dict[str, str]):
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"not written by save_optimizer_state: its format is {metadata.get('format')!r}")
-        if metadata["version"] != VERSION:
-            raise ValueError(f"version {metadata['version']} of the format; this release reads version {VERSION}")
-        self.metadata = metadata
-        self.fingerprint = json.dumps(metadata, sort_keys=True)
-        self.class_name = metadata["optimizer"]
-        self.element_state: list[str] = json.loads(metadata["element_state"])
-        self.layer_state: list[str] = json.loads(metadata["layer_state"])
-        self.groups: list[dict[str, Any]] = json.loads(metadata["groups"])
-        self.extra = json.loads(metadata["extra"])
-        self.shapes = {name: self.shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
-        for name, shape in self.shapes.items():
-            for what in self.element_state:
-                if self.shape(name, what) != shape:
-                    raise ValueError(f"{what} of {name} has shape {self.shape(name, what)} instead of {shape}")
-
-    @abstractmethod
-    def shape(self, name: str, what: str) -> tuple[int, ...]:
-        """The shape of a layer's weight or element-wise state."""
-
-    @abstractmethod
-    def reader(self, name: str, what: str) -> ReadBlock:
-        """Read the part of a layer's weight or element-wise state that slices select."""
-
-    @abstractmethod
-    def number(self, name: str, what: str) -> float:
-        """A layer's per-layer state."""
-
-    def options_of(self, names: list[str]) -> list[dict[str, Any]]:
-        """The different options that these layers have."""
-        found: list[dict[str, Any]] = []
-        for group in self.groups:
-            if group["options"] not in found and not set(names).isdisjoint(group["layers"]):
-                found.append(group["options"])
-        return found
-
-
-class StoredFile(StoredState):
-    """A file of `save_optimizer_state`. Raises OSError, SafetensorError, KeyError or ValueError if it is none."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self._file = safe_open(os.fspath(path), framework="pt", device="cpu")
-        super().__init__(self._file.metadata() or {})
-        for name in self.shapes:
-            for what in self.layer_state:
-                if self.shape(name, what) != ():
-                    raise ValueError(f"{_key(name, what)} has shape {self.shape(name, what)} instead of ()")
-
-    def shape(self, name: str, what: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(_key(name, what)).get_shape())
-
-    def reader(self, name: str, what: str) -> ReadBlock:
-        key = _key(name, what)
-        return lambda slices: self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
-
-    def number(self, name: str, what: str) -> float:
-        return self.whole(name, what).item()
-
-    def whole(self, name: str, what: str) -> torch.Tensor:
-        """A tensor of the file."""
-        return self._file.get_tensor(_key(name, what))
 
 
 def _open(make: Callable[[str], StoredState], path: str | os.PathLike[str]) -> tuple[StoredState | None, list[str]]:

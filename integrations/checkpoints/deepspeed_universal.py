@@ -31,11 +31,12 @@ import torch
 from deepspeed.checkpoint.constants import CAT_DIM, DS_VERSION, FP32_WEIGHT_KEY, OPTIMIZER_STATE_DICT, PARAM
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from .consolidated import StoredFile, StoredState, restore
+from .consolidated import restore
 from .deepspeed_engine import restore_engine, save_engine_state
 from .local_state import WEIGHT
 from .pieces import ReadBlock
 from .ranks import raise_together, rank
+from .stored import StoredFile, StoredState
 
 __all__ = ["load_universal_checkpoint", "save_universal_checkpoint", "universal_from_engine_state"]
 

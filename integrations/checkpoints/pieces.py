@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard
 
+from ..fsdp2.placements import local_indices
+
 __all__ = ["Box", "Piece", "Run", "pieces_by_layer"]
 
 ReadBlock = Callable[[tuple[slice, ...]], torch.Tensor]
@@ -129,7 +131,7 @@ def _runs(shape: tuple[int, ...], shard: Shard) -> list[Run]:
 
 def _box(name: str, tensor: DTensor, shape: tuple[int, ...], first_row: int) -> Box:
     """What this rank holds of the layer that is `tensor`, or its rows from `first_row` on."""
-    indices = _local_indices(name, tensor)
+    indices = local_indices(name, tensor)
     local_shape = [len(index) for index in indices]
     if list(tensor.to_local().shape) != local_shape:
         raise LayoutError(
@@ -144,22 +146,6 @@ def _box(name: str, tensor: DTensor, shape: tuple[int, ...], first_row: int) -> 
             raise LayoutError(f"layer {name} is a segment of a parameter whose rows are not in order on this rank")
         indices[0] = indices[0][inside] - first_row
     return Box(shape, tuple(indices), start)
-
-
-def _local_indices(name: str, tensor: DTensor) -> list[torch.Tensor]:
-    """Along each dimension, cut the indices as DTensor cuts the tensor, from the first mesh dimension to the last."""
-    indices = [torch.arange(size) for size in tensor.shape]
-    coordinate = tensor.device_mesh.get_coordinate()
-    for mesh_dimension, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            continue
-        if not hasattr(placement, "dim") or not hasattr(placement, "_split_tensor") or coordinate is None:
-            raise LayoutError(f"layer {name} has the placement {placement}: a checkpoint by position cannot follow it")
-        along = indices[placement.dim].view([-1 if d == placement.dim else 1 for d in range(tensor.dim())])
-        ranks = tensor.device_mesh.size(mesh_dimension)
-        parts, _ = placement._split_tensor(along, ranks, with_padding=False, contiguous=False)
-        indices[placement.dim] = parts[coordinate[mesh_dimension]].reshape(-1)
-    return indices
 
 
 def _selection(indices: list[torch.Tensor], device: torch.device) -> tuple[slice | torch.Tensor, ...]:

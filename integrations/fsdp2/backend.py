@@ -32,8 +32,8 @@ from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Sh
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
-from ..checkpoints.pieces import _local_indices as local_indices
 from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
+from .placements import local_indices
 
 __all__ = ["DTensorBackend"]
 
