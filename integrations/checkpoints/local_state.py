@@ -17,7 +17,7 @@ from trustratio.optimizers.stepping.state import layer_numbers, make_element_sta
 
 from .pieces import Piece, ReadBlock, pieces_by_layer
 
-__all__ = ["LocalState", "WEIGHT"]
+__all__ = ["WEIGHT", "LocalState"]
 
 WEIGHT = "weight"
 

@@ -32,8 +32,8 @@ from ..configuration.config import RecipeConfig, is_override
 from ..configuration.phases import total_steps
 from ..configuration.presets import DEFAULT_PRESET
 from ..model.build import outline
-from ..runs import folder as run_folder
-from . import rate_grids
+from ..runs.folder import ENVIRONMENT, METRICS, find_checkpoint, read_metrics, write_json
+from .rate_grids import best_rate, edge, grid_around, next_rate
 
 LEAST_RATES = 3
 
@@ -115,9 +115,9 @@ class Outcome:
 
 def outcome(folder: Path, run: Run, last_step: int) -> Outcome | None:
     """Read a run; None if it has not come to its end."""
-    if not (folder / run_folder.METRICS).exists():
+    if not (folder / METRICS).exists():
         return None
-    records = run_folder.read_metrics(folder)
+    records = read_metrics(folder)
     train = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation"]
     losses = [r["loss"] for r in train] + [r["validation_loss"] for r in validation]
@@ -150,7 +150,7 @@ def command(
     """Return the command that starts a run, or continues it from its newest checkpoint."""
     own = ["--optimizer", run.optimizer, "--lr", repr(run.lr), "--seed", str(run.seed), *second_rate(config, run.lr)]
     try:
-        run_folder.find_checkpoint(folder)
+        find_checkpoint(folder)
     except RecipeError:
         where = ["--output", str(folder), "--overwrite"]
     else:
@@ -221,7 +221,7 @@ class Comparison:
 
     def best(self, optimizer: str) -> list[Outcome]:
         """Return the outcomes at the best learning rate; [] if all diverged."""
-        rate = rate_grids.best_rate(self.losses(optimizer))
+        rate = best_rate(self.losses(optimizer))
         return [] if rate is None else self.of(optimizer, rate)
 
     def warnings(self) -> list[str]:
@@ -229,7 +229,7 @@ class Comparison:
         found = []
         for optimizer in self.optimizers:
             losses = self.losses(optimizer)
-            side, lr = rate_grids.edge(losses), rate_grids.next_rate(losses)
+            side, lr = edge(losses), next_rate(losses)
             if side is not None:
                 found.append(
                     f"{optimizer}: the best learning rate, {min(losses) if side == 'lowest' else max(losses):g}, is "
@@ -253,7 +253,7 @@ def markdown(comparison: Comparison) -> str:
             continue
         values = [o.loss for o in best]
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        mark = " (edge of its grid)" if rate_grids.edge(comparison.losses(name)) else ""
+        mark = " (edge of its grid)" if edge(comparison.losses(name)) else ""
         accuracy = mean(o.accuracy for o in best)
         lines.append(f"| {name} | {best[0].lr:g}{mark} | {mean(values):.3f}{spread} | {accuracy:.1%} | {grid} |")
     return "\n".join(lines + [f"\nWarning: {text}." for text in comparison.warnings()]) + "\n"
@@ -313,7 +313,7 @@ def write_report(outcomes: Sequence[Outcome], about: dict[str, Any], path: Path)
     write_csv(outcomes, path.with_name(path.name + ".csv"))
     path.with_name(path.name + ".md").write_text(markdown(comparison))
     runs = [{name: _or_none(value) for name, value in asdict(o).items()} for o in outcomes]
-    run_folder.write_json(path.with_name(path.name + ".json"), {**about, "runs": runs})
+    write_json(path.with_name(path.name + ".json"), {**about, "runs": runs})
     draw(comparison, about.get("unigram_entropy"), path.with_name(path.name + ".png"))
 
 
@@ -356,7 +356,7 @@ def grids(optimizers: Sequence[str], given: Sequence[str], allow_single: bool) -
         if name not in found and count is not None and name not in STARTING_RATES:
             raise RecipeError(f"no learning rate is known to start from for {name}: give --lrs {name}=RATE,RATE,RATE")
         if name not in found and count is not None:
-            found[name] = rate_grids.grid_around(STARTING_RATES[name], count)
+            found[name] = grid_around(STARTING_RATES[name], count)
         if not found.get(name):
             raise RecipeError(f"--lrs gives no rate for {name}: add {name}=RATE,RATE,RATE, or a number of rates")
         if len(found[name]) < LEAST_RATES and not allow_single:
@@ -426,7 +426,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     path = output / "settings.json"
     if path.exists() and (saved := json.loads(path.read_text())) != settings:
         raise RecipeError(f"{output} holds a comparison with other settings, {saved}; choose another --output")
-    run_folder.write_json(path, settings)
+    write_json(path, settings)
 
 
 def compare(arguments: Sequence[str]) -> str:
@@ -462,8 +462,8 @@ def compare(arguments: Sequence[str]) -> str:
 
 
 def _of_first_run(folder: Path) -> dict[str, Any]:
-    entropies = [r["unigram_entropy"] for r in run_folder.read_metrics(folder) if "unigram_entropy" in r]
-    environment = json.loads((folder / run_folder.ENVIRONMENT).read_text())
+    entropies = [r["unigram_entropy"] for r in read_metrics(folder) if "unigram_entropy" in r]
+    environment = json.loads((folder / ENVIRONMENT).read_text())
     return {"unigram_entropy": entropies[-1] if entropies else None, "environment": environment}
 
 

@@ -32,8 +32,8 @@ import torch
 from ..common.errors import RecipeError
 from ..common.machine import describe_machine
 from ..common.script import command_file
-from ..runs import folder as run_folder
-from . import rate_grids
+from ..runs.folder import METRICS, read_metrics, write_json
+from .rate_grids import best_rate
 
 _SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "base": (12, 768)}
 _FOUR = ("lamb", "lans", "vrlamb", "adamw")
@@ -121,7 +121,7 @@ def sweep_rates(output: Path) -> dict[str, float]:
     for result in json.loads(path.read_text())["results"]:
         for optimizer in {run["optimizer"] for run in result["runs"]}:
             runs = [run for run in result["runs"] if run["optimizer"] == optimizer]
-            best = rate_grids.best_rate({run["lr"]: math.nan if run["loss"] is None else run["loss"] for run in runs})
+            best = best_rate({run["lr"]: math.nan if run["loss"] is None else run["loss"] for run in runs})
             if best is not None:
                 rates[optimizer] = best
     return rates
@@ -160,8 +160,8 @@ def machine() -> dict[str, Any]:
 def systems_numbers(folder: Path) -> list[dict[str, Any]]:
     """Return throughput, utilisation and memory of every run in a comparison's folder, medians over its updates."""
     found = []
-    for metrics in sorted(folder.glob(f"*/{run_folder.METRICS}")):
-        train = [r for r in run_folder.read_metrics(metrics.parent) if r["kind"] == "train"]
+    for metrics in sorted(folder.glob(f"*/{METRICS}")):
+        train = [r for r in read_metrics(metrics.parent) if r["kind"] == "train"]
         values: dict[str, Any] = {"run": metrics.parent.name, "steps": len(train)}
         for name in ("sequences_per_second", "tokens_per_second", "model_flops_per_second", "utilisation"):
             numbers = [r[name] for r in train if r.get(name) is not None]
@@ -203,7 +203,7 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
         "seconds": round(time.monotonic() - began, 1),
         "results": results,
     }
-    run_folder.write_json(output / f"gpu_{name}.json", found)
+    write_json(output / f"gpu_{name}.json", found)
     return status
 
 

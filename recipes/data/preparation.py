@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..common.errors import RecipeError
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
-from . import docstrings as docstring_corpus
+from .docstrings import corpus_key, harvest, package_folders, require_text
 from .documents import HUB_PREFIX, expand_sources, read_source
 from .encoding import Block, encode_blocks, stream_dtype
 from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
@@ -412,12 +412,12 @@ def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], st
     """Return the files and data sets to read and the column of their text; harvest the default corpus if need be."""
     if config.sources:
         return expand_sources(config.sources), config.text_column
-    folders = docstring_corpus.package_folders()
-    path = cache_folder() / f"documentation-{docstring_corpus.corpus_key(folders)}.jsonl"
+    folders = package_folders()
+    path = cache_folder() / f"documentation-{corpus_key(folders)}.jsonl"
     if not path.exists():
         reporter.line(f"harvesting the documentation of {', '.join(folders)} (once; cached in {path})")
-        documents = list(docstring_corpus.harvest(folders, reporter.progress))
-        docstring_corpus.require_text(folders, sum(map(len, documents)))
+        documents = list(harvest(folders, reporter.progress))
+        require_text(folders, sum(map(len, documents)))
         _write_whole(path, (json.dumps({"text": text}) + "\n" for text in documents))
     return [str(path)], "text"
 

@@ -18,8 +18,8 @@ from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 from ..common.errors import RecipeError
 from ..configuration.config import ModelConfig, RecipeConfig
 from ..configuration.phases import Phase, phases_of
-from ..model import optimizer as recipe_optimizers
 from ..model.build import outline
+from ..model.optimizer import is_baseline
 from ..rules.global_batch import plan_batch
 
 GIB = 2**30
@@ -114,7 +114,7 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
         layers=tuple(p.numel() for p in model.parameters()),
         states=_element_states(config, optimizer),
         statistics=getattr(optimizer, "group_statistics", None) or "",
-        norm_sums=() if recipe_optimizers.is_baseline(config.optimizer.name) else _norm_sums(config),
+        norm_sums=() if is_baseline(config.optimizer.name) else _norm_sums(config),
     )
 
 

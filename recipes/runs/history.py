@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from . import folder as run_folder
+from .folder import CONFIG, ENVIRONMENT, METRICS, NAMES, metric_lines
 
 Series = dict[str, NDArray[np.float64]]
 
@@ -56,14 +56,14 @@ def load_history(folder: Path) -> RunHistory:
     Raises:
         RecipeError: it is no run's folder, or no step was logged in it.
     """
-    if not (folder / run_folder.METRICS).is_file():
-        raise RecipeError(f"{str(folder)!r} is no run's folder: it has no {run_folder.METRICS}")
+    if not (folder / METRICS).is_file():
+        raise RecipeError(f"{str(folder)!r} is no run's folder: it has no {METRICS}")
     # Later lines replace earlier ones of the same step, which a resumed run computed again.
     scalars: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}}
     rows: dict[int, NDArray[np.float32]] = {}
     layers: list[str] = []
-    for line in run_folder.metric_lines(folder):
-        if line["kind"] == run_folder.NAMES:
+    for line in metric_lines(folder):
+        if line["kind"] == NAMES:
             layers = line.get("trust_ratios", layers)
         elif line["kind"] in scalars:
             ratios = line.pop("trust_ratios", None)
@@ -77,8 +77,8 @@ def load_history(folder: Path) -> RunHistory:
     adapted = [i for i in range(table.shape[1]) if np.any(table[:, i] != 1.0)]
     return RunHistory(
         name=folder.resolve().name,
-        config=_read_json(folder / run_folder.CONFIG),
-        environment=_read_json(folder / run_folder.ENVIRONMENT),
+        config=_read_json(folder / CONFIG),
+        environment=_read_json(folder / ENVIRONMENT),
         train=_series(scalars["train"]),
         validation=_series(scalars["validation"]),
         layers=[layers[i] for i in adapted],

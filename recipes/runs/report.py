@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from . import folder as run_folder
+from .folder import CURVES, METRICS, RATIOS, REPORT
 from .history import RunHistory, binned, bins, load_history, short_name
 from .plots import draw_curves, draw_ratios
 
@@ -41,7 +41,7 @@ def write_report(folder: Path) -> str:
         make_report(folder)
     except (RecipeError, OSError, ValueError, RuntimeError) as error:
         return f"no report: {error}"
-    return f"report: {folder / run_folder.REPORT}; metrics: {folder / run_folder.METRICS}"
+    return f"report: {folder / REPORT}; metrics: {folder / METRICS}"
 
 
 def make_report(folder: Path) -> None:
@@ -52,12 +52,12 @@ def make_report(folder: Path) -> None:
     """
     history = load_history(folder)
     page = _PAGE.read_text(encoding="utf-8").replace(_PLACE, _script_json(page_data(history)))
-    temporary = folder / (run_folder.REPORT + ".partial")
+    temporary = folder / (REPORT + ".partial")
     temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, folder / run_folder.REPORT)
-    draw_curves(history, title(history), folder / run_folder.CURVES)
+    os.replace(temporary, folder / REPORT)
+    draw_curves(history, title(history), folder / CURVES)
     if history.layers:
-        draw_ratios(history, title(history), folder / run_folder.RATIOS)
+        draw_ratios(history, title(history), folder / RATIOS)
 
 
 def title(history: RunHistory) -> str:
@@ -219,5 +219,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    print(folder / run_folder.REPORT)
+    print(folder / REPORT)
     return 0

@@ -30,7 +30,7 @@ from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
 from ..common.errors import RecipeError
 from ..common.machine import describe_machine
-from ..comparison import rate_grids
+from ..comparison.rate_grids import best_rate, edge, next_rate
 from ..rules.schedules import warmup_polynomial
 from .protein_matches import Matches, Table, load_matches
 
@@ -196,7 +196,7 @@ class Results:
 
     def final(self, optimizer: str, batch: int) -> list[dict[str, Any]]:
         """Return the runs of the other seeds at the best rate."""
-        best = rate_grids.best_rate(self.losses(optimizer, batch))
+        best = best_rate(self.losses(optimizer, batch))
         return [
             run
             for run in self.runs
@@ -210,7 +210,7 @@ def search(
     """Try the grid, widen it until the best rate is inside, and repeat that rate with the other seeds."""
     for lr in grid:
         run(lr, 0)
-    while grid and (lr := rate_grids.next_rate(results.losses(optimizer, batch), _STEP)) is not None:
+    while grid and (lr := next_rate(results.losses(optimizer, batch), _STEP)) is not None:
         if len(results.losses(optimizer, batch)) >= _MOST_RATES:
             print(f"{optimizer}, batch {batch}: best rate still at the edge after {_MOST_RATES}", flush=True)
             break
@@ -239,9 +239,9 @@ def _cell(results: Results, name: str, batch: int) -> str:
         return "diverged" if losses else "not run"
     values = [1e3 * run["test_loss"] for run in runs]
     spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    star = "" if rate_grids.edge(losses) is None else " (edge of the grid)"
+    star = "" if edge(losses) is None else " (edge of the grid)"
     auc = mean(run["test_auc"] for run in runs)
-    return f"{mean(values):.1f}{spread} ({auc:.3f}; {rate_grids.best_rate(losses):g}{star})"
+    return f"{mean(values):.1f}{spread} ({auc:.3f}; {best_rate(losses):g}{star})"
 
 
 def draw(results: Results, names: Sequence[str], batches: Sequence[int], path: Path) -> None:
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
 
             search(results, run, name, batch, grid)
-            best = rate_grids.best_rate(results.losses(name, batch))
+            best = best_rate(results.losses(name, batch))
             for seed in range(1, options.seeds + 1):
                 if best is not None:
                     run(best, seed)

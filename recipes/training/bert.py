@@ -25,20 +25,43 @@ from ..configuration.presets import list_presets
 from ..data.feed import default_workers
 from ..data.preparation import PreparedData, check_sources, prepare
 from ..data.rows import MaskedRows
-from ..model import optimizer as recipe_optimizers
 from ..model.build import build_parts, outline
 from ..model.flops import ModelFlops, peak_of
 from ..model.masked_language_model import padded_vocabulary
+from ..model.optimizer import is_baseline
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
-from ..runs import folder as run_folder
+from ..runs.folder import (
+    CONFIG,
+    DEEPSPEED_CONFIG,
+    ENVIRONMENT,
+    CheckpointFolder,
+    check_same_run,
+    claim_folder,
+    describe_checkpoint,
+    fresh_folder,
+    require_free,
+    require_newest,
+    run_of,
+    write_json,
+)
 from ..runs.loggers import MetricLoggers, check_loggers
 from ..runs.report import write_report
-from . import deepspeed_settings
-from . import ranks as rank_agreement
+from .deepspeed_settings import merge, precision_of, refuse_unsupported, stage_of, without_batch_sizes
 from .engines import TrainingEngine
 from .launchers import DeepSpeedFrontEnd, FrontEnd
 from .loop import TrainingLoop
+from .ranks import (
+    collect,
+    collect_failures,
+    local_rank,
+    on_each_machine,
+    on_first_rank,
+    rank,
+    ranks_on_machine,
+    start,
+    world_size,
+)
 from .step_metrics import StepMetrics, check_noise_scale, measures_noise
 from .stop_requests import StopRequests
 
@@ -101,7 +124,7 @@ def run_command(
     train: Callable[[CheckedRun, Reporter], None],
 ) -> int:
     """Read the command line, `check` it, announce the run and `train` it; return the exit status as `main` has it."""
-    reporter = Reporter(active=rank_agreement.rank() == 0)
+    reporter = Reporter(active=rank() == 0)
     try:
         invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if invocation.list_presets:
@@ -133,22 +156,22 @@ def check_run(invocation: Invocation, front_end: FrontEnd | None = None) -> Chec
     front_end = front_end or DeepSpeedFrontEnd()
     given = front_end.settings(invocation)
     if given is not None:
-        deepspeed_settings.refuse_unsupported(given)
+        refuse_unsupported(given)
     config = complete_config(invocation, given)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
     outline(config)  # refuses optimizers and their options before any data are read
     training, phases = config.training, phases_of(config)
-    plans = tuple(phase.plan(rank_agreement.world_size()) for phase in phases)
+    plans = tuple(phase.plan(world_size()) for phase in phases)
     settings = given
     if given is not None:
-        settings = deepspeed_settings.merge(
+        settings = merge(
             given,
             plans[0],
             training.zero_stage,
             training.precision,
             training.gradient_clipping,
-            elementwise=recipe_optimizers.is_baseline(config.optimizer.name),
+            elementwise=is_baseline(config.optimizer.name),
         )
     check_loggers(config.run.loggers)
     for plan in plans:
@@ -161,7 +184,7 @@ def check_run(invocation: Invocation, front_end: FrontEnd | None = None) -> Chec
     if invocation.resume is not None:
         run = _check_resume(run, invocation.resume)
     elif invocation.output is not None and not invocation.overwrite:
-        run_folder.require_free(invocation.output)
+        require_free(invocation.output)
     return run
 
 
@@ -178,8 +201,8 @@ def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> 
     config = invocation.config
     training = config.training
     for name, in_file in (
-        ("zero_stage", 0 if settings is None else deepspeed_settings.stage_of(settings)),
-        ("precision", None if settings is None else deepspeed_settings.precision_of(settings)),
+        ("zero_stage", 0 if settings is None else stage_of(settings)),
+        ("precision", None if settings is None else precision_of(settings)),
     ):
         if in_file is None:
             continue
@@ -200,7 +223,7 @@ def announce(run: CheckedRun, reporter: Reporter) -> None:
     for section, fields in run.config.to_dict().items():
         if section != "preset":
             reporter.line("  " + " ".join(f"{section}.{name}={_shown(value)}" for name, value in fields.items()))
-    for line in describe_plan(run.config, rank_agreement.world_size()):
+    for line in describe_plan(run.config, world_size()):
         reporter.line(line)
 
 
@@ -213,14 +236,14 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     """
     began = time.perf_counter()
     _quieten()
-    rank_agreement.start()
+    start()
     config = run.config
     data, identity = prepare_run(run, reporter)
     engine = build_engine(run, data[0].vocabulary_size)
     # One folder for all ranks; claimed only now, so that bad data leave no empty run behind.
-    folder = rank_agreement.on_first_rank(lambda: claim_output(run))
+    folder = on_first_rank(lambda: claim_output(run))
     reporter.line(f"output folder: {folder}; {clock(time.perf_counter() - began)} until here")
-    checkpoints = run_folder.CheckpointFolder(folder, config.run.keep_checkpoints, identity)
+    checkpoints = CheckpointFolder(folder, config.run.keep_checkpoints, identity)
     try:
         step, stopped = train(run, data, engine, checkpoints, reporter)
     except TrainingFailure as failure:
@@ -245,7 +268,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     fingerprints = "+".join(prepared.fingerprint for prepared in data)
     identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
     if run.saved_identity is not None and run.invocation.resume is not None:
-        run_folder.check_same_run(run.saved_identity, identity, run.invocation.resume)
+        check_same_run(run.saved_identity, identity, run.invocation.resume)
     require_memory(run, data[0].vocabulary_size)
     return data, identity
 
@@ -262,8 +285,8 @@ def _report(folder: Path, reporter: Reporter) -> None:
 def prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
     """Return the data packed to the phase's sequence length (collective)."""
     packed = dataclasses.replace(config, sequence_length=phase.sequence_length)
-    data = rank_agreement.on_each_machine(lambda: prepare(packed, reporter))
-    others = rank_agreement.collect(data.fingerprint)
+    data = on_each_machine(lambda: prepare(packed, reporter))
+    others = collect(data.fingerprint)
     if len(set(others)) > 1:
         raise RecipeError(
             "the machines have prepared different data: files differ, or each has trained a vocabulary of its own, "
@@ -288,7 +311,7 @@ def device_memory() -> int | None:
     """Return the bytes of this rank's GPU, None on a CPU."""
     if not torch.cuda.is_available() or get_accelerator().device_name() != "cuda":
         return None
-    return torch.cuda.get_device_properties(rank_agreement.local_rank() % torch.cuda.device_count()).total_memory
+    return torch.cuda.get_device_properties(local_rank() % torch.cuda.device_count()).total_memory
 
 
 def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:
@@ -304,7 +327,7 @@ def train(
     run: CheckedRun,
     data: Sequence[PreparedData],
     engine: TrainingEngine,
-    checkpoints: run_folder.CheckpointFolder,
+    checkpoints: CheckpointFolder,
     reporter: Reporter,
 ) -> tuple[int, bool]:
     """Train the phases between run.first and run.last; return the updates done and whether a request stopped it."""
@@ -321,7 +344,7 @@ def train(
 
     def checkpoint(step: int) -> None:
         with step_metrics.not_training():
-            path = checkpoints.write(step, engine.save, rank_agreement.collect_failures, first=engine.rank == 0)
+            path = checkpoints.write(step, engine.save, collect_failures, first=engine.rank == 0)
         reporter.line(f"step {step}: checkpoint {path}")
 
     step, stopped = run.first, False
@@ -366,11 +389,11 @@ def masked_rows(data: PreparedData, config: RecipeConfig) -> tuple[MaskedRows, M
 
 def data_workers(config: DataConfig, device: torch.device) -> int:
     if config.workers is None:
-        return default_workers(device, rank_agreement.ranks_on_machine())
+        return default_workers(device, ranks_on_machine())
     return config.workers
 
 
-def where_to_go_on(checkpoints: run_folder.CheckpointFolder) -> str:
+def where_to_go_on(checkpoints: CheckpointFolder) -> str:
     newest = checkpoints.newest()
     if newest is None:
         return "there is no earlier checkpoint"
@@ -392,7 +415,7 @@ def early_identity(run: CheckedRun) -> dict[str, Any]:
         "precision": training.precision,
         "zero_stage": training.zero_stage,
         "ranks": run.plans[0].ranks,
-        "deepspeed": None if run.settings is None else deepspeed_settings.without_batch_sizes(run.settings),
+        "deepspeed": None if run.settings is None else without_batch_sizes(run.settings),
     }
 
 
@@ -409,36 +432,36 @@ def _second_phase(config: RecipeConfig) -> dict[str, Any]:
 
 
 def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
-    description = run_folder.describe_checkpoint(checkpoint)
+    description = describe_checkpoint(checkpoint)
     run = dataclasses.replace(run, first=description["step"], saved_identity=description["identity"])
-    run_folder.check_same_run(description["identity"], early_identity(run), checkpoint)
+    check_same_run(description["identity"], early_identity(run), checkpoint)
     if run.first >= run.last:
         raise RecipeError(
             f"{checkpoint} is at step {run.first} and the run ends at step {run.last}: nothing is left to do; "
             "raise --steps or --max_steps"
         )
     output = run.invocation.output
-    if output is not None and output.resolve() != run_folder.run_of(checkpoint) and not run.invocation.overwrite:
-        run_folder.require_free(output)
-    if output is None or output.resolve() == run_folder.run_of(checkpoint):
-        run_folder.require_newest(checkpoint, run.invocation.overwrite)
+    if output is not None and output.resolve() != run_of(checkpoint) and not run.invocation.overwrite:
+        require_free(output)
+    if output is None or output.resolve() == run_of(checkpoint):
+        require_newest(checkpoint, run.invocation.overwrite)
     return run
 
 
 def claim_output(run: CheckedRun) -> Path:
     """Create or reopen the output folder and write the configuration into it; rank 0 only."""
     invocation, config = run.invocation, run.config
-    resumed = run_folder.run_of(invocation.resume) if invocation.resume is not None else None
+    resumed = run_of(invocation.resume) if invocation.resume is not None else None
     if resumed is not None and (invocation.output is None or invocation.output.resolve() == resumed):
         folder = resumed
     elif invocation.output is not None:
-        folder = run_folder.claim_folder(invocation.output, invocation.overwrite)
+        folder = claim_folder(invocation.output, invocation.overwrite)
     else:
-        folder = run_folder.fresh_folder(Path("runs"), config.preset)
-    run_folder.write_json(folder / run_folder.CONFIG, config.to_dict())
+        folder = fresh_folder(Path("runs"), config.preset)
+    write_json(folder / CONFIG, config.to_dict())
     if run.settings is not None:
-        run_folder.write_json(folder / run_folder.DEEPSPEED_CONFIG, run.settings)
-    run_folder.write_json(folder / run_folder.ENVIRONMENT, _environment(run))
+        write_json(folder / DEEPSPEED_CONFIG, run.settings)
+    write_json(folder / ENVIRONMENT, _environment(run))
     return folder
 
 

@@ -37,14 +37,24 @@ from ..data.rows import MaskedRows
 from ..model.build import RecipeParts
 from ..model.flops import ModelFlops, peak_of
 from ..model.masked_language_model import padded_vocabulary
-from ..runs import folder as run_folder
+from ..runs.folder import CheckpointFolder
 from ..runs.loggers import MetricLoggers
 from . import bert as bert_pretraining
-from . import ranks as rank_agreement
-from .bert import CheckedRun
+from .bert import (
+    CheckedRun,
+    _report,
+    build_parts,
+    claim_output,
+    data_workers,
+    masked_rows,
+    prepare_run,
+    run_command,
+    where_to_go_on,
+)
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
 from .launchers import AccelerateFrontEnd, DeepSpeedFrontEnd, FrontEnd, without_variable
 from .loop import seed_step
+from .ranks import collect_failures, on_first_rank, rank, start
 from .step_metrics import StepMetrics, measures_noise
 from .stop_requests import StopRequests
 
@@ -54,7 +64,7 @@ MODEL = "model"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; return the process's exit status, as `bert.main` does."""
-    return bert_pretraining.run_command(arguments, check_run, pretrain)
+    return run_command(arguments, check_run, pretrain)
 
 
 def check_run(invocation: Invocation) -> CheckedRun:
@@ -93,13 +103,13 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
     began = time.perf_counter()
-    rank_agreement.start()
+    start()
     config = run.config
-    data, identity = bert_pretraining.prepare_run(run, reporter)
-    parts = bert_pretraining.build_parts(config, data[0].vocabulary_size)
-    folder = rank_agreement.on_first_rank(lambda: bert_pretraining.claim_output(run))
+    data, identity = prepare_run(run, reporter)
+    parts = build_parts(config, data[0].vocabulary_size)
+    folder = on_first_rank(lambda: claim_output(run))
     reporter.line(f"output folder: {folder}; {clock(time.perf_counter() - began)} until here")
-    checkpoints = run_folder.CheckpointFolder(folder, config.run.keep_checkpoints, identity)
+    checkpoints = CheckpointFolder(folder, config.run.keep_checkpoints, identity)
     metrics = MetricLoggers(folder, config.run.loggers, config.to_dict(), active=reporter.active)
     try:
         with contextlib.closing(metrics), StopRequests() as stop:
@@ -107,9 +117,9 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
             trainer.train(None if run.invocation.resume is None else str(trainers_part(run.invocation.resume)))
             trainer.updates.require_data()
     except TrainingFailure as failure:
-        raise TrainingFailure(f"{failure}; {bert_pretraining.where_to_go_on(checkpoints)}") from failure
+        raise TrainingFailure(f"{failure}; {where_to_go_on(checkpoints)}") from failure
     finally:  # also of a run that broke down
-        bert_pretraining._report(folder, reporter)
+        _report(folder, reporter)
     step = trainer.state.global_step
     if step < run.last:
         reporter.line(f"stopped on request after step {step} of {run.last}; continue with --resume {folder}")
@@ -149,10 +159,10 @@ class Updates(IterableDataset[list[MaskedBatch]]):
             first, last = max(run.first, phase.first), min(run.last, phase.last)
             if first >= last:
                 continue
-            workers = bert_pretraining.data_workers(run.config.data, self.device)
+            workers = data_workers(run.config.data, self.device)
             steps = (first - phase.first, last - phase.first)
             on_gpu = self.device.type == "cuda"
-            feed = BatchFeed(rows, plan, rank_agreement.rank(), *steps, workers, pin_memory=on_gpu)
+            feed = BatchFeed(rows, plan, rank(), *steps, workers, pin_memory=on_gpu)
             with contextlib.closing(feed):
                 self.failure = feed.failure
                 self.require_data()
@@ -167,7 +177,7 @@ class Updates(IterableDataset[list[MaskedBatch]]):
         Raises:
             TrainingFailure: so.
         """
-        failures = rank_agreement.collect_failures(self.failure)
+        failures = collect_failures(self.failure)
         if failures:
             raise TrainingFailure("; ".join(failures))
 
@@ -180,7 +190,7 @@ class RecipeTrainer(Trainer):
         run: CheckedRun,
         data: Sequence[PreparedData],
         parts: RecipeParts,
-        checkpoints: run_folder.CheckpointFolder,
+        checkpoints: CheckpointFolder,
         metrics: MetricLoggers,
         stop: StopRequests,
         reporter: Reporter,
@@ -194,7 +204,7 @@ class RecipeTrainer(Trainer):
         super().__init__(parts.model, training_arguments(run, checkpoints.folder))
         # One batch of the Trainer is one update; DeepSpeed was told of the micro-batches.
         self.args.gradient_accumulation_steps = 1
-        rows = [bert_pretraining.masked_rows(prepared, run.config) for prepared in data]
+        rows = [masked_rows(prepared, run.config) for prepared in data]
         self.updates = Updates(run, [training for training, _ in rows], self.args.device)
         self.validation_rows = [validation for _, validation in rows]
         self.remove_callback(PrinterCallback)
@@ -277,7 +287,7 @@ class RecipeTrainer(Trainer):
     def _validation_batches(self) -> list[MaskedBatch]:
         plan = self.run.plans[self.phase]
         return self.validation_rows[self.phase].validation_batches(
-            plan.micro, rank_agreement.rank(), plan.ranks, self.run.config.data.validation_sequences
+            plan.micro, rank(), plan.ranks, self.run.config.data.validation_sequences
         )
 
     @torch.no_grad()
@@ -308,8 +318,8 @@ class RecipeTrainer(Trainer):
                     "written"
                 )
             save = functools.partial(self._save_into, model, trial)
-            first = rank_agreement.rank() == 0
-            path = self.checkpoints.write(step, save, rank_agreement.collect_failures, first)
+            first = rank() == 0
+            path = self.checkpoints.write(step, save, collect_failures, first)
         self.reporter.line(f"step {step}: checkpoint {path}")
 
     def _save_into(self, model: Any, trial: Any, folder: Path) -> None:
@@ -325,7 +335,7 @@ class RecipeTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = usual
-        if engine is not None and rank_agreement.rank() == 0:
+        if engine is not None and rank() == 0:
             (trainers_part(folder) / "latest").write_text(f"global_step{engine.global_steps}")
 
 

@@ -25,7 +25,7 @@ from ..common.reporter import Reporter
 from ..configuration.config import load_config
 from ..data.preparation import PreparedData, prepare
 from ..model.masked_language_model import build_model, padded_vocabulary
-from ..runs import folder as run_folder
+from ..runs.folder import CONFIG, describe_checkpoint, find_checkpoint, run_of
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _DATA_PARALLEL_FILE = "training_state.pt"
@@ -55,10 +55,10 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
     Raises:
         RecipeError: no checkpoint, or the data that its tokenizer was trained on have changed.
     """
-    checkpoint = run_folder.find_checkpoint(path)
-    config = load_config(run_folder.run_of(checkpoint) / run_folder.CONFIG)
+    checkpoint = find_checkpoint(path)
+    config = load_config(run_of(checkpoint) / CONFIG)
     data = prepare(config.data, reporter)
-    identity = run_folder.describe_checkpoint(checkpoint)["identity"]
+    identity = describe_checkpoint(checkpoint)["identity"]
     if data.fingerprint not in str(identity.get("data")).split("+"):
         raise RecipeError(
             f"{checkpoint} was trained on other data than {', '.join(config.data.sources) or 'the documentation'} "

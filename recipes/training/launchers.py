@@ -21,8 +21,8 @@ from ..configuration.command_line import Invocation
 from ..configuration.config import TrainingConfig
 from ..model.build import RecipeParts
 from ..rules.global_batch import BatchPlan
-from ..runs import folder as run_folder
-from . import deepspeed_settings
+from ..runs.folder import DEEPSPEED_CONFIG, run_of
+from .deepspeed_settings import load_file, without_batch_sizes
 from .engines import DataParallelTraining, DeepSpeedTraining, TrainingEngine
 
 
@@ -51,13 +51,13 @@ class DeepSpeedFrontEnd:
     def settings(self, invocation: Invocation) -> dict[str, Any] | None:
         """Return the file's settings; a resumed run that is given no file keeps those it was started with."""
         if invocation.deepspeed_config is not None:
-            return deepspeed_settings.load_file(invocation.deepspeed_config)
+            return load_file(invocation.deepspeed_config)
         if invocation.resume is None:
             return {}
-        saved = run_folder.run_of(invocation.resume) / run_folder.DEEPSPEED_CONFIG
+        saved = run_of(invocation.resume) / DEEPSPEED_CONFIG
         if not saved.exists():
             raise RecipeError(f"{saved.parent} was trained without DeepSpeed; continue it with bert_accelerate.py")
-        return deepspeed_settings.without_batch_sizes(deepspeed_settings.load_file(str(saved)))
+        return without_batch_sizes(load_file(str(saved)))
 
     def engine(
         self, parts: RecipeParts, training: TrainingConfig, plan: BatchPlan, settings: dict[str, Any] | None
@@ -144,7 +144,7 @@ class AccelerateFrontEnd:
     def _deepspeed(self) -> dict[str, Any]:
         file = self.environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file != "none":
-            return deepspeed_settings.load_file(file)
+            return load_file(file)
         from accelerate import DeepSpeedPlugin
 
         # What accelerate's own fields say. Its batch sizes are not the recipe's: it would take the accumulation from

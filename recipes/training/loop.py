@@ -20,8 +20,8 @@ from ..data.masking import MaskedBatch
 from ..data.rows import MaskedRows
 from ..rules.global_batch import BatchPlan
 from ..runs.loggers import MetricLogger
-from . import ranks as rank_agreement
 from .engines import TrainingEngine
+from .ranks import collect_failures
 from .step_metrics import StepMetrics
 
 
@@ -176,7 +176,7 @@ class TrainingLoop:
         """Raise on all ranks if one of them cannot read the data of its next step."""
         broken = self.engine.sum_over_ranks(torch.tensor([float(feed.failure is not None)]))
         if broken.item():
-            raise TrainingFailure("; ".join(rank_agreement.collect_failures(feed.failure)))
+            raise TrainingFailure("; ".join(collect_failures(feed.failure)))
 
     def _update(self, step: int, feed: BatchFeed) -> bool:
         seed_step(self.seed, step, self.engine.rank)

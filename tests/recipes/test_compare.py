@@ -13,8 +13,9 @@ import pytest
 
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.script import command_file
-from trustratio.recipes.comparison import compare, gpu_evidence, rate_grids
+from trustratio.recipes.comparison import compare, gpu_evidence
 from trustratio.recipes.comparison.compare import Comparison, Outcome, grids, markdown
+from trustratio.recipes.comparison.rate_grids import best_rate, edge, next_rate
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.presets import get_preset
 
@@ -238,12 +239,12 @@ def test_grids():
     assert grids(["lamb"], ["3"], False) == {"lamb": (0.0067, 0.02, 0.06)}
     assert grids(["lamb", "sgd"], ["4", "sgd=1,2,3"], False)["sgd"] == (1.0, 2.0, 3.0)
     losses = {0.1: 3.0, 0.2: 2.0, 0.4: math.nan}
-    assert rate_grids.best_rate(losses) == 0.2
-    assert rate_grids.edge(losses) is None  # above it lies a rate that diverged
-    assert rate_grids.edge({0.1: 1.0, 0.2: 2.0}) == "lowest"
-    assert rate_grids.next_rate({0.1: 3.0, 0.2: 2.0}) == 0.6
-    assert rate_grids.next_rate({0.1: math.nan}) == 0.033
-    assert rate_grids.best_rate({0.1: math.inf}) is None
+    assert best_rate(losses) == 0.2
+    assert edge(losses) is None  # above it lies a rate that diverged
+    assert edge({0.1: 1.0, 0.2: 2.0}) == "lowest"
+    assert next_rate({0.1: 3.0, 0.2: 2.0}) == 0.6
+    assert next_rate({0.1: math.nan}) == 0.033
+    assert best_rate({0.1: math.inf}) is None
 
 
 def test_an_optimizer_that_always_diverged_comes_last():

@@ -14,8 +14,8 @@ import pytest
 
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.configuration.presets import get_preset
-from trustratio.recipes.runs import folder as run_folder
 from trustratio.recipes.runs import report as run_report
+from trustratio.recipes.runs.folder import MetricsLog, write_json
 from trustratio.recipes.runs.history import bins, load_history, short_name
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,7 +33,7 @@ def write_run(folder, steps, layers, ratios=True, loss=None, last_step=None, **s
     random = np.random.default_rng(0)
     names = [f"bert.encoder.layer.{i}.output.dense.weight" for i in range(layers)] + ["cls.predictions.bias"]
     spread = np.append(np.exp(random.normal(-2, 0.7, layers)), 1.0)
-    log = run_folder.MetricsLog(folder, active=True)
+    log = MetricsLog(folder, active=True)
     for step in range(1, steps + 1):
         values = spread * np.exp(np.append(np.sin(np.arange(layers) + 3 * step / steps), 0))
         record = {
@@ -67,8 +67,8 @@ def write_run(folder, steps, layers, ratios=True, loss=None, last_step=None, **s
     config = get_preset("lamb-tiny").to_dict()
     for section, fields in sections.items():
         config[section].update(fields)
-    run_folder.write_json(folder / "config.json", config)
-    run_folder.write_json(folder / "environment.json", {"torch": "2.13.0", "ranks": 2, "last_step": last_step or steps})
+    write_json(folder / "config.json", config)
+    write_json(folder / "environment.json", {"torch": "2.13.0", "ranks": 2, "last_step": last_step or steps})
     return folder
 
 
