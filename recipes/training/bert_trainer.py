@@ -40,21 +40,13 @@ from ..model.masked_language_model import padded_vocabulary
 from ..runs.folder import CheckpointFolder
 from ..runs.loggers import MetricLoggers
 from . import bert as bert_pretraining
-from .bert import (
-    CheckedRun,
-    _report,
-    build_parts,
-    claim_output,
-    data_workers,
-    masked_rows,
-    prepare_run,
-    run_command,
-    where_to_go_on,
-)
+from .bert import build_parts
+from .checks import CheckedRun
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
 from .launchers import AccelerateFrontEnd, DeepSpeedFrontEnd, FrontEnd, without_variable
 from .loop import seed_step
 from .ranks import collect_failures, on_first_rank, rank, start
+from .session import _report, claim_output, data_workers, masked_rows, prepare_run, run_command, where_to_go_on
 from .step_metrics import StepMetrics, measures_noise
 from .stop_requests import StopRequests
 

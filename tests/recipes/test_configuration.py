@@ -14,7 +14,8 @@ from trustratio.recipes.configuration.presets import PRESETS, get_preset
 from trustratio.recipes.rules.global_batch import BatchPlan, plan_batch
 from trustratio.recipes.runs.folder import CheckpointFolder
 from trustratio.recipes.training import deepspeed_settings
-from trustratio.recipes.training.bert import check_run, early_identity, main
+from trustratio.recipes.training.bert import main
+from trustratio.recipes.training.checks import check_run, early_identity
 from trustratio.recipes.training.launchers import AccelerateFrontEnd
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"

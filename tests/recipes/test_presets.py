@@ -11,7 +11,8 @@ from trustratio.recipes.configuration.config import MODEL_SIZES
 from trustratio.recipes.configuration.phases import describe_plan, learning_rate, phases_of
 from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, TWIN_SIZES, get_preset, twin
 from trustratio.recipes.model.optimizer import build_optimizer
-from trustratio.recipes.training.bert import check_run, main
+from trustratio.recipes.training.bert import main
+from trustratio.recipes.training.checks import check_run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
