@@ -24,7 +24,8 @@ from trustratio.optimizers import OPTIMIZERS
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import OptimizerConfig
 from trustratio.recipes.configuration.presets import get_preset
-from trustratio.recipes.data.preparation import PreparedData, prepare
+from trustratio.recipes.data.preparation import prepare
+from trustratio.recipes.data.prepared import PreparedData
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
 from trustratio.recipes.model.optimizer import build_optimizer

@@ -17,12 +17,6 @@ from .wordpiece import Vocabulary
 _FEISTEL_ROUNDS = 8
 
 
-def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Return the entropy in nats of the token distribution: the loss of the best model that ignores context."""
-    probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
-
-
 class Rows(Protocol):
     """Packed rows (rows, length): an array, or `TokenRows` on disk."""
 

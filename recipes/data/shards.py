@@ -244,3 +244,9 @@ def _broken(path: Path, what: str) -> BrokenShard:
         f"the token file {path} {what}; run `prepare` again with the same arguments: it keeps the whole files and "
         "writes the broken ones anew"
     )
+
+
+def unigram_entropy(counts: NDArray[np.int64]) -> float:
+    """Return the entropy in nats of the token distribution: the loss of the best model that ignores context."""
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())

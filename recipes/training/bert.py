@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ..common.errors import TrainingFailure
 from ..common.reporter import Reporter, clock
 from ..configuration.phases import carry_over
-from ..data.preparation import PreparedData
+from ..data.prepared import PreparedData
 from ..model.build import build_parts
 from ..model.flops import ModelFlops, peak_of
 from ..model.masked_language_model import padded_vocabulary

@@ -32,7 +32,7 @@ from ..configuration.command_line import Invocation
 from ..configuration.phases import carry_over
 from ..data.feed import BatchFeed
 from ..data.masking import MaskedBatch
-from ..data.preparation import PreparedData
+from ..data.prepared import PreparedData
 from ..data.rows import MaskedRows
 from ..model.build import RecipeParts
 from ..model.flops import ModelFlops, peak_of

@@ -13,7 +13,7 @@ from ..common.errors import RecipeError
 from ..configuration.command_line import Invocation
 from ..configuration.config import RecipeConfig, check_ranges
 from ..configuration.phases import Phase, phases_of
-from ..data.preparation import check_sources
+from ..data.prepared import check_sources
 from ..model.build import outline
 from ..model.optimizer import is_baseline
 from ..planning.phase_plan import check_fits

@@ -23,7 +23,8 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 from ..common.errors import RecipeError
 from ..common.reporter import Reporter
 from ..configuration.config import load_config
-from ..data.preparation import PreparedData, prepare
+from ..data.preparation import prepare
+from ..data.prepared import PreparedData
 from ..model.masked_language_model import build_model, padded_vocabulary
 from ..runs.folder import CONFIG, describe_checkpoint, find_checkpoint, run_of
 

@@ -20,7 +20,8 @@ from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import list_presets
 from ..data.feed import default_workers
-from ..data.preparation import PreparedData, prepare
+from ..data.preparation import prepare
+from ..data.prepared import PreparedData
 from ..data.rows import MaskedRows
 from ..runs.folder import (
     CONFIG,

@@ -17,7 +17,7 @@ from trustratio.recipes.data import docstrings as docstring_corpus
 from trustratio.recipes.data.documents import expand_sources, read_documents
 from trustratio.recipes.data.index import REPEATED, VALIDATION, index_documents
 from trustratio.recipes.data.preparation import cache_folder, prepare
-from trustratio.recipes.data.rows import unigram_entropy
+from trustratio.recipes.data.shards import unigram_entropy
 from trustratio.recipes.data.wordpiece import load_tokenizer, train_wordpiece
 
 QUIET = Reporter(active=False)

@@ -23,8 +23,9 @@ from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig
 from trustratio.recipes.data import preparation as prepared_data
 from trustratio.recipes.data.encoding import Block, StreamEncoder, encode_blocks, tokenizes_words_alone
-from trustratio.recipes.data.preparation import Preparation, check_sources, open_prepared, prepare, prepare_into
+from trustratio.recipes.data.preparation import Preparation, prepare, prepare_into
 from trustratio.recipes.data.prepare import main
+from trustratio.recipes.data.prepared import check_sources, open_prepared
 from trustratio.recipes.data.rows import MaskedRows, RowOrder
 from trustratio.recipes.data.shards import BrokenShard, TokenFile, TokenRows
 from trustratio.recipes.data.wordpiece import TextTokenizer, load_tokenizer, train_wordpiece

@@ -1,0 +1,153 @@
+"""Prepared data: the folder of token shards, its manifest, and the rows that training reads from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import RecipeError
+from .documents import expand_sources
+from .preparation import _INDEX, _TOKENIZER
+from .shards import MANIFEST, SPLITS, TokenFile, TokenRows
+from .wordpiece import Vocabulary
+
+_FORMAT = 3  # part of every key: raise it when indexing, tokenizing or the files change
+
+
+_SETTINGS, _INDEX, _TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Token shards on disk, seen as rows of one sequence length, and their summary.
+
+    Attributes:
+        folder: holds the token files, manifest.json and tokenizer.json.
+        fingerprint: hash of the documents, the split and the tokenizer; the same for every sequence length.
+        documents: without repeated ones; `validation_documents` of them are held out.
+        characters: of all these documents.
+        train_rows, validation_rows: full rows of `sequence_length` tokens.
+        vocabulary_size: tokens, special ones included.
+        unigram_entropy: of the training tokens, in nats; special tokens are left out, as they are never predicted.
+    """
+
+    folder: str
+    fingerprint: str
+    documents: int
+    validation_documents: int
+    characters: int
+    sequence_length: int
+    train_rows: int
+    validation_rows: int
+    vocabulary_size: int
+    mask_id: int
+    special_ids: list[int]
+    unigram_entropy: float
+
+    def rows(self, split: str) -> TokenRows:
+        """Return the rows of "train" or "validation"; the token files are mapped into memory."""
+        return _rows(Path(self.folder), _read_manifest(Path(self.folder)), split, self.sequence_length)
+
+    def at_length(self, sequence_length: int) -> PreparedData:
+        """Return the same data in rows of another length; nothing is computed or written for it."""
+        return open_prepared(Path(self.folder), sequence_length)
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the ids that masking needs."""
+        special = np.asarray(self.special_ids, dtype=np.int64)
+        ordinary = np.setdiff1d(np.arange(self.vocabulary_size, dtype=np.int64), special)
+        return Vocabulary(self.mask_id, special, ordinary)
+
+    def describe(self, global_batch: int) -> list[str]:
+        """Return the lines that are printed before training, with a warning if one batch is more than the corpus."""
+        tokens = self.train_rows * self.sequence_length
+        steps = self.train_rows / global_batch
+        lines = [
+            f"data: {self.documents:,} documents, {self.characters / 1e6:.1f} million characters; "
+            f"{self.validation_documents:,} documents held out for validation ({self.validation_rows:,} sequences)",
+            f"training: {tokens:,} tokens in {self.train_rows:,} sequences of {self.sequence_length}; "
+            f"{steps:.1f} steps per epoch; vocabulary {self.vocabulary_size:,}; "
+            f"unigram entropy {self.unigram_entropy:.3f} nats",
+        ]
+        if steps < 1:
+            lines.append(
+                f"warning: the corpus has {self.train_rows:,} training sequences, fewer than one global batch of "
+                f"{global_batch:,}: every update repeats each sequence {1 / steps:.1f} times (with other masks)"
+            )
+        return lines
+
+
+def is_prepared(source: str) -> bool:
+    """Tell whether a source is a folder that holds token shards."""
+    return (Path(source) / MANIFEST).is_file() or (Path(source) / _SETTINGS).is_file()
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Check that the sources exist; a prepared folder stands alone.
+
+    Raises:
+        RecipeError: a source is missing or unreadable, or a prepared folder is unfinished or mixed with others.
+    """
+    prepared = [source for source in sources if is_prepared(source)]
+    if not prepared:
+        expand_sources(sources)
+    elif len(sources) > 1:
+        raise RecipeError(f"--data {prepared[0]!r} is a prepared folder and has to be the only source")
+    else:
+        _read_manifest(Path(prepared[0]))
+
+
+def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
+    """Return the data of a prepared folder in rows of `sequence_length` tokens.
+
+    Raises:
+        RecipeError: the folder is unfinished, or has too little text for one row of each split.
+        BrokenShard: a token file is missing or has the wrong size.
+    """
+    manifest = _read_manifest(folder)
+    rows = {split: _rows(folder, manifest, split, sequence_length) for split in SPLITS}
+    for split in SPLITS:
+        rows[split].check()
+        if len(rows[split]) == 0:
+            raise RecipeError(
+                f"the {split} documents fill no sequence of {sequence_length} tokens; give more text or "
+                f"a shorter --sequence_length"
+            )
+    names = ("documents", "validation_documents", "characters", "vocabulary_size", "mask_id", "special_ids")
+    return PreparedData(
+        folder=str(folder),
+        fingerprint=manifest["fingerprint"],
+        sequence_length=sequence_length,
+        train_rows=len(rows["train"]),
+        validation_rows=len(rows["validation"]),
+        unigram_entropy=manifest["unigram_entropy"],
+        **{name: manifest[name] for name in names},
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"{folder} is not prepared to its end ({MANIFEST} is missing); run `prepare` again, it continues"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+    if manifest.get("format") != _FORMAT:
+        raise RecipeError(
+            f"{folder} was prepared in format {manifest.get('format')}, this version reads {_FORMAT}; prepare it again"
+        )
+    return manifest
+
+
+def _rows(folder: Path, manifest: dict[str, Any], split: str, length: int) -> TokenRows:
+    files = [TokenFile(**shard["files"][split]) for shard in manifest["shards"]]
+    ids = (manifest["cls_id"], manifest["sep_id"], manifest["vocabulary_size"])
+    return TokenRows(folder, files, np.dtype(manifest["dtype"]), length, *ids)
