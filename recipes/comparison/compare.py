@@ -26,13 +26,16 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..common.errors import RecipeError
+from ..common.files import write_json
 from ..common.script import command_file
 from ..configuration.command_line import parse_command_line
 from ..configuration.config import RecipeConfig, is_override
 from ..configuration.phases import total_steps
 from ..configuration.presets import DEFAULT_PRESET
 from ..model.build import outline
-from ..runs.folder import ENVIRONMENT, METRICS, find_checkpoint, read_metrics, write_json
+from ..runs.checkpoints import find_checkpoint
+from ..runs.folder import ENVIRONMENT, METRICS
+from ..runs.metrics import read_metrics
 from .rate_grids import best_rate, edge, grid_around, next_rate
 
 LEAST_RATES = 3

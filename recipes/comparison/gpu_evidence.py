@@ -30,9 +30,11 @@ from typing import Any
 import torch
 
 from ..common.errors import RecipeError
+from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..common.script import command_file
-from ..runs.folder import METRICS, read_metrics, write_json
+from ..runs.folder import METRICS
+from ..runs.metrics import read_metrics
 from .rate_grids import best_rate
 
 _SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "base": (12, 768)}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..common.errors import RecipeError, unknown_name
-from ..runs.folder import CONFIG, find_checkpoint, run_of
+from ..runs.checkpoints import find_checkpoint, run_of
+from ..runs.folder import CONFIG
 from .config import MODEL_SIZES, RecipeConfig, apply_overrides, is_override, load_config, set_field, with_model_size
 from .presets import DEFAULT_PRESET, PRESETS, TWIN_SIZES, get_preset
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from .folder import CONFIG, ENVIRONMENT, METRICS, NAMES, metric_lines
+from .folder import CONFIG, ENVIRONMENT, METRICS
+from .metrics import NAMES, metric_lines
 
 Series = dict[str, NDArray[np.float64]]
 

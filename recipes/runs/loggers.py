@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..common.errors import RecipeError, unknown_name
-from .folder import TENSORBOARD, WANDB_ID, MetricsLog
+from .folder import TENSORBOARD, WANDB_ID
+from .metrics import MetricsLog
 
 PROJECT = "trustratio"
 

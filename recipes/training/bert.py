@@ -14,9 +14,7 @@ from ..data.prepared import PreparedData
 from ..model.build import build_parts
 from ..model.flops import ModelFlops, peak_of
 from ..model.masked_language_model import padded_vocabulary
-from ..runs.folder import (
-    CheckpointFolder,
-)
+from ..runs.checkpoints import CheckpointFolder
 from ..runs.loggers import MetricLoggers
 from .checks import CheckedRun, check_run
 from .engines import TrainingEngine

@@ -37,7 +37,7 @@ from ..data.rows import MaskedRows
 from ..model.build import RecipeParts
 from ..model.flops import ModelFlops, peak_of
 from ..model.masked_language_model import padded_vocabulary
-from ..runs.folder import CheckpointFolder
+from ..runs.checkpoints import CheckpointFolder
 from ..runs.loggers import MetricLoggers
 from . import bert as bert_pretraining
 from .bert import build_parts

@@ -18,7 +18,8 @@ from ..model.build import outline
 from ..model.optimizer import is_baseline
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
-from ..runs.folder import check_same_run, describe_checkpoint, require_free, require_newest, run_of
+from ..runs.checkpoints import check_same_run, describe_checkpoint, require_newest, run_of
+from ..runs.folder import require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_settings import merge, precision_of, refuse_unsupported, stage_of, without_batch_sizes
 from .launchers import DeepSpeedFrontEnd, FrontEnd

@@ -26,7 +26,8 @@ from ..configuration.config import load_config
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..model.masked_language_model import build_model, padded_vocabulary
-from ..runs.folder import CONFIG, describe_checkpoint, find_checkpoint, run_of
+from ..runs.checkpoints import describe_checkpoint, find_checkpoint, run_of
+from ..runs.folder import CONFIG
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _DATA_PARALLEL_FILE = "training_state.pt"

@@ -21,7 +21,8 @@ from ..configuration.command_line import Invocation
 from ..configuration.config import TrainingConfig
 from ..model.build import RecipeParts
 from ..rules.global_batch import BatchPlan
-from ..runs.folder import DEEPSPEED_CONFIG, run_of
+from ..runs.checkpoints import run_of
+from ..runs.folder import DEEPSPEED_CONFIG
 from .deepspeed_settings import load_file, without_batch_sizes
 from .engines import DataParallelTraining, DeepSpeedTraining, TrainingEngine
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import RecipeError, TrainingFailure
+from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation, parse_command_line
@@ -23,17 +24,8 @@ from ..data.feed import default_workers
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..data.rows import MaskedRows
-from ..runs.folder import (
-    CONFIG,
-    DEEPSPEED_CONFIG,
-    ENVIRONMENT,
-    CheckpointFolder,
-    check_same_run,
-    claim_folder,
-    fresh_folder,
-    run_of,
-    write_json,
-)
+from ..runs.checkpoints import CheckpointFolder, check_same_run, run_of
+from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, claim_folder, fresh_folder
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .ranks import collect, on_each_machine, rank, ranks_on_machine, world_size

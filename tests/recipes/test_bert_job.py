@@ -24,7 +24,7 @@ from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
 from trustratio.recipes.model.optimizer import build_optimizer
 from trustratio.recipes.rules.global_batch import BatchPlan
-from trustratio.recipes.runs.folder import read_metrics
+from trustratio.recipes.runs.metrics import read_metrics
 
 SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "bert.py"
 STEPS, HALF = 6, 3

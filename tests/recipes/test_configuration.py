@@ -12,7 +12,7 @@ from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.config import RecipeConfig, apply_overrides, check_ranges, from_dict
 from trustratio.recipes.configuration.presets import PRESETS, get_preset
 from trustratio.recipes.rules.global_batch import BatchPlan, plan_batch
-from trustratio.recipes.runs.folder import CheckpointFolder
+from trustratio.recipes.runs.checkpoints import CheckpointFolder
 from trustratio.recipes.training import deepspeed_settings
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.checks import check_run, early_identity

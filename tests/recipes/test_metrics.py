@@ -29,8 +29,8 @@ from trustratio.recipes.model.flops import ModelFlops, device_peak, peak_of
 from trustratio.recipes.model.masked_language_model import build_model
 from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.runs import loggers as metric_loggers
-from trustratio.recipes.runs.folder import read_metrics
 from trustratio.recipes.runs.loggers import MetricLoggers, check_loggers, scalars
+from trustratio.recipes.runs.metrics import read_metrics
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.loop import TrainingLoop
 from trustratio.recipes.training.step_metrics import StepMetrics, check_noise_scale, measures_noise

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.files import write_json
 from trustratio.recipes.configuration.presets import get_preset
 from trustratio.recipes.runs import report as run_report
-from trustratio.recipes.runs.folder import MetricsLog, write_json
 from trustratio.recipes.runs.history import bins, load_history, short_name
+from trustratio.recipes.runs.metrics import MetricsLog
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (

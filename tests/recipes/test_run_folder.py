@@ -1,18 +1,16 @@
 import pytest
 
 from trustratio.recipes.common.errors import RecipeError, TrainingFailure
-from trustratio.recipes.runs.folder import (
+from trustratio.recipes.runs.checkpoints import (
     CheckpointFolder,
-    MetricsLog,
     check_same_run,
-    claim_folder,
     describe_checkpoint,
     find_checkpoint,
-    fresh_folder,
-    read_metrics,
     require_newest,
     run_of,
 )
+from trustratio.recipes.runs.folder import claim_folder, fresh_folder
+from trustratio.recipes.runs.metrics import MetricsLog, read_metrics
 
 
 def write(checkpoints, step, fail=False):

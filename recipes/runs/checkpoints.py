@@ -1,0 +1,173 @@
+"""Checkpoints of a run: written completely or not at all, found again, and compared with the run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import RecipeError, TrainingFailure
+from ..common.files import _PARTIAL, write_json
+from .folder import CHECKPOINTS
+
+_DESCRIPTION = "checkpoint.json"
+
+
+_LATEST = "latest"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that --resume means: a run's newest one, or the checkpoint given itself.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if (path / _DESCRIPTION).is_file():
+        return path
+    if not path.is_dir():
+        raise RecipeError(f"--resume {str(path)!r}: no such folder; give a run's folder or one of its checkpoints")
+    latest = path / CHECKPOINTS / _LATEST
+    if not latest.is_file():
+        raise RecipeError(f"--resume {str(path)!r}: the folder has no complete checkpoint ({latest} is missing)")
+    found = path / CHECKPOINTS / latest.read_text().strip()
+    if not (found / _DESCRIPTION).is_file():
+        raise RecipeError(f"--resume {str(path)!r}: {latest} names {found.name}, which is missing or incomplete")
+    return found
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the run folder that a checkpoint lies in."""
+    return checkpoint.resolve().parent.parent
+
+
+def require_newest(checkpoint: Path, overwrite: bool) -> None:
+    """Check that continuing `checkpoint` in its own run folder replaces no later checkpoint.
+
+    Raises:
+        RecipeError: the run has later ones and `overwrite` is false.
+    """
+    later = [p.name for p in checkpoint.resolve().parent.iterdir() if _is_complete(p) and p.name > checkpoint.name]
+    if later and not overwrite:
+        raise RecipeError(
+            f"{checkpoint} is followed by {', '.join(sorted(later))}, which continuing it would replace; give the "
+            "continued run its own --output, or allow it with --overwrite"
+        )
+
+
+def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Return what checkpoint.json says: `step` and `identity`.
+
+    Raises:
+        RecipeError: it is unreadable.
+    """
+    try:
+        values = json.loads((checkpoint / _DESCRIPTION).read_text())
+        return {"step": int(values["step"]), "identity": dict(values["identity"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {error!r}") from error
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Check that a checkpoint can continue exactly with what this run would train.
+
+    Raises:
+        RecipeError: lists each difference.
+    """
+    differences = [
+        f"  {key}: checkpoint {saved.get(key)!r}, this run {value!r}"
+        for key, value in current.items()
+        if saved.get(key) != value
+    ]
+    if differences:
+        raise RecipeError(
+            f"{checkpoint} is a checkpoint of another model or run and cannot be continued exactly:\n"
+            + "\n".join(differences)
+        )
+
+
+class CheckpointFolder:
+    """Writes checkpoints under a temporary name and marks them complete by renaming; keeps the newest few."""
+
+    def __init__(self, run: Path, keep: int, identity: dict[str, Any]) -> None:
+        """Write to the run's checkpoint folder; `identity` is what a resumed run must agree with."""
+        self.folder = run / CHECKPOINTS
+        self.keep = keep
+        self.identity = identity
+
+    def write(
+        self,
+        step: int,
+        save: Callable[[Path], None],
+        agree: Callable[[BaseException | None], list[str]],
+        first: bool,
+    ) -> Path:
+        """Write the checkpoint of `step` (collective over all ranks).
+
+        Args:
+            step: updates done.
+            save: writes this rank's part into a folder.
+            agree: waits for all ranks and returns what went wrong on any of them, given what went wrong on this one.
+            first: this is the rank that creates, renames and deletes folders.
+
+        Raises:
+            TrainingFailure: a part could not be written, on any rank. What was written is deleted; earlier
+                checkpoints are as they were.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = final.with_name(final.name + _PARTIAL)
+        parts: list[Callable[[], None] | None] = [
+            (lambda: _empty_folder(partial)) if first else None,
+            lambda: save(partial),
+            (lambda: self._complete(partial, final, step)) if first else None,
+        ]
+        for part in parts:
+            failures = agree(_failure_of(part))
+            if failures:
+                if first:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise TrainingFailure(f"the checkpoint of step {step} could not be written ({'; '.join(failures)})")
+        return final
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint."""
+        try:
+            return find_checkpoint(self.folder.parent)
+        except RecipeError:
+            return None
+
+    def _complete(self, partial: Path, final: Path, step: int) -> None:
+        write_json(partial / _DESCRIPTION, {"step": step, "identity": self.identity})
+        shutil.rmtree(final, ignore_errors=True)  # only a resumed run that computed the same step again
+        os.rename(partial, final)
+        latest = self.folder / (_LATEST + _PARTIAL)
+        latest.write_text(final.name + "\n")
+        os.replace(latest, self.folder / _LATEST)
+        self._drop_old(final)
+
+    def _drop_old(self, newest: Path) -> None:
+        complete = sorted(p for p in self.folder.iterdir() if _is_complete(p) and p != newest)
+        for old in complete[: max(0, len(complete) - self.keep + 1)]:
+            shutil.rmtree(old)
+
+
+def _empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _failure_of(work: Callable[[], None] | None) -> Exception | None:
+    """Run `work`, if any; return what a full or broken disk makes of it. torch.save raises RuntimeError then."""
+    try:
+        if work is not None:
+            work()
+    except (OSError, RuntimeError) as error:
+        return error
+    return None
+
+
+def _is_complete(path: Path) -> bool:
+    return re.fullmatch(r"step-\d+", path.name) is not None

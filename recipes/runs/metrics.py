@@ -1,0 +1,76 @@
+"""metrics.jsonl: one JSON object per line, written while a run goes on and read afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .folder import METRICS
+
+NAMES = "names"
+"""Kind of the lines that name the layers of the lines after them."""
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl, flushed line by line; a log that is not `active` writes nothing."""
+
+    def __init__(self, folder: Path, active: bool) -> None:
+        """Open the log of a run folder."""
+        self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1) if active else None
+        self._names: dict[str, list[str]] = {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; layers' names are written once, not with every record's numbers by layer."""
+        if self._file is None:
+            return
+        names = {key: list(value) for key, value in record.items() if isinstance(value, dict)}
+        if any(self._names.get(key) != value for key, value in names.items()):
+            self._names.update(names)
+            self._line({"kind": NAMES, "step": record["step"], **self._names})
+        values = {key: [_rounded(v) for v in record[key].values()] for key in names}
+        self._line({**record, **values})
+
+    def _line(self, values: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.7g}")  # more digits are noise, and most of the file
+
+
+def metric_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of metrics.jsonl as they were written, names apart from numbers."""
+    with (folder / METRICS).open(encoding="utf-8") as file:
+        for line in file:
+            # A run that was killed may have left half a line; the resumed one begins after it.
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict) and "kind" in values and "step" in values:
+                yield values
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records in step order; where a resumed run repeated a step, its own record is the one returned."""
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    names: dict[str, list[str]] = {}
+    for line in metric_lines(folder):
+        if line["kind"] == NAMES:
+            names = line
+            continue
+        by_layer = {key: dict(zip(names[key], line[key], strict=True)) for key in _lists(line)}
+        records[line["kind"], line["step"]] = {**line, **by_layer}
+    return sorted(records.values(), key=lambda record: (record["step"], record["kind"]))
+
+
+def _lists(line: dict[str, Any]) -> list[str]:
+    return [key for key, value in line.items() if isinstance(value, list)]
