@@ -25,7 +25,18 @@ from .docstrings import corpus_key, harvest, package_folders, require_text
 from .documents import HUB_PREFIX, expand_sources, read_source
 from .encoding import Block, encode_blocks, stream_dtype
 from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
-from .prepared import _FORMAT, _SETTINGS, PreparedData, _read_manifest, _rows, check_sources, is_prepared, open_prepared
+from .prepared import (
+    _FORMAT,
+    _INDEX,
+    _SETTINGS,
+    _TOKENIZER,
+    PreparedData,
+    _read_manifest,
+    _rows,
+    check_sources,
+    is_prepared,
+    open_prepared,
+)
 from .shards import (
     MANIFEST,
     SPLITS,

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..common.errors import RecipeError
 from .documents import expand_sources
-from .preparation import _INDEX, _TOKENIZER
 from .shards import MANIFEST, SPLITS, TokenFile, TokenRows
 from .wordpiece import Vocabulary
 
