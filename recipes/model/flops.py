@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..planning.memory import ModelSize
+
 
 @dataclass(frozen=True)
 class ModelFlops:
@@ -83,3 +85,15 @@ def peak_of(device: torch.device, precision: str, given: float | None) -> float 
     if given is not None:
         return 1e12 * given
     return device_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def flops_per_sequence(size: ModelSize, length: int, masked: float, checkpointing: bool) -> tuple[float, float]:
+    """Return the useful FLOPs of one sequence, forward and backward, and those really done (recomputation included).
+
+    Per token forward: 2 per weight of the encoder's matrices and 4 length h per layer for attention; at the masked
+    positions 2 (h^2 + h V). Backward is twice the forward.
+    """
+    h, f = size.shape.hidden, size.shape.intermediate
+    encoder = size.shape.layers * length * (8 * h * h + 4 * h * f + 4 * length * h)
+    head = masked * length * 2 * (h * h + h * size.vocabulary)
+    return 3.0 * (encoder + head), (4.0 if checkpointing else 3.0) * encoder + 3.0 * head

@@ -16,7 +16,9 @@ from ..common.reporter import clock
 from ..configuration.config import MODEL_SIZES, RecipeConfig, apply_overrides, check_ranges, set_field, with_model_size
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
-from .phase_plan import GIB, Machine, ModelSize, PhasePlan, flops_per_sequence, growth, model_size, plan_phase
+from ..model.flops import flops_per_sequence
+from .memory import GIB, ModelSize, model_size
+from .phase_plan import Machine, PhasePlan, growth, plan_phase
 
 BAD_INPUT, DOES_NOT_FIT = 2, 1
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, TrainingConfig
 from trustratio.recipes.configuration.phases import phases_of
-from trustratio.recipes.planning.phase_plan import NORM_SUMS, memory_parts, model_size, traffic
+from trustratio.recipes.planning.memory import NORM_SUMS, memory_parts, model_size
+from trustratio.recipes.planning.traffic import traffic
 
 VOCABULARY, MICRO, ACCUMULATION = 2000, 2, 2
 SETTINGS = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000}}

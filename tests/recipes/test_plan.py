@@ -12,20 +12,12 @@ from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.configuration.config import ModelConfig, RecipeConfig, TrainingConfig
 from trustratio.recipes.configuration.phases import phases_of
 from trustratio.recipes.configuration.presets import PRESETS, get_preset
+from trustratio.recipes.model.flops import flops_per_sequence
 from trustratio.recipes.model.masked_language_model import build_model
-from trustratio.recipes.planning.phase_plan import (
-    GIB,
-    Machine,
-    check_fits,
-    divisors,
-    flops_per_sequence,
-    growth,
-    memory_parts,
-    model_size,
-    plan_phase,
-    traffic,
-)
+from trustratio.recipes.planning.memory import GIB, memory_parts, model_size
+from trustratio.recipes.planning.phase_plan import Machine, check_fits, divisors, growth, plan_phase
 from trustratio.recipes.planning.plan import main
+from trustratio.recipes.planning.traffic import traffic
 
 
 def with_training(config, **values):

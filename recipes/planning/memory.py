@@ -1,0 +1,204 @@
+"""How much memory a GPU needs, by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
+
+from ..configuration.config import ModelConfig, RecipeConfig
+from ..configuration.phases import Phase
+from ..model.build import outline
+from ..model.optimizer import is_baseline
+
+GIB = 2**30
+
+
+_FP32, _FP64 = 4, 8
+
+
+NORM_SUMS: dict[str, tuple[int, ...]] = {
+    "lars": (2,),
+    "lamb": (3,),
+    "lambc": (3,),
+    "lans": (1, 4),
+    "novograd": (1,),
+    "sngm": (1,),
+    "tvlars": (3,),
+    "cowclip": (1,),
+    "clars": (6,),
+    "vrsgd": (6,),
+    "vradam": (6,),
+    "vrlars": (6, 2),
+    "vrlamb": (6, 3),
+}
+"""fp64 numbers per layer in each reduction of one sharded `step()` call, with the default options."""
+
+
+_BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in elements
+
+
+_PERSISTENT = 10**5  # DeepSpeed's stage3_param_persistence_threshold, in elements
+
+
+_REUSE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance, in elements
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What matters of a model and its optimizer.
+
+    Attributes:
+        shape: of the configuration.
+        vocabulary: rows of the embedding.
+        layers: elements of each.
+        states: numbers per element that the optimizer keeps.
+        statistics: of group gradients that it needs: "", "norms" or "squares".
+        norm_sums: see `NORM_SUMS`; None where the number is not known.
+    """
+
+    shape: ModelConfig
+    vocabulary: int
+    layers: tuple[int, ...]
+    states: int
+    statistics: str
+    norm_sums: tuple[int, ...] | None
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return sum(self.layers)
+
+
+def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> ModelSize:
+    """Measure a configuration's model and optimizer without allocating them."""
+    model, optimizer = outline(config, vocabulary_size)
+    return ModelSize(
+        shape=config.model,
+        vocabulary=model.config.vocab_size,
+        layers=tuple(p.numel() for p in model.parameters()),
+        states=_element_states(config, optimizer),
+        statistics=getattr(optimizer, "group_statistics", None) or "",
+        norm_sums=() if is_baseline(config.optimizer.name) else _norm_sums(config),
+    )
+
+
+def _norm_sums(config: RecipeConfig) -> tuple[int, ...] | None:
+    return (
+        NORM_SUMS.get(config.optimizer.name.lower()) if config.optimizer.options.get("max_grad_norm") is None else None
+    )
+
+
+def _element_states(config: RecipeConfig, optimizer: Any) -> int:
+    name = config.optimizer.name.lower()
+    if name == "adamw":
+        return 2 + bool(config.optimizer.options.get("amsgrad"))
+    if name == "sgd":
+        return int(bool(config.optimizer.options.get("momentum")))
+    return len(optimizer.element_state)
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """Bytes per rank of one part; `held` between steps, or only during one."""
+
+    name: str
+    bytes: float
+    held: bool
+
+
+def memory_parts(
+    size: ModelSize,
+    config: RecipeConfig,
+    phase: Phase,
+    micro: int,
+    ranks: int,
+    settings: Mapping[str, Any] | None = None,
+) -> list[MemoryPart]:
+    """Return the memory of one rank by part.
+
+    Args:
+        size: see `model_size`.
+        config: ZeRO stage, precision and checkpointing.
+        phase: sequence length.
+        micro: sequences per forward pass.
+        ranks: data-parallel processes.
+        settings: DeepSpeed settings: bucket sizes, offload (offloaded parts are no GPU memory).
+    """
+    zero = (settings or {}).get("zero_optimization") or {}
+    stage, precision = config.training.zero_stage, _precision(config)
+    elements, share = size.elements, math.ceil(size.elements / ranks)
+    width = _FP32 if precision == "fp32" else 2
+    bucket = int(_number(zero, "reduce_bucket_size", _BUCKET))
+    sharded = share if stage else elements
+    accumulate_fp32 = stage == 1 and precision == "bf16"
+    parts = [MemoryPart("weights", width * (share if stage == 3 else elements), True)]
+    if stage == 3:
+        threshold = _number(zero, "stage3_param_persistence_threshold", _PERSISTENT)
+        kept = sum(n for n in size.layers if n <= threshold)
+        live = min(elements, int(_number(zero, "stage3_max_live_parameters", _REUSE)))
+        parts.append(MemoryPart("small weights kept whole", width * kept, True))
+        parts.append(MemoryPart("gathered weights", width * max(0, live - kept), False))
+    if stage in (1, 2):  # seen in some runs of real engines, not in all
+        parts.append(MemoryPart("kept embedding gradient", width * size.vocabulary * size.shape.hidden, True))
+    parts.append(MemoryPart("gradients", width * (share if stage >= 2 else elements), stage == 3))
+    if accumulate_fp32:
+        parts.append(MemoryPart("fp32 sum of gradients", _FP32 * elements, True))
+    if stage or width == 2:
+        parts.append(MemoryPart("fp32 master weights", _FP32 * sharded, True))
+    parts.append(MemoryPart("optimizer state", _FP32 * size.states * sharded, True))
+    if stage in (1, 2) and not accumulate_fp32:
+        parts.append(MemoryPart("fp32 gradients of the step", _FP32 * share, False))
+    if size.statistics == "squares":
+        whole = elements if stage < 2 else 0  # until the step, as its gradients
+        parts.append(MemoryPart("squares of gradients", _FP32 * (whole + (share if stage else 0)), True))
+        if stage:
+            parts.append(MemoryPart("squares on their way", _FP32 * min(2 * elements, BUCKET_ELEMENTS), False))
+    if stage >= 2 or (stage == 1 and not accumulate_fp32):
+        buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        parts.append(MemoryPart("reduction bucket", width * bucket * buffers, stage == 3))
+    elif ranks > 1:
+        parts.append(MemoryPart("reduction bucket", width * min(bucket, elements), False))
+    parts.append(MemoryPart("activations", _activations(size, config, phase.sequence_length, micro, width), False))
+    return [part for part in parts if part.name not in _offloaded(zero)]
+
+
+def _activations(size: ModelSize, config: RecipeConfig, length: int, micro: int, width: int) -> float:
+    """Bytes that autograd keeps of one micro-batch, with fused attention, and the logits' gradient.
+
+    Per token and encoder layer of width h and inner width f: the layer's input, q, k, v, the attention's output, the
+    inputs and outputs of both norms and the two sides of the activation function, 7 h + 2 f numbers; with dropout one
+    byte per element of its two masks. Checkpointing keeps the input and, while it computes one layer again, the rest.
+    """
+    shape, tokens = size.shape, micro * length
+    layer = tokens * ((7 * shape.hidden + 2 * shape.intermediate) * width + 2 * shape.hidden * (shape.dropout > 0))
+    boundary = tokens * shape.hidden * width
+    checkpointing = config.training.activation_checkpointing
+    encoder = shape.layers * boundary + layer if checkpointing else shape.layers * layer
+    embeddings = tokens * shape.hidden * width * 2
+    masked = math.ceil(tokens * config.data.mask_probability)
+    # Logits in the model's precision, in fp32, their log-softmax, and the gradients of the last two.
+    head = masked * (4 * shape.hidden * width + size.vocabulary * (width + (2 if width == 2 else 1) * _FP32 + _FP32))
+    return encoder + embeddings + head
+
+
+def _precision(config: RecipeConfig) -> str:
+    return "bf16" if config.training.precision == "auto" else config.training.precision
+
+
+def _number(section: Mapping[str, Any], name: str, default: float) -> float:
+    value = section.get(name, default)
+    return default if value == "auto" else float(value)
+
+
+def _offloaded(zero: Mapping[str, Any]) -> set[str]:
+    def away(name: str) -> bool:
+        return (zero.get(name) or {}).get("device", "none") not in ("none", None)
+
+    gone = (
+        {"fp32 master weights", "optimizer state", "fp32 gradients of the step"} if away("offload_optimizer") else set()
+    )
+    return gone | ({"weights"} if away("offload_param") else set())
