@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, passed_on = parser.parse_known_args(arguments)
     try:
         if options.dry_run:
-            from .compare import STARTING_RATES
+            from .rate_grids import STARTING_RATES
 
             for line in commands(options.name, STARTING_RATES, options.work):
                 print(shlex.join([*line, *passed_on]))

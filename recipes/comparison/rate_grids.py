@@ -42,3 +42,26 @@ def next_rate(losses: Mapping[float, float], step: float = STEP) -> float | None
 def grid_around(centre: float, count: int, step: float = STEP) -> tuple[float, ...]:
     """Return `count` rates, each `step` times the one before, around `centre`."""
     return tuple(float(f"{centre * step ** (index - (count - 1) / 2):.2g}") for index in range(count))
+
+
+LEAST_RATES = 3
+
+
+STARTING_RATES = {
+    "adamw": 0.002,
+    "clars": 0.5,
+    "lamb": 0.02,
+    "lambc": 0.02,
+    "lans": 0.02,
+    "lars": 5.0,
+    "mclr": 1e-4,
+    "novograd": 0.01,
+    "sgd": 0.5,
+    "sngm": 0.1,
+    "tvlars": 5.0,
+    "vradam": 0.001,
+    "vrlamb": 0.02,
+    "vrlars": 5.0,
+    "vrsgd": 0.5,
+}
+"""Middle of the grid that `--lrs COUNT` makes, for models of the tiny presets' size: guesses to start from."""

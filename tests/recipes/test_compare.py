@@ -14,8 +14,10 @@ import pytest
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.script import command_file
 from trustratio.recipes.comparison import compare, gpu_evidence
-from trustratio.recipes.comparison.compare import Comparison, Outcome, grids, markdown
+from trustratio.recipes.comparison.compare import grids
 from trustratio.recipes.comparison.rate_grids import best_rate, edge, next_rate
+from trustratio.recipes.comparison.report import Comparison, markdown
+from trustratio.recipes.comparison.runs import Outcome
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.presets import get_preset
 
