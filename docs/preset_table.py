@@ -6,7 +6,8 @@ from pathlib import Path
 
 from trustratio.recipes.configuration.config import RecipeConfig, ScheduleConfig
 from trustratio.recipes.configuration.phases import phases_of
-from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, Preset
+from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED
+from trustratio.recipes.configuration.twins import Preset
 
 PAGE = Path(__file__).with_name("presets.md")
 TABLES = {}

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from ..common.errors import RecipeError
 from ..common.files import write_json
 from ..configuration.command_line import parse_command_line
-from ..configuration.config import is_override
+from ..configuration.overrides import is_override
 from ..configuration.phases import total_steps
 from ..configuration.presets import DEFAULT_PRESET
 from ..model.build import outline

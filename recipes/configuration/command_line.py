@@ -11,8 +11,10 @@ from typing import NoReturn
 from ..common.errors import RecipeError, unknown_name
 from ..runs.checkpoints import find_checkpoint, run_of
 from ..runs.folder import CONFIG
-from .config import MODEL_SIZES, RecipeConfig, apply_overrides, is_override, load_config, set_field, with_model_size
-from .presets import DEFAULT_PRESET, PRESETS, TWIN_SIZES, get_preset
+from .config import MODEL_SIZES, RecipeConfig
+from .overrides import apply_overrides, is_override, load_config, set_field, with_model_size
+from .presets import DEFAULT_PRESET, PRESETS, get_preset
+from .twins import TWIN_SIZES
 
 # flag -> (section, field, type, help); a flag is a short name for a dotted override
 _FLAGS: dict[str, tuple[str, str, type, str]] = {

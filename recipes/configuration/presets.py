@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from ..common.errors import unknown_name
@@ -19,30 +16,12 @@ from .config import (
     ScheduleConfig,
     TrainingConfig,
 )
+from .twins import TWIN_SIZES, Preset, twin
 
 DEFAULT_PRESET = "lamb-tiny"
 
 REMEMBERED = "quoted from memory, not read in the source"
 CHOSEN = "not published; chosen here and not tuned"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A configuration under a name.
-
-    Attributes:
-        config: the configuration.
-        description: what it is for, in one line.
-        source: where its numbers come from.
-        unverified: fields (`section.field`) whose value was not read in that source, and why.
-        twin_of: the preset that it is scaled down from, or None.
-    """
-
-    config: RecipeConfig
-    description: str
-    source: str
-    unverified: dict[str, str] = field(default_factory=dict)
-    twin_of: str | None = None
 
 
 def _named(name: str, description: str, source: str, **sections: Any) -> tuple[str, Preset]:
@@ -284,108 +263,6 @@ SMALL: dict[str, Preset] = dict(
         ),
     ]
 )
-
-
-@dataclass(frozen=True)
-class TwinSize:
-    """How far a published recipe is scaled down.
-
-    Attributes:
-        sequence_divisor: of both phases' sequence lengths.
-        step_divisor: of both phases' updates.
-        runs_on: the machine it is meant for.
-    """
-
-    sequence_divisor: int
-    step_divisor: int
-    runs_on: str
-
-
-TWIN_SIZES = MappingProxyType(
-    {
-        "tiny": TwinSize(4, 20, "two CPU cores"),
-        "mini": TwinSize(2, 10, "CPU cores or one GPU"),
-        "small": TwinSize(1, 5, "one GPU"),
-    }
-)
-
-_CORPUS_RATIO = 2048 / 3
-"""Tokens of Wikipedia and Books over those of the built-in corpus, so rounded that 64K becomes 384 for a tiny twin:
-3.3 billion words (Devlin et al. 2018) at about 1.3 tokens each, over 6.4 million, are 670."""
-
-_TWIN_UNIT = 12
-"""Twins' batches are multiples of this, so that most small numbers of ranks divide them."""
-
-
-def twin(preset: Preset, size: str) -> Preset:
-    """Scale a published preset down to `size` ("tiny", "mini", "small").
-
-    The share of the corpus that one batch is stays what it was (64K of 34 million sequences of 128: 1/512), and with
-    it the ratio of the two phases' batches, both to the nearest multiple of 12; so do warm-up and decay as shares of
-    the updates, and every other hyper-parameter, the learning rate among them. Model, vocabulary and sequences shrink,
-    and the number of updates is divided too: a twin rehearses a recipe, it does not reproduce its result.
-    """
-    scale, config = TWIN_SIZES[size], preset.config
-
-    def batch(sequences: int) -> int:
-        # The corpus in sequences of the phase's length shrinks by the ratio of the tokens over the divisor.
-        exact = sequences / _CORPUS_RATIO * scale.sequence_divisor
-        return max(1, round(exact / _TWIN_UNIT)) * _TWIN_UNIT
-
-    def updates(steps: float) -> int:
-        return round(steps / scale.step_divisor)
-
-    def warmup(value: float) -> float:
-        return float(updates(value)) if value >= 1 else value
-
-    first, second, schedule = batch(config.training.global_batch), config.phase_two, config.schedule
-    if second.steps:
-        in_second = batch(second.global_batch)
-        second = dataclasses.replace(
-            second,
-            steps=updates(second.steps),
-            sequence_length=second.sequence_length // scale.sequence_divisor,
-            global_batch=in_second,
-            micro_batch=_micro_batch(in_second),
-            warmup=warmup(second.warmup),
-            decay_steps=second.decay_steps / scale.step_divisor,
-        )
-    name = f"{config.preset}-{size}"
-    scaled = dataclasses.replace(
-        config,
-        preset=name,
-        model=dataclasses.replace(config.model, **MODEL_SIZES[size]),
-        data=dataclasses.replace(
-            config.data,
-            vocabulary=DataConfig().vocabulary,
-            sequence_length=config.data.sequence_length // scale.sequence_divisor,
-            validation_sequences=DataConfig().validation_sequences,
-        ),
-        schedule=dataclasses.replace(
-            schedule,
-            warmup=warmup(schedule.warmup),
-            warmup_start=updates(schedule.warmup_start),
-            decay_steps=schedule.decay_steps / scale.step_divisor,
-        ),
-        training=dataclasses.replace(
-            config.training, global_batch=first, micro_batch=_micro_batch(first), steps=updates(config.training.steps)
-        ),
-        phase_two=second,
-        run=RunConfig(),
-    )
-    return Preset(
-        scaled,
-        f"{size} twin of {config.preset}, for {scale.runs_on}",
-        f"scaled down from {config.preset}: batch to data kept, sequences 1/{scale.sequence_divisor}, updates "
-        f"1/{scale.step_divisor}",
-        {**preset.unverified, "optimizer.lr": "the published recipe's, not tuned for this size"},
-        twin_of=config.preset,
-    )
-
-
-def _micro_batch(global_batch: int) -> int:
-    """Return a share of a twin's batch that 1, 2 and 4 ranks, and mostly 8, can work on."""
-    return global_batch // (8 if global_batch % 8 == 0 else 12)
 
 
 PRESETS: dict[str, Preset] = {

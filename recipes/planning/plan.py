@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 from ..common.errors import RecipeError
 from ..common.reporter import clock
-from ..configuration.config import MODEL_SIZES, RecipeConfig, apply_overrides, check_ranges, set_field, with_model_size
+from ..configuration.config import MODEL_SIZES, RecipeConfig
+from ..configuration.overrides import apply_overrides, set_field, with_model_size
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
+from ..configuration.ranges import check_ranges
 from ..model.flops import flops_per_sequence
 from .memory import GIB, ModelSize, model_size
 from .phase_plan import Machine, PhasePlan, growth, plan_phase

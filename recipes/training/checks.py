@@ -11,8 +11,9 @@ from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import RecipeError
 from ..configuration.command_line import Invocation
-from ..configuration.config import RecipeConfig, check_ranges
+from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase, phases_of
+from ..configuration.ranges import check_ranges
 from ..data.prepared import check_sources
 from ..model.build import outline
 from ..model.optimizer import is_baseline

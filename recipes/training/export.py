@@ -22,7 +22,7 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from ..common.errors import RecipeError
 from ..common.reporter import Reporter
-from ..configuration.config import load_config
+from ..configuration.overrides import load_config
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..model.masked_language_model import build_model, padded_vocabulary

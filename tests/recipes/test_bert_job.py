@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from trustratio.recipes.common.reporter import Reporter
-from trustratio.recipes.configuration.config import load_config
+from trustratio.recipes.configuration.overrides import load_config
 from trustratio.recipes.data.preparation import prepare
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary

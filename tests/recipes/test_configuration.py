@@ -9,8 +9,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.configuration.command_line import parse_command_line
-from trustratio.recipes.configuration.config import RecipeConfig, apply_overrides, check_ranges, from_dict
+from trustratio.recipes.configuration.config import RecipeConfig
+from trustratio.recipes.configuration.overrides import apply_overrides, from_dict
 from trustratio.recipes.configuration.presets import PRESETS, get_preset
+from trustratio.recipes.configuration.ranges import check_ranges
 from trustratio.recipes.rules.global_batch import BatchPlan, plan_batch
 from trustratio.recipes.runs.checkpoints import CheckpointFolder
 from trustratio.recipes.training import deepspeed_settings

@@ -17,13 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trustratio.optimizers import LAMB, OPTIMIZERS
 from trustratio.optimizers.noise_scale import RunningNoise, gradient_noise
 from trustratio.recipes.common.errors import RecipeError
-from trustratio.recipes.configuration.config import (
-    ModelConfig,
-    OptimizerConfig,
-    RecipeConfig,
-    RunConfig,
-    apply_overrides,
-)
+from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, RunConfig
+from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.flops import ModelFlops, device_peak, peak_of
 from trustratio.recipes.model.masked_language_model import build_model

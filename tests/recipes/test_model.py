@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import BertForMaskedLM
 
 from trustratio.recipes.common.errors import RecipeError
-from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, apply_overrides
+from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig
+from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.build import build_parts
 from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary

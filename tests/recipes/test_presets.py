@@ -9,7 +9,8 @@ import pytest
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.config import MODEL_SIZES
 from trustratio.recipes.configuration.phases import describe_plan, learning_rate, phases_of
-from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, TWIN_SIZES, get_preset, twin
+from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, get_preset
+from trustratio.recipes.configuration.twins import TWIN_SIZES, twin
 from trustratio.recipes.model.optimizer import build_optimizer
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.checks import check_run

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from trustratio.recipes.configuration.config import RecipeConfig, apply_overrides
+from trustratio.recipes.configuration.config import RecipeConfig
+from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.configuration.phases import PhasedSchedule, carry_over, learning_rate, phases_of
 from trustratio.recipes.rules.schedules import WarmupPolynomial, resolve_warmup, warmup_polynomial
 
