@@ -6,18 +6,16 @@ One `step()` call runs the algorithm's `stages`, whose sums are reduced over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .formulas.chunk_view import ChunkView
+from .formulas.algorithm import Algorithm
 from .formulas.hyperparameters import check_choice, check_segments
-from .formulas.layer_table import LayerTable, adapts
+from .formulas.layer_table import adapts
 from .formulas.rows import Rows
-from .formulas.stages import Stage
-from .formulas.updates import Update
 from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
 from .sharding.abandoned_parameters import refuse_abandoned
@@ -31,21 +29,12 @@ from .stepping.step import Step
 __all__ = ["LayerwiseOptimizer"]
 
 
-class LayerwiseOptimizer(torch.optim.Optimizer):
-    """Base of all optimizers here. A subclass names its state and fills in `stages` and `update`.
+class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
+    """Base of all optimizers here. A subclass names its state and fills in `stages` and `update`; see `Algorithm`.
 
     State and arithmetic are fp32 whatever the parameter's dtype (fp64 for fp64 parameters); a 16-bit parameter without
     a wrapper that keeps master weights is rounded once per step, when it is written.
     """
-
-    layer_state: ClassVar[tuple[str, ...]] = ("step",)
-    """State with one number per layer, zero at first. `step` counts the updates of the layer."""
-
-    group_statistics: ClassVar[str | None] = None
-    """What is kept of the groups' gradients: None, "norms" per layer, or "squares" per element besides."""
-
-    statistics: GradientStatistics | None
-    """Sees the groups' gradients, where they are wanted. See `collect_group_norms`."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         self.implementation = defaults.pop("implementation", None)
@@ -54,44 +43,6 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         defaults.setdefault("segments", None)
         admit(type(self))
         super().__init__(params, defaults)
-
-    # What an algorithm fills in -------------------------------------------------------------------------------------
-
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        """Names of the state with one value per element, zero at first."""
-        return ()
-
-    def check(self, group: dict[str, Any]) -> None:
-        """Raise ValueError if an option of the group is out of range."""
-
-    def check_layout(self, layout: Layout) -> None:
-        """Raise ValueError if an option cannot work with how the wrapper shards and steps."""
-
-    def has_rows(self, group: dict[str, Any]) -> bool:
-        """Whether sums over the rows of this group's layers are measured; they must be two-dimensional."""
-        return False
-
-    def before_stages(self, layout: Layout) -> None:
-        """Do what precedes the stages of one `step()` call, e.g. a reduction that cannot ride in theirs."""
-
-    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
-        """Yield the stages whose sums the update needs; after each, its reduced sums are in `layers`.
-
-        The sum of squares of the gradient, named "g", must be among them.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define stages(): the sums that its update needs")
-
-    def update(self, group: dict[str, Any], layers: LayerTable) -> Update | None:
-        """Describe what happens to an element, with the numbers of the layers that are known by now.
-
-        None if no description in `formulas.updates` fits; then `change` is called.
-        """
-        return None
-
-    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        """Update the state in `x` and return what is subtracted from the weights, shape of `x.w`."""
-        raise NotImplementedError(f"{type(self).__name__} must define change(): what happens to an element")
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -115,7 +66,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         plan = self._plan()
         if plan.layout.tensors:
-            Step(self, plan).run()
+            tensors = tuple(map(id, plan.layout.tensors))
+            self._last_ratios[tensors] = (plan.names, Step(self, plan).run())
         return loss
 
     def collect_group_norms(self) -> None:

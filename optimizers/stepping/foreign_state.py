@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ..layerwise import LayerwiseOptimizer
+from ..formulas.algorithm import Algorithm
 
 __all__ = ["refuse_foreign_state", "without_wrappers"]
 
 MAY_LACK = ("adapt", "segments", "differentiable")
 """Options that files of older releases lack, and torch's own, which wrappers drop; they get their defaults."""
+NOT_OPTIONS = ("params", "defaults")
+"""What constructors take besides options."""
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -28,7 +29,7 @@ def without_wrappers(name: str) -> str:
     return kept.removeprefix("module.")
 
 
-def refuse_foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> None:
+def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> None:
     """Compare options, names, and the names and shapes of the state with the optimizer's own.
 
     Args:
@@ -54,18 +55,24 @@ def refuse_foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, An
         )
 
 
-def _foreign_options(optimizer: LayerwiseOptimizer, saved: list[dict[str, Any]]) -> Iterator[str]:
+def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:
     """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
-    from ..registry import OPTIMIZERS
-
-    of_others = {name for entry in OPTIMIZERS.values() for name in inspect.signature(entry.optimizer_class).parameters}
+    of_others = {name for algorithm in _subclasses(Algorithm) for name in inspect.signature(algorithm).parameters}
+    of_others.difference_update(NOT_OPTIONS)
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
-        foreign = [key for key in group if key in of_others and key not in current and key != "params"]
+        foreign = [key for key in group if key in of_others and key not in current]
         if lacking:
             yield f"group {index} lacks the options {', '.join(lacking)}"
         if foreign:
             yield f"group {index} has options of another optimizer: {', '.join(foreign)}"
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    """Yield all classes that derive from this one and are alive, those of users too."""
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _other_names(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:
@@ -77,7 +84,7 @@ def _other_names(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iter
                 yield f"parameter {position} of group {index} is {theirs} in the state_dict and {ours} here"
 
 
-def _foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) -> Iterator[str]:
+def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator[str]:
     """State of other names or shapes, given the options of the file; a parameter may have none yet."""
     element_state = _element_state(optimizer, state_dict["param_groups"])
     wanted = {*optimizer.layer_state, *element_state}
@@ -98,7 +105,7 @@ def _foreign_state(optimizer: LayerwiseOptimizer, state_dict: dict[str, Any]) ->
                     yield f"{what} of parameter {name} has shape {tuple(value.shape)} instead of {shape}"
 
 
-def _element_state(optimizer: LayerwiseOptimizer, saved: list[dict[str, Any]]) -> tuple[str, ...]:
+def _element_state(optimizer: Algorithm, saved: list[dict[str, Any]]) -> tuple[str, ...]:
     """The names of the element-wise state that the optimizer keeps with the options of the file."""
     current, optimizer.param_groups = optimizer.param_groups, saved
     try:

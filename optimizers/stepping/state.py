@@ -8,14 +8,11 @@ because DeepSpeed cuts the padding's length off every tensor that lies in a flat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..sharding.local_tensors import compute_dtype
-
-if TYPE_CHECKING:
-    from ..layerwise import LayerwiseOptimizer
 
 __all__ = [
     "layer_numbers",
@@ -45,12 +42,12 @@ def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -
     return state[name]
 
 
-def layer_numbers(optimizer: LayerwiseOptimizer, tensor: torch.Tensor, name: str, layers: int) -> torch.Tensor:
+def layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, layers: int) -> torch.Tensor:
     """The per-layer state of the layers that a local tensor carries, shape (layers,), fp64; zeros if there is none."""
     return read_numbers(optimizer.state.get(tensor, {}), name, layers, tensor.device).to(torch.float64).expand(layers)
 
 
-def set_layer_numbers(optimizer: LayerwiseOptimizer, tensor: torch.Tensor, name: str, values: torch.Tensor) -> None:
+def set_layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, values: torch.Tensor) -> None:
     """Set the per-layer state of the layers that a local tensor carries, shape (layers,)."""
     write_numbers(optimizer.state[tensor], name, values.to(tensor.device, state_dtype(tensor, name)))
 

@@ -78,7 +78,8 @@ class Step:
         self.finished: set[int] = set()  # groups whose weights and state have been updated while they were measured
         self._choose_kernels()
 
-    def run(self) -> None:
+    def run(self) -> torch.Tensor:
+        """Take the step and return the trust ratio of each layer, in the order of `Plan.names`."""
         self.optimizer.before_stages(self.layout)
         if self.optimizer.statistics is not None:
             of_groups = self.optimizer.statistics.for_step(self.layout, _Flattened(self.gradients))
@@ -94,7 +95,7 @@ class Step:
             self._reduce(stages)
         self._apply()
         self._write_layer_state()
-        self._report()
+        return self._trust_ratios()
 
     # Who works on what
 
@@ -342,13 +343,12 @@ class Step:
             )
         return known[group, option]
 
-    def _report(self) -> None:
-        key = tuple(map(id, self.layout.tensors))
+    def _trust_ratios(self) -> torch.Tensor:
         ratios = [
             torch.where(table.has_gradient(), table.trust_ratio, torch.ones_like(table.trust_ratio))
             for table in self.tables.values()
         ]
-        self.optimizer._last_ratios[key] = (self.plan.names, torch.cat(ratios))
+        return torch.cat(ratios)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

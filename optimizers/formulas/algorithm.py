@@ -1,0 +1,86 @@
+"""What an algorithm is: its state, its options' ranges, the sums that it measures, and what it does to an element.
+
+The first file to read for whoever writes one; docs/adding-an-optimizer.md goes through an example.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from ..gradient_statistics.watch import GradientStatistics
+from ..sharding.layout import Layout
+from .chunk_view import ChunkView
+from .layer_table import LayerTable
+from .stages import Stage
+from .updates import Update
+
+__all__ = ["Algorithm"]
+
+
+class Algorithm:
+    """The part of an optimizer that its paper describes; `LayerwiseOptimizer` makes a torch.optim.Optimizer of it.
+
+    One `step()` call runs `stages` to their end, each followed by one reduction over the processes, and then `update`
+    or `change`. All are given one parameter group and the numbers of its layers, and need no process group, no device
+    and no number on the host.
+    """
+
+    layer_state: ClassVar[tuple[str, ...]] = ("step",)
+    """State with one number per layer, zero at first. `step` counts the updates of the layer."""
+
+    group_statistics: ClassVar[str | None] = None
+    """What is kept of the groups' gradients: None, "norms" per layer, or "squares" per element besides."""
+
+    # What torch.optim.Optimizer and the base keep for it
+
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+    state: defaultdict[torch.Tensor, Any]
+
+    statistics: GradientStatistics | None
+    """Sees the groups' gradients, where they are wanted. See `LayerwiseOptimizer.collect_group_norms`."""
+
+    implementation: str | None
+    """Who goes over the elements. See `LayerwiseOptimizer.implementation`."""
+
+    # What an algorithm fills in
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        """Names of the state with one value per element, zero at first."""
+        return ()
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if an option of the group is out of range."""
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError if an option cannot work with how the wrapper shards and steps."""
+
+    def has_rows(self, group: dict[str, Any]) -> bool:
+        """Whether sums over the rows of this group's layers are measured; they must be two-dimensional."""
+        return False
+
+    def before_stages(self, layout: Layout) -> None:
+        """Do what precedes the stages of one `step()` call, e.g. a reduction that cannot ride in theirs."""
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        """Yield the stages whose sums the update needs; after each, its reduced sums are in `layers`.
+
+        The sum of squares of the gradient, named "g", must be among them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define stages(): the sums that its update needs")
+
+    def update(self, group: dict[str, Any], layers: LayerTable) -> Update | None:
+        """Describe what happens to an element, with the numbers of the layers that are known by now.
+
+        None if no description in `formulas.updates` fits; then `change` is called.
+        """
+        return None
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        """Update the state in `x` and return what is subtracted from the weights, shape of `x.w`."""
+        raise NotImplementedError(f"{type(self).__name__} must define change(): what happens to an element")
