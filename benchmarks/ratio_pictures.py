@@ -5,7 +5,7 @@
 trains the recipe's tiny BERT on its default corpus with every registered optimizer, one process, 100 steps of 64
 sequences in 8 micro-batches, and draws layers x steps: the trust ratio, or for optimizers without one (NovoGrad, SNGM,
 VRSGD, VRAdam, CowClip) the relative length of the step, |change of w| / (lr |w|). Writes docs/ratios.png and
-docs/ratios.json. The learning rates are guesses, not tuned: the pictures compare patterns, not optimizers.
+docs/ratios.json. The learning rates are the registry's guesses: the pictures compare patterns, not optimizers.
 """
 
 from __future__ import annotations
@@ -33,22 +33,6 @@ from trustratio.recipes.rules.global_batch import plan_batch
 
 OUTPUT = Path(__file__).parent.parent / "docs"
 BATCH, MICRO = 64, 8
-LEARNING_RATES = {
-    "lamb": 0.01,
-    "lambc": 0.01,
-    "lans": 0.01,
-    "vrlamb": 0.01,
-    "lars": 5.0,
-    "tvlars": 5.0,
-    "clars": 0.5,
-    "vrlars": 5.0,
-    "mclr": 1e-4,
-    "novograd": 0.01,
-    "sngm": 0.1,
-    "vrsgd": 0.5,
-    "vradam": 0.001,
-    "cowclip": 0.001,
-}
 
 
 def train(name: str, data: PreparedData, steps: int) -> dict[str, Any]:
@@ -63,7 +47,7 @@ def train(name: str, data: PreparedData, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     config = get_preset("lamb-tiny")
     model = build_model(config.model, padded_vocabulary(data.vocabulary_size))
-    lr = LEARNING_RATES[name]
+    lr = OPTIMIZERS[name].starting_rate
     optimizer = build_optimizer(OptimizerConfig(name=name, lr=lr), model)
     rows = MaskedRows(data.rows("train"), data.vocabulary(), config.data.mask_probability, seed=0)
     plan = plan_batch(BATCH, MICRO, 1)
@@ -145,7 +129,7 @@ def main() -> None:
         losses = runs[name]["loss"]
         print(f"{name}: loss {losses[0]:.3f} to {losses[-1]:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
     rounded = {
-        name: {"lr": LEARNING_RATES[name], "first_loss": run["loss"][0], "last_loss": run["loss"][-1]}
+        name: {"lr": OPTIMIZERS[name].starting_rate, "first_loss": run["loss"][0], "last_loss": run["loss"][-1]}
         for name, run in runs.items()
     }
     options.output.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from .lars import LARS
 from .layerwise import LayerwiseOptimizer
 from .mclr import MCLR
 from .novograd import NovoGrad
-from .registry import OPTIMIZERS, create_optimizer
+from .registry import OPTIMIZERS, OptimizerEntry, create_optimizer, register_optimizer
 from .sharding.layout import LayoutError
 from .sngm import SNGM
 from .tvlars import TVLARS
@@ -32,7 +32,9 @@ __all__ = [
     "LayerwiseOptimizer",
     "LayoutError",
     "NovoGrad",
+    "OptimizerEntry",
     "StatisticsError",
     "VRAdam",
     "create_optimizer",
+    "register_optimizer",
 ]

@@ -19,33 +19,49 @@ from .sngm import SNGM
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
-__all__ = ["OPTIMIZERS", "OptimizerEntry", "create_optimizer"]
+__all__ = ["OPTIMIZERS", "OptimizerEntry", "create_optimizer", "register_optimizer"]
 
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """What users and tests need to know of an optimizer.
+    """What users, tests and recipes need to know of an optimizer; no other list has optimizers by name.
 
     Attributes:
         optimizer_class: The class.
         paper: Where its equations come from.
-        collectives: All-reduces per `step()` call on sharded layers, with default options.
+        sums: fp64 numbers per layer in each all-reduce of one `step()` call on sharded layers, with default options.
+        starting_rate: Learning rate to try first, for models as small as the recipes' tiny presets: a guess.
         variants: Options that the generic tests try besides the defaults.
-        unsharded_collectives: All-reduces per `step()` call where layers are whole and samples are not (DDP, ZeRO-0).
-        group_statistics: What the optimizer takes of group gradients in backward: None, "norms" or "squares". Its step
-            needs a backward pass; squares are reduced besides what is counted here (see `GradientStatistics`).
         extra_wire: What is sent besides the gradient, the weights and a few numbers per layer.
     """
 
     optimizer_class: type[LayerwiseOptimizer]
     paper: str
-    collectives: int
+    sums: tuple[int, ...]
+    starting_rate: float
     variants: tuple[dict[str, Any], ...] = field(default=())
-    unsharded_collectives: int = 0
     extra_wire: str = "none"
 
     @property
+    def collectives(self) -> int:
+        """All-reduces per `step()` call on sharded layers, with default options."""
+        return len(self.sums)
+
+    @property
+    def unsharded_collectives(self) -> int:
+        """All-reduces per `step()` call where layers are whole and samples are not (DDP, ZeRO-0).
+
+        One adds up the norms of the groups' gradients, another one their squares.
+        """
+        return {None: 0, "norms": 1, "squares": 2}[self.group_statistics]
+
+    @property
     def group_statistics(self) -> str | None:
+        """What it takes of group gradients in backward: None, "norms" or "squares".
+
+        Its step needs a backward pass. Where layers are sharded, squares are reduced besides what `sums` has (see
+        `GradientStatistics`).
+        """
         return self.optimizer_class.group_statistics
 
     @property
@@ -59,7 +75,8 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lars": OptimizerEntry(
         LARS,
         "You, Gitman, Ginsburg 2017, arXiv 1708.03888",
-        collectives=1,
+        sums=(2,),
+        starting_rate=5.0,
         variants=(
             {"momentum_form": "gradient"},
             {"momentum_form": "unscaled"},
@@ -71,7 +88,8 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lamb": OptimizerEntry(
         LAMB,
         "You et al. 2019, arXiv 1904.00962",
-        collectives=1,
+        sums=(3,),
+        starting_rate=0.02,
         variants=(
             {"bias_correction": False},
             {"grad_averaging": False, "adapt": True},
@@ -81,38 +99,44 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lambc": OptimizerEntry(
         LAMBC,
         "Fong, Chen, Chen 2020, arXiv 2011.13584",
-        collectives=1,
+        sums=(3,),
+        starting_rate=0.02,
         variants=({"trust_clip": 0.5, "bias_correction": False},),
     ),
     "cowclip": OptimizerEntry(
         CowClip,
         "Zheng et al. 2022, arXiv 2204.06240",
-        collectives=1,
+        sums=(1,),
+        starting_rate=0.001,
         extra_wire="4 bytes per embedding row",
         variants=({"weight_decay": 0.1, "betas": (0.8, 0.99)},),
     ),
     "lans": OptimizerEntry(
         LANS,
         "Zheng et al. 2020, arXiv 2006.13484",
-        collectives=2,
+        sums=(1, 4),
+        starting_rate=0.02,
         variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.9, 0.99)}),
     ),
     "novograd": OptimizerEntry(
         NovoGrad,
         "Ginsburg et al. 2019, arXiv 1905.11286",
-        collectives=1,
+        sums=(1,),
+        starting_rate=0.01,
         variants=({"grad_averaging": True, "lr": 0.5}, {"betas": (0.8, 0.5), "eps": 0.01}),
     ),
     "sngm": OptimizerEntry(
         SNGM,
         "Zhao, Xie, Li 2020, arXiv 2007.13985",
-        collectives=1,
+        sums=(1,),
+        starting_rate=0.1,
         variants=({"momentum": 0.0}, {"momentum": 0.5, "weight_decay": 0.0}),
     ),
     "tvlars": OptimizerEntry(
         TVLARS,
         "Do et al. 2023, arXiv 2309.14053",
-        collectives=1,
+        sums=(3,),
+        starting_rate=5.0,
         variants=(
             {"form": "released"},
             {"decay": 0.7, "delay": 3, "alpha": 0.5, "floor": 0.01},
@@ -122,53 +146,72 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "mclr": OptimizerEntry(
         MCLR,
         "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
-        collectives=4,
+        sums=(1 + 256,) * 4,  # ‖g‖² and a histogram
+        starting_rate=1e-4,
         extra_wire="4 histograms of 2 KB per layer",
         variants=({"momentum": 0.0, "eps": 0.1}, {"adapt": True}),
     ),
     "clars": OptimizerEntry(
         CLARS,
         "Huo, Gu, Huang 2020, arXiv 2002.01576",
-        collectives=1,
-        unsharded_collectives=1,
+        sums=(6,),
+        starting_rate=0.5,
         variants=({"statistic": "square"}, {"statistic": "square", "momentum": 0.0, "adapt": True}),
     ),
     "vrsgd": OptimizerEntry(
         VRSGD,
         "Jiang et al. 2023, arXiv 2309.13681",
-        collectives=1,
+        sums=(6,),
+        starting_rate=0.5,
         extra_wire="one more reduction of the gradient's size",
-        unsharded_collectives=2,
         variants=({"momentum": 0.9, "lr": 0.5}, {"gsnr_floor": 0.4}),
     ),
     "vradam": OptimizerEntry(
         VRAdam,
         "Jiang et al. 2023, arXiv 2309.13681",
-        collectives=1,
+        sums=(6,),
+        starting_rate=0.001,
         extra_wire="one more reduction of the gradient's size",
-        unsharded_collectives=2,
         variants=({"second_moment": "mean", "gsnr_beta": 0.5}, {"gsnr_floor": 0.5, "betas": (0.8, 0.9)}),
     ),
     "vrlars": OptimizerEntry(
         VRLARS,
         "Jiang et al. 2023, arXiv 2309.13681",
-        collectives=2,
+        sums=(6, 2),
+        starting_rate=5.0,
         extra_wire="one more reduction of the gradient's size",
-        unsharded_collectives=2,
         variants=({"momentum_form": "unscaled", "gsnr_floor": 0.3}, {"nesterov": True, "adapt": True}),
     ),
     "vrlamb": OptimizerEntry(
         VRLAMB,
         "Jiang et al. 2023, arXiv 2309.13681",
-        collectives=2,
+        sums=(6, 3),
+        starting_rate=0.02,
         extra_wire="one more reduction of the gradient's size",
-        unsharded_collectives=2,
         variants=(
             {"second_moment": "mean", "gsnr_floor": 0.3},
             {"bias_correction": False, "grad_averaging": False, "adapt": True, "gsnr_beta": 0.0},
         ),
     ),
 }
+
+
+def register_optimizer(name: str, entry: OptimizerEntry) -> None:
+    """Make an optimizer from outside the package known by name, in this process, to whatever takes one.
+
+    Args:
+        name: In lower case.
+        entry: See `OptimizerEntry`.
+
+    Raises:
+        ValueError: If the name is not in lower case, or another class has it.
+    """
+    if name != name.lower():
+        raise ValueError(f"name must be in lower case, got {name!r}")
+    known = OPTIMIZERS.get(name)
+    if known is not None and known.optimizer_class is not entry.optimizer_class:
+        raise ValueError(f"name must be a new one, got {name!r}, which {known.optimizer_class.__name__} has")
+    OPTIMIZERS[name] = entry
 
 
 def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimizer:
@@ -192,6 +235,6 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
     return entry.optimizer_class(params, **options)
 
 
-def _nearest(given: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(given, allowed, n=3)
+def _nearest(unknown: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(unknown, allowed, n=3)
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(allowed)}"

@@ -28,9 +28,10 @@ from ..configuration.overrides import is_override
 from ..configuration.phases import total_steps
 from ..configuration.presets import DEFAULT_PRESET
 from ..model.build import outline
+from ..model.optimizer import starting_rates
 from ..runs.folder import ENVIRONMENT
 from ..runs.metrics import read_metrics
-from .rate_grids import LEAST_RATES, STARTING_RATES, grid_around
+from .rate_grids import LEAST_RATES, grid_around
 from .report import Comparison, markdown, write_report
 from .runs import _INTERRUPTED, Run, carry_out, command
 
@@ -80,10 +81,8 @@ def grids(optimizers: Sequence[str], given: Sequence[str], allow_single: bool) -
             grid = _rates(text, rates)
             found.update(dict.fromkeys([name] if equals else optimizers, grid))
     for name in optimizers:
-        if name not in found and count is not None and name not in STARTING_RATES:
-            raise RecipeError(f"no learning rate is known to start from for {name}: give --lrs {name}=RATE,RATE,RATE")
         if name not in found and count is not None:
-            found[name] = grid_around(STARTING_RATES[name], count)
+            found[name] = grid_around(starting_rates()[name], count)
         if not found.get(name):
             raise RecipeError(f"--lrs gives no rate for {name}: add {name}=RATE,RATE,RATE, or a number of rates")
         if len(found[name]) < LEAST_RATES and not allow_single:

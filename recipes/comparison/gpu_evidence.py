@@ -33,6 +33,7 @@ from ..common.errors import RecipeError
 from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..common.script import command_file
+from ..model.optimizer import starting_rates
 from ..runs.folder import METRICS
 from ..runs.metrics import read_metrics
 from .rate_grids import best_rate
@@ -224,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, passed_on = parser.parse_known_args(arguments)
     try:
         if options.dry_run:
-            from .rate_grids import STARTING_RATES
-
-            for line in commands(options.name, STARTING_RATES, options.work):
+            for line in commands(options.name, starting_rates(), options.work):
                 print(shlex.join([*line, *passed_on]))
             return 0
         return collect(options.name, options.output, options.work, passed_on)

@@ -45,23 +45,3 @@ def grid_around(centre: float, count: int, step: float = STEP) -> tuple[float, .
 
 
 LEAST_RATES = 3
-
-
-STARTING_RATES = {
-    "adamw": 0.002,
-    "clars": 0.5,
-    "lamb": 0.02,
-    "lambc": 0.02,
-    "lans": 0.02,
-    "lars": 5.0,
-    "mclr": 1e-4,
-    "novograd": 0.01,
-    "sgd": 0.5,
-    "sngm": 0.1,
-    "tvlars": 5.0,
-    "vradam": 0.001,
-    "vrlamb": 0.02,
-    "vrlars": 5.0,
-    "vrsgd": 0.5,
-}
-"""Middle of the grid that `--lrs COUNT` makes, for models of the tiny presets' size: guesses to start from."""

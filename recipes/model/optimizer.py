@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,21 @@ from trustratio.optimizers.registry import OPTIMIZERS, create_optimizer
 from ..common.errors import RecipeError, unknown_name
 from ..configuration.config import OptimizerConfig
 
-BASELINES: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+@dataclass(frozen=True)
+class Baseline:
+    """One of torch's optimizers.
+
+    Attributes:
+        optimizer_class: the class.
+        starting_rate: as in trustratio's registry.
+    """
+
+    optimizer_class: Callable[..., torch.optim.Optimizer]
+    starting_rate: float
+
+
+BASELINES = {"adamw": Baseline(torch.optim.AdamW, 0.002), "sgd": Baseline(torch.optim.SGD, 0.5)}
 
 
 def optimizer_names() -> list[str]:
@@ -24,6 +39,12 @@ def optimizer_names() -> list[str]:
 def is_baseline(name: str) -> bool:
     """Tell whether the name is one of torch's element-wise optimizers, which have no trust ratio."""
     return name.lower() in BASELINES
+
+
+def starting_rates() -> dict[str, float]:
+    """Return the learning rate to try first of every optimizer, for models of the tiny presets' size: guesses."""
+    rates = {name: entry.starting_rate for name, entry in OPTIMIZERS.items()}
+    return rates | {name: baseline.starting_rate for name, baseline in BASELINES.items()}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -48,7 +69,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     try:
         if name in BASELINES:
-            return BASELINES[name](groups, lr=config.lr, **options)
+            return BASELINES[name].optimizer_class(groups, lr=config.lr, **options)
         return create_optimizer(name, groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer {config.name!r} refused its options {config.options}: {error}") from error

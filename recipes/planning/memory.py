@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 
 from ..configuration.config import ModelConfig, RecipeConfig
@@ -18,24 +19,6 @@ GIB = 2**30
 
 
 _FP32, _FP64 = 4, 8
-
-
-NORM_SUMS: dict[str, tuple[int, ...]] = {
-    "lars": (2,),
-    "lamb": (3,),
-    "lambc": (3,),
-    "lans": (1, 4),
-    "novograd": (1,),
-    "sngm": (1,),
-    "tvlars": (3,),
-    "cowclip": (1,),
-    "clars": (6,),
-    "vrsgd": (6,),
-    "vradam": (6,),
-    "vrlars": (6, 2),
-    "vrlamb": (6, 3),
-}
-"""fp64 numbers per layer in each reduction of one sharded `step()` call, with the default options."""
 
 
 _BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in elements
@@ -57,7 +40,7 @@ class ModelSize:
         layers: elements of each.
         states: numbers per element that the optimizer keeps.
         statistics: of group gradients that it needs: "", "norms" or "squares".
-        norm_sums: see `NORM_SUMS`; None where the number is not known.
+        norm_sums: see `OptimizerEntry.sums`; None where the number is not known.
     """
 
     shape: ModelConfig
@@ -87,9 +70,8 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
 
 
 def _norm_sums(config: RecipeConfig) -> tuple[int, ...] | None:
-    return (
-        NORM_SUMS.get(config.optimizer.name.lower()) if config.optimizer.options.get("max_grad_norm") is None else None
-    )
+    clips = config.optimizer.options.get("max_grad_norm") is not None
+    return None if clips else OPTIMIZERS[config.optimizer.name.lower()].sums
 
 
 def _element_states(config: RecipeConfig, optimizer: Any) -> int:

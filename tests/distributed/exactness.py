@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trustratio.optimizers import OPTIMIZERS
+
 from ..reference import REFERENCES, relative_error, run_reference
 from .cases import DTYPES, Case, LayerSpec, group_gradients, initial_weights, mean_gradients
 
@@ -38,7 +40,11 @@ BASE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Groups that differ by a common factor have the same signal-to-noise ratio in every element; see `group_gradients`.
-NOISE = {"clars": 1.0, "vrsgd": 6.0, "vradam": 6.0, "vrlars": 6.0, "vrlamb": 6.0}
+NOISE = {
+    name: {"norms": 1.0, "squares": 6.0}[entry.group_statistics]
+    for name, entry in OPTIMIZERS.items()
+    if entry.group_statistics is not None
+}
 
 
 def two_groups(name: str, **options: Any) -> tuple[dict[str, Any], ...]:

@@ -20,6 +20,7 @@ from trustratio.recipes.comparison.report import Comparison, markdown
 from trustratio.recipes.comparison.runs import Outcome
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.presets import get_preset
+from trustratio.recipes.model.optimizer import starting_rates
 
 # Started in bert.py's place, with its path as the first argument. The loss is smallest at 0.02; above 0.5 it diverges.
 # A file "stop" beside the runs ends it once, half-way, with the exit status in the file.
@@ -204,7 +205,6 @@ def test_one_learning_rate_is_refused_unless_insisted_on(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--optimizers", "cowclip", "--lrs", "3"), "no learning rate is known to start from for cowclip"),
         (("--optimizers", "lamb", "--lrs", "a,b"), "no list of numbers"),
         (("--optimizers", "lamb", "--lrs", "0.1,0.2,-1"), "finite and above 0"),
         (("--optimizers", "lamb", "--lrs", "adamw=1,2,3"), "'adamw' is not among --optimizers lamb"),
@@ -282,7 +282,7 @@ def test_a_comparison_of_the_recipe_itself(text_folder, tmp_path, capsys):
 @pytest.mark.parametrize("name", list(gpu_evidence.EVIDENCE))
 def test_the_gpu_runs_are_commands_that_parse(name, tmp_path):
     evidence = gpu_evidence.EVIDENCE[name]
-    lines = gpu_evidence.commands(name, compare.STARTING_RATES, tmp_path)
+    lines = gpu_evidence.commands(name, starting_rates(), tmp_path)
     assert len(lines) == len(evidence.batches)
     for line, (batch, steps) in zip(lines, evidence.batches, strict=True):
         options, passed_on = compare.parse(line[2:])
@@ -300,7 +300,7 @@ def test_the_main_runs_take_their_rates_from_the_sweep(tmp_path):
     runs = [{"optimizer": "lamb", "lr": lr, "loss": loss} for lr, loss in ((0.1, 3.0), (0.2, 2.0), (0.4, None))]
     (tmp_path / "gpu_sweep.json").write_text(json.dumps({"results": [{"runs": runs}]}))
     assert gpu_evidence.sweep_rates(tmp_path) == {"lamb": 0.2}
-    line = gpu_evidence.commands("scale", dict.fromkeys(compare.STARTING_RATES, 0.2), tmp_path)[0]
+    line = gpu_evidence.commands("scale", dict.fromkeys(starting_rates(), 0.2), tmp_path)[0]
     assert "lamb=0.28" in line
 
 
