@@ -52,7 +52,7 @@ def train(name: str, data: PreparedData, steps: int) -> dict[str, Any]:
     rows = MaskedRows(data.rows("train"), data.vocabulary(), config.data.mask_probability, seed=0)
     plan = plan_batch(BATCH, MICRO, 1)
     weights = {n: p for n, p in model.named_parameters() if p.dim() >= 2}
-    found: dict[str, Any] = {"loss": [], "layers": list(weights), "ratios": [], "relative_steps": []}
+    record: dict[str, Any] = {"loss": [], "layers": list(weights), "ratios": [], "relative_steps": []}
     for step in range(steps):
         warm = min(1.0, (step + 1) / 10)
         for group in optimizer.param_groups:
@@ -67,15 +67,15 @@ def train(name: str, data: PreparedData, steps: int) -> dict[str, Any]:
             total += loss.item() / masked
         before = {n: w.detach().clone() for n, w in weights.items()}
         optimizer.step()
-        found["loss"].append(total)
+        record["loss"].append(total)
         ratios = optimizer.trust_ratios()  # type: ignore[attr-defined]
-        found["ratios"].append([ratios.get(n, 1.0) for n in weights])
+        record["ratios"].append([ratios.get(n, 1.0) for n in weights])
         with torch.no_grad():
             moved = [((w - before[n]).norm() / before[n].norm() / (lr * warm)).item() for n, w in weights.items()]
-        found["relative_steps"].append(moved)
-    if all(ratio == 1.0 for row in found["ratios"] for ratio in row):
-        found["ratios"] = None
-    return found
+        record["relative_steps"].append(moved)
+    if all(ratio == 1.0 for row in record["ratios"] for ratio in row):
+        record["ratios"] = None
+    return record
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:

@@ -132,9 +132,9 @@ class CowClip(LayerwiseOptimizer):
         clipped = {self.parameter_name(weight): weight for weight in self._clipped}
         weight = clipped.get(parameter) if isinstance(parameter, str) else parameter
         if weight is None or weight not in self._clipped:
-            given = repr(parameter) if isinstance(parameter, str) else f"a tensor of shape {tuple(parameter.shape)}"
+            described = repr(parameter) if isinstance(parameter, str) else f"a tensor of shape {tuple(parameter.shape)}"
             known = ", ".join(name for name in clipped if name) or "known by their tensors, not by names"
-            raise ValueError(f"parameter must be in a group with cowclip=True ({known}), got {given}")
+            raise ValueError(f"parameter must be in a group with cowclip=True ({known}), got {described}")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers, got {ids.dtype}")
         self._counts.add(weight, ids)

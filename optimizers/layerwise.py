@@ -177,13 +177,13 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        given = [[self.was_given(p) for p in group["params"]] for group in self.param_groups]
-        return {**super().__getstate__(), "_given": given, "_implementation": self._implementation}
+        are_parameters = [[self.was_given(p) for p in group["params"]] for group in self.param_groups]
+        return {**super().__getstate__(), "_given": are_parameters, "_implementation": self._implementation}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this from load_state_dict too, on an optimizer that knows its parameters.
-        given = state.pop("_given", None)
-        if given is not None:
+        are_parameters = state.pop("_given", None)
+        if are_parameters is not None:
             self._forget()
         super().__setstate__(state)
         self.__dict__.setdefault("_implementation", None)
@@ -191,7 +191,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             group.setdefault("adapt", None)
             group.setdefault("segments", None)
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
-            if given is not None and all(given[index]):
+            if are_parameters is not None and all(are_parameters[index]):
                 self._remember(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -126,8 +126,8 @@ def _shard_offsets(layout: Layout, layers: Sequence[int]) -> Iterator[tuple[int,
         if not wanted:
             continue
         of_ranks: list[list[tuple[int, int]]] = [[]] * dist.get_world_size(process_group)
-        own = [(shard.layer, shard.offset) for shard in layout.shards if shard.layer in wanted]
-        dist.all_gather_object(of_ranks, own, group=process_group)
+        of_this_rank = [(shard.layer, shard.offset) for shard in layout.shards if shard.layer in wanted]
+        dist.all_gather_object(of_ranks, of_this_rank, group=process_group)
         for offsets in of_ranks:
             yield from offsets
 

@@ -15,7 +15,7 @@ __all__ = ["Stage", "Sums", "sums_over_layers", "sums_over_rows"]
 
 
 class Stage(Protocol):
-    """Sums that are measured together: `kernels.updates.Sums`, or a method that `sums_over_layers` decorates."""
+    """Sums that are measured together: `Sums`, or a method that `sums_over_layers` decorates."""
 
     @property
     def sum_sizes(self) -> Mapping[str, int]:
@@ -80,5 +80,5 @@ class Sums:
         return dict.fromkeys(self.names, 1)
 
     def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
-        found = {"w": squares(x.w), "g": squares(x.g)} if self.of is None else self.of.measure(x)
-        return [found[name] for name in self.names]
+        summands = {"w": squares(x.w), "g": squares(x.g)} if self.of is None else self.of.measure(x)
+        return [summands[name] for name in self.names]

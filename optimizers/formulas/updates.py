@@ -233,8 +233,8 @@ class AdamUpdate:
     def measure(self, x: ChunkView) -> dict[str, Summand]:
         """Sums of squares: "w", "g" (as it comes), "u", and "u_g" of the second direction."""
         u, u_g = self.directions(x)
-        found = {"w": squares(x.w), "g": squares(x.g), "u": squares(u)}
-        return found if u_g is None else {**found, "u_g": squares(u_g)}
+        summands = {"w": squares(x.w), "g": squares(x.g), "u": squares(u)}
+        return summands if u_g is None else {**summands, "u_g": squares(u_g)}
 
     def change(self, x: ChunkView) -> torch.Tensor:
         u, u_g = self.directions(x)

@@ -39,10 +39,10 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
     Raises:
         ValueError: Listing the differences.
     """
-    saved, own = state_dict["param_groups"], optimizer.param_groups
-    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+    saved, current = state_dict["param_groups"], optimizer.param_groups
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
         return
-    problems = [*_foreign_options(optimizer, saved)] or [*_other_names(own, saved)]
+    problems = [*_foreign_options(optimizer, saved)] or [*_other_names(current, saved)]
     problems = problems or [*_foreign_state(optimizer, state_dict)]
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more differences"] if len(problems) > 8 else [])
@@ -75,10 +75,10 @@ def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(subclass)
 
 
-def _other_names(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:
+def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:
     """Parameters that bear other names in the file, where both know names."""
-    for index, (group, current) in enumerate(zip(saved, own, strict=True)):
-        pairs = zip(group.get("param_names") or (), current.get("param_names") or (), strict=False)
+    for index, (saved_group, group) in enumerate(zip(saved, current, strict=True)):
+        pairs = zip(saved_group.get("param_names") or (), group.get("param_names") or (), strict=False)
         for position, (theirs, ours) in enumerate(pairs):
             if without_wrappers(theirs) != without_wrappers(ours):
                 yield f"parameter {position} of group {index} is {theirs} in the state_dict and {ours} here"
@@ -93,9 +93,9 @@ def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator
             state = state_dict["state"].get(key) or {}
             of_layers = state.get("layers", {})
             name = dict(enumerate(current.get("param_names") or ())).get(position, f"number {position}")
-            found = {*state, *of_layers} - {"layers"}
-            if state and found != wanted:
-                yield f"parameter {name} has the state {_listing(found)} instead of {_listing(wanted)}"
+            saved_names = {*state, *of_layers} - {"layers"}
+            if state and saved_names != wanted:
+                yield f"parameter {name} has the state {_listing(saved_names)} instead of {_listing(wanted)}"
                 continue
             shapes = {what: tuple(parameter.shape) for what in element_state}
             shapes |= {what: () for what in optimizer.layer_state if what not in of_layers}
