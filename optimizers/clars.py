@@ -11,14 +11,14 @@ from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable, safe_ratio
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseMomentum
 
 __all__ = ["CLARS"]
 
 STATISTICS = ("norm", "square")
 
 
-class CLARS(LayerwiseOptimizer):
+class CLARS(LayerwiseMomentum):
     r"""LARS whose denominator is the norm of single gradients, not of their mean.
 
     With g_i the gradients of k groups of samples (a group is one rank's one micro-batch), g their mean and λ the decay:
@@ -84,14 +84,8 @@ class CLARS(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_range("trust_coefficient", group["trust_coefficient"], 0.0, low_open=True)
         check_choice("statistic", group["statistic"], STATISTICS)
 

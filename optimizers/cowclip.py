@@ -11,11 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .formulas.chunk_view import ChunkView
 from .formulas.chunks import Summand, squares
-from .formulas.hyperparameters import check_betas, check_choice, check_flag, check_range
+from .formulas.hyperparameters import check_choice, check_flag, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers, sums_over_rows
 from .gradient_statistics.lookups import IdCounts, LookupHook
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseAdam
 from .sharding.layout import Layer, Layout
 
 __all__ = ["CowClip", "CowClipSettings", "clip_threshold", "scale_cowclip"]
@@ -23,7 +23,7 @@ __all__ = ["CowClip", "CowClipSettings", "clip_threshold", "scale_cowclip"]
 THRESHOLDS = ("code", "paper")
 
 
-class CowClip(LayerwiseOptimizer):
+class CowClip(LayerwiseAdam):
     r"""Adam with adaptive column-wise clipping of embeddings, by how often each id occurs in the global batch.
 
     For row c of an embedding in a group with ``cowclip=True``, looked up n_c times in the global batch (n_c = 1 for
@@ -103,15 +103,8 @@ class CowClip(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("eps", group["eps"], 0.0)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_range("ratio", group["ratio"], 0.0, low_open=True)
         check_range("zeta", group["zeta"], 0.0)
         check_choice("threshold", group["threshold"], THRESHOLDS)

@@ -1,4 +1,8 @@
-"""LAMB: layer-wise Adam for large batches (You et al. 2019, arXiv 1904.00962), and LAMBC, its clipped form."""
+"""LAMB: layer-wise Adam for large batches (You et al. 2019, arXiv 1904.00962), and LAMBC, its clipped form.
+
+This file says which numbers enter the formula. What runs for every element, m ← β₁m + (1-β₁)g and the lines after it,
+is `AdamUpdate.directions` in formulas/updates.py; compiled kernels follow it term by term (kernels/).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,17 @@ from typing import Any
 
 import torch
 
-from .formulas.hyperparameters import check_betas, check_flag, check_range
+from .formulas.hyperparameters import check_flag, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseAdam
 from .sharding.layout import Layout
 
 __all__ = ["LAMB", "LAMBC"]
 
 
-class LAMB(LayerwiseOptimizer):
+class LAMB(LayerwiseAdam):
     r"""Adam whose step is scaled per layer by ‖w‖ / ‖u‖.
 
     With g the gradient (divided by max(1, ‖g‖/max_grad_norm) over the whole model if that is set):
@@ -85,15 +89,8 @@ class LAMB(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("eps", group["eps"], 0.0)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_flag("bias_correction", group["bias_correction"])
         check_flag("grad_averaging", group["grad_averaging"])
         if group["max_grad_norm"] is not None:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from .formulas.hyperparameters import check_betas, check_flag, check_range
+from .formulas.hyperparameters import check_flag
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseAdam
 
 __all__ = ["LANS"]
 
 
-class LANS(LayerwiseOptimizer):
+class LANS(LayerwiseAdam):
     r"""LAMB of the normalised gradient, whose momentum and whose gradient are scaled by a ratio each.
 
     With g the layer's gradient divided by its norm:
@@ -75,15 +75,8 @@ class LANS(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("eps", group["eps"], 0.0)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_flag("normalize_grad", group["normalize_grad"])
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -11,14 +11,14 @@ from .formulas.hyperparameters import check_choice, check_flag, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate, TrustRule
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseMomentum
 
 __all__ = ["LARS"]
 
 MOMENTUM_FORMS = ("scaled", "gradient", "unscaled")
 
 
-class LARS(LayerwiseOptimizer):
+class LARS(LayerwiseMomentum):
     r"""SGD with momentum whose step is scaled per layer by η‖w‖ / (‖g‖ + λ‖w‖ + ε).
 
     With d = g + λw and q the layer's ratio (1 for layers that are not adapted, and where ‖w‖ or ‖g‖ is zero):
@@ -81,14 +81,8 @@ class LARS(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_range("trust_coefficient", group["trust_coefficient"], 0.0, low_open=True)
         check_range("eps", group["eps"], 0.0)
         check_flag("nesterov", group["nesterov"])

@@ -1,7 +1,7 @@
-"""What every layer-wise optimizer shares with the others, and with torch.optim.
+"""What every layer-wise optimizer shares with the others, and with torch.optim; and the bases of two families.
 
 One `step()` call runs the algorithm's `stages`, whose sums are reduced over the processes, and then its `update`; see
-`step.Step`.
+`formulas.algorithm` for what an algorithm fills in and `stepping.step` for who runs it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .formulas.algorithm import Algorithm
-from .formulas.hyperparameters import check_choice, check_segments
+from .formulas.hyperparameters import check_betas, check_choice, check_range, check_segments
 from .formulas.layer_table import adapts
 from .formulas.rows import Rows
 from .gradient_statistics.watch import GradientStatistics
@@ -26,7 +26,7 @@ from .stepping.foreign_state import refuse_foreign_state
 from .stepping.plan import Plan
 from .stepping.step import Step
 
-__all__ = ["LayerwiseOptimizer"]
+__all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
 
 
 class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
@@ -237,6 +237,33 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 f"{type(self).__name__} takes norms of whole parameters' gradients in backward: leave out the option "
                 "segments, which cuts parameters into several layers"
             )
+
+
+class LayerwiseMomentum(LayerwiseOptimizer):
+    """Base of those with the options lr, momentum and weight_decay, which keep v of `MomentumUpdate`."""
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+
+
+class LayerwiseAdam(LayerwiseOptimizer):
+    """Base of those with the options lr, betas, eps and weight_decay, which keep m and v of `AdamUpdate`."""
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_betas(group["betas"])
+        check_range("eps", group["eps"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
 
 
 def _check_parameter(parameter: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from .formulas.hyperparameters import check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import MomentumUpdate
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseMomentum
 
 __all__ = ["MCLR"]
 
@@ -22,7 +22,7 @@ BINS = 1 << DIGIT_BITS
 KEY_BITS = 32
 
 
-class MCLR(LayerwiseOptimizer):
+class MCLR(LayerwiseMomentum):
     r"""SGD with momentum whose step is scaled per layer by the median of |w| / |g|. Experimental.
 
     Were the loss a parabola with its minimum at zero in each weight, |g_j|/|w_j| would be its curvature and the inverse
@@ -83,14 +83,8 @@ class MCLR(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_range("eps", group["eps"], 0.0)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from .formulas.hyperparameters import check_betas, check_flag, check_range
+from .formulas.hyperparameters import check_flag
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseAdam
 
 __all__ = ["NovoGrad"]
 
 
-class NovoGrad(LayerwiseOptimizer):
+class NovoGrad(LayerwiseAdam):
     r"""SGD with momentum over gradients that are divided by a running norm of their layer.
 
     The second moment v is one number per layer:
@@ -78,10 +78,7 @@ class NovoGrad(LayerwiseOptimizer):
         return ("exp_avg",)
 
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("eps", group["eps"], 0.0)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_flag("grad_averaging", group["grad_averaging"])
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 
-from .formulas.hyperparameters import check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseMomentum
 
 __all__ = ["SNGM"]
 
 
-class SNGM(LayerwiseOptimizer):
+class SNGM(LayerwiseMomentum):
     r"""SGD with momentum over the gradient divided by the norm of the whole model's gradient.
 
         u ← βu + (g + λw) / ‖g‖          w ← w - lr · u
@@ -60,15 +59,6 @@ class SNGM(LayerwiseOptimizer):
             params,
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "implementation": implementation},
         )
-
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-
-    def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
-        check_range("weight_decay", group["weight_decay"], 0.0)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1

@@ -11,7 +11,7 @@ from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseMomentum
 
 __all__ = ["TVLARS"]
 
@@ -20,7 +20,7 @@ RELEASED_ALPHA = 0.1
 RELEASED_LARGEST_NORM = 10.0
 
 
-class TVLARS(LayerwiseOptimizer):
+class TVLARS(LayerwiseMomentum):
     r"""LARS whose ratio starts large and decays with the step t = 1, 2, …; no warm-up is used.
 
     With d = g + λw, and the ratio q = 1 for layers that are not adapted and where a norm is zero:
@@ -100,14 +100,8 @@ class TVLARS(LayerwiseOptimizer):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         check_range("trust_coefficient", group["trust_coefficient"], 0.0, low_open=True)
         check_range("decay", group["decay"], 0.0)
         check_range("delay", group["delay"], 0.0)

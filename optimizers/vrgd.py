@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from .formulas.hyperparameters import check_betas, check_choice, check_range
+from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate
 from .lamb import LAMB
 from .lars import LARS
-from .layerwise import LayerwiseOptimizer
+from .layerwise import LayerwiseAdam, LayerwiseMomentum, LayerwiseOptimizer
 
 __all__ = ["VRLAMB", "VRLARS", "VRSGD", "VRAdam"]
 
@@ -59,7 +59,7 @@ class VarianceReduced(LayerwiseOptimizer):
         return Gsnr(group["gsnr_floor"], layers.resolution, scale)
 
 
-class VRSGD(VarianceReduced):
+class VRSGD(VarianceReduced, LayerwiseMomentum):
     r"""SGD on the mean gradient times its signal-to-noise ratio; with momentum, VR-Momentum.
 
     With r as in `VarianceReduced`:
@@ -110,14 +110,8 @@ class VRSGD(VarianceReduced):
             },
         )
 
-    @property
-    def element_state(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_range("momentum", group["momentum"], 0.0, 1.0, high_open=True)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         self.check_gsnr(group)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
@@ -218,7 +212,7 @@ class VRMoments(VarianceReduced):
         )
 
 
-class VRAdam(VRMoments):
+class VRAdam(VRMoments, LayerwiseAdam):
     r"""Adam on the mean gradient times a running average of its signal-to-noise ratio.
 
     With r as in `VarianceReduced`:
@@ -280,10 +274,7 @@ class VRAdam(VRMoments):
         )
 
     def check(self, group: dict[str, Any]) -> None:
-        check_range("lr", group["lr"], 0.0)
-        check_betas(group["betas"])
-        check_range("eps", group["eps"], 0.0)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        super().check(group)
         self.check_moments(group)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -6,6 +6,7 @@ that no step waits for the host.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,20 @@ __all__ = ["LayerTable", "safe_ratio"]
 class LayerTable:
     """Vectors over the layers of one parameter group, shape (layers,), fp64.
 
-    Any attribute that an algorithm assigns is such a vector. Three are set by the step: the per-layer state of the
-    algorithm (its new value is kept for layers that have a gradient), `adapt`, and the sums that a phase returned.
+    Any attribute that an algorithm assigns is a new vector, so that its lines read like the paper's:
+    `layers.clip = ...` in `stages`, then `layers.clip` in `update`. Hence a misspelt name is a vector too. Reading one
+    that nobody has assigned raises AttributeError with the nearest names; one that nobody reads is found by a test
+    alone (of the package's optimizers, tests/unit/test_layer_table.py). Names of methods cannot be assigned.
+
+    Three are set by the step: the per-layer state of the algorithm (its new value is kept for layers that have a
+    gradient), `adapt`, and the sums that a stage measured, which `total` and `norm` return by their names.
     `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it. In groups whose rows are measured,
     `rows` tells which of them this rank holds, and `row_norm` has one entry for each.
     """
 
     def __setattr__(self, name: str, vector: Any) -> None:
+        if name in type(self).__dict__:
+            raise AttributeError(f"{name!r} is a method of LayerTable: give the vector another name")
         self.__dict__[name] = vector
 
     def __init__(
@@ -49,27 +57,31 @@ class LayerTable:
         self.__dict__.update(state)
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        raise AttributeError(f"no per-layer numbers named {name!r}: assign them before use")
+        vectors = [known for known in self.__dict__ if not known.startswith("_")]
+        nearest = difflib.get_close_matches(name, vectors) or vectors
+        raise AttributeError(
+            f"no per-layer numbers named {name!r}: assign them before use; there are {', '.join(nearest)}"
+        )
 
     def receive(self, name: str, totals: torch.Tensor, model_total: torch.Tensor) -> None:
-        """Take a reduced sum of a phase: per layer of this group, and over all layers of the step that measured it."""
+        """Take a reduced sum of a stage: per layer of this group, and over all layers of the step that measured it."""
         self._totals[name] = totals
         self._model_totals[name] = model_total
 
     def receive_rows(self, name: str, totals: torch.Tensor) -> None:
-        """Take a sum of a phase over each row that this rank holds, complete also where the row is cut."""
+        """Take a sum of a stage over each row that this rank holds, complete also where the row is cut."""
         self._row_totals[name] = totals
 
     def row_norm(self, name: str) -> torch.Tensor:
-        """L2 norm of each row, shape (rows,), if the phase summed squares."""
+        """L2 norm of each row, shape (rows,), if the stage summed squares."""
         return self._row_totals[name].sqrt()
 
     def total(self, name: str) -> torch.Tensor:
-        """Each layer's sum over all its shards, as named by the phase; shape (bins, layers) for a histogram."""
+        """Each layer's sum over all its shards, as named by the stage; shape (bins, layers) for a histogram."""
         return self._totals[name]
 
     def norm(self, name: str) -> torch.Tensor:
-        """Square root of `total`: each layer's L2 norm, if the phase summed squares."""
+        """Square root of `total`: each layer's L2 norm, if the stage summed squares."""
         return self._totals[name].sqrt()
 
     def model_norm(self, name: str) -> torch.Tensor:

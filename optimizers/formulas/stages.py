@@ -21,6 +21,10 @@ class Stage(Protocol):
     def sum_sizes(self) -> Mapping[str, int]:
         """Names of the sums over layers, in the order in which they are returned, and how many numbers each has."""
 
+    @property
+    def row_names(self) -> Sequence[str]:
+        """Names of the sums over rows, which are returned after those over layers."""
+
     def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
         """Return the elements whose sums are wanted, of one chunk."""
 
@@ -40,13 +44,17 @@ def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], 
 
     def declare(stage: StageMethod) -> StageMethod:
         stage.sum_sizes = {**dict.fromkeys(names, 1), **histograms}  # type: ignore[attr-defined]
+        stage.row_names = ()  # type: ignore[attr-defined]
         return stage
 
     return declare
 
 
 def sums_over_rows(*names: str) -> Callable[[StageMethod], Any]:
-    """Declare sums over each row, which a stage returns after those over layers; for groups with `has_rows`."""
+    """Declare sums over each row, which a stage returns after those over layers; for groups with `has_rows`.
+
+    Stands above `sums_over_layers`.
+    """
 
     def declare(stage: StageMethod) -> StageMethod:
         stage.row_names = names  # type: ignore[attr-defined]
@@ -78,6 +86,10 @@ class Sums:
     @property
     def sum_sizes(self) -> dict[str, int]:
         return dict.fromkeys(self.names, 1)
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        return ()
 
     def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
         summands = {"w": squares(x.w), "g": squares(x.g)} if self.of is None else self.of.measure(x)
