@@ -1,0 +1,46 @@
+"""What the registry says of an optimizer is what its step does, and what can be registered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer, register_optimizer
+from trustratio.optimizers.sharding.layout import Layout
+
+from .test_generic import LR, make_parameters, train
+
+
+@pytest.mark.filterwarnings("ignore:.*group.* of samples per step.*")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sums_are_those_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced: list[int] = []
+    reduce = Layout.reduce
+
+    def counting(layout: Layout, sums: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        reduced.append(len(sums))
+        return reduce(layout, sums, *arguments)
+
+    monkeypatch.setattr(Layout, "reduce", counting)
+    parameters = make_parameters()
+    train(create_optimizer(name, list(parameters.items()), lr=LR), parameters, range(1))
+    assert tuple(reduced) == OPTIMIZERS[name].sums
+
+
+class Another(LAMB):
+    pass
+
+
+def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(OPTIMIZERS["lamb"], optimizer_class=Another)
+    monkeypatch.setitem(OPTIMIZERS, "another", entry)  # forgotten afterwards
+    register_optimizer("another", entry)
+    assert type(create_optimizer("Another", make_parameters().values())) is Another
+    with pytest.raises(ValueError, match="name must be a new one, got 'lamb', which LAMB has"):
+        register_optimizer("lamb", entry)
+    with pytest.raises(ValueError, match="name must be in lower case, got 'Other'"):
+        register_optimizer("Other", entry)
+    assert OPTIMIZERS["lamb"].optimizer_class is LAMB
