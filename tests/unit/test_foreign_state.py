@@ -48,6 +48,21 @@ def test_another_optimizer(saved: Any, loading: Any, message: str, started: bool
     assert not target.state
 
 
+class WithAnOptionOfItsOwn(LARS):
+    """A user's optimizer, which no registry knows."""
+
+    def __init__(self, params: Any, lr: float, sharpness: float = 1.0):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["sharpness"] = sharpness
+
+
+def test_an_optimizer_of_the_users_own() -> None:
+    state = WithAnOptionOfItsOwn(parameters(), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="group 0 has options of another optimizer: sharpness"):
+        LARS(parameters(), lr=0.2).load_state_dict(state)
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_other_order_of_names(started: bool) -> None:
     shapes = {"one": (3, 3), "two": (3, 3)}
