@@ -31,39 +31,44 @@ def blocks() -> dict[str, str]:
     return dict(zip(NAMES, code, strict=True))
 
 
+def write(folder: Path, files: dict[str, str]) -> str:
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
 def look_in(folder: str) -> None:
-    """Runs on every rank, which may have been started before the folder was made."""
+    """Find modules there; runs on every rank too, which may have been started before the folder was made."""
     sys.path.insert(0, folder)
 
 
 @pytest.fixture(autouse=True)
 def forgotten_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    names = {id(table): set(table) for table in (OPTIMIZERS, REFERENCES)}
+    tables: list[dict[str, Any]] = [OPTIMIZERS, REFERENCES]
+    before = [{**table} for table in tables]
     yield
-    for table in (OPTIMIZERS, REFERENCES):
-        for name in set(table) - names[id(table)]:
-            del table[name]  # type: ignore[attr-defined]
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
     for path in tmp_path.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
 
-def make_known(pool: WorkerPool, folder: Path, files: dict[str, str]) -> None:
-    """Write the files where this process and the workers look for modules."""
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text)
-    look_in(str(folder))
-    pool.run(look_in, str(folder))
+def run_test(pool: WorkerPool, folder: str, name: str, stage: str | int) -> None:
+    """Run the page's test, found here and by the workers in the folder."""
+    look_in(folder)
+    pool.run(look_in, folder)
+    module: Any = importlib.import_module(name)
+    (stages,) = (mark.args[1] for mark in module.test_it_equals_its_reference.pytestmark if mark.args[0] == "stage")
+    assert stages == STAGES
+    module.test_it_equals_its_reference(pool, stage, pool.world_size)
 
 
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_pages_optimizer_is_exact(pool: WorkerPool, stage: str | int, world_size: int, tmp_path: Path) -> None:
-    make_known(pool, tmp_path, blocks())
-    page: Any = importlib.import_module("test_layerwise_lion")
-    (stages,) = (mark.args[1] for mark in page.test_it_equals_its_reference.pytestmark if mark.args[0] == "stage")
-    assert stages == STAGES
-    page.test_it_equals_its_reference(pool, stage, world_size)
+    run_test(pool, write(tmp_path, blocks()), "test_layerwise_lion", stage)
 
 
 BREAKS = {
@@ -83,15 +88,12 @@ def test_a_mistake_is_caught(pool: WorkerPool, name: str, world_size: int, tmp_p
     files["layerwise_lion"] = files["layerwise_lion"].replace(right, wrong)
     # Under names of their own, as the workers know the page's modules by now.
     files = {key.replace("layerwise_lion", name): text.replace("layerwise_lion", name) for key, text in files.items()}
-    make_known(pool, tmp_path, files)
-    page: Any = importlib.import_module(f"test_{name}")
     with pytest.raises(AssertionError, match=message):
-        page.test_it_equals_its_reference(pool, 2, world_size)
+        run_test(pool, write(tmp_path, files), f"test_{name}", 2)
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_who_knows_it(pool: WorkerPool, world_size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_known(pool, tmp_path, blocks())
+def test_who_knows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look_in(write(tmp_path, blocks()))
     page: Any = importlib.import_module("who_knows_it")
     entry = OPTIMIZERS["layerwise_lion"]
     assert type(page.optimizer) is entry.optimizer_class
