@@ -9,12 +9,12 @@ import torch
 
 from trustratio.optimizers import LAMB, OPTIMIZERS, LayerwiseOptimizer, create_optimizer
 
+from ..swept import SWEPT
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SHAPES = ((4097, 3), (3, 11), (17,), (), (1000, 1024))
-PLAIN = [
-    name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None and name not in ("cowclip", "mclr")
-]
+PLAIN = [name for name in SWEPT if OPTIMIZERS[name].group_statistics is None]
 
 
 def make(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, VRSGD, LayerwiseOptimizer, create_optimizer
+from trustratio.optimizers import LAMB, LARS, OPTIMIZERS, LayerwiseOptimizer, create_optimizer
 from trustratio.optimizers.formulas import updates
 from trustratio.optimizers.formulas.layer_table import LayerTable
 from trustratio.optimizers.kernels import choice, cpu, interface
@@ -23,6 +23,7 @@ from trustratio.optimizers.kernels.interface import Operands
 from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
 from trustratio.optimizers.stepping.plan import Plan
 
+from ..swept import SWEPT
 from .test_generic import all_variants, backward, make_gradients, make_parameters, train, values
 
 Tensor = torch.Tensor
@@ -674,10 +675,10 @@ def test_the_choice_survives_copies() -> None:
 
 def test_vrsgd_is_swept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """No optimizer of the two families falls back silently."""
-    fitting = [name for name in OPTIMIZERS if name not in ("mclr", "cowclip")]
-    assert VRSGD is OPTIMIZERS["vrsgd"].optimizer_class
+    assert {"lars", "lamb", "vrsgd", "vrlamb"} <= set(SWEPT)
+    assert not {"mclr", "cowclip"} & set(SWEPT)
     monkeypatch.setattr(
         "trustratio.optimizers.stepping.plan.cut_into_chunks", lambda layout: pytest.fail("tensor operations")
     )
-    for name in fitting:
+    for name in SWEPT:
         run(name, "cpu", steps=1)

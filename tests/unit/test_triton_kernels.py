@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 from trustratio.optimizers.kernels import choice, interface, triton_kernels
 
+from ..swept import SWEPT
 from . import test_kernels
 from .test_generic import backward, make_gradients, make_parameters, values
 from .test_kernels import assert_close, flat_run, states
@@ -26,7 +27,7 @@ BLOCK = triton_kernels.BLOCK
 SHAPES: dict[str, tuple[int, ...]] = {"blocks": (BLOCK + 1, 2), "odd": (3, 11), "bias": (17,), "scalar": ()}
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in OPTIMIZERS if name not in ("cowclip", "mclr")),
+    *((name, {}) for name in SWEPT),
     ("lars", {"nesterov": True, "momentum_form": "gradient"}),
     ("lars", {"momentum": 0.0}),
     ("lamb", {"max_grad_norm": 1.0}),

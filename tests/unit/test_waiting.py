@@ -19,10 +19,10 @@ from trustratio.optimizers import OPTIMIZERS, create_optimizer
 from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
 from trustratio.optimizers.stepping.plan import Plan
 
+from ..swept import SWEPT
+
 META = torch.device("meta")
-PLAIN = [
-    name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None and name not in ("cowclip", "mclr")
-]
+PLAIN = [name for name in SWEPT if OPTIMIZERS[name].group_statistics is None]
 
 
 class NothingFromTheHost(TorchFunctionMode):
