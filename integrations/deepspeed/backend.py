@@ -15,10 +15,10 @@ Read from DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +32,15 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers import OPTIMIZERS
-from trustratio.optimizers.sharding.backends import register_backend
+from trustratio.optimizers.sharding.backends import Backend, register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of
 from trustratio.optimizers.sharding.gradient_flow import GradientFlow
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.layout import Layout, LayoutError
+from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
+from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.refusals import refuse_model_norm
+from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 
-from ..tensor_parallel import Part, Reductions, TensorParallel
 from .gradients import describe_gradient_flow
 from .parallelism import (
     CLIPPING,
@@ -47,7 +50,6 @@ from .parallelism import (
     refuse_model_parallelism,
     refuse_partitions_over,
     steps_with_a_part,
-    unknown_norm,
     unwrapped_layout,
 )
 
@@ -55,15 +57,28 @@ __all__ = ["DeepSpeedBackend"]
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What a flat tensor holds of one layer: `length` elements of it from `offset` on, from its own `start` on.
+
+    `length` is 0 where it has none of them, but other ranks have.
+    """
+
+    parameter: torch.Tensor
+    shape: tuple[int, ...]
+    start: int = 0
+    offset: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
 class _FlatTensor:
-    """What one of the optimizer's tensors holds: (parameter, shape, first element in the tensor, offset, length)."""
+    """What one of the optimizer's tensors holds of each of its layers, and the ranks that hold the rest."""
 
     process_group: dist.ProcessGroup | None
-    parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]]
-    runs: Sequence[tuple[int, int, int, int]]  # (index into parameters, start, offset, length)
+    runs: Sequence[_Run]
 
 
-class DeepSpeedBackend:
+class DeepSpeedBackend(Backend):
     """Explains the tensors of DeepSpeed's optimizer wrappers."""
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
@@ -87,7 +102,7 @@ class DeepSpeedBackend:
         if any(flat is None for _, _, flat in described):
             return None
         # Of the whole model, so that no group is stepped before another is refused.
-        parameters = [parameter for flat in flat_tensors.values() for parameter, _ in flat.parameters]
+        parameters = [run.parameter for flat in flat_tensors.values() for run in flat.runs]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
         return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
 
@@ -142,13 +157,10 @@ def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
     """The DeepSpeed object that steps this optimizer.
 
     DeepSpeed leaves no reference to it on the optimizer, and on a model's parameters only for those that have elements
-    on this rank; the garbage collector knows it on every rank. This runs once per flat tensor.
+    on this rank. This runs once per flat tensor.
     """
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), DeepSpeedOptimizer) and getattr(candidate, "optimizer", None) is optimizer:
-            return candidate
-    return None
+    wrappers = living(DeepSpeedOptimizer)
+    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is optimizer), None)
 
 
 def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]:
@@ -189,13 +201,12 @@ def _concatenated(
         size = partition.numel()
         first = dist.get_rank(process_group) * size
         runs = []
-        for index, parameter in enumerate(parameters):
-            position = int(parameter.storage_offset())
+        for parameter in parameters:
+            shape, position = tuple(parameter.shape), int(parameter.storage_offset())
             begin, end = max(position, first), min(position + parameter.numel(), first + size)
-            if begin < end:
-                runs.append((index, begin - first, begin - position, end - begin))
-        shapes = [(parameter, tuple(parameter.shape)) for parameter in parameters]
-        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, sorted(runs, key=lambda run: run[1]))
+            run = (begin - first, begin - position, end - begin) if begin < end else ()
+            runs.append(_Run(parameter, shape, *run))
+        flat_tensors[id(partition)] = _FlatTensor(process_group, runs)
     return flat_tensors
 
 
@@ -208,15 +219,13 @@ def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, _FlatTensor]:
         process_group = wrapper.sub_group_process_groups[number]
         rank = dist.get_rank(process_group)
         runs = []
-        for index, parameter in enumerate(parameters):
+        for parameter in parameters:
+            shape = tuple(parameter.ds_shape)  # under zero.Init a parameter's own shape is (0,)
             _, start, slice_length = wrapper.grad_position[wrapper.get_param_id(parameter)]
             offset = rank * slice_length
             length = min(slice_length, parameter.ds_numel - offset)
-            if length > 0:
-                runs.append((index, start, offset, length))
-        # Under zero.Init a parameter's own shape is (0,).
-        shapes = [(parameter, tuple(parameter.ds_shape)) for parameter in parameters]
-        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, runs)
+            runs.append(_Run(parameter, shape, start, offset, max(length, 0)))
+        flat_tensors[id(partition)] = _FlatTensor(process_group, runs)
     return flat_tensors
 
 
@@ -224,8 +233,8 @@ def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatT
     """Stage 0 with 16-bit parameters: an unsharded fp32 copy of each."""
     for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, parameters, strict=True):
-            shape = tuple(parameter.shape)
-            yield id(master), _FlatTensor(None, [(parameter, shape)], [(0, 0, 0, parameter.numel())])
+            run = _Run(parameter, tuple(parameter.shape), length=parameter.numel())
+            yield id(master), _FlatTensor(None, [run])
 
 
 def _layout(
@@ -234,43 +243,23 @@ def _layout(
     name_of = layer_names(optimizer, getattr(wrapper, "param_names", None) or {})
     # Stage 3 keeps of the mpu its group alone.
     parallel = TensorParallel(getattr(wrapper, "mpu", None), getattr(wrapper, "model_parallel_group", None))
-    layers: list[Layer] = []
-    shards: list[Shard] = []
-    cut: set[int] = set()
-    placed = True
-    reductions = Reductions()
-    for carrier, (_, _, flat) in enumerate(described):
-        base = len(layers)
-        parts: list[Part] = []
-        for index, (parameter, shape) in enumerate(flat.parameters):
-            name = name_of(parameter) or f"{carrier}.{index}"
-            part = parallel.part(name, parameter, shape)
+    builder = LayoutBuilder(kind)
+    for carrier, (group, tensor, flat) in enumerate(described):
+        builder.carry(group, tensor)
+        over = [] if flat.process_group is None else [flat.process_group]
+        for index, run in enumerate(flat.runs):
+            name = name_of(run.parameter) or f"{carrier}.{index}"
+            part = parallel.part(name, run.parameter, run.shape)
             refuse_partitions_over(part.process_group, flat.process_group, name)
-            if flat.process_group is not None:
-                reductions.add(flat.process_group, len(layers))
-            if part.process_group is not None:
-                reductions.add(part.process_group, len(layers))
-                cut.add(len(layers))
-            placed = placed and part.is_placed
-            parts.append(part)
-            layers.append(Layer(name, part.whole, carrier, parameter))
-        for index, start, offset, length in flat.runs:
-            shards.extend(parts[index].shards(base + index, start, offset, length))
-    parallel.agree(layers, cut)
+            builder.add(name, run.parameter, part, run.start, run.offset, run.length, over=over)
+    parallel.agree(builder.layers, builder.cut)
     part_of_model = steps_with_a_part(
-        getattr(wrapper, "mpu", None), (layer.parameter for layer in layers if layer.parameter is not None)
+        getattr(wrapper, "mpu", None), (run.parameter for _, _, flat in described for run in flat.runs)
     )
     sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
-    return Layout(
-        backend=kind,
-        tensors=tuple(tensor for _, tensor, _ in described),
-        groups=tuple(group for group, _, _ in described),
-        layers=tuple(layers),
-        shards=tuple(shards),
-        reductions=reductions.collected(),
+    return builder.layout(
         clips_with=CLIPPING if sharded or part_of_model else None,
         gradient_norm=_gradient_norm(kind, wrapper, part_of_model),
-        placed=placed,
     )
 
 
@@ -288,13 +277,13 @@ def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) 
         return lambda: _norm_at_step(kind, reference())
     else:
         return None
-    return lambda: unknown_norm(kind, problem)
+    return partial(refuse_model_norm, f"{kind} {problem}")
 
 
 def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
     """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
     if wrapper._global_grad_norm is None:
-        return unknown_norm(kind, "does not compute it: set zero_optimization.compute_grad_norm to true")
+        refuse_model_norm(f"{kind} does not compute it: set zero_optimization.compute_grad_norm to true")
     norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
     if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
         # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from .backends import tensor_parallel_groups
-from .layout import Layer, Layout, LayoutError, Shard, listing
+from .layout import Layout, LayoutError, listing
+from .layout_builder import LayoutBuilder
+from .parts import Part
 
 
 def whole_parameters(
@@ -21,22 +23,18 @@ def whole_parameters(
         optimizer: The optimizer.
         tensors: (group index, parameter) pairs.
         backend: Name for messages.
-        options: Further attributes of the layout.
+        options: As of `LayoutBuilder.layout`.
 
     Raises:
         LayoutError: If a tensor is not known to be a whole layer.
     """
     refuse_strangers(optimizer, [tensor for _, tensor in tensors])
-    whole = [(group, tensor) for group, tensor in tensors if tensor.numel()]
-    names = dict(name_layers(optimizer, tensors))
-    return Layout(
-        backend=backend,
-        tensors=tuple(tensor for _, tensor in whole),
-        groups=tuple(group for group, _ in whole),
-        layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(whole)),
-        shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(whole)),
-        **options,
-    )
+    builder = LayoutBuilder(backend)
+    for (group, parameter), (_, name) in zip(tensors, name_layers(optimizer, tensors), strict=True):
+        if parameter.numel():
+            builder.carry(group, parameter)
+            builder.add(name, parameter, Part.all_of(parameter.shape), length=parameter.numel())
+    return builder.layout(**options)
 
 
 def is_cut(parameter: torch.Tensor) -> bool:
