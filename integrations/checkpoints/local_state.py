@@ -17,7 +17,7 @@ from trustratio.optimizers.stepping.state import layer_numbers, make_element_sta
 
 from .pieces import Piece, ReadBlock, pieces_by_layer
 
-__all__ = ["WEIGHT", "LocalState"]
+__all__ = ["WEIGHT", "LocalLayer", "LocalState"]
 
 WEIGHT = "weight"
 
@@ -85,12 +85,15 @@ class LocalState:
 
     @property
     def class_name(self) -> str:
+        """The optimizer's class."""
         return type(self.optimizer).__name__
 
     def names_of_group(self, index: int) -> list[str]:
+        """The layers of one parameter group."""
         return [layer.name for layer in self.layers if layer.group == index]
 
     def dtype(self, layer: LocalLayer, what: str) -> torch.dtype:
+        """In which a layer's weight or state is kept."""
         return layer.tensor.dtype if what == WEIGHT else state_dtype(layer.tensor, what)
 
     def layer_numbers(self, layer: LocalLayer, what: str) -> torch.Tensor:

@@ -34,12 +34,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.sharding.backends import Backend, register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of
-from trustratio.optimizers.sharding.gradient_flow import GradientFlow
+from trustratio.optimizers.sharding.gradient_flow import GradientFlow, Slice
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.refusals import refuse_model_norm
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
+from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
 from .gradients import describe_gradient_flow
 from .parallelism import (
@@ -52,22 +53,18 @@ from .parallelism import (
     steps_with_a_part,
     unwrapped_layout,
 )
+from .partitions import slice_of_rank, slices_of_layer, slices_of_view
 
 __all__ = ["DeepSpeedBackend"]
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What a flat tensor holds of one layer: `length` elements of it from `offset` on, from its own `start` on.
-
-    `length` is 0 where it has none of them, but other ranks have.
-    """
+class _Held:
+    """What this rank holds of a layer; a slice of length 0 where other ranks have all of it."""
 
     parameter: torch.Tensor
     shape: tuple[int, ...]
-    start: int = 0
-    offset: int = 0
-    length: int = 0
+    run: Slice
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class _FlatTensor:
     """What one of the optimizer's tensors holds of each of its layers, and the ranks that hold the rest."""
 
     process_group: dist.ProcessGroup | None
-    runs: Sequence[_Run]
+    layers: Sequence[_Held]
 
 
 class DeepSpeedBackend(Backend):
@@ -102,13 +99,13 @@ class DeepSpeedBackend(Backend):
         if any(flat is None for _, _, flat in described):
             return None
         # Of the whole model, so that no group is stepped before another is refused.
-        parameters = [run.parameter for flat in flat_tensors.values() for run in flat.runs]
+        parameters = [layer.parameter for flat in flat_tensors.values() for layer in flat.layers]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
         return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
         """Return all flat tensors with their groups where `param_groups` lack them between steps (ZeRO-3)."""
-        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
         if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             return None
         if wrapper.swap_optimizer or wrapper.params_in_nvme_and_cpu:
@@ -121,7 +118,7 @@ class DeepSpeedBackend(Backend):
 
     def publish_weights(self, optimizer: Any) -> None:
         """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
-        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             wrapper.checkpoint_event_prologue()
             for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
@@ -145,12 +142,6 @@ class DeepSpeedBackend(Backend):
         """Return where gradients go between backward and step, None if they stay whole."""
         wrapper = _find_wrapper(optimizer)
         return None if wrapper is None else describe_gradient_flow(wrapper)
-
-
-def _is_unwrapped(optimizer: Any) -> bool:
-    """Whether the optimizer still has the parameters that it was given: between steps no wrapper leaves it those."""
-    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    return bool(tensors) and all(map(optimizer.was_given, tensors))
 
 
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
@@ -191,41 +182,28 @@ def _concatenated(
     groups: Iterable[list[torch.nn.Parameter]],
     process_groups: Iterable[dist.ProcessGroup],
 ) -> dict[int, _FlatTensor]:
-    """ZeRO-1/2: a group's parameters lie in one buffer that is cut into equal partitions, one per rank.
-
-    Every parameter is a view of that buffer, so its storage offset is its position, whatever the order
-    (`round_robin_gradients`) and gaps (`parameter_alignment`).
-    """
+    """ZeRO-1/2: this rank's partition of each group's buffer."""
     flat_tensors = {}
     for partition, parameters, process_group in zip(partitions, groups, process_groups, strict=True):
-        size = partition.numel()
-        first = dist.get_rank(process_group) * size
-        runs = []
-        for parameter in parameters:
-            shape, position = tuple(parameter.shape), int(parameter.storage_offset())
-            begin, end = max(position, first), min(position + parameter.numel(), first + size)
-            run = (begin - first, begin - position, end - begin) if begin < end else ()
-            runs.append(_Run(parameter, shape, *run))
-        flat_tensors[id(partition)] = _FlatTensor(process_group, runs)
+        rank = dist.get_rank(process_group)
+        runs = (slice_of_rank(slices_of_view(parameter, partition), rank) for parameter in parameters)
+        layers = [_Held(p, tuple(p.shape), run) for p, run in zip(parameters, runs, strict=True)]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, layers)
     return flat_tensors
 
 
 def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, _FlatTensor]:
-    """ZeRO-3: every rank holds one slice of each parameter; the last slices end in uninitialised padding."""
+    """ZeRO-3: this rank's slices of each sub-group's parameters."""
     flat_tensors = {}
     for number, (partition, parameters) in enumerate(
         zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
     ):
         process_group = wrapper.sub_group_process_groups[number]
-        rank = dist.get_rank(process_group)
-        runs = []
-        for parameter in parameters:
-            shape = tuple(parameter.ds_shape)  # under zero.Init a parameter's own shape is (0,)
-            _, start, slice_length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            offset = rank * slice_length
-            length = min(slice_length, parameter.ds_numel - offset)
-            runs.append(_Run(parameter, shape, start, offset, max(length, 0)))
-        flat_tensors[id(partition)] = _FlatTensor(process_group, runs)
+        rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+        runs = (slice_of_rank(slices_of_layer(wrapper, parameter, ranks), rank) for parameter in parameters)
+        # Under zero.Init a parameter's own shape is (0,).
+        layers = [_Held(p, tuple(p.ds_shape), run) for p, run in zip(parameters, runs, strict=True)]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, layers)
     return flat_tensors
 
 
@@ -233,8 +211,8 @@ def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatT
     """Stage 0 with 16-bit parameters: an unsharded fp32 copy of each."""
     for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, parameters, strict=True):
-            run = _Run(parameter, tuple(parameter.shape), length=parameter.numel())
-            yield id(master), _FlatTensor(None, [run])
+            whole = Slice(owner=0, offset=0, length=parameter.numel(), start=0)
+            yield id(master), _FlatTensor(None, [_Held(parameter, tuple(parameter.shape), whole)])
 
 
 def _layout(
@@ -247,14 +225,14 @@ def _layout(
     for carrier, (group, tensor, flat) in enumerate(described):
         builder.carry(group, tensor)
         over = [] if flat.process_group is None else [flat.process_group]
-        for index, run in enumerate(flat.runs):
-            name = name_of(run.parameter) or f"{carrier}.{index}"
-            part = parallel.part(name, run.parameter, run.shape)
+        for index, layer in enumerate(flat.layers):
+            name, run = name_of(layer.parameter) or f"{carrier}.{index}", layer.run
+            part = parallel.part(name, layer.parameter, layer.shape)
             refuse_partitions_over(part.process_group, flat.process_group, name)
-            builder.add(name, run.parameter, part, run.start, run.offset, run.length, over=over)
+            builder.add(name, layer.parameter, part, run.start, run.offset, run.length, over=over)
     parallel.agree(builder.layers, builder.cut)
     part_of_model = steps_with_a_part(
-        getattr(wrapper, "mpu", None), (run.parameter for _, _, flat in described for run in flat.runs)
+        getattr(wrapper, "mpu", None), (layer.parameter for _, _, flat in described for layer in flat.layers)
     )
     sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
     return builder.layout(

@@ -30,6 +30,7 @@ from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.local_tensors import is_plain
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_statistics
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
+from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
 from .distributed_optimizer import accept, find_wrapper, layout_of_shards, publish_weights
 from .mpu import context_parallel_ranks, current_mpu, data_parallel_group, expert_parallel_ranks, pipeline_stages
@@ -88,13 +89,12 @@ class MegatronBackend(Backend):
     def tensor_parallel_group(self, parameter: torch.Tensor) -> dist.ProcessGroup | None:
         """Return the ranks over which a parameter like this one is cut if it is marked, None if they are not known."""
         mpu = current_mpu()
-        return None if mpu is None else TensorParallel(mpu).ranks(expert=not getattr(parameter, "allreduce", True))
+        return None if mpu is None else TensorParallel(mpu).ranks_of(parameter)
 
 
 def _distributed_wrapper(optimizer: Any) -> Any:
-    """The DistributedOptimizer around the optimizer. It leaves it none of the parameters that it was given."""
-    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    return None if tensors and all(map(optimizer.was_given, tensors)) else find_wrapper(optimizer)
+    """The DistributedOptimizer around the optimizer, None if there is none."""
+    return None if has_its_own_parameters(optimizer) else find_wrapper(optimizer)
 
 
 def _is_own(parameter: torch.Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Which processes feed their own samples into one gradient, for what is counted or measured over samples.
 
 A layout tells over which processes a layer is cut. That need not be the processes that see different samples: under
-DDP nothing is cut, and yet every rank has a micro-batch of its own.
+DDP nothing is cut, and yet every rank has a micro-batch of its own. Which wrapper it is, backends know; DDP, which
+needs no backend, is found here.
 """
 
 from __future__ import annotations

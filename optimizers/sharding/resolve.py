@@ -1,4 +1,4 @@
-"""From the tensors of a `step()` call to their proven layout."""
+"""From the tensors of a `step()` call to their proven layout: the one entry for a step and for checkpoints."""
 
 from __future__ import annotations
 

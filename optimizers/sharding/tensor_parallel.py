@@ -59,6 +59,10 @@ class TensorParallel:
                 return find()
         return self.process_group
 
+    def ranks_of(self, parameter: torch.Tensor) -> dist.ProcessGroup | None:
+        """The ranks among which a parameter like this one is cut if it is marked as a part; None if not known."""
+        return self.ranks(expert=_is_expert(parameter))
+
     def size(self, expert: bool = False) -> int:
         """Among how many ranks layers, or experts, are cut; 1 where they are not, or nobody knows."""
         process_group = self.ranks(expert)
@@ -77,7 +81,7 @@ class TensorParallel:
         """
         if not is_cut(parameter):
             return Part.all_of(shape)
-        process_group = self.ranks(expert=not getattr(parameter, "allreduce", True))
+        process_group = self.ranks_of(parameter)
         if process_group is None:
             raise LayoutError(
                 f"layer {name}, of which this rank has the part {shape}, is cut by tensor parallelism over ranks that "
@@ -155,7 +159,12 @@ def _autotp_part(metadata: dict[str, Any], shape: tuple[int, ...], process_group
 
 def _common_name(layer: Layer) -> str | None:
     """The name, unless the layer is an expert's, which need not be the same expert on all ranks."""
-    return layer.name if getattr(layer.parameter, "allreduce", True) else None
+    return None if _is_expert(layer.parameter) else layer.name
+
+
+def _is_expert(parameter: torch.Tensor | None) -> bool:
+    """Whether the parameter is an expert's."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _differ(numbers: Sequence[int], process_group: dist.ProcessGroup) -> list[int]:

@@ -51,6 +51,8 @@ class Traffic:
         watched = group_statistics._watched.values()
         self.whole = max(self.whole, sum(0 if w.squares is None else w.squares.numel() for w in watched))
         of_elements = group_statistics._squares
+        if of_elements is None:
+            return
         self.partitions = max(self.partitions, sum(p.numel() for p in of_elements.partitions.values()))
         self.staged = max(self.staged, sum(bucket.elements for bucket in of_elements.buckets.values()))
 
