@@ -219,8 +219,9 @@ def _layout(
     kind: str, wrapper: DeepSpeedOptimizer, optimizer: Any, described: Sequence[tuple[int, torch.Tensor, _FlatTensor]]
 ) -> Layout:
     name_of = layer_names(optimizer, getattr(wrapper, "param_names", None) or {})
+    mpu = getattr(wrapper, "mpu", None)
     # Stage 3 keeps of the mpu its group alone.
-    parallel = TensorParallel(getattr(wrapper, "mpu", None), getattr(wrapper, "model_parallel_group", None))
+    parallel = TensorParallel(mpu, getattr(wrapper, "model_parallel_group", None))
     builder = LayoutBuilder(kind)
     for carrier, (group, tensor, flat) in enumerate(described):
         builder.carry(group, tensor)
@@ -231,9 +232,7 @@ def _layout(
             refuse_partitions_over(part.process_group, flat.process_group, name)
             builder.add(name, layer.parameter, part, run.start, run.offset, run.length, over=over)
     parallel.agree(builder.layers, builder.cut)
-    part_of_model = steps_with_a_part(
-        getattr(wrapper, "mpu", None), (layer.parameter for _, _, flat in described for layer in flat.layers)
-    )
+    part_of_model = steps_with_a_part(mpu, (layer.parameter for _, _, flat in described for layer in flat.layers))
     sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
     return builder.layout(
         clips_with=CLIPPING if sharded or part_of_model else None,

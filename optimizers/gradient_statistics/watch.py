@@ -5,8 +5,8 @@ gradient before anything else does, whatever wraps the model. Two things are kep
 
     norms      per layer: sum of the norms and of their squares. A few numbers per layer, which travel with the first
                sums of the step.
-    squares    per element: sum of the squares, sharded like the gradient. They travel like the gradient itself, and
-               cost as much: `squares.py`.
+    squares    per element: sum of the squares, sharded like the gradient. They travel as the gradient itself does, and
+               cost as much; see `squares.py`.
 
 With h the gradient that a hook sees, `step()` gets gbar = (c / ranks) sum h, over ranks and micro-batches. The factor
 c is 1 over the loss scale, times what clipping took; 1/accumulation is already in h. With n micro-batches per rank
