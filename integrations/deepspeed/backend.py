@@ -95,13 +95,15 @@ class DeepSpeedBackend(Backend):
         if wrapper is None:
             return None
         kind, flat_tensors = _describe(wrapper)
-        described = [(group, tensor, flat_tensors.get(id(tensor))) for group, tensor in tensors]
-        if any(flat is None for _, _, flat in described):
+        described = [
+            (group, tensor, flat_tensors[id(tensor)]) for group, tensor in tensors if id(tensor) in flat_tensors
+        ]
+        if len(described) < len(tensors):
             return None
         # Of the whole model, so that no group is stepped before another is refused.
         parameters = [layer.parameter for flat in flat_tensors.values() for layer in flat.layers]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
-        return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
+        return _layout(kind, wrapper, optimizer, described)
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
         """Return all flat tensors with their groups where `param_groups` lack them between steps (ZeRO-3)."""
