@@ -1,1 +1,1 @@
-"""One module per wrapper that shards a model; each explains its tensors to the optimizers. Import what you use."""
+"""One module or folder per wrapper that shards a model or trains it. Import what you use."""

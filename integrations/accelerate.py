@@ -3,7 +3,7 @@
 `accelerator.prepare(model, optimizer)` needs nothing from here. But with `offload_optimizer` in the DeepSpeed config it
 builds a `DeepSpeedCPUAdam` from the optimizer's groups and trains with that, without a word. Importing this module
 makes the first step of such an optimizer raise; an optimizer of ours that is constructed does so wherever accelerate is
-imported, before or after (`GUARDS` in `optimizers/sharding/layout.py`). Read from accelerate 1.15.0.
+imported, before or after (`GUARDS` in `optimizers/sharding/backends.py`). Read from accelerate 1.15.0.
 """
 
 from __future__ import annotations

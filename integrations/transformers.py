@@ -54,8 +54,8 @@ class OptimizerFactory:
             if parameter.requires_grad:
                 kind = "clipped" if id(parameter) in clipped else "decayed" if _is_matrix(parameter) else "plain"
                 groups[kind].append((parameter_name, parameter))
-        own: dict[str, dict[str, Any]] = {"clipped": {"cowclip": True}, "decayed": {}, "plain": {"weight_decay": 0.0}}
-        filled = [{"params": members, **own[kind]} for kind, members in groups.items() if members]
+        options_of: dict[str, dict[str, Any]] = {"clipped": {"cowclip": True}, "plain": {"weight_decay": 0.0}}
+        filled = [{"params": members, **options_of.get(kind, {})} for kind, members in groups.items() if members]
         if not filled:
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train")
         optimizer = create_optimizer(name, filled, **options)
@@ -202,13 +202,13 @@ class TrustRatioCallback(TrainerCallback):
         ratios = dict(zip(names, vector.tolist(), strict=True))
         scaling = self._optimizer.adapted_layers()
         adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in scaling])
-        found = {}
+        logged = {}
         if len(adapted):
             summary = zip(("min", "median", "max"), (adapted.min(), adapted.median(), adapted.max()), strict=True)
-            found = {f"trust_ratio/{name}": value.item() for name, value in summary}
+            logged = {f"trust_ratio/{name}": value.item() for name, value in summary}
         if self.per_layer:
-            found |= {f"trust_ratio/{name}": ratio for name, ratio in ratios.items()}
-        return found
+            logged |= {f"trust_ratio/{name}": ratio for name, ratio in ratios.items()}
+        return logged
 
     def _gradient_noise(self) -> dict[str, float]:
         assert self._optimizer is not None

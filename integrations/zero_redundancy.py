@@ -10,28 +10,29 @@ Read from torch 2.13.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from trustratio.optimizers.sharding.backends import register_backend
-from trustratio.optimizers.sharding.layout import Layout, LayoutError
+from trustratio.optimizers.sharding.backends import Backend, register_backend
+from trustratio.optimizers.sharding.layout import Layout
+from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import whole_parameters
 
 __all__ = ["ZeroRedundancyBackend"]
 
 BACKEND = "ZeroRedundancyOptimizer"
+ONLY_SOME = f"under {BACKEND} a rank steps some layers only"
+INSTEAD = "DDP alone, FSDP2 (fully_shard) or DeepSpeed ZeRO"
 CLIPPING = "max_norm of torch.nn.utils.clip_grad_norm_, called on all parameters before step(),"
 
 
-class ZeroRedundancyBackend:
+class ZeroRedundancyBackend(Backend):
     """Explains the parameters of an optimizer inside ZeroRedundancyOptimizer."""
-
-    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
-        """Do nothing: any optimizer class may be given."""
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout if a ZeroRedundancyOptimizer steps this optimizer.
@@ -39,36 +40,12 @@ class ZeroRedundancyBackend:
         Raises:
             LayoutError: If the optimizer needs more than the layers that this rank steps.
         """
-        if not _is_inside(optimizer):
+        if not any(vars(wrapper).get("optim") is optimizer for wrapper in living(ZeroRedundancyOptimizer)):
             return None
-        _refuse_optimizer(optimizer)
-        return whole_parameters(
-            optimizer, tensors, backend=BACKEND, clips_with=CLIPPING, gradient_norm=_refuse_model_norm
-        )
-
-
-def _is_inside(optimizer: Any) -> bool:
-    # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-    return any(
-        issubclass(type(candidate), ZeroRedundancyOptimizer) and vars(candidate).get("optim") is optimizer
-        for candidate in gc.get_objects()
-    )
-
-
-def _refuse_optimizer(optimizer: Any) -> None:
-    if optimizer.statistics is not None or any(map(optimizer.has_rows, optimizer.param_groups)):
-        raise LayoutError(
-            f"{type(optimizer).__name__} needs group gradients or counts of rows of all layers on all ranks, but under "
-            f"{BACKEND} a rank steps some layers only: not supported. Use DDP alone, FSDP2 (fully_shard) or DeepSpeed "
-            "ZeRO"
-        )
-
-
-def _refuse_model_norm() -> torch.Tensor:
-    raise LayoutError(
-        f"this optimizer needs the norm of the whole model's gradient, but under {BACKEND} a rank steps some layers "
-        "only. Use DDP alone, FSDP2 (fully_shard) or DeepSpeed ZeRO"
-    )
+        refuse_statistics(optimizer, ONLY_SOME, INSTEAD)
+        refuse_rows(optimizer, f"which are counted on all ranks, but {ONLY_SOME}", f"use {INSTEAD}")
+        norm = partial(refuse_model_norm, f"{ONLY_SOME}. Use {INSTEAD}")
+        return whole_parameters(optimizer, tensors, backend=BACKEND, clips_with=CLIPPING, gradient_norm=norm)
 
 
 register_backend(ZeroRedundancyBackend())

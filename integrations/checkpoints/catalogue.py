@@ -1,4 +1,4 @@
-"""What all ranks hold together of an optimizer's weights and state, and who writes what of it."""
+"""What all ranks hold together of an optimizer's weights and state, who writes what, and the proofs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,8 @@ from .ranks import device_for, of_all_ranks, raise_together, rank, several_ranks
 __all__ = ["Catalogue", "as_json", "prove_positions", "share_out"]
 
 NOT_OPTIONS = ("params", "param_names")
-
-
 POSITION_MODULUS = 1 << 40  # sums of positions are compared modulo this, so that they never overflow
-
-
-SUMMED_AT_ONCE = 1 << 20
+SUMMED_AT_ONCE = 1 << 20  # elements that are widened to fp64 at a time
 
 
 @dataclass
@@ -154,11 +150,11 @@ def prove_positions(local: LocalState) -> None:
     Raises:
         OptimizerStateError: On all ranks, naming the layers whose elements' positions are not known.
     """
-    found = torch.zeros(2, len(local.layers), dtype=torch.float64)
+    sums = torch.zeros(2, len(local.layers), dtype=torch.float64)
     for column, layer in enumerate(local.layers):
-        found[:, column] = torch.tensor(_count_and_position_sum(layer))
+        sums[:, column] = torch.tensor(_count_and_position_sum(layer))
     # Sums below 2^53 are exact in fp64, so the moduli of thousands of ranks are.
-    totals = local.layout.reduce(found.to(local.layout.device)).long().tolist()
+    totals = local.layout.reduce(sums.to(local.layout.device)).long().tolist()
     covers = zip(local.layers, *totals, strict=True)
     raise_together([_not_placed(local, layer) for layer, *total in covers if not _is_whole(layer, *total)])
 
@@ -182,15 +178,15 @@ def _not_placed(local: LocalState, layer: LocalLayer) -> str:
 
 def _incomplete(local: LocalState, index: dict[str, int], owned: Iterable[str], device: torch.device) -> list[str]:
     """Layers whose owned pieces, by number and position, are not the layer."""
-    found = torch.zeros(2, len(index), dtype=torch.int64)
+    sums = torch.zeros(2, len(index), dtype=torch.int64)
     for name in owned:
-        found[:, index[name]] = torch.tensor(_count_and_position_sum(local.by_name[name]))
-    found = found.to(device)
-    dist.all_reduce(found)
+        sums[:, index[name]] = torch.tensor(_count_and_position_sum(local.by_name[name]))
+    sums = sums.to(device)
+    dist.all_reduce(sums)
     return [
         _not_placed(local, layer)
         for layer in local.layers
-        if layer.name in index and not _is_whole(layer, *found[:, index[layer.name]].tolist())
+        if layer.name in index and not _is_whole(layer, *sums[:, index[layer.name]].tolist())
     ]
 
 

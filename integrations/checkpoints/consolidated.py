@@ -26,11 +26,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from trustratio.optimizers.sharding.layout import listing
+
 from .catalogue import Catalogue, as_json, prove_positions, share_out
 from .local_state import WEIGHT, LocalState
 from .ranks import OptimizerStateError, device_for, of_all_ranks, raise_together, rank, several_ranks
 from .safetensors_file import ReplacedFile, StoredTensor, header_of
-from .stored import FORMAT, VERSION, StoredFile, StoredState, _key
+from .stored import FORMAT, VERSION, StoredFile, StoredState, key_of
 
 __all__ = ["OptimizerStateError", "load_optimizer_state", "restore", "save_optimizer_state"]
 
@@ -160,7 +162,7 @@ def restore(
 def _stored_tensors(catalogue: Catalogue, layer_state: list[str]) -> list[tuple[str, str, StoredTensor]]:
     """Every tensor of the file with its layer and what it is, wider dtypes first, so that all are aligned."""
     tensors = [
-        (name, what, StoredTensor(_key(name, what), dtype, () if what in layer_state else layer.shape))
+        (name, what, StoredTensor(key_of(name, what), dtype, () if what in layer_state else layer.shape))
         for name, layer in catalogue.trained.items()
         for what, dtype in layer.dtypes.items()
     ]
@@ -263,9 +265,9 @@ def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -
     missing = [name for name in catalogue.trained if name not in stored.shapes]
     extra = [name for name in stored.shapes if name not in catalogue.layers]
     if missing:
-        problems.append(f"layers that the file lacks: {_listing(missing)}")
+        problems.append(f"layers that the file lacks: {_shown(missing)}")
     if extra:
-        problems.append(f"layers that only the file has: {_listing(extra)}")
+        problems.append(f"layers that only the file has: {_shown(extra)}")
     if missing or extra:
         problems.append(
             "load it into the same model with the same parameters trained; where only names differ, pass `model` or "
@@ -277,7 +279,7 @@ def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -
         if stored.shapes.get(name, layer.shape) != layer.shape
     ]
     if shapes:
-        problems.append(f"layers of another shape: {_listing(shapes)}")
+        problems.append(f"layers of another shape: {_shown(shapes)}")
     for index in range(len(local.optimizer.param_groups)):
         options = stored.options_of(local.names_of_group(index))
         if len(options) > 1:
@@ -298,7 +300,7 @@ def _differing_options(stored: StoredState, local: LocalState) -> str:
                 for key, value in options.items()
                 if key in group and _like(group[key], value) != group[key] and key not in ("lr", "initial_lr")
             ]
-    return _listing(differing)
+    return _shown(differing)
 
 
 def _like(current: Any, value: Any) -> Any:
@@ -316,6 +318,5 @@ def _set_option(group: dict[str, Any], key: str, value: Any) -> None:
         group[key] = _like(current, value)
 
 
-def _listing(items: list[str], shown: int = 8) -> str:
-    rest = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return "; ".join(items[:shown]) + rest
+def _shown(items: list[str]) -> str:
+    return listing(items, shown=8)

@@ -4,7 +4,7 @@
     load_engine_state(engine, "state.safetensors")      # on all ranks, e.g. three, in a new engine
 
 The optimizer's part goes through the consolidated state; the rest is a few numbers of the engine. The file can become
-DeepSpeed's universal checkpoint: `universal_checkpoint.py`.
+DeepSpeed's universal checkpoint: `deepspeed_universal.py`.
 Read from DeepSpeed 0.19.8.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+from trustratio.optimizers.sharding.layout import listing
 
 from .consolidated import load_optimizer_state, save_optimizer_state
 
@@ -94,8 +96,8 @@ def restore_engine(engine: DeepSpeedEngine, state: dict[str, Any]) -> Any:
 
 def _loss_scale(engine: DeepSpeedEngine) -> list[Any]:
     """The object that keeps the loss scale, under the name that the wrapper gives it."""
-    kept = (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
-    return [found for found in kept if found is not None]
+    named = (getattr(engine.optimizer, name, None) for name in ("loss_scaler", "loss_scale_config"))
+    return [kept for kept in named if kept is not None]
 
 
 def _warn_of_the_rest(engine: DeepSpeedEngine) -> None:
@@ -103,5 +105,4 @@ def _warn_of_the_rest(engine: DeepSpeedEngine) -> None:
     saved = module.state_dict(keep_vars=True)
     rest = [name for name, value in saved.items() if isinstance(value, torch.Tensor) and not value.requires_grad]
     if rest:
-        shown = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
-        warnings.warn(f"not part of the engine's state file, so restore them yourself: {shown}", stacklevel=3)
+        warnings.warn(f"not part of the engine's state file, so restore them yourself: {listing(rest)}", stacklevel=3)

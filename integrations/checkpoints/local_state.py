@@ -1,4 +1,4 @@
-"""An optimizer's weights and state by layer name: what this rank holds of it, and what all ranks hold together."""
+"""An optimizer's weights and state by layer name, as far as this rank holds them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
-from trustratio.optimizers.sharding.backends import _backends
+from trustratio.optimizers.sharding.backends import publish_weights, stepped_tensors
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.resolve import resolve_layout
 from trustratio.optimizers.stepping.foreign_state import without_wrappers
@@ -17,15 +17,9 @@ from trustratio.optimizers.stepping.state import layer_numbers, make_element_sta
 
 from .pieces import Piece, ReadBlock, pieces_by_layer
 
-__all__ = ["WEIGHT", "LocalState"]
+__all__ = ["WEIGHT", "LocalLayer", "LocalState"]
 
 WEIGHT = "weight"
-
-
-# Ranks --------------------------------------------------------------------------------------------------------------
-
-
-# This rank ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -63,7 +57,7 @@ class LocalState:
         self.optimizer = _unwrapped(optimizer)
         self.element_state = list(self.optimizer.element_state)
         self.layer_state = list(self.optimizer.layer_state)
-        self.layout = resolve_layout(self.optimizer, _stepped_tensors(self.optimizer))
+        self.layout = resolve_layout(self.optimizer, stepped_tensors(self.optimizer))
         names = {id(p): without_wrappers(name) for name, p in model.named_parameters()} if model is not None else {}
         parts = Counter(id(layer.parameter) for layer in self.layout.layers if layer.parameter is not None)
         seen: Counter[int] = Counter()  # id of a parameter -> layers so far; several if its segments are layers
@@ -91,12 +85,15 @@ class LocalState:
 
     @property
     def class_name(self) -> str:
+        """The optimizer's class."""
         return type(self.optimizer).__name__
 
     def names_of_group(self, index: int) -> list[str]:
+        """The layers of one parameter group."""
         return [layer.name for layer in self.layers if layer.group == index]
 
     def dtype(self, layer: LocalLayer, what: str) -> torch.dtype:
+        """In which a layer's weight or state is kept."""
         return layer.tensor.dtype if what == WEIGHT else state_dtype(layer.tensor, what)
 
     def layer_numbers(self, layer: LocalLayer, what: str) -> torch.Tensor:
@@ -136,20 +133,7 @@ class LocalState:
 
     def publish_weights(self) -> None:
         """Bring the model's parameters up to date where the optimizer's weights are not the model's own."""
-        for backend in _backends.load():
-            publish = getattr(backend, "publish_weights", None)
-            if publish is not None:
-                publish(self.optimizer)
-
-
-def _stepped_tensors(optimizer: LayerwiseOptimizer) -> list[tuple[int, torch.Tensor]]:
-    """All (group index, local tensor) pairs of a whole step, from the backend if it hides them between steps."""
-    for backend in _backends.load():
-        describe = getattr(backend, "stepped_tensors", None)
-        found = describe(optimizer) if describe is not None else None
-        if found is not None:
-            return found
-    return [(index, tensor) for index, group in enumerate(optimizer.param_groups) for tensor in group["params"]]
+        publish_weights(self.optimizer)
 
 
 def _unwrapped(optimizer: Any) -> LayerwiseOptimizer:
@@ -161,6 +145,3 @@ def _unwrapped(optimizer: Any) -> LayerwiseOptimizer:
             f"expected an optimizer of trustratio.optimizers or what wraps one, got {type(optimizer).__name__}"
         )
     return inner
-
-
-# All ranks ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which elements of a layer this rank holds, by position, and how to copy them out of and into the whole layer.
 
-Sums over layers need not know positions; a checkpoint that outlives the sharding does. A shard of a flat tensor is a
+Sums over layers need not know positions; a checkpoint that outlives the sharding must. A shard of a flat tensor is a
 run of the flattened layer. A DTensor's local part is a box: along each dimension of the layer some indices, which
 follow one another unless two mesh dimensions cut the same dimension of the layer.
 """

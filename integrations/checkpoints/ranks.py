@@ -1,4 +1,4 @@
-"""What reading and writing a checkpoint needs of all ranks: one error for all, and where collectives work."""
+"""What all ranks do together when a checkpoint is read or written: tell one another, and fail together."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class OptimizerStateError(RuntimeError):
 
 
 def rank() -> int:
+    """The number of this rank, 0 in one process."""
     return dist.get_rank() if several_ranks() else 0
 
 
 def several_ranks() -> bool:
+    """Whether there are others to agree with."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -35,9 +37,9 @@ def of_all_ranks(value: Any) -> list[Any]:
 
 def raise_together(problems: list[str]) -> None:
     """Raise OptimizerStateError on every rank if any rank has a problem; all ranks must call this."""
-    found = list(dict.fromkeys(problem for theirs in of_all_ranks(problems) for problem in theirs))
-    if found:
-        raise OptimizerStateError("\n".join(found))
+    different = list(dict.fromkeys(problem for theirs in of_all_ranks(problems) for problem in theirs))
+    if different:
+        raise OptimizerStateError("\n".join(different))
 
 
 def device_for(tensors_device: torch.device) -> torch.device:

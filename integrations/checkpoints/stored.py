@@ -1,4 +1,4 @@
-"""A saved optimizer state as it is read: what is in it, and its tensors by layer name, row by row."""
+"""A saved optimizer state as it is read, wherever it lies: options and numbers, and tensors by layer name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from safetensors import safe_open
 from .local_state import WEIGHT
 from .pieces import ReadBlock
 
-__all__ = ["StoredFile", "StoredState"]
+__all__ = ["FORMAT", "VERSION", "StoredFile", "StoredState", "key_of"]
 
 FORMAT = "trustratio optimizer state"
-
-
 VERSION = "1"
 
 
-def _key(name: str, what: str) -> str:
+def key_of(name: str, what: str) -> str:
+    """Under which key a file has a layer's weight or state."""
     return f"{what}/{name}"
 
 
@@ -67,11 +66,11 @@ class StoredState(ABC):
 
     def options_of(self, names: list[str]) -> list[dict[str, Any]]:
         """The different options that these layers have."""
-        found: list[dict[str, Any]] = []
+        options: list[dict[str, Any]] = []
         for group in self.groups:
-            if group["options"] not in found and not set(names).isdisjoint(group["layers"]):
-                found.append(group["options"])
-        return found
+            if group["options"] not in options and not set(names).isdisjoint(group["layers"]):
+                options.append(group["options"])
+        return options
 
 
 class StoredFile(StoredState):
@@ -83,13 +82,13 @@ class StoredFile(StoredState):
         for name in self.shapes:
             for what in self.layer_state:
                 if self.shape(name, what) != ():
-                    raise ValueError(f"{_key(name, what)} has shape {self.shape(name, what)} instead of ()")
+                    raise ValueError(f"{key_of(name, what)} has shape {self.shape(name, what)} instead of ()")
 
     def shape(self, name: str, what: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(_key(name, what)).get_shape())
+        return tuple(self._file.get_slice(key_of(name, what)).get_shape())
 
     def reader(self, name: str, what: str) -> ReadBlock:
-        key = _key(name, what)
+        key = key_of(name, what)
         return lambda slices: self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
 
     def number(self, name: str, what: str) -> float:
@@ -97,4 +96,4 @@ class StoredFile(StoredState):
 
     def whole(self, name: str, what: str) -> torch.Tensor:
         """A tensor of the file."""
-        return self._file.get_tensor(_key(name, what))
+        return self._file.get_tensor(key_of(name, what))

@@ -15,10 +15,10 @@ Read from DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +32,16 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers import OPTIMIZERS
-from trustratio.optimizers.sharding.backends import register_backend
+from trustratio.optimizers.sharding.backends import Backend, register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of
-from trustratio.optimizers.sharding.gradient_flow import GradientFlow
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.gradient_flow import GradientFlow, Slice
+from trustratio.optimizers.sharding.layout import Layout, LayoutError
+from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
+from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.refusals import refuse_model_norm
+from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
+from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
-from ..tensor_parallel import Part, Reductions, TensorParallel
 from .gradients import describe_gradient_flow
 from .parallelism import (
     CLIPPING,
@@ -47,23 +51,31 @@ from .parallelism import (
     refuse_model_parallelism,
     refuse_partitions_over,
     steps_with_a_part,
-    unknown_norm,
     unwrapped_layout,
 )
+from .partitions import slice_of_rank, slices_of_layer, slices_of_view
 
 __all__ = ["DeepSpeedBackend"]
 
 
 @dataclass(frozen=True)
+class _Held:
+    """What this rank holds of a layer; a slice of length 0 where other ranks have all of it."""
+
+    parameter: torch.Tensor
+    shape: tuple[int, ...]
+    run: Slice
+
+
+@dataclass(frozen=True)
 class _FlatTensor:
-    """What one of the optimizer's tensors holds: (parameter, shape, first element in the tensor, offset, length)."""
+    """What one of the optimizer's tensors holds of each of its layers, and the ranks that hold the rest."""
 
     process_group: dist.ProcessGroup | None
-    parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]]
-    runs: Sequence[tuple[int, int, int, int]]  # (index into parameters, start, offset, length)
+    layers: Sequence[_Held]
 
 
-class DeepSpeedBackend:
+class DeepSpeedBackend(Backend):
     """Explains the tensors of DeepSpeed's optimizer wrappers."""
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
@@ -83,17 +95,19 @@ class DeepSpeedBackend:
         if wrapper is None:
             return None
         kind, flat_tensors = _describe(wrapper)
-        described = [(group, tensor, flat_tensors.get(id(tensor))) for group, tensor in tensors]
-        if any(flat is None for _, _, flat in described):
+        described = [
+            (group, tensor, flat_tensors[id(tensor)]) for group, tensor in tensors if id(tensor) in flat_tensors
+        ]
+        if len(described) < len(tensors):
             return None
         # Of the whole model, so that no group is stepped before another is refused.
-        parameters = [parameter for flat in flat_tensors.values() for parameter, _ in flat.parameters]
+        parameters = [layer.parameter for flat in flat_tensors.values() for layer in flat.layers]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
-        return _layout(kind, wrapper, optimizer, described)  # type: ignore[arg-type]
+        return _layout(kind, wrapper, optimizer, described)
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
         """Return all flat tensors with their groups where `param_groups` lack them between steps (ZeRO-3)."""
-        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
         if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             return None
         if wrapper.swap_optimizer or wrapper.params_in_nvme_and_cpu:
@@ -106,7 +120,7 @@ class DeepSpeedBackend:
 
     def publish_weights(self, optimizer: Any) -> None:
         """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
-        wrapper = None if _is_unwrapped(optimizer) else _find_wrapper(optimizer)
+        wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             wrapper.checkpoint_event_prologue()
             for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
@@ -132,23 +146,14 @@ class DeepSpeedBackend:
         return None if wrapper is None else describe_gradient_flow(wrapper)
 
 
-def _is_unwrapped(optimizer: Any) -> bool:
-    """Whether the optimizer still has the parameters that it was given: between steps no wrapper leaves it those."""
-    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    return bool(tensors) and all(map(optimizer.was_given, tensors))
-
-
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
     """The DeepSpeed object that steps this optimizer.
 
     DeepSpeed leaves no reference to it on the optimizer, and on a model's parameters only for those that have elements
-    on this rank; the garbage collector knows it on every rank. This runs once per flat tensor.
+    on this rank. This runs once per flat tensor.
     """
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), DeepSpeedOptimizer) and getattr(candidate, "optimizer", None) is optimizer:
-            return candidate
-    return None
+    wrappers = living(DeepSpeedOptimizer)
+    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is optimizer), None)
 
 
 def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]:
@@ -179,44 +184,28 @@ def _concatenated(
     groups: Iterable[list[torch.nn.Parameter]],
     process_groups: Iterable[dist.ProcessGroup],
 ) -> dict[int, _FlatTensor]:
-    """ZeRO-1/2: a group's parameters lie in one buffer that is cut into equal partitions, one per rank.
-
-    Every parameter is a view of that buffer, so its storage offset is its position, whatever the order
-    (`round_robin_gradients`) and gaps (`parameter_alignment`).
-    """
+    """ZeRO-1/2: this rank's partition of each group's buffer."""
     flat_tensors = {}
     for partition, parameters, process_group in zip(partitions, groups, process_groups, strict=True):
-        size = partition.numel()
-        first = dist.get_rank(process_group) * size
-        runs = []
-        for index, parameter in enumerate(parameters):
-            position = int(parameter.storage_offset())
-            begin, end = max(position, first), min(position + parameter.numel(), first + size)
-            if begin < end:
-                runs.append((index, begin - first, begin - position, end - begin))
-        shapes = [(parameter, tuple(parameter.shape)) for parameter in parameters]
-        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, sorted(runs, key=lambda run: run[1]))
+        rank = dist.get_rank(process_group)
+        runs = (slice_of_rank(slices_of_view(parameter, partition), rank) for parameter in parameters)
+        layers = [_Held(p, tuple(p.shape), run) for p, run in zip(parameters, runs, strict=True)]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, layers)
     return flat_tensors
 
 
 def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, _FlatTensor]:
-    """ZeRO-3: every rank holds one slice of each parameter; the last slices end in uninitialised padding."""
+    """ZeRO-3: this rank's slices of each sub-group's parameters."""
     flat_tensors = {}
     for number, (partition, parameters) in enumerate(
         zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
     ):
         process_group = wrapper.sub_group_process_groups[number]
-        rank = dist.get_rank(process_group)
-        runs = []
-        for index, parameter in enumerate(parameters):
-            _, start, slice_length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            offset = rank * slice_length
-            length = min(slice_length, parameter.ds_numel - offset)
-            if length > 0:
-                runs.append((index, start, offset, length))
+        rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+        runs = (slice_of_rank(slices_of_layer(wrapper, parameter, ranks), rank) for parameter in parameters)
         # Under zero.Init a parameter's own shape is (0,).
-        shapes = [(parameter, tuple(parameter.ds_shape)) for parameter in parameters]
-        flat_tensors[id(partition)] = _FlatTensor(process_group, shapes, runs)
+        layers = [_Held(p, tuple(p.ds_shape), run) for p, run in zip(parameters, runs, strict=True)]
+        flat_tensors[id(partition)] = _FlatTensor(process_group, layers)
     return flat_tensors
 
 
@@ -224,53 +213,32 @@ def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatT
     """Stage 0 with 16-bit parameters: an unsharded fp32 copy of each."""
     for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
         for master, parameter in zip(masters, parameters, strict=True):
-            shape = tuple(parameter.shape)
-            yield id(master), _FlatTensor(None, [(parameter, shape)], [(0, 0, 0, parameter.numel())])
+            whole = Slice(owner=0, offset=0, length=parameter.numel(), start=0)
+            yield id(master), _FlatTensor(None, [_Held(parameter, tuple(parameter.shape), whole)])
 
 
 def _layout(
     kind: str, wrapper: DeepSpeedOptimizer, optimizer: Any, described: Sequence[tuple[int, torch.Tensor, _FlatTensor]]
 ) -> Layout:
     name_of = layer_names(optimizer, getattr(wrapper, "param_names", None) or {})
+    mpu = getattr(wrapper, "mpu", None)
     # Stage 3 keeps of the mpu its group alone.
-    parallel = TensorParallel(getattr(wrapper, "mpu", None), getattr(wrapper, "model_parallel_group", None))
-    layers: list[Layer] = []
-    shards: list[Shard] = []
-    cut: set[int] = set()
-    placed = True
-    reductions = Reductions()
-    for carrier, (_, _, flat) in enumerate(described):
-        base = len(layers)
-        parts: list[Part] = []
-        for index, (parameter, shape) in enumerate(flat.parameters):
-            name = name_of(parameter) or f"{carrier}.{index}"
-            part = parallel.part(name, parameter, shape)
+    parallel = TensorParallel(mpu, getattr(wrapper, "model_parallel_group", None))
+    builder = LayoutBuilder(kind)
+    for carrier, (group, tensor, flat) in enumerate(described):
+        builder.carry(group, tensor)
+        over = [] if flat.process_group is None else [flat.process_group]
+        for index, layer in enumerate(flat.layers):
+            name, run = name_of(layer.parameter) or f"{carrier}.{index}", layer.run
+            part = parallel.part(name, layer.parameter, layer.shape)
             refuse_partitions_over(part.process_group, flat.process_group, name)
-            if flat.process_group is not None:
-                reductions.add(flat.process_group, len(layers))
-            if part.process_group is not None:
-                reductions.add(part.process_group, len(layers))
-                cut.add(len(layers))
-            placed = placed and part.is_placed
-            parts.append(part)
-            layers.append(Layer(name, part.whole, carrier, parameter))
-        for index, start, offset, length in flat.runs:
-            shards.extend(parts[index].shards(base + index, start, offset, length))
-    parallel.agree(layers, cut)
-    part_of_model = steps_with_a_part(
-        getattr(wrapper, "mpu", None), (layer.parameter for layer in layers if layer.parameter is not None)
-    )
+            builder.add(name, layer.parameter, part, run.start, run.offset, run.length, over=over)
+    parallel.agree(builder.layers, builder.cut)
+    part_of_model = steps_with_a_part(mpu, (layer.parameter for _, _, flat in described for layer in flat.layers))
     sharded = not isinstance(wrapper, FP16_UnfusedOptimizer)
-    return Layout(
-        backend=kind,
-        tensors=tuple(tensor for _, tensor, _ in described),
-        groups=tuple(group for group, _, _ in described),
-        layers=tuple(layers),
-        shards=tuple(shards),
-        reductions=reductions.collected(),
+    return builder.layout(
         clips_with=CLIPPING if sharded or part_of_model else None,
         gradient_norm=_gradient_norm(kind, wrapper, part_of_model),
-        placed=placed,
     )
 
 
@@ -288,13 +256,13 @@ def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) 
         return lambda: _norm_at_step(kind, reference())
     else:
         return None
-    return lambda: unknown_norm(kind, problem)
+    return partial(refuse_model_norm, f"{kind} {problem}")
 
 
 def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
     """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
     if wrapper._global_grad_norm is None:
-        return unknown_norm(kind, "does not compute it: set zero_optimization.compute_grad_norm to true")
+        refuse_model_norm(f"{kind} does not compute it: set zero_optimization.compute_grad_norm to true")
     norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
     if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
         # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.

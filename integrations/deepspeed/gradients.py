@@ -23,7 +23,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers.gradient_statistics.norms import StatisticsError
-from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow, Slice
+from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow
+
+from .partitions import slices_of_layer, slices_of_view
 
 __all__ = ["describe_gradient_flow"]
 
@@ -35,15 +37,15 @@ def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
         StatisticsError: At the step, if the wrapper's scale cannot be known.
     """
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        destinations = _slices_of_layers(wrapper)
+        destinations = _into_sub_groups(wrapper)
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         partitions = wrapper.single_partition_of_fp32_groups
         groups = zip(partitions, wrapper.bit16_groups, wrapper.real_dp_process_group, strict=True)
-        destinations = _slices_of_buffers(groups, kept_whole=not wrapper.partition_gradients)
+        destinations = _into_partitions(groups, kept_whole=not wrapper.partition_gradients)
     elif isinstance(wrapper, BF16_Optimizer):
         partitions = wrapper.fp32_groups_flat_partition
         groups = zip(partitions, wrapper.bf16_groups, wrapper.real_dp_process_group, strict=True)
-        destinations = _slices_of_buffers(groups, kept_whole=True)
+        destinations = _into_partitions(groups, kept_whole=True)
     else:
         return None
     reference = weakref.ref(wrapper)
@@ -52,38 +54,26 @@ def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
     )
 
 
-def _slices_of_buffers(
+def _into_partitions(
     groups: Iterable[tuple[torch.Tensor, list[torch.nn.Parameter], dist.ProcessGroup]], *, kept_whole: bool
 ) -> dict[int, Destination]:
-    """ZeRO-1/2: parameters are views of one buffer per group, which is cut into equal partitions."""
-    destinations = {}
-    for partition, parameters, process_group in groups:
-        size = partition.numel()
-        for parameter in parameters:
-            position = int(parameter.storage_offset())
-            end = position + parameter.numel()
-            slices = []
-            for owner in range(position // size, -(-end // size)):
-                begin, stop = max(position, owner * size), min(end, (owner + 1) * size)
-                slices.append(Slice(owner, begin - position, stop - begin, begin - owner * size))
-            destinations[id(parameter)] = Destination(process_group, partition, tuple(slices), kept_whole)
-    return destinations
+    """ZeRO-1/2: into the partition of a group."""
+    return {
+        id(parameter): Destination(process_group, partition, tuple(slices_of_view(parameter, partition)), kept_whole)
+        for partition, parameters, process_group in groups
+        for parameter in parameters
+    }
 
 
-def _slices_of_layers(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, Destination]:
-    """ZeRO-3: every rank holds one slice of each parameter, at the same place in its partition of the sub-group."""
+def _into_sub_groups(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, Destination]:
+    """ZeRO-3: into the partition of a sub-group."""
     destinations = {}
     for number, (partition, parameters) in enumerate(
         zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
     ):
         process_group = wrapper.sub_group_process_groups[number]
         for parameter in parameters:
-            _, start, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
-            slices = [
-                Slice(owner, owner * length, min(length, parameter.ds_numel - owner * length), start)
-                for owner in range(dist.get_world_size(process_group))
-                if owner * length < parameter.ds_numel
-            ]
+            slices = slices_of_layer(wrapper, parameter, dist.get_world_size(process_group))
             destinations[id(parameter)] = Destination(process_group, partition, tuple(slices), kept_whole=False)
     return destinations
 

@@ -11,9 +11,9 @@ Read from DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
-
-from ..tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
+from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_statistics
+from trustratio.optimizers.sharding.tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
 
 __all__ = [
     "CLIPPING",
@@ -45,11 +46,7 @@ OF_EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
 def find_engine(optimizer: Any) -> DeepSpeedEngine | None:
     """The engine that steps this optimizer, directly or through a wrapper; found as the wrapper is."""
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), DeepSpeedEngine) and _steps_with(candidate, optimizer):
-            return candidate
-    return None
+    return next((engine for engine in living(DeepSpeedEngine) if _steps_with(engine, optimizer)), None)
 
 
 def _steps_with(engine: DeepSpeedEngine, optimizer: Any) -> bool:
@@ -82,15 +79,9 @@ def unwrapped_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]
     refuse_model_parallelism(kind, optimizer, engine.mpu, parameters)
     options: dict[str, Any] = {}
     if steps_with_a_part(engine.mpu, parameters):
-        options["clips_with"] = CLIPPING
-        options["gradient_norm"] = lambda: unknown_norm(kind, PART_OF_MODEL)
+        options = {"clips_with": CLIPPING, "gradient_norm": partial(refuse_model_norm, f"{kind} {PART_OF_MODEL}")}
     name_of = layer_names(optimizer, engine.param_names)
     return layout_of_parameters(kind, optimizer, tensors, parallel, name_of, **options)
-
-
-def unknown_norm(kind: str, problem: str) -> torch.Tensor:
-    """Raise LayoutError, for `Layout.gradient_norm` where nobody knows it."""
-    raise LayoutError(f"this optimizer needs the norm of the whole model's gradient, but {kind} {problem}")
 
 
 # Experts ------------------------------------------------------------------------------------------------------------
@@ -143,21 +134,21 @@ def _expert_group(parameter: Any) -> str:
 def refuse_model_parallelism(kind: str, optimizer: Any, mpu: Any, parameters: Sequence[torch.Tensor]) -> None:
     """Raise LayoutError if the optimizer's statistics of group gradients do not exist in this set-up."""
     refuse_optimizer(kind, optimizer, parameters)
-    if optimizer.statistics is None:
-        return
-    problem = None
+    if optimizer.statistics is not None:
+        problem = _why_not_single_gradients(mpu, parameters)
+        described = None if problem is None else f"{problem} ({kind})"
+        refuse_statistics(optimizer, described, "data parallelism (DDP or ZeRO) alone")
+
+
+def _why_not_single_gradients(mpu: Any, parameters: Iterable[torch.Tensor]) -> str | None:
+    """Why a rank does not see the gradient of each of its micro-batches; None if it does."""
     if deepspeed_groups._get_sequence_parallel_world_size() > 1:
-        problem = "under sequence parallelism a rank has that of a part of each sample"
-    elif _pipeline_stages(mpu) > 1:
-        problem = "a pipeline stage sees only its own layers, and of a tied layer a part of the gradient"
-    elif _distributed_experts(parameters):
-        problem = "an expert's gradient on one rank is made of the samples of several"
-    if problem is not None:
-        raise LayoutError(
-            f"{type(optimizer).__name__} needs the gradient of every rank's every micro-batch, but {problem} ({kind}): "
-            "not supported. Use data parallelism (DDP or ZeRO) alone for CLARS, the VR optimizers and "
-            "collect_group_norms()"
-        )
+        return "under sequence parallelism a rank has that of a part of each sample"
+    if _pipeline_stages(mpu) > 1:
+        return "a pipeline stage sees only its own layers, and of a tied layer a part of the gradient"
+    if _distributed_experts(parameters):
+        return "an expert's gradient on one rank is made of the samples of several"
+    return None
 
 
 def refuse_partitions_over(

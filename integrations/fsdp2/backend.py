@@ -25,11 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from trustratio.optimizers.sharding.backends import register_backend, tensor_parallel_groups
+from trustratio.optimizers.sharding.backends import Backend, register_backend, tensor_parallel_groups
 from trustratio.optimizers.sharding.data_parallel import DataParallel
 from trustratio.optimizers.sharding.gradient_flow import GradientFlow
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
-from trustratio.optimizers.sharding.local_tensors import local_part
+from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
+from trustratio.optimizers.sharding.local_tensors import is_plain, local_part
+from trustratio.optimizers.sharding.parts import Part
+from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
 from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
@@ -40,11 +43,8 @@ __all__ = ["DTensorBackend"]
 BACKEND = "FSDP2 (DTensor)"
 
 
-class DTensorBackend:
+class DTensorBackend(Backend):
     """Explains DTensor parameters, whoever made them, and plain parameters beside them."""
-
-    def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
-        """Do nothing: any optimizer may be stepped with DTensors."""
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout if any of the tensors is a DTensor.
@@ -66,23 +66,14 @@ class DTensorBackend:
             _refuse_kind(names[id(tensor)], tensor)
         _refuse_replaced(optimizer, present, names)
         _agree_on_placements([tensor for _, tensor in present], names)
-        return Layout(
-            backend=BACKEND,
-            tensors=tuple(tensor for _, tensor in present),
-            groups=tuple(group for group, _ in present),
-            layers=tuple(
-                Layer(names[id(tensor)], tuple(tensor.shape), i, tensor, dtypes.get(id(tensor)))
-                for i, (_, tensor) in enumerate(present)
-            ),
-            shards=tuple(
-                shard
-                for i, (_, tensor) in enumerate(present)
-                if local_part(tensor).numel()
-                for shard in _shards(i, names[id(tensor)], tensor)
-            ),
-            reductions=_reductions([tensor for _, tensor in present]),
-            placed=True,
-        )
+        builder = LayoutBuilder(BACKEND)
+        for group, tensor in present:
+            name, whole = names[id(tensor)], Part.all_of(tensor.shape)
+            builder.carry(group, tensor)
+            layer = builder.add(name, tensor, whole, over=_cut_over(tensor), gradient_dtype=dtypes.get(id(tensor)))
+            if local_part(tensor).numel():
+                builder.shards.extend(_shards(layer, name, tensor))
+        return builder.layout()
 
     def data_parallel(self, optimizer: Any) -> DataParallel | None:
         """Return the ranks over which fully_shard averages gradients, None without it."""
@@ -101,9 +92,9 @@ def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[
     """Each parameter's name by id; where it was put in place of another, that one's."""
     names = dict(name_layers(optimizer, tensors))
     for group in optimizer.param_groups:
-        given = group.get("param_names") or ()
-        if len(given) == len(group["params"]):
-            names.update({id(p): name for p, name in zip(group["params"], given, strict=True)})
+        names_before = group.get("param_names") or ()
+        if len(names_before) == len(group["params"]):
+            names.update({id(p): name for p, name in zip(group["params"], names_before, strict=True)})
     return names
 
 
@@ -122,7 +113,7 @@ def _shard(layer: int, tensor: torch.Tensor) -> Shard:
 def _shards(layer: int, name: str, tensor: torch.Tensor) -> list[Shard]:
     """What this rank has of the layer: one block, or one per run of rows where rows are cut in several."""
     block = _shard(layer, tensor)
-    if not isinstance(tensor, DTensor) or not _strides(tensor):
+    if not isinstance(tensor, DTensor) or not _strided_dimensions(tensor):
         return [block]
     indices = local_indices(name, tensor)
     if [len(index) for index in indices] != list(local_part(tensor).shape):
@@ -140,14 +131,14 @@ def _shards(layer: int, name: str, tensor: torch.Tensor) -> list[Shard]:
     return shards
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
+def _strided_dimensions(tensor: torch.Tensor) -> list[int]:
     """The dimensions of which a rank has several pieces, as of fused matrices: `_StridedShard` for its own sake.
 
     fully_shard over tensor parallelism makes a `_StridedShard` too, whose pieces the later mesh dimensions take apart.
     """
     if not isinstance(tensor, DTensor):
         return []
-    found = []
+    strided = []
     for mesh_dimension, placement in enumerate(tensor.placements):
         later = prod(
             tensor.device_mesh.size(other)
@@ -155,21 +146,12 @@ def _strides(tensor: torch.Tensor) -> list[int]:
             if getattr(tensor.placements[other], "dim", None) == getattr(placement, "dim", None)
         )
         if isinstance(placement, _StridedShard) and placement.split_factor != later:
-            found.append(placement.dim)
-    return found
-
-
-def _reductions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...]:
-    """The process groups of the mesh dimensions that cut a layer. Meshes over the same ranks share one group."""
-    cut: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[int]]] = {}
-    for index, tensor in enumerate(tensors):
-        for process_group in _cut_over(tensor):
-            ranks = tuple(dist.get_process_group_ranks(process_group))
-            cut.setdefault(ranks, (process_group, []))[1].append(index)
-    return tuple((process_group, tuple(indices)) for process_group, indices in cut.values())
+            strided.append(placement.dim)
+    return strided
 
 
 def _cut_over(tensor: torch.Tensor) -> Iterator[dist.ProcessGroup]:
+    """The process groups of the mesh dimensions that cut a layer."""
     if isinstance(tensor, DTensor):
         for dimension, placement in enumerate(tensor.placements):
             if not placement.is_replicate():
@@ -181,28 +163,22 @@ def _cut_over(tensor: torch.Tensor) -> Iterator[dist.ProcessGroup]:
 
 def _refuse_optimizer(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
     """Raise LayoutError if the optimizer needs more of a layer than sums over its elements, and cannot have it."""
-    name = type(optimizer).__name__
     if optimizer.statistics is not None:
         sharded = sharded_parameters(optimizer)
-        if any(id(tensor) not in sharded for tensor in tensors):
-            raise LayoutError(
-                f"{name} needs the gradient of every single micro-batch, which is known of parameters that fully_shard "
-                "has sharded, and of no other DTensors: use DDP, FSDP2 or DeepSpeed ZeRO alone for CLARS, the VR "
-                "optimizers and collect_group_norms()"
-            )
-    for group in optimizer.param_groups:
-        if optimizer.has_rows(group) and not all(map(_has_whole_rows, group["params"])):
-            raise LayoutError(
-                f"{name} clips rows of embeddings, of which each must be whole on one rank under {BACKEND}: shard "
-                "embeddings with Shard(0), or put them into a group with cowclip=False"
-            )
+        known = all(id(tensor) in sharded for tensor in tensors)
+        problem = "that is known of parameters that fully_shard has sharded, and of no other DTensors"
+        refuse_statistics(optimizer, None if known else problem, "DDP, FSDP2 or DeepSpeed ZeRO alone")
+    clipped = [group["params"] for group in optimizer.param_groups if optimizer.has_rows(group)]
+    if not all(_has_whole_rows(tensor) for parameters in clipped for tensor in parameters):
+        problem = f"of which each must be whole on one rank under {BACKEND}"
+        refuse_rows(optimizer, problem, "shard embeddings with Shard(0)")
 
 
 def _has_whole_rows(tensor: torch.Tensor) -> bool:
     if not isinstance(tensor, DTensor):
         return True
     by_rows = all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
-    return by_rows and not _strides(tensor)
+    return by_rows and not _strided_dimensions(tensor)
 
 
 def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
@@ -214,14 +190,14 @@ def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
             f"parameter {name} has placements {tensor.placements}: no rank knows its weights, which are sums over "
             "ranks. Redistribute it to Shard or Replicate"
         )
-    strided = [dimension for dimension in _strides(tensor) if dimension > 0]
+    strided = [dimension for dimension in _strided_dimensions(tensor) if dimension > 0]
     if strided:
         raise LayoutError(
             f"parameter {name} has placements {tensor.placements}, which leave a rank several pieces along dimension "
             f"{strided[0]}: supported along dimension 0 only. Store the matrix transposed, or as several parameters"
         )
     local = local_part(tensor)
-    if type(local) not in (torch.Tensor, torch.nn.Parameter):
+    if not is_plain(local):
         raise LayoutError(f"parameter {name} is a DTensor of {type(local).__name__}: not supported")
     if tensor.device_mesh.get_coordinate() is None:
         raise LayoutError(f"parameter {name} lies on {tensor.device_mesh}, which this rank is not part of")

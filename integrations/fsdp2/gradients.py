@@ -12,7 +12,6 @@ where each is reduced, without those that are None, and not on one rank. Read fr
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,9 @@ from torch.distributed.tensor import DTensor
 from trustratio.optimizers.gradient_statistics.norms import StatisticsError
 from trustratio.optimizers.sharding.data_parallel import DataParallel
 from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow, Slice
+from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import local_part
+from trustratio.optimizers.sharding.refusals import needs_single_gradients
 
 __all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]
 
@@ -46,15 +47,14 @@ def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
     """What FSDP2 knows of the optimizer's parameters: (parameter group, parameter) of FSDP2, by the parameter's id."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wanted = {id(parameter) for parameter in parameters if isinstance(parameter, DTensor)}
-    found: dict[int, tuple[Any, Any]] = {}
-    # A look at every object of the process takes a second in a large one.
-    for candidate in gc.get_objects() if wanted else ():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), FSDPModule):
-            for group, parameter in _parameters_of(candidate):
-                if id(parameter.sharded_param) in wanted:
-                    found[id(parameter.sharded_param)] = group, parameter
-    return found
+    if not wanted:
+        return {}
+    return {
+        id(parameter.sharded_param): (group, parameter)
+        for module in living(FSDPModule)
+        for group, parameter in _parameters_of(module)
+        if id(parameter.sharded_param) in wanted
+    }
 
 
 def _parameters_of(module: FSDPModule) -> Iterator[tuple[Any, Any]]:
@@ -74,8 +74,7 @@ def gradient_dtypes(optimizer: Any) -> dict[int, torch.dtype]:
 def data_parallel(optimizer: Any) -> DataParallel | None:
     """Return the ranks over which FSDP2 averages gradients, None if it shards none of the optimizer's parameters."""
     for group, _ in sharded_parameters(optimizer).values():
-        shard_group = getattr(group.mesh_info, "shard_process_group", None)
-        return DataParallel(shard_group, replicas=getattr(group.mesh_info, "replicate_process_group", None))
+        return DataParallel(_shard_group(group), replicas=getattr(group.mesh_info, "replicate_process_group", None))
     return None
 
 
@@ -85,11 +84,11 @@ def gradient_flow(optimizer: Any) -> GradientFlow | None:
     Raises:
         StatisticsError: Where single gradients cannot be known.
     """
-    found = sharded_parameters(optimizer)
-    if not found:
+    sharded = sharded_parameters(optimizer)
+    if not sharded:
         return None
-    _refuse(optimizer, found)
-    return GradientFlow({key: _destination(*pair) for key, pair in found.items()}, sources=True)
+    _refuse(optimizer, sharded)
+    return GradientFlow({key: _destination(*pair) for key, pair in sharded.items()}, sources=True)
 
 
 def _destination(group: Any, parameter: Any) -> Destination:
@@ -119,35 +118,34 @@ def _destination(group: Any, parameter: Any) -> Destination:
     )
 
 
-def _refuse(optimizer: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    name = type(optimizer).__name__
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    remedy = "use LAMB or LARS, or shard the whole model by fully_shard on one mesh"
-    if any(id(parameter) not in found for parameter in parameters if parameter.requires_grad):
+def _refuse(optimizer: Any, sharded: dict[int, tuple[Any, Any]]) -> None:
+    problem = _why_not_single(optimizer, sharded)
+    if problem is not None:
+        instead = "one mesh of fully_shard for the whole model, DDP or DeepSpeed ZeRO"
+        raise StatisticsError(needs_single_gradients(optimizer, problem, instead))
+    if optimizer.statistics.squares and any(group.reduce_scatter_unused_params for group, _ in sharded.values()):
         raise StatisticsError(
-            f"{name} needs the gradient of every single micro-batch, and fully_shard has sharded only some of the "
-            f"optimizer's parameters: {remedy}"
-        )
-    groups = [group for group, _ in found.values()]
-    meshes = {tuple(dist.get_process_group_ranks(g)) for g in map(_shard_group, groups) if g is not None}
-    if len(meshes) != 1 or any(_shard_group(group) is None for group in groups):
-        raise StatisticsError(
-            f"{name} needs the gradient of every single micro-batch, and fully_shard has sharded the optimizer's "
-            f"parameters on different meshes, or not at all: {remedy}"
-        )
-    if any(parameter.is_dtensor for _, parameter in found.values()):
-        raise StatisticsError(
-            f"{name} needs the norms of every single micro-batch's gradients, of which tensor parallelism leaves each "
-            f"rank a part: {remedy}"
-        )
-    if optimizer.statistics.squares and any(group.reduce_scatter_unused_params for group in groups):
-        raise StatisticsError(
-            f"{name} sends the squares of gradients where FSDP2 sends gradients, and with "
+            f"{type(optimizer).__name__} sends the squares of gradients where FSDP2 sends gradients, and with "
             "set_reduce_scatter_unused_params(True) ranks need not have the same ones: turn that off"
         )
-    if any(hasattr(local_part(parameter.sharded_param), "fsdp_pre_all_gather") for _, parameter in found.values()):
-        raise StatisticsError(f"{name} cannot see gradients of tensor subclasses that gather themselves: {remedy}")
+
+
+def _why_not_single(optimizer: Any, sharded: dict[int, tuple[Any, Any]]) -> str | None:
+    """Why a rank does not see the gradient of each of its micro-batches; None if it does."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in sharded for parameter in parameters if parameter.requires_grad):
+        return "fully_shard has sharded only some of the optimizer's parameters"
+    shard_groups = [_shard_group(group) for group, _ in sharded.values()]
+    meshes = {None if group is None else tuple(dist.get_process_group_ranks(group)) for group in shard_groups}
+    if None in meshes or len(meshes) != 1:
+        return "fully_shard has sharded the optimizer's parameters on different meshes, or not at all"
+    if any(parameter.is_dtensor for _, parameter in sharded.values()):
+        return "tensor parallelism leaves each rank a part of it"
+    if any(hasattr(local_part(parameter.sharded_param), "fsdp_pre_all_gather") for _, parameter in sharded.values()):
+        return "that of tensor subclasses that gather themselves cannot be seen"
+    return None
 
 
 def _shard_group(group: Any) -> dist.ProcessGroup | None:
+    """The ranks among which a parameter group of FSDP2 is sharded, None where it is only replicated."""
     return getattr(group.mesh_info, "shard_process_group", None)

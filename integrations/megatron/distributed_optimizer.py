@@ -17,23 +17,25 @@ gloo, where the tests replace what Megatron wants of CUDA (`tests/distributed/me
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.layout import Layout, LayoutError
+from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
+from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import reduction_device
-
-from ..tensor_parallel import Reductions, TensorParallel
+from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_rows, refuse_statistics
+from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 
 __all__ = ["accept", "find_wrapper", "layout_of_shards", "megatron_optimizer", "publish_weights"]
 
@@ -102,16 +104,13 @@ def accept(optimizer_class: type[torch.optim.Optimizer]) -> None:
 def find_wrapper(optimizer: Any) -> Any:
     """The DistributedOptimizer that steps this optimizer, None if there is none.
 
-    It leaves no reference on the optimizer; the garbage collector knows it. This runs once per layout.
+    It leaves no reference on the optimizer. This runs once per layout.
     """
     wrapper_class = getattr(sys.modules.get(MODULE), "DistributedOptimizer", None)
     if wrapper_class is None:
         return None
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), wrapper_class) and getattr(candidate, "optimizer", None) is optimizer:
-            return candidate
-    return None
+    wrappers = living(wrapper_class)
+    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is optimizer), None)
 
 
 @dataclass(frozen=True)
@@ -144,37 +143,17 @@ def layout_of_shards(wrapper: Any, optimizer: Any, tensors: Sequence[tuple[int, 
     parallel = TensorParallel(mpu, wrapper.model_chunks[0].tp_group)
     name_of = _names(wrapper, optimizer)
     stand_ins = _stand_ins_of(optimizer)
-    members = sorted(_members(wrapper, runs), key=lambda member: member[0])
-    carriers: list[torch.Tensor] = []
-    layers: list[Layer] = []
-    shards: list[Shard] = []
-    cut: set[int] = set()
-    placed = True
-    reductions = Reductions()
-    for index, (_, parameter) in enumerate(members):
-        run, name = runs.get(id(parameter)), name_of(parameter)
-        carriers.append(stand_ins.get(parameter) if run is None else run.tensor)
+    builder = LayoutBuilder(BACKEND)
+    for group, parameter in sorted(_members(wrapper, runs), key=lambda member: member[0]):
+        name = name_of(parameter)
         part = parallel.part(name, parameter, tuple(parameter.shape))
-        placed = placed and part.is_placed
-        layers.append(Layer(name, part.whole, index, parameter))
-        reductions.add(wrapper.data_parallel_group, index)
-        if part.process_group is not None:
-            reductions.add(part.process_group, index)
-            cut.add(index)
-        if run is not None:
-            shards.extend(part.shards(index, 0, run.start, run.end - run.start))
-    parallel.agree(layers, cut)
-    return Layout(
-        backend=BACKEND,
-        tensors=tuple(carriers),
-        groups=tuple(group for group, _ in members),
-        layers=tuple(layers),
-        shards=tuple(shards),
-        reductions=reductions.collected(),
-        clips_with=CLIPPING,
-        gradient_norm=None if _sees_whole_model(wrapper) else _refuse_model_norm,
-        placed=placed,
-    )
+        run = runs.get(id(parameter)) or _Run(stand_ins.get(parameter), group, 0, 0)
+        builder.carry(group, run.tensor)
+        length = run.end - run.start
+        builder.add(name, parameter, part, offset=run.start, length=length, over=[wrapper.data_parallel_group])
+    parallel.agree(builder.layers, builder.cut)
+    norm = None if _sees_whole_model(wrapper) else partial(refuse_model_norm, NORM_OF_A_PART)
+    return builder.layout(clips_with=CLIPPING, gradient_norm=norm)
 
 
 def _runs(wrapper: Any) -> dict[int, _Run]:
@@ -197,8 +176,8 @@ def _members(wrapper: Any, runs: dict[int, _Run]) -> list[tuple[int, torch.Tenso
     A rank knows the groups of the parameters that it steps; one all-reduce tells them to the others.
     """
     parameters = [p for buffer in wrapper.buffers for p in buffer.params if p.numel()]
-    own = [run.group if (run := runs.get(id(parameter))) else NOBODY for parameter in parameters]
-    groups = torch.tensor(own, dtype=torch.int64)
+    known_here = [run.group if (run := runs.get(id(parameter))) else NOBODY for parameter in parameters]
+    groups = torch.tensor(known_here, dtype=torch.int64)
     groups = groups.to(reduction_device(wrapper.data_parallel_group, parameters[0].device)) if parameters else groups
     dist.all_reduce(groups, dist.ReduceOp.MAX, group=wrapper.data_parallel_group)
     return list(zip(groups.tolist(), parameters, strict=True))
@@ -270,6 +249,11 @@ def publish_weights(wrapper: Any) -> None:
 
 # Refusals -----------------------------------------------------------------------------------------------------------
 
+NORM_OF_A_PART = (
+    "Megatron's DistributedOptimizer steps pipeline stages and experts in calls of their own: use it without them, or "
+    "DeepSpeed ZeRO-1"
+)
+
 
 def _refuse_wrapper(wrapper: Any) -> None:
     if wrapper.ddp_config.use_megatron_fsdp:
@@ -283,17 +267,8 @@ def _refuse_wrapper(wrapper: Any) -> None:
 
 def _refuse_optimizer(optimizer: Any) -> None:
     """Raise LayoutError if the optimizer needs more of a layer than sums over its elements."""
-    name = type(optimizer).__name__
-    if optimizer.statistics is not None:
-        raise LayoutError(
-            f"{name} needs the gradient of every single micro-batch, which {BACKEND} adds up in a buffer: not "
-            "supported. Use DDP, FSDP2 or DeepSpeed ZeRO for CLARS, the VR optimizers and collect_group_norms()"
-        )
-    if any(optimizer.has_rows(group) for group in optimizer.param_groups):
-        raise LayoutError(
-            f"{name} clips rows of embeddings, which is not supported under {BACKEND}: put the embeddings into a group "
-            "with cowclip=False"
-        )
+    refuse_statistics(optimizer, f"{BACKEND} adds them up in a buffer", "DDP, FSDP2 or DeepSpeed ZeRO")
+    refuse_rows(optimizer, f"which is not supported under {BACKEND}")
 
 
 def _refuse_strangers(tensors: Sequence[tuple[int, torch.Tensor]], runs: dict[int, _Run]) -> None:
@@ -318,10 +293,3 @@ def _refuse_incomplete_state(optimizer: Any, runs: dict[int, _Run]) -> None:
                 "Megatron's DistributedOptimizer hold what Adam needs. Use save_optimizer_state and "
                 "load_optimizer_state of trustratio.integrations.checkpoints.consolidated instead"
             )
-
-
-def _refuse_model_norm() -> torch.Tensor:
-    raise LayoutError(
-        "this optimizer needs the norm of the whole model's gradient, but Megatron's DistributedOptimizer steps "
-        "pipeline stages and experts in calls of their own: use it without them, or DeepSpeed ZeRO-1"
-    )

@@ -1,13 +1,21 @@
-"""Norms of the gradients of single groups of samples: what a step needs, and what `norms()` returns."""
+"""What comes out of the statistics: what one step needs, and the norms of the last step that users ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["GroupNorms", "StatisticsError", "StepStatistics"]
+from ..sharding.layout import Layout
+
+__all__ = ["HOW_TO_BUILD", "GroupNorms", "LastNorms", "StatisticsError", "StepStatistics", "norms_from_table"]
+
+HOW_TO_BUILD = (
+    "Group gradients are seen in backward(): construct the optimizer with the model's own parameters, pass that object "
+    "to the wrapper, and let backward() make the gradients. Gradients made in another way are given by "
+    "optimizer.statistics.add_group({name or parameter: gradient}), once per group."
+)
 
 
 class StatisticsError(RuntimeError):
@@ -33,11 +41,37 @@ class GroupNorms:
 
 def norms_from_table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, GroupNorms]:
     """Read a `GradientStatistics.norm_table` that was brought to the host, as its rows."""
-    found = {}
+    norms = {}
     for name, groups, mean_norm, mean_square, square, clipping in zip(names, *rows, strict=True):
         c = clipping or 1.0
-        found[name] = GroupNorms(round(groups), mean_norm / c, mean_square / c**2, square / c**2)
-    return found
+        norms[name] = GroupNorms(round(groups), mean_norm / c, mean_square / c**2, square / c**2)
+    return norms
+
+
+class LastNorms:
+    """The reduced sums of the last step, of all its `step()` calls; on the device, so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self._of_calls: dict[tuple[int, ...], tuple[tuple[str, ...], torch.Tensor]] = {}  # by the ids of the tensors
+
+    def keep(self, layout: Layout, totals: Mapping[str, torch.Tensor], clipping: torch.Tensor) -> None:
+        """Keep the sums of one call.
+
+        Args:
+            layout: Of the call.
+            totals: Its reduced sums, of which "groups", "group_norm", "group_square" and "g" are kept.
+            clipping: What clipping multiplied the gradient by, 0-d.
+        """
+        rows = [totals[name] for name in ("groups", "group_norm", "group_square", "g")]
+        names = tuple(layer.name for layer in layout.layers)
+        self._of_calls[tuple(map(id, layout.tensors))] = names, torch.stack([*rows, clipping.expand_as(totals["g"])])
+
+    def table(self) -> tuple[list[str], torch.Tensor]:
+        """Layer names and a tensor, shape (5, layers), without waiting; see `norms_from_table`."""
+        if not self._of_calls:
+            return [], torch.zeros(5, 0, dtype=torch.float64)
+        names = [name for of_call, _ in self._of_calls.values() for name in of_call]
+        return names, torch.cat([rows for _, rows in self._of_calls.values()], dim=1)
 
 
 @dataclass(frozen=True)

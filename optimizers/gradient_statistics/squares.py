@@ -1,48 +1,151 @@
 """Element-wise squares of the groups' gradients on their way to the ranks that own the elements.
 
-Where every rank keeps whole gradients until the step, squares are added up locally and reduced in the step. Where it
-does not (ZeRO-2 and 3, FSDP2), they are sent in backward, bucket by bucket, as the gradient itself is.
+Where every rank keeps whole gradients until the step (one process, DDP, ZeRO-0 and 1), squares are added up locally and
+reduced in the step. Where it does not (ZeRO-2 and 3, FSDP2), they are sent in backward, bucket by bucket, as the
+gradient itself is.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from ..sharding.data_parallel import DataParallel
 from ..sharding.gradient_flow import Destination, Slice
-from ..sharding.local_tensors import compute_dtype, local_part, reduction_device
+from ..sharding.layout import Layout
+from ..sharding.local_tensors import add_over, compute_dtype, local_part, reduction_device
+from .watched import Watched
+
+__all__ = ["BUCKET_ELEMENTS", "Bucket", "Squares", "zeros_like_local"]
 
 BUCKET_ELEMENTS = 1 << 23
 """Elements of squares that ZeRO-2 and 3 stage before sending them: one half holds them, the other their packing."""
 
 
-@dataclass
-class _Watched:
-    """What is known of one parameter's group gradients since the last step.
+class Squares:
+    """The squares of one optimizer's group gradients since the last step.
 
-    `sums` has three fp64 numbers: of norms, of their squares, and of every second element (see `_factor`).
-    `squares` is kept where gradients are whole. `source` is the tensor that takes the parameter's place in forward.
+    Attributes:
+        partitions: Where gradients are sharded: the squares of the elements that this rank owns, by the id of the local
+            tensor. Where they stay whole, `Watched.squares` has them.
+        buckets: What is on its way, by process group and dtype.
     """
 
-    parameter: weakref.ref[torch.Tensor]
-    source: weakref.ref[torch.Tensor] | None = None
-    groups: int = 0
-    sums: torch.Tensor | None = None
-    squares: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.partitions: dict[int, torch.Tensor] = {}
+        self.buckets: dict[tuple[int, torch.dtype], Bucket] = {}
+        self._reduced: set[int] = set()  # ids of what this step's calls have added over the ranks
 
     def clear(self) -> None:
-        self.groups = 0
-        if self.sums is not None:
-            self.sums.zero_()
-        if self.squares is not None:
-            self.squares.zero_()
+        """Forget what was seen; of whole layers `Watched.clear` does."""
+        for partition in self.partitions.values():
+            partition.zero_()
+        for bucket in self.buckets.values():
+            bucket.clear()
+        self._reduced.clear()
+
+    def add(self, watched: Watched, gradient: torch.Tensor, destination: Destination | None) -> None:
+        """Add the squares of one group's whole gradient, and send them if the gradient itself does not stay."""
+        arrange = None if destination is None else destination.arrange
+        flat = gradient.reshape(-1) if arrange is None else arrange(gradient)
+        dtype = compute_dtype(flat)
+        if destination is not None and watched.squares is None and not destination.is_kept():
+            self._bucket(destination, dtype).add(watched, destination, flat)
+            return
+        if watched.squares is None:
+            watched.squares = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
+        wide = flat.to(dtype)
+        watched.squares.addcmul_(wide, wide)
+        if destination is not None and not destination.is_kept():
+            self._send(watched, destination)
+
+    def of_whole_layers(
+        self, layout: Layout, watched: Sequence[Watched], data_parallel: DataParallel
+    ) -> list[torch.Tensor]:
+        """Squares of unsharded layers, added over the ranks in place: one all-reduce of the gradient's size.
+
+        Args:
+            layout: Of one `step()` call.
+            watched: Its layers.
+            data_parallel: The ranks.
+        """
+        for tensor, layer in zip(layout.tensors, watched, strict=True):
+            if layer.squares is None:
+                layer.squares = torch.zeros(tensor.numel(), dtype=compute_dtype(tensor), device=tensor.device)
+        squares = [layer.squares for layer in watched if layer.squares is not None]
+        fresh = [s for s in squares if id(s) not in self._reduced]
+        if data_parallel.ranks > 1:
+            _add_packed(fresh, data_parallel.add)
+        self._reduced.update(map(id, fresh))
+        return squares
+
+    def of_shards(
+        self,
+        layout: Layout,
+        watched: Sequence[Watched],
+        destinations: Sequence[Destination],
+        replicas: dist.ProcessGroup | None,
+    ) -> list[torch.Tensor]:
+        """Squares of this rank's parts; those kept whole until now are sent to their owners.
+
+        Args:
+            layout: Of one `step()` call.
+            watched: Its layers.
+            destinations: Where each layer's gradient goes.
+            replicas: The ranks that hold the same shards, if any do.
+        """
+        # Those of whole gradients go once per step, zeros too, since all ranks must send the same; those of gradients
+        # that were kept while they accumulated go if the last micro-batch, which sends them, had none of this layer.
+        for layer, destination in zip(watched, destinations, strict=True):
+            if destination.kept_whole and id(layer) not in self._reduced:
+                self._reduced.add(id(layer))
+                parameter = layer.parameter()
+                assert parameter is not None
+                if layer.squares is None:
+                    layer.squares = torch.zeros(
+                        parameter.numel(), dtype=compute_dtype(parameter), device=parameter.device
+                    )
+                self._send(layer, destination)
+            elif layer.squares is not None and not destination.kept_whole:
+                self._send(layer, destination)
+        for bucket in self.buckets.values():
+            bucket.flush()
+        partitions = [self._partition(tensor) for tensor in layout.tensors]
+        self._add_replicas([part for part in partitions if id(part) not in self._reduced], replicas)
+        return partitions
+
+    def _send(self, watched: Watched, destination: Destination) -> None:
+        """Send squares that were kept whole."""
+        assert watched.squares is not None
+        self._bucket(destination, watched.squares.dtype).add(watched, destination, watched.squares, squared=True)
+        if not destination.kept_whole:
+            watched.squares = None
+
+    def _bucket(self, destination: Destination, dtype: torch.dtype) -> Bucket:
+        key = id(destination.process_group), dtype
+        if key not in self.buckets:
+            # Of its own, so that it needs no agreed order with the collectives of the wrapper.
+            ranks = dist.get_process_group_ranks(destination.process_group)
+            process_group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
+            self.buckets[key] = Bucket(process_group or destination.process_group, dtype, self._partition)
+        return self.buckets[key]
+
+    def _partition(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The squares of the elements of one local tensor."""
+        if id(tensor) not in self.partitions:
+            self.partitions[id(tensor)] = zeros_like_local(tensor)
+        return self.partitions[id(tensor)]
+
+    def _add_replicas(self, partitions: list[torch.Tensor], replicas: dist.ProcessGroup | None) -> None:
+        """Add partitions over the ranks that hold the same shards: one all-reduce per bucket of elements."""
+        if replicas is not None:
+            _add_packed(partitions, lambda packed: add_over(replicas, packed))
+        self._reduced.update(map(id, partitions))
 
 
-class _Bucket:
+class Bucket:
     """Squares on their way to the ranks that own the elements.
 
     A gradient of the same elements that comes while the last one still waits is added to it, so nothing is sent twice
@@ -59,10 +162,11 @@ class _Bucket:
         self.elements = 0
 
     def clear(self) -> None:
+        """Send nothing of what waits."""
         self.waiting.clear()
         self.elements = 0
 
-    def add(self, watched: _Watched, destination: Destination, flat: torch.Tensor, *, squared: bool = False) -> None:
+    def add(self, watched: Watched, destination: Destination, flat: torch.Tensor, *, squared: bool = False) -> None:
         """Add a whole gradient's squares, or the gradient itself to be squared."""
         limit = BUCKET_ELEMENTS // 2
         for number, slices in enumerate(_cut(destination.slices, limit)):
@@ -89,14 +193,14 @@ class _Bucket:
             for slice_, squares in parts:
                 of_owner[slice_.owner].append((destination, slice_, squares))
         self.clear()
-        mine = of_owner[dist.get_rank(self.process_group)]
+        to_this_rank = of_owner[dist.get_rank(self.process_group)]
         total = self._reduce([[squares for _, _, squares in parts] for parts in of_owner])
         begin = 0
-        for destination, slice_, _ in mine:
+        for destination, slice_, _ in to_this_rank:
             part = total.narrow(0, begin, slice_.length)
             begin += slice_.length
-            own = self.partition(destination.tensor).narrow(0, slice_.start, slice_.length)
-            own.add_(part.to(own.device))
+            kept = self.partition(destination.tensor).narrow(0, slice_.start, slice_.length)
+            kept.add_(part.to(kept.device))
 
     def _reduce(self, of_owner: list[list[torch.Tensor]]) -> torch.Tensor:
         """Add each owner's elements over all ranks; return this rank's own."""
@@ -106,13 +210,13 @@ class _Bucket:
             return torch.cat(of_owner[0])
         if ranks * max(lengths) <= 1.25 * sum(lengths):
             return self._reduce_scatter(of_owner, max(lengths))[: lengths[rank]]
-        own = torch.empty(0, dtype=self.dtype)
+        of_this_rank = torch.empty(0, dtype=self.dtype)
         for owner, parts in enumerate(of_owner):
             if parts:
                 packed = self._on_device(torch.cat(parts))
                 dist.reduce(packed, dist.get_global_rank(self.process_group, owner), group=self.process_group)
-                own = packed if owner == rank else own
-        return own
+                of_this_rank = packed if owner == rank else of_this_rank
+        return of_this_rank
 
     def _reduce_scatter(self, of_owner: list[list[torch.Tensor]], width: int) -> torch.Tensor:
         device = of_owner[0][0].device if of_owner[0] else torch.device("cpu")
@@ -121,11 +225,11 @@ class _Bucket:
             if parts:
                 torch.cat(parts, out=row[: sum(map(len, parts))])
         packed = self._on_device(packed)
-        own = torch.empty(width, dtype=self.dtype, device=packed.device)
+        of_this_rank = torch.empty(width, dtype=self.dtype, device=packed.device)
         # The older name is deprecated where the newer exists.
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter(own, packed.view(-1), group=self.process_group)
-        return own
+        reduce_scatter(of_this_rank, packed.view(-1), group=self.process_group)
+        return of_this_rank
 
     def _on_device(self, packed: torch.Tensor) -> torch.Tensor:
         return packed.to(reduction_device(self.process_group, packed.device))
@@ -139,6 +243,7 @@ def _cut(slices: Sequence[Slice], limit: int) -> Iterator[list[Slice]]:
 
 
 def _add_packed(tensors: Sequence[torch.Tensor], add: Callable[[torch.Tensor], None]) -> None:
+    """Give flat tensors to `add`, which works in place, several of them as one."""
     for pack in _packs(tensors):
         packed = torch.cat(pack)
         add(packed)
@@ -161,7 +266,7 @@ def _packs(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield pack
 
 
-def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+def zeros_like_local(tensor: torch.Tensor) -> torch.Tensor:
     """For the squares of the elements of one local tensor, flat."""
     local = local_part(tensor)
     return torch.zeros(local.numel(), dtype=compute_dtype(local), device=local.device)

@@ -5,11 +5,8 @@ gradient before anything else does, whatever wraps the model. Two things are kep
 
     norms      per layer: sum of the norms and of their squares. A few numbers per layer, which travel with the first
                sums of the step.
-    squares    per element: sum of the squares, sharded like the gradient. Where every rank keeps whole gradients
-               until the step (one process, DDP, ZeRO-0 and 1), squares are added up locally and reduced in the step:
-               one more reduction of the gradient's size. Where it does not (ZeRO-2 and 3), neither can squares be
-               kept whole: they are sent to the owners of the elements in backward, bucket by bucket, as the gradient
-               itself is, once per micro-batch.
+    squares    per element: sum of the squares, sharded like the gradient. They travel as the gradient itself does, and
+               cost as much; see `squares.py`.
 
 With h the gradient that a hook sees, `step()` gets gbar = (c / ranks) sum h, over ranks and micro-batches. The factor
 c is 1 over the loss scale, times what clipping took; 1/accumulation is already in h. With n micro-batches per rank
@@ -24,27 +21,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ..sharding.backends import _backends, find_data_parallel, find_gradient_flow, find_sources
+from ..sharding.backends import find_data_parallel, find_gradient_flow, find_sources, may_replace_parameters
 from ..sharding.data_parallel import DataParallel
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
-from ..sharding.local_tensors import add_over, compute_dtype, local_part, placements_of
-from .norms import GroupNorms, StatisticsError, StepStatistics, norms_from_table
-from .squares import _add_packed, _Bucket, _Watched, _zeros_like
+from ..sharding.local_tensors import placements_of
+from .factor import factor_between, probe, probes_of
+from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepStatistics, norms_from_table
+from .squares import Squares, zeros_like_local
+from .watched import Watched
 
 __all__ = ["GradientStatistics"]
 
-
 FEW_GROUPS = 8
 """With fewer groups the element-wise variance says little; the paper of VRGD demands as many."""
-
-HOW_TO_BUILD = (
-    "Group gradients are seen in backward(): construct the optimizer with the model's own parameters, pass that object "
-    "to the wrapper, and let backward() make the gradients. Gradients made in another way are given by "
-    "optimizer.statistics.add_group({name or parameter: gradient}), once per group."
-)
 
 
 class GradientStatistics:
@@ -62,17 +53,25 @@ class GradientStatistics:
             squares: Whether element-wise squares are wanted besides the norms.
         """
         self._optimizer = weakref.ref(optimizer)
-        self._squares = squares
-        self._watched: dict[int, _Watched] = {}
+        self._watched: dict[int, Watched] = {}  # by the parameters' ids
+        self._squares = Squares() if squares else None
+        self._last = LastNorms()
         self._warned = False
         self._forward_hook: Any = None
-        self._forget_wrapper()
+        # Of the wrapper, once it is known.
+        self._data_parallel: DataParallel | None = None
+        self._flow: GradientFlow | None = None
+        self._skipped_steps = 0
+        # Of the groups since the last step.
+        self._loss_scale = 1.0
+        self._stepped = False
+        self._clipping = torch.ones((), dtype=torch.float64)
         self._look_for_sources()
 
     @property
     def squares(self) -> bool:
         """Whether element-wise squares are collected besides the norms."""
-        return self._squares
+        return self._squares is not None
 
     @property
     def groups(self) -> int:
@@ -84,11 +83,11 @@ class GradientStatistics:
         watched = self._watched.get(id(parameter))
         if watched is not None and watched.parameter() is parameter:
             return
-        self._watched[id(parameter)] = watched = _Watched(weakref.ref(parameter))
+        self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter))
         if parameter.is_leaf and parameter.is_floating_point():
             self._register(parameter, watched)
 
-    def _register(self, tensor: torch.Tensor, watched: _Watched) -> None:
+    def _register(self, tensor: torch.Tensor, watched: Watched) -> None:
         this = weakref.ref(self)
 
         def hook(gradient: torch.Tensor) -> None:
@@ -106,7 +105,7 @@ class GradientStatistics:
 
         Until all are known, or until the first gradient shows that there are none.
         """
-        if not any(hasattr(backend, "sources") for backend in _backends.load()):
+        if not may_replace_parameters():
             return
         this = weakref.ref(self)
 
@@ -132,8 +131,8 @@ class GradientStatistics:
         """Called in backward, when forward is over. Parts of the model that it left out may come later."""
         groups = self._optimizer().param_groups  # type: ignore[union-attr]
         trained = [id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad]
-        found = [key for key in trained if key in self._watched and self._watched[key].source is not None]
-        if self._forward_hook is not None and len(found) in (0, len(trained)):
+        replaced = [key for key in trained if key in self._watched and self._watched[key].source is not None]
+        if self._forward_hook is not None and len(replaced) in (0, len(trained)):
             self._forward_hook.remove()
             self._forward_hook = None
 
@@ -160,35 +159,20 @@ class GradientStatistics:
         """Forget the groups seen so far; their gradients will not be part of the next step."""
         for watched in self._watched.values():
             watched.clear()
-        for partition in self._partitions.values():
-            partition.zero_()
-        for bucket in self._buckets.values():
-            bucket.clear()
+        if self._squares is not None:
+            self._squares.clear()
         self._stepped = False
-        self._reduced: set[int] = set()
         if self._data_parallel is not None:
             self._skipped_steps = self._data_parallel.skipped_steps()
 
-    def _name(self, watched: _Watched) -> str | None:
+    def _name(self, watched: Watched) -> str | None:
         parameter, optimizer = watched.parameter(), self._optimizer()
         return None if parameter is None or optimizer is None else optimizer.parameter_name(parameter)
-
-    def _forget_wrapper(self) -> None:
-        self._data_parallel: DataParallel | None = None
-        self._flow: GradientFlow | None = None
-        self._loss_scale = 1.0
-        self._skipped_steps = 0
-        self._stepped = False
-        self._reduced = set()
-        self._partitions: dict[int, torch.Tensor] = {}
-        self._buckets: dict[tuple[int, torch.dtype], _Bucket] = {}
-        self._clipping = torch.ones((), dtype=torch.float64)
-        self._last: dict[tuple[int, ...], tuple[tuple[str, ...], torch.Tensor]] = {}
 
     # Backward -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _see(self, watched: _Watched, gradient: torch.Tensor) -> None:
+    def _see(self, watched: Watched, gradient: torch.Tensor) -> None:
         if gradient.layout is not torch.strided or placements_of(gradient) is not None:
             return  # the step refuses sparse gradients, and those of which this rank has a part
         self._find_wrapper()
@@ -201,10 +185,10 @@ class GradientStatistics:
             self._loss_scale = self._flow.loss_scale()
         watched.groups += 1
         norm = torch.linalg.vector_norm(gradient.reshape(-1), dtype=torch.float64)
-        seen = torch.stack([norm, norm.square(), _probe(gradient)])
-        watched.sums = seen if watched.sums is None else watched.sums.add_(seen)
-        if self._squares:
-            self._add_squares(watched, gradient)
+        of_group = torch.stack([norm, norm.square(), probe(gradient)])
+        watched.sums = of_group if watched.sums is None else watched.sums.add_(of_group)
+        if self._squares is not None:
+            self._squares.add(watched, gradient, self._destination(watched))
 
     def _find_wrapper(self) -> None:
         if self._data_parallel is None:
@@ -213,45 +197,8 @@ class GradientStatistics:
             self._skipped_steps = self._data_parallel.skipped_steps()
             self._flow = find_gradient_flow(optimizer)
 
-    def _add_squares(self, watched: _Watched, gradient: torch.Tensor) -> None:
-        destination = self._destination(watched)
-        arrange = None if destination is None else destination.arrange
-        flat = gradient.reshape(-1) if arrange is None else arrange(gradient)
-        dtype = compute_dtype(flat)
-        if destination is not None and watched.squares is None and not destination.is_kept():
-            self._bucket(destination, dtype).add(watched, destination, flat)
-            return
-        if watched.squares is None:
-            watched.squares = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
-        wide = flat.to(dtype)
-        watched.squares.addcmul_(wide, wide)
-        if destination is not None and not destination.is_kept():
-            self._send(watched, destination)
-
-    def _send(self, watched: _Watched, destination: Destination) -> None:
-        """Send squares that were kept whole."""
-        assert watched.squares is not None
-        self._bucket(destination, watched.squares.dtype).add(watched, destination, watched.squares, squared=True)
-        if not destination.kept_whole:
-            watched.squares = None
-
-    def _destination(self, watched: _Watched) -> Destination | None:
+    def _destination(self, watched: Watched) -> Destination | None:
         return None if self._flow is None else self._flow.destinations.get(id(watched.parameter()))
-
-    def _bucket(self, destination: Destination, dtype: torch.dtype) -> _Bucket:
-        key = id(destination.process_group), dtype
-        if key not in self._buckets:
-            # Of its own, so that it needs no agreed order with the collectives of the wrapper.
-            ranks = dist.get_process_group_ranks(destination.process_group)
-            process_group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
-            self._buckets[key] = _Bucket(process_group or destination.process_group, dtype, self._partition)
-        return self._buckets[key]
-
-    def _partition(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The squares of the elements of one local tensor."""
-        if id(tensor) not in self._partitions:
-            self._partitions[id(tensor)] = _zeros_like(tensor)
-        return self._partitions[id(tensor)]
 
     # Step -----------------------------------------------------------------------------------------------------------
 
@@ -272,39 +219,54 @@ class GradientStatistics:
         self._find_wrapper()
         self._stepped = True
         ranks, sharded = self._ranks(), bool(layout.reductions)
+
         # Where the wrapper tells the factor, the step's reduction adds up the ranks' averages. Where it has to be found
         # out of them, they are added up here, and every rank contributes its share of the result.
         told = self._flow is not None and self._flow.factor is not None and sharded
-        averages = self._averages(layout, watched, gradients, complete=not told)
-        factor = self._wrappers_factor(layout) if told else self._factor(layout, averages[2], averages[4])
+        norms, squares, probes, not_finite, probes_now = self._averages(layout, watched, gradients, complete=not told)
+        factor = self._wrappers_factor(layout) if told else factor_between(layout, probes, probes_now)
         self._clipping = factor * self._loss_scale
         self._warn_of_few(self.groups * ranks)
-        groups = torch.full_like(averages[0], self.groups if told else self.groups * ranks)
+
+        # A group's gradient is n c h (see above); the averages are of h, over the ranks.
+        groups = torch.full_like(norms, self.groups if told else self.groups * ranks)
         shares = 1.0 if told else layout.copies
         contributions = {
-            "group_norm": averages[0] * factor / shares,
-            "group_square": averages[1] * factor.square() * self.groups / shares,
+            "group_norm": norms * factor / shares,
+            "group_square": squares * factor.square() * self.groups / shares,
             "groups": groups / shares,
-            "not_finite": averages[3],
+            "not_finite": not_finite,
         }
-        if not self._squares:
+        if self._squares is None:
             return StepStatistics(contributions, None)
-        flats = self._sharded_squares(layout, watched) if sharded else self._whole_squares(layout, watched)
-        # The variance of one group is zero, not what rounding makes of it: without squares it is clamped to zero.
+
+        # The squares' mean, (1/k) sum (n c h)^2. The variance of one group is zero, not what rounding makes of it:
+        # without squares it is clamped to zero.
+        flats = self._sum_of_squares(self._squares, layout, watched)
         several = self.groups * ranks > 1
         return StepStatistics(contributions, (flats, factor.square() * (self.groups / ranks) * several))
+
+    def _sum_of_squares(self, squares: Squares, layout: Layout, watched: Sequence[Watched]) -> list[torch.Tensor]:
+        """The squares of all ranks' groups, flat, in the order of the layout's tensors."""
+        assert self._data_parallel is not None
+        if not layout.reductions:
+            return squares.of_whole_layers(layout, watched, self._data_parallel)
+        destinations = [destination for layer in watched if (destination := self._destination(layer)) is not None]
+        if len(destinations) < len(watched):
+            raise StatisticsError(f"{layout.backend} does not tell where gradients go. {HOW_TO_BUILD}")
+        return squares.of_shards(layout, watched, destinations, self._data_parallel.replicas)
 
     def _nothing(self, layout: Layout) -> StepStatistics:
         """No group was seen and gradients are zero: nothing will be updated. The wrapper may not even exist yet."""
         zeros = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
         contributions = dict.fromkeys(("group_norm", "group_square", "groups", "not_finite"), zeros)
-        flats = [_zeros_like(tensor) for tensor in layout.tensors]
-        return StepStatistics(contributions, (flats, zeros.sum()) if self._squares else None)
+        flats = [zeros_like_local(tensor) for tensor in layout.tensors]
+        return StepStatistics(contributions, (flats, zeros.sum()) if self.squares else None)
 
     def _averages(
         self,
         layout: Layout,
-        watched: Sequence[_Watched],
+        watched: Sequence[Watched],
         gradients: Sequence[torch.Tensor | None],
         *,
         complete: bool,
@@ -318,7 +280,7 @@ class GradientStatistics:
         # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
         of_model = [layer.sums[1].to(layout.device) for layer in self._watched.values() if layer.sums is not None]
         not_finite = (0 * torch.stack(of_model).sum()).expand(1, len(watched))
-        now = _probes(layout, gradients) * layout.copies if complete else zeros[:1].expand(len(watched))
+        now = probes_of(layout, gradients) * layout.copies if complete else zeros[:1].expand(len(watched))
         averages = torch.cat([sums, not_finite, now.unsqueeze(0)])
         if complete:
             assert self._data_parallel is not None
@@ -327,10 +289,7 @@ class GradientStatistics:
 
     def keep(self, layout: Layout, totals: Mapping[str, torch.Tensor]) -> None:
         """Keep the reduced sums of a `step()` call for `norms()`; on the device, so that no step waits for it."""
-        rows = [totals[name] for name in ("groups", "group_norm", "group_square", "g")]
-        clipping = self._clipping.expand_as(totals["g"])
-        names = tuple(layer.name for layer in layout.layers)
-        self._last[tuple(map(id, layout.tensors))] = names, torch.stack([*rows, clipping])
+        self._last.keep(layout, totals, self._clipping)
 
     def norms(self) -> dict[str, GroupNorms]:
         """Return the norms of every layer in the last step, without the loss scale and as before any clipping.
@@ -340,21 +299,16 @@ class GradientStatistics:
         Raises:
             StatisticsError: Before the first step.
         """
-        if not self._last:
-            raise StatisticsError(f"{self._owner()} has taken no step yet, so there are no statistics")
         names, table = self.norm_table()
+        if not names:
+            raise StatisticsError(f"{self._owner()} has taken no step yet, so there are no statistics")
         return norms_from_table(names, table.tolist())
 
     def norm_table(self) -> tuple[list[str], torch.Tensor]:
         """The same as layer names and a tensor, shape (5, layers), without waiting; see `norms_from_table`."""
-        if not self._last:
-            return [], torch.zeros(5, 0, dtype=torch.float64)
-        names = [name for of_call, _ in self._last.values() for name in of_call]
-        return names, torch.cat([rows for _, rows in self._last.values()], dim=1)
+        return self._last.table()
 
-    def _check_seen(
-        self, layout: Layout, watched: Sequence[_Watched], gradients: Sequence[torch.Tensor | None]
-    ) -> None:
+    def _check_seen(self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]) -> None:
         """Raise unless gradients come with groups. Zeros may come without: some wrappers step once to make the state.
 
         Where layers are whole and this process is alone, each layer can be told; else a layer may have its gradient
@@ -369,8 +323,7 @@ class GradientStatistics:
                         "first forward, and call the module rather than a method of it"
                     )
         if self.groups == 0:
-            found = [g for g in gradients if g is not None and g.any()]
-            if found:
+            if any(gradient is not None and gradient.any() for gradient in gradients):
                 raise StatisticsError(f"{self._owner()} has gradients but saw no group's gradient. {HOW_TO_BUILD}")
         elif not layout.reductions and self._ranks() == 1:
             for layer, seen in zip(layout.layers, watched, strict=True):
@@ -383,7 +336,7 @@ class GradientStatistics:
     def _ranks(self) -> int:
         return 1 if self._data_parallel is None else self._data_parallel.ranks
 
-    def _watched_layer(self, layer: Layer) -> _Watched:
+    def _watched_layer(self, layer: Layer) -> Watched:
         watched = self._watched.get(id(layer.parameter))
         if watched is None or watched.parameter() is not layer.parameter:
             raise StatisticsError(f"{self._owner()} does not know the parameter of layer {layer.name}. {HOW_TO_BUILD}")
@@ -393,7 +346,7 @@ class GradientStatistics:
         return type(self._optimizer()).__name__
 
     def _warn_of_few(self, groups: int) -> None:
-        if self._squares and groups < FEW_GROUPS and not self._warned:
+        if self.squares and groups < FEW_GROUPS and not self._warned:
             self._warned = True
             meaning = (
                 "the variance of one group is zero, so every multiplier is 1, as in the base optimizer"
@@ -413,82 +366,3 @@ class GradientStatistics:
         if isinstance(factor, torch.Tensor):
             return factor.to(layout.device, torch.float64).reshape(())
         return torch.full((), factor, dtype=torch.float64, device=layout.device)
-
-    def _factor(self, layout: Layout, seen: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-        """What the gradient was multiplied by since backward, where nobody tells: unscaling, and the user's clipping.
-
-        The sum of every second element is linear in the gradient, so the average over ranks of what the hooks saw,
-        times the factor, is what it is now. The best factor over all layers is taken; within rounding it is 1.
-        """
-        factor = (now * seen).sum() / seen.square().sum()
-        coarsest = max(layer.gradient_resolution for layer in layout.layers)
-        is_one = ((factor - 1).abs() <= 16 * coarsest) | (seen == 0).all()
-        return torch.where(is_one, torch.ones_like(factor), factor)
-
-    # Squares
-
-    def _whole_squares(self, layout: Layout, watched: Sequence[_Watched]) -> list[torch.Tensor]:
-        """Squares of unsharded layers, added over the ranks in place: one all-reduce of the gradient's size."""
-        assert self._data_parallel is not None
-        for tensor, layer in zip(layout.tensors, watched, strict=True):
-            if layer.squares is None:
-                layer.squares = torch.zeros(tensor.numel(), dtype=compute_dtype(tensor), device=tensor.device)
-        squares = [layer.squares for layer in watched if layer.squares is not None]
-        fresh = [s for s in squares if id(s) not in self._reduced]
-        if self._ranks() > 1:
-            _add_packed(fresh, self._data_parallel.add)
-        self._reduced.update(map(id, fresh))
-        return squares
-
-    def _sharded_squares(self, layout: Layout, watched: Sequence[_Watched]) -> list[torch.Tensor]:
-        """Squares of this rank's parts; those kept whole until now are sent to their owners."""
-        for layer in watched:
-            destination = self._destination(layer)
-            if destination is None:
-                raise StatisticsError(f"{layout.backend} does not tell where gradients go. {HOW_TO_BUILD}")
-            if destination.kept_whole and id(layer) not in self._reduced:
-                self._reduced.add(id(layer))
-                parameter = layer.parameter()
-                assert parameter is not None
-                if layer.squares is None:
-                    layer.squares = torch.zeros(
-                        parameter.numel(), dtype=compute_dtype(parameter), device=parameter.device
-                    )
-                self._send(layer, destination)
-            elif layer.squares is not None and not destination.kept_whole:
-                self._send(layer, destination)  # without a gradient in the last micro-batch
-        for bucket in self._buckets.values():
-            bucket.flush()
-        partitions = [self._partition(tensor) for tensor in layout.tensors]
-        self._add_replicas([part for part in partitions if id(part) not in self._reduced])
-        return partitions
-
-    def _add_replicas(self, partitions: list[torch.Tensor]) -> None:
-        """Add partitions over the ranks that hold the same shards: one all-reduce per bucket of elements."""
-        replicas = None if self._data_parallel is None else self._data_parallel.replicas
-        if replicas is not None:
-            _add_packed(partitions, lambda packed: add_over(replicas, packed))
-        self._reduced.update(map(id, partitions))
-
-
-def _probe(gradient: torch.Tensor, begin: int = 0) -> torch.Tensor:
-    """A number that is linear in the gradient: the sum of every second element along the last dimension.
-
-    Of all elements it would be zero for many layers, e.g. a softmax's bias. `begin` is the position in the layer's last
-    dimension of the part that is given, so that the parts' numbers add up to the layer's.
-    """
-    rows = gradient.reshape(-1, gradient.shape[-1] if gradient.dim() else 1)
-    return rows[:, begin % 2 :: 2].sum(dtype=torch.float64)
-
-
-def _probes(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """The probe of this rank's part of each layer's gradient; of layouts whose tensors carry one layer each."""
-    found = [torch.zeros((), dtype=torch.float64, device=layout.device) for _ in layout.layers]
-    for shard in layout.shards:
-        layer = layout.layers[shard.layer]
-        gradient = gradients[layer.tensor]
-        if gradient is not None:
-            local = gradient.view(local_part(layout.tensors[layer.tensor]).shape)
-            begin = shard.offset % layer.shape[-1] if layer.shape else 0
-            found[shard.layer] = _probe(local, begin).to(layout.device)
-    return torch.stack(found)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .layout import LayoutError, listing
+from .living import living
 from .local_tensors import placements_of
 
 __all__ = ["MissingGradients", "refuse_abandoned"]
@@ -47,18 +48,18 @@ def refuse_abandoned(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
     gradients to master weights, then being outside says nothing.
     """
     # What a wrapper steps in the parameters' place is outside of modules by design.
-    own = [tensor for tensor in tensors if optimizer.was_given(tensor) or placements_of(tensor) is not None]
-    if not own or not _find_abandoned(own):
+    candidates = [tensor for tensor in tensors if optimizer.was_given(tensor) or placements_of(tensor) is not None]
+    if not candidates or not _find_abandoned(candidates):
         return
-    gc.collect()  # what is found may be garbage
-    found = [
+    gc.collect()  # what took their place may be garbage
+    abandoned = [
         f"{optimizer.parameter_name(tensor) or 'a parameter'} of shape {tuple(tensor.shape)} (now {description})"
-        for tensor, description in _find_abandoned(own)
+        for tensor, description in _find_abandoned(candidates)
     ]
-    if found:
+    if abandoned:
         raise LayoutError(
             "the model has other parameters than the optimizer, whose own get no gradient any more and would stay as "
-            f"they are: {listing(found)}. Make the optimizer from model.parameters() after what replaced them: "
+            f"they are: {listing(abandoned)}. Make the optimizer from model.parameters() after what replaced them: "
             "fully_shard, FullyShardedDataParallel (with use_orig_params=True) or load_state_dict(assign=True)"
         )
 
@@ -67,12 +68,10 @@ def _find_abandoned(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor,
     """The tensors that were replaced, each with a description of what may be in its place."""
     modules = _Modules()
     trained: set[int] = set()
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        kind = type(candidate)
-        if issubclass(kind, torch.nn.Module):
+    for candidate in living(torch.nn.Module, torch.optim.Optimizer):
+        if isinstance(candidate, torch.nn.Module):
             modules.add(candidate)
-        elif issubclass(kind, torch.optim.Optimizer):
+        else:
             groups = vars(candidate).get("param_groups", ())
             trained.update(id(parameter) for group in groups for parameter in group["params"])
     outside = [tensor for tensor in tensors if id(tensor) not in modules.parameters]

@@ -1,12 +1,12 @@
 """Which processes feed their own samples into one gradient, for what is counted or measured over samples.
 
 A layout tells over which processes a layer is cut. That need not be the processes that see different samples: under
-DDP nothing is cut, and yet every rank has a micro-batch of its own.
+DDP nothing is cut, and yet every rank has a micro-batch of its own. Which wrapper it is, backends know; DDP, which
+needs no backend, is found here.
 """
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .living import living
 from .local_tensors import add_over
 
-__all__ = ["DataParallel"]
+__all__ = ["DataParallel", "attribute_of", "ddp_process_group"]
 
 
 def _none_skipped() -> int:
@@ -43,7 +44,7 @@ class DataParallel:
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are."""
+        """How many ranks there are, of all replicas together."""
         return prod(map(dist.get_world_size, self._groups()))
 
     def _groups(self) -> list[dist.ProcessGroup]:
@@ -55,14 +56,11 @@ class DataParallel:
             add_over(group, counts)
 
 
-def _ddp_process_group(optimizer: Any) -> dist.ProcessGroup | None:
+def ddp_process_group(optimizer: Any) -> dist.ProcessGroup | None:
     """The process group of the DDP module that holds the parameters. DDP leaves no reference to itself on them."""
-    for candidate in gc.get_objects():
-        # type() rather than isinstance(), which would run the __class__ property of foreign proxy objects.
-        if issubclass(type(candidate), DistributedDataParallel) and any(
-            map(optimizer.was_given, candidate.parameters())
-        ):
-            return candidate.process_group
+    for module in living(DistributedDataParallel):
+        if any(map(optimizer.was_given, module.parameters())):
+            return module.process_group
     return None
 
 

@@ -1,4 +1,8 @@
-"""Do something when another package has been imported, however late that is."""
+"""Load a backend when the program imports its wrapper, even after the optimizer was constructed.
+
+A guard must stand before the wrapper does anything, and the import of the wrapper is the one event that tells. What is
+watched is Python's import system: a finder in front of the others that finds nothing itself.
+"""
 
 from __future__ import annotations
 

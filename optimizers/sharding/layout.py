@@ -2,7 +2,7 @@
 
 An optimizer is stepped with *local tensors*: whole parameters on one process, a flat fp32 partition under ZeRO. A
 `Layout` says which runs of those tensors belong to which layer of the model. That is all a layer-wise algorithm needs
-to know about sharding; who produced the layout (a *backend*) stays behind this file.
+to know about sharding; who produced the layout (a *backend*, with `LayoutBuilder`) stays behind this file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from .local_tensors import reduction_device
 
-__all__ = ["Layer", "Layout", "LayoutError", "Shard"]
+__all__ = ["Layer", "Layout", "LayoutError", "Shard", "listing"]
 
 
 class LayoutError(RuntimeError):
@@ -171,12 +171,12 @@ class Layout:
         Raises:
             LayoutError: On every rank alike, naming the layers that are not covered.
         """
-        found = torch.zeros(2, len(self.layers), dtype=torch.float64, device=self.device)
+        covered = torch.zeros(2, len(self.layers), dtype=torch.float64, device=self.device)
         for shard in self.shards:
-            found[0, shard.layer] += shard.length
-            found[1, shard.layer] += shard.index_sum
+            covered[0, shard.layer] += shard.length
+            covered[1, shard.layer] += shard.index_sum
         wrong, misplaced = [], []
-        for layer, length, index_sum in zip(self.layers, *self.reduce(found).tolist(), strict=True):
+        for layer, length, index_sum in zip(self.layers, *self.reduce(covered).tolist(), strict=True):
             expected = layer.numel * (layer.numel - 1) / 2
             if length != layer.numel:
                 wrong.append(f"{layer.name} {layer.shape}: {int(length)} of {layer.numel} elements")
@@ -196,5 +196,6 @@ class Layout:
 
 
 def listing(items: Sequence[str], shown: int = 5) -> str:
+    """The first of the items for a message, and how many there are besides."""
     rest = f" and {len(items) - shown} more" if len(items) > shown else ""
     return "; ".join(items[:shown]) + rest

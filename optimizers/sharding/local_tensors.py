@@ -1,4 +1,7 @@
-"""What of a tensor lies on this rank, and where its numbers are computed and added up."""
+"""What of a tensor lies on this rank, how it is cut, and where and in which dtype its numbers are added up.
+
+Without importing DTensor, which a program may never do: its tensors are known by their attributes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["add_over", "local_part"]
+__all__ = [
+    "add_over",
+    "compute_dtype",
+    "cut_alike",
+    "cut_of",
+    "is_plain",
+    "local_part",
+    "placements_of",
+    "reduction_device",
+]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

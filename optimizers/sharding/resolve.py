@@ -1,4 +1,4 @@
-"""From the tensors of a `step()` call to their proven layout."""
+"""From the tensors of a `step()` call to their proven layout: the one entry for a step and for checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .backends import _backends
+from .backends import explain
 from .layout import Layout, LayoutError
 from .segments import in_segments
 from .unsharded import whole_parameters
@@ -25,24 +25,21 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
     Raises:
         LayoutError: If no backend explains the tensors, they are on several devices, or the shards do not add up.
     """
-    for backend in _backends.load():
-        layout = backend.explain(optimizer, tensors)
-        if layout is not None:
-            refuse_several_devices(layout)
-            layout = in_segments(layout, optimizer.param_groups)
-            layout.prove()
-            return layout
-    layout = whole_parameters(optimizer, tensors)
-    refuse_several_devices(layout)
-    return in_segments(layout, optimizer.param_groups)
+    explained = explain(optimizer, tensors)
+    layout = whole_parameters(optimizer, tensors) if explained is None else explained
+    _refuse_several_devices(layout)
+    layout = in_segments(layout, optimizer.param_groups)
+    if explained is not None:
+        layout.prove()
+    return layout
 
 
-def refuse_several_devices(layout: Layout) -> None:
+def _refuse_several_devices(layout: Layout) -> None:
     """Raise LayoutError if the local tensors are not all on one device, where a step keeps the layers' numbers."""
-    named = {layout.tensors[layer.tensor].device: layer.name for layer in reversed(layout.layers)}
-    if len(named) > 1:
-        found = " and ".join(f"{name} on {device}" for device, name in named.items())
+    layer_on = {layout.tensors[layer.tensor].device: layer.name for layer in reversed(layout.layers)}
+    if len(layer_on) > 1:
+        described = " and ".join(f"{name} on {device}" for device, name in layer_on.items())
         raise LayoutError(
-            f"the parameters of one optimizer must be on one device, got {found}: move the model to one device before "
-            "the first step, or build one optimizer per device"
+            f"the parameters of one optimizer must be on one device, got {described}: move the model to one device "
+            "before the first step, or build one optimizer per device"
         )

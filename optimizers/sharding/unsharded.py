@@ -9,7 +9,19 @@ import torch
 import torch.distributed as dist
 
 from .backends import tensor_parallel_groups
-from .layout import Layer, Layout, LayoutError, Shard, listing
+from .layout import Layout, LayoutError, listing
+from .layout_builder import LayoutBuilder
+from .local_tensors import is_plain
+from .parts import Part
+
+__all__ = [
+    "has_its_own_parameters",
+    "is_cut",
+    "may_be_cut",
+    "name_layers",
+    "refuse_strangers",
+    "whole_parameters",
+]
 
 
 def whole_parameters(
@@ -21,22 +33,27 @@ def whole_parameters(
         optimizer: The optimizer.
         tensors: (group index, parameter) pairs.
         backend: Name for messages.
-        options: Further attributes of the layout.
+        options: As of `LayoutBuilder.layout`.
 
     Raises:
         LayoutError: If a tensor is not known to be a whole layer.
     """
     refuse_strangers(optimizer, [tensor for _, tensor in tensors])
-    whole = [(group, tensor) for group, tensor in tensors if tensor.numel()]
-    names = dict(name_layers(optimizer, tensors))
-    return Layout(
-        backend=backend,
-        tensors=tuple(tensor for _, tensor in whole),
-        groups=tuple(group for group, _ in whole),
-        layers=tuple(Layer(names[id(tensor)], tuple(tensor.shape), i, tensor) for i, (_, tensor) in enumerate(whole)),
-        shards=tuple(Shard(i, 0, 0, tensor.numel()) for i, (_, tensor) in enumerate(whole)),
-        **options,
-    )
+    builder = LayoutBuilder(backend)
+    for (group, parameter), (_, name) in zip(tensors, name_layers(optimizer, tensors), strict=True):
+        if parameter.numel():
+            builder.carry(group, parameter)
+            builder.add(name, parameter, Part.all_of(parameter.shape), length=parameter.numel())
+    return builder.layout(**options)
+
+
+def has_its_own_parameters(optimizer: Any) -> bool:
+    """Whether the optimizer has the parameters that it was given. A wrapper that steps others leaves it none of them.
+
+    Cheap, so it is asked before anybody looks for such a wrapper.
+    """
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return bool(tensors) and all(map(optimizer.was_given, tensors))
 
 
 def is_cut(parameter: torch.Tensor) -> bool:
@@ -86,7 +103,7 @@ def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) 
     described = f"{name + ', ' if name else ''}a {type(tensor).__name__} of shape {tuple(tensor.shape)}"
     if not optimizer.was_given(tensor):
         yield f"{described} that the constructor was not given"
-    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    elif not is_plain(tensor):
         yield f"{described} (a tensor subclass)"
     elif getattr(tensor, "_fsdp_flattened", False):
         yield f"{described} that FSDP1 has flattened"

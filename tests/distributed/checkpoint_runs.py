@@ -18,7 +18,7 @@ from trustratio.integrations.checkpoints.deepspeed_universal import load_univers
 from trustratio.integrations.checkpoints.local_state import LocalState
 from trustratio.optimizers import OPTIMIZERS
 
-from . import cases, test_fsdp
+from . import cases, fsdp_runs
 from .cases import Case
 from .exactness import BOUND, MODEL, NOISE, assemble, expected, two_groups, worst_error
 
@@ -26,7 +26,7 @@ SAVED, STEPS = 3, 8
 SAMPLE_GROUPS = 12  # a multiple of every number of ranks here
 WITHOUT_STATISTICS = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None]
 # Besides the stages of `Case`.
-FSDP = {"fsdp": test_fsdp.Setup(), "hsdp": test_fsdp.Setup((2, 2))}
+FSDP = {"fsdp": fsdp_runs.Setup(), "hsdp": fsdp_runs.Setup((2, 2))}
 
 
 def make_case(name: str, world_size: int, stage: str | int, **changes: Any) -> Case:
@@ -37,7 +37,7 @@ def make_case(name: str, world_size: int, stage: str | int, **changes: Any) -> C
 
 
 def _start(case: Case) -> Any:
-    return test_fsdp.Run(case, FSDP[str(case.stage)]) if case.stage in FSDP else cases._Run(case)
+    return fsdp_runs.Run(case, FSDP[str(case.stage)]) if case.stage in FSDP else cases._Run(case)
 
 
 # How a run is written and read --------------------------------------------------------------------------------------

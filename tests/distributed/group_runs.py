@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from trustratio.optimizers import create_optimizer
-from trustratio.optimizers.gradient_statistics import watch as statistics
+from trustratio.optimizers.gradient_statistics import squares
+from trustratio.optimizers.gradient_statistics.watch import GradientStatistics
 
 from .cases import Case, _gathered, _Run, run_case
 
@@ -49,16 +50,19 @@ class Traffic:
     def look(self, group_statistics: Any) -> None:
         watched = group_statistics._watched.values()
         self.whole = max(self.whole, sum(0 if w.squares is None else w.squares.numel() for w in watched))
-        self.partitions = max(self.partitions, sum(p.numel() for p in group_statistics._partitions.values()))
-        self.staged = max(self.staged, sum(bucket.elements for bucket in group_statistics._buckets.values()))
+        of_elements = group_statistics._squares
+        if of_elements is None:
+            return
+        self.partitions = max(self.partitions, sum(p.numel() for p in of_elements.partitions.values()))
+        self.staged = max(self.staged, sum(bucket.elements for bucket in of_elements.buckets.values()))
 
 
 @contextmanager
 def measured(bucket_elements: int) -> Iterator[Traffic]:
     """Measure all statistics of this process, which stage at most this many elements of squares."""
     traffic = Traffic()
-    see, reduce = statistics.GradientStatistics._see, statistics._Bucket._reduce
-    limit = statistics.BUCKET_ELEMENTS
+    see, reduce = GradientStatistics._see, squares.Bucket._reduce
+    limit = squares.BUCKET_ELEMENTS
     names = [n for n in ("reduce", "reduce_scatter_tensor", "reduce_scatter_single") if hasattr(dist, n)]
     originals = {name: getattr(dist, name) for name in names}
 
@@ -85,15 +89,15 @@ def measured(bucket_elements: int) -> Iterator[Traffic]:
             for name in names:
                 setattr(dist, name, originals[name])
 
-    statistics.BUCKET_ELEMENTS = bucket_elements
-    statistics.GradientStatistics._see = seeing  # type: ignore[method-assign]
-    statistics._Bucket._reduce = reducing  # type: ignore[method-assign]
+    squares.BUCKET_ELEMENTS = bucket_elements
+    GradientStatistics._see = seeing  # type: ignore[method-assign]
+    squares.Bucket._reduce = reducing  # type: ignore[method-assign]
     try:
         yield traffic
     finally:
-        statistics.BUCKET_ELEMENTS = limit
-        statistics.GradientStatistics._see = see  # type: ignore[method-assign]
-        statistics._Bucket._reduce = reduce  # type: ignore[method-assign]
+        squares.BUCKET_ELEMENTS = limit
+        GradientStatistics._see = see  # type: ignore[method-assign]
+        squares.Bucket._reduce = reduce  # type: ignore[method-assign]
 
 
 def run_measured(case: Case, bucket_elements: int) -> dict[str, Any]:
@@ -104,18 +108,18 @@ def run_measured(case: Case, bucket_elements: int) -> dict[str, Any]:
 @contextmanager
 def seeing_reduced_gradients() -> Iterator[None]:
     """What one gets from hooks that see gradients after their reduction."""
-    see = statistics.GradientStatistics._see
+    see = GradientStatistics._see
 
     def reduced(self: Any, watched: Any, gradient: torch.Tensor) -> None:
         mean = gradient.clone()
         dist.all_reduce(mean)
         see(self, watched, mean / dist.get_world_size())
 
-    statistics.GradientStatistics._see = reduced  # type: ignore[method-assign]
+    GradientStatistics._see = reduced  # type: ignore[method-assign]
     try:
         yield
     finally:
-        statistics.GradientStatistics._see = see  # type: ignore[method-assign]
+        GradientStatistics._see = see  # type: ignore[method-assign]
 
 
 def run_on_reduced_gradients(case: Case) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from trustratio.integrations.checkpoints.consolidated import load_optimizer_stat
 from trustratio.optimizers import LAMB, OPTIMIZERS
 
 from .checkpoint_runs import WITHOUT_STATISTICS, Files, assert_continued, make_case, read, read_alone
+from .fsdp_runs import make_mesh
 from .pool import CaseFailed, WorkerPool
-from .test_fsdp import make_mesh
 
 BF16: dict[str, Any] = {"dtype": "bf16", "spread": 0.0}
 BF16_OPTIMIZER = {"config": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from trustratio.integrations.checkpoints.consolidated import load_optimizer_state, save_optimizer_state
-from trustratio.integrations.megatron.backend import use_mpu
+from trustratio.integrations.megatron import use_mpu
 from trustratio.optimizers import LAMB
 
 from .pool import CaseFailed, WorkerPool

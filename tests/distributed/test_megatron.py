@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.integrations.megatron.backend import use_mpu
+from trustratio.integrations.megatron import use_mpu
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 
 from .cases import CollectiveCounter, LayerSpec, Model, group_gradients, initial_weights, mean_gradients

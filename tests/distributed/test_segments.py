@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 from .. import reference
-from . import test_fsdp, test_fsdp1
+from . import fsdp_runs, test_fsdp1
 from .cases import Case, LayerSpec, initial_weights, mean_gradients, run_case
 from .exactness import BOUND, two_groups
 from .pool import CaseFailed, WorkerPool
@@ -74,7 +74,7 @@ def test_flat_layouts(pool: WorkerPool, stage: str | int, world_size: int) -> No
 def test_fsdp2(pool: WorkerPool, mesh: tuple[int, ...] | None, world_size: int) -> None:
     for name in ("lamb", "lars", "novograd"):
         case = make_case(name, "fsdp")
-        assert_exact(case, pool.run(test_fsdp.run_case, case, test_fsdp.Setup(mesh)))
+        assert_exact(case, pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup(mesh)))
 
 
 def along_last(parameter: torch.nn.Parameter) -> Shard | None:
@@ -84,8 +84,8 @@ def along_last(parameter: torch.nn.Parameter) -> Shard | None:
 @pytest.mark.parametrize("world_size", [2])
 def test_blocks_that_are_narrower_than_the_layer(pool: WorkerPool, world_size: int) -> None:
     case = make_case("lamb", "fsdp")
-    setup = test_fsdp.Setup(options={"shard_placement_fn": along_last})
-    assert_exact(case, pool.run(test_fsdp.run_case, case, setup))
+    setup = fsdp_runs.Setup(options={"shard_placement_fn": along_last})
+    assert_exact(case, pool.run(fsdp_runs.run_case, case, setup))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -98,8 +98,8 @@ def test_fsdp1_flat_parameters(pool: WorkerPool, world_size: int) -> None:
 def test_checkpoints(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
     for name in ("lamb", "novograd"):
         case = make_case(name, "fsdp", steps=6)
-        one = pool.run(test_fsdp.run_case, case, test_fsdp.Setup())
-        other = pool.run(test_fsdp.run_case, case, test_fsdp.Setup(checkpoint=str(tmp_path / name)))
+        one = pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup())
+        other = pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup(checkpoint=str(tmp_path / name)))
         for layer, weights in one[0]["weights"].items():
             assert torch.equal(weights, other[0]["weights"][layer]), layer
         assert one[0]["ratios"][3:] == other[0]["ratios"]
@@ -109,7 +109,7 @@ def test_checkpoints(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
 @pytest.mark.parametrize("stage", ["ddp", 1, 3, "fsdp", "fsdp1"])
 def test_a_count_that_does_not_divide(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     case = make_case("lamb", stage, segments={"plain": 2})
-    wrapped = {"fsdp": (test_fsdp.run_case, test_fsdp.Setup()), "fsdp1": (test_fsdp1.run_case, test_fsdp1.Setup())}
+    wrapped = {"fsdp": (fsdp_runs.run_case, fsdp_runs.Setup()), "fsdp1": (test_fsdp1.run_case, test_fsdp1.Setup())}
     run, *setup = wrapped.get(stage, (run_case,))
     with pytest.raises(CaseFailed, match=r"ValueError: layer plain of shape \(5, 4\) does not divide into 2 segments"):
         pool.run(run, case, *setup)

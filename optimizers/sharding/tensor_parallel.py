@@ -17,84 +17,24 @@ that every tensor-parallel rank has whole is added over the latter only, so it i
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, Shard
-from trustratio.optimizers.sharding.local_tensors import reduction_device
-from trustratio.optimizers.sharding.unsharded import is_cut, name_layers, refuse_strangers
+from .layout import Layer, Layout, LayoutError
+from .layout_builder import LayoutBuilder
+from .local_tensors import reduction_device
+from .parts import Part
+from .refusals import refuse_rows, refuse_statistics
+from .unsharded import is_cut, name_layers, refuse_strangers
 
-__all__ = ["Part", "Reductions", "TensorParallel", "layout_of_parameters", "refuse_optimizer"]
+__all__ = ["TensorParallel", "layout_of_parameters", "refuse_optimizer"]
 
 AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"
-
-
-@dataclass(frozen=True)
-class Part:
-    """What this rank has of a layer.
-
-    Attributes:
-        shape: Its own shape.
-        whole: The whole layer's shape.
-        process_group: The ranks that have the other parts; None where the part is the layer.
-        dimension: Along which the layer is cut.
-        ranges: The indices along that dimension which the part has, in its order; None where they are not known.
-    """
-
-    shape: tuple[int, ...]
-    whole: tuple[int, ...]
-    process_group: dist.ProcessGroup | None = None
-    dimension: int = 0
-    ranges: tuple[range, ...] | None = None
-
-    @property
-    def is_placed(self) -> bool:
-        """Whether the positions of its elements in the layer are known."""
-        return self.process_group is None or self.ranges is not None
-
-    def shards(self, layer: int, start: int, offset: int, length: int) -> Iterator[Shard]:
-        """Where `length` elements of the flattened part, from `offset` on, lie in the layer.
-
-        Where that is not known, the shard counts from the part's first element: sums are right, and checkpoints refuse.
-
-        Args:
-            layer: Index of the layer.
-            start: The first of these elements in the local tensor.
-            offset: The first of them in the part.
-            length: Their number, at least 1.
-        """
-        if self.process_group is None or self.ranges is None:
-            yield Shard(layer, start, offset, length)
-            return
-        inner = prod(self.whole[self.dimension + 1 :])
-        row, pitch = (shape[self.dimension] * inner for shape in (self.shape, self.whole))
-        at, end = offset, offset + length
-        while at < end:
-            index, inside = divmod(at, row)
-            run, position = self._run_at(inside, inner)
-            rows = 1
-            if inside == 0 and run == row and self.dimension == 1:
-                rows = max(1, (end - at) // row)  # whole rows of one run each are one block
-            count = min(run + (rows - 1) * row, end - at)
-            span = count + (rows - 1) * (pitch - row)
-            yield Shard(layer, start + at - offset, index * pitch + position, count, span)
-            at += count
-
-    def _run_at(self, inside: int, inner: int) -> tuple[int, int]:
-        """How many elements follow one another in the layer from an element of the part's row on, and its position."""
-        assert self.ranges is not None
-        for indices in self.ranges:
-            size = len(indices) * inner
-            if inside < size:
-                return size - inside, indices.start * inner + inside
-            inside -= size
-        raise AssertionError("the part is larger than its ranges")
 
 
 @dataclass(frozen=True)
@@ -119,6 +59,10 @@ class TensorParallel:
                 return find()
         return self.process_group
 
+    def ranks_of(self, parameter: torch.Tensor) -> dist.ProcessGroup | None:
+        """The ranks among which a parameter like this one is cut if it is marked as a part; None if not known."""
+        return self.ranks(expert=_is_expert(parameter))
+
     def size(self, expert: bool = False) -> int:
         """Among how many ranks layers, or experts, are cut; 1 where they are not, or nobody knows."""
         process_group = self.ranks(expert)
@@ -136,8 +80,8 @@ class TensorParallel:
             LayoutError: If the parameter says that it is cut, but not how, or nobody knows over which ranks.
         """
         if not is_cut(parameter):
-            return Part(shape, shape)
-        process_group = self.ranks(expert=not getattr(parameter, "allreduce", True))
+            return Part.all_of(shape)
+        process_group = self.ranks_of(parameter)
         if process_group is None:
             raise LayoutError(
                 f"layer {name}, of which this rank has the part {shape}, is cut by tensor parallelism over ranks that "
@@ -215,7 +159,12 @@ def _autotp_part(metadata: dict[str, Any], shape: tuple[int, ...], process_group
 
 def _common_name(layer: Layer) -> str | None:
     """The name, unless the layer is an expert's, which need not be the same expert on all ranks."""
-    return layer.name if getattr(layer.parameter, "allreduce", True) else None
+    return None if _is_expert(layer.parameter) else layer.name
+
+
+def _is_expert(parameter: torch.Tensor | None) -> bool:
+    """Whether the parameter is an expert's."""
+    return not getattr(parameter, "allreduce", True)
 
 
 def _differ(numbers: Sequence[int], process_group: dist.ProcessGroup) -> list[int]:
@@ -224,21 +173,6 @@ def _differ(numbers: Sequence[int], process_group: dist.ProcessGroup) -> list[in
     largest = mine.to(reduction_device(process_group, mine.device))
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     return (largest[0] != -largest[1]).nonzero().flatten().tolist()
-
-
-@dataclass
-class Reductions:
-    """Collects `Layout.reductions`: the layers to be added over each process group, in the order of first use."""
-
-    _groups: dict[int, tuple[dist.ProcessGroup, list[int]]] = field(default_factory=dict)
-
-    def add(self, process_group: dist.ProcessGroup, layer: int) -> None:
-        """Add one layer's sums over the group."""
-        self._groups.setdefault(id(process_group), (process_group, []))[1].append(layer)
-
-    def collected(self) -> tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...]:
-        """What `Layout.reductions` wants."""
-        return tuple((process_group, tuple(layers)) for process_group, layers in self._groups.values())
 
 
 def layout_of_parameters(
@@ -257,54 +191,25 @@ def layout_of_parameters(
         tensors: (group index, parameter) pairs.
         parallel: Knows the tensor-parallel ranks.
         name_of: A parameter's name, where it has one.
-        options: Further attributes of the layout.
+        options: As of `LayoutBuilder.layout`.
     """
     refuse_strangers(optimizer, [tensor for _, tensor in tensors], parts_are_known=True)
-    present = [(group, tensor) for group, tensor in tensors if tensor.numel() or is_cut(tensor)]
-    given = name_layers(optimizer, tensors)
-    names = {id(p): name_of(p) or name for (_, p), (_, name) in zip(tensors, given, strict=True)}
-    layers: list[Layer] = []
-    shards: list[Shard] = []
-    cut: set[int] = set()
-    placed = True
-    reductions = Reductions()
-    for index, (_, tensor) in enumerate(present):
-        part = parallel.part(names[id(tensor)], tensor, tuple(tensor.shape))
-        layers.append(Layer(names[id(tensor)], part.whole, index, tensor))
-        placed = placed and part.is_placed
-        if tensor.numel():
-            shards.extend(part.shards(index, 0, 0, tensor.numel()))
-        if part.process_group is not None:
-            cut.add(index)
-            reductions.add(part.process_group, index)
-    parallel.agree(layers, cut)
-    return Layout(
-        backend=backend,
-        tensors=tuple(tensor for _, tensor in present),
-        groups=tuple(group for group, _ in present),
-        layers=tuple(layers),
-        shards=tuple(shards),
-        reductions=reductions.collected(),
-        placed=placed,
-        **options,
-    )
+    given_names = name_layers(optimizer, tensors)
+    builder = LayoutBuilder(backend)
+    for (group, parameter), (_, given_name) in zip(tensors, given_names, strict=True):
+        if parameter.numel() or is_cut(parameter):
+            name = name_of(parameter) or given_name
+            part = parallel.part(name, parameter, tuple(parameter.shape))
+            builder.carry(group, parameter)
+            builder.add(name, parameter, part, length=parameter.numel())
+    parallel.agree(builder.layers, builder.cut)
+    return builder.layout(**options)
 
 
 def refuse_optimizer(backend: str, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
     """Raise LayoutError if the optimizer needs more of a cut layer than sums over its elements."""
-    cut = [parameter for parameter in parameters if is_cut(parameter)]
-    if not cut:
+    if not any(map(is_cut, parameters)):
         return
-    name = type(optimizer).__name__
-    if optimizer.statistics is not None:
-        raise LayoutError(
-            f"{name} needs norms of every micro-batch's gradient, of which a rank sees only its parts of the layers "
-            f"that tensor parallelism cuts ({backend}): not supported. Use data parallelism (DDP or ZeRO) alone for "
-            "CLARS, the VR optimizers and collect_group_norms()"
-        )
-    with_rows = [group for group in optimizer.param_groups if optimizer.has_rows(group)]
-    if with_rows:
-        raise LayoutError(
-            f"{name} clips rows of embeddings, which is not supported where tensor parallelism cuts layers "
-            f"({backend}): put the embeddings into a group with cowclip=False"
-        )
+    problem = f"a rank sees that of its parts of the layers that tensor parallelism cuts ({backend})"
+    refuse_statistics(optimizer, problem, "data parallelism (DDP or ZeRO) alone")
+    refuse_rows(optimizer, f"which is not supported where tensor parallelism cuts layers ({backend})")

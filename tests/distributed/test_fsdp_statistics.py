@@ -1,0 +1,121 @@
+"""Statistics of group gradients under FSDP2 and HSDP: values, wire and memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from trustratio.optimizers import OPTIMIZERS
+
+from ..reference import relative_error
+from .cases import Case, LayerSpec, initial_weights
+from .exactness import MODEL, expected, worst_error
+from .fsdp_runs import MESHES, Setup, first_quick, make_case, run_case, run_exact, running, second_dimension
+from .group_runs import measured, seeing_reduced_gradients
+from .pool import WorkerPool
+from .test_gradient_statistics import assert_norms
+
+STATISTICS = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is not None]
+
+
+@pytest.mark.parametrize("name", first_quick(STATISTICS, "clars"))
+@pytest.mark.parametrize(("world_size", "mesh"), [(1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (4, "hsdp")])
+def test_statistics(pool: WorkerPool, name: str, world_size: int, mesh: str) -> None:
+    case = make_case(name)
+    run_exact(pool, case, Setup(MESHES[mesh]))
+    for keep in ("sharded", "replica", None):
+        run_exact(pool, replace(case, accumulation=3), Setup(MESHES[mesh], units=True, keep=keep))
+
+
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
+def test_statistics_with_options(pool: WorkerPool, name: str, world_size: int, mesh: str) -> None:
+    case, shape = make_case(name), MESHES[mesh]
+    for setup in (
+        Setup(shape, wrap="swap"),
+        Setup(shape, units=True, checkpointing=True),
+        Setup(shape, options={"reshard_after_forward": False}),
+        Setup(shape, options={"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    ):
+        run_exact(pool, case, setup)
+    run_exact(pool, replace(case, clipping=0.5), Setup(shape, clipping=0.5))
+    layers = (LayerSpec("wide", (5, 12)), LayerSpec("conv", (3, 4, 5)), LayerSpec("bias", (9,), group=1))
+    run_exact(pool, make_case(name, layers), Setup(shape, options={"shard_placement_fn": second_dimension}))
+    skipped = {0: ("dense", "norm"), 2: ("embedding",), 3: ("dense", "bias", "norm", "scale")}
+    answers = run_exact(pool, make_case(name, skipped=skipped), Setup(shape))
+    assert answers[0]["step_counts"]["dense"] == 3
+
+
+def run_mixed(case: Case, reduce_dtype: torch.dtype | None) -> dict[str, Any]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    return run_case(case, Setup(options={"mp_policy": policy}))
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_statistics_in_mixed_precision(pool: WorkerPool, world_size: int) -> None:
+    """Gradients that 16 bits represent, and so do their sums."""
+    for name in ("clars", "vrlamb"):
+        case = make_case(name, dtype="bf16", spread=0.0)
+        answers = pool.run(run_mixed, case, None)
+        reference, ratios = expected(case, world_size)
+        for layer, weights in reference.items():
+            error = relative_error(answers[0]["weights"][layer], weights, initial_weights(case)[layer])
+            assert error <= 1e-5, f"{layer}: {error:.2e}"
+        for found, wanted in zip(answers[0]["ratios"], ratios, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def run_norms(case: Case, setup: Setup) -> list[dict[str, tuple[float, ...]]]:
+    with running(case, setup) as run:
+        run.optimizer.collect_group_norms()
+        found = []
+        for step in range(case.steps):
+            run.train(step, step + 1)
+            norms = run.optimizer.statistics.norms()
+            found.append({name: (n.groups, n.mean_norm, n.mean_square, n.square_of_mean) for name, n in norms.items()})
+        return found
+
+
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
+def test_norms_for_any_optimizer(pool: WorkerPool, world_size: int, mesh: str) -> None:
+    case = make_case("lamb", accumulation=2, noise=1.0)
+    for norms in pool.run(run_norms, case, Setup(MESHES[mesh])):
+        assert_norms(case, norms, world_size)
+
+
+def run_measured(case: Case, setup: Setup, bucket_elements: int) -> dict[str, Any]:
+    with measured(bucket_elements) as traffic:
+        return {**run_case(case, setup), "traffic": vars(traffic)}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_wire_and_memory_of_statistics(pool: WorkerPool, accumulation: int, world_size: int) -> None:
+    """Squares are sent as often as gradients, and kept whole only while gradients are."""
+    elements = sum(w.numel() for w in initial_weights(make_case("lamb")).values())
+    case = make_case("vrlamb", accumulation=accumulation)
+    for keep in ("sharded", None):
+        passes = case.steps * (1 if keep else accumulation)
+        for answer in pool.run(run_measured, case, Setup(units=True, keep=keep), 64):
+            traffic = answer["traffic"]
+            assert elements * passes <= traffic["sent"] <= 1.25 * elements * passes
+            assert traffic["staged"] <= 1.25 * 64 / 2
+            assert traffic["whole"] <= (elements if keep and accumulation > 1 else 0)
+            assert traffic["partitions"] <= elements / world_size + 16 * len(MODEL)
+
+
+def run_on_reduced_gradients(case: Case) -> dict[str, Any]:
+    with seeing_reduced_gradients():
+        return run_case(case, Setup())
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, world_size: int) -> None:
+    for name in ("clars", "vrsgd"):
+        case = make_case(name)
+        answer = pool.run(run_on_reduced_gradients, case)[0]
+        assert worst_error(case, answer["weights"], ranks=world_size)[0] > 0.05
