@@ -3,7 +3,7 @@
 python recipes/compare.py --preset lamb-tiny --optimizers lamb,lans,vrlamb,adamw --lrs 3 --output runs/comparison
 """
 
-from .common.script import run
+from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
     run("trustratio.recipes.comparison.compare")

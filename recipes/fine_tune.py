@@ -5,7 +5,7 @@
 `--help` lists the options. Under `torchrun` or `accelerate launch` it trains data-parallel.
 """
 
-from .common.script import run
+from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
     run("trustratio.recipes.fine_tuning.fine_tune")
