@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-_PARTIAL = ".partial"
+WRITING = ".writing-"
+"""What the name of a file begins with until it is whole; a process that was killed may leave such files behind."""
 
 
-def write_json(path: Path, values: Any) -> None:
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under its name only when the block ends, and is on the disk then.
+
+    Until then, and if anything goes wrong, `path` is what it was before. Several processes may write the same file at
+    once: the last one's stays.
+
+    Args:
+        path: in a folder that exists.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{WRITING}{secrets.token_hex(4)}-{path.name}")
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file is always either the old or the new one."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, values: Any, indent: int = 2) -> None:
     """Write JSON so that the file is always either the old or the new one."""
-    temporary = path.with_name(path.name + _PARTIAL)
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(values, indent=indent) + "\n")

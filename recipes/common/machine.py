@@ -26,7 +26,7 @@ def describe_machine(device: str | None = None, packages: Sequence[str] = PACKAG
         "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: found for name in packages if (found := _version(name))},
+        **{name: installed for name in packages if (installed := _version(name))},
     }
 
 

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["command_file", "end_with_reader", "follow_accelerate_to_cpu", "run"]
-
 
 def run(module: str) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.

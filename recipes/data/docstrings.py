@@ -51,9 +51,9 @@ def package_folders() -> dict[str, Path]:
     site = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")]
     folders = {}
     for name in PACKAGES:
-        found = next((folder / name for folder in site if (folder / name).is_dir()), None)
-        if found is not None:
-            folders[name] = found
+        installed = next((folder / name for folder in site if (folder / name).is_dir()), None)
+        if installed is not None:
+            folders[name] = installed
     folders[STANDARD_LIBRARY] = Path(sysconfig.get_paths()["stdlib"])
     return folders
 
@@ -80,8 +80,8 @@ def harvest(folders: dict[str, Path], progress: Progress) -> Iterator[str]:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for name, folder in folders.items():
             files = sorted(_source_files(folder))
-            for found in progress(pool.map(docstrings, files, chunksize=16), len(files), name):
-                document = "\n\n".join(text for text in found if _is_new(text, seen))
+            for texts in progress(pool.map(docstrings, files, chunksize=16), len(files), name):
+                document = "\n\n".join(text for text in texts if _is_new(text, seen))
                 if len(document) >= _SHORTEST_DOCUMENT:
                     yield document
 
@@ -105,22 +105,22 @@ def docstrings(path: Path) -> list[str]:
             tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    found: list[str] = []
-    _collect(tree, found)
-    return found
+    texts: list[str] = []
+    _collect(tree, texts)
+    return texts
 
 
-def _collect(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, found: list[str]) -> None:
+def _collect(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, texts: list[str]) -> None:
     # Only statement lists are walked, not expressions: several times faster than ast.walk, with the same docstrings
     # but for those of functions defined under an `if` or a `with`.
     text = ast.get_docstring(node, clean=False)
     if text is not None:
         text = inspect.cleandoc(text).strip()
         if len(text) >= _SHORTEST_DOCSTRING:
-            found.append(text)
+            texts.append(text)
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            _collect(child, found)
+            _collect(child, texts)
 
 
 def _source_files(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
+from ..common.files import whole_file
 from .documents import read_source
 
 REPEATED, TRAINING, VALIDATION = 0, 1, 2
@@ -98,16 +99,15 @@ class DocumentIndex:
 
     def save(self, path: Path) -> None:
         """Write to an .npz file that appears under its name only when it is complete."""
-        temporary = path.with_name(f".writing-{path.name}")
-        np.savez(
-            temporary,
-            sources=np.array(self.sources),
-            ends=self.ends,
-            digests=self.digests,
-            characters=self.characters,
-            roles=self.roles,
-        )
-        temporary.replace(path)
+        with whole_file(path, "wb") as file:
+            np.savez(
+                file,
+                sources=np.array(self.sources),
+                ends=self.ends,
+                digests=self.digests,
+                characters=self.characters,
+                roles=self.roles,
+            )
 
     @classmethod
     def load(cls, path: Path) -> DocumentIndex:

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
+from ..common.files import whole_file, write_json, write_text
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
 from .docstrings import corpus_key, harvest, package_folders, require_text
@@ -26,16 +26,16 @@ from .documents import HUB_PREFIX, expand_sources, read_source
 from .encoding import Block, encode_blocks, stream_dtype
 from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
 from .prepared import (
-    _FORMAT,
-    _INDEX,
-    _SETTINGS,
-    _TOKENIZER,
+    FORMAT,
+    INDEX,
+    SETTINGS,
+    TOKENIZER,
     PreparedData,
-    _read_manifest,
-    _rows,
     check_sources,
     is_prepared,
     open_prepared,
+    read_manifest,
+    rows_of,
 )
 from .shards import (
     MANIFEST,
@@ -45,7 +45,6 @@ from .shards import (
     finished_shards,
     remove_other_shards,
     unigram_entropy,
-    write_json,
     write_shard,
 )
 from .wordpiece import TextTokenizer, load_tokenizer, train_wordpiece
@@ -119,7 +118,7 @@ def prepare_into(output: Path | None, config: DataConfig, how: Preparation, repo
     sources, column = _text_sources(config, reporter)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     settings = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "sources": [_identity(source) for source in sources],
         "text_column": column,
         "tokenizer": tokenizer.fingerprint if tokenizer else f"WordPiece {config.vocabulary}",
@@ -153,7 +152,7 @@ class _Preparer:
     reporter: Reporter
     hub: dict[str, str] = field(default_factory=dict)
 
-    def run(self, sources: Sequence[str], given: TextTokenizer | None, verify: bool) -> None:
+    def run(self, sources: Sequence[str], ready: TextTokenizer | None, verify: bool) -> None:
         if (self.folder / MANIFEST).exists() and not verify:
             return
         # A data set of the hub is streamed once, into a file that every pass reads.
@@ -164,7 +163,7 @@ class _Preparer:
         }
         files = {source: file for file, source in self.hub.items()}
         index = self._index([files.get(source, source) for source in sources])
-        tokenizer = self._tokenizer(index, given)
+        tokenizer = self._tokenizer(index, ready)
         dtype = np.dtype(stream_dtype(tokenizer.size))
         shard_of = index.shards(self.how.shard_characters)
         count = int(shard_of[-1]) + 1
@@ -182,13 +181,13 @@ class _Preparer:
         self._finish(index, tokenizer, dtype, [shards[number] for number in range(count)], skipped)
 
     def _index(self, sources: Sequence[str]) -> DocumentIndex:
-        path = self.folder / _INDEX
+        path = self.folder / INDEX
         index = DocumentIndex.load(path) if path.exists() else None
         for file in index.sources if index else sources:
             if file in self.hub and not Path(file).exists():
                 self.reporter.line(f"streaming {self.hub[file]}")
                 texts = read_source(self.hub[file], self.column)
-                _write_whole(Path(file), (json.dumps({self.column: text}) + "\n" for text in texts))
+                _write_json_lines(Path(file), self.column, texts)
         if index is None:
             visited = self.reporter.progress(sources, len(sources), "reading sources")
             skipped = self._skip if self.how.skip_broken else None
@@ -199,11 +198,11 @@ class _Preparer:
     def _skip(self, source: str, error: RecipeError) -> None:
         self.reporter.line(f"warning: left out {self.hub.get(source, source)}: {error}")
 
-    def _tokenizer(self, index: DocumentIndex, given: TextTokenizer | None) -> TextTokenizer:
-        path = self.folder / _TOKENIZER
-        if given is not None:
-            _write_whole(path, [given.tokenizer.to_str()])
-            return given
+    def _tokenizer(self, index: DocumentIndex, ready: TextTokenizer | None) -> TextTokenizer:
+        path = self.folder / TOKENIZER
+        if ready is not None:
+            write_text(path, ready.tokenizer.to_str())
+            return ready
         if not path.exists():
             chosen = index.sample(_VOCABULARY_CHARACTERS)
             characters = int(index.characters[chosen].sum(dtype=np.int64))
@@ -212,7 +211,7 @@ class _Preparer:
                 f"million of {index.kept_characters() / 1e6:.1f} million characters"
             )
             texts = (text for _, text in index.read(chosen, self.column))
-            _write_whole(path, [train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str()])
+            write_text(path, train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str())
         return load_tokenizer(str(path))
 
     def _write(
@@ -267,8 +266,8 @@ class _Preparer:
         skipped: list[str],
     ) -> None:
         manifest: dict[str, Any] = {
-            "format": _FORMAT,
-            "fingerprint": _hash(_FORMAT, index.fingerprint, tokenizer.fingerprint),
+            "format": FORMAT,
+            "fingerprint": _hash(FORMAT, index.fingerprint, tokenizer.fingerprint),
             "documents": index.count(TRAINING) + index.count(VALIDATION),
             "validation_documents": index.count(VALIDATION),
             "repeated_documents": index.count(REPEATED),
@@ -284,10 +283,10 @@ class _Preparer:
             "skipped_sources": skipped,
             "shards": [asdict(shard) for shard in shards],
         }
-        counts = _rows(self.folder, manifest, "train", 3).counts()
+        counts = rows_of(self.folder, manifest, "train", 3).counts()
         counts[list(tokenizer.special_ids)] = 0
         manifest["unigram_entropy"] = unigram_entropy(counts) if counts.any() else 0.0
-        write_json(self.folder / MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest, indent=1)
         for path in self.folder.glob("hub-*.jsonl"):
             path.unlink()
 
@@ -318,7 +317,8 @@ def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], st
         reporter.line(f"harvesting the documentation of {', '.join(folders)} (once; cached in {path})")
         documents = list(harvest(folders, reporter.progress))
         require_text(folders, sum(map(len, documents)))
-        _write_whole(path, (json.dumps({"text": text}) + "\n" for text in documents))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_json_lines(path, "text", documents)
     return [str(path)], "text"
 
 
@@ -331,12 +331,12 @@ def _identity(source: str) -> list[Any]:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / _SETTINGS
+    path = folder / SETTINGS
     if not path.exists():
         others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
         if others:
             raise RecipeError(f"{folder} holds {others[0]!r} and no prepared data; give an empty or a new folder")
-        write_json(path, settings)
+        write_json(path, settings, indent=1)
         return
     stored = json.loads(path.read_text())
     changed = [name for name in settings if stored.get(name) != settings[name]]
@@ -364,8 +364,7 @@ def _only_one(folder: Path, reporter: Reporter) -> Iterator[None]:
 def _check_tokenizer(config: DataConfig, folder: Path) -> None:
     if config.tokenizer is None:
         return
-    given, stored = load_tokenizer(config.tokenizer).fingerprint, _read_manifest(folder)["tokenizer"]
-    if given != stored:
+    if load_tokenizer(config.tokenizer).fingerprint != read_manifest(folder)["tokenizer"]:
         raise RecipeError(
             f"{folder} was prepared with another tokenizer than {config.tokenizer!r}; leave --tokenizer out, or "
             "prepare the text with it"
@@ -376,13 +375,6 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _write_whole(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file that appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".writing-", delete=False) as file:
-        try:
-            file.writelines(pieces)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+def _write_json_lines(path: Path, column: str, texts: Iterable[str]) -> None:
+    with whole_file(path) as file:
+        file.writelines(json.dumps({column: text}) + "\n" for text in texts)

@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.errors import RecipeError
+from ..common.command import ends_with_message
+from ..common.errors import INTERRUPTED, RecipeError
 from ..common.reporter import Reporter, clock
 from ..configuration.config import DataConfig
 from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
 from .shards import MANIFEST
 
-BAD_INPUT, INTERRUPTED = 2, 130
 
-
+@ends_with_message("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare a folder; return the exit status: 0 done, 2 bad input, 130 interrupted (finished shards stay)."""
     options = _parser().parse_args(arguments)
@@ -31,9 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _config(options)
         how = Preparation(options.workers, int(options.shard_megabytes * 1e6), options.skip_broken)
         folder = prepare_into(Path(options.output), config, how, reporter)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"interrupted; the finished shards stay in {options.output}: the same command continues", file=sys.stderr)
         return INTERRUPTED

@@ -15,10 +15,11 @@ from .documents import expand_sources
 from .shards import MANIFEST, SPLITS, TokenFile, TokenRows
 from .wordpiece import Vocabulary
 
-_FORMAT = 3  # part of every key: raise it when indexing, tokenizing or the files change
+FORMAT = 3
+"""Part of every key: raise it when indexing, tokenizing or the files change."""
 
-
-_SETTINGS, _INDEX, _TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
+SETTINGS, INDEX, TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
+"""Files of a prepared folder besides the shards and their manifest: what it was made with, and on the way."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PreparedData:
 
     def rows(self, split: str) -> TokenRows:
         """Return the rows of "train" or "validation"; the token files are mapped into memory."""
-        return _rows(Path(self.folder), _read_manifest(Path(self.folder)), split, self.sequence_length)
+        return rows_of(Path(self.folder), read_manifest(Path(self.folder)), split, self.sequence_length)
 
     def at_length(self, sequence_length: int) -> PreparedData:
         """Return the same data in rows of another length; nothing is computed or written for it."""
@@ -83,7 +84,7 @@ class PreparedData:
 
 def is_prepared(source: str) -> bool:
     """Tell whether a source is a folder that holds token shards."""
-    return (Path(source) / MANIFEST).is_file() or (Path(source) / _SETTINGS).is_file()
+    return (Path(source) / MANIFEST).is_file() or (Path(source) / SETTINGS).is_file()
 
 
 def check_sources(sources: Sequence[str]) -> None:
@@ -98,7 +99,7 @@ def check_sources(sources: Sequence[str]) -> None:
     elif len(sources) > 1:
         raise RecipeError(f"--data {prepared[0]!r} is a prepared folder and has to be the only source")
     else:
-        _read_manifest(Path(prepared[0]))
+        read_manifest(Path(prepared[0]))
 
 
 def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
@@ -108,8 +109,8 @@ def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
         RecipeError: the folder is unfinished, or has too little text for one row of each split.
         BrokenShard: a token file is missing or has the wrong size.
     """
-    manifest = _read_manifest(folder)
-    rows = {split: _rows(folder, manifest, split, sequence_length) for split in SPLITS}
+    manifest = read_manifest(folder)
+    rows = {split: rows_of(folder, manifest, split, sequence_length) for split in SPLITS}
     for split in SPLITS:
         rows[split].check()
         if len(rows[split]) == 0:
@@ -129,7 +130,12 @@ def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what `manifest.json` says of a prepared folder.
+
+    Raises:
+        RecipeError: there is none yet, it cannot be read, or it is of another format.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -139,14 +145,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
-    if manifest.get("format") != _FORMAT:
+    if manifest.get("format") != FORMAT:
         raise RecipeError(
-            f"{folder} was prepared in format {manifest.get('format')}, this version reads {_FORMAT}; prepare it again"
+            f"{folder} was prepared in format {manifest.get('format')}, this version reads {FORMAT}; prepare it again"
         )
     return manifest
 
 
-def _rows(folder: Path, manifest: dict[str, Any], split: str, length: int) -> TokenRows:
+def rows_of(folder: Path, manifest: dict[str, Any], split: str, length: int) -> TokenRows:
+    """Return the rows of one split of a folder with this manifest; their files are not looked at yet."""
     files = [TokenFile(**shard["files"][split]) for shard in manifest["shards"]]
     ids = (manifest["cls_id"], manifest["sep_id"], manifest["vocabulary_size"])
     return TokenRows(folder, files, np.dtype(manifest["dtype"]), length, *ids)

@@ -1,4 +1,4 @@
-"""Token streams on disk: shards of ids, written atomically, mapped into memory, and cut into rows of any length.
+"""Token streams on disk: shards of ids, written whole, mapped into memory, and cut into rows of any length.
 
 A folder holds, per split, files of unsigned ids (`train-00000.bin`, ...): the documents' tokens with a separator after
 each. Joined in order they are one stream, and a row of length L is L - 2 consecutive tokens of it, so that another
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
+from ..common.files import WRITING, whole_file, write_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
@@ -178,13 +178,13 @@ def write_shard(
     """Write the files of one shard and, last, its description; each appears under its name when it is complete."""
     files = {split: _write_tokens(folder, f"{split}-{number:05d}.bin", pieces) for split, pieces in streams.items()}
     shard = Shard(number, files, dict(documents), characters)
-    write_json(folder / _shard_name(number), asdict(shard))
+    write_json(folder / f"shard-{number:05d}.json", asdict(shard), indent=1)
     return shard
 
 
 def finished_shards(folder: Path, dtype: np.dtype) -> dict[int, Shard]:
     """Return the shards that are complete and have the content that was written, by number."""
-    found = {}
+    finished = {}
     for path in sorted(folder.glob("shard-*.json")):
         try:
             values = json.loads(path.read_text())
@@ -193,15 +193,8 @@ def finished_shards(folder: Path, dtype: np.dtype) -> dict[int, Shard]:
                 file.check(folder, dtype, contents=True)
         except (BrokenShard, ValueError, KeyError, TypeError):
             continue
-        found[values["number"]] = Shard(**{**values, "files": files})
-    return found
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file that appears under its name only when it is complete."""
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.replace(path)
+        finished[values["number"]] = Shard(**{**values, "files": files})
+    return finished
 
 
 def remove_other_shards(folder: Path, shards: int) -> None:
@@ -209,25 +202,23 @@ def remove_other_shards(folder: Path, shards: int) -> None:
     kept = {f"{number:05d}" for number in range(shards)}
     for path in folder.iterdir():
         kind, _, number = path.stem.partition("-")
-        if path.name.startswith(".writing-") or (kind in (*SPLITS, "shard") and number not in kept):
+        if path.name.startswith(WRITING) or (kind in (*SPLITS, "shard") and number not in kept):
             path.unlink()
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.json"
+def unigram_entropy(counts: NDArray[np.int64]) -> float:
+    """Return the entropy in nats of the token distribution: the loss of the best model that ignores context."""
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
 
 
 def _write_tokens(folder: Path, name: str, pieces: Iterable[NDArray[np.unsignedinteger]]) -> TokenFile:
-    temporary = folder / f".writing-{name}"
     digest, tokens = hashlib.sha256(), 0
-    with temporary.open("wb") as file:
+    with whole_file(folder / name, "wb") as file:
         for piece in pieces:
             file.write(piece.data)
             digest.update(piece.data)
             tokens += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / name)
     return TokenFile(name, tokens, digest.hexdigest())
 
 
@@ -244,9 +235,3 @@ def _broken(path: Path, what: str) -> BrokenShard:
         f"the token file {path} {what}; run `prepare` again with the same arguments: it keeps the whole files and "
         "writes the broken ones anew"
     )
-
-
-def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Return the entropy in nats of the token distribution: the loss of the best model that ignores context."""
-    probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())

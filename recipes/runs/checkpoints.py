@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RecipeError, TrainingFailure
-from ..common.files import _PARTIAL, write_json
+from ..common.files import write_json, write_text
 from .folder import CHECKPOINTS
 
 _DESCRIPTION = "checkpoint.json"
-
-
 _LATEST = "latest"
+_PARTIAL = ".partial"  # what the name of a checkpoint's folder ends with until it is whole
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -33,10 +32,10 @@ def find_checkpoint(path: Path) -> Path:
     latest = path / CHECKPOINTS / _LATEST
     if not latest.is_file():
         raise RecipeError(f"--resume {str(path)!r}: the folder has no complete checkpoint ({latest} is missing)")
-    found = path / CHECKPOINTS / latest.read_text().strip()
-    if not (found / _DESCRIPTION).is_file():
-        raise RecipeError(f"--resume {str(path)!r}: {latest} names {found.name}, which is missing or incomplete")
-    return found
+    newest = path / CHECKPOINTS / latest.read_text().strip()
+    if not (newest / _DESCRIPTION).is_file():
+        raise RecipeError(f"--resume {str(path)!r}: {latest} names {newest.name}, which is missing or incomplete")
+    return newest
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -143,9 +142,7 @@ class CheckpointFolder:
         write_json(partial / _DESCRIPTION, {"step": step, "identity": self.identity})
         shutil.rmtree(final, ignore_errors=True)  # only a resumed run that computed the same step again
         os.rename(partial, final)
-        latest = self.folder / (_LATEST + _PARTIAL)
-        latest.write_text(final.name + "\n")
-        os.replace(latest, self.folder / _LATEST)
+        write_text(self.folder / _LATEST, final.name + "\n")
         self._drop_old(final)
 
     def _drop_old(self, newest: Path) -> None:

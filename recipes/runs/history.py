@@ -99,13 +99,13 @@ def binned(values: NDArray[Any], pieces: Sequence[slice], how: Any) -> NDArray[n
     """Apply `how` (a NumPy reduction over axis 0) to the finite values of each piece; NaN where there are none."""
     if len(pieces) == len(values):  # nothing to sum up
         return np.where(np.isfinite(values), values, np.nan).astype(np.float64)
-    found = np.full((len(pieces), *values.shape[1:]), np.nan)
+    reduced = np.full((len(pieces), *values.shape[1:]), np.nan)
     for i, piece in enumerate(pieces):
         part = values[piece]
         kept = part[np.isfinite(part)] if part.ndim == 1 else part[np.isfinite(part).all(axis=1)]
         if len(kept):
-            found[i] = how(kept, axis=0)
-    return found
+            reduced[i] = how(kept, axis=0)
+    return reduced
 
 
 def short_name(layer: str) -> str:

@@ -11,8 +11,6 @@ import argparse
 import base64
 import json
 import math
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.command import ends_with_message
 from ..common.errors import RecipeError
+from ..common.files import write_text
 from .folder import CURVES, METRICS, RATIOS, REPORT
 from .history import RunHistory, binned, bins, load_history, short_name
 from .plots import draw_curves, draw_ratios
@@ -52,9 +52,7 @@ def make_report(folder: Path) -> None:
     """
     history = load_history(folder)
     page = _PAGE.read_text(encoding="utf-8").replace(_PLACE, _script_json(page_data(history)))
-    temporary = folder / (REPORT + ".partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, folder / REPORT)
+    write_text(folder / REPORT, page)
     draw_curves(history, title(history), folder / CURVES)
     if history.layers:
         draw_ratios(history, title(history), folder / RATIOS)
@@ -209,15 +207,12 @@ def _script_json(values: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c")
 
 
+@ends_with_message("report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="report.py", description="Make the report of a run, finished or not.")
     parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
     folder = parser.parse_args(arguments).folder
-    try:
-        make_report(folder)
-    except RecipeError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    make_report(folder)
     print(folder / REPORT)
     return 0
