@@ -1,4 +1,4 @@
-"""The configuration of a pretraining run: nested dataclasses, dotted overrides, and conversion to and from JSON."""
+"""The configuration of a pretraining run: nested dataclasses of plain values."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ class ModelConfig:
     dropout: float = 0.0
     initial_weights: str | None = None
 
+    def of_size(self, name: str) -> ModelConfig:
+        """Return the same with the shape of one of `MODEL_SIZES`: heads are 64 wide, the inner layer 4 x hidden."""
+        layers, hidden = MODEL_SIZES[name]
+        return dataclasses.replace(self, layers=layers, hidden=hidden, heads=hidden // 64, intermediate=4 * hidden)
 
-MODEL_SIZES: dict[str, dict[str, int]] = {
-    name: {"layers": layers, "hidden": hidden, "heads": hidden // 64, "intermediate": 4 * hidden}
-    for name, layers, hidden in (
-        ("tiny", 2, 128),
-        ("mini", 4, 256),
-        ("small", 4, 512),
-        ("medium", 8, 512),
-        ("base", 12, 768),
-        ("large", 24, 1024),
-    )
+
+MODEL_SIZES: dict[str, tuple[int, int]] = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "medium": (8, 512),
+    "base": (12, 768),
+    "large": (24, 1024),
 }
-"""Sizes by name: base and large of Devlin et al. 2018 (arXiv 1810.04805), the rest of Turc et al. 2019 (1908.08962)."""
+"""(layers, hidden) by name: base and large of Devlin et al. 2018 (arXiv 1810.04805), the rest of Turc et al. 2019
+(1908.08962)."""
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,7 @@ def with_model_size(config: RecipeConfig, size: str) -> RecipeConfig:
     """
     if size not in MODEL_SIZES:
         raise unknown_name("model size", size, MODEL_SIZES)
-    for name, value in MODEL_SIZES[size].items():
-        config = set_field(config, "model", name, value)
-    return config
+    return dataclasses.replace(config, model=config.model.of_size(size))
 
 
 def from_dict(values: Mapping[str, Any]) -> RecipeConfig:

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..common.errors import unknown_name
 from .config import (
-    MODEL_SIZES,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -32,7 +31,7 @@ def _named(name: str, description: str, source: str, **sections: Any) -> tuple[s
 def _large_bert(**sections: Any) -> dict[str, Any]:
     """Sections that the published recipes share: BERT-Large, 30,522 tokens, 128 then 512 tokens per sequence."""
     shared: dict[str, Any] = {
-        "model": ModelConfig(**MODEL_SIZES["large"], dropout=0.1),
+        "model": ModelConfig(dropout=0.1).of_size("large"),
         "data": DataConfig(vocabulary=30522, sequence_length=128, validation_sequences=10_000),
         "run": RunConfig(validate_every=100, checkpoint_every=200, print_every=1),
     }

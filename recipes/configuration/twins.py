@@ -1,4 +1,4 @@
-"""Twins of the presets: the same rules scaled to models and batches that a small machine trains."""
+"""What a preset is, and its twins: the same rules scaled to models and batches that a small machine trains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from .config import MODEL_SIZES, DataConfig, RecipeConfig, RunConfig
+from .config import DataConfig, RecipeConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,9 @@ TWIN_SIZES = MappingProxyType(
     }
 )
 
-
 _CORPUS_RATIO = 2048 / 3
 """Tokens of Wikipedia and Books over those of the built-in corpus, so rounded that 64K becomes 384 for a tiny twin:
 3.3 billion words (Devlin et al. 2018) at about 1.3 tokens each, over 6.4 million, are 670."""
-
 
 _TWIN_UNIT = 12
 """Twins' batches are multiples of this, so that most small numbers of ranks divide them."""
@@ -98,7 +96,7 @@ def twin(preset: Preset, size: str) -> Preset:
     scaled = dataclasses.replace(
         config,
         preset=name,
-        model=dataclasses.replace(config.model, **MODEL_SIZES[size]),
+        model=config.model.of_size(size),
         data=dataclasses.replace(
             config.data,
             vocabulary=DataConfig().vocabulary,

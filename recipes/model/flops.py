@@ -1,8 +1,8 @@
 """Floating-point operations of a BERT update, and what devices can do at most.
 
 A multiplication and an addition count as two. Backward costs twice the forward pass. Recomputation under activation
-checkpointing is not counted: model FLOP/s tell what the model needed, not what the device did (Chowdhery et al. 2022,
-arXiv 2204.02311, appendix B). Embedding look-ups, norms, softmax and the optimizer are left out.
+checkpointing counts only where it is asked for: model FLOP/s tell what the model needed, not what the device did
+(Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Embedding look-ups, norms, softmax and optimizer are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..planning.memory import ModelSize
+from ..configuration.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,23 @@ class ModelFlops:
     intermediate: int
     vocabulary: int
 
-    def update(self, tokens: int, predicted: int, length: int) -> float:
+    @classmethod
+    def of(cls, shape: ModelConfig, vocabulary: int) -> ModelFlops:
+        """Return those of a model of this shape with `vocabulary` rows of the output projection."""
+        return cls(shape.layers, shape.hidden, shape.intermediate, vocabulary)
+
+    def update(self, tokens: int, predicted: float, length: int, recomputed: bool = False) -> float:
         """Return the operations of an update over all ranks.
 
         Args:
             tokens: in the global batch.
-            predicted: those whose logits are computed.
+            predicted: those whose logits are computed, or how many are expected.
             length: S, tokens per sequence.
+            recomputed: count the encoder's second forward pass under activation checkpointing, too.
         """
-        encoder = self.layers * self.hidden * (8 * self.hidden + 4 * self.intermediate + 4 * length)
-        head = 2 * self.hidden * (self.hidden + self.vocabulary)
-        return 3.0 * (tokens * encoder + predicted * head)
+        encoder = tokens * self.layers * self.hidden * (8 * self.hidden + 4 * self.intermediate + 4 * length)
+        head = predicted * 2 * self.hidden * (self.hidden + self.vocabulary)
+        return (4.0 if recomputed else 3.0) * encoder + 3.0 * head
 
 
 # Dense peaks in TFLOP/s from the manufacturers' data sheets, (16-bit matrix units, fp32 without them). The first name
@@ -80,20 +86,8 @@ def device_peak(name: str, precision: str) -> float | None:
     return None
 
 
-def peak_of(device: torch.device, precision: str, given: float | None) -> float | None:
-    """Return the peak in FLOP/s of one device: `given` in TFLOP/s if it is, else from the table; None if unknown."""
-    if given is not None:
-        return 1e12 * given
+def peak_of(device: torch.device, precision: str, tflops: float | None) -> float | None:
+    """Return the peak in FLOP/s of one device: `tflops` if it is not None, else from the table; None if unknown."""
+    if tflops is not None:
+        return 1e12 * tflops
     return device_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-
-
-def flops_per_sequence(size: ModelSize, length: int, masked: float, checkpointing: bool) -> tuple[float, float]:
-    """Return the useful FLOPs of one sequence, forward and backward, and those really done (recomputation included).
-
-    Per token forward: 2 per weight of the encoder's matrices and 4 length h per layer for attention; at the masked
-    positions 2 (h^2 + h V). Backward is twice the forward.
-    """
-    h, f = size.shape.hidden, size.shape.intermediate
-    encoder = size.shape.layers * length * (8 * h * h + 4 * h * f + 4 * length * h)
-    head = masked * length * 2 * (h * h + h * size.vocabulary)
-    return 3.0 * (encoder + head), (4.0 if checkpointing else 3.0) * encoder + 3.0 * head

@@ -1,4 +1,4 @@
-"""How much memory a GPU needs, by part."""
+"""What a model and its optimizer measure, and how much memory a GPU needs for them, by part."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from ..model.build import outline
 from ..model.optimizer import is_baseline
 
 GIB = 2**30
+FP32, FP64 = 4, 8
+"""Bytes per number."""
 
+REDUCE_BUCKET = 5 * 10**8
+"""DeepSpeed's default of reduce_bucket_size, in elements."""
 
-_FP32, _FP64 = 4, 8
+MOST_LIVE = 10**9
+"""DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance, in elements."""
 
-
-_BUCKET = 5 * 10**8  # DeepSpeed's reduce_bucket_size, in elements
-
-
-_PERSISTENT = 10**5  # DeepSpeed's stage3_param_persistence_threshold, in elements
-
-
-_REUSE = 10**9  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance, in elements
+_PERSISTENT = 10**5  # DeepSpeed's default of stage3_param_persistence_threshold, in elements
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,11 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
         statistics=getattr(optimizer, "group_statistics", None) or "",
         norm_sums=() if is_baseline(config.optimizer.name) else _norm_sums(config),
     )
+
+
+def planned_precision(config: RecipeConfig) -> str:
+    """Return the precision that a plan is made for: "auto" means bf16, since a GPU is planned for."""
+    return "bf16" if config.training.precision == "auto" else config.training.precision
 
 
 def _norm_sums(config: RecipeConfig) -> tuple[int, ...] | None:
@@ -111,34 +114,34 @@ def memory_parts(
         settings: DeepSpeed settings: bucket sizes, offload (offloaded parts are no GPU memory).
     """
     zero = (settings or {}).get("zero_optimization") or {}
-    stage, precision = config.training.zero_stage, _precision(config)
+    stage, precision = config.training.zero_stage, planned_precision(config)
     elements, share = size.elements, math.ceil(size.elements / ranks)
-    width = _FP32 if precision == "fp32" else 2
-    bucket = int(_number(zero, "reduce_bucket_size", _BUCKET))
+    width = FP32 if precision == "fp32" else 2
+    bucket = int(_number(zero, "reduce_bucket_size", REDUCE_BUCKET))
     sharded = share if stage else elements
     accumulate_fp32 = stage == 1 and precision == "bf16"
     parts = [MemoryPart("weights", width * (share if stage == 3 else elements), True)]
     if stage == 3:
         threshold = _number(zero, "stage3_param_persistence_threshold", _PERSISTENT)
         kept = sum(n for n in size.layers if n <= threshold)
-        live = min(elements, int(_number(zero, "stage3_max_live_parameters", _REUSE)))
+        live = min(elements, int(_number(zero, "stage3_max_live_parameters", MOST_LIVE)))
         parts.append(MemoryPart("small weights kept whole", width * kept, True))
         parts.append(MemoryPart("gathered weights", width * max(0, live - kept), False))
     if stage in (1, 2):  # seen in some runs of real engines, not in all
         parts.append(MemoryPart("kept embedding gradient", width * size.vocabulary * size.shape.hidden, True))
     parts.append(MemoryPart("gradients", width * (share if stage >= 2 else elements), stage == 3))
     if accumulate_fp32:
-        parts.append(MemoryPart("fp32 sum of gradients", _FP32 * elements, True))
+        parts.append(MemoryPart("fp32 sum of gradients", FP32 * elements, True))
     if stage or width == 2:
-        parts.append(MemoryPart("fp32 master weights", _FP32 * sharded, True))
-    parts.append(MemoryPart("optimizer state", _FP32 * size.states * sharded, True))
+        parts.append(MemoryPart("fp32 master weights", FP32 * sharded, True))
+    parts.append(MemoryPart("optimizer state", FP32 * size.states * sharded, True))
     if stage in (1, 2) and not accumulate_fp32:
-        parts.append(MemoryPart("fp32 gradients of the step", _FP32 * share, False))
+        parts.append(MemoryPart("fp32 gradients of the step", FP32 * share, False))
     if size.statistics == "squares":
         whole = elements if stage < 2 else 0  # until the step, as its gradients
-        parts.append(MemoryPart("squares of gradients", _FP32 * (whole + (share if stage else 0)), True))
+        parts.append(MemoryPart("squares of gradients", FP32 * (whole + (share if stage else 0)), True))
         if stage:
-            parts.append(MemoryPart("squares on their way", _FP32 * min(2 * elements, BUCKET_ELEMENTS), False))
+            parts.append(MemoryPart("squares on their way", FP32 * min(2 * elements, BUCKET_ELEMENTS), False))
     if stage >= 2 or (stage == 1 and not accumulate_fp32):
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         parts.append(MemoryPart("reduction bucket", width * bucket * buffers, stage == 3))
@@ -163,12 +166,8 @@ def _activations(size: ModelSize, config: RecipeConfig, length: int, micro: int,
     embeddings = tokens * shape.hidden * width * 2
     masked = math.ceil(tokens * config.data.mask_probability)
     # Logits in the model's precision, in fp32, their log-softmax, and the gradients of the last two.
-    head = masked * (4 * shape.hidden * width + size.vocabulary * (width + (2 if width == 2 else 1) * _FP32 + _FP32))
+    head = masked * (4 * shape.hidden * width + size.vocabulary * (width + (2 if width == 2 else 1) * FP32 + FP32))
     return encoder + embeddings + head
-
-
-def _precision(config: RecipeConfig) -> str:
-    return "bf16" if config.training.precision == "auto" else config.training.precision
 
 
 def _number(section: Mapping[str, Any], name: str, default: float) -> float:

@@ -16,9 +16,9 @@ from typing import Any
 from ..common.errors import RecipeError
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase, phases_of
-from ..model.flops import flops_per_sequence
+from ..model.flops import ModelFlops
 from ..rules.global_batch import plan_batch
-from .memory import _FP32, GIB, MemoryPart, ModelSize, _precision, memory_parts, model_size
+from .memory import FP32, GIB, MemoryPart, ModelSize, memory_parts, model_size, planned_precision
 from .traffic import Traffic, traffic
 
 
@@ -122,16 +122,14 @@ def plan_phase(
     needed = total(max(1, chosen))
     accumulation = per_rank // max(1, chosen)
     sent = traffic(size, config, accumulation, gpus)
-    _, done = flops_per_sequence(
-        size, phase.sequence_length, config.data.mask_probability, config.training.activation_checkpointing
-    )
-    compute = phase.global_batch / gpus * done / (machine.peak * machine.utilization)
+    operations = flops_per_sequence(size, config, phase, recomputed=config.training.activation_checkpointing)
+    compute = phase.global_batch / gpus * operations / (machine.peak * machine.utilization)
     rate = machine.link if gpus <= machine.gpus_per_node else machine.network
     hops = math.ceil(math.log2(gpus)) if gpus > 1 else 0
     communication = sum(sent.bytes.values()) / rate + sum(sent.collectives.values()) * machine.latency * hops
     share = size.elements / gpus if config.training.zero_stage else size.elements
     # Measuring and applying both read weights, gradient and state; applying writes weights and state.
-    update = share * _FP32 * (2 * (2 + size.states) + 1 + size.states) / machine.memory_rate
+    update = share * FP32 * (2 * (2 + size.states) + 1 + size.states) / machine.memory_rate
     step = compute + (1 - machine.overlap) * communication + update
     return PhasePlan(
         phase=phase,
@@ -150,6 +148,13 @@ def plan_phase(
         hours=phase.steps * step / 3600,
         problem=problem,
     )
+
+
+def flops_per_sequence(size: ModelSize, config: RecipeConfig, phase: Phase, recomputed: bool = False) -> float:
+    """Return the FLOPs of one sequence of a phase, forward and backward; see `ModelFlops.update` for `recomputed`."""
+    length = phase.sequence_length
+    predicted = config.data.mask_probability * length
+    return ModelFlops.of(size.shape, size.vocabulary).update(length, predicted, length, recomputed)
 
 
 def _undivided(global_batch: int, micro: int, gpus: int) -> str:
@@ -221,11 +226,11 @@ def _does_not_fit(
         advice.append(f"with training.activation_checkpointing=true, {option} {again.micro}".replace("= ", "="))
     if config.training.zero_stage < 3:
         advice.append("a higher --zero_stage or more GPUs divide weights and state further")
-    gpus = f"{ranks} GPU{'s' * (ranks > 1)}"
+    gpus = f"{ranks} GPU{'s' * (ranks > 1)} (ZeRO-{config.training.zero_stage}, {planned_precision(config)})"
     return (
         f"phase {phase.number} of {config.preset} needs {_gib(needed)} per GPU with {phase.micro_batch} sequences of "
-        f"{phase.sequence_length} on {gpus} (ZeRO-{config.training.zero_stage}, {_precision(config)}), and a GPU here "
-        f"has {_gib(memory)}: {listed}; {'; '.join(advice) or 'use more GPUs or a smaller model'}"
+        f"{phase.sequence_length} on {gpus}, and a GPU here has {_gib(memory)}: {listed}; "
+        f"{'; '.join(advice) or 'use more GPUs or a smaller model'}"
     )
 
 

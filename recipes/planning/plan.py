@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 
+from ..common.command import ends_with_message
 from ..common.errors import RecipeError
 from ..common.reporter import clock
 from ..configuration.config import MODEL_SIZES, RecipeConfig
@@ -18,25 +18,22 @@ from ..configuration.overrides import apply_overrides, set_field, with_model_siz
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
 from ..configuration.ranges import check_ranges
-from ..model.flops import flops_per_sequence
-from .memory import GIB, ModelSize, model_size
-from .phase_plan import Machine, PhasePlan, growth, plan_phase
+from .memory import GIB, ModelSize, model_size, planned_precision
+from .phase_plan import Machine, PhasePlan, flops_per_sequence, growth, plan_phase
 
-BAD_INPUT, DOES_NOT_FIT = 2, 1
+DOES_NOT_FIT = 1
+"""Exit status: there is a plan, and the machine is too small for it."""
 
 
+@ends_with_message("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; return 0 if every phase fits, 1 if one does not, 2 for bad input."""
     options, overrides = _parser().parse_known_args(arguments)
-    try:
-        config, machine = _config(options, overrides), _machine(options)
-        size = model_size(config)
-        phases = phases_of(config)
-        plans = [plan_phase(size, config, phase, options.gpus, machine, options.micro_batch) for phase in phases]
-        tables = [growth(size, config, phase, machine, options.most_gpus) for phase in phases]
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+    config, machine = _config(options, overrides), _machine(options)
+    size = model_size(config)
+    phases = phases_of(config)
+    plans = [plan_phase(size, config, phase, options.gpus, machine, options.micro_batch) for phase in phases]
+    tables = [growth(size, config, phase, machine, options.most_gpus) for phase in phases]
     if options.json:
         values = {
             "preset": config.preset,
@@ -62,7 +59,7 @@ def _text(
     lines = [
         f"{config.preset}: BERT {config.model.layers} x {config.model.hidden}, {size.elements / 1e6:.1f} million "
         f"parameters in {len(size.layers)} layers, {config.optimizer.name}, ZeRO-{training.zero_stage}, "
-        f"{_precision_of(config)}, activation checkpointing {'on' if training.activation_checkpointing else 'off'}",
+        f"{planned_precision(config)}, activation checkpointing {'on' if training.activation_checkpointing else 'off'}",
         f"assumed: {machine.peak / 1e12:.0f} TFLOP/s x {machine.utilization:.0%}, {machine.link / 1e9:.0f} GB/s inside "
         f"{machine.gpus_per_node} GPUs, {machine.network / 1e9:.0f} GB/s per GPU between nodes, "
         f"{machine.memory_rate / 1e12:.1f} TB/s memory, {machine.latency * 1e6:.0f} us per hop, "
@@ -75,7 +72,6 @@ def _text(
 
 def _phase_lines(config: RecipeConfig, size: ModelSize, machine: Machine, plan: PhasePlan) -> list[str]:
     phase = plan.phase
-    useful, _ = flops_per_sequence(size, phase.sequence_length, config.data.mask_probability, False)
     head = f"phase {phase.number}: {phase.steps:,} steps of {phase.global_batch:,} sequences of {phase.sequence_length}"
     if plan.problem:
         return [head, f"  {plan.problem}"]
@@ -88,11 +84,11 @@ def _phase_lines(config: RecipeConfig, size: ModelSize, machine: Machine, plan: 
     lines += [f"    {'reserved':<28}{machine.reserve / GIB:>9.3f} GiB", "  sent per GPU and step:"]
     for name, count in plan.traffic.collectives.items():
         lines.append(f"    {name:<28}{_bytes(plan.traffic.bytes[name]):>13} in {count:,} collectives")
+    model_flops = flops_per_sequence(size, config, phase) * plan.sequences_per_second / plan.gpus
     lines += [
         f"  step: {plan.compute:.3f} s computing + {plan.communication:.3f} s communicating + {plan.update:.4f} s "
         f"updating = {plan.step:.3f} s; {plan.sequences_per_second:,.0f} sequences/s, "
-        f"{useful * plan.sequences_per_second / plan.gpus / 1e12:.1f} model TFLOP/s per GPU; phase: "
-        f"{clock(plan.hours * 3600)}",
+        f"{model_flops / 1e12:.1f} model TFLOP/s per GPU; phase: {clock(plan.hours * 3600)}",
     ]
     return lines
 
@@ -146,10 +142,6 @@ def _machine(options: argparse.Namespace) -> Machine:
             raise RecipeError(f"--{name} {value} is out of range ({_HELP[name]}; in units of {unit:g})")
     values = {name: getattr(options, name) * unit for name, (unit, _) in _ASSUMPTIONS.items()}
     return Machine(gpus_per_node=options.gpus_per_node, **values)
-
-
-def _precision_of(config: RecipeConfig) -> str:
-    return "bf16" if config.training.precision == "auto" else config.training.precision
 
 
 def _bytes(count: float) -> str:

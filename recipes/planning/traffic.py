@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 
 from ..configuration.config import RecipeConfig
-from .memory import _BUCKET, _FP32, _FP64, _REUSE, ModelSize, _precision
+from .memory import FP32, FP64, MOST_LIVE, REDUCE_BUCKET, ModelSize, planned_precision
 
 _GROUP_SUMS = 5
 """fp64 numbers per layer that statistics of group gradients add up in the step where nothing is sharded."""
@@ -37,10 +37,10 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
     """
     if ranks == 1:
         return Traffic({}, {})
-    stage, precision = config.training.zero_stage, _precision(config)
-    width = _FP32 if precision == "fp32" else 2
+    stage, precision = config.training.zero_stage, planned_precision(config)
+    width = FP32 if precision == "fp32" else 2
     ring = (ranks - 1) / ranks
-    buckets = math.ceil(size.elements / _BUCKET)
+    buckets = math.ceil(size.elements / REDUCE_BUCKET)
     rounds = accumulation if stage >= 2 else 1
     sent = {"gradients": rounds * (1 if stage == 3 else 2) * ring * width * size.elements}
     calls = {"gradients": rounds * buckets}
@@ -48,23 +48,23 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
         sent["weights"] = ring * width * size.elements
         calls["weights"] = groups
     if stage == 3:
-        gathers = 1 if size.elements <= _REUSE else 2 * accumulation
+        gathers = 1 if size.elements <= MOST_LIVE else 2 * accumulation
         sent["weights"] = gathers * ring * width * size.elements
         calls["weights"] = gathers * len(size.layers)
     if stage and size.norm_sums:
         # BF16_Optimizer (stage 1, bf16) steps all groups in one call; each call carries the layers of its groups.
         steps = 1 if stage == 1 and precision == "bf16" else groups
         calls["norms"] = steps * len(size.norm_sums)
-        sent["norms"] = 2 * ring * _FP64 * sum(size.norm_sums) * len(size.layers)
+        sent["norms"] = 2 * ring * FP64 * sum(size.norm_sums) * len(size.layers)
     if stage and size.norm_sums is None:
-        calls["norms (a guess)"], sent["norms (a guess)"] = groups * 2, 2 * ring * _FP64 * 6 * len(size.layers)
+        calls["norms (a guess)"], sent["norms (a guess)"] = groups * 2, 2 * ring * FP64 * 6 * len(size.layers)
     if stage == 0 and size.statistics:
-        calls["norms"], sent["norms"] = 1, 2 * ring * _FP64 * _GROUP_SUMS * len(size.layers)
+        calls["norms"], sent["norms"] = 1, 2 * ring * FP64 * _GROUP_SUMS * len(size.layers)
     if size.statistics == "squares":
         calls["squares of gradients"], travels = _squares_traffic(size.elements, stage, accumulation, ranks)
-        sent["squares of gradients"] = travels * (2 if stage == 0 else 1) * ring * _FP32 * size.elements
+        sent["squares of gradients"] = travels * (2 if stage == 0 else 1) * ring * FP32 * size.elements
     calls["scalars"] = 3  # masked tokens and stop flags, gradient norm, overflow
-    sent["scalars"] = calls["scalars"] * 2 * ring * _FP64
+    sent["scalars"] = calls["scalars"] * 2 * ring * FP64
     return Traffic(sent, calls)
 
 

@@ -2,11 +2,12 @@
 
 config.json             resolved configuration
 deepspeed_config.json   what DeepSpeed was given
+environment.json        machine, versions, ranks, first and last step
 metrics.jsonl           one object per line, `kind` "train" or "validation"; appended to by a resumed run. Numbers by
                         layer are lists, in the order of the last line of kind "names" before them
 report.html, report.png curves and trust ratios, made anew at the end of every run
 trust_ratios.png        layers x steps
-tensorboard/, wandb/    of these loggers, if asked for
+tensorboard/, wandb/    of these loggers, if asked for; wandb_id.txt is the run that a resumed one goes on with
 checkpoints/latest      name of the newest complete checkpoint
 checkpoints/step-N/     DeepSpeed's files and checkpoint.json
 """

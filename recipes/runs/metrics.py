@@ -42,10 +42,6 @@ class MetricsLog:
             self._file.close()
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.7g}")  # more digits are noise, and most of the file
-
-
 def metric_lines(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of metrics.jsonl as they were written, names apart from numbers."""
     with (folder / METRICS).open(encoding="utf-8") as file:
@@ -74,3 +70,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _lists(line: dict[str, Any]) -> list[str]:
     return [key for key, value in line.items() if isinstance(value, list)]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.7g}")  # more digits are noise, and most of the file

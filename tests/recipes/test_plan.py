@@ -12,10 +12,16 @@ from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.configuration.config import ModelConfig, RecipeConfig, TrainingConfig
 from trustratio.recipes.configuration.phases import phases_of
 from trustratio.recipes.configuration.presets import PRESETS, get_preset
-from trustratio.recipes.model.flops import flops_per_sequence
 from trustratio.recipes.model.masked_language_model import build_model
 from trustratio.recipes.planning.memory import GIB, memory_parts, model_size
-from trustratio.recipes.planning.phase_plan import Machine, check_fits, divisors, growth, plan_phase
+from trustratio.recipes.planning.phase_plan import (
+    Machine,
+    check_fits,
+    divisors,
+    flops_per_sequence,
+    growth,
+    plan_phase,
+)
 from trustratio.recipes.planning.plan import main
 from trustratio.recipes.planning.traffic import traffic
 
@@ -161,14 +167,14 @@ def test_squares_of_a_large_model_travel_with_every_micro_batch_from_stage_2_on(
 
 
 def test_flops_are_six_per_weight_and_token_and_attention():
-    size = model_size(get_preset("lamb-64k-32k"))
-    useful, done = flops_per_sequence(size, 128, 0.15, checkpointing=False)
-    assert useful == pytest.approx(done)
+    config = get_preset("lamb-64k-32k")
+    size, phase = model_size(config), phases_of(config)[0]
+    useful = flops_per_sequence(size, config, phase)
     encoder = 24 * (4 * 1024**2 + 2 * 1024 * 4096)
     attention = 24 * 12 * 128 * 1024
     head = 0.15 * 6 * (1024**2 + 1024 * size.vocabulary)
     assert useful == pytest.approx(128 * (6 * encoder + attention + head))
-    assert 1.25 < flops_per_sequence(size, 128, 0.15, checkpointing=True)[1] / useful < 4 / 3
+    assert 1.25 < flops_per_sequence(size, config, phase, recomputed=True) / useful < 4 / 3
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -238,13 +244,13 @@ def test_a_preset_that_does_not_fit_is_refused_with_the_numbers():
 
 def test_the_recipe_refuses_before_it_builds_anything(monkeypatch):
     from trustratio.recipes.configuration.command_line import parse_command_line
-    from trustratio.recipes.training import bert as bert_pretraining
+    from trustratio.recipes.training import checks
 
     invocation = parse_command_line(["--preset", "lamb-64k-32k-small", "--precision", "bf16"])
-    monkeypatch.setattr(bert_pretraining, "device_memory", lambda: 80 * GIB)
-    bert_pretraining.check_run(invocation)
-    monkeypatch.setattr(bert_pretraining, "device_memory", lambda: GIB // 4)
+    monkeypatch.setattr(checks, "device_memory", lambda: 80 * GIB)
+    checks.check_run(invocation)
+    monkeypatch.setattr(checks, "device_memory", lambda: GIB // 4)
     with pytest.raises(
         RecipeError, match=r"phase 1 of lamb-64k-32k-small needs .* GPU here has 0\.25 GiB: reserved 2\.00 GiB, optim"
     ):
-        bert_pretraining.check_run(invocation)
+        checks.check_run(invocation)

@@ -119,7 +119,7 @@ def test_twins_keep_the_proportions(name, size):
             found = learning_rate(small, other.first + int(part * other.steps))
             assert found == pytest.approx(expected, abs=0.1 * full.optimizer.lr)
     assert small.optimizer == full.optimizer
-    assert {k: getattr(small.model, k) for k in MODEL_SIZES[size]} == MODEL_SIZES[size]
+    assert small.model == full.model.of_size(size)
 
 
 def test_the_page_lists_the_presets_as_they_are():
@@ -151,5 +151,6 @@ def test_the_plan_of_both_phases_is_printed(capsys):
 @pytest.mark.parametrize("size", MODEL_SIZES)
 def test_model_sizes_by_name(size):
     model = check_run(parse_command_line(["--model", size, "model.dropout=0.1"])).config.model
-    assert {k: getattr(model, k) for k in MODEL_SIZES[size]} == MODEL_SIZES[size]
+    layers, hidden = MODEL_SIZES[size]
+    assert (model.layers, model.hidden, model.heads, model.intermediate) == (layers, hidden, hidden // 64, 4 * hidden)
     assert (model.dropout, model.max_positions) == (0.1, 512)
