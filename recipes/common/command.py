@@ -16,6 +16,10 @@ P = ParamSpec("P")
 class CommandParser(argparse.ArgumentParser):
     """Raises RecipeError for bad arguments, where argparse would print its usage and exit, on every rank."""
 
+    def flags(self) -> list[str]:
+        """Return the long names of all options."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         raise RecipeError(f"{message}; --help lists the options")

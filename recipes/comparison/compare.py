@@ -19,9 +19,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-from ..common.errors import RecipeError
+from ..common.command import CommandParser, ends_with_message
+from ..common.errors import INTERRUPTED, RecipeError
 from ..common.files import write_json
 from ..configuration.command_line import parse_command_line
 from ..configuration.overrides import is_override
@@ -33,7 +34,7 @@ from ..runs.folder import ENVIRONMENT
 from ..runs.metrics import read_metrics
 from .rate_grids import LEAST_RATES, grid_around
 from .report import Comparison, markdown, write_report
-from .runs import _INTERRUPTED, Run, carry_out, command
+from .runs import Run, carry_out, command
 
 _INSTEAD = {
     "--optimizer": "give --optimizers A,B,...",
@@ -48,19 +49,6 @@ _INSTEAD = {
     "--list_presets": "start bert.py with it",
 }
 """What is not passed on, because runs would not be what their names say, and what to do instead."""
-
-
-# Runs -----------------------------------------------------------------------------------------------------------------
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-# Report ---------------------------------------------------------------------------------------------------------------
-
-
-# Command line ---------------------------------------------------------------------------------------------------------
 
 
 def grids(optimizers: Sequence[str], given: Sequence[str], allow_single: bool) -> dict[str, tuple[float, ...]]:
@@ -103,14 +91,9 @@ def _rates(text: str, rates: str) -> tuple[float, ...]:
     return grid
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; --help lists the options")
-
-
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; return the options and what is passed on to bert.py."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="compare.py",
         description="Compare optimizers on the BERT recipe with several learning rates each. Other options and "
         "overrides are passed on to bert.py.",
@@ -126,7 +109,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="how many learning rates, or RATE,RATE,... for all, or NAME=RATE,RATE,... for one optimizer (default: 3)",
     )
     parser.add_argument(
-        *("--allow_single_lr", "--allow-single-lr"), action="store_true", help="accept fewer than three learning rates"
+        "--allow_single_lr",
+        "--allow-single-lr",
+        action="store_true",
+        help="accept fewer than three learning rates",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds; every one with every learning rate")
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the runs")
@@ -193,6 +179,7 @@ def _of_first_run(folder: Path) -> dict[str, Any]:
     return {"unigram_entropy": entropies[-1] if entropies else None, "environment": environment}
 
 
+@ends_with_message("compare")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -200,13 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
         print(compare(sys.argv[1:] if arguments is None else arguments))
-    except RecipeError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("compare: interrupted; the same command goes on from here", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -29,18 +29,21 @@ from typing import Any
 
 import torch
 
+from ..common.command import ends_with_message
 from ..common.errors import RecipeError
 from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..common.script import command_file
+from ..configuration.config import ModelConfig
 from ..model.optimizer import starting_rates
 from ..runs.folder import METRICS
 from ..runs.metrics import read_metrics
 from .rate_grids import best_rate
 
-_SHAPES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "base": (12, 768)}
 _FOUR = ("lamb", "lans", "vrlamb", "adamw")
-_STOP_SECONDS = 60.0
+_64K, _128K = 65_536, 131_072  # sequences per update
+_BERT_VOCABULARY = 30_522  # of the published models; the others have the recipe's default
+_STOP_SECONDS = 60.0  # for the last checkpoint of a run that its budget ended
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ class Evidence:
     Attributes:
         purpose: what it shows.
         optimizers: compared, at the rates of the sweep or (if there is no sweep to take them from) a grid.
-        size: of the model.
-        sequence_length: tokens.
-        batches: sequences per update, and updates.
-        micro_batch: sequences per pass.
-        rate_factor: of the sweep's best rates; None: three rates each.
+        size: of the model, one of `MODEL_SIZES`.
+        sequence_length: tokens per sequence.
+        batches: pairs of sequences per update and number of updates; one comparison each.
+        micro_batch: sequences per forward and backward pass.
+        rate_factor: what the sweep's best rates are multiplied by; None: three rates each.
         vocabulary: tokens.
-        budget: seconds.
+        budget: seconds for all comparisons, reports included.
     """
 
     purpose: str
@@ -71,27 +74,76 @@ class Evidence:
 
     def recipe_arguments(self, batch: int, steps: int) -> list[str]:
         """Return the arguments of bert.py."""
-        layers, hidden = _SHAPES[self.size]
-        shape = [f"model.layers={layers}", f"model.hidden={hidden}", f"model.heads={hidden // 64}"]
+        model = ModelConfig().of_size(self.size)
+        flags = {
+            "--global_batch": batch,
+            "--micro_batch": self.micro_batch,
+            "--steps": steps,
+            "--sequence_length": self.sequence_length,
+        }
+        overrides = {
+            "data.vocabulary": self.vocabulary,
+            "model.layers": model.layers,
+            "model.hidden": model.hidden,
+            "model.heads": model.heads,
+            "model.intermediate": model.intermediate,
+            "training.zero_stage": 0,
+            "run.validate_every": max(1, steps // 5),
+            "run.checkpoint_every": max(1, steps // 2),
+        }
         return [
-            *("--global_batch", str(batch), "--micro_batch", str(self.micro_batch), "--steps", str(steps)),
-            *("--sequence_length", str(self.sequence_length), f"data.vocabulary={self.vocabulary}"),
-            *(*shape, f"model.intermediate={4 * hidden}", "training.zero_stage=0"),
-            *(f"run.validate_every={max(1, steps // 5)}", f"run.checkpoint_every={max(1, steps // 2)}"),
+            *(text for flag, value in flags.items() for text in (flag, str(value))),
+            *(f"{field}={value}" for field, value in overrides.items()),
         ]
 
 
 EVIDENCE = {
     "sweep": Evidence(
-        "learning rates at 64K", (*_FOUR, "lars", "sgd"), "tiny", 32, ((65536, 100),), 8192, rate_factor=None
+        purpose="learning rates at 64K",
+        optimizers=(*_FOUR, "lars", "sgd"),
+        size="tiny",
+        sequence_length=32,
+        batches=((_64K, 100),),
+        micro_batch=8192,
+        rate_factor=None,
     ),
-    "main": Evidence("optimizers at 64K", _FOUR, "mini", 64, ((65536, 110),), 4096, rate_factor=1.0),
+    "main": Evidence(
+        purpose="optimizers at 64K",
+        optimizers=_FOUR,
+        size="mini",
+        sequence_length=64,
+        batches=((_64K, 110),),
+        micro_batch=4096,
+        rate_factor=1.0,
+    ),
     "scale": Evidence(
-        "the same at 128K", _FOUR, "mini", 64, ((131072, 55),), 4096, rate_factor=math.sqrt(2.0), budget=600.0
+        purpose="the same at 128K",
+        optimizers=_FOUR,
+        size="mini",
+        sequence_length=64,
+        batches=((_128K, 55),),  # as many sequences as in "main"
+        micro_batch=4096,
+        rate_factor=math.sqrt(2.0),  # of the batches' ratio
+        budget=600.0,
     ),
-    "depth": Evidence("past the unigram plateau", ("lamb", "adamw"), "small", 64, ((65536, 120),), 4096, 1.0),
+    "depth": Evidence(
+        purpose="past the unigram plateau",
+        optimizers=("lamb", "adamw"),
+        size="small",
+        sequence_length=64,
+        batches=((_64K, 120),),
+        micro_batch=4096,
+        rate_factor=1.0,
+    ),
     "systems": Evidence(
-        *("speed and memory", ("lamb",), "base", 128, ((65536, 20), (131072, 5)), 256, 1.0, 30522),
+        purpose="speed and memory",
+        optimizers=("lamb",),
+        size="base",
+        sequence_length=128,
+        batches=((_64K, 20), (_128K, 5)),  # enough updates for medians
+        micro_batch=256,
+        rate_factor=1.0,
+        vocabulary=_BERT_VOCABULARY,
         budget=600.0,
     ),
 }
@@ -100,15 +152,16 @@ EVIDENCE = {
 def commands(name: str, rates: dict[str, float], work: Path) -> list[list[str]]:
     """Return the commands of a run, each with the folder that it writes to as its last argument."""
     evidence = EVIDENCE[name]
-    found = []
-    for batch, steps in evidence.batches:
-        line = [sys.executable, str(command_file("compare.py")), "--optimizers", ",".join(evidence.optimizers), "--lrs"]
-        if evidence.rate_factor is None:
-            line.append("3")
-        else:
-            line += [f"{o}={rates[o] * evidence.rate_factor:.2g}" for o in evidence.optimizers] + ["--allow_single_lr"]
-        found.append([*line, *evidence.recipe_arguments(batch, steps), "--output", str(work / f"{name}-{batch}")])
-    return found
+    if evidence.rate_factor is None:
+        grid = ["3"]
+    else:
+        scaled = [f"{optimizer}={rates[optimizer] * evidence.rate_factor:.2g}" for optimizer in evidence.optimizers]
+        grid = [*scaled, "--allow_single_lr"]
+    start = [sys.executable, str(command_file("compare.py")), "--optimizers", ",".join(evidence.optimizers)]
+    return [
+        [*start, "--lrs", *grid, *evidence.recipe_arguments(batch, steps), "--output", str(work / f"{name}-{batch}")]
+        for batch, steps in evidence.batches
+    ]
 
 
 def sweep_rates(output: Path) -> dict[str, float]:
@@ -162,7 +215,7 @@ def machine() -> dict[str, Any]:
 
 def systems_numbers(folder: Path) -> list[dict[str, Any]]:
     """Return throughput, utilisation and memory of every run in a comparison's folder, medians over its updates."""
-    found = []
+    runs = []
     for metrics in sorted(folder.glob(f"*/{METRICS}")):
         train = [r for r in read_metrics(metrics.parent) if r["kind"] == "train"]
         values: dict[str, Any] = {"run": metrics.parent.name, "steps": len(train)}
@@ -171,8 +224,8 @@ def systems_numbers(folder: Path) -> list[dict[str, Any]]:
             values[name] = median(numbers) if numbers else None
         peaks = [r["device_peak_memory_bytes"] for r in train if "device_peak_memory_bytes" in r]
         values["device_peak_memory_bytes"] = max(peaks, default=None)
-        found.append(values)
-    return found
+        runs.append(values)
+    return runs
 
 
 def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> int:
@@ -198,7 +251,7 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
             print(f"ended with exit status {status}; the same command goes on from here", file=sys.stderr)
             break
     output.mkdir(parents=True, exist_ok=True)
-    found = {
+    values = {
         "purpose": evidence.purpose,
         "finished": status == 0,
         "machine": machine(),
@@ -206,10 +259,11 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
         "seconds": round(time.monotonic() - began, 1),
         "results": results,
     }
-    write_json(output / f"gpu_{name}.json", found)
+    write_json(output / f"gpu_{name}.json", values)
     return status
 
 
+@ends_with_message("gpu_evidence")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -223,12 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
     options, passed_on = parser.parse_known_args(arguments)
-    try:
-        if options.dry_run:
-            for line in commands(options.name, starting_rates(), options.work):
-                print(shlex.join([*line, *passed_on]))
-            return 0
-        return collect(options.name, options.output, options.work, passed_on)
-    except RecipeError as error:
-        print(f"gpu_evidence: {error}", file=sys.stderr)
-        return 2
+    if options.dry_run:
+        for line in commands(options.name, starting_rates(), options.work):
+            print(shlex.join([*line, *passed_on]))
+        return 0
+    return collect(options.name, options.output, options.work, passed_on)

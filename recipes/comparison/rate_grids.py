@@ -12,6 +12,9 @@ from collections.abc import Mapping
 STEP = 3.0
 """Factor between neighbours where a grid is extended: about half a decade."""
 
+LEAST_RATES = 3
+"""Fewer rates have no inside, and so no best rate that is known to be one."""
+
 
 def best_rate(losses: Mapping[float, float]) -> float | None:
     """Return the rate with the smallest finite loss; None if every run diverged."""
@@ -42,6 +45,3 @@ def next_rate(losses: Mapping[float, float], step: float = STEP) -> float | None
 def grid_around(centre: float, count: int, step: float = STEP) -> tuple[float, ...]:
     """Return `count` rates, each `step` times the one before, around `centre`."""
     return tuple(float(f"{centre * step ** (index - (count - 1) / 2):.2g}") for index in range(count))
-
-
-LEAST_RATES = 3

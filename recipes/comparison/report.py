@@ -39,16 +39,16 @@ class Comparison:
 
     def warnings(self) -> list[str]:
         """Name the grids that ended at their best rate, and say what to add."""
-        found = []
+        warnings = []
         for optimizer in self.optimizers:
             losses = self.losses(optimizer)
             side, lr = edge(losses), next_rate(losses)
             if side is not None:
-                found.append(
+                warnings.append(
                     f"{optimizer}: the best learning rate, {min(losses) if side == 'lowest' else max(losses):g}, is "
                     f"the {side} of its grid: widen the grid (add {lr:g}), its loss is not its best"
                 )
-        return found
+        return warnings
 
 
 def markdown(comparison: Comparison) -> str:

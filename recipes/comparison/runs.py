@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from ..common.errors import RecipeError
+from ..common.errors import INTERRUPTED, RecipeError
 from ..common.script import command_file
 from ..configuration.config import RecipeConfig
 from ..runs.checkpoints import find_checkpoint
 from ..runs.folder import METRICS
 from ..runs.metrics import read_metrics
-
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def command(
     run: Run, folder: Path, passed_on: Sequence[str], launcher: Sequence[str], config: RecipeConfig
 ) -> list[str]:
     """Return the command that starts a run, or continues it from its newest checkpoint."""
-    own = ["--optimizer", run.optimizer, "--lr", repr(run.lr), "--seed", str(run.seed), *second_rate(config, run.lr)]
+    of_run = ["--optimizer", run.optimizer, "--lr", repr(run.lr), "--seed", str(run.seed), *second_rate(config, run.lr)]
     try:
         find_checkpoint(folder)
     except RecipeError:
@@ -102,7 +100,7 @@ def command(
     else:
         where = ["--resume", str(folder)]
     # What was passed on may set phase_two.lr, which the scaled one has to follow: of overrides the last one holds.
-    return [*launcher, str(command_file("bert.py")), *passed_on, *own, *where]
+    return [*launcher, str(command_file("bert.py")), *passed_on, *of_run, *where]
 
 
 def carry_out(run: Run, folder: Path, line: Sequence[str], last_step: int) -> Outcome:
@@ -112,21 +110,21 @@ def carry_out(run: Run, folder: Path, line: Sequence[str], last_step: int) -> Ou
         RecipeError: it failed for another reason than a loss that was not finite.
         KeyboardInterrupt: it was stopped by a signal; started again, it goes on where it stopped.
     """
-    found = outcome(folder, run, last_step)
-    if found is not None:
-        print(f"{run.name}: kept, {found.status} ({found.loss:.4f} nats)", flush=True)
-        return found
+    result = outcome(folder, run, last_step)
+    if result is not None:
+        print(f"{run.name}: kept, {result.status} ({result.loss:.4f} nats)", flush=True)
+        return result
     print(f"{run.name}: {shlex.join(line)}", flush=True)
     status, printed = _run(line)
-    found = outcome(folder, run, last_step)
-    if found is None and status in (-signal.SIGINT, -signal.SIGTERM, _INTERRUPTED):
+    result = outcome(folder, run, last_step)
+    if result is None and status in (-signal.SIGINT, -signal.SIGTERM, INTERRUPTED):
         raise KeyboardInterrupt
-    if found is None:
+    if result is None:
         end = "\n".join(printed.splitlines()[-15:])
         early = "" if status else f" without a validation at its last step, {last_step} (stopped? then start again)"
         raise RecipeError(f"{run.name} ended with exit status {status}{early}; its last lines:\n{end}")
-    print(f"{run.name}: {found.status}, {found.loss:.4f} nats", flush=True)
-    return found
+    print(f"{run.name}: {result.status}, {result.loss:.4f} nats", flush=True)
+    return result
 
 
 def _run(line: Sequence[str]) -> tuple[int, str]:

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from ..common.command import CommandParser
 from ..common.errors import RecipeError, unknown_name
 from ..runs.checkpoints import find_checkpoint, run_of
 from ..runs.folder import CONFIG
@@ -71,10 +71,11 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
         SystemExit: for --help.
     """
     # Overrides may stand anywhere, which argparse's positional arguments may not: they are what it does not know.
-    options, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
     for text in rest:
         if text.startswith("-"):
-            raise unknown_name("option", text.partition("=")[0], _known_flags())
+            raise unknown_name("option", text.partition("=")[0], parser.flags())
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]
     overrides = [text for text in options.data or [] if is_override(text)] + rest
@@ -117,22 +118,11 @@ def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
     return get_preset(DEFAULT_PRESET)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage and exiting, which every rank would do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; --help lists the options")
-
-
-def _known_flags() -> list[str]:
-    return [flag for action in _parser()._actions for flag in action.option_strings if flag.startswith("--")]
-
-
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     shown = {name: preset for name, preset in PRESETS.items() if preset.twin_of is None}
     presets = "\n".join(f"  {name}: {preset.description}" for name, preset in shown.items())
     sizes = ", ".join(f"-{size} ({scale.runs_on})" for size, scale in TWIN_SIZES.items())
-    parser = _Parser(
+    parser = CommandParser(
         prog="deepspeed [--num_gpus N] recipes/bert.py",
         description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO. "
         "Besides the options, any number of overrides section.field=value, e.g. model.layers=4.",

@@ -138,15 +138,15 @@ def _rotten_tomatoes() -> LabelledTexts:
 
 def _glue_examples(name: str, rows: Iterable[Any]) -> list[tuple[tuple[str, ...], float]]:
     columns = GLUE[name].columns
-    found = []
+    examples = []
     for row in rows:
         lacking = [column for column in (*columns, "label") if column not in row]
         if lacking:
             raise RecipeError(f"the data of {name} lack {', '.join(lacking)}; columns found: {', '.join(row)}")
-        found.append((tuple(row[column] for column in columns), float(row["label"])))
-    if not found:
+        examples.append((tuple(row[column] for column in columns), float(row["label"])))
+    if not examples:
         raise RecipeError(f"the data of {name} are empty")
-    return found
+    return examples
 
 
 def _squad_files(folder: Path) -> Questions:

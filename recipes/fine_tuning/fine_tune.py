@@ -6,12 +6,11 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from transformers import (
 
 from trustratio.integrations.transformers import optimizer_for_trainer
 
+from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter
@@ -55,16 +55,12 @@ class Options:
     limit: int | None = None
 
 
+@ends_with_message("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; return 0, or 2 for bad input."""
     transformers.logging.set_verbosity_error()  # each run would list the head that is new, and the one left out
     transformers.logging.disable_progress_bar()
-    try:
-        options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-        compare(options, Reporter())
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    compare(_parser().parse_args(arguments), Reporter())
     return 0
 
 
@@ -78,8 +74,8 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     Raises:
         RecipeError: missing checkpoint or data, or options out of range.
     """
-    given = {name: getattr(arguments, name) for name in asdict(Options())}
-    trials = [Options(**{**given, "lr": rate}) for rate in arguments.lr]
+    values = {name: getattr(arguments, name) for name in asdict(Options())}
+    trials = [Options(**{**values, "lr": rate}) for rate in arguments.lr]
     for options in trials:
         _check(options)
     data = load_data(arguments.data, arguments.data_folder)
@@ -88,16 +84,16 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
         starts = (PRETRAINED, RANDOM) if not arguments.no_random else (PRETRAINED,)
         runs: list[dict[str, Any]] = []
         for options, seed, start in itertools.product(trials, arguments.seeds, starts):
-            found = fine_tune(model, data, options, seed, start == RANDOM, Path(scratch, "trainer"))
-            runs.append({"start": start, "lr": options.lr, "seed": seed, "scores": found})
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            scores = fine_tune(model, data, options, seed, start == RANDOM, Path(scratch, "trainer"))
+            runs.append({"start": start, "lr": options.lr, "seed": seed, "scores": scores})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             reporter.line(f"{data.name}, lr {options.lr:g}, seed {seed}, from {start} weights: {shown}")
     results = {
         "data": data.name,
         "train": len(data.train),
         "validation": len(data.validation),
         "checkpoint": Path(arguments.checkpoint).name,
-        "options": {**given, "seeds": arguments.seeds},
+        "options": {**values, "seeds": arguments.seeds},
         "runs": runs,
         "best": {start: _best([run for run in runs if run["start"] == start]) for start in starts},
         "machine": describe_machine(),
@@ -195,9 +191,9 @@ def _build(kind: Any, model: str, random_start: bool, **shape: Any) -> Any:
 def _train(
     network: Any, features: list[dict[str, Any]], options: Options, seed: int, scratch: Path, collator: Any
 ) -> Trainer:
-    given: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
     if options.optimizer != "adamw":
-        given["optimizer_cls_and_kwargs"] = optimizer_for_trainer(
+        optimizer["optimizer_cls_and_kwargs"] = optimizer_for_trainer(
             options.optimizer, lr=options.lr, weight_decay=options.weight_decay
         )
     trainer = Trainer(
@@ -219,7 +215,7 @@ def _train(
         ),
         train_dataset=features,  # type: ignore[arg-type]
         data_collator=collator,
-        **given,
+        **optimizer,
     )
     trainer.remove_callback(PrinterCallback)  # it would print the run time of every run
     trainer.train()
@@ -250,7 +246,7 @@ def _by_rate(runs: Sequence[dict[str, Any]]) -> dict[float, list[Scores]]:
 
 
 def _means(scores: Sequence[Scores]) -> Scores:
-    return {name: statistics.fmean(found[name] for found in scores) for name in scores[0]}
+    return {name: statistics.fmean(of_seed[name] for of_seed in scores) for name in scores[0]}
 
 
 def _best(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -264,7 +260,7 @@ def _table(runs: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"| start | lr | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
     for start in dict.fromkeys(run["start"] for run in runs):
         for rate, scores in _by_rate([run for run in runs if run["start"] == start]).items():
-            cells = [_spread([found[name] for found in scores]) for name in names]
+            cells = [_spread([of_seed[name] for of_seed in scores]) for name in names]
             lines.append(f"| {start} | {rate:g} | {' | '.join(cells)} |")
     return lines
 
@@ -274,13 +270,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f}{spread}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message}; --help lists the options")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python recipes/fine_tune.py", description=__doc__, allow_abbrev=False)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python recipes/fine_tune.py", description=__doc__, allow_abbrev=False)
     defaults = Options()
     parser.add_argument(
         "--checkpoint", required=True, help="run's folder, checkpoint, folder of save_pretrained, or name"
@@ -290,7 +281,8 @@ def _parser() -> _Parser:
         "--data_folder", type=Path, help="where the data lie as files, if they are not to be downloaded"
     )
     parser.add_argument(
-        *("--lr", "--lrs"),
+        "--lr",
+        "--lrs",
         type=float,
         nargs="+",
         default=[defaults.lr],

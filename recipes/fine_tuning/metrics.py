@@ -74,9 +74,9 @@ def exact_match(prediction: str, truth: str) -> float:
 
 def token_f1(prediction: str, truth: str) -> float:
     """Return the harmonic mean of precision and recall of the normalized answers' words."""
-    found, wanted = normalized_answer(prediction).split(), normalized_answer(truth).split()
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+    answered, wanted = normalized_answer(prediction).split(), normalized_answer(truth).split()
+    common = sum((Counter(answered) & Counter(wanted)).values())
+    return 2 * common / (len(answered) + len(wanted)) if common else 0.0
 
 
 def squad_scores(predictions: Mapping[str, str], truths: Mapping[str, Sequence[str]]) -> dict[str, float]:

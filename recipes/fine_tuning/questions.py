@@ -44,7 +44,7 @@ def windows(questions: Sequence[Question], tokenizer: Any, length: int) -> list[
         tokenizer: a fast one.
         length: tokens, padded up to.
     """
-    found = []
+    cut = []
     for index, question in enumerate(questions):
         encoded = tokenizer(
             question.question.strip(),
@@ -60,8 +60,8 @@ def windows(questions: Sequence[Question], tokenizer: Any, length: int) -> list[
             in_passage = [part == 1 for part in encoded.sequence_ids(number)]
             spans = [tuple(o) if inside else None for o, inside in zip(offsets, in_passage, strict=True)]
             inputs = {name: encoded[name][number] for name in tokenizer.model_input_names}
-            found.append(Window(index, inputs, _answer_span(question, spans), spans))
-    return found
+            cut.append(Window(index, inputs, _answer_span(question, spans), spans))
+    return cut
 
 
 def _answer_span(question: Question, offsets: list[Any]) -> tuple[int, int]:

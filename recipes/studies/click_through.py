@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,10 +25,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trustratio.optimizers import CowClip
 from trustratio.optimizers.cowclip import CowClipSettings, clip_threshold, scale_cowclip
 
-from ..common.errors import RecipeError
+from ..common.command import ends_with_message
 from ..rules.large_batch import scale_learning_rate
 from ..rules.schedules import warmup_polynomial
 from .movielens_clicks import Clicks, Interactions, load_clicks
+from .sampling import area_under_roc, row_order, thinned
 
 BATCHES = (512, 4096, 65536)
 EPOCHS = 20
@@ -97,13 +97,14 @@ def train(data: Clicks, method: Method, batch: int, base_batch: int, epochs: int
     steps = max(1, round(epochs * len(data.train) / batch))
     warmup = round(len(data.train) / batch)  # one epoch, dense layers only, for every method
     shares, began = [], time.perf_counter()
-    for step, samples in zip(range(steps), batches(data.train, batch, seed), strict=False):
+    for step, rows in zip(range(steps), row_order(len(data.train), batch, seed), strict=False):
         optimizer.param_groups[-1]["lr"] = settings.dense_lr * min(1.0, warmup_polynomial(step, warmup, 10**9))
-        loss = binary_cross_entropy_with_logits(model(samples.ids), samples.clicks)
+        ids = data.train.ids[rows]
+        loss = binary_cross_entropy_with_logits(model(ids), data.train.clicks[rows])
         optimizer.zero_grad()
         loss.backward()
         if method.clips:
-            shares.append(clipped_share(model.factors.weight, samples.ids, settings.weight_decay, ratio))
+            shares.append(clipped_share(model.factors.weight, ids, settings.weight_decay, ratio))
         optimizer.step()
     return {
         "method": method.label,
@@ -136,17 +137,6 @@ def build_optimizer(model: FactorizationNetwork, settings: CowClipSettings, clip
     return optimizer
 
 
-def batches(samples: Interactions, batch: int, seed: int) -> Iterator[Interactions]:
-    """Yield batches without end, each epoch in a new order; a batch may reach into the next epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(samples), generator=generator)])
-        chosen, order = order[:batch], order[batch:]
-        yield Interactions(samples.ids[chosen], samples.clicks[chosen])
-
-
 @torch.no_grad()
 def clipped_share(weight: torch.Tensor, ids: torch.Tensor, weight_decay: float, ratio: float) -> float:
     """The share of the batch's distinct ids whose gradient is longer than CowClip's threshold."""
@@ -160,12 +150,7 @@ def clipped_share(weight: torch.Tensor, ids: torch.Tensor, weight_decay: float, 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Interactions) -> float:
     """The area under the ROC curve: the chance that a click has a higher logit than a non-click."""
-    logits = model(samples.ids)
-    ranks = torch.empty_like(logits, dtype=torch.float64)
-    ranks[logits.argsort()] = torch.arange(1, len(samples) + 1, dtype=torch.float64)
-    clicks = int(samples.clicks.sum())
-    others = len(samples) - clicks
-    return ((ranks[samples.clicks > 0].sum() - clicks * (clicks + 1) / 2) / (clicks * others)).item()
+    return area_under_roc(model(samples.ids), samples.clicks > 0)
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
@@ -218,7 +203,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     left.set_ylabel("test AUC (range over seeds)")
     for run in runs:
         if run["clipped_share"] and run["seed"] == 0:
-            share = _thinned(run["clipped_share"])
+            share = thinned(run["clipped_share"], most=50, digits=4)
             part = [(i + 0.5) / len(share) for i in range(len(share))]
             right.plot(part, share, label=f"{run['method']}, {run['batch']:,}", lw=1.2)
     right.set_xlabel("part of the run")
@@ -265,14 +250,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@ends_with_message("click_through")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all methods at all batches and write the three files; return the exit status."""
     options = parse(arguments)
-    try:
-        data = load_clicks()
-    except RecipeError as error:
-        print(f"click_through: {error}", file=sys.stderr)
-        return 2
+    data = load_clicks()
     runs: list[dict[str, Any]] = []
     done: dict[tuple[Any, ...], dict[str, Any]] = {}  # at the smallest batch, methods that scale nothing alike agree
     for batch in options.batches:
@@ -294,15 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fields": data.fields,
         "epochs": options.epochs,
         "methods": [asdict(method) for method in methods()],
-        "runs": [{**run, "clipped_share": _thinned(run["clipped_share"])} for run in runs],
+        "runs": [{**run, "clipped_share": thinned(run["clipped_share"], most=50, digits=4)} for run in runs],
     }
     options.output.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     options.output.with_suffix(".md").write_text(markdown(runs))
     draw(runs, options.output.with_suffix(".png"))
     print(markdown(runs))
     return 0
-
-
-def _thinned(values: Sequence[float], most: int = 50) -> list[float]:
-    step = max(1, len(values) // most)
-    return [round(value, 4) for value in values[::step]]

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,11 +26,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
+from ..common.command import ends_with_message
 from ..common.errors import RecipeError
+from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..comparison.rate_grids import best_rate, edge, next_rate
 from ..rules.schedules import warmup_polynomial
 from .protein_matches import Matches, Table, load_matches
+from .sampling import area_under_roc, row_order, thinned
 
 BATCHES = (1024, 65536, 131072)
 EPOCHS = 20
@@ -129,20 +130,9 @@ def train(data: Matches, candidate: Candidate, lr: float, batch: int, epochs: in
         "validation_loss": validation_loss,
         "test_loss": test_loss,
         "test_auc": test_auc,
-        "training_loss": _thinned(torch.stack(losses).tolist()),
+        "training_loss": thinned(torch.stack(losses).tolist(), most=40, digits=5),
         "seconds": round(time.perf_counter() - began, 2),
     }
-
-
-def row_order(rows: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield the rows of each batch without end, each epoch in a new order; a batch may reach into the next epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < batch:
-            order = torch.cat([order, torch.randperm(rows, generator=generator)])
-        yield order[:batch]
-        order = order[batch:]
 
 
 @torch.no_grad()
@@ -150,13 +140,7 @@ def evaluate(model: nn.Module, samples: Table) -> tuple[float, float]:
     """Return the mean loss in nats, and the chance that a match has a higher logit than another sample."""
     logits = model(samples.features).squeeze(1)
     loss = binary_cross_entropy_with_logits(logits, samples.labels).item()
-    matches = samples.labels > 0
-    ordered, position = logits.double().sort()
-    ranks = torch.empty_like(ordered)
-    ranks[position] = torch.arange(1, len(samples) + 1, dtype=torch.float64)
-    positive = int(matches.sum())
-    below = ranks[matches].sum().item() - positive * (positive + 1) / 2
-    return loss, below / (positive * (len(samples) - positive))
+    return loss, area_under_roc(logits, samples.labels > 0)
 
 
 class Results:
@@ -182,9 +166,7 @@ class Results:
     def add(self, run: dict[str, Any]) -> None:
         """Keep a run and write the file."""
         self.runs.append(run)
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text(json.dumps({**self.header, "runs": self.runs}, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, {**self.header, "runs": self.runs}, indent=1)
 
     def losses(self, optimizer: str, batch: int) -> dict[float, float]:
         """Return the validation loss of every learning rate tried with seed 0."""
@@ -210,11 +192,15 @@ def search(
     """Try the grid, widen it until the best rate is inside, and repeat that rate with the other seeds."""
     for lr in grid:
         run(lr, 0)
-    while grid and (lr := next_rate(results.losses(optimizer, batch), _STEP)) is not None:
-        if len(results.losses(optimizer, batch)) >= _MOST_RATES:
+    while grid:
+        losses = results.losses(optimizer, batch)
+        wider = next_rate(losses, _STEP)
+        if wider is None:
+            break
+        if len(losses) >= _MOST_RATES:
             print(f"{optimizer}, batch {batch}: best rate still at the edge after {_MOST_RATES}", flush=True)
             break
-        run(lr, 0)
+        run(wider, 0)
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
@@ -300,20 +286,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@ends_with_message("tabular")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing and write the three files; return the exit status."""
     options = parse(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"epochs": options.epochs, "hidden": _HIDDEN, "warmup": _WARMUP}
-    try:
-        splits = {seed: load_matches(seed) for seed in range(options.seeds + 1)}
-        results = Results(
-            options.output.with_suffix(".json"), {"settings": settings, "machine": describe_machine("cpu")}
-        )
-    except RecipeError as error:
-        print(f"tabular: {error}", file=sys.stderr)
-        return 2
-
+    splits = {seed: load_matches(seed) for seed in range(options.seeds + 1)}
+    results = Results(options.output.with_suffix(".json"), {"settings": settings, "machine": describe_machine("cpu")})
     for batch in options.batches:
         for name in options.optimizers:
             grid = candidates()[name].grid(batch)
@@ -321,11 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             def run(lr: float, seed: int, name: str = name, batch: int = batch) -> None:
                 key = {"optimizer": name, "batch": batch, "lr": lr, "seed": seed}
                 if results.get(**key) is None:
-                    found = train(splits[seed], candidates()[name], lr, batch, options.epochs, seed)
-                    results.add({**key, **found})
+                    measured = train(splits[seed], candidates()[name], lr, batch, options.epochs, seed)
+                    results.add({**key, **measured})
                     print(
-                        f"{name:<7} {batch:7,} lr {lr:<7g} seed {seed}: validation {found['validation_loss']:.4f} "
-                        f"test {found['test_loss']:.4f} {found['seconds']:.0f} s",
+                        f"{name:<7} {batch:7,} lr {lr:<7g} seed {seed}: validation {measured['validation_loss']:.4f} "
+                        f"test {measured['test_loss']:.4f} {measured['seconds']:.0f} s",
                         flush=True,
                     )
 
@@ -339,8 +319,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(results, options.optimizers, options.batches, options.output.with_suffix(".png"))
     print(table)
     return 0
-
-
-def _thinned(values: Sequence[float], most: int = 40) -> list[float]:
-    step = max(1, len(values) // most)
-    return [round(value, 5) for value in values[::step]]

@@ -17,7 +17,7 @@ from trustratio.recipes.comparison import compare, gpu_evidence
 from trustratio.recipes.comparison.compare import grids
 from trustratio.recipes.comparison.rate_grids import best_rate, edge, next_rate
 from trustratio.recipes.comparison.report import Comparison, markdown
-from trustratio.recipes.comparison.runs import Outcome
+from trustratio.recipes.comparison.runs import Outcome, second_rate
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.presets import get_preset
 from trustratio.recipes.model.optimizer import starting_rates
@@ -124,9 +124,9 @@ def test_runs_of_two_phases_end_after_the_second_whose_rate_follows_the_first(ru
 
 
 def test_a_second_phase_without_a_rate_of_its_own_is_given_none():
-    assert compare.second_rate(get_preset("lamb-tiny"), 0.1) == []
+    assert second_rate(get_preset("lamb-tiny"), 0.1) == []
     whole = parse_command_line(["--preset", "lamb-64k-32k", "phase_two.reset_schedule=false"]).config
-    assert compare.second_rate(whole, 0.1) == []
+    assert second_rate(whole, 0.1) == []
 
 
 def test_a_step_limit_inside_the_second_phase_ends_the_runs(run):

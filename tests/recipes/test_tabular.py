@@ -13,6 +13,7 @@ import torch
 
 from trustratio.recipes.studies import protein_matches, tabular
 from trustratio.recipes.studies.protein_matches import Table, load_matches
+from trustratio.recipes.studies.sampling import row_order
 
 
 @pytest.fixture
@@ -108,10 +109,10 @@ def test_how_a_batch_is_cut_does_not_change_the_run(small, monkeypatch):
 
 
 def test_batches_cover_every_epoch():
-    taken = torch.cat([rows for rows, _ in zip(tabular.row_order(10, 4, seed=0), range(5), strict=False)])
+    taken = torch.cat([rows for rows, _ in zip(row_order(10, 4, seed=0), range(5), strict=False)])
     for epoch in (taken[:10], taken[10:]):
         assert sorted(epoch.tolist()) == list(range(10))
-    big = next(tabular.row_order(10, 25, seed=0))
+    big = next(row_order(10, 25, seed=0))
     assert sorted(big.tolist()[:20]) == sorted(list(range(10)) * 2)
 
 
