@@ -228,7 +228,7 @@ def test_the_command_survives_a_kill(documents):
 
 MEASURED = """
 import resource, sys
-from trustratio.recipes.prepare import main
+from trustratio.recipes.data.prepare import main
 status = main(sys.argv[1:])
 own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)

@@ -13,7 +13,7 @@ import torch
 
 from trustratio.recipes.studies import protein_matches, tabular
 from trustratio.recipes.studies.protein_matches import Table, load_matches
-from trustratio.recipes.studies.sampling import row_order
+from trustratio.recipes.studies.sampling import row_order, thinned
 
 
 @pytest.fixture
@@ -114,6 +114,11 @@ def test_batches_cover_every_epoch():
         assert sorted(epoch.tolist()) == list(range(10))
     big = next(row_order(10, 25, seed=0))
     assert sorted(big.tolist()[:20]) == sorted(list(range(10)) * 2)
+
+
+def test_long_curves_are_thinned():
+    assert thinned([0.123456, 1.0], most=40, digits=5) == [0.12346, 1.0]
+    assert thinned(list(range(100)), most=40, digits=4) == list(range(0, 100, 2))
 
 
 def test_loss_and_auc():
