@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..common.errors import unknown_name
 from .config import (
@@ -61,23 +61,31 @@ _MLPERF_UNVERIFIED = {
 }
 
 
-def _vr_lamb(name: str, total: str, first: tuple[int, int, int, float], second: tuple[int, int, int, float]) -> Any:
-    batch, micro, steps, lr = first
-    batch_two, micro_two, steps_two, lr_two = second
+class _Regime(NamedTuple):
+    """Sequences per update and per pass, updates, and learning rate of a phase."""
+
+    batch: int
+    micro: int
+    steps: int
+    lr: float
+
+
+def _vr_lamb(name: str, first: _Regime, second: _Regime) -> tuple[str, Preset]:
+    total = f"{first.steps + second.steps:,}"
     return _named(
         name,
-        f"BERT-Large with VR-LAMB at {batch // 1024}K, then {batch_two // 1024}K: {total} updates",
+        f"BERT-Large with VR-LAMB at {first.batch // 1024}K, then {second.batch // 1024}K: {total} updates",
         f"{_VRGD_PAPER}: batches and {total} updates; schedule of {_NVIDIA}",
         **_large_bert(
-            optimizer=OptimizerConfig(name="vrlamb", lr=lr),
+            optimizer=OptimizerConfig(name="vrlamb", lr=first.lr),
             schedule=_NVIDIA_SCHEDULE,
-            training=TrainingConfig(global_batch=batch, micro_batch=micro, steps=steps),
+            training=TrainingConfig(global_batch=first.batch, micro_batch=first.micro, steps=first.steps),
             phase_two=PhaseTwoConfig(
-                steps=steps_two,
+                steps=second.steps,
                 sequence_length=512,
-                global_batch=batch_two,
-                micro_batch=micro_two,
-                lr=lr_two,
+                global_batch=second.batch,
+                micro_batch=second.micro,
+                lr=second.lr,
                 warmup=0.128,
             ),
         ),
@@ -85,7 +93,7 @@ def _vr_lamb(name: str, total: str, first: tuple[int, int, int, float], second: 
     )
 
 
-def _mlperf(batch: int, lr: float, betas: list[float], warmup: int, start: int) -> Any:
+def _mlperf(batch: int, lr: float, betas: list[float], warmup: int, start: int) -> tuple[str, Preset]:
     return _named(
         f"mlperf-{batch}",
         f"BERT-Large at 512 tokens with LAMB, MLPerf's reference point of batch {batch:,}",
@@ -210,9 +218,21 @@ PUBLISHED: dict[str, Preset] = dict(
                 "training.gradient_clipping": f"{CHOSEN}: LANS normalises every layer's gradient itself",
             },
         ),
-        _vr_lamb("vr-lamb-64k-32k", "8,599", (65536, 256, 7037, 6e-3), (32768, 32, 1562, 4e-3)),
-        _vr_lamb("vr-lamb-96k", "5,214", (98304, 128, 4693, 7.348e-3), (98304, 16, 521, 6.928e-3)),
-        _vr_lamb("vr-lamb-128k-64k", "4,301", (131072, 256, 3519, 8.485e-3), (65536, 32, 782, 5.657e-3)),
+        _vr_lamb(
+            "vr-lamb-64k-32k",
+            _Regime(batch=65536, micro=256, steps=7037, lr=6e-3),
+            _Regime(batch=32768, micro=32, steps=1562, lr=4e-3),
+        ),
+        _vr_lamb(
+            "vr-lamb-96k",
+            _Regime(batch=98304, micro=128, steps=4693, lr=7.348e-3),
+            _Regime(batch=98304, micro=16, steps=521, lr=6.928e-3),
+        ),
+        _vr_lamb(
+            "vr-lamb-128k-64k",
+            _Regime(batch=131072, micro=256, steps=3519, lr=8.485e-3),
+            _Regime(batch=65536, micro=32, steps=782, lr=5.657e-3),
+        ),
         _named(
             "adamw-64k",
             "BERT-Large with AdamW at 64K, then 32K, the baseline that is often left untuned",
@@ -262,7 +282,6 @@ SMALL: dict[str, Preset] = dict(
         ),
     ]
 )
-
 
 PRESETS: dict[str, Preset] = {
     **SMALL,

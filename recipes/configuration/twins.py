@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from .config import DataConfig, RecipeConfig, RunConfig
+from .config import DataConfig, PhaseTwoConfig, RecipeConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Preset:
     twin_of: str | None = None
 
 
+_CORPUS_RATIO = 2048 / 3
+"""Tokens of Wikipedia and Books over those of the built-in corpus, so rounded that 64K becomes 384 for a tiny twin:
+3.3 billion words (Devlin et al. 2018) at about 1.3 tokens each, over 6.4 million, are 670."""
+
+_TWIN_UNIT = 12
+"""Twins' batches are multiples of this, so that most small numbers of ranks divide them."""
+
+
 @dataclass(frozen=True)
 class TwinSize:
     """How far a published recipe is scaled down.
@@ -42,21 +50,28 @@ class TwinSize:
     step_divisor: int
     runs_on: str
 
+    def batch(self, sequences: int) -> int:
+        """Return the twin's global batch for a published one."""
+        # The corpus in sequences of the phase's length shrinks by the ratio of the tokens over the divisor.
+        exact = sequences / _CORPUS_RATIO * self.sequence_divisor
+        return max(1, round(exact / _TWIN_UNIT)) * _TWIN_UNIT
+
+    def updates(self, steps: float) -> int:
+        """Return the twin's number of updates for a published one."""
+        return round(steps / self.step_divisor)
+
+    def warmup(self, value: float) -> float:
+        """Return the twin's warm-up: updates are scaled, a fraction (below 1) stays."""
+        return float(self.updates(value)) if value >= 1 else value
+
 
 TWIN_SIZES = MappingProxyType(
     {
-        "tiny": TwinSize(4, 20, "two CPU cores"),
-        "mini": TwinSize(2, 10, "CPU cores or one GPU"),
-        "small": TwinSize(1, 5, "one GPU"),
+        "tiny": TwinSize(sequence_divisor=4, step_divisor=20, runs_on="two CPU cores"),
+        "mini": TwinSize(sequence_divisor=2, step_divisor=10, runs_on="CPU cores or one GPU"),
+        "small": TwinSize(sequence_divisor=1, step_divisor=5, runs_on="one GPU"),
     }
 )
-
-_CORPUS_RATIO = 2048 / 3
-"""Tokens of Wikipedia and Books over those of the built-in corpus, so rounded that 64K becomes 384 for a tiny twin:
-3.3 billion words (Devlin et al. 2018) at about 1.3 tokens each, over 6.4 million, are 670."""
-
-_TWIN_UNIT = 12
-"""Twins' batches are multiples of this, so that most small numbers of ranks divide them."""
 
 
 def twin(preset: Preset, size: str) -> Preset:
@@ -68,34 +83,10 @@ def twin(preset: Preset, size: str) -> Preset:
     and the number of updates is divided too: a twin rehearses a recipe, it does not reproduce its result.
     """
     scale, config = TWIN_SIZES[size], preset.config
-
-    def batch(sequences: int) -> int:
-        # The corpus in sequences of the phase's length shrinks by the ratio of the tokens over the divisor.
-        exact = sequences / _CORPUS_RATIO * scale.sequence_divisor
-        return max(1, round(exact / _TWIN_UNIT)) * _TWIN_UNIT
-
-    def updates(steps: float) -> int:
-        return round(steps / scale.step_divisor)
-
-    def warmup(value: float) -> float:
-        return float(updates(value)) if value >= 1 else value
-
-    first, second, schedule = batch(config.training.global_batch), config.phase_two, config.schedule
-    if second.steps:
-        in_second = batch(second.global_batch)
-        second = dataclasses.replace(
-            second,
-            steps=updates(second.steps),
-            sequence_length=second.sequence_length // scale.sequence_divisor,
-            global_batch=in_second,
-            micro_batch=_micro_batch(in_second),
-            warmup=warmup(second.warmup),
-            decay_steps=second.decay_steps / scale.step_divisor,
-        )
-    name = f"{config.preset}-{size}"
+    global_batch = scale.batch(config.training.global_batch)
     scaled = dataclasses.replace(
         config,
-        preset=name,
+        preset=f"{config.preset}-{size}",
         model=config.model.of_size(size),
         data=dataclasses.replace(
             config.data,
@@ -104,15 +95,18 @@ def twin(preset: Preset, size: str) -> Preset:
             validation_sequences=DataConfig().validation_sequences,
         ),
         schedule=dataclasses.replace(
-            schedule,
-            warmup=warmup(schedule.warmup),
-            warmup_start=updates(schedule.warmup_start),
-            decay_steps=schedule.decay_steps / scale.step_divisor,
+            config.schedule,
+            warmup=scale.warmup(config.schedule.warmup),
+            warmup_start=scale.updates(config.schedule.warmup_start),
+            decay_steps=config.schedule.decay_steps / scale.step_divisor,
         ),
         training=dataclasses.replace(
-            config.training, global_batch=first, micro_batch=_micro_batch(first), steps=updates(config.training.steps)
+            config.training,
+            global_batch=global_batch,
+            micro_batch=_micro_batch(global_batch),
+            steps=scale.updates(config.training.steps),
         ),
-        phase_two=second,
+        phase_two=_phase_two(config.phase_two, scale),
         run=RunConfig(),
     )
     return Preset(
@@ -122,6 +116,21 @@ def twin(preset: Preset, size: str) -> Preset:
         f"1/{scale.step_divisor}",
         {**preset.unverified, "optimizer.lr": "the published recipe's, not tuned for this size"},
         twin_of=config.preset,
+    )
+
+
+def _phase_two(second: PhaseTwoConfig, scale: TwinSize) -> PhaseTwoConfig:
+    if not second.steps:
+        return second
+    global_batch = scale.batch(second.global_batch)
+    return dataclasses.replace(
+        second,
+        steps=scale.updates(second.steps),
+        sequence_length=second.sequence_length // scale.sequence_divisor,
+        global_batch=global_batch,
+        micro_batch=_micro_batch(global_batch),
+        warmup=scale.warmup(second.warmup),
+        decay_steps=second.decay_steps / scale.step_divisor,
     )
 
 

@@ -101,35 +101,26 @@ def plan_phase(
         machine: memory and assumptions.
         micro: plan this micro-batch instead of looking for one.
     """
-    problem = ""
-    if phase.global_batch % gpus:
-        below = phase.global_batch // gpus * gpus
-        nearest = " and ".join(f"{batch:,}" for batch in (below, below + gpus) if batch)
-        problem = f"{phase.global_batch:,} sequences are not divisible by {gpus} GPUs; nearest: {nearest}"
-    elif micro:
-        problem = _undivided(phase.global_batch, micro, gpus)
     per_rank = max(1, phase.global_batch // gpus)
 
-    def total(candidate: int) -> float:
-        parts = memory_parts(size, config, phase, candidate, gpus)
+    def parts_of(candidate: int) -> tuple[MemoryPart, ...]:
+        return tuple(memory_parts(size, config, phase, candidate, gpus))
+
+    def total(parts: tuple[MemoryPart, ...]) -> float:
         return sum(part.bytes for part in parts) + machine.reserve
 
     chosen = micro
     if chosen is None:
-        fitting = [n for n in divisors(per_rank) if total(n) <= machine.memory]
+        fitting = [n for n in divisors(per_rank) if total(parts_of(n)) <= machine.memory]
         chosen = max(fitting, default=0)
-    parts = tuple(memory_parts(size, config, phase, max(1, chosen), gpus))
-    needed = total(max(1, chosen))
+    parts = parts_of(max(1, chosen))
     accumulation = per_rank // max(1, chosen)
     sent = traffic(size, config, accumulation, gpus)
+
     operations = flops_per_sequence(size, config, phase, recomputed=config.training.activation_checkpointing)
     compute = phase.global_batch / gpus * operations / (machine.peak * machine.utilization)
-    rate = machine.link if gpus <= machine.gpus_per_node else machine.network
-    hops = math.ceil(math.log2(gpus)) if gpus > 1 else 0
-    communication = sum(sent.bytes.values()) / rate + sum(sent.collectives.values()) * machine.latency * hops
-    share = size.elements / gpus if config.training.zero_stage else size.elements
-    # Measuring and applying both read weights, gradient and state; applying writes weights and state.
-    update = share * FP32 * (2 * (2 + size.states) + 1 + size.states) / machine.memory_rate
+    communication = _sending_seconds(sent, gpus, machine)
+    update = _update_seconds(size, config, gpus, machine)
     step = compute + (1 - machine.overlap) * communication + update
     return PhasePlan(
         phase=phase,
@@ -137,8 +128,8 @@ def plan_phase(
         micro=chosen,
         accumulation=accumulation,
         memory=parts,
-        total=needed,
-        fits=needed <= machine.memory and chosen > 0,
+        total=total(parts),
+        fits=total(parts) <= machine.memory and chosen > 0,
         traffic=sent,
         compute=compute,
         communication=communication,
@@ -146,7 +137,7 @@ def plan_phase(
         step=step,
         sequences_per_second=phase.global_batch / step,
         hours=phase.steps * step / 3600,
-        problem=problem,
+        problem=_undivided(phase.global_batch, micro, gpus),
     )
 
 
@@ -157,11 +148,29 @@ def flops_per_sequence(size: ModelSize, config: RecipeConfig, phase: Phase, reco
     return ModelFlops.of(size.shape, size.vocabulary).update(length, predicted, length, recomputed)
 
 
-def _undivided(global_batch: int, micro: int, gpus: int) -> str:
-    """Return the recipe's complaint about a global batch that the micro-batch does not divide, or ""."""
+def _sending_seconds(sent: Traffic, gpus: int, machine: Machine) -> float:
+    rate = machine.link if gpus <= machine.gpus_per_node else machine.network
+    hops = math.ceil(math.log2(gpus)) if gpus > 1 else 0
+    return sum(sent.bytes.values()) / rate + sum(sent.collectives.values()) * machine.latency * hops
+
+
+def _update_seconds(size: ModelSize, config: RecipeConfig, gpus: int, machine: Machine) -> float:
+    elements = size.elements / gpus if config.training.zero_stage else size.elements
+    # Measuring and applying both read weights, gradient and state; applying writes weights and state.
+    return elements * FP32 * (2 * (2 + size.states) + 1 + size.states) / machine.memory_rate
+
+
+def _undivided(global_batch: int, micro: int | None, gpus: int) -> str:
+    """Return why the GPUs, or the micro-batch if one is given, do not divide a global batch; "" if they do."""
+    if global_batch % gpus:
+        below = global_batch // gpus * gpus
+        nearest = " and ".join(f"{batch:,}" for batch in (below, below + gpus) if batch)
+        return f"{global_batch:,} sequences are not divisible by {gpus} GPUs; nearest: {nearest}"
+    if not micro:
+        return ""
     try:
         plan_batch(global_batch, micro, gpus)
-    except RecipeError as error:
+    except RecipeError as error:  # the recipe's own complaint
         return str(error)
     return ""
 
