@@ -120,6 +120,8 @@ def memory_parts(
     bucket = int(_number(zero, "reduce_bucket_size", REDUCE_BUCKET))
     sharded = share if stage else elements
     accumulate_fp32 = stage == 1 and precision == "bf16"
+
+    # In the precision of training: weights and the gradients of a micro-batch.
     parts = [MemoryPart("weights", width * (share if stage == 3 else elements), True)]
     if stage == 3:
         threshold = _number(zero, "stage3_param_persistence_threshold", _PERSISTENT)
@@ -130,6 +132,8 @@ def memory_parts(
     if stage in (1, 2):  # seen in some runs of real engines, not in all
         parts.append(MemoryPart("kept embedding gradient", width * size.vocabulary * size.shape.hidden, True))
     parts.append(MemoryPart("gradients", width * (share if stage >= 2 else elements), stage == 3))
+
+    # In fp32: what the update is computed with.
     if accumulate_fp32:
         parts.append(MemoryPart("fp32 sum of gradients", FP32 * elements, True))
     if stage or width == 2:
@@ -142,6 +146,8 @@ def memory_parts(
         parts.append(MemoryPart("squares of gradients", FP32 * (whole + (share if stage else 0)), True))
         if stage:
             parts.append(MemoryPart("squares on their way", FP32 * min(2 * elements, BUCKET_ELEMENTS), False))
+
+    # For a while: what is on its way to other ranks, and what backward needs.
     if stage >= 2 or (stage == 1 and not accumulate_fp32):
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         parts.append(MemoryPart("reduction bucket", width * bucket * buffers, stage == 3))

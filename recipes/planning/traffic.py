@@ -42,6 +42,7 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
     ring = (ranks - 1) / ranks
     buckets = math.ceil(size.elements / REDUCE_BUCKET)
     rounds = accumulation if stage >= 2 else 1
+
     sent = {"gradients": rounds * (1 if stage == 3 else 2) * ring * width * size.elements}
     calls = {"gradients": rounds * buckets}
     if stage in (1, 2):
@@ -51,6 +52,7 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
         gathers = 1 if size.elements <= MOST_LIVE else 2 * accumulation
         sent["weights"] = gathers * ring * width * size.elements
         calls["weights"] = gathers * len(size.layers)
+
     if stage and size.norm_sums:
         # BF16_Optimizer (stage 1, bf16) steps all groups in one call; each call carries the layers of its groups.
         steps = 1 if stage == 1 and precision == "bf16" else groups
@@ -63,6 +65,7 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
     if size.statistics == "squares":
         calls["squares of gradients"], travels = _squares_traffic(size.elements, stage, accumulation, ranks)
         sent["squares of gradients"] = travels * (2 if stage == 0 else 1) * ring * FP32 * size.elements
+
     calls["scalars"] = 3  # masked tokens and stop flags, gradient norm, overflow
     sent["scalars"] = calls["scalars"] * 2 * ring * FP64
     return Traffic(sent, calls)

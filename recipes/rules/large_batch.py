@@ -1,7 +1,7 @@
 """Rules for large batches: how to change the learning rate, the regime, the data and the batch. No optimizer.
 
-All are small functions of numbers and tensors. Learning-rate schedules are in `learning_rate_schedules`. Where a
-formula could not be checked against its paper or official code, the docstring says so.
+All are small functions of numbers and tensors. Learning-rate schedules are in `schedules`. Where a formula could
+not be checked against its paper or official code, the docstring says so.
 """
 
 from __future__ import annotations
