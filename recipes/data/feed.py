@@ -16,6 +16,7 @@ from ..common.errors import RecipeError
 from ..rules.global_batch import BatchPlan
 from .masking import MaskedBatch
 from .rows import MaskedRows
+from .shards import TokenRows
 
 _STEPS_AHEAD = 2  # per worker
 _MOST_WORKERS = 2  # that `default_workers` gives a rank
@@ -65,7 +66,7 @@ class BatchFeed:
         """
         self.wait_seconds = 0.0
         self.failure: RecipeError | None = None
-        self._folder = getattr(rows.rows, "folder", None)
+        self._folder = rows.rows.folder if isinstance(rows.rows, TokenRows) else None
         self._pin = pin_memory
         loader = DataLoader(
             _Steps(rows, plan, rank, last),

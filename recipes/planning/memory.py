@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trustratio.optimizers import OPTIMIZERS
+from torch.optim import Optimizer
+
+from trustratio.optimizers import OPTIMIZERS, LayerwiseOptimizer
 from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 
 from ..configuration.config import ModelConfig, RecipeConfig
@@ -62,7 +64,7 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
         vocabulary=model.config.vocab_size,
         layers=tuple(p.numel() for p in model.parameters()),
         states=_element_states(config, optimizer),
-        statistics=getattr(optimizer, "group_statistics", None) or "",
+        statistics=_group_statistics(optimizer),
         norm_sums=() if is_baseline(config.optimizer.name) else _norm_sums(config),
     )
 
@@ -70,6 +72,10 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
 def planned_precision(config: RecipeConfig) -> str:
     """Return the precision that a plan is made for: "auto" means bf16, since a GPU is planned for."""
     return "bf16" if config.training.precision == "auto" else config.training.precision
+
+
+def _group_statistics(optimizer: Optimizer) -> str:
+    return (optimizer.group_statistics or "") if isinstance(optimizer, LayerwiseOptimizer) else ""
 
 
 def _norm_sums(config: RecipeConfig) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from tests.recipes.conftest import sentences
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig
-from trustratio.recipes.data import docstrings as docstring_corpus
+from trustratio.recipes.data import docstrings
 from trustratio.recipes.data.documents import expand_sources, read_documents
 from trustratio.recipes.data.index import REPEATED, VALIDATION, index_documents
 from trustratio.recipes.data.preparation import cache_folder, prepare
@@ -40,27 +40,27 @@ def package(tmp_path):
 
 
 def test_harvest_parses_without_importing_and_drops_repeated_docstrings(package):
-    documents = list(docstring_corpus.harvest({"package": package}, QUIET.progress))
+    documents = list(docstrings.harvest({"package": package}, QUIET.progress))
     assert len(documents) == 3  # a.py, b.py, raises.py in order; neither the broken file nor the tests
     assert documents[0].endswith("Of f.")
     assert "Of module b." in documents[1]
     assert "Inner." in documents[1]
     assert "Of f." not in documents[1]
-    assert list(docstring_corpus.harvest({"package": package}, QUIET.progress)) == documents
+    assert list(docstrings.harvest({"package": package}, QUIET.progress)) == documents
 
 
 def test_harvest_key_follows_the_versions(monkeypatch):
-    folders = docstring_corpus.package_folders()
-    assert {"torch", "transformers", docstring_corpus.STANDARD_LIBRARY} <= set(folders)
-    key = docstring_corpus.corpus_key(folders)
-    assert docstring_corpus.corpus_key(folders) == key
-    monkeypatch.setattr(docstring_corpus, "_version", lambda package: "0")
-    assert docstring_corpus.corpus_key(folders) != key
+    folders = docstrings.package_folders()
+    assert {"torch", "transformers", docstrings.STANDARD_LIBRARY} <= set(folders)
+    key = docstrings.corpus_key(folders)
+    assert docstrings.corpus_key(folders) == key
+    monkeypatch.setattr(docstrings, "_version", lambda package: "0")
+    assert docstrings.corpus_key(folders) != key
 
 
 def test_a_stripped_installation_is_named():
     with pytest.raises(RecipeError, match="--data FILES"):
-        docstring_corpus.require_text({"torch": None}, 10)
+        docstrings.require_text({"torch": None}, 10)
 
 
 def test_text_json_and_parquet_give_the_same_documents(tmp_path):

@@ -18,7 +18,7 @@ from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig, ModelConfig
 from trustratio.recipes.data.preparation import prepare
 from trustratio.recipes.fine_tuning import data as fine_tuning_data
-from trustratio.recipes.fine_tuning import fine_tune as fine_tuning_runs
+from trustratio.recipes.fine_tuning import fine_tune
 from trustratio.recipes.fine_tuning.data import GLUE, Question, load_data
 from trustratio.recipes.fine_tuning.metrics import METRICS, normalized_answer, squad_scores
 from trustratio.recipes.fine_tuning.questions import best_answers, windows
@@ -52,7 +52,7 @@ def sentence(generator, positive):
 
 
 def run(*arguments):
-    return fine_tuning_runs.main([str(argument) for argument in arguments])
+    return fine_tune.main([str(argument) for argument in arguments])
 
 
 # Metrics -------------------------------------------------------------------------------------------------------------

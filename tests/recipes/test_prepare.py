@@ -21,7 +21,7 @@ from tests.recipes.conftest import sentences
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig
-from trustratio.recipes.data import preparation as prepared_data
+from trustratio.recipes.data import preparation
 from trustratio.recipes.data.encoding import Block, StreamEncoder, encode_blocks, tokenizes_words_alone
 from trustratio.recipes.data.preparation import Preparation, prepare, prepare_into
 from trustratio.recipes.data.prepare import main
@@ -174,7 +174,7 @@ def test_shards_hold_every_document_once_and_serve_every_length(documents, vocab
 def test_an_interrupted_run_continues_with_the_missing_shards(documents, vocabulary_file, monkeypatch):
     config, how = config_of(documents, tokenizer=vocabulary_file), Preparation(shard_characters=9_000)
     whole = prepare_into(documents / "whole", config, how, QUIET)
-    real, calls = prepared_data.write_shard, []
+    real, calls = preparation.write_shard, []
 
     def failing(folder, number, *rest):
         if number == 3:
@@ -182,7 +182,7 @@ def test_an_interrupted_run_continues_with_the_missing_shards(documents, vocabul
         calls.append(number)
         return real(folder, number, *rest)
 
-    monkeypatch.setattr(prepared_data, "write_shard", failing)
+    monkeypatch.setattr(preparation, "write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare_into(documents / "out", config, how, QUIET)
     assert calls == [0, 1, 2]
@@ -190,7 +190,7 @@ def test_an_interrupted_run_continues_with_the_missing_shards(documents, vocabul
         check_sources([str(documents / "out")])
     before = written(documents / "out")
     (documents / "out" / ".writing-train-00003.bin").write_bytes(b"half")
-    monkeypatch.setattr(prepared_data, "write_shard", real)
+    monkeypatch.setattr(preparation, "write_shard", real)
     reporter = Lines()
     folder = prepare_into(documents / "out", config, how, reporter)
     assert any("3 of" in line and "there already" in line for line in reporter.lines)
@@ -269,15 +269,15 @@ def break_file(path, how):
 
 @pytest.mark.parametrize("how", ["cut", "missing", "changed"])
 def test_a_broken_shard_is_named_and_written_anew(documents, how):
-    config, preparation = config_of(documents), Preparation(shard_characters=9_000)
-    folder = prepare_into(documents / "out", config, preparation, QUIET)
+    config, small_shards = config_of(documents), Preparation(shard_characters=9_000)
+    folder = prepare_into(documents / "out", config, small_shards, QUIET)
     before = written(folder)
     original = (folder / "train-00002.bin").read_bytes()
     break_file(folder / "train-00002.bin", how)
     if how != "changed":  # a changed byte shows only when the content is hashed
         with pytest.raises(BrokenShard, match=r"train-00002.bin .*`prepare` again"):
             prepare(DataConfig(sources=(str(folder),)), QUIET)
-    prepare_into(folder, config, preparation, QUIET)
+    prepare_into(folder, config, small_shards, QUIET)
     assert (folder / "train-00002.bin").read_bytes() == original
     after = written(folder)
     assert {name for name in before if after[name] != before[name]} == {"train-00002.bin", "validation-00002.bin"}
@@ -344,7 +344,7 @@ def test_a_full_disk_is_named_and_keeps_what_is_done(documents, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepared_data, "write_shard", full)
+    monkeypatch.setattr(preparation, "write_shard", full)
     with pytest.raises(RecipeError, match="is full; the finished shards stay"):
         prepare_into(documents / "out", config_of(documents), Preparation(), QUIET)
 

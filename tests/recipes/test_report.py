@@ -15,7 +15,7 @@ import pytest
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.files import write_json
 from trustratio.recipes.configuration.presets import get_preset
-from trustratio.recipes.runs import report as run_report
+from trustratio.recipes.runs import report
 from trustratio.recipes.runs.history import bins, load_history, short_name
 from trustratio.recipes.runs.metrics import MetricsLog
 
@@ -74,7 +74,7 @@ def write_run(folder, steps, layers, ratios=True, loss=None, last_step=None, **s
 
 
 def page(folder):
-    run_report.make_report(folder)
+    report.make_report(folder)
     return (folder / "report.html").read_text()
 
 
@@ -221,12 +221,12 @@ def test_a_resumed_run_is_read_once(tmp_path):
 
 
 def test_other_folders_are_refused(tmp_path, capsys):
-    assert run_report.main([str(tmp_path)]) == 2
+    assert report.main([str(tmp_path)]) == 2
     assert "it has no metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(RecipeError, match="no logged step"):
         load_history(tmp_path)
-    assert run_report.write_report(tmp_path).startswith("no report: ")
+    assert report.write_report(tmp_path).startswith("no report: ")
 
 
 def test_bins_cover_every_step_once():
