@@ -51,15 +51,15 @@ _INSTEAD = {
 """What is not passed on, because runs would not be what their names say, and what to do instead."""
 
 
-def grids(optimizers: Sequence[str], given: Sequence[str], allow_single: bool) -> dict[str, tuple[float, ...]]:
+def grids(optimizers: Sequence[str], texts: Sequence[str], allow_single: bool) -> dict[str, tuple[float, ...]]:
     """Read `--lrs`: a number of rates, rates for all, or NAME=RATE,RATE,... for one.
 
     Raises:
         RecipeError: not of these forms, fewer than three rates (unless allowed), or no rates for an optimizer.
     """
-    found: dict[str, tuple[float, ...]] = {}
+    grid_of: dict[str, tuple[float, ...]] = {}
     count: int | None = None
-    for text in given:
+    for text in texts:
         name, equals, rates = text.rpartition("=")
         if equals and name not in optimizers:
             raise RecipeError(f"--lrs {text}: {name!r} is not among --optimizers {','.join(optimizers)}")
@@ -67,18 +67,18 @@ def grids(optimizers: Sequence[str], given: Sequence[str], allow_single: bool) -
             count = int(rates)
         else:
             grid = _rates(text, rates)
-            found.update(dict.fromkeys([name] if equals else optimizers, grid))
+            grid_of.update(dict.fromkeys([name] if equals else optimizers, grid))
     for name in optimizers:
-        if name not in found and count is not None:
-            found[name] = grid_around(starting_rates()[name], count)
-        if not found.get(name):
+        if name not in grid_of and count is not None:
+            grid_of[name] = grid_around(starting_rates()[name], count)
+        if not grid_of.get(name):
             raise RecipeError(f"--lrs gives no rate for {name}: add {name}=RATE,RATE,RATE, or a number of rates")
-        if len(found[name]) < LEAST_RATES and not allow_single:
+        if len(grid_of[name]) < LEAST_RATES and not allow_single:
             raise RecipeError(
-                f"{name} has {len(found[name])} learning rate(s). With fewer than {LEAST_RATES} a comparison compares "
+                f"{name} has {len(grid_of[name])} learning rate(s). With fewer than {LEAST_RATES} a comparison compares "
                 "the guesses, not the optimizers: give more with --lrs, or insist with --allow_single_lr"
             )
-    return {name: found[name] for name in optimizers}
+    return {name: grid_of[name] for name in optimizers}
 
 
 def _rates(text: str, rates: str) -> tuple[float, ...]:
