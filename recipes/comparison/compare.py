@@ -75,8 +75,8 @@ def grids(optimizers: Sequence[str], texts: Sequence[str], allow_single: bool) -
             raise RecipeError(f"--lrs gives no rate for {name}: add {name}=RATE,RATE,RATE, or a number of rates")
         if len(grid_of[name]) < LEAST_RATES and not allow_single:
             raise RecipeError(
-                f"{name} has {len(grid_of[name])} learning rate(s). With fewer than {LEAST_RATES} a comparison compares "
-                "the guesses, not the optimizers: give more with --lrs, or insist with --allow_single_lr"
+                f"{name} has {len(grid_of[name])} learning rate(s). With fewer than {LEAST_RATES} a comparison "
+                "compares the guesses, not the optimizers: give more with --lrs, or insist with --allow_single_lr"
             )
     return {name: grid_of[name] for name in optimizers}
 
