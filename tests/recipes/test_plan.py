@@ -238,13 +238,13 @@ def test_a_preset_that_does_not_fit_is_refused_with_the_numbers():
 
 def test_the_recipe_refuses_before_it_builds_anything(monkeypatch):
     from trustratio.recipes.configuration.command_line import parse_command_line
-    from trustratio.recipes.training import bert as bert_pretraining
+    from trustratio.recipes.training import checks
 
     invocation = parse_command_line(["--preset", "lamb-64k-32k-small", "--precision", "bf16"])
-    monkeypatch.setattr(bert_pretraining, "device_memory", lambda: 80 * GIB)
-    bert_pretraining.check_run(invocation)
-    monkeypatch.setattr(bert_pretraining, "device_memory", lambda: GIB // 4)
+    monkeypatch.setattr(checks, "device_memory", lambda: 80 * GIB)
+    checks.check_run(invocation)
+    monkeypatch.setattr(checks, "device_memory", lambda: GIB // 4)
     with pytest.raises(
         RecipeError, match=r"phase 1 of lamb-64k-32k-small needs .* GPU here has 0\.25 GiB: reserved 2\.00 GiB, optim"
     ):
-        bert_pretraining.check_run(invocation)
+        checks.check_run(invocation)
