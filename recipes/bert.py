@@ -4,7 +4,7 @@ Without arguments: a tiny BERT on the documentation of the installed Python pack
 `--help` lists the options.
 """
 
-from .common.script import run
+from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
     run("trustratio.recipes.training.bert")

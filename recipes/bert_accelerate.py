@@ -3,7 +3,7 @@
 CONFIG is one of recipes/configs: ZeRO-1, 2, 3 through DeepSpeed, or plain DDP. The options are those of `bert.py`.
 """
 
-from .common.script import follow_accelerate_to_cpu, run
+from trustratio.recipes.common.script import follow_accelerate_to_cpu, run
 
 if __name__ == "__main__":
     follow_accelerate_to_cpu()

@@ -4,7 +4,7 @@ Also `accelerate launch --config_file CONFIG recipes/bert_trainer.py` with one o
 means DeepSpeed as for `bert.py`. The options are those of `bert.py`.
 """
 
-from .common.script import follow_accelerate_to_cpu, run
+from trustratio.recipes.common.script import follow_accelerate_to_cpu, run
 
 if __name__ == "__main__":
     follow_accelerate_to_cpu()
