@@ -1,4 +1,4 @@
-"""Model, optimizer and schedule of a configuration, for any wrapper: what every front end of the recipe starts from."""
+"""Model, optimizer and schedule of a configuration, for any wrapper: what every entry starts from."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[G
 
 
 def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
-    """Build model, optimizer and schedule of a configuration; equal on every rank and for every front end.
+    """Build model, optimizer and schedule of a configuration; equal on every rank and for every launcher.
 
     Args:
         config: resolved and checked.

@@ -23,7 +23,7 @@ from ..runs.checkpoints import check_same_run, describe_checkpoint, require_newe
 from ..runs.folder import require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_settings import merge, precision_of, refuse_unsupported, stage_of, without_batch_sizes
-from .launchers import DeepSpeedFrontEnd, FrontEnd
+from .launchers import DeepSpeedLauncher, Launcher
 from .ranks import local_rank, world_size
 from .step_metrics import check_noise_scale
 
@@ -34,7 +34,7 @@ class CheckedRun:
 
     Attributes:
         invocation: the command line, with the configuration completed from the DeepSpeed file.
-        front_end: what wraps the model.
+        launcher: what wraps the model.
         plans: micro-batch, accumulation and ranks of each phase.
         settings: complete DeepSpeed configuration, None without DeepSpeed.
         first: updates already done by the checkpoint to resume, else 0.
@@ -43,7 +43,7 @@ class CheckedRun:
     """
 
     invocation: Invocation
-    front_end: FrontEnd
+    launcher: Launcher
     plans: tuple[BatchPlan, ...]
     settings: dict[str, Any] | None
     first: int
@@ -61,30 +61,33 @@ class CheckedRun:
         return phases_of(self.config)
 
 
-def check_run(invocation: Invocation, front_end: FrontEnd | None = None) -> CheckedRun:
+def check_run(invocation: Invocation, launcher: Launcher | None = None) -> CheckedRun:
     """Check everything that can be checked without reading data, and complete the configuration.
+
+    Args:
+        invocation: the command line.
+        launcher: what wraps the model; None: DeepSpeed's.
 
     Raises:
         RecipeError: any of the bad input that the recipe knows of.
     """
-    front_end = front_end or DeepSpeedFrontEnd()
-    given = front_end.settings(invocation)
-    if given is not None:
-        refuse_unsupported(given)
-    config = complete_config(invocation, given)
+    launcher = launcher or DeepSpeedLauncher()
+    settings = launcher.settings(invocation)
+    if settings is not None:
+        refuse_unsupported(settings)
+    config = complete_config(invocation, settings)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
     outline(config)  # refuses optimizers and their options before any data are read
-    training, phases = config.training, phases_of(config)
+    phases = phases_of(config)
     plans = tuple(phase.plan(world_size()) for phase in phases)
-    settings = given
-    if given is not None:
+    if settings is not None:
         settings = merge(
-            given,
+            settings,
             plans[0],
-            training.zero_stage,
-            training.precision,
-            training.gradient_clipping,
+            config.training.zero_stage,
+            config.training.precision,
+            config.training.gradient_clipping,
             elementwise=is_baseline(config.optimizer.name),
         )
     check_loggers(config.run.loggers)
@@ -93,8 +96,9 @@ def check_run(invocation: Invocation, front_end: FrontEnd | None = None) -> Chec
     check_sources(config.data.sources)
     total = phases[-1].last
     last = min(total, invocation.max_steps or total)
-    run = CheckedRun(invocation, front_end, plans, settings, first=0, last=last, saved_identity=None)
+    run = CheckedRun(invocation, launcher, plans, settings, first=0, last=last, saved_identity=None)
     require_memory(run, None)
+    # Last, what is on disk: the checkpoint to go on from, or an output folder that nothing is in.
     if invocation.resume is not None:
         run = _check_resume(run, invocation.resume)
     elif invocation.output is not None and not invocation.overwrite:
@@ -112,23 +116,35 @@ def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> 
     Raises:
         RecipeError: command line and file contradict each other.
     """
-    config = invocation.config
-    training = config.training
-    for name, in_file in (
-        ("zero_stage", 0 if settings is None else stage_of(settings)),
-        ("precision", None if settings is None else precision_of(settings)),
-    ):
-        if in_file is None:
-            continue
-        if f"training.{name}" in invocation.given and getattr(training, name) not in (in_file, "auto"):
-            raise RecipeError(
-                f"--{name} {getattr(training, name)} contradicts the {'DDP' if settings is None else 'DeepSpeed'} "
-                f"configuration, which has {in_file}; give it in one place"
-            )
-        training = dataclasses.replace(training, **{name: in_file})
-    if training.precision == "auto":
+    training = invocation.config.training
+    stage = 0 if settings is None else stage_of(settings)
+    if stage is not None:
+        _require_agreement(invocation, settings, "zero_stage", training.zero_stage, stage)
+        training = dataclasses.replace(training, zero_stage=stage)
+    precision = None if settings is None else precision_of(settings)
+    if precision is not None:
+        _require_agreement(invocation, settings, "precision", training.precision, precision)
+        training = dataclasses.replace(training, precision=precision)
+    elif training.precision == "auto":
         training = dataclasses.replace(training, precision=_best_precision())
-    return dataclasses.replace(config, training=training)
+    return dataclasses.replace(invocation.config, training=training)
+
+
+def _require_agreement(
+    invocation: Invocation, settings: dict[str, Any] | None, name: str, asked: int | str, in_file: int | str
+) -> None:
+    """Refuse a field of the command line that the file sets to something else."""
+    if f"training.{name}" in invocation.given and asked not in (in_file, "auto"):
+        raise RecipeError(
+            f"--{name} {asked} contradicts the {'DDP' if settings is None else 'DeepSpeed'} configuration, which has "
+            f"{in_file}; give it in one place"
+        )
+
+
+def _best_precision() -> str:
+    # On a CPU bf16 pays off for large models only, and not on every CPU; it stays a choice there.
+    on_gpu = get_accelerator().device_name() != "cpu"
+    return "bf16" if on_gpu and get_accelerator().is_bf16_supported() else "fp32"
 
 
 def require_memory(run: CheckedRun, vocabulary_size: int | None) -> None:
@@ -147,6 +163,23 @@ def device_memory() -> int | None:
     if not torch.cuda.is_available() or get_accelerator().device_name() != "cuda":
         return None
     return torch.cuda.get_device_properties(local_rank() % torch.cuda.device_count()).total_memory
+
+
+def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
+    description = describe_checkpoint(checkpoint)
+    run = dataclasses.replace(run, first=description["step"], saved_identity=description["identity"])
+    check_same_run(description["identity"], early_identity(run), checkpoint)
+    if run.first >= run.last:
+        raise RecipeError(
+            f"{checkpoint} is at step {run.first} and the run ends at step {run.last}: nothing is left to do; "
+            "raise --steps or --max_steps"
+        )
+    output = run.invocation.output
+    if output is not None and output.resolve() != run_of(checkpoint) and not run.invocation.overwrite:
+        require_free(output)
+    if output is None or output.resolve() == run_of(checkpoint):
+        require_newest(checkpoint, run.invocation.overwrite)
+    return run
 
 
 def early_identity(run: CheckedRun) -> dict[str, Any]:
@@ -178,26 +211,3 @@ def _second_phase(config: RecipeConfig) -> dict[str, Any]:
         "phase_one_steps": config.training.steps,
         "phase_two": {name: value for name, value in second.items() if name not in free},
     }
-
-
-def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
-    description = describe_checkpoint(checkpoint)
-    run = dataclasses.replace(run, first=description["step"], saved_identity=description["identity"])
-    check_same_run(description["identity"], early_identity(run), checkpoint)
-    if run.first >= run.last:
-        raise RecipeError(
-            f"{checkpoint} is at step {run.first} and the run ends at step {run.last}: nothing is left to do; "
-            "raise --steps or --max_steps"
-        )
-    output = run.invocation.output
-    if output is not None and output.resolve() != run_of(checkpoint) and not run.invocation.overwrite:
-        require_free(output)
-    if output is None or output.resolve() == run_of(checkpoint):
-        require_newest(checkpoint, run.invocation.overwrite)
-    return run
-
-
-def _best_precision() -> str:
-    # On a CPU bf16 pays off for large models only, and not on every CPU; it stays a choice there.
-    on_gpu = get_accelerator().device_name() != "cpu"
-    return "bf16" if on_gpu and get_accelerator().is_bf16_supported() else "fp32"

@@ -1,4 +1,4 @@
-"""What the training loop needs of a distributed wrapper, and its implementations on DeepSpeed and on plain DDP."""
+"""What the loops need of a wrapped model, and the implementations on DeepSpeed and on plain DDP."""
 
 from __future__ import annotations
 
@@ -22,34 +22,20 @@ from ..data.masking import MaskedBatch
 from ..rules.global_batch import BatchPlan
 from ..rules.schedules import FactorLR
 
+TRAINING_STATE = "training_state.pt"
+"""The file of a checkpoint without DeepSpeed: model, optimizer, and number of updates."""
 
-class TrainingEngine(Protocol):
-    """One rank of a data-parallel model with its optimizer and learning-rate schedule.
 
-    The loop calls `begin_phase` before the first update of a phase, and `begin_micro_batch`, `loss`, `backward` and
-    `step` once per micro-batch. The gradient of an update is the *sum* over all micro-batches and ranks of what
-    `backward` was given: an implementation undoes its wrapper's averaging.
-    """
+class Observed(Protocol):
+    """One rank of a data-parallel model with its optimizer, as far as it can be looked at, whoever trains it."""
 
     rank: int
     ranks: int
     device: torch.device
     optimizer: Optimizer
 
-    def begin_phase(self, plan: BatchPlan) -> None:
-        """Take note of the batch division of the updates that follow."""
-
-    def begin_micro_batch(self, last: bool) -> None:
-        """Begin a micro-batch; the `last` one of an accumulation will update the weights."""
-
     def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the model's summed loss and number of right predictions."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` to the update."""
-
-    def step(self) -> None:
-        """End a micro-batch; the last one of an accumulation updates weights and learning rate."""
 
     def train(self, training: bool) -> None:
         """Switch between training and evaluation mode."""
@@ -63,8 +49,26 @@ class TrainingEngine(Protocol):
     def gradient_norm(self) -> float | None:
         """Return the global gradient norm of the last update before clipping, if the wrapper tells."""
 
-    def trust_ratios(self) -> dict[str, float]:
-        """Return the last update's trust ratio per layer; {} for an optimizer without."""
+
+class TrainingEngine(Observed, Protocol):
+    """What the recipe's own loop trains: a wrapped model with its optimizer and learning-rate schedule.
+
+    The loop calls `begin_phase` before the first update of a phase, and `begin_micro_batch`, `loss`, `backward` and
+    `step` once per micro-batch. The gradient of an update is the *sum* over all micro-batches and ranks of what
+    `backward` was given: an implementation undoes its wrapper's averaging.
+    """
+
+    def begin_phase(self, plan: BatchPlan) -> None:
+        """Take note of the batch division of the updates that follow."""
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Begin a micro-batch; the `last` one of an accumulation will update the weights."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to the update."""
+
+    def step(self) -> None:
+        """End a micro-batch; the last one of an accumulation updates weights and learning rate."""
 
     def save(self, folder: Path) -> None:
         """Write the complete training state (collective); the folder exists.
@@ -77,12 +81,9 @@ class TrainingEngine(Protocol):
     def load(self, folder: Path) -> None:
         """Read what `save` wrote (collective)."""
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
 
 class DistributedTraining:
-    """What all implementations share: ranks, sums, and what is read from the optimizer."""
+    """What all implementations share: ranks, sums, learning rate and schedule."""
 
     def __init__(self, optimizer: Optimizer, scheduler: FactorLR, device: torch.device) -> None:
         self.optimizer = optimizer
@@ -100,15 +101,6 @@ class DistributedTraining:
     def learning_rate(self) -> float:
         """Return the learning rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
-
-    def trust_ratios(self) -> dict[str, float]:
-        """Return the last update's trust ratio per layer."""
-        ratios = getattr(self.optimizer, "trust_ratios", None)
-        return ratios() if ratios is not None else {}
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier()
 
     def continue_schedule(self, updates: int) -> None:
         """Set the schedule to where it is after this many updates."""
@@ -263,8 +255,6 @@ class DeepSpeedTraining(DistributedTraining):
 class DataParallelTraining(DistributedTraining):
     """`TrainingEngine` on `DistributedDataParallel`, or on the bare model where there is one rank."""
 
-    FILE = "training_state.pt"
-
     def __init__(
         self,
         model: nn.Module,
@@ -333,7 +323,7 @@ class DataParallelTraining(DistributedTraining):
                 "optimizer": self.optimizer.state_dict(),
                 "updates": self._updates,
             }
-            torch.save(state, folder / self.FILE)
+            torch.save(state, folder / TRAINING_STATE)
 
     def load(self, folder: Path) -> None:
         """Read the complete training state.
@@ -341,9 +331,9 @@ class DataParallelTraining(DistributedTraining):
         Raises:
             RecipeError: the folder has no such file.
         """
-        if not (folder / self.FILE).is_file():
-            raise RecipeError(f"{folder} holds no {self.FILE}: it was written by a run with another wrapper")
-        state = torch.load(folder / self.FILE, map_location="cpu", weights_only=True)
+        if not (folder / TRAINING_STATE).is_file():
+            raise RecipeError(f"{folder} holds no {TRAINING_STATE}: it was written by a run with another wrapper")
+        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         self._bare_model().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._updates = state["updates"]

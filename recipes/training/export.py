@@ -28,9 +28,9 @@ from ..data.prepared import PreparedData
 from ..model.masked_language_model import build_model, padded_vocabulary
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, run_of
 from ..runs.folder import CONFIG
+from .engines import TRAINING_STATE
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
-_DATA_PARALLEL_FILE = "training_state.pt"
 # What DeepSpeed 0.19.8 pickles besides tensors and plain values.
 _OF_DEEPSPEED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 
@@ -69,7 +69,7 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
         )
     shape = dataclasses.replace(config.model, initial_weights=None)
     model = BertForMaskedLM(build_model(shape, padded_vocabulary(data.vocabulary_size)).config)
-    missing, unexpected = model.load_state_dict(_weights(checkpoint), strict=False)
+    missing, unexpected = model.load_state_dict(trained_weights(checkpoint), strict=False)
     # The decoder's weight and bias are tied; a checkpoint may hold them once.
     missing = [name for name in missing if not name.startswith("cls.predictions.decoder")]
     if missing or unexpected:
@@ -100,8 +100,12 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path) -> None
     fast.save_pretrained(output)
 
 
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The fp32 weights by name, from whatever wrapper wrote them."""
+def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the fp32 weights of a checkpoint by name, from whatever wrapper wrote them.
+
+    Raises:
+        RecipeError: no known file, or one that would unpickle more than tensors.
+    """
     try:
         with _tensors_only():
             return _read_weights(checkpoint)
@@ -112,14 +116,14 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    if (checkpoint / _DATA_PARALLEL_FILE).is_file():
-        return torch.load(checkpoint / _DATA_PARALLEL_FILE, weights_only=True, map_location="cpu")["model"]
+    if (checkpoint / TRAINING_STATE).is_file():
+        return torch.load(checkpoint / TRAINING_STATE, weights_only=True, map_location="cpu")["model"]
     if list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")):
-        found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        return {name: torch.as_tensor(weight) for name, weight in found.items()}
+        gathered = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        return {name: torch.as_tensor(weight) for name, weight in gathered.items()}
     if (checkpoint / _MODEL_FILE).is_file():
         return torch.load(checkpoint / _MODEL_FILE, weights_only=True, map_location="cpu")["module"]
-    raise RecipeError(f"{checkpoint} holds neither DeepSpeed's files nor {_DATA_PARALLEL_FILE}")
+    raise RecipeError(f"{checkpoint} holds neither DeepSpeed's files nor {TRAINING_STATE}")
 
 
 @contextmanager

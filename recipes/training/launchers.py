@@ -1,6 +1,6 @@
-"""Ways to start the recipe: under DeepSpeed's launcher, or under `accelerate launch` with DeepSpeed or plain DDP.
+"""The launchers that start the recipe: DeepSpeed's (or torchrun, or none), and `accelerate launch`.
 
-A front end says which DeepSpeed settings the user chose, and wraps the recipe's parts in a `TrainingEngine`. Everything
+A launcher says which DeepSpeed settings the user chose, and wraps the recipe's parts in a `TrainingEngine`. Everything
 else, the data order, the loss and the schedule among it, is the same, so the losses are too.
 """
 
@@ -27,8 +27,8 @@ from .deepspeed_settings import load_file, without_batch_sizes
 from .engines import DataParallelTraining, DeepSpeedTraining, TrainingEngine
 
 
-class FrontEnd(Protocol):
-    """A way to start the recipe."""
+class Launcher(Protocol):
+    """What started this process, as far as the recipe depends on it."""
 
     def settings(self, invocation: Invocation) -> dict[str, Any] | None:
         """Return the DeepSpeed settings that the user gave, {} if none, None if DeepSpeed is not used."""
@@ -46,7 +46,7 @@ class FrontEnd(Protocol):
         """
 
 
-class DeepSpeedFrontEnd:
+class DeepSpeedLauncher:
     """`deepspeed recipes/bert.py`, `torchrun recipes/bert.py`, or one process of `python recipes/bert.py`."""
 
     def settings(self, invocation: Invocation) -> dict[str, Any] | None:
@@ -68,7 +68,7 @@ class DeepSpeedFrontEnd:
         return DeepSpeedTraining.initialize(parts.model, parts.optimizer, parts.schedule, settings)
 
 
-class AccelerateFrontEnd:
+class AccelerateLauncher:
     """`accelerate launch --config_file recipes/configs/NAME.yaml recipes/bert_accelerate.py`."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -150,16 +150,22 @@ class AccelerateFrontEnd:
 
         # What accelerate's own fields say. Its batch sizes are not the recipe's: it would take the accumulation from
         # its configuration, where 1 is the default.
-        given = dict(DeepSpeedPlugin().deepspeed_config)
-        zero = {key: value for key, value in given.pop("zero_optimization").items() if not _is_unused(value)}
-        kept = {key: value for key, value in given.items() if key == "gradient_clipping"}
-        return {**kept, "zero_optimization": zero}
+        settings = DeepSpeedPlugin().deepspeed_config
+        zero = {key: value for key, value in settings["zero_optimization"].items() if not _is_unused(value)}
+        clipping = {key: value for key, value in settings.items() if key == "gradient_clipping"}
+        return {**clipping, "zero_optimization": zero}
 
     def _enabled(self, name: str) -> bool:
         return self.environment.get(name, "false").lower() in ("true", "1")
 
     def _precision(self) -> str:
         return self.environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def launcher_of_this_process() -> Launcher:
+    """Return accelerate's launcher if it started this process, else DeepSpeed's, which also stands for none."""
+    # `accelerate launch` always sets this variable.
+    return AccelerateLauncher() if "ACCELERATE_MIXED_PRECISION" in os.environ else DeepSpeedLauncher()
 
 
 def _is_unused(section: Any) -> bool:

@@ -1,41 +1,37 @@
-"""What surrounds training, whichever loop trains: exit status and errors, output folder, data, report."""
+"""What surrounds training, whichever loop trains: exit status and errors, data, output folder, report."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import RecipeError, TrainingFailure
 from ..common.files import write_json
 from ..common.machine import describe_machine
-from ..common.reporter import Reporter
+from ..common.reporter import Reporter, clock
 from ..configuration.command_line import Invocation, parse_command_line
-from ..configuration.config import DataConfig, RecipeConfig
+from ..configuration.config import DataConfig
 from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import list_presets
-from ..data.feed import default_workers
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
-from ..data.rows import MaskedRows
 from ..runs.checkpoints import CheckpointFolder, check_same_run, run_of
 from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, claim_folder, fresh_folder
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
-from .ranks import collect, on_each_machine, rank, ranks_on_machine, world_size
+from .ranks import collect, on_each_machine, on_first_rank, rank, world_size
 
+# Exit status besides 0.
 BAD_INPUT = 2
-
-
 FAILED = 3
-
-
 INTERRUPTED = 130
 
 
@@ -44,7 +40,18 @@ def run_command(
     check: Callable[[Invocation], CheckedRun],
     train: Callable[[CheckedRun, Reporter], None],
 ) -> int:
-    """Read the command line, `check` it, announce the run and `train` it; return the exit status as `main` has it."""
+    """Read the command line, `check` it, announce the run and `train` it.
+
+    Args:
+        arguments: the command line without the program's name; None: this process's.
+        check: what can be checked before any work is done.
+        train: everything from the data to the report.
+
+    Returns:
+        The process's exit status. 0: finished, or stopped by Ctrl-C or SIGTERM with a checkpoint written. 2: bad
+        input, with one message on the first rank. 3: training could not go on (the loss became NaN, a checkpoint could
+        not be written); the report is drawn and the last good checkpoint named. 130: interrupted before training began.
+    """
     reporter = Reporter(active=rank() == 0)
     try:
         invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
@@ -53,7 +60,7 @@ def run_command(
                 reporter.line(line)
             return 0
         run = check(invocation)
-        announce(run, reporter)
+        _announce(run, reporter)
         if not invocation.dry_run:
             train(run, reporter)
     except (RecipeError, TrainingFailure) as error:
@@ -68,7 +75,7 @@ def run_command(
     return 0
 
 
-def announce(run: CheckedRun, reporter: Reporter) -> None:
+def _announce(run: CheckedRun, reporter: Reporter) -> None:
     """Print the resolved configuration and the plan of the phases."""
     reporter.line(f"preset {run.config.preset}, resolved configuration:")
     for section, fields in run.config.to_dict().items():
@@ -78,13 +85,17 @@ def announce(run: CheckedRun, reporter: Reporter) -> None:
         reporter.line(line)
 
 
+def _shown(value: Any) -> str:
+    return str(value).replace(" ", "")
+
+
 def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData], dict[str, Any]]:
     """Return the data of each phase, and what a resumed run must agree with (collective).
 
     Raises:
         RecipeError: bad data, a checkpoint of other data, a model that does not fit.
     """
-    data = [prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
+    data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):
             reporter.line(line)
@@ -96,21 +107,11 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     return data, identity
 
 
-def _report(folder: Path, reporter: Reporter) -> None:
-    if not reporter.active:
-        return
-    try:
-        reporter.line(write_report(folder))
-    except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
-        reporter.line(f"the report could not be written: {error}")
-
-
-def prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
+def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
     """Return the data packed to the phase's sequence length (collective)."""
     packed = dataclasses.replace(config, sequence_length=phase.sequence_length)
     data = on_each_machine(lambda: prepare(packed, reporter))
-    others = collect(data.fingerprint)
-    if len(set(others)) > 1:
+    if len(set(collect(data.fingerprint))) > 1:
         raise RecipeError(
             "the machines have prepared different data: files differ, or each has trained a vocabulary of its own, "
             "which does not come out the same twice; prepare once with `python -m trustratio.recipes.prepare`, copy "
@@ -119,28 +120,28 @@ def prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> Prepa
     return data
 
 
-def masked_rows(data: PreparedData, config: RecipeConfig) -> tuple[MaskedRows, MaskedRows]:
-    vocabulary, probability, seed = data.vocabulary(), config.data.mask_probability, config.training.seed
-    return (
-        MaskedRows(data.rows("train"), vocabulary, probability, seed),
-        MaskedRows(data.rows("validation"), vocabulary, probability, seed),
-    )
+def open_output(
+    run: CheckedRun, identity: dict[str, Any], reporter: Reporter, began: float
+) -> tuple[Path, CheckpointFolder]:
+    """Create or reopen the output folder, one for all ranks; return it and its checkpoints (collective).
+
+    Called once nothing but training can fail, so that bad data leave no empty run behind.
+
+    Args:
+        run: that will write into it.
+        identity: what a run that continues this one must agree with.
+        reporter: says which folder it is.
+        began: when the run began, by `time.perf_counter`.
+
+    Raises:
+        RecipeError: the folder is in use, or cannot be created.
+    """
+    folder = on_first_rank(lambda: _claim_output(run))
+    reporter.line(f"output folder: {folder}; {clock(time.perf_counter() - began)} until here")
+    return folder, CheckpointFolder(folder, run.config.run.keep_checkpoints, identity)
 
 
-def data_workers(config: DataConfig, device: torch.device) -> int:
-    if config.workers is None:
-        return default_workers(device, ranks_on_machine())
-    return config.workers
-
-
-def where_to_go_on(checkpoints: CheckpointFolder) -> str:
-    newest = checkpoints.newest()
-    if newest is None:
-        return "there is no earlier checkpoint"
-    return f"the last good checkpoint, {newest}, is whole: continue with --resume {newest}"
-
-
-def claim_output(run: CheckedRun) -> Path:
+def _claim_output(run: CheckedRun) -> Path:
     """Create or reopen the output folder and write the configuration into it; rank 0 only."""
     invocation, config = run.invocation, run.config
     resumed = run_of(invocation.resume) if invocation.resume is not None else None
@@ -169,5 +170,46 @@ def _environment(run: CheckedRun) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
-    return str(value).replace(" ", "")
+@contextlib.contextmanager
+def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) -> Iterator[None]:
+    """Train in the block; afterwards the report is drawn into the run's folder, also if training broke down.
+
+    Raises:
+        TrainingFailure: that of the block, with the last good checkpoint added.
+    """
+    try:
+        yield
+    except TrainingFailure as failure:
+        raise TrainingFailure(f"{failure}; {_where_to_go_on(checkpoints)}") from failure
+    finally:
+        if reporter.active:
+            _report(folder, reporter)
+
+
+def _where_to_go_on(checkpoints: CheckpointFolder) -> str:
+    newest = checkpoints.newest()
+    if newest is None:
+        return "there is no earlier checkpoint"
+    return f"the last good checkpoint, {newest}, is whole: continue with --resume {newest}"
+
+
+def _report(folder: Path, reporter: Reporter) -> None:
+    try:
+        reporter.line(write_report(folder))
+    except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
+        reporter.line(f"the report could not be written: {error}")
+
+
+def announce_end(run: CheckedRun, step: int, folder: Path, reporter: Reporter, began: float) -> None:
+    """Print how many updates were done, and how to go on if a request to stop came before the last one.
+
+    Args:
+        run: that was trained.
+        step: updates done in all.
+        folder: of the run.
+        reporter: prints.
+        began: when the run began, by `time.perf_counter`.
+    """
+    if step < run.last:
+        reporter.line(f"stopped on request after step {step} of {run.last}; continue with --resume {folder}")
+    reporter.line(f"{step - run.first} steps done; {clock(time.perf_counter() - began)} in all")

@@ -22,10 +22,12 @@ from trustratio.optimizers.noise_scale import RunningNoise, noise_scale, sum_of_
 
 from ..common.errors import RecipeError
 from ..configuration.config import RecipeConfig
-from ..model.flops import ModelFlops
+from ..configuration.phases import Phase
+from ..model.flops import ModelFlops, peak_of
+from ..model.masked_language_model import padded_vocabulary
 from ..model.optimizer import is_baseline
 from ..rules.global_batch import BatchPlan
-from .engines import TrainingEngine
+from .engines import Observed
 
 
 def measures_noise(config: RecipeConfig, plans: Sequence[BatchPlan]) -> bool:
@@ -57,16 +59,55 @@ def check_noise_scale(config: RecipeConfig, plan: BatchPlan) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Update:
+    """An update that was done, as the loop that did it knows it.
+
+    Attributes:
+        step: its number in the run, from 1.
+        phase: that it belongs to.
+        plan: its batch division.
+        learning_rate: that it was done with.
+        loss: this rank's part of the loss, a scalar on the device.
+        masked_tokens: predicted, over all ranks.
+        data_wait: seconds in which this rank waited for its micro-batches.
+    """
+
+    step: int
+    phase: Phase
+    plan: BatchPlan
+    learning_rate: float
+    loss: torch.Tensor
+    masked_tokens: int
+    data_wait: float
+
+    @property
+    def sequences(self) -> int:
+        """Sequences read since the beginning of the run."""
+        return self.phase.sequences_before + (self.step - self.phase.first) * self.plan.sequences
+
+    def record(self) -> dict[str, Any]:
+        """Return what needs no reading from the device."""
+        return {
+            "kind": "train",
+            "step": self.step,
+            "sequences": self.sequences,
+            "lr": self.learning_rate,
+            "masked_tokens": self.masked_tokens,
+            "data_wait_seconds": self.data_wait,
+        }
+
+
 @dataclass
 class _Held:
-    """One update's record, and what of it is still on the device."""
+    """An update and what the optimizer says of it: names of layers, and a tensor that is still on the device."""
 
-    record: dict[str, Any]
-    loss: torch.Tensor
+    update: Update
     ratios: tuple[list[str], torch.Tensor]
     norms: tuple[list[str], torch.Tensor] | None
-    plan: BatchPlan
-    length: int
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.ratios[1], *([] if self.norms is None else [self.norms[1]])]
 
 
 @dataclass
@@ -80,7 +121,7 @@ class StepMetrics:
         measure_noise: whether the gradient noise scale is measured; set before the first backward pass.
     """
 
-    engine: TrainingEngine
+    engine: Observed
     flops: ModelFlops
     peak: float | None = None
     measure_noise: bool = False
@@ -88,10 +129,36 @@ class StepMetrics:
     _since: float = field(default_factory=time.perf_counter)
     _noise: dict[str, RunningNoise] = field(default_factory=dict)
 
+    @classmethod
+    def of_run(
+        cls, engine: Observed, config: RecipeConfig, plans: Sequence[BatchPlan], vocabulary_size: int
+    ) -> StepMetrics:
+        """Measure what a run's configuration asks for.
+
+        Args:
+            engine: before its first backward pass.
+            config: resolved and checked.
+            plans: batch division of each phase.
+            vocabulary_size: tokens of the prepared data.
+        """
+        shape = config.model
+        return cls(
+            engine,
+            ModelFlops(shape.layers, shape.hidden, shape.intermediate, padded_vocabulary(vocabulary_size)),
+            peak_of(engine.device, config.training.precision, config.run.peak_tflops),
+            measures_noise(config, plans),
+        )
+
     def __post_init__(self) -> None:
         """Have the optimizer keep norms of single micro-batches' gradients, if the noise is measured."""
         if self.measure_noise:
-            self.engine.optimizer.collect_group_norms()  # type: ignore[attr-defined]
+            assert self._layerwise is not None
+            self._layerwise.collect_group_norms()
+
+    @property
+    def _layerwise(self) -> LayerwiseOptimizer | None:
+        """The optimizer, if it has trust ratios to tell; None of a baseline."""
+        return self.engine.optimizer if isinstance(self.engine.optimizer, LayerwiseOptimizer) else None
 
     @contextlib.contextmanager
     def not_training(self) -> Iterator[None]:
@@ -104,41 +171,13 @@ class StepMetrics:
         """Start the clock."""
         self._since = time.perf_counter()
 
-    def add(
-        self,
-        step: int,
-        sequences: int,
-        plan: BatchPlan,
-        length: int,
-        lr: float,
-        loss: torch.Tensor,
-        masked: int,
-        data_wait: float,
-    ) -> None:
-        """Take note of an update; nothing waits for the device.
-
-        Args:
-            step: number of the update, from 1.
-            sequences: read since the beginning of the run.
-            plan: batch division of the update.
-            length: tokens per sequence.
-            lr: learning rate of the update.
-            loss: this rank's part of the loss, a scalar on the device.
-            masked: tokens predicted over all ranks.
-            data_wait: seconds in which this rank waited for its micro-batches.
-        """
-        record = {
-            "kind": "train",
-            "step": step,
-            "sequences": sequences,
-            "lr": lr,
-            "masked_tokens": masked,
-            "data_wait_seconds": data_wait,
-        }
-        optimizer = self.engine.optimizer
-        ratios = optimizer.trust_ratio_vector() if hasattr(optimizer, "trust_ratio_vector") else ([], torch.zeros(0))
-        norms = optimizer.statistics.norm_table() if self.measure_noise else None  # type: ignore[attr-defined]
-        self._held.append(_Held(record, loss, ratios, norms, plan, length))
+    def add(self, update: Update) -> None:
+        """Take note of the update that the engine has just done; nothing waits for the device."""
+        optimizer, norms = self._layerwise, None
+        ratios = ([], torch.zeros(0)) if optimizer is None else optimizer.trust_ratio_vector()
+        if self.measure_noise and optimizer is not None and optimizer.statistics is not None:
+            norms = optimizer.statistics.norm_table()
+        self._held.append(_Held(update, ratios, norms))
 
     def fetch(self) -> list[dict[str, Any]]:
         """Return the records of all updates added since the last call (collective); waits for the device once.
@@ -148,21 +187,22 @@ class StepMetrics:
         if not self._held:
             return []
         held, self._held = self._held, []
-        losses = self.engine.sum_over_ranks(torch.stack([h.loss for h in held]))
-        values = _to_host([losses, *(t for h in held for t in _tensors(h))], self.engine.device)
+        losses = self.engine.sum_over_ranks(torch.stack([each.update.loss for each in held]))
+        values = _to_host([losses, *(tensor for each in held for tensor in each.tensors())], self.engine.device)
+        # The copy has waited for the device, so the time until here is that of all these updates.
         seconds = max(time.perf_counter() - self._since, 1e-9) / len(held)
         self._since = time.perf_counter()
-        optimizer, memory = self.engine.optimizer, self._memory()
-        adapted = optimizer.adapted_layers() if isinstance(optimizer, LayerwiseOptimizer) else set()
-        for h, loss in zip(held, next(values), strict=True):
-            h.record["loss"] = loss
-            self._add_rates(h, seconds)
-            _add_ratios(h.record, dict(zip(h.ratios[0], next(values), strict=True)), adapted)
-            if h.norms is not None:
-                self._add_noise(h, next(values))
-            h.record |= memory
-        held[-1].record["gradient_norm"] = self.engine.gradient_norm()
-        return [h.record for h in held]
+        memory = self._memory()
+        adapted = set() if self._layerwise is None else self._layerwise.adapted_layers()
+        records = []
+        for each, loss in zip(held, next(values), strict=True):
+            record = each.update.record() | {"loss": loss} | self._rates(each.update, seconds)
+            record |= _ratios(dict(zip(each.ratios[0], next(values), strict=True)), adapted)
+            if each.norms is not None:
+                record |= self._noise_scales(each.norms, next(values), each.update.plan.micro)
+            records.append(record | memory)
+        records[-1]["gradient_norm"] = self.engine.gradient_norm()
+        return records
 
     def _memory(self) -> dict[str, int]:
         memory = {"host_memory_bytes": psutil.Process().memory_info().rss}
@@ -170,41 +210,46 @@ class StepMetrics:
             memory["device_peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.engine.device)
         return memory
 
-    def _add_rates(self, held: _Held, seconds: float) -> None:
-        tokens = held.plan.sequences * held.length
-        flops = self.flops.update(tokens, held.record["masked_tokens"], held.length)
-        held.record["seconds"] = seconds
-        held.record["sequences_per_second"] = held.plan.sequences / seconds
-        held.record["tokens_per_second"] = tokens / seconds
-        held.record["model_flops_per_second"] = flops / seconds
+    def _rates(self, update: Update, seconds: float) -> dict[str, float]:
+        sequences, length = update.plan.sequences, update.phase.sequence_length
+        flops = self.flops.update(sequences * length, update.masked_tokens, length)
+        rates = {
+            "seconds": seconds,
+            "sequences_per_second": sequences / seconds,
+            "tokens_per_second": sequences * length / seconds,
+            "model_flops_per_second": flops / seconds,
+        }
         if self.peak is not None:
-            held.record["utilisation"] = flops / seconds / (self.peak * self.engine.ranks)
+            rates["utilisation"] = flops / seconds / (self.peak * self.engine.ranks)
+        return rates
 
-    def _add_noise(self, held: _Held, rows: list[float]) -> None:
-        assert held.norms is not None
-        names, table = held.norms
+    def _noise_scales(self, norms: tuple[list[str], torch.Tensor], values: list[float], micro: int) -> dict[str, Any]:
+        names, table = norms
         count = len(names)
-        norms = norms_from_table(names, [rows[i * count : (i + 1) * count] for i in range(len(table))])
-        layers = {name: noise_scale(of_layer, held.plan.micro) for name, of_layer in norms.items()}
-        model = noise_scale(sum_of_layers(norms.values()), held.plan.micro)
+        by_layer = norms_from_table(names, [values[i * count : (i + 1) * count] for i in range(len(table))])
+        layers = {name: noise_scale(of_layer, micro) for name, of_layer in by_layer.items()}
+        model = noise_scale(sum_of_layers(by_layer.values()), micro)
         # Signal and noise are averaged before they are divided: one update's quotient says next to nothing.
         average = {name: self._noise.setdefault(name, RunningNoise()).update(n) for name, n in layers.items()}
-        held.record["gradient_signal"], held.record["gradient_noise"] = model.signal, model.noise
-        held.record["noise_scale"] = self._noise.setdefault("", RunningNoise()).update(model).scale
-        held.record["noise_scales"] = {name: mean.scale for name, mean in average.items()}
+        return {
+            "gradient_signal": model.signal,
+            "gradient_noise": model.noise,
+            "noise_scale": self._noise.setdefault("", RunningNoise()).update(model).scale,
+            "noise_scales": {name: mean.scale for name, mean in average.items()},
+        }
 
 
-def _add_ratios(record: dict[str, Any], ratios: dict[str, float], adapted: set[str]) -> None:
-    """Add the ratios, and the range of those of the adapted layers."""
-    record["trust_ratios"] = ratios
+def _ratios(ratios: dict[str, float], adapted: set[str]) -> dict[str, Any]:
+    """Return the ratios, and the range of those of the adapted layers."""
     scaling = [ratio for name, ratio in ratios.items() if name in adapted]
-    if scaling:
-        record["trust_ratio_min"], record["trust_ratio_max"] = min(scaling), max(scaling)
-        record["trust_ratio_median"] = median(scaling)
-
-
-def _tensors(held: _Held) -> list[torch.Tensor]:
-    return [held.ratios[1], *([] if held.norms is None else [held.norms[1]])]
+    if not scaling:
+        return {"trust_ratios": ratios}
+    return {
+        "trust_ratios": ratios,
+        "trust_ratio_min": min(scaling),
+        "trust_ratio_max": max(scaling),
+        "trust_ratio_median": median(scaling),
+    }
 
 
 def _to_host(tensors: list[torch.Tensor], device: torch.device) -> Iterator[list[float]]:

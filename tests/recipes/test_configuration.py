@@ -18,7 +18,7 @@ from trustratio.recipes.runs.checkpoints import CheckpointFolder
 from trustratio.recipes.training import deepspeed_settings
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.checks import check_run, early_identity
-from trustratio.recipes.training.launchers import AccelerateFrontEnd
+from trustratio.recipes.training.launchers import AccelerateLauncher
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 
@@ -276,12 +276,12 @@ def test_overrides_leave_the_original_alone():
     assert math.isclose(apply_overrides(changed, ["schedule.final=0"]).schedule.final, 0.0)
 
 
-# Accelerate's front end
+# Accelerate's launcher
 
 
 def under_accelerate(arguments=(), **environment):
     names = {name.upper(): value for name, value in environment.items()}
-    return check_run(parse_command_line(arguments), AccelerateFrontEnd(names))
+    return check_run(parse_command_line(arguments), AccelerateLauncher(names))
 
 
 def test_accelerate_without_deepspeed_is_data_parallel():

@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from trustratio.recipes.common.errors import RecipeError
-from trustratio.recipes.training.export import _weights
+from trustratio.recipes.training.export import trained_weights
 
 
 class Malicious:
@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, **more: Any) -> Path:
 
 
 def test_weights_of_a_zero_checkpoint(tmp_path: Path) -> None:
-    assert _weights(write_checkpoint(tmp_path))["weight"].tolist() == [1.0, 2.0]
+    assert trained_weights(write_checkpoint(tmp_path))["weight"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("file", ["optimizer", "model"])
@@ -57,6 +57,6 @@ def test_nothing_else_is_unpickled(tmp_path: Path, file: str) -> None:
         checkpoint.mkdir()
         torch.save({"module": {}, "extra": Malicious(trace)}, checkpoint / "mp_rank_00_model_states.pt")
     with pytest.raises(RecipeError, match="holds more than tensors"):
-        _weights(checkpoint)
+        trained_weights(checkpoint)
     assert not trace.exists()
     assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") is None

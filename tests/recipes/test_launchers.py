@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .front_end_runs import losses, recipe
+from .recipe_runs import losses, recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

@@ -19,6 +19,7 @@ from trustratio.optimizers.noise_scale import RunningNoise, gradient_noise
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, RunConfig
 from trustratio.recipes.configuration.overrides import apply_overrides
+from trustratio.recipes.configuration.phases import Phase
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.flops import ModelFlops, device_peak, peak_of
 from trustratio.recipes.model.masked_language_model import build_model
@@ -28,10 +29,13 @@ from trustratio.recipes.runs.loggers import MetricLoggers, check_loggers, scalar
 from trustratio.recipes.runs.metrics import read_metrics
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.loop import TrainingLoop
-from trustratio.recipes.training.step_metrics import StepMetrics, check_noise_scale, measures_noise
+from trustratio.recipes.training.phase_data import PhaseData
+from trustratio.recipes.training.records import Records
+from trustratio.recipes.training.step_metrics import StepMetrics, Update, check_noise_scale, measures_noise
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, intermediate=40, max_positions=16)
 PLAN = BatchPlan(micro=4, accumulation=3, ranks=1)
+PHASE = Phase(1, 0, steps=9, sequence_length=16, global_batch=12, micro_batch=4, sequences_before=0)
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -77,17 +81,8 @@ class OneProcess:
     def gradient_norm(self):
         return None
 
-    def trust_ratios(self):
-        return self.optimizer.trust_ratios()
 
-    def weights_are_finite(self):
-        return True
-
-    def barrier(self):
-        pass
-
-
-class Records(list):
+class Kept(list):
     """Takes records instead of a file."""
 
     write = list.append
@@ -104,23 +99,24 @@ def make_loop(rows, vocabulary, noise=False, log_every=10):
     display = SimpleNamespace(update=lambda record, left: None, reporter=SimpleNamespace(line=lambda text: None))
     return TrainingLoop(
         engine=engine,
-        training_rows=MaskedRows(rows, vocabulary, 0.15, 1),
-        validation_batches=[],
-        plan=PLAN,
+        data=PhaseData(PHASE, PLAN, MaskedRows(rows, vocabulary, 0.15, 1), validation_batches=[], unigram_entropy=4.0),
         config=RunConfig(log_every=log_every, validate_every=0, checkpoint_every=0),
         seed=1,
-        unigram_entropy=4.0,
         step_metrics=StepMetrics(engine, flops, peak=1e9, measure_noise=noise),
-        metrics=Records(),
-        display=display,
+        records=Records(Kept(), display),
         checkpoint=lambda step: None,
         stop_requested=lambda: False,
     )
 
 
+def one_update(data_wait=0.0):
+    """The first one of the phase."""
+    return Update(1, PHASE, PLAN, learning_rate=0.1, loss=torch.tensor(3.0), masked_tokens=5, data_wait=data_wait)
+
+
 def update(loop, step):
     """Do one update as the loop does."""
-    batches = loop.training_rows.step_batches(step, PLAN, 0)
+    batches = loop.data.training_rows.step_batches(step, PLAN, 0)
     return loop._update(step, SimpleNamespace(take=lambda: batches, failure=None, wait_seconds=0.01))
 
 
@@ -189,15 +185,15 @@ def test_records_hold_what_the_optimizer_says_after_every_step(rows, vocabulary)
     loop.run(0, 6)
     reference = make_loop(rows, vocabulary, noise=True)
     optimizer, running = reference.engine.optimizer, RunningNoise()
-    records = [record for record in loop.metrics if record["kind"] == "train"]
+    records = [record for record in loop.records.metrics if record["kind"] == "train"]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for step, record in enumerate(records):
         seen = []
         original = reference.step_metrics.add
-        reference.step_metrics.add = lambda *arguments, _seen=seen: _seen.append(arguments)
+        reference.step_metrics.add = seen.append
         update(reference, step)
         reference.step_metrics.add = original
-        loss = float(seen[0][5])
+        loss = float(seen[0].loss)
         ratios, noise = optimizer.trust_ratios(), gradient_noise(optimizer, PLAN.micro)
         average = running.update(noise.model)
         assert record["loss"] == pytest.approx(loss, rel=1e-6)
@@ -223,7 +219,7 @@ def test_an_adapted_ratio_of_exactly_one_counts():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     metrics = StepMetrics(OneProcess(None, optimizer), ModelFlops(1, 1, 1, 1))
-    metrics.add(1, 12, PLAN, 16, 0.1, torch.tensor(3.0), 5, 0.0)
+    metrics.add(one_update())
     (record,) = metrics.fetch()
     small = record["trust_ratios"]["small"]
     assert record["trust_ratios"] == {"large": 1.0, "small": small, "bias": 1.0}
@@ -235,7 +231,7 @@ def test_an_adapted_ratio_of_exactly_one_counts():
 def test_rates_follow_from_time_and_batch(rows, vocabulary):
     loop = make_loop(rows, vocabulary, log_every=3)
     loop.run(0, 3)
-    records = [record for record in loop.metrics if record["kind"] == "train"]
+    records = [record for record in loop.records.metrics if record["kind"] == "train"]
     for record in records:
         seconds = record["seconds"]
         flops = loop.step_metrics.flops.update(12 * 16, record["masked_tokens"], 16)
@@ -254,7 +250,7 @@ def test_validation_is_not_training(rows, vocabulary):
     with metrics.not_training():
         time.sleep(0.2)
     time.sleep(0.05)
-    metrics.add(1, 12, PLAN, 16, 0.1, torch.tensor(3.0), 5, 0.03)
+    metrics.add(one_update(data_wait=0.03))
     (record,) = metrics.fetch()
     assert record["seconds"] >= 0.05
     assert record["seconds"] < time.perf_counter() - began - 0.2

@@ -23,7 +23,7 @@ def write(checkpoints, step, fail=False):
 
 
 def alone(failure):
-    """What `rank_agreement.collect_failures` returns where there is one rank."""
+    """What `ranks.collect_failures` returns where there is one rank."""
     return [] if failure is None else [f"rank 0: {failure}"]
 
 

@@ -14,19 +14,21 @@ from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.training.export import export_checkpoint
 
-from .trainer_recipe_runs import SMALL, train
+from .recipe_runs import SMALL, recipe, train
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 ZERO = {**ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true"}
-# name: what the launcher sets, through the Trainer, further arguments
+LOOP, LOOP_ACCELERATE, TRAINER = "bert.py", "bert_accelerate.py", "bert_trainer.py"
+# name: what the launcher sets, the script, further arguments
 RUNS = {
-    "bert.py": ({}, False, ()),
-    "bert.py-zero-0": ({}, False, ("--zero_stage", "0")),
-    "bert.py-zero-3": ({}, False, ("--zero_stage", "3")),
-    "bert_accelerate.py": ({**ACCELERATE, "ACCELERATE_USE_CPU": "true"}, False, ()),
-    "deepspeed-zero-1": ({}, True, ("--zero_stage", "1")),
-    "accelerate-zero-3": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, True, ()),
+    "loop": ({}, LOOP, ()),
+    "loop-zero-0": ({}, LOOP, ("--zero_stage", "0")),
+    "loop-zero-3": ({}, LOOP, ("--zero_stage", "3")),
+    "loop-ddp": ({**ACCELERATE, "ACCELERATE_USE_CPU": "true"}, LOOP_ACCELERATE, ()),
+    "trainer-zero-1": ({}, TRAINER, ("--zero_stage", "1")),
+    "trainer-accelerate-zero-3": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, TRAINER, ()),
 }
+TEN_UPDATES = (*SMALL, "--steps", "10", "model.max_positions=16")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,9 @@ def launch(text_folder, cache, tmp_path_factory):
     pool, root = WorkerPool(2), tmp_path_factory.mktemp("trainer")
 
     def start(name, *arguments):
-        environment, by_trainer, own = RUNS[name]
-        line = ["--data", f"{text_folder}/*.txt", *SMALL, *own, *arguments]
-        line = ["--output", str(root / name), *line]
-        return root / name, pool.run(train, str(cache), environment, by_trainer, line)
+        environment, script, options = RUNS[name]
+        line = recipe(text_folder, root / name, *options, *arguments, settings=TEN_UPDATES)
+        return root / name, pool.run(train, str(cache), environment, script, line, report=script == TRAINER)
 
     yield start
     pool.close()
@@ -58,20 +59,20 @@ def runs(launch):
 
 
 def test_the_model_loads_in_transformers(runs):
-    for name in ("deepspeed-zero-1", "accelerate-zero-3"):
+    for name in ("trainer-zero-1", "trainer-accelerate-zero-3"):
         model = AutoModelForMaskedLM.from_pretrained(runs[name] / "model")
         assert model.config.hidden_size == 32
         assert type(model).__name__ == "BertForMaskedLM"
         assert (runs[name] / "report.png").exists()
 
 
-@pytest.mark.parametrize("name", [name for name, (_, by_trainer, _) in RUNS.items() if not by_trainer])
+@pytest.mark.parametrize("name", [name for name, (_, script, _) in RUNS.items() if script != TRAINER])
 def test_an_exported_checkpoint_has_the_trained_weights(runs, cache, name, tmp_path, monkeypatch):
     """Whatever wrapper wrote it; compared with the Trainer's model, which trained the same."""
     monkeypatch.setenv("TRUSTRATIO_CACHE", str(cache))
     export_checkpoint(runs[name], tmp_path, Reporter(active=False))
     exported = AutoModelForMaskedLM.from_pretrained(tmp_path)
-    trained = AutoModelForMaskedLM.from_pretrained(runs["deepspeed-zero-1"] / "model")
+    trained = AutoModelForMaskedLM.from_pretrained(runs["trainer-zero-1"] / "model")
     for (layer, one), other in zip(exported.named_parameters(), trained.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5), layer
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -83,7 +84,7 @@ def test_an_exported_checkpoint_has_the_trained_weights(runs, cache, name, tmp_p
 def test_a_checkpoint_of_other_data_is_refused(runs, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("TRUSTRATIO_CACHE", str(cache))
     run = tmp_path / "run"
-    shutil.copytree(runs["bert.py"], run)
+    shutil.copytree(runs["loop"], run)
     config = json.loads((run / "config.json").read_text())
     config["data"]["vocabulary"] = 190
     (run / "config.json").write_text(json.dumps(config))
@@ -92,5 +93,5 @@ def test_a_checkpoint_of_other_data_is_refused(runs, cache, tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_the_other_scripts_is_refused(launch, runs):
-    _, endings = launch("deepspeed-zero-1", "--resume", str(runs["bert.py"]))
+    _, endings = launch("trainer-zero-1", "--resume", str(runs["loop"]))
     assert "was not written by bert_trainer.py; continue it with the script that wrote it" in endings[0]

@@ -1,4 +1,4 @@
-"""One preset through every front end, across the border between two phases, and with failures; two ranks."""
+"""One preset under every wrapper and in both loops, across the border of its phases, and with failures; two ranks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from tests.distributed.pool import WorkerPool
 from trustratio.recipes.configuration.presets import get_preset
 
-from .front_end_runs import SMALL, losses, recipe, records, train, trained_tensors
+from .recipe_runs import TWO_PHASES, losses, recipe, records, train, trained_tensors
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,mixed_precision"}
 DDP = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
 LAUNCHED = {**ZERO, "ACCELERATE_MIXED_PRECISION": "no"}
 ACCELERATE, TRAINER = "bert_accelerate.py", "bert_trainer.py"
 # name: what the launcher sets, the script, further arguments
-FRONT_ENDS = {
+WRAPPERS = {
     "deepspeed-zero-1": ({}, "bert.py", ("--zero_stage", "1")),
     "accelerate-ddp": ({}, ACCELERATE, ()),
     "accelerate-zero-1": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, ACCELERATE, ()),
@@ -41,12 +41,12 @@ FAILING = (REFERENCE, "accelerate-ddp", "trainer-ddp", "trainer-zero-1")
 @pytest.fixture(scope="module")
 def launch(text_folder, tmp_path_factory):
     """Run the recipe on two ranks; return its folder and how it ended on each rank."""
-    pool, root = WorkerPool(2), tmp_path_factory.mktemp("front-ends")
+    pool, root = WorkerPool(2), tmp_path_factory.mktemp("wrappers")
 
     def start(
-        name: str, front_end: str, *arguments: str, sabotage: str = "", settings: tuple[str, ...] = SMALL
+        name: str, wrapper: str, *arguments: str, sabotage: str = "", settings: tuple[str, ...] = TWO_PHASES
     ) -> tuple[Path, list[str]]:
-        environment, script, own = FRONT_ENDS[front_end]
+        environment, script, own = WRAPPERS[wrapper]
         folder = root / name
         line = recipe(text_folder, folder, *own, *arguments, settings=settings)
         return folder, pool.run(train, str(root / "cache"), environment, script, line, sabotage)
@@ -57,33 +57,33 @@ def launch(text_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(launch):
-    """The folder of a finished run per front end and dropout, made when first asked for."""
+    """The folder of a finished run per wrapper and dropout, made when first asked for."""
     made: dict[tuple[str, str], Path] = {}
 
-    def run(front_end: str, *arguments: str) -> Path:
-        key = (front_end, *arguments)
+    def run(wrapper: str, *arguments: str) -> Path:
+        key = (wrapper, *arguments)
         if key not in made:
-            made[key], endings = launch(f"{front_end}{len(made)}", front_end, *arguments)
+            made[key], endings = launch(f"{wrapper}{len(made)}", wrapper, *arguments)
             assert endings == ["finished"] * 2
         return made[key]
 
     return run
 
 
-@pytest.mark.parametrize("front_end", [name for name in FRONT_ENDS if name != REFERENCE])
-def test_every_front_end_gives_the_same_first_ten_losses(runs, front_end):
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != REFERENCE])
+def test_every_wrapper_gives_the_same_first_ten_losses(runs, wrapper):
     """Dropout is off: it draws from torch's generator, which activation order of a wrapper may move."""
     expected = losses(runs(REFERENCE, NO_DROPOUT))
     assert len(expected) == 10
-    assert losses(runs(front_end, NO_DROPOUT)) == pytest.approx(expected, rel=1e-4)
+    assert losses(runs(wrapper, NO_DROPOUT)) == pytest.approx(expected, rel=1e-4)
     assert expected[0] != pytest.approx(expected[-1], rel=1e-2)  # the losses do move
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front_end", [REFERENCE, "accelerate-ddp", "trainer-zero-2"])
-def test_a_compiled_model_gives_the_same_losses(runs, front_end):
+@pytest.mark.parametrize("wrapper", [REFERENCE, "accelerate-ddp", "trainer-zero-2"])
+def test_a_compiled_model_gives_the_same_losses(runs, wrapper):
     """By torch's own compiler, inside the wrapper."""
-    compiled = losses(runs(front_end, NO_DROPOUT, "training.compile=true"))
+    compiled = losses(runs(wrapper, NO_DROPOUT, "training.compile=true"))
     assert compiled == pytest.approx(losses(runs(REFERENCE, NO_DROPOUT)), rel=1e-4)
 
 
@@ -108,11 +108,11 @@ def test_the_phases_follow_their_plan(runs):
     assert [r["step"] for r in validations] == [5, 6, 10]
 
 
-@pytest.mark.parametrize(("front_end", "step"), [(REFERENCE, 5), (REFERENCE, 6), ("accelerate-ddp", 5)])
-def test_a_run_resumed_before_or_at_the_border_is_bit_exact(runs, launch, front_end, step):
-    straight = runs(front_end)
+@pytest.mark.parametrize(("wrapper", "step"), [(REFERENCE, 5), (REFERENCE, 6), ("accelerate-ddp", 5)])
+def test_a_run_resumed_before_or_at_the_border_is_bit_exact(runs, launch, wrapper, step):
+    straight = runs(wrapper)
     checkpoint = straight / "checkpoints" / f"step-{step:08d}"
-    resumed, endings = launch(f"{front_end}-from-{step}", front_end, "--resume", str(checkpoint))
+    resumed, endings = launch(f"{wrapper}-from-{step}", wrapper, "--resume", str(checkpoint))
     assert endings == ["finished"] * 2
     assert losses(resumed) == losses(straight)[step:]
     one, other = (trained_tensors(folder / "checkpoints" / "step-00000010") for folder in (straight, resumed))
@@ -120,11 +120,11 @@ def test_a_run_resumed_before_or_at_the_border_is_bit_exact(runs, launch, front_
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("front_end", "step"), [("trainer-ddp", 5), ("trainer-zero-1", 6), ("trainer-zero-3", 5)])
-def test_a_run_of_the_trainer_resumed_before_or_at_the_border_is_bit_exact(runs, launch, front_end, step):
-    straight = runs(front_end, NO_DROPOUT)
+@pytest.mark.parametrize(("wrapper", "step"), [("trainer-ddp", 5), ("trainer-zero-1", 6), ("trainer-zero-3", 5)])
+def test_a_run_of_the_trainer_resumed_before_or_at_the_border_is_bit_exact(runs, launch, wrapper, step):
+    straight = runs(wrapper, NO_DROPOUT)
     checkpoint = straight / "checkpoints" / f"step-{step:08d}"
-    resumed, endings = launch(f"{front_end}-from-{step}", front_end, NO_DROPOUT, "--resume", str(checkpoint))
+    resumed, endings = launch(f"{wrapper}-from-{step}", wrapper, NO_DROPOUT, "--resume", str(checkpoint))
     assert endings == ["finished"] * 2
     assert losses(resumed) == losses(straight)[step:]
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (straight, resumed))
@@ -140,9 +140,9 @@ def test_moments_and_steps_are_carried_over_as_asked(runs):
     assert straight[7] != zeroed[7] != counting[7] != straight[7]
 
 
-@pytest.mark.parametrize("front_end", FAILING)
-def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch, front_end):
-    folder, endings = launch(f"{front_end}-nan", front_end, "run.checkpoint_every=2", sabotage="loss")
+@pytest.mark.parametrize("wrapper", FAILING)
+def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch, wrapper):
+    folder, endings = launch(f"{wrapper}-nan", wrapper, "run.checkpoint_every=2", sabotage="loss")
     good = folder / "checkpoints" / "step-00000006"
     assert len(set(endings)) == 1
     assert endings[0].startswith("TrainingFailure: the loss became nan at step 8; the last good checkpoint")
@@ -151,16 +151,16 @@ def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch, f
     assert (folder / "report.png").exists()
 
 
-@pytest.mark.parametrize("front_end", FAILING)
-def test_weights_that_broke_are_not_saved(launch, front_end):
-    folder, endings = launch(f"{front_end}-weights", front_end, sabotage="weights")
+@pytest.mark.parametrize("wrapper", FAILING)
+def test_weights_that_broke_are_not_saved(launch, wrapper):
+    folder, endings = launch(f"{wrapper}-weights", wrapper, sabotage="weights")
     assert len(set(endings)) == 1
     assert endings[0].startswith("TrainingFailure: after the update of step 10 the loss on held-out text is nan")
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
 
 
 @pytest.mark.parametrize(
-    ("front_end", "sabotage", "failure"),
+    ("wrapper", "sabotage", "failure"),
     [
         (REFERENCE, "disk", "rank 1: OSError: [Errno 28] No space left"),
         ("accelerate-ddp", "state", "rank 0: OSError: [Errno 28] No space left"),
@@ -170,9 +170,9 @@ def test_weights_that_broke_are_not_saved(launch, front_end):
         ("trainer-zero-1", "latest", "rank 0: OSError: [Errno 28] No space left"),
     ],
 )
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch, front_end, sabotage, failure):
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch, wrapper, sabotage, failure):
     """And no rank waits for the one that failed, which would stop this test from ending."""
-    folder, endings = launch(f"{front_end}-{sabotage}", front_end, sabotage=sabotage)
+    folder, endings = launch(f"{wrapper}-{sabotage}", wrapper, sabotage=sabotage)
     assert len(set(endings)) == 1
     assert f"the checkpoint of step 10 could not be written ({failure}" in endings[0]
     assert f"{folder / 'checkpoints' / 'step-00000006'}, is whole: continue with --resume" in endings[0]

@@ -14,58 +14,64 @@ import torch
 import torch.distributed as dist
 
 SMALL = (
-    *("--sequence_length", "16", "--global_batch", "16", "--micro_batch", "4", "--steps", "6"),
+    *("--sequence_length", "16", "--global_batch", "16", "--micro_batch", "4"),
     *("data.vocabulary=200", "data.validation_fraction=0.2", "data.validation_sequences=10"),
-    *("model.hidden=32", "model.intermediate=64", "model.max_positions=32", "model.dropout=0.1"),
-    *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
-    *("run.validate_every=5", "run.checkpoint_every=5"),
+    *("model.hidden=32", "model.intermediate=64", "run.validate_every=5"),
 )
-"""Ten updates: six of 2 ranks x 2 x 4 sequences of 16 tokens, then four of 2 x 4 x 1 of 32."""
+"""Updates of 2 ranks x 2 x 4 sequences of 16 tokens."""
+
+TWO_PHASES = (
+    *(*SMALL, "--steps", "6", "model.max_positions=32", "model.dropout=0.1", "run.checkpoint_every=5"),
+    *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
+)
+"""Ten updates: six of them, then four of 2 x 4 x 1 sequences of 32."""
 
 
-def train(cache: str, environment: dict[str, str], front_end: str, arguments: list[str], sabotage: str = "") -> str:
+def train(
+    cache: str,
+    environment: dict[str, str],
+    script: str,
+    arguments: list[str],
+    sabotage: str = "",
+    report: bool = False,
+) -> str:
     """Run the recipe on this rank as a launcher would have started it; return how it ended.
 
     Args:
         cache: folder of the prepared data.
         environment: what the launcher sets.
-        front_end: of "bert.py", "bert_accelerate.py" or "bert_trainer.py".
+        script: "bert.py", "bert_accelerate.py" or "bert_trainer.py".
         arguments: the command line.
         sabotage: name of a failure to inject, see `_sabotaged`.
+        report: draw it; always done where something fails. Its pictures take longer than these runs.
     """
     from accelerate.state import AcceleratorState
 
-    from trustratio.recipes.common import errors as recipe_errors
-    from trustratio.recipes.training import (
-        bert as bert_pretraining,
-    )
-    from trustratio.recipes.training import (
-        bert_trainer as trainer_pretraining,
-    )
-    from trustratio.recipes.training import (
-        launchers as front_ends,
-    )
+    from trustratio.recipes.common.errors import RecipeError, TrainingFailure
+    from trustratio.recipes.common.reporter import Reporter
+    from trustratio.recipes.configuration.command_line import parse_command_line
+    from trustratio.recipes.training import bert, bert_trainer, session
+    from trustratio.recipes.training.checks import check_run
+    from trustratio.recipes.training.launchers import AccelerateLauncher, DeepSpeedLauncher
 
-    reporter = bert_pretraining.Reporter(active=dist.get_rank() == 0)
-    with mock.patch.dict(os.environ, {**environment, "TRUSTRATIO_CACHE": cache}), _sabotaged(sabotage):
+    reporter = Reporter(active=dist.get_rank() == 0)
+    drawn = report or bool(sabotage)
+    pictures = contextlib.nullcontext() if drawn else mock.patch.object(session, "write_report", return_value="")
+    with mock.patch.dict(os.environ, {**environment, "TRUSTRATIO_CACHE": cache}), _sabotaged(sabotage), pictures:
         AcceleratorState._reset_state(reset_partial_state=True)
-        # Pictures take longer than these runs; those that fail show that the report is made all the same.
-        pictures = contextlib.nullcontext() if sabotage else mock.patch.object(bert_pretraining, "_report")
         try:
-            invocation = bert_pretraining.parse_command_line(arguments)
-            with pictures:
-                if front_end == "bert_trainer.py":
-                    trainer_pretraining.pretrain(trainer_pretraining.check_run(invocation), reporter)
-                else:
-                    accelerate = front_end == "bert_accelerate.py"
-                    wrapper = front_ends.AccelerateFrontEnd() if accelerate else front_ends.DeepSpeedFrontEnd()
-                    bert_pretraining.pretrain(bert_pretraining.check_run(invocation, wrapper), reporter)
-        except (recipe_errors.RecipeError, recipe_errors.TrainingFailure) as error:
+            invocation = parse_command_line(arguments)
+            if script == "bert_trainer.py":
+                bert_trainer.pretrain(bert_trainer.check_trainer_run(invocation), reporter)
+            else:
+                launcher = AccelerateLauncher() if script == "bert_accelerate.py" else DeepSpeedLauncher()
+                bert.pretrain(check_run(invocation, launcher), reporter)
+        except (RecipeError, TrainingFailure) as error:
             return f"{type(error).__name__}: {error}"
     return "finished"
 
 
-def recipe(text: str, output: Path, *arguments: str, settings: tuple[str, ...] = SMALL) -> list[str]:
+def recipe(text: str, output: Path, *arguments: str, settings: tuple[str, ...] = TWO_PHASES) -> list[str]:
     """Return the command line of a small run."""
     return ["--data", f"{text}/*.txt", *settings, "--output", str(output), *arguments]
 
@@ -118,8 +124,8 @@ def _sabotaged(what: str):
 
 
 def _broken_losses(here: bool) -> list:
-    from trustratio.recipes.training.bert_trainer import RecipeTrainer
     from trustratio.recipes.training.engines import DataParallelTraining, DeepSpeedTraining
+    from trustratio.recipes.training.trainer import RecipeTrainer
 
     def of_engine(engine):
         loss = engine.loss
@@ -133,7 +139,7 @@ def _broken_losses(here: bool) -> list:
     training_step = RecipeTrainer.training_step
 
     def broken_step(self, model, *arguments):
-        if here and self.records.update == 7:
+        if here and self.progress.step == 7:
             _fill(self.parts.model, float("nan"))
         return training_step(self, model, *arguments)
 
@@ -142,8 +148,8 @@ def _broken_losses(here: bool) -> list:
 
 
 def _broken_weights(here: bool) -> list:
-    from trustratio.recipes.training.bert_trainer import _Records
     from trustratio.recipes.training.engines import DataParallelTraining, DeepSpeedTraining
+    from trustratio.recipes.training.trainer import _Progress
 
     def of_engine(engine, wrapped):
         step = engine.step
@@ -155,7 +161,7 @@ def _broken_weights(here: bool) -> list:
 
         return mock.patch.object(engine, "step", breaking)
 
-    on_step_end = _Records.on_step_end
+    on_step_end = _Progress.on_step_end
 
     def breaking_end(self, args, state, control, **options):
         if here and state.global_step == 10:
@@ -165,7 +171,7 @@ def _broken_weights(here: bool) -> list:
     return [
         of_engine(DeepSpeedTraining, lambda training: training.engine),
         of_engine(DataParallelTraining, lambda training: training.model),
-        mock.patch.object(_Records, "on_step_end", breaking_end),
+        mock.patch.object(_Progress, "on_step_end", breaking_end),
     ]
 
 
@@ -188,7 +194,7 @@ def _full_disk(here: bool):
 def _full_disk_for_the_model(here: bool):
     from safetensors import SafetensorError
 
-    from trustratio.recipes.training.bert_trainer import RecipeTrainer
+    from trustratio.recipes.training.trainer import RecipeTrainer
 
     write = RecipeTrainer._save
 

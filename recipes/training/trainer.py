@@ -1,0 +1,377 @@
+"""The Hugging Face Trainer with the recipe's data order, masks, loss, schedule, records and checkpoints.
+
+What the Trainer takes for a batch is all that this rank reads for one update; `RecipeTrainer.training_step` accumulates
+over its micro-batches. So one Trainer with one wrapper trains both phases, which accumulate differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from trustratio.integrations.accelerate import count_ranks_on_cpu
+
+from ..common.errors import RecipeError, TrainingFailure
+from ..configuration.phases import carry_over
+from ..data.masking import MaskedBatch
+from ..data.prepared import PreparedData
+from ..model.build import RecipeParts
+from ..runs.checkpoints import CheckpointFolder
+from .checks import CheckedRun
+from .engines import DistributedTraining, postponed_failures, set_batch_plan
+from .launchers import without_variable
+from .loop import due, require_sound_weights, seed_step, validate
+from .phase_data import PhaseData, phases_with_data
+from .ranks import collect_failures, rank
+from .records import Records
+from .step_metrics import StepMetrics, Update
+from .stop_requests import StopRequests
+
+
+class RecipeTrainer(Trainer):
+    """A Trainer that is fed the recipe's updates and takes its optimizer, schedule, validation and checkpoints.
+
+    Attributes:
+        run: what is trained.
+        phases: with their data.
+        updates: what the Trainer iterates over.
+        progress: what is done before and after each update.
+        loss: this rank's part of the last update's loss.
+        masked: tokens that the last update predicted, over all ranks.
+        norm: of the last update's gradient before clipping; None before the first.
+        stopping: whether any rank was asked to stop, or cannot read its next update.
+    """
+
+    # The Trainer declares torch's LambdaLR, and steps and saves whatever schedule it finds here.
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        run: CheckedRun,
+        data: Sequence[PreparedData],
+        parts: RecipeParts,
+        checkpoints: CheckpointFolder,
+        records: Records,
+        stop: StopRequests,
+    ) -> None:
+        """Set up.
+
+        Args:
+            run: what to train.
+            data: of each phase.
+            parts: model, optimizer and schedule.
+            checkpoints: writes the checkpoints.
+            records: takes what is measured.
+            stop: ends the run after an update.
+        """
+        self.run, self.parts, self.checkpoints, self.records, self.stop = run, parts, checkpoints, records, stop
+        self.loss = torch.zeros(())
+        self.masked, self.norm, self.stopping = 0, None, False
+        super().__init__(parts.model, training_arguments(run, checkpoints.folder))
+        # One batch of the Trainer is one update; DeepSpeed was told of the micro-batches.
+        self.args.gradient_accumulation_steps = 1
+        self.phases = phases_with_data(run, data, self.args.device)
+        self.updates = Updates(self.phases, run.first, run.last, self.args.device)
+        self.remove_callback(PrinterCallback)
+        self.progress = _Progress(self, data[0].vocabulary_size)
+        self.add_callback(self.progress)
+
+    @property
+    def data(self) -> PhaseData:
+        """The phase of the update that is being done, or has just been done."""
+        return next((data for data in self.phases if self.progress.step < data.phase.last), self.phases[-1])
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the updates; they are made per rank, so nothing is left for accelerate to distribute."""
+        return DataLoader(self.updates, batch_size=None)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the recipe's optimizer; an override survives DeepSpeed, `Trainer(optimizers=...)` does not."""
+        self.optimizer = self.parts.optimizer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the recipe's schedule, on the optimizer inside all wrappers."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.parts.schedule(self.parts.optimizer)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Accumulate the gradient of the mean over the masked tokens of the whole global batch.
+
+        Args:
+            model: wrapped.
+            inputs: this rank's micro-batches of the update.
+            num_items_in_batch: not used; counted here.
+
+        Returns:
+            This rank's summed loss over the masked tokens of the global batch, times the ranks: the Trainer averages.
+        """
+        model.train()
+        ranks, device = self.data.plan.ranks, self.args.device
+        asked = self.stop.requested or self.updates.failure is not None
+        # The stop flags ride along with the normaliser, so all ranks stop after the same update.
+        totals = torch.tensor([float(sum(len(batch.labels) for batch in inputs)), float(asked)], device=device)
+        dist.all_reduce(totals)
+        normaliser = totals[0].clamp(min=1.0)
+        self.loss = torch.zeros((), device=device)
+        by_deepspeed = isinstance(model, DeepSpeedEngine)
+        for number, batch in enumerate(inputs, start=1):
+            last = number == len(inputs)
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            # DeepSpeed is told by the flag alone.
+            with contextlib.nullcontext() if last or by_deepspeed else self.accelerator.no_sync(model):
+                loss, _ = model(**vars(batch.to(device)))
+                loss = loss / normaliser
+                self.loss += loss.detach()
+                # DeepSpeed and DDP average over the ranks; DeepSpeed, unless told otherwise, over the accumulation too.
+                self.accelerator.backward(loss * ranks, **({"scale_wrt_gas": False} if by_deepspeed else {}))
+        masked, stopping = totals.tolist()
+        self.masked, self.stopping = int(masked), stopping > 0
+        return self.loss * ranks
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Note the norm that the Trainer measures before it clips."""
+        self.norm = super()._get_grad_norm(model, grad_norm)
+        return self.norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the recipe's records have the model's FLOP/s."""
+        return 0
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return cross-entropy in nats and accuracy on the phase's validation rows, over all ranks."""
+        with self.progress.step_metrics.not_training():
+            loss, accuracy = validate(self.progress.observed, self.data.validation_batches)
+        self.records.validation(self.state.global_step, loss, accuracy, self.data.unigram_entropy)
+        metrics = {"eval_loss": loss, "eval_accuracy": accuracy}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write what the Trainer writes as a checkpoint of the run: complete, or not there at all.
+
+        Raises:
+            TrainingFailure: it could not be written, or the last update broke the weights.
+        """
+        step = self.state.global_step
+        with self.progress.step_metrics.not_training():
+            require_sound_weights(self.progress.observed, self.data, step)
+            save = functools.partial(self._save_into, model, trial)
+            path = self.checkpoints.write(step, save, collect_failures, first=rank() == 0)
+        self.records.line(f"step {step}: checkpoint {path}")
+
+    def _save_into(self, model: Any, trial: Any, folder: Path) -> None:
+        engine = self.model_wrapped if isinstance(self.model_wrapped, DeepSpeedEngine) else None
+        usual = self.args.output_dir
+        self.args.output_dir = str(folder)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(postponed_failures(self, "_save"))  # the model, on the first rank
+                if engine is not None:
+                    stack.enter_context(postponed_failures(engine.checkpoint_engine, "save"))
+                    stack.enter_context(_without_latest(engine))
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = usual
+        if engine is not None and rank() == 0:
+            (trainers_part(folder) / "latest").write_text(f"global_step{engine.global_steps}")
+
+
+@contextlib.contextmanager
+def _without_latest(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Keep DeepSpeed from writing its file `latest`, which the first rank does while the others wait for it."""
+    engine.save_checkpoint = functools.partial(engine.save_checkpoint, save_latest=False)
+    try:
+        yield
+    finally:
+        del engine.save_checkpoint
+
+
+def trainers_part(checkpoint: Path) -> Path:
+    """Return the folder in a checkpoint of the recipe that the Trainer wrote and resumes from.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    parts = sorted(checkpoint.glob("checkpoint-*"))
+    if not parts:
+        raise RecipeError(
+            f"{checkpoint} was not written by bert_trainer.py; continue it with the script that wrote it, bert.py or "
+            "bert_accelerate.py"
+        )
+    return parts[-1]
+
+
+def save_weights(trainer: Trainer, folder: Path) -> None:
+    """Write the model in transformers' format (collective); parts that ZeRO-3 holds elsewhere are gathered first."""
+    assert trainer.model is not None
+    sharded = [parameter for parameter in trainer.model.parameters() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        if trainer.args.should_save:
+            trainer._save(str(folder))
+
+
+class Updates(IterableDataset[list[MaskedBatch]]):
+    """Micro-batches of this rank, a list for each update of each phase, from the first to be done.
+
+    Attributes:
+        wait_seconds: how long the last list was waited for.
+        failure: why the next list cannot be made; None if it can.
+    """
+
+    def __init__(self, phases: Sequence[PhaseData], first: int, last: int, device: torch.device) -> None:
+        """Read the run's updates first + 1 .. last."""
+        self.phases, self.first, self.last, self.device = phases, first, last, device
+        self.wait_seconds = 0.0
+        self.failure: RecipeError | None = None
+
+    def __iter__(self) -> Iterator[list[MaskedBatch]]:
+        """Yield the micro-batches of each update; ends before a phase whose data cannot be read."""
+        for data in self.phases:
+            first, last = max(self.first, data.phase.first), min(self.last, data.phase.last)
+            if first >= last:
+                continue
+            with contextlib.closing(data.feed(first, last, rank(), self.device)) as feed:
+                self.failure = feed.failure
+                self.require_data()
+                for _ in range(first, last):
+                    batches = feed.take()
+                    self.wait_seconds, self.failure = feed.wait_seconds, feed.failure
+                    yield batches
+
+    def require_data(self) -> None:
+        """Raise on all ranks if one of them cannot read its next update's data (collective).
+
+        Raises:
+            TrainingFailure: so.
+        """
+        failures = collect_failures(self.failure)
+        if failures:
+            raise TrainingFailure("; ".join(failures))
+
+
+class _Progress(TrainerCallback):
+    """Does before and after each update what `TrainingLoop` does there.
+
+    Attributes:
+        step: updates done before the one that is being done, or has just been done.
+        observed: model and optimizer, from the beginning of training on.
+        step_metrics: measures every update, from then on.
+    """
+
+    def __init__(self, trainer: RecipeTrainer, vocabulary_size: int) -> None:
+        self.trainer, self.vocabulary_size = trainer, vocabulary_size
+        self.run, self.config = trainer.run, trainer.run.config
+        self.step, self.learning_rate = self.run.first, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.observed = _WrappedByTrainer(self.trainer)
+        if state.global_step:
+            self.observed.continue_schedule(self.observed.scheduler.last_epoch)
+        self.step_metrics = StepMetrics.of_run(self.observed, self.config, self.run.plans, self.vocabulary_size)
+        self.trainer.records.begin(self.run.first)
+        self._begin_phase()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+        phase, second = self.trainer.data.phase, self.config.phase_two
+        if phase.number == 2 and self.step == phase.first:
+            self._begin_phase()
+            carry_over(self.observed.optimizer, second.keep_moments, second.reset_step)
+        seed_step(args.seed, self.step, self.observed.rank)
+        self.learning_rate = self.observed.learning_rate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, trainer, often = state.global_step, self.trainer, self.config.run
+        self.step_metrics.add(
+            Update(
+                step=step,
+                phase=trainer.data.phase,
+                plan=trainer.data.plan,
+                learning_rate=self.learning_rate,
+                loss=trainer.loss,
+                masked_tokens=trainer.masked,
+                data_wait=trainer.updates.wait_seconds,
+            )
+        )
+        # The Trainer itself does nothing at any interval: what happens after this update is said here.
+        ends = step in (trainer.data.phase.last, self.run.last)
+        control.should_training_stop |= trainer.stopping
+        control.should_evaluate = ends or due(step, often.validate_every)
+        control.should_save = ends or trainer.stopping or due(step, often.checkpoint_every)
+        if control.should_save or due(step, often.log_every):
+            trainer.records.updates(self.step_metrics.fetch(), self.run.last)
+
+    def _begin_phase(self) -> None:
+        if isinstance(self.trainer.model_wrapped, DeepSpeedEngine):
+            set_batch_plan(self.trainer.model_wrapped, self.trainer.data.plan)
+        self.step_metrics.begin()
+
+
+class _WrappedByTrainer(DistributedTraining):
+    """`Observed`, as the Trainer wrapped it."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        super().__init__(trainer.parts.optimizer, trainer.lr_scheduler, trainer.args.device)
+        self.trainer = trainer
+
+    def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the model's summed loss and number of right predictions."""
+        return self.trainer.model_wrapped(**vars(batch))
+
+    def train(self, training: bool) -> None:
+        """Switch between training and evaluation mode."""
+        self.trainer.model_wrapped.train(training)
+
+    def gradient_norm(self) -> float | None:
+        """Return the global gradient norm of the last update before clipping."""
+        norm = self.trainer.norm
+        return None if norm is None else float(norm)
+
+
+def training_arguments(run: CheckedRun, folder: Path) -> TrainingArguments:
+    """Return the configuration in the Trainer's words; what happens after which update, `_Progress` says."""
+    training = run.config.training
+    on_cpu = get_accelerator().device_name() == "cpu"
+    settings = copy.deepcopy(run.settings)
+    if settings is not None and on_cpu:
+        count_ranks_on_cpu()
+    # The launcher's list of fields, which accelerate holds against a complete configuration.
+    with without_variable(os.environ, "ACCELERATE_CONFIG_DS_FIELDS"):
+        return TrainingArguments(
+            output_dir=str(folder),
+            max_steps=run.last,
+            per_device_train_batch_size=run.plans[0].micro,
+            gradient_accumulation_steps=run.plans[0].accumulation,
+            max_grad_norm=training.gradient_clipping,
+            bf16=training.precision == "bf16",
+            fp16=training.precision == "fp16",
+            seed=training.seed,
+            logging_strategy="no",
+            eval_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            logging_nan_inf_filter=False,  # it would hide a loss that became NaN
+            ignore_data_skip=True,  # `Updates` begins where the run goes on
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,  # there are none; the Trainer's default looks for them in every backward
+            disable_tqdm=True,
+            use_cpu=on_cpu and settings is None,
+            deepspeed=settings,
+            accelerator_config={"use_configured_state": on_cpu and settings is not None},
+        )
