@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import quartiles, synchronize
-from trustratio.recipes.common import machine as machine_description
+from trustratio.recipes.common.machine import describe_machine as describe_processor
 
 __all__ = ["available_memory", "copy_bandwidth", "describe_machine"]
 
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "deepspeed", "timm", "pytorch_optimizer", "triton", "apex")
 def describe_machine(device: str) -> dict[str, object]:
     """Processor or GPU, threads, versions, and the load by others when the measurement began."""
     return {
-        **machine_description.describe_machine(device, PACKAGES),
+        **describe_processor(device, PACKAGES),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }

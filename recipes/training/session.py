@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ..common.errors import RecipeError, TrainingFailure
+from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, RecipeError, TrainingFailure
 from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter, clock
@@ -28,11 +28,6 @@ from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, claim_folder, f
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .ranks import collect, on_each_machine, on_first_rank, rank, world_size
-
-# Exit status besides 0.
-BAD_INPUT = 2
-FAILED = 3
-INTERRUPTED = 130
 
 
 def run_command(
