@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from ..formulas.stages import Sums
-from ..formulas.updates import Update
-from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
-from .interface import SETS_OF_GRADIENTS, Operands, Recent
+from ..formulas.stages import Stage
+from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update
+from .interface import SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
 try:
     import triton
@@ -102,35 +101,36 @@ class TritonSweeps:
         ]
         self.idle: dict[int, list[torch.Tensor]] = {}
 
-    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
-        numbers = numbers_of_sums(sums)
-        if numbers is None:
+    def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
+        form = compiled_sums(stage)
+        if form is None:
             return None
-        layers = self._group(group)[0]
+        layers = len(self.operands.groups[group].layers)
         total = torch.zeros(PLACES, layers, dtype=torch.float64, device=self.device)
         mode = MEASURE
-        if numbers.kind.is_adam and keep:
+        if form.kind.is_adam and keep:
             assert group not in self.idle, "a direction is measured once per step"
             mode = MEASURE_AND_KEEP
-        for blocks, partial in self._sweep(group, numbers, changing, mode):
+        for blocks, partial in self._sweep(group, form, self.operands.groups[group].table.may_change(), mode):
             with _launching_on(self.device):
                 _fold[(layers, PLACES)](partial, blocks.ends, total, len(blocks.rows), layers, BLOCK=FOLD)
         # An index made of a list would wait for the device.
-        return torch.stack([total[PLACE[name]] for name in sums.names])
+        return LocalSums(torch.stack([total[PLACE_OF_SUM[name]] for name in stage.sum_sizes]))
 
-    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
+    def step(self, group: int, stage: Stage) -> LocalSums | None:
         """Nothing: blocks of a launch run in no order that a cache could make use of."""
         return None
 
-    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
-        numbers = numbers_of_update(update)
-        if numbers is None:
+    def apply(self, group: int, update: ElementUpdate) -> bool:
+        form = compiled_update(update)
+        if form is None:
             return False
-        self._sweep(group, numbers, changing, APPLY_KEPT if group in self.idle else APPLY)
+        changing = self.operands.groups[group].table.has_gradient()
+        self._sweep(group, form, changing, APPLY_KEPT if group in self.idle else APPLY)
         return True
 
     def _sweep(
-        self, group: int, numbers: Numbers, changing: torch.Tensor | None, mode: int
+        self, group: int, form: CompiledForm, changing: torch.Tensor | None, mode: int
     ) -> list[tuple[_Blocks, torch.Tensor]]:
         """Launch the kernel for each combination of dtypes; return their blocks' sums, shape (PLACES, blocks)."""
         layers, all_blocks = self._group(group)
@@ -142,15 +142,15 @@ class TritonSweeps:
             self.idle[group] = [
                 torch.zeros(len(blocks.rows), dtype=torch.int64, device=self.device) for blocks in all_blocks
             ]
-        vectors = [numbers.vectors.get(name, some) for name in VECTORS]
-        scalars = [float(numbers.scalars.get(name, 0.0)) for name in SCALARS]
-        complements = [1.0 - numbers.scalars.get("beta2", 0.0), 1.0 - numbers.scalars.get("beta3", 0.0)]
+        vectors = [form.vectors.get(name, some) for name in VECTORS]
+        scalars = [float(form.scalars.get(name, 0.0)) for name in SCALARS]
+        complements = [1.0 - form.scalars.get("beta2", 0.0), 1.0 - form.scalars.get("beta3", 0.0)]
         weights = self._pointers("weights", self.operands.weights)
         gradients = self._pointers("gradients", self.operands.gradients)
-        state = [self._pointers(name, self.operands.state[name]) for name in numbers.state]
+        state = [self._pointers(name, self.operands.state[name]) for name in form.state]
         state += [weights] * (3 - len(state))
         mean_square, factor = weights, some
-        if numbers.kind.has_gsnr:
+        if form.kind.has_gsnr:
             assert self.operands.mean_square is not None
             mean_square = self._pointers("mean_square", self.operands.mean_square[0])
             factor = self.operands.mean_square[1].to(torch.float32).reshape(1)
@@ -161,13 +161,13 @@ class TritonSweeps:
             partial = torch.zeros(PLACES, count, dtype=torch.float64, device=self.device)
             idle = self.idle[group][index] if group in self.idle else changing
             with _launching_on(self.device):
-                _KERNELS[_family(numbers.kind)][(count,)](
+                _KERNELS[_family(form.kind)][(count,)](
                     *(blocks.rows, changing, idle, partial, count),
                     *(weights, gradients, *state, mean_square, factor, *vectors, *scalars, *complements),
-                    KIND=numbers.kind.name,
+                    KIND=form.kind.name,
                     MODE=mode,
-                    MOMENTUM=bool(numbers.state),
-                    NESTEROV=bool(numbers.scalars.get("nesterov", 0)),
+                    MOMENTUM=bool(form.state),
+                    NESTEROV=bool(form.scalars.get("nesterov", 0)),
                     WEIGHT=_TL_TYPES[blocks.weight_type],
                     GRADIENT=_TL_TYPES[blocks.gradient_type],
                     BLOCK=BLOCK,

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from ..formulas.chunks import Chunk, cut_into_chunks
 from ..formulas.rows import Rows
-from ..kernels.interface import SETS_OF_GRADIENTS, Recent
 from ..sharding.abandoned_parameters import MissingGradients
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
@@ -27,6 +25,7 @@ class Plan:
 
     layout: Layout
     group_layers: dict[int, range]  # group index -> its layers
+    group_tensors: dict[int, list[int]]  # group index -> its local tensors
     tensor_layers: list[range]  # local tensor -> the layers it carries
     cuts: list[Any]  # how the tensors of the call, those without elements too, were cut
     missing_gradients: MissingGradients
@@ -38,12 +37,15 @@ class Plan:
         carried: list[list[int]] = [[] for _ in layout.tensors]
         for index, layer in enumerate(layout.layers):
             carried[layer.tensor].append(index)
-        groups: dict[int, list[int]] = {}
-        for group, layers in zip(layout.groups, carried, strict=True):
-            groups.setdefault(group, []).extend(layers)
+        group_layers: dict[int, list[int]] = {}
+        group_tensors: dict[int, list[int]] = {}
+        for tensor, (group, layers) in enumerate(zip(layout.groups, carried, strict=True)):
+            group_layers.setdefault(group, []).extend(layers)
+            group_tensors.setdefault(group, []).append(tensor)
         return cls(
             layout=layout,
-            group_layers={group: _as_range(layers) for group, layers in groups.items()},
+            group_layers={group: _as_range(layers) for group, layers in group_layers.items()},
+            group_tensors=group_tensors,
             tensor_layers=[_as_range(layers) for layers in carried],
             cuts=[cut_of(tensor) for tensor in tensors],
             missing_gradients=MissingGradients(len(tensors)),
@@ -76,15 +78,6 @@ class Plan:
     def layer_counts(self) -> list[int]:
         """How many layers each local tensor carries."""
         return [len(layers) for layers in self.tensor_layers]
-
-    def recent(self, name: str) -> Recent:
-        """What was made of the sets of layers that had a gradient in the last steps."""
-        recent: Recent = self.cache.setdefault(name, Recent(SETS_OF_GRADIENTS))
-        return recent
-
-    @functools.cached_property
-    def chunks(self) -> list[Chunk]:
-        return cut_into_chunks(self.layout)
 
     @functools.cached_property
     def names(self) -> list[str]:
