@@ -60,17 +60,18 @@ class Plan:
         if not (names and self.layout.reductions):
             return
         device = self.layout.device
-        own_states = [states[tensor] for tensor in self.layout.tensors]
+        states_here = [states[tensor] for tensor in self.layout.tensors]
         for name in names:
-            known = [name in state or name in state.get("layers", {}) for state in own_states]
+            # The mean over the ranks that know a layer's number: a sum of those, and one of how many they are.
+            known = [name in state or name in state.get("layers", {}) for state in states_here]
             values = [
                 read_numbers(state, name, count, device).to(torch.float64).expand(count)
-                for state, count in zip(own_states, self.layer_counts, strict=True)
+                for state, count in zip(states_here, self.layer_counts, strict=True)
             ]
             mask = torch.cat([torch.full_like(v, there) for v, there in zip(values, known, strict=True)])
             total, ranks = self.layout.reduce(torch.stack([torch.cat(values) * mask, mask]))
             shared = (total / ranks.clamp(min=1)).split(self.layer_counts)
-            for state, there, of_tensor, tensor in zip(own_states, known, shared, self.layout.tensors, strict=True):
+            for state, there, of_tensor, tensor in zip(states_here, known, shared, self.layout.tensors, strict=True):
                 if not there and len(of_tensor):
                     write_numbers(state, name, of_tensor.to(state_dtype(tensor, name)))
 
@@ -81,6 +82,7 @@ class Plan:
 
     @functools.cached_property
     def names(self) -> list[str]:
+        """The names of all layers, those of the first group first."""
         return [self.layout.layers[index].name for layers in self.group_layers.values() for index in layers]
 
 

@@ -107,26 +107,31 @@ class Step:
             The totals by name, shape (layers,), of histograms (bins, layers); zero in groups whose stage lacks a name.
             Row sums are completed where they are.
         """
-        # One matrix for all groups: a column per layer, and per name as many rows as it has numbers.
+        # What was taken from the groups' gradients travels with the first sums.
         sizes = {name: size for stage in stages.values() for name, size in stage.sum_sizes.items()}
         sizes.update(dict.fromkeys(self.contributions, 1))
-        packed = torch.zeros(
-            sum(sizes.values()), len(self.layout.layers), dtype=torch.float64, device=self.layout.device
-        )
-        by_name = _named_rows(packed, sizes)
-        for group, stage in stages.items():
-            layers = self.groups[group].layers
-            for name, sums in _named_rows(local_sums[group].of_layers, stage.sum_sizes).items():
-                by_name[name][:, layers.start : layers.stop] = sums
-        # What was taken from the groups' gradients has all layers already, and travels with the first sums.
-        for name, contribution in self.contributions.items():
-            by_name[name][0] = contribution
-        # Rows of embeddings that a shard boundary cuts travel along.
+        packed = self._pack(stages, local_sums, sizes)
+        # So do, in whichever reduction, rows of embeddings that a shard boundary cuts.
         row_sums = [
             (self.groups[group].rows, totals) for group, sums in local_sums.items() for totals in sums.of_rows.values()
         ]
         reduced = self._all_reduce(packed, row_sums) if row_sums else self.layout.reduce(packed)
         return {name: rows[0] if sizes[name] == 1 else rows for name, rows in _named_rows(reduced, sizes).items()}
+
+    def _pack(
+        self, stages: Mapping[int, Stage], local_sums: Mapping[int, LocalSums], sizes: Mapping[str, int]
+    ) -> torch.Tensor:
+        """One matrix for all groups: a column per layer, and of each name as many rows as it has numbers."""
+        shape = sum(sizes.values()), len(self.layout.layers)
+        packed = torch.zeros(shape, dtype=torch.float64, device=self.layout.device)
+        by_name = _named_rows(packed, sizes)
+        for group, stage in stages.items():
+            layers = self.groups[group].layers
+            for name, sums in _named_rows(local_sums[group].of_layers, stage.sum_sizes).items():
+                by_name[name][:, layers.start : layers.stop] = sums
+        for name, of_all_layers in self.contributions.items():
+            by_name[name][0] = of_all_layers
+        return packed
 
     def _all_reduce(self, packed: torch.Tensor, row_sums: Sequence[tuple[Rows, torch.Tensor]]) -> torch.Tensor:
         """Add the layers' sums over all shards, and with them, in place, the sums of rows that are cut."""
