@@ -126,7 +126,7 @@ class ElementUpdate(Protocol):
 class Sweeps(Protocol):
     """The sweeps of one `step()` call over those local tensors that an implementation serves.
 
-    A sweep leaves out, and never writes, layers that are known not to change (`LayerTable.may_change`).
+    Layers that are known not to change by then (`LayerTable.may_change`) need not be measured, and are never written.
     """
 
     def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
