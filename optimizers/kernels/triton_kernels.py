@@ -133,9 +133,10 @@ class TritonSweeps:
         self, group: int, form: CompiledForm, changing: torch.Tensor | None, mode: int
     ) -> list[tuple[_Blocks, torch.Tensor]]:
         """Launch the kernel for each combination of dtypes; return their blocks' sums, shape (PLACES, blocks)."""
-        layers, all_blocks = self._group(group)
+        all_blocks = self._group_blocks(group)
         if changing is None:
-            changing = torch.ones(layers, dtype=torch.bool, device=self.device)
+            changing = torch.ones(len(self.operands.groups[group].layers), dtype=torch.bool, device=self.device)
+        # A kernel has an argument for every vector; this one stands in for those that its kind does not read.
         some = changing.to(torch.float32)
         changing = changing.to(torch.int64)
         if mode == MEASURE_AND_KEEP:
@@ -177,24 +178,26 @@ class TritonSweeps:
 
     # What lies on the device
 
-    def _group(self, group: int) -> tuple[int, list[_Blocks]]:
-        """Number of layers and blocks of a group, for the tensors that are served now."""
-        return self._table(("blocks", group), self.types, lambda: self._make_group(group), SETS_OF_GRADIENTS)
+    def _group_blocks(self, group: int) -> list[_Blocks]:
+        """The blocks of a group, for the tensors that are served now."""
+        blocks: list[_Blocks] = self._table(
+            ("blocks", group), self.types, lambda: self._make_group_blocks(group), SETS_OF_GRADIENTS
+        )
+        return blocks
 
-    def _make_group(self, group: int) -> tuple[int, list[_Blocks]]:
-        layout = self.operands.layout
-        of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
+    def _make_group_blocks(self, group: int) -> list[_Blocks]:
+        layout, layers = self.operands.layout, self.operands.groups[group].layers
         rows: list[tuple[Any, ...]] = []
         for shard in layout.shards:
             tensor = layout.layers[shard.layer].tensor
             if layout.groups[tensor] == group and self.types[tensor] is not None:
                 for begin in range(0, shard.length, BLOCK):
                     length = min(BLOCK, shard.length - begin)
-                    row = tensor, shard.start + begin, length, shard.layer - of_group[0]
+                    row = tensor, shard.start + begin, length, shard.layer - layers.start
                     rows.append((self.types[tensor], row))
         rows.sort(key=lambda typed: (typed[0], typed[1][3]))
         by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
-        return len(of_group), [self._blocks(types, of, len(of_group)) for types, of in by_type]
+        return [self._blocks(types, of, len(layers)) for types, of in by_type]
 
     def _blocks(self, types: tuple[str, str], rows: list[tuple[int, ...]], layers: int) -> _Blocks:
         counts = torch.bincount(torch.tensor([row[3] for row in rows]), minlength=layers)
