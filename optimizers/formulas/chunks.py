@@ -11,16 +11,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..sharding.layout import Layout
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Chunk", "Summand", "counts", "cut_into_chunks", "squares", "values"]
+__all__ = ["Chunk", "Flattened", "Summand", "counts", "cut_into_chunks", "squares", "values"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 17}
 LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel costs more than missing the cache
@@ -48,6 +45,20 @@ def values(elements: torch.Tensor) -> Summand:
 def counts(bin_of_element: torch.Tensor, bins: int) -> Summand:
     """Ask for each layer's histogram: how many elements (int64) equal 0, 1, ..., bins - 1; `bins` is not counted."""
     return Summand(bin_of_element, squared=False, bins=bins)
+
+
+class Flattened(Sequence[Any]):
+    """Flat views of contiguous tensors, made where they are needed; None stays None."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor | None]):
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        tensor = self.tensors[index]
+        return None if tensor is None else tensor.detach().view(-1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Who computes a step: compiled sweeps where they can be had, tensor operations everywhere else.
+"""The choice of who computes a step: compiled sweeps where they can be had, tensor operations everywhere else.
 
 `None` chooses by device. Otherwise the optimizer's argument counts, then the environment variable
 TRUSTRATIO_IMPLEMENTATION.
@@ -8,28 +8,47 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 
-from .interface import ImplementationError, Kernels
+from .combined import CombinedSweeps
+from .interface import ImplementationError, Kernels, Operands
 
-__all__ = ["IMPLEMENTATIONS", "choose", "warn_of_others"]
+__all__ = ["IMPLEMENTATIONS", "choose", "open_sweeps"]
 
 IMPLEMENTATIONS = ("eager", "cpu", "triton")
-
-
 VARIABLE = "TRUSTRATIO_IMPLEMENTATION"
-
-
 _OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
-
-
 _MODULES = {"cpu": "cpu", "triton": "triton_kernels"}
 
 
+def open_sweeps(
+    requested: str | None, operands: Operands, takes_part: Sequence[bool], cache: dict[Any, Any]
+) -> CombinedSweeps:
+    """Begin a step.
+
+    Args:
+        requested: One of `IMPLEMENTATIONS`, or None.
+        operands: Of the step.
+        takes_part: Which local tensors are measured and updated.
+        cache: Lives as long as the layout.
+
+    Raises:
+        ImplementationError: As `choose`.
+        ValueError: As `choose`.
+    """
+    kernels = choose(requested, operands.layout.device)
+    sweeps = CombinedSweeps(kernels, operands, takes_part, cache)
+    if kernels is not None and sweeps.remaining is not None:
+        _warn_of_others(requested)
+    return sweeps
+
+
 def choose(requested: str | None, device: torch.device) -> Kernels | None:
-    """The kernels to use for parameters on a device, None for tensor operations.
+    """The compiled kernels to use for parameters on a device; None for tensor operations alone.
 
     Args:
         requested: One of `IMPLEMENTATIONS`, or None.
@@ -57,7 +76,7 @@ def choose(requested: str | None, device: torch.device) -> Kernels | None:
     return None
 
 
-def warn_of_others(requested: str | None) -> None:
+def _warn_of_others(requested: str | None) -> None:
     """Say once, if an implementation was asked for, that it does not serve all tensors."""
     asked = requested or os.environ.get(VARIABLE)
     if asked:

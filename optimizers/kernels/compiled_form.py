@@ -1,4 +1,10 @@
-"""Descriptions in the form that compiled sweeps take: a kind, vectors over layers, and plain numbers."""
+"""Updates and sums in the form that compiled code takes.
+
+An algorithm describes what it wants by an object, an `Update` or `Sums`, with the formula in a method. Compiled code
+cannot call that. It has the formulas itself, each under a `Kind`, and needs to be told which one it is, the numbers of
+each layer, the numbers that are the same for all, and where the element-wise state is: a `CompiledForm`. What has no
+such form is computed by tensor operations.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +14,22 @@ from typing import Any
 
 import torch
 
-from ..formulas.stages import Sums
+from ..formulas.stages import Stage, Sums
 from ..formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, TrustRule
 
-__all__ = ["PLACE", "PLACES", "Kind", "Numbers", "numbers_of_sums", "numbers_of_update", "targets_of"]
+__all__ = ["PLACES", "PLACE_OF_SUM", "CompiledForm", "Kind", "compiled_sums", "compiled_update", "targets_of"]
 
 LARGEST = torch.finfo(torch.float32).max
 
-PLACES = 4  # for sums: w, g, and up to two directions
-PLACE = {"w": 0, "g": 1, "u": 2, "d": 2, "r": 2, "u_g": 3}
+PLACES = 4
+"""How many sums of a layer a sweep has places for: of w, of g, and of up to two directions."""
+
+PLACE_OF_SUM = {"w": 0, "g": 1, "u": 2, "d": 2, "r": 2, "u_g": 3}
+"""Where a sweep leaves a sum, by its name in `Sums`."""
 
 
 class Kind(Enum):
-    """What a sweep computes."""
+    """The formulas that compiled code knows: the first five for sums alone, the others for updates and their sums."""
 
     SUM_G = "g"
     SUM_W_G = "w, g"
@@ -44,13 +53,13 @@ class Kind(Enum):
 
 
 @dataclass
-class Numbers:
-    """What a sweep needs to know.
+class CompiledForm:
+    """An update, or sums, without its Python: which formula, and every number in it.
 
     Attributes:
-        kind: What it computes.
-        state: Names of the state that it reads and writes: first, second, third.
-        vectors: fp32, one number per layer.
+        kind: Which formula.
+        state: Names of the element-wise state that it reads and writes: first, second, third.
+        vectors: fp32, shape (layers of the group,) each, by the names in cpu_kernels.c and triton_kernels.py.
         scalars: The same for all layers.
     """
 
@@ -71,8 +80,8 @@ class Numbers:
             self.scalars["gsnr_floor"] = gsnr.floor
 
 
-def numbers_of_update(update: Any) -> Numbers | None:
-    """None if no sweep computes this update."""
+def compiled_update(update: Any) -> CompiledForm | None:
+    """The form of an update, None if it has none."""
     if isinstance(update, MomentumUpdate):
         return _momentum(update)
     if isinstance(update, AdamUpdate) and not (update.gsnr is not None and update.second_step is not None):
@@ -80,25 +89,27 @@ def numbers_of_update(update: Any) -> Numbers | None:
     return None
 
 
-def numbers_of_sums(sums: Sums) -> Numbers | None:
-    """None if no sweep measures these sums."""
-    names, of = frozenset(sums.names), sums.of
+def compiled_sums(stage: Stage) -> CompiledForm | None:
+    """The form of a stage's sums, None if it has none."""
+    if not isinstance(stage, Sums):
+        return None
+    names, of = frozenset(stage.names), stage.of
     if isinstance(of, AdamUpdate):
-        return numbers_of_update(of) if names <= {"w", "g", "u", "u_g"} else None
+        return compiled_update(of) if names <= {"w", "g", "u", "u_g"} else None
     kind = _kind_of_sums(names, of)
     if kind is None:
         return None
-    numbers = Numbers(kind)
+    form = CompiledForm(kind)
     if isinstance(of, Gsnr):
-        numbers.add_gsnr(of)
+        form.add_gsnr(of)
     elif isinstance(of, MomentumUpdate):
-        numbers.scalars["weight_decay"] = of.weight_decay
-        numbers.add_gsnr(of.gsnr)
-    return numbers
+        form.scalars["weight_decay"] = of.weight_decay
+        form.add_gsnr(of.gsnr)
+    return form
 
 
 def targets_of(update: Any, rule: TrustRule) -> dict[str, tuple[torch.Tensor, float]]:
-    """The vectors of an update's numbers that follow from a rule's ratio q: of each the fp64 b and the a in b·q·a."""
+    """The vectors of an update's form that follow from a rule's ratio q: of each the fp64 b and the a in b·q·a."""
     scaled = getattr(update, rule.scales)
     if rule.scales != "factor":
         return {rule.scales: (scaled, 1.0)}
@@ -118,24 +129,24 @@ def _kind_of_sums(names: frozenset[str], of: Any) -> Kind | None:
     return Kind.SUM_W_G_D if of is not None and of.scale is None and names <= {"w", "g", "d"} else None
 
 
-def _momentum(update: MomentumUpdate) -> Numbers:
-    numbers = Numbers(Kind.MOMENTUM if update.gsnr is None else Kind.MOMENTUM_GSNR, update.state)
-    numbers.add_vectors(
+def _momentum(update: MomentumUpdate) -> CompiledForm:
+    form = CompiledForm(Kind.MOMENTUM if update.gsnr is None else Kind.MOMENTUM_GSNR, update.state)
+    form.add_vectors(
         gradient_scale=update.factor if update.scale is None else update.factor * update.scale,
         weight_scale=update.factor * update.weight_decay,
         step=update.step,
     )
-    numbers.scalars = {"beta1": update.momentum, "nesterov": int(update.nesterov)}
-    numbers.add_gsnr(update.gsnr)
-    return numbers
+    form.scalars = {"beta1": update.momentum, "nesterov": int(update.nesterov)}
+    form.add_gsnr(update.gsnr)
+    return form
 
 
-def _adam(update: AdamUpdate) -> Numbers:
+def _adam(update: AdamUpdate) -> CompiledForm:
     kind = Kind.ADAM if update.second_step is None else Kind.LANS
     if update.gsnr is not None:
         kind = Kind.ADAM_GSNR if update.second_moment == "adapted" else Kind.ADAM_GSNR_MEAN
-    numbers = Numbers(kind, update.state)
-    numbers.add_vectors(
+    form = CompiledForm(kind, update.state)
+    form.add_vectors(
         gradient_scale=torch.ones_like(update.step) if update.scale is None else update.scale,
         step=update.step,
         second_step=update.second_step,
@@ -143,7 +154,7 @@ def _adam(update: AdamUpdate) -> Numbers:
         correction2=1 / update.correction2,
         correction3=None if update.correction3 is None else 1 / update.correction3,
     )
-    numbers.scalars = {
+    form.scalars = {
         "beta1": update.betas[0],
         "beta2": update.betas[1],
         "beta3": update.gsnr_beta,
@@ -151,5 +162,5 @@ def _adam(update: AdamUpdate) -> Numbers:
         "eps": update.eps,
         "weight_decay": update.weight_decay,
     }
-    numbers.add_gsnr(update.gsnr)
-    return numbers
+    form.add_gsnr(update.gsnr)
+    return form

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..formulas.stages import Sums
-from ..formulas.updates import TrustRule, Update
-from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update, targets_of
-from .interface import IMPORTED_IN, SETS_OF_GRADIENTS, Operands, Recent
+from ..formulas.stages import Stage, Sums
+from ..formulas.updates import TrustRule
+from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update, targets_of
+from .interface import IMPORTED_IN, SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
 __all__ = ["KERNELS", "CpuKernels"]
 
@@ -102,10 +102,10 @@ class _Step(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled functions, None where there are none or those of another version of this file."""
-    found = importlib.util.find_spec(f"{__package__}._cpu_kernels")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(f"{__package__}._cpu_kernels")
+    if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(found.origin)
+    library = ctypes.CDLL(spec.origin)
     if not all(hasattr(library, f"trustratio_{name}") for name in FUNCTIONS):
         return None
     library.trustratio_block.restype = library.trustratio_size.restype = ctypes.c_int64
@@ -251,62 +251,64 @@ class CpuSweeps:
         self.mean_square: array[int] | None = None
         self.level = _best_level()
 
-    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
-        numbers = numbers_of_sums(sums)
-        if numbers is None:
+    def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
+        form = compiled_sums(stage)
+        if form is None:
             return None
-        sweep, found = self._measuring(group, numbers, changing, keep=keep)
+        sweep, sums = self._measuring(group, form, keep=keep)
         self._run(sweep)
-        return found[[PLACE[name] for name in sums.names]]
+        return _named_sums(stage, sums)
 
-    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
-        measured, applied = numbers_of_sums(sums), numbers_of_update(sums.of)
+    def step(self, group: int, stage: Stage) -> LocalSums | None:
+        if not (isinstance(stage, Sums) and stage.rules):
+            return None
+        measured, applied = compiled_sums(stage), compiled_update(stage.of)
         if measured is None or applied is None:
             return None
+        # Runs of layers that stay in cache: each is measured, and applied before the next one is.
         table = self._table(group)
         tensors = 2 + len(measured.state)  # of which `measure` reads four bytes per element
         batches = table.batches(cache_bytes(table.threads) // (4 * tensors))
         if batches is None:
             return None
-        measure, found = self._measuring(group, measured, changing, keep=True)
+        measure, sums = self._measuring(group, measured, keep=True)
         apply = self._applying(group, applied, None)
         counters = torch.zeros(2 + 2 * table.threads, len(batches) - 1, dtype=torch.int64, device="cpu")
         changes = torch.zeros(table.layers, dtype=torch.uint8, device="cpu")
         apply.changes = changes.data_ptr()
-        step = _Step(ctypes.pointer(measure), ctypes.pointer(apply), len(batches) - 1, len(sums.rules))
+        # The compiled function works out the ratios of a run's layers by the rules, and puts them into `applied`.
+        step = _Step(ctypes.pointer(measure), ctypes.pointer(apply), len(batches) - 1, len(stage.rules))
         step.first_shard, step.changes = batches.data_ptr(), changes.data_ptr()
         step.measured, step.ready, step.taken = (counters[row].data_ptr() for row in range(3))
-        alive = [_fill(place, rule, sums.of, applied) for place, rule in zip(step.rule, sums.rules, strict=False)]
+        alive = [_fill(place, rule, stage.of, applied) for place, rule in zip(step.rule, stage.rules, strict=False)]
         if measure.shards:
             _compiled().trustratio_step(ctypes.byref(step), self.level)
         del alive
-        return found[[PLACE[name] for name in sums.names]]
+        return _named_sums(stage, sums)
 
-    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
-        numbers = numbers_of_update(update)
-        if numbers is None:
+    def apply(self, group: int, update: ElementUpdate) -> bool:
+        form = compiled_update(update)
+        if form is None:
             return False
-        self._run(self._applying(group, numbers, changing))
+        self._run(self._applying(group, form, self.operands.groups[group].table.has_gradient()))
         return True
 
-    def _measuring(
-        self, group: int, numbers: Numbers, changing: torch.Tensor | None, *, keep: bool
-    ) -> tuple[_Sweep, torch.Tensor]:
-        """The struct, and where the sums will be."""
+    def _measuring(self, group: int, form: CompiledForm, *, keep: bool) -> tuple[_Sweep, torch.Tensor]:
+        """The struct, and where the sums will be, shape (PLACES, layers)."""
         table = self._table(group)
-        found = torch.zeros(PLACES, table.layers, dtype=torch.float64, device="cpu")
-        sweep = self._sweep(table, numbers, changing)
-        if numbers.kind.is_adam and keep:
+        sums = torch.zeros(PLACES, table.layers, dtype=torch.float64, device="cpu")
+        sweep = self._sweep(table, form, self.operands.groups[group].table.may_change())
+        if form.kind.is_adam and keep:
             assert group not in self.idle, "a direction is measured once per step"
             self.idle[group] = torch.zeros(table.blocks, dtype=torch.uint8, device="cpu")
             sweep.kind += MEASURE_AND_KEEP
             sweep.idle = self.idle[group].data_ptr()
-        sweep.sums, sweep.partial = found.data_ptr(), table.partial.data_ptr()
-        return sweep, found
+        sweep.sums, sweep.partial = sums.data_ptr(), table.partial.data_ptr()
+        return sweep, sums
 
-    def _applying(self, group: int, numbers: Numbers, changing: torch.Tensor | None) -> _Sweep:
-        sweep = self._sweep(self._table(group), numbers, changing)
-        if numbers.kind.is_adam:
+    def _applying(self, group: int, form: CompiledForm, changing: torch.Tensor | None) -> _Sweep:
+        sweep = self._sweep(self._table(group), form, changing)
+        if form.kind.is_adam:
             idle = self.idle.get(group)
             sweep.kind += APPLY if idle is None else APPLY_KEPT
             sweep.idle = None if idle is None else idle.data_ptr()
@@ -314,41 +316,41 @@ class CpuSweeps:
 
     def _table(self, group: int) -> _GroupTable:
         if group not in self.tables:
-            layout = self.operands.layout
-            of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
+            layers = self.operands.groups[group].layers
             shards = self.shards.only(self.shards.group == group)
-            shards = _Shards(shards.tensor, shards.start, shards.length, shards.layer - of_group[0], shards.group)
+            shards = _Shards(shards.tensor, shards.start, shards.length, shards.layer - layers.start, shards.group)
+            # Each block of a shard has a place of its own for its sums, so that threads need not agree on an order.
             block = _block()
             ends = ((shards.length + block - 1) // block).cumsum(0)
             first_block = torch.cat([ends.new_zeros(1), ends])
             blocks = int(first_block[-1])
             partial = torch.empty(blocks * PLACES, dtype=torch.float64, device="cpu")
             self.tables[group] = _GroupTable(
-                shards, len(of_group), int(shards.length.sum()), first_block, blocks, partial
+                shards, len(layers), int(shards.length.sum()), first_block, blocks, partial
             )
         return self.tables[group]
 
-    def _sweep(self, table: _GroupTable, numbers: Numbers, changing: torch.Tensor | None) -> _Sweep:
+    def _sweep(self, table: _GroupTable, form: CompiledForm, changing: torch.Tensor | None) -> _Sweep:
         """The struct, with everything that it points to kept alive by it."""
-        sweep = _Sweep(kind=CODES[numbers.kind], threads=table.threads, shards=len(table.shards.tensor))
+        sweep = _Sweep(kind=CODES[form.kind], threads=table.threads, shards=len(table.shards.tensor))
         sweep.layers = table.layers
-        sweep.alive = numbers, table
+        sweep.alive = form, table
         for name in ("tensor", "start", "length", "layer"):
             setattr(sweep, name, getattr(table.shards, name).data_ptr())
         sweep.first_block = table.first_block.data_ptr()
         for name in ("weight_types", "gradient_types", "weights", "gradients"):
             setattr(sweep, name[:-1], _address(getattr(self, name)))
-        for place, name in zip(("first", "second", "third"), numbers.state, strict=False):
+        for place, name in zip(("first", "second", "third"), form.state, strict=False):
             setattr(sweep, place, _address(self.state[name]))
-        for name, vector in numbers.vectors.items():
+        for name, vector in form.vectors.items():
             assert vector.shape == (table.layers,)
             setattr(sweep, name, vector.data_ptr())
-        for name, number in numbers.scalars.items():
+        for name, number in form.scalars.items():
             setattr(sweep, name, number)
         if changing is not None:
             sweep.changing = changing.contiguous()
             sweep.changes = sweep.changing.data_ptr()
-        if numbers.kind.has_gsnr:
+        if form.kind.has_gsnr:
             self._mean_square(sweep)
         return sweep
 
@@ -364,27 +366,32 @@ class CpuSweeps:
             _compiled().trustratio_sweep(ctypes.byref(sweep), self.level)
 
 
-def _fill(place: _Rule, rule: TrustRule, update: Any, numbers: Numbers) -> list[torch.Tensor]:
+def _named_sums(stage: Stage, sums: torch.Tensor) -> LocalSums:
+    """The sums that a stage asks for, of those that a sweep has left, shape (PLACES, layers)."""
+    return LocalSums(sums[[PLACE_OF_SUM[name] for name in stage.sum_sizes]])
+
+
+def _fill(place: _Rule, rule: TrustRule, update: Any, form: CompiledForm) -> list[torch.Tensor]:
     """Describe a rule to the compiled functions; what it points to is returned and must be kept."""
     for name in ("coefficient", "weight", "gradient", "direction", "constant"):
         setattr(place, name, getattr(rule, name))
     place.low, place.high = rule.bounds
-    place.place = PLACE[rule.direction_name]
+    place.place = PLACE_OF_SUM[rule.direction_name]
     alive = [adapt := rule.adapt.contiguous()]
     place.adapt = adapt.data_ptr()
     targets = targets_of(update, rule)
     place.targets = len(targets)
     for index, (name, (base, factor)) in enumerate(targets.items()):
         alive.append(base := base.contiguous())
-        place.vector[index], place.base[index] = numbers.vectors[name].data_ptr(), base.data_ptr()
+        place.vector[index], place.base[index] = form.vectors[name].data_ptr(), base.data_ptr()
         place.factor[index] = factor
     return alive
 
 
 def cache_bytes(threads: int) -> int:
     """Of a batch: what the threads' own caches hold, at most half of the shared one and `CACHE_BYTES`."""
-    own, shared = (_compiled().trustratio_cache_bytes(level) for level in (2, 3))
-    wanted = threads * max(own, LEAST_BYTES_PER_THREAD) if own else CACHE_BYTES
+    of_thread, shared = (_compiled().trustratio_cache_bytes(level) for level in (2, 3))
+    wanted = threads * max(of_thread, LEAST_BYTES_PER_THREAD) if of_thread else CACHE_BYTES
     return min(wanted, CACHE_BYTES, shared // 2 or CACHE_BYTES)
 
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from ..formulas.stages import Sums
-from ..formulas.updates import Update
+from ..formulas.chunk_view import ChunkView
+from ..formulas.layer_table import LayerTable
+from ..formulas.rows import Rows
+from ..formulas.stages import Stage
 from ..sharding.layout import Layout
 
-__all__ = ["IMPORTED_IN", "SETS_OF_GRADIENTS", "ImplementationError", "Kernels", "Operands", "Recent", "Sweeps"]
+__all__ = [
+    "IMPORTED_IN",
+    "SETS_OF_GRADIENTS",
+    "ElementUpdate",
+    "GroupOperands",
+    "ImplementationError",
+    "Kernels",
+    "LocalSums",
+    "Operands",
+    "Recent",
+    "Sweeps",
+]
 
 
 class ImplementationError(RuntimeError):
@@ -38,72 +52,115 @@ class Recent:
 
     def find(self, content: Any, make: Callable[[], Any]) -> Any:
         """What was made of an equal content, else what `make` returns; what was asked for longest ago is dropped."""
-        found = next((pair for pair in self.made if pair[0] == content), None) or (content, make())
-        self.made = [found, *(pair for pair in self.made if pair is not found)][: self.most]
-        return found[1]
+        newest = next((pair for pair in self.made if pair[0] == content), None) or (content, make())
+        self.made = [newest, *(pair for pair in self.made if pair is not newest)][: self.most]
+        return newest[1]
 
 
+@dataclass
+class GroupOperands:
+    """One parameter group in a `step()` call.
+
+    Attributes:
+        options: The entry of the optimizer's `param_groups`.
+        layers: Indices of its layers into `Layout.layers`.
+        tensors: Indices of its local tensors into `Layout.tensors`.
+        table: The numbers of its layers. Sums that have been reduced are there.
+    """
+
+    options: dict[str, Any]
+    layers: range
+    tensors: Sequence[int]
+    table: LayerTable
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of its layers, where a stage measures them."""
+        assert self.table.rows is not None, "the optimizer's has_rows() is False for this group"
+        return self.table.rows
+
+
+@dataclass
 class Operands:
-    """The contiguous tensors of one `step()` call, by the index of their local tensor in the layout.
+    """What one `step()` call works on; tensors are contiguous, by the index of their local tensor in the layout.
 
     Attributes:
         layout: Of the call.
         weights: Local parts.
         gradients: None counts as zero.
         state: Element-wise state by name.
+        groups: The parameter groups by their index.
         mean_square: Mean squares of the groups' gradients and their factor, where they are wanted.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        weights: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-        state: Mapping[str, Sequence[torch.Tensor]],
-    ):
-        self.layout = layout
-        self.weights = weights
-        self.gradients = gradients
-        self.state = state
-        self.mean_square: tuple[Sequence[torch.Tensor], torch.Tensor] | None = None
+    layout: Layout
+    weights: Sequence[torch.Tensor]
+    gradients: Sequence[torch.Tensor | None]
+    state: Mapping[str, Sequence[torch.Tensor]]
+    groups: Mapping[int, GroupOperands] = field(default_factory=dict)
+    mean_square: tuple[Sequence[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class LocalSums:
+    """What this rank's shards of one parameter group add to the sums of a stage.
+
+    Attributes:
+        of_layers: fp64, shape (numbers, layers of the group); a row for each name of the stage's `sum_sizes`, or as
+            many as that says.
+        of_rows: fp64, shape (rows on this rank,), for each of the stage's `row_names`.
+    """
+
+    of_layers: torch.Tensor
+    of_rows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class ElementUpdate(Protocol):
+    """What happens to an element: an `Update`, or the formula of an algorithm that no such description fits."""
+
+    @property
+    def change(self) -> Callable[[ChunkView], torch.Tensor]:
+        """Updates the state in a chunk and returns what is subtracted from its weights."""
 
 
 class Sweeps(Protocol):
-    """The sweeps of one `step()` call over those tensors that an implementation serves."""
+    """The sweeps of one `step()` call over those local tensors that an implementation serves.
 
-    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
-        """Measure sums of one parameter group, shape (names, layers of the group), fp64.
+    Layers that are known not to change by then (`LayerTable.may_change`) need not be measured, and are never written.
+    """
+
+    def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
+        """Measure a stage of one parameter group.
 
         Args:
             group: Index of the parameter group.
-            sums: What to measure.
-            changing: Layers that may change, as far as that is known; the others need not be measured.
-            keep: Whether updated state may be written, except where a block's gradient is zero.
+            stage: What to measure.
+            keep: Whether the state that is updated for this may be written, except where a block's gradient is zero.
 
         Returns:
-            None if the implementation does not know these sums.
+            None if the implementation does not know this stage.
         """
 
-    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
-        """Measure a group's last sums and apply its update by their rules, layer by layer, in one go.
+    def step(self, group: int, stage: Stage) -> LocalSums | None:
+        """Measure a group's last stage and apply its update by the stage's rules, layer by layer, in one go.
 
         All layers must be complete and served, and nothing else may stop the step.
 
         Args:
-            group: As for `measure`.
-            sums: What to measure, with rules.
-            changing: As for `measure`.
+            group: Index of the parameter group.
+            stage: What to measure.
 
         Returns:
-            The sums, as `measure`; None if nothing was done, because this is not worth it or not known here.
+            As `measure`; None if nothing was done, because the stage has no rules, or this is not worth it or not
+            known here.
         """
 
-    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
+    def apply(self, group: int, update: ElementUpdate) -> bool:
         """Update state and weights of the group's changing layers; False if the update is not known."""
 
 
 class Kernels(Protocol):
-    """An implementation."""
+    """A compiled implementation."""
 
     name: str
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from ..formulas.stages import Sums
-from ..formulas.updates import Update
-from .compiled_form import PLACE, PLACES, Kind, Numbers, numbers_of_sums, numbers_of_update
-from .interface import SETS_OF_GRADIENTS, Operands, Recent
+from ..formulas.stages import Stage
+from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update
+from .interface import SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
 try:
     import triton
@@ -102,55 +101,57 @@ class TritonSweeps:
         ]
         self.idle: dict[int, list[torch.Tensor]] = {}
 
-    def measure(self, group: int, sums: Sums, changing: torch.Tensor | None, *, keep: bool) -> torch.Tensor | None:
-        numbers = numbers_of_sums(sums)
-        if numbers is None:
+    def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
+        form = compiled_sums(stage)
+        if form is None:
             return None
-        layers = self._group(group)[0]
+        layers = len(self.operands.groups[group].layers)
         total = torch.zeros(PLACES, layers, dtype=torch.float64, device=self.device)
         mode = MEASURE
-        if numbers.kind.is_adam and keep:
+        if form.kind.is_adam and keep:
             assert group not in self.idle, "a direction is measured once per step"
             mode = MEASURE_AND_KEEP
-        for blocks, partial in self._sweep(group, numbers, changing, mode):
+        for blocks, partial in self._sweep(group, form, self.operands.groups[group].table.may_change(), mode):
             with _launching_on(self.device):
                 _fold[(layers, PLACES)](partial, blocks.ends, total, len(blocks.rows), layers, BLOCK=FOLD)
         # An index made of a list would wait for the device.
-        return torch.stack([total[PLACE[name]] for name in sums.names])
+        return LocalSums(torch.stack([total[PLACE_OF_SUM[name]] for name in stage.sum_sizes]))
 
-    def step(self, group: int, sums: Sums, changing: torch.Tensor | None) -> torch.Tensor | None:
+    def step(self, group: int, stage: Stage) -> LocalSums | None:
         """Nothing: blocks of a launch run in no order that a cache could make use of."""
         return None
 
-    def apply(self, group: int, update: Update, changing: torch.Tensor) -> bool:
-        numbers = numbers_of_update(update)
-        if numbers is None:
+    def apply(self, group: int, update: ElementUpdate) -> bool:
+        form = compiled_update(update)
+        if form is None:
             return False
-        self._sweep(group, numbers, changing, APPLY_KEPT if group in self.idle else APPLY)
+        changing = self.operands.groups[group].table.has_gradient()
+        self._sweep(group, form, changing, APPLY_KEPT if group in self.idle else APPLY)
         return True
 
     def _sweep(
-        self, group: int, numbers: Numbers, changing: torch.Tensor | None, mode: int
+        self, group: int, form: CompiledForm, changing: torch.Tensor | None, mode: int
     ) -> list[tuple[_Blocks, torch.Tensor]]:
         """Launch the kernel for each combination of dtypes; return their blocks' sums, shape (PLACES, blocks)."""
-        layers, all_blocks = self._group(group)
+        all_blocks = self._group_blocks(group)
         if changing is None:
-            changing = torch.ones(layers, dtype=torch.bool, device=self.device)
+            changing = torch.ones(len(self.operands.groups[group].layers), dtype=torch.bool, device=self.device)
+        # A kernel has an argument for every vector; this one stands in for those that its kind does not read.
         some = changing.to(torch.float32)
         changing = changing.to(torch.int64)
         if mode == MEASURE_AND_KEEP:
             self.idle[group] = [
                 torch.zeros(len(blocks.rows), dtype=torch.int64, device=self.device) for blocks in all_blocks
             ]
-        vectors = [numbers.vectors.get(name, some) for name in VECTORS]
-        scalars = [float(numbers.scalars.get(name, 0.0)) for name in SCALARS]
-        complements = [1.0 - numbers.scalars.get("beta2", 0.0), 1.0 - numbers.scalars.get("beta3", 0.0)]
+        vectors = [form.vectors.get(name, some) for name in VECTORS]
+        scalars = [float(form.scalars.get(name, 0.0)) for name in SCALARS]
+        complements = [1.0 - form.scalars.get("beta2", 0.0), 1.0 - form.scalars.get("beta3", 0.0)]
         weights = self._pointers("weights", self.operands.weights)
         gradients = self._pointers("gradients", self.operands.gradients)
-        state = [self._pointers(name, self.operands.state[name]) for name in numbers.state]
+        state = [self._pointers(name, self.operands.state[name]) for name in form.state]
         state += [weights] * (3 - len(state))
         mean_square, factor = weights, some
-        if numbers.kind.has_gsnr:
+        if form.kind.has_gsnr:
             assert self.operands.mean_square is not None
             mean_square = self._pointers("mean_square", self.operands.mean_square[0])
             factor = self.operands.mean_square[1].to(torch.float32).reshape(1)
@@ -161,13 +162,13 @@ class TritonSweeps:
             partial = torch.zeros(PLACES, count, dtype=torch.float64, device=self.device)
             idle = self.idle[group][index] if group in self.idle else changing
             with _launching_on(self.device):
-                _KERNELS[_family(numbers.kind)][(count,)](
+                _KERNELS[_family(form.kind)][(count,)](
                     *(blocks.rows, changing, idle, partial, count),
                     *(weights, gradients, *state, mean_square, factor, *vectors, *scalars, *complements),
-                    KIND=numbers.kind.name,
+                    KIND=form.kind.name,
                     MODE=mode,
-                    MOMENTUM=bool(numbers.state),
-                    NESTEROV=bool(numbers.scalars.get("nesterov", 0)),
+                    MOMENTUM=bool(form.state),
+                    NESTEROV=bool(form.scalars.get("nesterov", 0)),
                     WEIGHT=_TL_TYPES[blocks.weight_type],
                     GRADIENT=_TL_TYPES[blocks.gradient_type],
                     BLOCK=BLOCK,
@@ -177,24 +178,26 @@ class TritonSweeps:
 
     # What lies on the device
 
-    def _group(self, group: int) -> tuple[int, list[_Blocks]]:
-        """Number of layers and blocks of a group, for the tensors that are served now."""
-        return self._table(("blocks", group), self.types, lambda: self._make_group(group), SETS_OF_GRADIENTS)
+    def _group_blocks(self, group: int) -> list[_Blocks]:
+        """The blocks of a group, for the tensors that are served now."""
+        blocks: list[_Blocks] = self._table(
+            ("blocks", group), self.types, lambda: self._make_group_blocks(group), SETS_OF_GRADIENTS
+        )
+        return blocks
 
-    def _make_group(self, group: int) -> tuple[int, list[_Blocks]]:
-        layout = self.operands.layout
-        of_group = [i for i, layer in enumerate(layout.layers) if layout.groups[layer.tensor] == group]
+    def _make_group_blocks(self, group: int) -> list[_Blocks]:
+        layout, layers = self.operands.layout, self.operands.groups[group].layers
         rows: list[tuple[Any, ...]] = []
         for shard in layout.shards:
             tensor = layout.layers[shard.layer].tensor
             if layout.groups[tensor] == group and self.types[tensor] is not None:
                 for begin in range(0, shard.length, BLOCK):
                     length = min(BLOCK, shard.length - begin)
-                    row = tensor, shard.start + begin, length, shard.layer - of_group[0]
+                    row = tensor, shard.start + begin, length, shard.layer - layers.start
                     rows.append((self.types[tensor], row))
         rows.sort(key=lambda typed: (typed[0], typed[1][3]))
         by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
-        return len(of_group), [self._blocks(types, of, len(of_group)) for types, of in by_type]
+        return [self._blocks(types, of, len(layers)) for types, of in by_type]
 
     def _blocks(self, types: tuple[str, str], rows: list[tuple[int, ...]], layers: int) -> _Blocks:
         counts = torch.bincount(torch.tensor([row[3] for row in rows]), minlength=layers)

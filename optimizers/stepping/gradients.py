@@ -39,6 +39,7 @@ def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
             gradients.append(_like(layout, index, gradient, tensor))
             continue
         if placements_of(gradient) != placements_of(tensor):
+            # A plain sum waits for the others below; what is cut in another way is cut anew at once.
             _check_kind(layout, index, gradient)
             process_group = _sum_over(gradient, tensor)
             if process_group is None:
@@ -91,14 +92,14 @@ def _lacking(process_group: dist.ProcessGroup, dtype: torch.dtype, tensors: Sequ
 def _sum_over(gradient: Any, tensor: Any) -> dist.ProcessGroup | None:
     """The ranks over which a gradient is a plain sum and otherwise cut like its tensor; None for any other case."""
     differing = [
-        (dimension, found)
-        for dimension, (found, wanted) in enumerate(zip(gradient.placements, tensor.placements, strict=True))
-        if found != wanted
+        (dimension, placement)
+        for dimension, (placement, wanted) in enumerate(zip(gradient.placements, tensor.placements, strict=True))
+        if placement != wanted
     ]
     if len(differing) != 1 or gradient.device_mesh != tensor.device_mesh:
         return None
-    ((dimension, found),) = differing
-    is_sum = found.is_partial() and getattr(found, "reduce_op", None) == "sum"
+    ((dimension, placement),) = differing
+    is_sum = placement.is_partial() and getattr(placement, "reduce_op", None) == "sum"
     return tensor.device_mesh.get_group(dimension) if is_sum and tensor.placements[dimension].is_replicate() else None
 
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from ..formulas.chunks import Chunk, cut_into_chunks
 from ..formulas.rows import Rows
-from ..kernels.interface import SETS_OF_GRADIENTS, Recent
 from ..sharding.abandoned_parameters import MissingGradients
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
@@ -27,6 +25,7 @@ class Plan:
 
     layout: Layout
     group_layers: dict[int, range]  # group index -> its layers
+    group_tensors: dict[int, list[int]]  # group index -> its local tensors
     tensor_layers: list[range]  # local tensor -> the layers it carries
     cuts: list[Any]  # how the tensors of the call, those without elements too, were cut
     missing_gradients: MissingGradients
@@ -38,12 +37,15 @@ class Plan:
         carried: list[list[int]] = [[] for _ in layout.tensors]
         for index, layer in enumerate(layout.layers):
             carried[layer.tensor].append(index)
-        groups: dict[int, list[int]] = {}
-        for group, layers in zip(layout.groups, carried, strict=True):
-            groups.setdefault(group, []).extend(layers)
+        group_layers: dict[int, list[int]] = {}
+        group_tensors: dict[int, list[int]] = {}
+        for tensor, (group, layers) in enumerate(zip(layout.groups, carried, strict=True)):
+            group_layers.setdefault(group, []).extend(layers)
+            group_tensors.setdefault(group, []).append(tensor)
         return cls(
             layout=layout,
-            group_layers={group: _as_range(layers) for group, layers in groups.items()},
+            group_layers={group: _as_range(layers) for group, layers in group_layers.items()},
+            group_tensors=group_tensors,
             tensor_layers=[_as_range(layers) for layers in carried],
             cuts=[cut_of(tensor) for tensor in tensors],
             missing_gradients=MissingGradients(len(tensors)),
@@ -58,17 +60,18 @@ class Plan:
         if not (names and self.layout.reductions):
             return
         device = self.layout.device
-        own_states = [states[tensor] for tensor in self.layout.tensors]
+        states_here = [states[tensor] for tensor in self.layout.tensors]
         for name in names:
-            known = [name in state or name in state.get("layers", {}) for state in own_states]
+            # The mean over the ranks that know a layer's number: a sum of those, and one of how many they are.
+            known = [name in state or name in state.get("layers", {}) for state in states_here]
             values = [
                 read_numbers(state, name, count, device).to(torch.float64).expand(count)
-                for state, count in zip(own_states, self.layer_counts, strict=True)
+                for state, count in zip(states_here, self.layer_counts, strict=True)
             ]
             mask = torch.cat([torch.full_like(v, there) for v, there in zip(values, known, strict=True)])
             total, ranks = self.layout.reduce(torch.stack([torch.cat(values) * mask, mask]))
             shared = (total / ranks.clamp(min=1)).split(self.layer_counts)
-            for state, there, of_tensor, tensor in zip(own_states, known, shared, self.layout.tensors, strict=True):
+            for state, there, of_tensor, tensor in zip(states_here, known, shared, self.layout.tensors, strict=True):
                 if not there and len(of_tensor):
                     write_numbers(state, name, of_tensor.to(state_dtype(tensor, name)))
 
@@ -77,17 +80,9 @@ class Plan:
         """How many layers each local tensor carries."""
         return [len(layers) for layers in self.tensor_layers]
 
-    def recent(self, name: str) -> Recent:
-        """What was made of the sets of layers that had a gradient in the last steps."""
-        recent: Recent = self.cache.setdefault(name, Recent(SETS_OF_GRADIENTS))
-        return recent
-
-    @functools.cached_property
-    def chunks(self) -> list[Chunk]:
-        return cut_into_chunks(self.layout)
-
     @functools.cached_property
     def names(self) -> list[str]:
+        """The names of all layers, those of the first group first."""
         return [self.layout.layers[index].name for layers in self.group_layers.values() for index in layers]
 
 

@@ -30,7 +30,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any]) -> None:
 
 
 def variants() -> list[tuple[Any, dict[str, Any]]]:
-    found: list[tuple[Any, dict[str, Any]]] = [(triton_kernels._fold, {"BLOCK": triton_kernels.FOLD})]
+    kernels: list[tuple[Any, dict[str, Any]]] = [(triton_kernels._fold, {"BLOCK": triton_kernels.FOLD})]
     for kind in Kind:
         for mode in range(4) if kind.is_adam else (triton_kernels.APPLY,):
             constants = {
@@ -38,8 +38,8 @@ def variants() -> list[tuple[Any, dict[str, Any]]]:
                 **{"WEIGHT": triton_kernels._TL_TYPES["bf16"], "GRADIENT": triton_kernels._TL_TYPES["fp32"]},
                 "BLOCK": triton_kernels.BLOCK,
             }
-            found.append((triton_kernels._KERNELS[triton_kernels._family(kind)], constants))
-    return found
+            kernels.append((triton_kernels._KERNELS[triton_kernels._family(kind)], constants))
+    return kernels
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 from trustratio.optimizers.kernels import choice, interface, triton_kernels
 
 from ..swept import SWEPT
-from . import test_kernels
+from . import test_kernels_guarantees as guarantees
+from .kernel_runs import assert_close, flat_run, states
 from .test_generic import backward, make_gradients, make_parameters, values
-from .test_kernels import assert_close, flat_run, states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*group.* of samples per step.*"),
@@ -98,9 +98,9 @@ def test_layers_of_several_dtypes() -> None:
 def test_guarantees(name: str) -> None:
     """The same tests as the CPU's sweeps have to pass."""
     if OPTIMIZERS[name].group_statistics:
-        test_kernels.test_a_gradient_that_is_not_finite_changes_nothing(name, "triton")
+        guarantees.test_a_gradient_that_is_not_finite_changes_nothing(name, "triton")
     else:
-        test_kernels.test_state_is_not_written_before_the_groups_are_known_to_be_finite("triton")
+        guarantees.test_state_is_not_written_before_the_groups_are_known_to_be_finite("triton")
 
 
 def test_without_a_gpu() -> None:
