@@ -47,7 +47,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     # The step -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -148,7 +148,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def parameter_name(self, parameter: torch.Tensor) -> str | None:
         """The name that came with the parameter, if any."""
-        return self._names.get(parameter)
+        name: str | None = self._names.get(parameter)
+        return name
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Name the parameters that came without a name, e.g. from a trainer that makes the groups itself.

@@ -79,7 +79,8 @@ class ChunkView:
         state, inputs = self.__dict__.get("_state", {}), self.__dict__.get("_inputs", {})
         if name in inputs:
             flats, factor = inputs[name]
-            self.__dict__[name] = scaled = self._chunk.read(flats, self.dtype)[0] * factor.to(self.dtype)
+            scaled: torch.Tensor = self._chunk.read(flats, self.dtype)[0] * factor.to(self.dtype)
+            self.__dict__[name] = scaled
             return scaled
         if name not in state:
             raise AttributeError(f"a chunk has w, g, {list(inputs)} and the state {list(state)}, not {name}")

@@ -403,12 +403,12 @@ def _compiled() -> ctypes.CDLL:
 
 @functools.cache
 def _block() -> int:
-    return _compiled().trustratio_block()
+    return int(_compiled().trustratio_block())
 
 
 @functools.cache
 def _best_level() -> int:
-    return _compiled().trustratio_best_level()
+    return int(_compiled().trustratio_best_level())
 
 
 def _pointers(tensors: Iterable[torch.Tensor | None]) -> array[int]:

@@ -207,7 +207,8 @@ class TritonSweeps:
     def _pointers(self, name: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Addresses as a tensor on the device, sent there if they differ from the last step's."""
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        return self._table(("pointers", name), addresses, lambda: self._send(addresses))
+        pointers: torch.Tensor = self._table(("pointers", name), addresses, lambda: self._send(addresses))
+        return pointers
 
     def _send(self, addresses: list[int]) -> torch.Tensor:
         on_host = torch.tensor(addresses, dtype=torch.int64)

@@ -56,7 +56,8 @@ class TensorParallel:
         for name in (*(("get_expert_tensor_parallel_group",) if expert else ()), *names):
             find = getattr(self.mpu, name, None)
             if find is not None:
-                return find()
+                group: dist.ProcessGroup = find()
+                return group
         return self.process_group
 
     def ranks_of(self, parameter: torch.Tensor) -> dist.ProcessGroup | None:

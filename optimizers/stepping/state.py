@@ -39,7 +39,8 @@ def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -
     if name not in state:
         dense = torch.contiguous_format
         state[name] = torch.zeros_like(tensor, dtype=state_dtype(tensor, name), memory_format=dense)
-    return state[name]
+    values: torch.Tensor = state[name]
+    return values
 
 
 def layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, layers: int) -> torch.Tensor:

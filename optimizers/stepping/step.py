@@ -140,6 +140,7 @@ class Step:
         every_layer = torch.arange(packed.shape[1], device=packed.device).repeat(len(packed))
         owners = torch.cat([every_layer, *(rows.slot_layers for rows, _ in row_sums)])
         reduced = self.layout.reduce(torch.cat(columns).unsqueeze(0), owners).squeeze(0)
+        of_layers: torch.Tensor
         of_layers, *of_cut_rows = reduced.split([len(column) for column in columns])
         for (rows, sums), completed in zip(row_sums, of_cut_rows, strict=True):
             rows.put_cut(sums, completed)
@@ -238,7 +239,7 @@ class Step:
         return GroupOperands(options, layers, self.plan.group_tensors[index], table)
 
     def _adapt(self, group: int, layers: Sequence[Any], option: bool | None) -> torch.Tensor:
-        known = self.plan.cache
+        known: dict[Any, torch.Tensor] = self.plan.cache
         if (group, option) not in known:
             known[group, option] = torch.tensor(
                 [adapts(layer, option) for layer in layers], device=self.layout.device, dtype=torch.bool
