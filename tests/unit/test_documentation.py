@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +25,11 @@ TODAYS = [page for page in PAGES if page.name != "CHANGELOG.md"]
 
 FILES = ["/" + path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 FILES += [f"/{path.name}" for path in ROOT.iterdir()]
-FILES_OF_OTHERS = {"ds_to_universal.py", "opt/tvlars.py"}
-"""DeepSpeed's converter, and the file with TVLARS in its authors' repository."""
+FILES_ELSEWHERE = {
+    *("ds_to_universal.py", "opt/tvlars.py"),  # DeepSpeed's converter; TVLARS in its authors' repository
+    *("layerwise_lion.py", "layerwise_lion_reference.py"),  # the reader's own, in docs/adding-an-optimizer.md
+    *("test_layerwise_lion.py", "tests/distributed/test_layerwise_lion.py"),
+}
 
 NAMES_THAT_ARE_NO_MODULES = {"trustratio.backends"}
 """The group of entry points."""
@@ -103,8 +107,8 @@ def missing_files(page: Path) -> list[str]:
     A path with a word in capitals is a pattern. A source file may be named from any folder on, as in `lamb.py`.
     """
     text = page.read_text(encoding="utf-8")
-    paths = {path for path in PATH.findall(text) if not re.search(r"[A-Z]{4}(?!.*\.md)", path)}
-    sources = set(SOURCE_FILE.findall(text)) - FILES_OF_OTHERS
+    paths = {path for path in PATH.findall(text) if not re.search(r"[A-Z]{4}(?!.*\.md)", path)} - FILES_ELSEWHERE
+    sources = set(SOURCE_FILE.findall(text)) - FILES_ELSEWHERE
     missing = {path for path in paths if not (ROOT / path).exists() and not (page.parent / path).exists()}
     missing |= {source for source in sources if not any(file.endswith(f"/{source}") for file in FILES)}
     return sorted(missing)
@@ -126,7 +130,7 @@ def names(page: Path) -> Iterator[str]:
     yield from set(DOTTED_NAME.findall(text)) - NAMES_THAT_ARE_NO_MODULES
     for language, block in FENCED.findall(text):
         if language == "python":
-            for node in ast.walk(ast.parse(block)):
+            for node in ast.walk(ast.parse(textwrap.dedent(block))):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trustratio"):
                     yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
