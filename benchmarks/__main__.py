@@ -1,4 +1,4 @@
-"""Measures steps beside other packages' and writes docs/benchmarks.json and docs/benchmarks.md.
+"""Measures steps beside other packages' and writes docs/results/benchmarks.json and docs/benchmarks.md.
 
 python -m benchmarks                      # everything, on a quiet machine: about 12 minutes on two cores
 python -m benchmarks bert-base statistics # some parts; the others keep their old numbers
@@ -24,7 +24,7 @@ from benchmarks.machine import copy_bandwidth, describe_machine
 from benchmarks.shapes import SHAPES, equal_layers
 from benchmarks.tables import PARTS, markdown
 
-OUTPUT = Path(__file__).parent.parent / "docs"
+OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "results"
 ROUNDS = 15
 FEWER_ROUNDS = 9  # of whole updates
 FEW_ROUNDS = 5  # of what takes seconds each
@@ -63,17 +63,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing is written")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page of old numbers")
-    parser.add_argument("--out", type=Path, default=None, help="default: docs/benchmarks[_DEVICE].json and .md")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="default: docs/results/benchmarks[_cuda].json; the page: beside it, or docs/",
+    )
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
         parser.error(f"unknown parts {', '.join(unknown)}; allowed are {', '.join(PARTS)}")
     if options.threads:
         torch.set_num_threads(options.threads)
-    out = options.out or OUTPUT / ("benchmarks.json" if options.device == "cpu" else "benchmarks_cuda.json")
+    name = "benchmarks.json" if options.device == "cpu" else "benchmarks_cuda.json"
+    out = (options.out or OUTPUT / name).resolve()
     results = json.loads(out.read_text()) if out.exists() and not options.smoke else {}
     if options.page:
-        out.with_suffix(".md").write_text(markdown(results))
+        write_page(out, results)
         return
     machine = {
         **describe_machine(options.device),
@@ -88,7 +94,14 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{title}\n\n{table(results[name])}", flush=True)
         if not options.smoke:
             out.write_text(dump(results))
-            out.with_suffix(".md").write_text(markdown(results))
+            write_page(out, results)
+
+
+def write_page(numbers: Path, results: dict[str, Any]) -> None:
+    """Write the page of some numbers: beside them, but in docs/ for those in docs/results/."""
+    folder = OUTPUT.parent if numbers.parent == OUTPUT else numbers.parent
+    page = folder / f"{numbers.stem}.md"
+    page.write_text(markdown(results, numbers.relative_to(folder).as_posix()))
 
 
 def dump(results: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
 
 shards a small transformer over two processes with `fully_shard`, and counts the collectives inside `optimizer.step()`
 with torch's CommDebugMode. Step times are medians over the steps after the first. Needs timm, no GPU; writes
-docs/fsdp_collectives.json and prints a table.
+docs/results/fsdp_collectives.json and prints a table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch.multiprocessing
 RANKS = 2
 STEPS = 15
 LAYERS = 4
-OUTPUT = Path(__file__).parent.parent / "docs"
+OUTPUT = Path(__file__).parent.parent / "docs" / "results"
 
 
 def timm_optimizer(module: str, name: str) -> Any:

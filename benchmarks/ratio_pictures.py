@@ -4,8 +4,8 @@
 
 trains the recipe's tiny BERT on its default corpus with every registered optimizer, one process, 100 steps of 64
 sequences in 8 micro-batches, and draws layers x steps: the trust ratio, or for optimizers without one (NovoGrad, SNGM,
-VRSGD, VRAdam, CowClip) the relative length of the step, |change of w| / (lr |w|). Writes docs/ratios.png and
-docs/ratios.json. The learning rates are the registry's guesses: the pictures compare patterns, not optimizers.
+VRSGD, VRAdam, CowClip) the relative length of the step, |change of w| / (lr |w|). Writes docs/results/ratios.png and
+docs/results/ratios.json. The learning rates are the registry's guesses: the pictures compare patterns, not optimizers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trustratio.recipes.model.masked_language_model import build_model, padded_v
 from trustratio.recipes.model.optimizer import build_optimizer
 from trustratio.recipes.rules.global_batch import plan_batch
 
-OUTPUT = Path(__file__).parent.parent / "docs"
+OUTPUT = Path(__file__).parent.parent / "docs" / "results"
 BATCH, MICRO = 64, 8
 
 

@@ -4,7 +4,7 @@
 
 trains the same small transformer for five steps on two processes, unsharded and under ZeRO-1, 2 and 3, and compares
 how far each layer moved: |w - w0| sharded over |w - w0| unsharded. 1 is right. Needs DeepSpeed and matplotlib, no GPU;
-writes docs/sharded_norms.json and docs/sharded_norms.png.
+writes docs/results/sharded_norms.json and .png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.ranks import run_on_ranks
 RANKS = 2
 STEPS = 5
 STAGES = (0, 1, 2, 3)
-OUTPUT = Path(__file__).parent.parent / "docs"
+OUTPUT = Path(__file__).parent.parent / "docs" / "results"
 
 
 class TextbookLAMB(torch.optim.Optimizer):

@@ -12,12 +12,12 @@ __all__ = ["PARTS", "markdown"]
 Rows = dict[str, Any]
 
 
-def markdown(results: Rows) -> str:
-    """The page of all parts that `results` holds."""
+def markdown(results: Rows, numbers: str) -> str:
+    """The page of all parts that `results` holds, with a link to the file of `numbers`."""
     sections = [f"## {title}\n\n{table(results[name])}" for name, (title, table) in PARTS.items() if name in results]
     head = (
         "# Benchmarks\n\n"
-        "Made by `python -m benchmarks`; the numbers are in [benchmarks.json](benchmarks.json). All contenders of a "
+        f"Made by `python -m benchmarks`; the numbers are in [{numbers}]({numbers}). All contenders of a "
         "table ran in turn in one process (or one set of ranks); times are medians with quartiles, ratios are medians "
         "of the ratios round by round.\n\n"
         f"{_machines(results['machines'])}"

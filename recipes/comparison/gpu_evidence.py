@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=list(EVIDENCE))
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the JSON files")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the JSON files")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")
     options, passed_on = parser.parse_known_args(arguments)

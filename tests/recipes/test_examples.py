@@ -1,0 +1,98 @@
+"""The programs in docs/examples, started on two ranks as they say themselves, print what one process computes."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trustratio.optimizers import LAMB
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "docs" / "examples").glob("*.py"))
+COMMAND = re.compile(r"(?:DS_ACCELERATOR=cpu deepspeed|torchrun|accelerate launch) .*docs/examples/\w+\.py")
+PORT = {"deepspeed": "--master_port", "torchrun": "--master_port", "accelerate": "--main_process_port"}
+STEPS = 20
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+
+
+def command(example: Path) -> list[str]:
+    """The example's own command for a machine without a GPU, with a free port and the paths of this environment."""
+    launcher, *arguments = shlex.split(COMMAND.findall(example.read_text())[-1].removeprefix("DS_ACCELERATOR=cpu "))
+    assert arguments.pop() == f"docs/examples/{example.name}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = [PORT[launcher], str(probe.getsockname()[1])]
+    if launcher == "accelerate":  # the `accelerate` command is this module, and imports every model library it finds
+        return [sys.executable, "-m", "accelerate.commands.launch", *port, *arguments[1:], str(example)]
+    return [sys.executable, str(Path(sys.executable).with_name(launcher)), *port, *arguments, str(example)]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command to its end and return what it printed; no rank outlives it."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    try:
+        printed, errors = launcher.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, printed + errors
+    return printed
+
+
+def printed_steps(text: str) -> tuple[list[float], list[dict[str, float]]]:
+    """Losses and trust ratios, of lines of an example's own or of the Trainer's logs."""
+    losses = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", text, re.MULTILINE)]
+    ratios = [ast.literal_eval(line) for line in re.findall(r"^step .* ratios ({.*})$", text, re.MULTILINE)]
+    for log in map(ast.literal_eval, re.findall(r"^{.*}$", text, re.MULTILINE)):
+        losses += [float(log["loss"])] if "loss" in log else []
+        of_layers = {key.removeprefix("trust_ratio/"): float(value) for key, value in log.items() if "." in key}
+        ratios += [of_layers] if of_layers else []
+    return losses, ratios
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, float]]:
+    """The trust ratios of one process that has all samples."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    optimizer = LAMB(model.named_parameters(), lr=0.02, weight_decay=0.0)
+    ratios = []
+    for _ in range(STEPS):
+        torch.nn.functional.mse_loss(model(x), x.sin().sum(1, keepdim=True)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ratios.append(optimizer.trust_ratios())
+    return ratios
+
+
+def test_every_wrapper_has_its_example() -> None:
+    assert [path.stem for path in EXAMPLES] == [f"with_{n}" for n in ("accelerate", "deepspeed", "fsdp2", "trainer")]
+
+
+@each_example
+def test_an_example_is_short(example: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 30
+
+
+@each_example
+def test_two_ranks_print_the_ratios_of_one(example: Path, tmp_path: Path, expected: list[dict[str, float]]) -> None:
+    losses, ratios = printed_steps(run(command(example), tmp_path))
+    assert len(losses) == len(ratios) == STEPS
+    assert losses[-1] < 0.6 * losses[0]
+    for printed, alone in zip(ratios, expected, strict=True):
+        assert printed == pytest.approx(alone, rel=1e-3)
