@@ -17,7 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from trustratio.integrations.accelerate import layerwise_optimizer
 from trustratio.optimizers import LAMB
 
-from .cases import Case, _Run, deepspeed_config, group_gradients
+from .cases import Case, CaseRun, deepspeed_config, group_gradients
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def fresh_accelerate(deepspeed: bool) -> Iterator[None]:
         GradientState._reset_state()
 
 
-class _AcceleratedRun(_Run):
+class _AcceleratedRun(CaseRun):
     """Trains as accelerate's documentation shows."""
 
     def __init__(self, case: Case, no_sync: bool, norms: bool):

@@ -184,7 +184,7 @@ class Model(torch.nn.Module):
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, value in weights.items():
-                with _gathered([self.leaves[name].weight], modify=True):
+                with gathered([self.leaves[name].weight], modify=True):
                     if self.leaves[name].weight.numel() == value.numel():
                         self.leaves[name].weight.copy_(value)
 
@@ -202,7 +202,7 @@ def _sharded_from_the_start(case: Case, config: dict[str, Any]) -> AbstractConte
 
 
 @contextmanager
-def _gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Iterator[None]:
+def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Iterator[None]:
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None, enabled=bool(sharded)):
         yield
@@ -314,13 +314,13 @@ def run_case(case: Case) -> dict[str, Any]:
         padding_is_nan: Whether every element outside the shards is NaN, after `poison`.
         groups: The optimizer's group options.
     """
-    run = _Run(case)
+    run = CaseRun(case)
     try:
         run.train(0, case.save_after if case.save_after is not None else case.steps)
         if case.save_after is not None:
             run.engine.save_checkpoint(case.folder, tag="middle")
             before = run
-            run = _Run(case, perturbed=True)
+            run = CaseRun(case, perturbed=True)
             before.close()
             path, _ = run.engine.load_checkpoint(case.folder, tag="middle")
             assert path is not None
@@ -330,7 +330,7 @@ def run_case(case: Case) -> dict[str, Any]:
         run.close()
 
 
-class _Run:
+class CaseRun:
     def __init__(self, case: Case, perturbed: bool = False):
         self.case = case
         weights = initial_weights(case)
@@ -393,7 +393,7 @@ class _Run:
         weights = {}
         for layer in self.case.layers:
             parameter = self.model.leaves[layer.name].weight
-            with _gathered([parameter]):
+            with gathered([parameter]):
                 weights[layer.name] = parameter.detach().float().clone()
         return {
             "weights": weights,

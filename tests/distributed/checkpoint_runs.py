@@ -37,7 +37,7 @@ def make_case(name: str, world_size: int, stage: str | int, **changes: Any) -> C
 
 
 def _start(case: Case) -> Any:
-    return fsdp_runs.Run(case, FSDP[str(case.stage)]) if case.stage in FSDP else cases._Run(case)
+    return fsdp_runs.Run(case, FSDP[str(case.stage)]) if case.stage in FSDP else cases.CaseRun(case)
 
 
 # How a run is written and read --------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from trustratio.optimizers import create_optimizer
 from trustratio.optimizers.gradient_statistics import squares
 from trustratio.optimizers.gradient_statistics.watch import GradientStatistics
 
-from .cases import Case, _gathered, _Run, run_case
+from .cases import Case, CaseRun, gathered, run_case
 
 
 def run_norms(case: Case) -> list[dict[str, tuple[float, ...]]]:
     """Train the case with group norms switched on after the model was wrapped; the norms of each step."""
-    run = _Run(case)
+    run = CaseRun(case)
     try:
         run.optimizer.collect_group_norms()  # type: ignore[attr-defined]
         found = []
@@ -219,7 +219,7 @@ def train_network(
             optimizer.zero_grad()
     weights = {}
     for n, p in model.named_parameters():
-        with _gathered([p]):
+        with gathered([p]):
             weights[n] = p.detach().clone()
     assert optimizer.statistics is not None
     norms = {

@@ -19,7 +19,7 @@ from trustratio.integrations.transformers import (
 from trustratio.optimizers import create_optimizer
 
 from .accelerate_runs import fresh_accelerate, unbuilt_cpu_adam
-from .cases import _gathered
+from .cases import gathered
 
 SHAPE = {"vocab_size": 31, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 8}
@@ -97,7 +97,7 @@ def train(name: str, stage: str | int, folder: str, zero_init: bool = False, noi
         optimizer = layerwise_optimizer(trainer.optimizer)
         weights = {}
         for layer, parameter in model.named_parameters():
-            with _gathered([parameter]):
+            with gathered([parameter]):
                 weights[layer] = parameter.detach().clone()
         found = {"weights": weights, "ratios": optimizer.trust_ratios(), "log": trainer.state.log_history}
         if isinstance(stage, int):
