@@ -45,14 +45,11 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def held_bytes() -> int:
+def living_storages() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors of this process, by address."""
     gc.collect()
-    storages = {}
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor) and type(found) in (torch.Tensor, torch.nn.Parameter):
-            storage = found.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def update(engine: Any) -> None:
@@ -74,7 +71,8 @@ def measure(stage: int, optimizer: str) -> dict[str, Any]:
     from trustratio.recipes.training.engines import DeepSpeedTraining
 
     config = config_of(stage, optimizer)
-    before = held_bytes()
+    # Kept alive, so that what earlier cases left neither goes away meanwhile nor lends its addresses.
+    before = living_storages()
     parts = build_parts(config, VOCABULARY)
     settings = deepspeed_settings.merge(SETTINGS, BatchPlan(MICRO, ACCUMULATION, 2), stage, "bf16", 1.0, False)
     engine = DeepSpeedTraining.initialize(parts.model, parts.optimizer, parts.schedule, settings)
@@ -82,7 +80,7 @@ def measure(stage: int, optimizer: str) -> dict[str, Any]:
 
     update(engine)
     update(engine)
-    held = held_bytes() - before
+    held = sum(storage.nbytes() for address, storage in living_storages().items() if address not in before)
     with Collectives() as collectives:  # last: a dispatch mode keeps some of the tensors that it sees alive
         update(engine)
     engine.engine.destroy()
