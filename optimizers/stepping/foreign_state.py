@@ -20,6 +20,8 @@ MAY_LACK = ("adapt", "segments", "differentiable")
 """Options that files of older releases lack, and torch's own, which wrappers drop; they get their defaults."""
 NOT_OPTIONS = ("params", "defaults")
 """What constructors take besides options."""
+OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "base_momentum", "max_momentum")
+"""What torch's schedulers put into groups; a user's optimizer may have an option of the same name."""
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -57,8 +59,8 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
 
 def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:
     """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
-    of_others = {name for algorithm in _subclasses(Algorithm) for name in inspect.signature(algorithm).parameters}
-    of_others.difference_update(NOT_OPTIONS)
+    of_others = {name for algorithm in _subclasses(Algorithm) for name in _options_of(algorithm)}
+    of_others.difference_update(NOT_OPTIONS, OF_SCHEDULERS)
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
         foreign = [key for key in group if key in of_others and key not in current]
@@ -73,6 +75,16 @@ def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
     for subclass in base.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+def _options_of(algorithm: type[Any]) -> Iterator[str]:
+    """Yield the names that a constructor takes; none where it cannot be read."""
+    try:
+        parameters = inspect.signature(algorithm).parameters.values()
+    except (TypeError, ValueError):
+        return
+    of_any_name = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    yield from (parameter.name for parameter in parameters if parameter.kind not in of_any_name)
 
 
 def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:

@@ -63,6 +63,26 @@ def test_an_optimizer_of_the_users_own() -> None:
         LARS(parameters(), lr=0.2).load_state_dict(state)
 
 
+class WithAnyOptions(LARS):
+    """A user's optimizer whose options bear names that schedulers and keyword dictionaries have too."""
+
+    def __init__(self, params: Any, lr: float, initial_lr: float = 0.1, swa_lr: float = 0.1, **extra: Any):
+        super().__init__(params, lr, **extra)
+
+
+class Unreadable(LARS):
+    """A user's optimizer of which `inspect` can tell nothing."""
+
+    __signature__ = "unknown"
+
+
+def test_what_schedulers_add_is_not_foreign_whatever_users_define() -> None:
+    source = LARS(parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(source, lambda step: 1.0)
+    source.param_groups[0]["extra"] = 1
+    LARS(parameters(), lr=0.2).load_state_dict(source.state_dict())
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_other_order_of_names(started: bool) -> None:
     shapes = {"one": (3, 3), "two": (3, 3)}
