@@ -8,17 +8,13 @@ from accelerate import Accelerator
 
 from trustratio.optimizers import LAMB
 
-
-def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
-    return x, x.sin().sum(1, keepdim=True)
-
-
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
 lamb = LAMB(model.named_parameters(), lr=0.02, weight_decay=0.0)  # before prepare, which may wrap the model
-loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples()), batch_size=256)
+x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+data = torch.utils.data.TensorDataset(x, x.sin().sum(1, keepdim=True))
+loader = torch.utils.data.DataLoader(data, batch_size=256)
 model, optimizer, loader = accelerator.prepare(model, lamb, loader)
 for step in range(20):
     for x, y in loader:  # one batch per rank
@@ -28,3 +24,4 @@ for step in range(20):
         optimizer.step()
         optimizer.zero_grad()
     accelerator.print(f"step {step} loss {loss.item():.4f} ratios {lamb.trust_ratios()}")
+accelerator.end_training()

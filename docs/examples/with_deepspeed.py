@@ -10,20 +10,17 @@ from trustratio.optimizers import LAMB
 
 CONFIG = {"train_micro_batch_size_per_gpu": 256, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
 
-
-def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
-    return x, x.sin().sum(1, keepdim=True)
-
-
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
 optimizer = LAMB(model.named_parameters(), lr=0.02, weight_decay=0.0)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
-x, y = (tensor.chunk(engine.world_size)[engine.global_rank].to(engine.device) for tensor in samples())
+samples = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+x = samples.chunk(engine.world_size)[engine.global_rank].to(engine.device)
+y = x.sin().sum(1, keepdim=True)
 for step in range(20):
     loss = torch.nn.functional.mse_loss(engine(x), y)
     engine.backward(loss)
     engine.step()
     if engine.global_rank == 0:
         print(f"step {step} loss {loss.item():.4f} ratios {optimizer.trust_ratios()}")
+torch.distributed.destroy_process_group()

@@ -7,19 +7,15 @@ from torch.distributed.fsdp import fully_shard
 
 from trustratio.optimizers import LAMB
 
-
-def samples() -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
-    return x, x.sin().sum(1, keepdim=True)
-
-
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 mesh = torch.distributed.init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)).to(device)
 fully_shard(model, mesh=mesh)
 optimizer = LAMB(model.named_parameters(), lr=0.02, weight_decay=0.0)  # after fully_shard: it replaces parameters
-x, y = (tensor.chunk(mesh.size())[mesh.get_rank()].to(device) for tensor in samples())
+samples = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+x = samples.chunk(mesh.size())[mesh.get_rank()].to(device)
+y = x.sin().sum(1, keepdim=True)
 for step in range(20):
     loss = torch.nn.functional.mse_loss(model(x), y)
     loss.backward()
@@ -28,3 +24,4 @@ for step in range(20):
     optimizer.zero_grad()
     if mesh.get_rank() == 0:
         print(f"step {step} loss {loss.item():.4f} ratios {optimizer.trust_ratios()}")
+torch.distributed.destroy_process_group()
