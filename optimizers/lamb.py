@@ -1,7 +1,8 @@
 """LAMB: layer-wise Adam for large batches (You et al. 2019, arXiv 1904.00962), and LAMBC, its clipped form.
 
 This file says which numbers enter the formula. What runs for every element, m ← β₁m + (1-β₁)g and the lines after it,
-is `AdamUpdate.directions` in formulas/updates.py; compiled kernels follow it term by term (kernels/).
+is `AdamUpdate.directions` in formulas/updates.py; the ratio ‖w‖/‖u‖ is `TrustRule` beside it. Compiled kernels follow
+both term by term (kernels/).
 """
 
 from __future__ import annotations
