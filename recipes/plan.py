@@ -1,7 +1,6 @@
 """Print what a preset needs on given GPUs: `python recipes/plan.py --preset lamb-64k-32k --gpus 8 --memory 80`."""
 
-from trustratio.recipes.common.script import end_with_reader, run
+from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
-    end_with_reader()
-    run("trustratio.recipes.planning.plan")
+    run("trustratio.recipes.planning.plan", ends_with_reader=True)

@@ -35,7 +35,7 @@ class LayerTable:
     """
 
     def __setattr__(self, name: str, vector: Any) -> None:
-        if name in type(self).__dict__:
+        if callable(type(self).__dict__.get(name)):
             raise AttributeError(f"{name!r} is a method of LayerTable: give the vector another name")
         self.__dict__[name] = vector
 

@@ -20,8 +20,7 @@ MAY_LACK = ("adapt", "segments", "differentiable")
 """Options that files of older releases lack, and torch's own, which wrappers drop; they get their defaults."""
 NOT_OPTIONS = ("params", "defaults")
 """What constructors take besides options."""
-OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "base_momentum", "max_momentum")
-"""What torch's schedulers put into groups; a user's optimizer may have an option of the same name."""
+PACKAGE = __name__.removesuffix("stepping.foreign_state")
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -59,8 +58,8 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
 
 def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:
     """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
-    of_others = {name for algorithm in _subclasses(Algorithm) for name in _options_of(algorithm)}
-    of_others.difference_update(NOT_OPTIONS, OF_SCHEDULERS)
+    of_others = {name for algorithm in _algorithms(Algorithm) for name in inspect.signature(algorithm).parameters}
+    of_others.difference_update(NOT_OPTIONS)
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
         foreign = [key for key in group if key in of_others and key not in current]
@@ -70,21 +69,15 @@ def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Itera
             yield f"group {index} has options of another optimizer: {', '.join(foreign)}"
 
 
-def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
-    """Yield all classes that derive from this one and are alive, those of users too."""
+def _algorithms(base: type[Any]) -> Iterator[type[Any]]:
+    """Yield this package's classes that derive from `base`.
+
+    Not those of users: an option of theirs may bear the name of a key that a scheduler or anybody puts into groups.
+    """
     for subclass in base.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-def _options_of(algorithm: type[Any]) -> Iterator[str]:
-    """Yield the names that a constructor takes; none where it cannot be read."""
-    try:
-        parameters = inspect.signature(algorithm).parameters.values()
-    except (TypeError, ValueError):
-        return
-    of_any_name = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    yield from (parameter.name for parameter in parameters if parameter.kind not in of_any_name)
+        if subclass.__module__.startswith(PACKAGE):
+            yield subclass
+        yield from _algorithms(subclass)
 
 
 def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:

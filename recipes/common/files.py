@@ -28,7 +28,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f"{WRITING}{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(WRITING + secrets.token_hex(8))  # not longer for a long name
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

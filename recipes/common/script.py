@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 
-def run(module: str) -> NoReturn:
+def run(module: str, *, ends_with_reader: bool = False) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
 
     Python puts a script's folder first on its search path, where a file of that folder would stand in for any package
@@ -18,6 +16,7 @@ def run(module: str) -> NoReturn:
 
     Args:
         module: the body's full name, e.g. "trustratio.recipes.planning.plan".
+        ends_with_reader: let `command | head` end without a traceback. Not for training, which nobody's pipe may kill.
 
     Raises:
         SystemExit: always.
@@ -25,13 +24,12 @@ def run(module: str) -> NoReturn:
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(script)):
         del sys.path[0]
-    raise SystemExit(importlib.import_module(module).main())
+    import importlib
+    import signal
 
-
-def end_with_reader() -> None:
-    """Let `command | head` end without a traceback. Not for training, which nobody's pipe may kill."""
-    if hasattr(signal, "SIGPIPE"):
+    if ends_with_reader and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    raise SystemExit(importlib.import_module(module).main())
 
 
 def follow_accelerate_to_cpu() -> None:

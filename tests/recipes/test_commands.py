@@ -97,9 +97,7 @@ def test_the_reader_of_a_plan_may_leave(tmp_path):
     body = tmp_path / "body.py"
     body.write_text("def main():\n    print('line\\n' * 100_000)\n    return 0\n")
     command = tmp_path / "command.py"
-    command.write_text(
-        "from trustratio.recipes.common.script import end_with_reader, run\nend_with_reader()\nrun('body')\n"
-    )
+    command.write_text("from trustratio.recipes.common.script import run\nrun('body', ends_with_reader=True)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -129,6 +129,30 @@ def absolute_imports_inside(root: Path) -> list[str]:
     return wrong
 
 
+def uninstalled_imports(root: Path) -> list[str]:
+    """Modules that import tests, benchmarks or documentation, which are not installed with them."""
+    return [
+        f"{name} imports {target}"
+        for name, path in modules(root).items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        for target in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+        if target.partition(".")[0] in ("tests", "benchmarks", "docs")
+    ]
+
+
+def test_nothing_imports_what_is_not_installed(tmp_path: Path):
+    assert uninstalled_imports(ROOT) == []
+    (tmp_path / "optimizers").mkdir()
+    (tmp_path / "optimizers" / "a.py").write_text("def late():\n    from benchmarks.tables import PARTS")
+    assert uninstalled_imports(tmp_path) == ["trustratio.optimizers.a imports benchmarks.tables"]
+
+
 def test_there_are_no_circles():
     assert circles(import_graph(ROOT)) == []
 
