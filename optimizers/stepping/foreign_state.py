@@ -52,7 +52,7 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
             + "\n  ".join(shown)
             + "\nLoad the state of the same optimizer class, made for the same model with its parameters in the same "
             "groups and order; between wrappers, use save_optimizer_state and load_optimizer_state of "
-            "trustratio.integrations.checkpoints.consolidated. Nothing was loaded"
+            "trustratio.integrations.checkpoints. Nothing was loaded"
         )
 
 
