@@ -22,6 +22,7 @@ from .sharding.abandoned_parameters import refuse_abandoned
 from .sharding.backends import admit
 from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
+from .stepping.count import StepCount, steps_of
 from .stepping.foreign_state import refuse_foreign_state
 from .stepping.plan import Plan
 from .stepping.step import Step
@@ -67,7 +68,10 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         plan = self._plan()
         if plan.layout.tensors:
             tensors = tuple(map(id, plan.layout.tensors))
-            self._last_ratios[tensors] = (plan.names, Step(self, plan).run())
+            step = Step(self, plan)
+            self._last_ratios[tensors] = (plan.names, step.run())
+            if step.changed_something():
+                self._count.add(self.param_groups, plan.layout.tensors)
         return loss
 
     def collect_group_norms(self) -> None:
@@ -140,6 +144,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        group.setdefault("step", max((other.get("step", 0) for other in self.param_groups[:-1]), default=0))
         self._remember(group)
 
     def was_given(self, tensor: torch.Tensor) -> bool:
@@ -173,6 +178,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
         self._plans: dict[tuple[int, ...], Plan] = {}  # by the ids of the local tensors
         self._loaded = False
+        self._count = StepCount()
         self._last_ratios: dict[tuple[int, ...], tuple[list[str], torch.Tensor]] = {}
         # Weak, so that parameters which a wrapper replaces are not kept alive.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -191,6 +197,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             group.setdefault("adapt", None)
             group.setdefault("segments", None)
+            if "step" not in group:
+                group["step"] = steps_of(self.state)
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
             if are_parameters is not None and all(are_parameters[index]):
                 self._remember(group)
@@ -209,6 +217,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 self.state[parameter][name] = _on_device(value, parameter.device)
         self._plans.clear()
+        self._count = StepCount()
         self._loaded = True
 
     # Plans ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from trustratio.optimizers.sharding.layout import listing
+from trustratio.optimizers.stepping.count import steps_of
 
 from .catalogue import Catalogue, as_json, prove_positions, share_out
 from .local_state import WEIGHT, LocalState
@@ -151,6 +152,8 @@ def restore(
     for group, restored in zip(local.optimizer.param_groups, options, strict=True):
         for key, value in (restored[0] if restored else {}).items():
             _set_option(group, key, value)
+        if restored and "step" not in restored[0]:
+            group["step"] = steps_of(local.optimizer.state)
     if weights:
         local.publish_weights()
     return stored.extra

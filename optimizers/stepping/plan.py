@@ -31,6 +31,7 @@ class Plan:
     missing_gradients: MissingGradients
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
     cache: dict[Any, Any] = field(default_factory=dict)
+    has_stepped: bool = False  # whether any of its steps has found a gradient
 
     @classmethod
     def of(cls, layout: Layout, tensors: Sequence[torch.Tensor]) -> Plan:

@@ -81,6 +81,16 @@ class Step:
         self._write_layer_state()
         return self._trust_ratios()
 
+    def changed_something(self) -> bool:
+        """Whether any layer had a gradient, as far as that can be told without waiting for the device.
+
+        Some wrappers step once with zeros to make the state, so the numbers are looked at until a plan has stepped.
+        """
+        if not self.plan.has_stepped and any(self.takes_part):
+            tables = [group.table.has_gradient() for group in self.groups.values()]
+            self.plan.has_stepped = self.layout.device.type == "meta" or bool(torch.cat(tables).any())
+        return self.plan.has_stepped and any(self.takes_part)
+
     def _take_group_statistics(self) -> None:
         """Take over what was seen of the groups' gradients in backward, where the algorithm wants that."""
         if self.algorithm.statistics is not None:
