@@ -71,6 +71,8 @@ class CowClip(LayerwiseAdam):
     quoted from memory and unverified.
     """
 
+    plan_options = (*LayerwiseAdam.plan_options, "cowclip")
+
     _counts: IdCounts
     _clipped: WeakIdKeyDictionary
 
@@ -122,9 +124,10 @@ class CowClip(LayerwiseAdam):
         Raises:
             ValueError: If the parameter is not in a group with ``cowclip=True``, or the ids are no integers.
         """
-        clipped = {self.parameter_name(weight): weight for weight in self._clipped}
+        embeddings = self._clipped_parameters()
+        clipped = {self.parameter_name(weight): weight for weight in embeddings}
         weight = clipped.get(parameter) if isinstance(parameter, str) else parameter
-        if weight is None or weight not in self._clipped:
+        if weight is None or weight not in embeddings:
             described = repr(parameter) if isinstance(parameter, str) else f"a tensor of shape {tuple(parameter.shape)}"
             known = ", ".join(name for name in clipped if name) or "known by their tensors, not by names"
             raise ValueError(f"parameter must be in a group with cowclip=True ({known}), got {described}")
@@ -145,10 +148,11 @@ class CowClip(LayerwiseAdam):
         Raises:
             ValueError: If the model has no such module.
         """
+        clipped = self._clipped_parameters()
         embeddings = [
             module
             for module in model.modules()
-            if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.weight in self._clipped
+            if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.weight in clipped
         ]
         if not embeddings:
             raise ValueError("the model has no nn.Embedding or nn.EmbeddingBag with a weight in a cowclip=True group")
@@ -172,10 +176,22 @@ class CowClip(LayerwiseAdam):
         if group["cowclip"]:
             self._clipped.update(WeakIdKeyDictionary(dict.fromkeys(group["params"], True)))
 
+    def _clipped_parameters(self) -> WeakIdKeyDictionary:
+        """The parameters whose groups have ``cowclip=True``, the ones that a wrapper has taken out of them too."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not group["cowclip"]:
+                    self._clipped.pop(parameter, None)
+                elif self.was_given(parameter):
+                    self._clipped[parameter] = True
+        return self._clipped
+
     # The step -------------------------------------------------------------------------------------------------------
 
     def check_layout(self, layout: Layout) -> None:
         embeddings = self._embeddings(layout)
+        if len({id(layer.parameter) for layer in embeddings}) < len(embeddings):
+            raise ValueError("cowclip=True clips the rows of whole embeddings: leave out segments in such groups")
         for layer in embeddings:
             if len(layer.shape) != 2:
                 raise ValueError(

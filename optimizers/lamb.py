@@ -8,7 +8,7 @@ both term by term (kernels/).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,17 +90,15 @@ class LAMB(LayerwiseAdam):
             },
         )
 
+    plan_options = (*LayerwiseAdam.plan_options, "max_grad_norm")
+
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         check_flag("bias_correction", group["bias_correction"])
         check_flag("grad_averaging", group["grad_averaging"])
         if group["max_grad_norm"] is not None:
             check_range("max_grad_norm", group["max_grad_norm"], 0.0, low_open=True)
-        if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
-            raise ValueError(
-                "max_grad_norm clips the whole model, so every group must have the constructor's "
-                f"{self.defaults['max_grad_norm']!r}, got {group['max_grad_norm']!r} in one"
-            )
+        self._refuse_several_limits(range(len(self.param_groups)))
         if len(group["trust_bounds"]) != 2:
             raise ValueError(f"trust_bounds must be (low, high), got {group['trust_bounds']!r}")
         low, high = group["trust_bounds"]
@@ -109,11 +107,23 @@ class LAMB(LayerwiseAdam):
             raise ValueError(f"trust_bounds[1] must be in [{low:g}, inf], got {high!r}")
 
     def check_layout(self, layout: Layout) -> None:
-        if layout.clips_with and self.defaults["max_grad_norm"] is not None:
+        self._refuse_several_limits(layout.groups)
+        for group in layout.groups:
+            limit = self.param_groups[group]["max_grad_norm"]
+            if layout.clips_with and limit is not None:
+                raise ValueError(
+                    f"max_grad_norm={limit!r} cannot be used under {layout.backend}, where a step() call need not see "
+                    f"the whole model's gradient: set {layout.clips_with} to that value and leave max_grad_norm at "
+                    "None, in every group and in what is loaded into them"
+                )
+
+    def _refuse_several_limits(self, groups: Iterable[int]) -> None:
+        limits = [self.param_groups[group]["max_grad_norm"] for group in groups]
+        different = [limit for limit in limits if limit != limits[0]]
+        if different:
             raise ValueError(
-                f"max_grad_norm={self.defaults['max_grad_norm']!r} cannot be used under {layout.backend}, where a "
-                f"step() call need not see the whole model's gradient: set {layout.clips_with} to that value and leave "
-                "max_grad_norm at None"
+                "max_grad_norm clips the whole model, so every group must have the same, "
+                f"got {limits[0]!r} in one and {different[0]!r} in another"
             )
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -6,7 +6,7 @@ One `step()` call runs the algorithm's `stages`, whose sums are reduced over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .formulas.algorithm import Algorithm
 from .formulas.hyperparameters import check_betas, check_choice, check_range, check_segments
-from .formulas.layer_table import adapts
-from .formulas.rows import Rows
 from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
 from .sharding.abandoned_parameters import refuse_abandoned
@@ -24,7 +22,8 @@ from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
 from .stepping.count import StepCount, steps_of
 from .stepping.foreign_state import refuse_foreign_state
-from .stepping.plan import Plan
+from .stepping.plan import Plan, options_of_plan
+from .stepping.plans import Plans
 from .stepping.step import Step
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
@@ -66,10 +65,10 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._plan()
+        self._plans.begin(plan)
         if plan.layout.tensors:
-            tensors = tuple(map(id, plan.layout.tensors))
             step = Step(self, plan)
-            self._last_ratios[tensors] = (plan.names, step.run())
+            self._plans.end(plan, step.run())
             if step.changed_something():
                 self._count.add(self.param_groups, plan.layout.tensors)
         return loss
@@ -101,23 +100,14 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def trust_ratio_vector(self) -> tuple[list[str], torch.Tensor]:
         """The same as names and a tensor, shape (layers,), fp64, without waiting for the device."""
-        if not self._last_ratios:
-            return [], torch.zeros(0, dtype=torch.float64)
-        vectors = [vector for _, vector in self._last_ratios.values()]
-        return [name for names, _ in self._last_ratios.values() for name in names], torch.cat(vectors)
+        return self._plans.ratios()
 
     def adapted_layers(self) -> set[str]:
-        """Names of the layers that the ratio scales, as `adapt` says; known after a step.
+        """Names of the layers that the ratio scaled in the last step, as `adapt` said; known after a step.
 
         The ratio itself does not tell: a clipped one can be exactly 1.0.
         """
-        return {
-            layer.name
-            for plan in self._plans.values()
-            for group, layers in plan.group_layers.items()
-            for layer in plan.layout.layers[layers.start : layers.stop]
-            if adapts(layer, self.param_groups[group]["adapt"])
-        }
+        return self._plans.adapted_layers()
 
     # Parameters and options -----------------------------------------------------------------------------------------
 
@@ -136,9 +126,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_choice("adapt", group["adapt"], (None, True, False))
-            check_segments(group["segments"], group.get("param_names"))
-            self.check(group)
+            self._check_options(group)
             for parameter in group["params"]:
                 _check_parameter(parameter)
         except ValueError:
@@ -146,6 +134,12 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             raise
         group.setdefault("step", max((other.get("step", 0) for other in self.param_groups[:-1]), default=0))
         self._remember(group)
+        self._plans.clear()
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        check_choice("adapt", group["adapt"], (None, True, False))
+        check_segments(group["segments"], group.get("param_names"))
+        self.check(group)
 
     def was_given(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is a parameter that the constructor (or `add_param_group`) was given."""
@@ -176,10 +170,9 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     def _forget(self) -> None:
         wanted = self.group_statistics
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
-        self._plans: dict[tuple[int, ...], Plan] = {}  # by the ids of the local tensors
+        self._plans = Plans()
         self._loaded = False
         self._count = StepCount()
-        self._last_ratios: dict[tuple[int, ...], tuple[list[str], torch.Tensor]] = {}
         # Weak, so that parameters which a wrapper replaces are not kept alive.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -224,20 +217,25 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def _plan(self) -> Plan:
         tensors = [p for group in self.param_groups for p in group["params"]]
-        key = tuple(map(id, tensors))
-        plan = self._plans.get(key)
-        if plan is None or not plan.fits(tensors):
-            groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
-            layout = resolve_layout(self, list(zip(groups, tensors, strict=True)))
-            self._refuse_segments_of_groups(layout)
-            self.check_layout(layout)
-            plan = self._plans[key] = Plan.of(layout, tensors)
-            if self._loaded:
-                plan.share_layer_state(self.layer_state, self.state)
-            with_rows = [index for index in plan.group_layers if self.has_rows(self.param_groups[index])]
-            plan.rows = {index: Rows(layout, plan.group_layers[index]) for index in with_rows}
+        plan = self._plans.find(tensors, options_of_plan(self))
+        if plan is None:
+            plan = self._make_plan(tensors)
+            self._plans.add(plan)
         if plan.missing_gradients.ask_for_a_look(tensors):
             refuse_abandoned(self, tensors)
+        return plan
+
+    def _make_plan(self, tensors: Sequence[torch.Tensor]) -> Plan:
+        # The options may have been loaded, or assigned, since the constructor looked at them.
+        for group in self.param_groups:
+            self._check_options(group)
+        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+        layout = resolve_layout(self, list(zip(groups, tensors, strict=True)))
+        self._refuse_segments_of_groups(layout)
+        self.check_layout(layout)
+        plan = Plan.of(self, layout, tensors)
+        if self._loaded:
+            plan.share_layer_state(self.layer_state, self.state)
         return plan
 
     def _refuse_segments_of_groups(self, layout: Layout) -> None:

@@ -35,6 +35,9 @@ class Algorithm:
     group_statistics: ClassVar[str | None] = None
     """What is kept of the groups' gradients: None, "norms" per layer, or "squares" per element besides."""
 
+    plan_options: ClassVar[tuple[str, ...]] = ("adapt", "segments")
+    """Group options that `check_layout` and `has_rows` ask for, and the base's: setting one makes a new plan."""
+
     # What torch.optim.Optimizer and the base keep for it
 
     param_groups: list[dict[str, Any]]
@@ -58,7 +61,11 @@ class Algorithm:
         """Raise ValueError if an option of the group is out of range."""
 
     def check_layout(self, layout: Layout) -> None:
-        """Raise ValueError if an option cannot work with how the wrapper shards and steps."""
+        """Raise ValueError if an option cannot work with how the wrapper shards and steps.
+
+        Asked whenever a plan is made: before the first step, after a load, when an option of `plan_options` was set.
+        What counts are the groups' options, `self.param_groups[index]` for each index in `layout.groups`.
+        """
 
     def has_rows(self, group: dict[str, Any]) -> bool:
         """Whether sums over the rows of this group's layers are measured; they must be two-dimensional."""

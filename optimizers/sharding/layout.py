@@ -8,15 +8,17 @@ to know about sharding; who produced the layout (a *backend*, with `LayoutBuilde
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .local_tensors import reduction_device
+from .local_tensors import local_part, reduction_device
+from .memory import shared_memory
 
 __all__ = ["Layer", "Layout", "LayoutError", "Shard", "listing"]
 
@@ -165,18 +167,26 @@ class Layout:
     def prove(self) -> None:
         """Check, with one collective, that the shards of all ranks cover each layer exactly once.
 
-        Their lengths must add up to the layer's size and, where positions are known, their elements' positions to the
-        sum over all positions: if two ranks hold the same part, and nobody the other, the lengths are right.
+        On each rank they must lie inside their tensors and have no element in common, in no tensor and, where tensors
+        share memory, in no two of them. Over all ranks their lengths must add up to the layer's size and, where
+        positions are known, their elements' positions to the sum over all positions: if two ranks hold the same part,
+        and nobody the other, the lengths are right.
 
         Raises:
             LayoutError: On every rank alike, naming the layers that are not covered.
         """
-        covered = torch.zeros(2, len(self.layers), dtype=torch.float64, device=self.device)
+        faults = self._faults_here()
+        covered = torch.zeros(3, len(self.layers), dtype=torch.float64, device="cpu")
         for shard in self.shards:
             covered[0, shard.layer] += shard.length
             covered[1, shard.layer] += shard.index_sum
+        for index in faults:
+            covered[2, index] = 1
         wrong, misplaced = [], []
-        for layer, length, index_sum in zip(self.layers, *self.reduce(covered).tolist(), strict=True):
+        lengths, index_sums, faulty = self.reduce(covered).tolist()
+        if any(faulty):
+            raise LayoutError(self._described(faults, faulty))
+        for layer, length, index_sum in zip(self.layers, lengths, index_sums, strict=True):
             expected = layer.numel * (layer.numel - 1) / 2
             if length != layer.numel:
                 wrong.append(f"{layer.name} {layer.shape}: {int(length)} of {layer.numel} elements")
@@ -193,6 +203,38 @@ class Layout:
                 f"{self.backend}: ranks hold overlapping parts of {listing(misplaced)}: they disagree about the mesh "
                 "or the placements. Make the same mesh, over the same ranks in the same order, on all ranks"
             )
+
+    def _faults_here(self) -> dict[int, str]:
+        """What is wrong with the shards on this rank: a sentence for the first such layers, by index."""
+        faults: dict[int, str] = {}
+        locals_ = [local_part(tensor) for tensor in self.tensors]
+        for shard, following in zip_longest(self.shards, self.shards[1:]):
+            layer, end = self.layers[shard.layer], shard.start + shard.length
+            size = locals_[layer.tensor].numel()
+            if shard.start < 0 or end > size:
+                faults[shard.layer] = f"{layer.name} is at [{shard.start}, {end}) of a tensor of {size} elements"
+            elif following and layer.tensor == self.layers[following.layer].tensor and following.start < end:
+                other = self.layers[following.layer].name
+                faults[shard.layer] = f"{layer.name} and {other} overlap in one tensor"
+        first_layer = {layer.tensor: index for index, layer in reversed(list(enumerate(self.layers)))}
+        for first, second in shared_memory(locals_):
+            one, two = first_layer[first], first_layer[second]
+            if first == second:
+                faults[two] = f"{self.layers[two].name} has elements that share memory with each other"
+            else:
+                faults[two] = f"{self.layers[two].name} lies in the memory of {self.layers[one].name}"
+        return faults
+
+    def _described(self, faults: Mapping[int, str], faulty: Sequence[float]) -> str:
+        """The message for faults of any rank, of which `faulty` has the layers."""
+        found = list(faults.values()) or [
+            f"{layer.name}, on another rank" for layer, bad in zip(self.layers, faulty, strict=True) if bad
+        ]
+        return (
+            f"{self.backend}: what this process is to step overlaps, so that elements would be updated twice: "
+            f"{listing(found)}. Tie layers by using one Parameter object for both, clone() an expanded tensor before "
+            "making it a parameter, and leave the data of parameters where it is once a wrapper has them"
+        )
 
 
 def listing(items: Sequence[str], shown: int = 5) -> str:

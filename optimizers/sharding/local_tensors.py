@@ -42,9 +42,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What changes if a tensor is cut anew without becoming another object; for comparison in this process only."""
+    """What changes if a tensor is cut anew, moved or converted without becoming another object.
+
+    For comparison in this process only.
+    """
+    here = tensor.shape, tensor.dtype, tensor.device
     placements = None if is_plain(tensor) else placements_of(tensor)
-    return tensor.shape if placements is None else (placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
+    return here if placements is None else (*here, placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
 
 
 def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -23,14 +23,13 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
         tensors: (index into `optimizer.param_groups`, local tensor) pairs.
 
     Raises:
-        LayoutError: If no backend explains the tensors, they are on several devices, or the shards do not add up.
+        LayoutError: If no backend explains the tensors, they are on several devices or share memory, or the shards do
+            not add up.
     """
-    explained = explain(optimizer, tensors)
-    layout = whole_parameters(optimizer, tensors) if explained is None else explained
+    layout = explain(optimizer, tensors) or whole_parameters(optimizer, tensors)
     _refuse_several_devices(layout)
     layout = in_segments(layout, optimizer.param_groups)
-    if explained is not None:
-        layout.prove()
+    layout.prove()
     return layout
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from ..formulas.algorithm import Algorithm
+from ..formulas.layer_table import adapts
 from ..formulas.rows import Rows
 from ..sharding.abandoned_parameters import MissingGradients
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
 from .state import read_numbers, state_dtype, write_numbers
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "options_of_plan"]
 
 
 @dataclass
@@ -24,17 +26,20 @@ class Plan:
     """What stays the same from step to step for one set of local tensors."""
 
     layout: Layout
+    tensors: tuple[torch.Tensor, ...]  # of the call, those without elements too
+    cuts: list[Any]  # how these were cut
+    options: Any  # what `options_of_plan` has returned
     group_layers: dict[int, range]  # group index -> its layers
     group_tensors: dict[int, list[int]]  # group index -> its local tensors
     tensor_layers: list[range]  # local tensor -> the layers it carries
-    cuts: list[Any]  # how the tensors of the call, those without elements too, were cut
+    adapted: dict[int, list[bool]]  # group index -> for each of its layers, whether the ratio scales it
     missing_gradients: MissingGradients
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
     cache: dict[Any, Any] = field(default_factory=dict)
     has_stepped: bool = False  # whether any of its steps has found a gradient
 
     @classmethod
-    def of(cls, layout: Layout, tensors: Sequence[torch.Tensor]) -> Plan:
+    def of(cls, algorithm: Algorithm, layout: Layout, tensors: Sequence[torch.Tensor]) -> Plan:
         carried: list[list[int]] = [[] for _ in layout.tensors]
         for index, layer in enumerate(layout.layers):
             carried[layer.tensor].append(index)
@@ -43,18 +48,44 @@ class Plan:
         for tensor, (group, layers) in enumerate(zip(layout.groups, carried, strict=True)):
             group_layers.setdefault(group, []).extend(layers)
             group_tensors.setdefault(group, []).append(tensor)
-        return cls(
+        option = {group: algorithm.param_groups[group]["adapt"] for group in group_layers}
+        plan = cls(
             layout=layout,
+            tensors=tuple(tensors),
+            cuts=[cut_of(tensor) for tensor in tensors],
+            options=options_of_plan(algorithm),
             group_layers={group: _as_range(layers) for group, layers in group_layers.items()},
             group_tensors=group_tensors,
             tensor_layers=[_as_range(layers) for layers in carried],
-            cuts=[cut_of(tensor) for tensor in tensors],
+            adapted={
+                group: [adapts(layout.layers[layer], option[group]) for layer in layers]
+                for group, layers in group_layers.items()
+            },
             missing_gradients=MissingGradients(len(tensors)),
         )
+        plan._refuse_state_of_other_segments(algorithm)
+        with_rows = [group for group in plan.group_layers if algorithm.has_rows(algorithm.param_groups[group])]
+        plan.rows = {group: Rows(layout, plan.group_layers[group]) for group in with_rows}
+        return plan
 
-    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the tensors, the same ones, are still cut as they were."""
-        return all(map(operator.eq, map(cut_of, tensors), self.cuts))
+    def fits(self, tensors: Sequence[torch.Tensor], options: Any) -> bool:
+        """Whether the tensors, the same ones, are still cut as they were, and the options still ask for this plan."""
+        return self.options == options and all(map(operator.eq, map(cut_of, tensors), self.cuts))
+
+    def _refuse_state_of_other_segments(self, algorithm: Algorithm) -> None:
+        """Raise LayoutError if there are numbers of layers that the option `segments` has cut in another way since."""
+        for tensor, layers in zip(self.layout.tensors, self.tensor_layers, strict=True):
+            state = algorithm.state.get(tensor, {})
+            for name in algorithm.layer_state:
+                kept = state.get("layers", {}).get(name, state.get(name))
+                count = kept.numel() if isinstance(kept, torch.Tensor) else len(layers)
+                # The number of updates is the same for all parts of a layer; others are sums over its elements.
+                if count != len(layers) and not (count == 1 and name == "step"):
+                    raise LayoutError(
+                        f"the state {name} of {self.layout.layers[layers.start].name} is of {count} layers, and "
+                        f"segments makes {len(layers)} of the same parameter: set segments before the first step, and "
+                        "load state that was saved with the same segments"
+                    )
 
     def share_layer_state(self, names: Sequence[str], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
         """Give ranks that hold nothing of a layer its per-layer state, which a wrapper may not have loaded there."""
@@ -85,6 +116,30 @@ class Plan:
     def names(self) -> list[str]:
         """The names of all layers, those of the first group first."""
         return [self.layout.layers[index].name for layers in self.group_layers.values() for index in layers]
+
+    @property
+    def adapted_layers(self) -> list[str]:
+        """The names of the layers that the ratio scales."""
+        adapted = [scaled for of_group in self.adapted.values() for scaled in of_group]
+        return [name for name, scaled in zip(self.names, adapted, strict=True) if scaled]
+
+
+def options_of_plan(algorithm: Algorithm) -> tuple[Any, ...]:
+    """What of the groups' options a plan depends on, for comparison: an option that was set since calls for a new one.
+
+    Asked at every step, so it compares what is there and waits for nothing.
+    """
+    of_groups = [
+        tuple(_unchanging(group.get(name)) for name in algorithm.plan_options)
+        for group in algorithm.param_groups
+        if group["params"]
+    ]
+    return algorithm.statistics is None, *of_groups
+
+
+def _unchanging(option: Any) -> Any:
+    """A copy of an option that may be changed in place."""
+    return tuple(option.items()) if isinstance(option, dict) else option
 
 
 def _as_range(indices: list[int]) -> range:

@@ -24,7 +24,7 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..formulas.chunk_view import ChunkView
 from ..formulas.chunks import Flattened
-from ..formulas.layer_table import LayerTable, adapts
+from ..formulas.layer_table import LayerTable
 from ..formulas.rows import Rows
 from ..formulas.stages import Stage
 from ..kernels.choice import open_sweeps
@@ -242,19 +242,15 @@ class Step:
         options = self.algorithm.param_groups[index]
         state = {name: numbers[layers.start : layers.stop] for name, numbers in self.layer_state.items()}
         layer_list = list(self.layout.layers[layers.start : layers.stop])
-        table = LayerTable(
-            layer_list, self._adapt(index, layer_list, options["adapt"]), state, self.layout.gradient_norm
-        )
+        table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
         table.rows = self.plan.rows.get(index)
         return GroupOperands(options, layers, self.plan.group_tensors[index], table)
 
-    def _adapt(self, group: int, layers: Sequence[Any], option: bool | None) -> torch.Tensor:
+    def _adapt(self, group: int) -> torch.Tensor:
         known: dict[Any, torch.Tensor] = self.plan.cache
-        if (group, option) not in known:
-            known[group, option] = torch.tensor(
-                [adapts(layer, option) for layer in layers], device=self.layout.device, dtype=torch.bool
-            )
-        return known[group, option]
+        if ("adapt", group) not in known:
+            known["adapt", group] = torch.tensor(self.plan.adapted[group], device=self.layout.device, dtype=torch.bool)
+        return known["adapt", group]
 
     def _trust_ratios(self) -> torch.Tensor:
         ratios = [

@@ -70,7 +70,7 @@ def flat_run(name: str, implementation: str, lengths: Sequence[int], gaps: Seque
             flat[start : start + length] = torch.randn(length, generator=generator)
         start += length
     layout = Layout("test", (flat,), (0,), tuple(layers), tuple(shards))
-    optimizer._plans[(id(flat),)] = Plan.of(layout, [flat])
+    optimizer._plans.add(Plan.of(optimizer, layout, [flat]))
     for _ in range(3):
         flat.grad = torch.full((total,), torch.nan)
         for index, shard in enumerate(shards):
