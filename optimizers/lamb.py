@@ -108,6 +108,9 @@ class LAMB(LayerwiseAdam):
         if not low <= high:
             raise ValueError(f"trust_bounds[1] must be in [{low:g}, inf], got {high!r}")
 
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        return "gradient" if group["grad_averaging"] else "gradient / (1 - beta1)"
+
     def check_layout(self, layout: Layout) -> None:
         if layout.clips_with and self.defaults["max_grad_norm"] is not None:
             raise ValueError(

@@ -61,8 +61,8 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
             f"the state_dict does not belong to this {type(optimizer).__name__}:\n  "
             + "\n  ".join(shown)
             + "\nLoad the state of the same optimizer class, made for the same model with its parameters in the same "
-            "groups and order; between wrappers, use save_optimizer_state and load_optimizer_state of "
-            "trustratio.integrations.checkpoints. Nothing was loaded"
+            "groups and order. In trustratio.integrations.checkpoints, convert_state converts other optimizers' state "
+            "where it means the same, and save_optimizer_state goes between wrappers. Nothing was loaded"
         )
 
 
