@@ -215,6 +215,9 @@ class CowClip(LayerwiseAdam):
         counts, noted = self._counts.take(embeddings, layout.device)
         self._of_layer = {layer: (n, here) for layer, n, here in zip(embeddings, counts, noted, strict=True)}
 
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        return "gradient + decay"
+
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
         beta1, beta2 = group["betas"]

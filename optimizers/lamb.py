@@ -106,6 +106,9 @@ class LAMB(LayerwiseAdam):
         if not low <= high:
             raise ValueError(f"trust_bounds[1] must be in [{low:g}, inf], got {high!r}")
 
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        return "gradient" if group["grad_averaging"] else "gradient / (1 - beta1)"
+
     def check_layout(self, layout: Layout) -> None:
         self._refuse_several_limits(layout.groups)
         for group in layout.groups:

@@ -79,6 +79,9 @@ class LANS(LayerwiseAdam):
         super().check(group)
         check_flag("normalize_grad", group["normalize_grad"])
 
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        return "gradient / norm" if group["normalize_grad"] else "gradient"
+
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
         layers.g_norm = layers.gradient_ratio = torch.ones_like(layers.step)

@@ -13,9 +13,15 @@ from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate, TrustRule
 from .layerwise import LayerwiseMomentum
 
-__all__ = ["LARS"]
+__all__ = ["ACCUMULATES", "LARS"]
 
-MOMENTUM_FORMS = ("scaled", "gradient", "unscaled")
+ACCUMULATES = {
+    "scaled": "lr * ratio * (gradient + decay)",
+    "gradient": "ratio * (gradient + decay)",
+    "unscaled": "gradient + decay",
+}
+"""What the momentum buffer adds up, by `momentum_form`."""
+MOMENTUM_FORMS = tuple(ACCUMULATES)
 
 
 class LARS(LayerwiseMomentum):
@@ -89,6 +95,9 @@ class LARS(LayerwiseMomentum):
         check_choice("momentum_form", group["momentum_form"], MOMENTUM_FORMS)
         if group["nesterov"] and not group["momentum"]:
             raise ValueError(f"nesterov=True needs momentum in (0, 1), got {group['momentum']!r}")
+
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        return ACCUMULATES[group["momentum_form"]]
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1

@@ -24,6 +24,7 @@ from .stepping.count import StepCount, steps_of
 from .stepping.foreign_state import refuse_foreign_state
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
+from .stepping.state import as_kept, on_device
 from .stepping.step import Step
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
@@ -197,18 +198,40 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 self._remember(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch.optim does, but keep the state's own dtype: fp32 also for 16-bit parameters.
+        """Load as torch.optim does, hooks included, but keep the state's own dtype: fp32 also for 16-bit parameters.
+
+        State and group keys that others put beside the optimizer's own, e.g. a wrapper's slow weights, are kept.
 
         Raises:
-            ValueError: Before anything is changed, if it is the state of another optimizer, or of other parameters.
+            ValueError: Before anything is changed, if what the pre-hooks made of it is the state of another optimizer,
+                or of other parameters.
         """
-        refuse_foreign_state(self, state_dict)
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def check(_: Any, found: dict[str, Any]) -> None:
+            refuse_foreign_state(self, found)
+            loaded.update(found)
+
+        # The last of the hooks before, which sees what the user's have made; the first after, so that theirs are last.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._keep_dtypes(loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Set the state again, which torch has cast to the parameters' dtype."""
         current = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = self.element_state
         for parameter, index in zip(current, saved, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                self.state[parameter][name] = _on_device(value, parameter.device)
+            for name, value in (state_dict["state"].get(index) or {}).items():
+                kept = on_device(value, parameter.device)
+                self.state[parameter][name] = as_kept(parameter, name, kept) if name in own else kept
         self._plans.clear()
         self._count = StepCount()
         self._loaded = True
@@ -279,11 +302,3 @@ def _check_parameter(parameter: torch.Tensor) -> None:
         raise ValueError(
             f"parameters must be real floating point tensors, got {parameter.dtype} of shape {tuple(parameter.shape)}"
         )
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone().to(device)
-    if isinstance(value, dict):
-        return {name: _on_device(inner, device) for name, inner in value.items()}
-    return value

@@ -37,6 +37,9 @@ class VarianceReduced(LayerwiseOptimizer):
 
     group_statistics = "squares"
 
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        return None  # adapted gradients, which nobody else has
+
     def check_gsnr(self, group: dict[str, Any]) -> None:
         check_range("gsnr_floor", group["gsnr_floor"], 0.0, 1.0, low_open=True)
 

@@ -17,7 +17,7 @@ from trustratio.optimizers.stepping.state import layer_numbers, make_element_sta
 
 from .pieces import Piece, ReadBlock, pieces_by_layer
 
-__all__ = ["WEIGHT", "LocalLayer", "LocalState"]
+__all__ = ["WEIGHT", "LocalLayer", "LocalState", "unwrapped"]
 
 WEIGHT = "weight"
 
@@ -54,7 +54,7 @@ class LocalState:
     """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module | None):
-        self.optimizer = _unwrapped(optimizer)
+        self.optimizer = unwrapped(optimizer)
         self.element_state = list(self.optimizer.element_state)
         self.layer_state = list(self.optimizer.layer_state)
         self.layout = resolve_layout(self.optimizer, stepped_tensors(self.optimizer))
@@ -136,7 +136,12 @@ class LocalState:
         publish_weights(self.optimizer)
 
 
-def _unwrapped(optimizer: Any) -> LayerwiseOptimizer:
+def unwrapped(optimizer: Any) -> LayerwiseOptimizer:
+    """The optimizer of this package inside what wraps it.
+
+    Raises:
+        TypeError: If there is none.
+    """
     inner = optimizer
     while inner is not None and not isinstance(inner, LayerwiseOptimizer):
         inner = getattr(inner, "optimizer", None)

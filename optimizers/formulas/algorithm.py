@@ -57,6 +57,14 @@ class Algorithm:
         """Names of the state with one value per element, zero at first."""
         return ()
 
+    def accumulates(self, group: dict[str, Any]) -> str | None:
+        """What the moments or the momentum of a group's layers add up, e.g. "gradient + decay".
+
+        In the words of `MEANINGS` in integrations/checkpoints/conversion.py, for state that optimizers elsewhere keep
+        under the same names; None if nobody's means the same.
+        """
+        return None
+
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError if an option of the group is out of range."""
 

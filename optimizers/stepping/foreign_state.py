@@ -1,18 +1,20 @@
 """Whether a `state_dict()` belongs to an optimizer, told before anything of it is loaded.
 
 torch compares the number of groups and of parameters, and loads the rest as it comes: the options and the state of
-another algorithm, or of layers in another order, would show at the next step or never.
+another algorithm, or of layers in another order, would show at the next step or never. What others put beside it (slow
+weights of a wrapper, keys of a scheduler) is theirs, and passes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..formulas.algorithm import Algorithm
+from ..sharding.local_tensors import cut_alike, local_part, placements_of
 
 __all__ = ["refuse_foreign_state", "without_wrappers"]
 
@@ -21,6 +23,14 @@ MAY_LACK = ("adapt", "segments", "differentiable")
 NOT_OPTIONS = ("params", "defaults")
 """What constructors take besides options."""
 PACKAGE = __name__.removesuffix("stepping.foreign_state")
+ELSEWHERE = frozenset(
+    (
+        *("always_adapt", "amsgrad", "caution", "clip_lr", "corrected_weight_decay", "dampening", "debias"),
+        *("decoupled_decay", "exclude_bias_n_norm", "lars_adaptation_filter", "lars_exclude", "layer_adaptation"),
+        *("max_coeff", "min_coeff", "nesterov", "trust_clip", "trust_coef", "trust_coeff", "weight_decay_filter"),
+    )
+)
+"""Group keys by which optimizers of other packages choose what a step does. Here they would be read by nobody."""
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -51,8 +61,8 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
             f"the state_dict does not belong to this {type(optimizer).__name__}:\n  "
             + "\n  ".join(shown)
             + "\nLoad the state of the same optimizer class, made for the same model with its parameters in the same "
-            "groups and order; between wrappers, use save_optimizer_state and load_optimizer_state of "
-            "trustratio.integrations.checkpoints. Nothing was loaded"
+            "groups and order. In trustratio.integrations.checkpoints, convert_state converts other optimizers' state "
+            "where it means the same, and save_optimizer_state goes between wrappers. Nothing was loaded"
         )
 
 
@@ -62,11 +72,17 @@ def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Itera
     of_others.difference_update(NOT_OPTIONS)
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
-        foreign = [key for key in group if key in of_others and key not in current]
+        unknown = [key for key in group if key not in current]
+        foreign = [key for key in unknown if key in of_others or (key in ELSEWHERE and _is_set(group[key]))]
         if lacking:
             yield f"group {index} lacks the options {', '.join(lacking)}"
         if foreign:
             yield f"group {index} has options of another optimizer: {', '.join(foreign)}"
+
+
+def _is_set(value: Any) -> bool:
+    """Whether an option is neither absent nor off, as far as can be told."""
+    return value is not None and value is not False and (not isinstance(value, int | float) or value != 0)
 
 
 def _algorithms(base: type[Any]) -> Iterator[type[Any]]:
@@ -90,24 +106,55 @@ def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> 
 
 
 def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator[str]:
-    """State of other names or shapes, given the options of the file; a parameter may have none yet."""
+    """State that is missing or of other shapes, given the options of the file; a parameter may have none yet."""
     element_state = _element_state(optimizer, state_dict["param_groups"])
     wanted = {*optimizer.layer_state, *element_state}
     for group, current in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        names = dict(enumerate(current.get("param_names") or ()))
         for position, (key, parameter) in enumerate(zip(group["params"], current["params"], strict=True)):
             state = state_dict["state"].get(key) or {}
-            of_layers = state.get("layers", {})
-            name = dict(enumerate(current.get("param_names") or ())).get(position, f"number {position}")
-            saved_names = {*state, *of_layers} - {"layers"}
-            if state and saved_names != wanted:
-                yield f"parameter {name} has the state {_listing(saved_names)} instead of {_listing(wanted)}"
+            name = names.get(position, f"number {position}")
+            missing = wanted - state.keys() - state.get("layers", {}).keys()
+            if missing == wanted:
                 continue
-            shapes = {what: tuple(parameter.shape) for what in element_state}
-            shapes |= {what: () for what in optimizer.layer_state if what not in of_layers}
-            for what, shape in shapes.items():
-                value = torch.as_tensor(state.get(what, 0.0)) if shape == () else state.get(what)
-                if value is not None and tuple(value.shape) != shape and not (shape == () and value.numel() == 1):
-                    yield f"{what} of parameter {name} has shape {tuple(value.shape)} instead of {shape}"
+            if missing:
+                yield f"parameter {name} lacks the state {', '.join(sorted(missing))}"
+                continue
+            problems = [*_misshapen(optimizer, element_state, state, parameter, name)]
+            yield from problems
+            if not problems and _is_warm_before_the_first_step(state, element_state):
+                yield f"parameter {name} has step 0 and {' and '.join(element_state)} that are not zero"
+
+
+def _misshapen(
+    optimizer: Algorithm, element_state: Sequence[str], state: dict[str, Any], parameter: torch.Tensor, name: str
+) -> Iterator[str]:
+    """State that is no tensor of the parameter's shape, here and on the other ranks, or no number."""
+    for what in element_state:
+        value = state[what]
+        if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            yield f"{what} of parameter {name} has shape {found} instead of {tuple(parameter.shape)}"
+        elif not cut_alike(value, parameter):
+            cuts = " and ".join(f"{tuple(local_part(t).shape)} {placements_of(t) or ''}" for t in (value, parameter))
+            yield f"{what} of parameter {name} is cut otherwise than the parameter: {cuts} on this rank"
+    for what in optimizer.layer_state:
+        value = state.get(what, 0.0)
+        if what not in state.get("layers", {}) and (not _is_number(value) or torch.as_tensor(value).numel() != 1):
+            found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+            yield f"{what} of parameter {name} has shape {found} instead of ()"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.Tensor)
+
+
+def _is_warm_before_the_first_step(state: dict[str, Any], element_state: Sequence[str]) -> bool:
+    """Whether no layer of the tensor was updated, by `step`, but there are moments; their correction would explode."""
+    steps = state.get("layers", {}).get("step", state.get("step"))
+    if steps is None or torch.as_tensor(steps).any():
+        return False
+    return any(bool(local_part(state[what]).any()) for what in element_state)
 
 
 def _element_state(optimizer: Algorithm, saved: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -117,7 +164,3 @@ def _element_state(optimizer: Algorithm, saved: list[dict[str, Any]]) -> tuple[s
         return optimizer.element_state
     finally:
         optimizer.param_groups = current
-
-
-def _listing(names: set[str]) -> str:
-    return ", ".join(sorted(names))

@@ -7,6 +7,7 @@ because DeepSpeed cuts the padding's length off every tensor that lies in a flat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from ..sharding.local_tensors import compute_dtype
 
 __all__ = [
+    "as_kept",
     "layer_numbers",
     "make_element_state",
+    "on_device",
     "read_all_numbers",
     "read_numbers",
     "set_layer_numbers",
@@ -29,6 +32,22 @@ __all__ = [
 def state_dtype(tensor: torch.Tensor, name: str) -> torch.dtype:
     """The dtype of a local tensor's state: fp64 for fp64 tensors, else fp32; of `step` fp32, as torch keeps it."""
     return torch.float32 if name == "step" else compute_dtype(tensor)
+
+
+def as_kept(tensor: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A local tensor's state, of whatever dtype it comes in, in the dtype that it is kept in."""
+    return value.to(state_dtype(tensor, name))
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A copy of something from a state, with all its tensors on a device and in their own dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().to(device)
+    if isinstance(value, dict):
+        return {name: on_device(inner, device) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [on_device(inner, device) for inner in value]
+    return copy.deepcopy(value)
 
 
 def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -> torch.Tensor:

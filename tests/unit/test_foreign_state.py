@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, LANS, LARS, NovoGrad, create_optimizer
+from trustratio.optimizers import LAMB, LANS, LARS, OPTIMIZERS, NovoGrad, create_optimizer
+
+from .test_generic import make, make_parameters, train
 
 SHAPES: dict[str, tuple[int, ...]] = {"matrix": (4, 3), "bias": (4,)}
 
@@ -88,7 +91,7 @@ def test_other_shapes() -> None:
 def test_other_state() -> None:
     state = stepped(LAMB(parameters()))
     del state["state"][0]["step"]
-    with pytest.raises(ValueError, match=r"matrix has the state exp_avg, exp_avg_sq instead of .*, step"):
+    with pytest.raises(ValueError, match="parameter matrix lacks the state step"):
         LAMB(parameters()).load_state_dict(state)
 
 
@@ -112,3 +115,97 @@ def test_options_of_the_file_decide_about_the_state() -> None:
     target = LARS(parameters(), lr=0.1, momentum=0.9)
     target.load_state_dict(state)
     stepped(target)
+
+
+# What is missing, and what others added ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_wrappers_put_beside_the_state_is_kept(name: str) -> None:
+    """As torch.optim keeps it: beside a parameter's state, of no parameter, in a group; in its own dtype."""
+    layers = make_parameters()
+    source = make(name, layers)
+    train(source, layers, range(1))
+    state = copy.deepcopy(source.state_dict())
+    added = {
+        "lookahead_slow_buff": torch.full((5, 7), 3.0),
+        "quantised": torch.arange(9, dtype=torch.uint8),
+        "history": [torch.ones(2), "words", (1, 2)],
+        "ema": {"decay": 0.9, "shadow": torch.ones(5, 7, dtype=torch.float64)},
+    }
+    state["state"][0].update(added)
+    state["state"]["counter of a wrapper"] = 7
+    state["param_groups"][0].update(lookahead_k=6, swa_lr=0.1)
+    parameters = make_parameters(torch.bfloat16)
+    target = make(name, parameters)
+    target.load_state_dict(state)
+    kept = target.state[parameters["matrix"]]
+    assert kept["history"].pop(1) == added["history"].pop(1) == "words"  # type: ignore[attr-defined]
+    torch.testing.assert_close({key: kept[key] for key in added}, added, rtol=0, atol=0)
+    assert target.state["counter of a wrapper"] == 7  # type: ignore[index]
+    assert (target.param_groups[0]["lookahead_k"], target.param_groups[0]["swa_lr"]) == (6, 0.1)
+    kept["history"][0].zero_()
+    kept["ema"]["shadow"].zero_()
+    assert torch.equal(added["history"][0], torch.ones(2))  # type: ignore[index]
+    train(target, parameters, range(1))
+    assert target.state_dict()["state"][0]["quantised"].dtype == torch.uint8
+
+
+def test_state_of_a_wrapper_alone_is_no_state_yet() -> None:
+    source = LAMB(parameters())
+    source.state[source.param_groups[0]["params"][0]]["ema"] = torch.ones(4, 3)
+    target = LAMB(parameters())
+    target.load_state_dict(source.state_dict())
+    stepped(target)
+    assert target.state_dict()["state"][0]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exp_avg": None}, "lacks the state exp_avg"),
+        ({"exp_avg": 1.0}, r"exp_avg of parameter matrix has shape float instead of \(4, 3\)"),
+        ({"exp_avg_sq": torch.ones(12)}, r"exp_avg_sq of parameter matrix has shape \(12,\) instead of \(4, 3\)"),
+        ({"step": torch.ones(2)}, r"step of parameter matrix has shape \(2,\) instead of \(\)"),
+        ({"step": "12"}, r"step of parameter matrix has shape 12 instead of \(\)"),
+        ({"step": torch.zeros(())}, "matrix has step 0 and exp_avg and exp_avg_sq that are not zero"),
+        ({"step": 0}, "matrix has step 0 and exp_avg and exp_avg_sq that are not zero"),
+    ],
+)
+def test_damaged_state(change: dict[str, Any], message: str) -> None:
+    state = copy.deepcopy(stepped(LAMB(parameters())))
+    state["state"][0].update(change)
+    for what in [what for what, value in change.items() if value is None]:
+        del state["state"][0][what]
+    target = LAMB(parameters())
+    with pytest.raises(ValueError, match=message):
+        target.load_state_dict(state)
+    assert not target.state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lars_exclude": True},
+        {"weight_decay_filter": len, "lars_adaptation_filter": len},
+        {"always_adapt": True},
+        {"amsgrad": True},
+        {"dampening": 0.1},
+    ],
+)
+def test_options_of_other_packages_that_nobody_would_read(options: dict[str, Any]) -> None:
+    state = stepped(NovoGrad(parameters(), lr=0.1))
+    state["param_groups"][0].update(dict.fromkeys(options))
+    NovoGrad(parameters(), lr=0.1).load_state_dict(state)  # switched off, they choose nothing
+    state["param_groups"][0].update(options)
+    with pytest.raises(ValueError, match=f"options of another optimizer: {', '.join(options)}"):
+        NovoGrad(parameters(), lr=0.1).load_state_dict(state)
+
+
+def test_state_is_kept_in_fp32_whatever_it_comes_in() -> None:
+    state = copy.deepcopy(stepped(LAMB(parameters())))
+    for of_parameter in state["state"].values():
+        of_parameter["exp_avg"] = of_parameter["exp_avg"].bfloat16()
+    target = LAMB(parameters())
+    target.load_state_dict(state)
+    assert {of_parameter["exp_avg"].dtype for of_parameter in target.state.values()} == {torch.float32}

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
-import types
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,19 +122,6 @@ def test_the_default_adapts_by_dimensions_not_by_decay() -> None:
 
 
 # timm ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def timm_optim() -> Iterator[dict[str, Any]]:
-    """The files timm/optim/lamb.py and lars.py alone, since importing the package needs torchvision."""
-    spec = importlib.util.find_spec("timm")
-    assert spec is not None, "install timm with: pip install --no-deps timm"
-    for name in ("timm", "timm.optim"):
-        package = sys.modules[name] = types.ModuleType(name)
-        package.__path__ = [str(Path(spec.submodule_search_locations[0]).joinpath(*name.split(".")[1:]))]
-    yield {name: importlib.import_module(f"timm.optim.{name}") for name in ("lamb", "lars")}
-    for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
-        del sys.modules[name]
 
 
 def train_pair(ours: Any, theirs: Any, steps: int = 6) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
