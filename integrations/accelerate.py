@@ -1,9 +1,8 @@
 """Accelerate: our optimizer behind its wrappers, and an error where it has been replaced.
 
 `accelerator.prepare(model, optimizer)` needs nothing from here. But with `offload_optimizer` in the DeepSpeed config it
-builds a `DeepSpeedCPUAdam` from the optimizer's groups and trains with that, without a word. Importing this module
-makes the first step of such an optimizer raise; an optimizer of ours that is constructed does so wherever accelerate is
-imported, before or after (`GUARDS` in `optimizers/sharding/backends.py`). Read from accelerate 1.15.0.
+builds a `DeepSpeedCPUAdam` from the optimizer's groups and trains with that, without a word. The first step of such an
+optimizer raises, wherever accelerate was imported, before or after ours was constructed. Read from accelerate 1.15.0.
 """
 
 from __future__ import annotations
@@ -12,11 +11,17 @@ import os
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.sharding.backends import Backend, register_backend
 
-__all__ = ["ReplacedOptimizerError", "count_ranks_on_cpu", "layerwise_optimizer", "refuse_replacement"]
+__all__ = [
+    "AccelerateBackend",
+    "ReplacedOptimizerError",
+    "count_ranks_on_cpu",
+    "layerwise_optimizer",
+    "refuse_replacement",
+]
 
 KEEP_IT = 'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config, beside offload_optimizer'
 
@@ -87,4 +92,12 @@ def refuse_replacement(optimizer: Any) -> None:
     )
 
 
-register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: refuse_replacement(optimizer))
+class AccelerateBackend(Backend):
+    """Looks whether an optimizer that is about to step has taken the place of one of ours."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Raise ReplacedOptimizerError if it has."""
+        refuse_replacement(optimizer)
+
+
+register_backend(AccelerateBackend())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from trustratio.optimizers import CowClip, LayerwiseOptimizer, create_optimizer
 from trustratio.optimizers.noise_scale import RunningNoise, adascale, gradient_noise, sum_of_layers
+from trustratio.optimizers.sharding.backends import Backend, given_to, register_backend
+from trustratio.optimizers.sharding.living import living
 
 from .accelerate import ReplacedOptimizerError, innermost, layerwise_optimizer, refuse_replacement
 
 __all__ = [
     "OptimizerFactory",
+    "TrainerBackend",
     "TrustRatioCallback",
     "masked_language_modeling_loss",
     "optimizer_for_trainer",
@@ -258,12 +262,34 @@ class DroppedOptimizerGuard(TrainerCallback):
         if isinstance(stepping, torch.optim.Optimizer):
             refuse_replacement(stepping)
         if self._given is not None and stepping is not self._given:
-            given = type(self._given).__name__
-            raise ReplacedOptimizerError(
-                f"the Trainer was given {given} but would train with {type(stepping).__name__}: under DeepSpeed it "
-                f"drops optimizers=(optimizer, scheduler). Use optimizer_cls_and_kwargs=optimizer_for_trainer("
-                f'"{given.lower()}", lr=..., weight_decay=...), from trustratio.integrations.transformers'
-            )
+            raise _dropped(type(self._given).__name__, stepping)
+
+
+def _dropped(given: str, stepping: Any) -> ReplacedOptimizerError:
+    return ReplacedOptimizerError(
+        f"the Trainer was given {given} but would train with {type(stepping).__name__}: under DeepSpeed it "
+        f"drops optimizers=(optimizer, scheduler). Use optimizer_cls_and_kwargs=optimizer_for_trainer("
+        f'"{given.lower()}", lr=..., weight_decay=...), from trustratio.integrations.transformers'
+    )
+
+
+class TrainerBackend(Backend):
+    """Does what `DroppedOptimizerGuard` does, in Trainers that were made before the guard was a default callback.
+
+    Nobody saw what such a Trainer was given; but an optimizer of ours has its model's parameters and takes no step.
+    """
+
+    def __init__(self) -> None:
+        self._unguarded = WeakSet(living(Trainer))
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ReplacedOptimizerError if one of those Trainers steps with another optimizer than ours."""
+        for trainer in self._unguarded:
+            if innermost(trainer.optimizer) is optimizer and not isinstance(optimizer, LayerwiseOptimizer):
+                assert trainer.model is not None
+                for given in given_to(trainer.model.parameters()):
+                    raise _dropped(given, optimizer)
 
 
 transformers.trainer.DEFAULT_CALLBACKS.append(DroppedOptimizerGuard)  # type: ignore[arg-type]
+register_backend(TrainerBackend())

@@ -42,8 +42,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._forget()
         defaults.setdefault("adapt", None)
         defaults.setdefault("segments", None)
-        admit(type(self))
         super().__init__(params, defaults)
+        admit(self)
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -196,6 +196,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
             if are_parameters is not None and all(are_parameters[index]):
                 self._remember(group)
+        if are_parameters is not None:
+            admit(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, hooks included, but keep the state's own dtype: fp32 also for 16-bit parameters.

@@ -1,24 +1,26 @@
 """What a wrapper's integration tells the optimizers: the questions, who is asked them, and how integrations are found.
 
-A backend is registered by the module that an entry point under `trustratio.backends` names; that module is imported
-once the program has imported the wrapper, so `trustratio.optimizers` needs torch alone.
+A backend is registered by a module of `integrations/`, which is imported once the program has imported the wrapper, so
+`trustratio.optimizers` needs torch alone. That is looked up whenever an optimizer of ours is constructed or asks a
+question, and before every step of every optimizer of the process: one of another package may step in ours' place.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .data_parallel import DataParallel, ddp_process_group
 from .gradient_flow import GradientFlow
-from .import_watch import call_after_import
 from .layout import Layout
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "find_data_parallel",
     "find_gradient_flow",
     "find_sources",
+    "given_to",
     "may_replace_parameters",
     "publish_weights",
     "register_backend",
@@ -39,7 +42,7 @@ T = TypeVar("T")
 
 
 class Backend:
-    """What a sharding wrapper's integration provides (one file or folder in integrations/): answers to eight questions.
+    """What a sharding wrapper's integration provides (one file or folder in integrations/): answers to nine questions.
 
     Each answers "not mine" here. A subclass overrides those that its wrapper has something to say to, `explain` at
     least, and is made known by `register_backend`. An optimizer asks all backends until one answers.
@@ -47,6 +50,12 @@ class Backend:
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         """Tell the wrapper that this optimizer class is safe with it. Called when an optimizer is constructed."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise if this optimizer has taken the place of one of ours, and would train without a word.
+
+        Called before every step of every optimizer of the process, ours and others', so it must cost next to nothing.
+        """
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout of the tensors of one `step()` call, None if this wrapper did not make them.
@@ -95,44 +104,45 @@ class Backend:
         """
 
 
-GUARDS = ("accelerate", "transformers.trainer")
-"""Wrappers that may train with another optimizer without ever asking ours: their backends say so. So they are needed
-also where the wrapper is imported after the optimizer was constructed, while others are asked for at the first step."""
+WRAPPERS = {
+    "accelerate": "trustratio.integrations.accelerate",
+    "deepspeed": "trustratio.integrations.deepspeed",
+    "megatron.core": "trustratio.integrations.megatron",
+    "torch.distributed.fsdp": "trustratio.integrations.fsdp1",
+    "torch.distributed.optim.zero_redundancy_optimizer": "trustratio.integrations.zero_redundancy",
+    "torch.distributed.tensor": "trustratio.integrations.fsdp2.backend",
+    "transformers.trainer": "trustratio.integrations.transformers",
+}
+"""The module that is imported wherever a wrapper is in use, and ours that registers the wrapper's backend."""
 
 
 @dataclass
 class _Known:
-    """The backends of this process."""
+    """The backends of this process, and what they may ask."""
 
     registered: list[Backend] = field(default_factory=list)
-    tried: set[str] = field(default_factory=set)
+    not_imported: dict[str, str] = field(default_factory=WRAPPERS.copy)
     watching: bool = False
-
-    def watch_for_guards(self) -> None:
-        """See to it that guards are loaded whenever their wrapper is imported."""
-        if not self.watching:
-            self.watching = True
-            call_after_import(GUARDS, self._load_guard)
+    given: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # parameter -> class name, until it steps
 
     def load(self) -> list[Backend]:
         """Import the backends of those wrappers that the program has imported, and return all known backends."""
-        for entry_point in entry_points(group="trustratio.backends"):
-            if entry_point.name in sys.modules:
-                self._try(entry_point)
+        for wrapper in [name for name in self.not_imported if name in sys.modules]:
+            try:
+                importlib.import_module(self.not_imported.pop(wrapper))
+            except ImportError as error:
+                warnings.warn(f"trustratio cannot use {wrapper}: {error}", stacklevel=5)
         return self.registered
 
-    def _load_guard(self, wrapper: str) -> None:
-        for entry_point in entry_points(group="trustratio.backends", name=wrapper):
-            self._try(entry_point)
+    def watch_steps(self) -> None:
+        """Have all backends asked before every step that any optimizer takes from now on."""
+        if not self.watching:
+            self.watching = True
+            register_optimizer_step_pre_hook(torch.compiler.disable(self._before_step))
 
-    def _try(self, entry_point: EntryPoint) -> None:
-        if entry_point.name in self.tried:
-            return
-        self.tried.add(entry_point.name)
-        try:
-            entry_point.load()
-        except ImportError as error:
-            warnings.warn(f"trustratio cannot use {entry_point.name}: {error}", stacklevel=5)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        for backend in self.load():
+            backend.before_step(optimizer)
 
 
 _known = _Known()
@@ -146,15 +156,25 @@ def register_backend(backend: Backend) -> None:
 # The questions, put to all backends ---------------------------------------------------------------------------------
 
 
-def admit(optimizer_class: type[torch.optim.Optimizer]) -> None:
-    """Make the class acceptable to every wrapper that is imported, and have guards wait for those that are not."""
-    _known.watch_for_guards()
+def admit(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's class acceptable to every wrapper that is imported, and look at all steps from now on."""
+    _known.watch_steps()
     for backend in _known.load():
-        backend.admit(optimizer_class)
+        backend.admit(type(optimizer))
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _known.given.update(dict.fromkeys(given, type(optimizer).__name__))
+
+
+def given_to(parameters: Iterable[torch.Tensor]) -> set[str]:
+    """Names of our classes that were constructed with any of the parameters, and have taken no step so far."""
+    return {_known.given[parameter] for parameter in parameters if parameter in _known.given}
 
 
 def explain(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
     """Return the layout of one `step()` call's tensors from the wrapper that made them; None if none did."""
+    for parameter in list(_known.given):
+        if optimizer.was_given(parameter):
+            del _known.given[parameter]
     return _first(backend.explain(optimizer, tensors) for backend in _known.load())
 
 
@@ -197,8 +217,7 @@ def find_sources(optimizer: Any, module: torch.nn.Module) -> list[tuple[torch.Te
     Returns:
         (parameter, tensor whose gradient backward makes in its place) pairs.
     """
-    # Not of backends that are yet to be loaded: this is asked after every forward.
-    return [pair for backend in _known.registered for pair in backend.sources(optimizer, module)]
+    return [pair for backend in _known.load() for pair in backend.sources(optimizer, module)]
 
 
 def stepped_tensors(optimizer: Any) -> list[tuple[int, torch.Tensor]]:

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, 
 
 from trustratio.integrations.accelerate import ReplacedOptimizerError, layerwise_optimizer, refuse_replacement
 from trustratio.integrations.transformers import (
+    TrainerBackend,
     TrustRatioCallback,
     masked_language_modeling_loss,
     optimizer_for_trainer,
@@ -231,18 +232,53 @@ from trustratio.optimizers import LAMB
 
 assert not {"accelerate", "transformers"} & set(sys.modules)
 lamb = LAMB([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
-assert not [name for name in sys.modules if name.startswith("trustratio.integrations.")]
-from transformers import Trainer
+model = torch.nn.Linear(2, 2)
+dropped = LAMB(model.parameters(), lr=0.1)
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 
+assert "trustratio.integrations.accelerate" not in sys.modules
+trainer = Trainer(model, TrainingArguments(use_cpu=True, report_to=[]), optimizers=(dropped, None))
+# What deepspeed_init does: the optimizer is forgotten, and another one steps copies of the parameters.
+adam = torch.optim.AdamW([torch.nn.Parameter(torch.ones(4))], lr=0.1)
+trainer.optimizer = trainer.callback_handler.optimizer = adam
+del dropped
+taken = torch.optim.Adam(lamb.param_groups)
+unrelated = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+for optimizer in (adam, taken, unrelated, lamb):
+    parameter = optimizer.param_groups[0]["params"][0]
+    parameter.grad = torch.ones_like(parameter)
+    before = parameter.detach().clone()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert torch.equal(parameter, before)
+        print(f"{type(error).__name__}: {error}")
+    else:
+        print(type(optimizer).__name__)
 print([callback.__name__ for callback in DEFAULT_CALLBACKS].count("DroppedOptimizerGuard"))
-lamb.param_groups[0]["params"][0].grad = torch.ones(2, 2)
-torch.optim.Adam(lamb.param_groups).step()
 """
 
 
-def test_the_guards_are_set_when_the_trainer_is_imported_after_the_optimizer_was_constructed():
-    found = subprocess.run([sys.executable, "-c", LATE_IMPORT], capture_output=True, text=True, timeout=120)
-    assert found.stdout == "1\n", found.stderr
-    assert "ReplacedOptimizerError: Adam was made from the parameter groups" in found.stderr
+def test_replaced_optimizers_are_noticed_where_the_trainer_is_imported_after_ours_was_constructed():
+    found = subprocess.run(
+        [sys.executable, "-W", "error:trustratio", "-c", LATE_IMPORT], capture_output=True, text=True, timeout=120
+    )
+    dropped, taken, unrelated, ours, guards = found.stdout.splitlines() or found.stderr
+    assert dropped.startswith("ReplacedOptimizerError: the Trainer was given LAMB but would train with AdamW"), dropped
+    assert taken.startswith("ReplacedOptimizerError: Adam was made from the parameter groups"), taken
+    assert (unrelated, ours, guards) == ("SGD", "LAMB", "1")
     assert "trustratio cannot use" not in found.stderr
+
+
+def test_a_trainer_that_steps_with_its_optimizer_of_ours_is_left_in_peace(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    lamb = LAMB(model.parameters(), lr=0.1)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), optimizers=(lamb, None))
+    backend = TrainerBackend()
+    backend.before_step(lamb)
+    backend.before_step(torch.optim.SGD(model.parameters(), lr=0.1))
+    lamb.zero_grad()
+    lamb.step()
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # chosen after training with the first
+    backend.before_step(trainer.optimizer)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import pickle
+import re
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,13 +26,13 @@ from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
+OPTIMIZER_MODULE: Any = sys.modules[torch.optim.Optimizer.__module__]
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No backend is known but those that the test registers."""
-    monkeypatch.setattr(backends, "_known", backends._Known())
-    monkeypatch.setattr(backends, "entry_points", lambda **_: [])
+    monkeypatch.setattr(backends, "_known", backends._Known(not_imported={}))
 
 
 class Flat(Backend):
@@ -100,6 +106,76 @@ def test_forwards_are_watched_only_where_a_backend_replaces_parameters() -> None
     assert not backends.may_replace_parameters()
     register_backend(Replacing())
     assert backends.may_replace_parameters()
+
+
+class Counting(Backend):
+    """Counts the steps before which it was asked."""
+
+    steps: ClassVar[list[torch.optim.Optimizer]] = []
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.steps.append(optimizer)
+
+
+@pytest.mark.parametrize("of_ours", [True, False])
+def test_a_wrapper_that_is_imported_late_is_asked_before_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, of_ours: bool
+) -> None:
+    """Whoever steps: an optimizer of another package may have taken the place of ours."""
+    monkeypatch.setattr(backends, "_known", backends._Known(not_imported={"late_wrapper": "late_backend"}))
+    monkeypatch.setattr(OPTIMIZER_MODULE, "_global_optimizer_pre_hooks", OrderedDict())
+    monkeypatch.setattr(Counting, "steps", [])
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    lamb = LAMB([parameter])
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    sgd.step()
+    assert backends.given_to([parameter]) == {"LAMB"}
+    monkeypatch.setitem(sys.modules, "late_wrapper", ModuleType("late_wrapper"))
+    monkeypatch.setitem(sys.modules, "late_backend", ModuleType("late_backend"))
+    imported = []
+    monkeypatch.setattr(
+        backends.importlib, "import_module", lambda name: (imported.append(name), register_backend(Counting()))
+    )
+    stepping = lamb if of_ours else sgd
+    stepping.step()
+    stepping.step()
+    assert imported == ["late_backend"]
+    assert Counting.steps == [stepping, stepping]
+    assert backends.given_to([parameter]) == (set() if of_ours else {"LAMB"})
+
+
+@pytest.mark.usefixtures("alone")
+def test_optimizers_that_were_unpickled_are_looked_after_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPTIMIZER_MODULE, "_global_optimizer_pre_hooks", OrderedDict())
+    pickled = pickle.dumps(LAMB([torch.nn.Parameter(torch.ones(2, 2))]))
+    monkeypatch.setattr(OPTIMIZER_MODULE, "_global_optimizer_pre_hooks", OrderedDict())
+    monkeypatch.setattr(backends, "_known", backends._Known(not_imported={}))
+    optimizer = pickle.loads(pickled)
+    assert backends.given_to(optimizer.param_groups[0]["params"]) == {"LAMB"}
+    assert len(OPTIMIZER_MODULE._global_optimizer_pre_hooks) == 1
+
+
+def test_nobody_goes_through_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took most of a sharded optimizer's first step: once per parameter."""
+    scans = []
+    monkeypatch.setattr(importlib.metadata.MetadataPathFinder, "find_distributions", lambda *given: scans.append(given) or [])
+    optimizer = LAMB([torch.nn.Parameter(torch.ones(2, 2))])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+    optimizer.step()
+    assert scans == []
+
+
+def test_every_integration_is_in_the_list() -> None:
+    registering = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for path in (ROOT / "integrations").rglob("*.py")
+        if re.search(r"^register_backend\(", path.read_text(), re.MULTILINE)
+    }
+    listed = [module.removeprefix("trustratio.") for module in backends.WRAPPERS.values()]
+    # Two folders are imported by their own names, whose `__init__` imports their backend.
+    assert sorted(registering) == sorted(
+        f"{module}.backend" if (ROOT / module.replace(".", "/")).is_dir() else module for module in listed
+    )
 
 
 def test_a_builder_puts_shards_in_the_order_of_memory() -> None:

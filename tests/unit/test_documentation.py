@@ -31,9 +31,6 @@ FILES_ELSEWHERE = {
     *("test_layerwise_lion.py", "tests/distributed/test_layerwise_lion.py"),
 }
 
-NAMES_THAT_ARE_NO_MODULES = {"trustratio.backends"}
-"""The group of entry points."""
-
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(
@@ -127,7 +124,7 @@ def misplaced_names(page: Path) -> list[str]:
 def names(page: Path) -> Iterator[str]:
     """Yield the package's dotted names in a page, and what its blocks of Python import from the package."""
     text = page.read_text(encoding="utf-8")
-    yield from set(DOTTED_NAME.findall(text)) - NAMES_THAT_ARE_NO_MODULES
+    yield from set(DOTTED_NAME.findall(text))
     for language, block in FENCED.findall(text):
         if language == "python":
             for node in ast.walk(ast.parse(textwrap.dedent(block))):
