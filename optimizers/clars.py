@@ -48,6 +48,8 @@ class CLARS(LayerwiseMomentum):
     Raises:
         ValueError: If an argument is out of range.
         StatisticsError: At a step whose group gradients were never seen.
+        LayoutError: At a step where there are several ranks and nobody is known to average gradients; see
+            `data_parallel_group`.
 
     State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖g‖² and the groups' norms, in one
     all-reduce if sharded or under DDP. No more is sent, since each rank has its groups' whole layers in backward.

@@ -198,8 +198,6 @@ class CowClip(LayerwiseAdam):
                     f"cowclip=True needs parameters of two dimensions (ids x columns), got {layer.name} of shape "
                     f"{layer.shape}: put it into a group with cowclip=False"
                 )
-        if embeddings:
-            self._counts.look_up_wrapper()
 
     def _embeddings(self, layout: Layout) -> list[Layer]:
         groups = self.param_groups
@@ -212,7 +210,7 @@ class CowClip(LayerwiseAdam):
         embeddings = self._embeddings(layout)
         if not embeddings:
             return
-        counts, noted = self._counts.take(embeddings, layout.device)
+        counts, noted = self._counts.take(layout, embeddings)
         self._of_layer = {layer: (n, here) for layer, n, here in zip(embeddings, counts, noted, strict=True)}
 
     def accumulates(self, group: dict[str, Any]) -> str | None:

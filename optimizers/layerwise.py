@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .formulas.algorithm import Algorithm
@@ -18,6 +19,7 @@ from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
 from .sharding.abandoned_parameters import refuse_abandoned
 from .sharding.backends import admit
+from .sharding.data_parallel import as_process_group
 from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
 from .stepping.count import StepCount, steps_of
@@ -36,6 +38,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     State and arithmetic are fp32 whatever the parameter's dtype (fp64 for fp64 parameters); a 16-bit parameter without
     a wrapper that keeps master weights is rounded once per step, when it is written.
     """
+
+    _data_parallel_group: dist.ProcessGroup | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         self.implementation = defaults.pop("implementation", None)
@@ -78,7 +82,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         """Keep norms of the gradients of single groups (one rank's one micro-batch) from the next backward on.
 
         For diagnostics such as `noise_scale.gradient_noise`; CLARS and the VR optimizers do so themselves. Call it on
-        all ranks.
+        all ranks; where no wrapper averages gradients, see `data_parallel_group`.
         """
         if self.statistics is None:
             self.statistics = GradientStatistics(self, squares=False)
@@ -121,6 +125,29 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     def implementation(self, value: str | None) -> None:
         check_choice("implementation", value, (None, *IMPLEMENTATIONS))
         self._implementation = value
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        """Who averages gradients, where no wrapper can be found: the ranks that do it by hand; None by default.
+
+        CLARS, the VR optimizers, `collect_group_norms()` and CowClip's counts add up over these ranks what each has
+        seen of its own samples, and raise LayoutError at the step where there are several ranks and nobody is known.
+        DistributedDataParallel, DeepSpeed, fully_shard and Megatron are found, and need no call. Gradients are to be
+        averaged (or added up) between backward() and step(), all of one optimizer over the same ranks.
+
+        May be set to a process group that this rank is in, or a DeviceMesh of one dimension; before or after the model
+        is wrapped. Where every rank trains a model of its own, that is
+        ``dist.new_group([rank], use_local_synchronization=True)``. It is not part of copies, pickles and state dicts.
+
+        Raises:
+            TypeError: If set to anything else.
+            ValueError: If set to a group that this rank is not in.
+        """
+        return self._data_parallel_group
+
+    @data_parallel_group.setter
+    def data_parallel_group(self, value: Any) -> None:
+        self._data_parallel_group = as_process_group(value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch.optim; its options are checked first."""
@@ -170,6 +197,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def _forget(self) -> None:
         wanted = self.group_statistics
+        self._data_parallel_group = None
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
         self._plans = Plans()
         self._loaded = False

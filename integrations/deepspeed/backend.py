@@ -33,7 +33,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.sharding.backends import Backend, register_backend
-from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of
+from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of, while_alive
 from trustratio.optimizers.sharding.gradient_flow import GradientFlow, Slice
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
@@ -138,7 +138,8 @@ class DeepSpeedBackend(Backend):
         engine = find_engine(optimizer)
         if engine is None:
             return None
-        return DataParallel(engine.seq_data_parallel_group, attribute_of(engine, "skipped_steps"))
+        skipped = attribute_of(engine, "skipped_steps")
+        return DataParallel(engine.seq_data_parallel_group, skipped, is_in_use=while_alive(engine))
 
     def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
         """Return where gradients go between backward and step, None if they stay whole."""

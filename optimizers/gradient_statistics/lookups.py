@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..sharding.backends import find_data_parallel
-from ..sharding.data_parallel import DataParallel
-from ..sharding.layout import Layer
+from ..sharding.layout import Layer, Layout
+from .averaging import Averaging
 
 __all__ = ["IdCounts", "LookupHook"]
 
@@ -24,18 +23,13 @@ class IdCounts:
     """
 
     def __init__(self, optimizer: Any):
-        self._optimizer = weakref.ref(optimizer)
         self._ids: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._data_parallel: DataParallel | None = None
-        self._skipped_steps = 0
+        self._averaging = Averaging(optimizer)
 
     def add(self, parameter: torch.Tensor, ids: torch.Tensor) -> None:
         """Note the lookups of one micro-batch. Those of an update that the wrapper has dropped since are forgotten."""
-        if self._data_parallel is None:
-            self._data_parallel = find_data_parallel(self._optimizer())
-        skipped = self._data_parallel.skipped_steps()
-        if skipped != self._skipped_steps:
-            self._skipped_steps = skipped
+        self._averaging.look()
+        if self._averaging.has_skipped():
             self.forget()
         self._ids.setdefault(parameter, []).append(ids.detach().reshape(-1).to(torch.int32, copy=True))
 
@@ -43,29 +37,29 @@ class IdCounts:
         """Drop everything noted so far, with the gradients that it belongs to."""
         self._ids.clear()
 
-    def look_up_wrapper(self) -> None:
-        """Find out anew which wrapper averages the gradients: it may have come after the first lookups."""
-        self._data_parallel = find_data_parallel(self._optimizer())
-
-    def take(self, layers: Sequence[Layer], device: torch.device) -> tuple[list[torch.Tensor], list[bool]]:
+    def take(self, layout: Layout, layers: Sequence[Layer]) -> tuple[list[torch.Tensor], list[bool]]:
         """Add the counts over ranks and forget them: one all-reduce if there are several ranks.
 
         Args:
-            layers: Embeddings, the same on all ranks.
-            device: Where the counts are wanted.
+            layout: Of the `step()` call.
+            layers: Its embeddings, the same on all ranks.
 
         Returns:
             For each layer the count of every row in the global batch (int32), and whether this rank noted any lookup.
+
+        Raises:
+            LayoutError: If there are counts, and nobody knows over which ranks to add them.
         """
-        assert self._data_parallel is not None
         noted = [self._ids.pop(layer.parameter, []) for layer in layers]
-        counts = torch.zeros(sum(layer.shape[0] for layer in layers), dtype=torch.int32, device=device)
+        counts = torch.zeros(sum(layer.shape[0] for layer in layers), dtype=torch.int32, device=layout.device)
         of_layers = list(counts.split([layer.shape[0] for layer in layers]))
         for of_layer, parts in zip(of_layers, noted, strict=True):
             for ids in parts:
-                ids = ids.to(device)
+                ids = ids.to(layout.device)
                 of_layer.index_add_(0, ids, torch.ones_like(ids))
-        self._data_parallel.add(counts)
+        self._averaging.look_for_step(layout)
+        if any(noted) or self._averaging.known is not None:  # DeepSpeed steps once before there is an engine
+            self._averaging.need().add(counts)
         return of_layers, [bool(parts) for parts in noted]
 
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from ..sharding.backends import find_data_parallel, find_gradient_flow, find_sources, may_replace_parameters
-from ..sharding.data_parallel import DataParallel
+from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
 from ..sharding.local_tensors import placements_of
+from .averaging import Averaging
 from .factor import factor_between, probe, probes_of
 from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepStatistics, norms_from_table
 from .squares import Squares, zeros_like_local
@@ -58,10 +58,9 @@ class GradientStatistics:
         self._last = LastNorms()
         self._warned = False
         self._forward_hook: Any = None
-        # Of the wrapper, once it is known.
-        self._data_parallel: DataParallel | None = None
+        # Of the wrapper, as far as it is known.
+        self._averaging = Averaging(optimizer)
         self._flow: GradientFlow | None = None
-        self._skipped_steps = 0
         # Of the groups since the last step.
         self._loss_scale = 1.0
         self._stepped = False
@@ -162,8 +161,7 @@ class GradientStatistics:
         if self._squares is not None:
             self._squares.clear()
         self._stepped = False
-        if self._data_parallel is not None:
-            self._skipped_steps = self._data_parallel.skipped_steps()
+        self._averaging.has_skipped()  # counts as known from now on
 
     def _name(self, watched: Watched) -> str | None:
         parameter, optimizer = watched.parameter(), self._optimizer()
@@ -175,11 +173,11 @@ class GradientStatistics:
     def _see(self, watched: Watched, gradient: torch.Tensor) -> None:
         if gradient.layout is not torch.strided or placements_of(gradient) is not None:
             return  # the step refuses sparse gradients, and those of which this rank has a part
-        self._find_wrapper()
+        if self._averaging.look():
+            self._flow = find_gradient_flow(self._optimizer())
         if self._forward_hook is not None:
             self._stop_looking()
-        assert self._data_parallel is not None
-        if self._stepped or self._skipped_steps != self._data_parallel.skipped_steps():
+        if self._averaging.has_skipped() or self._stepped:
             self.discard()
         if self._flow is not None:
             self._loss_scale = self._flow.loss_scale()
@@ -189,13 +187,6 @@ class GradientStatistics:
         watched.sums = of_group if watched.sums is None else watched.sums.add_(of_group)
         if self._squares is not None:
             self._squares.add(watched, gradient, self._destination(watched))
-
-    def _find_wrapper(self) -> None:
-        if self._data_parallel is None:
-            optimizer = self._optimizer()
-            self._data_parallel = find_data_parallel(optimizer)
-            self._skipped_steps = self._data_parallel.skipped_steps()
-            self._flow = find_gradient_flow(optimizer)
 
     def _destination(self, watched: Watched) -> Destination | None:
         return None if self._flow is None else self._flow.destinations.get(id(watched.parameter()))
@@ -211,12 +202,15 @@ class GradientStatistics:
 
         Raises:
             StatisticsError: If there are gradients, but no group was ever seen.
+            LayoutError: If there are several ranks, and nobody is known to average their gradients.
         """
+        if self._averaging.look_for_step(layout):
+            self._flow = find_gradient_flow(self._optimizer())
         watched = [self._watched_layer(layer) for layer in layout.layers]
         self._check_seen(layout, watched, gradients)
         if self.groups == 0:
             return self._nothing(layout)
-        self._find_wrapper()
+        self._averaging.need()
         self._stepped = True
         ranks, sharded = self._ranks(), bool(layout.reductions)
 
@@ -248,13 +242,13 @@ class GradientStatistics:
 
     def _sum_of_squares(self, squares: Squares, layout: Layout, watched: Sequence[Watched]) -> list[torch.Tensor]:
         """The squares of all ranks' groups, flat, in the order of the layout's tensors."""
-        assert self._data_parallel is not None
+        data_parallel = self._averaging.need()
         if not layout.reductions:
-            return squares.of_whole_layers(layout, watched, self._data_parallel)
+            return squares.of_whole_layers(layout, watched, data_parallel)
         destinations = [destination for layer in watched if (destination := self._destination(layer)) is not None]
         if len(destinations) < len(watched):
             raise StatisticsError(f"{layout.backend} does not tell where gradients go. {HOW_TO_BUILD}")
-        return squares.of_shards(layout, watched, destinations, self._data_parallel.replicas)
+        return squares.of_shards(layout, watched, destinations, data_parallel.replicas)
 
     def _nothing(self, layout: Layout) -> StepStatistics:
         """No group was seen and gradients are zero: nothing will be updated. The wrapper may not even exist yet."""
@@ -283,8 +277,7 @@ class GradientStatistics:
         now = probes_of(layout, gradients) * layout.copies if complete else zeros[:1].expand(len(watched))
         averages = torch.cat([sums, not_finite, now.unsqueeze(0)])
         if complete:
-            assert self._data_parallel is not None
-            self._data_parallel.add(averages)
+            self._averaging.need().add(averages)
         return averages / self._ranks()
 
     def keep(self, layout: Layout, totals: Mapping[str, torch.Tensor]) -> None:
@@ -334,7 +327,7 @@ class GradientStatistics:
                     )
 
     def _ranks(self) -> int:
-        return 1 if self._data_parallel is None else self._data_parallel.ranks
+        return 1 if self._averaging.known is None else self._averaging.known.ranks
 
     def _watched_layer(self, layer: Layer) -> Watched:
         watched = self._watched.get(id(layer.parameter))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .data_parallel import DataParallel, ddp_process_group
+from .data_parallel import DataParallel, ddp_ranks, processes, reconcile
 from .gradient_flow import GradientFlow
 from .layout import Layout
 
@@ -184,19 +184,28 @@ def tensor_parallel_groups(parameter: torch.Tensor) -> list[dist.ProcessGroup]:
     return [group for group in groups if group is not None]
 
 
-def find_data_parallel(optimizer: Any) -> DataParallel:
-    """Find the wrapper that averages the gradients of the optimizer's parameters.
+def find_data_parallel(optimizer: Any) -> DataParallel | None:
+    """Find out who averages the gradients of the optimizer's parameters.
+
+    This may look at every object of the process, and its answer holds for now: the model may be wrapped later.
 
     Args:
         optimizer: A `LayerwiseOptimizer`; its model may have been wrapped since it was constructed.
 
     Returns:
-        What the wrapper says; this process alone if there is none.
+        What the wrapper says, or else the user (`optimizer.data_parallel_group`); this process alone if it is the only
+        one. None if there are several and nobody is known, which is an error for whoever needs to know.
+
+    Raises:
+        LayoutError: If wrapper and user name different ranks, or several wrappers do.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return DataParallel()  # no wrapper is without process groups, and backends may look at every object
-    answer = _first(backend.data_parallel(optimizer) for backend in _known.load())
-    return DataParallel(ddp_process_group(optimizer)) if answer is None else answer
+    told = optimizer.data_parallel_group
+    answer = None
+    if dist.is_available() and dist.is_initialized():  # else there is no wrapper, and backends may look at every object
+        answer = _first(backend.data_parallel(optimizer) for backend in _known.load())
+    if answer is None:
+        answer = DataParallel() if processes() == 1 else ddp_ranks(optimizer)
+    return reconcile(answer, told)
 
 
 def find_gradient_flow(optimizer: Any) -> GradientFlow | None:

@@ -57,7 +57,7 @@ class Case:
     Attributes:
         optimizer: Registered name, or "naive".
         layers: The model.
-        stage: "dense", "ddp" or a ZeRO stage 0 to 3.
+        stage: "dense", "ddp", "by hand" (gradients averaged between backward and step) or a ZeRO stage 0 to 3.
         groups: Options of each parameter group, with at least the optimizer's lr.
         constructor: Further constructor options.
         steps: Optimizer steps.
@@ -362,11 +362,15 @@ class CaseRun:
             assert self.engine.basic_optimizer is self.optimizer
         elif self.case.stage == "ddp":
             self.trained = torch.nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+        elif self.case.stage == "by hand":
+            self.optimizer.data_parallel_group = dist.group.WORLD  # type: ignore[attr-defined]
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):
             for micro in range(self.case.accumulation):
                 self._backward(step, micro)
+            if self.case.stage == "by hand":
+                average_by_hand(self.model)
             if self.engine is None:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -415,6 +419,14 @@ class CaseRun:
             self.engine.destroy()
         self.engine = self.trained = None
         gc.collect()
+
+
+def average_by_hand(model: torch.nn.Module, *, add: bool = False) -> None:
+    """What DDP does, between backward and step; or only the sum."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 1 if add else dist.get_world_size()
 
 
 def masters(optimizer: Any) -> dict[str, list[tuple[int, torch.Tensor]]]:

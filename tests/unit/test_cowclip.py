@@ -148,8 +148,8 @@ def counts_of(model: TwoTables, optimizer: CowClip) -> tuple[list[int], list[int
     seen: dict[str, list[int]] = {}
     take = optimizer._counts.take
 
-    def spy(layers, device):  # type: ignore[no-untyped-def]
-        counts, noted = take(layers, device)
+    def spy(layout, layers):  # type: ignore[no-untyped-def]
+        counts, noted = take(layout, layers)
         seen.update({layer.name: n.tolist() for layer, n in zip(layers, counts, strict=True)})
         return counts, noted
 
