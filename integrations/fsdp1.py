@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 
 from trustratio.optimizers.sharding.backends import Backend, register_backend
@@ -62,7 +64,7 @@ class FSDP1Backend(Backend):
         flattened = [tensor for _, tensor in tensors if getattr(tensor, "_fsdp_flattened", False)]
         if not flattened:
             return None
-        runs = dict(_runs())
+        runs, replicas = dict(_runs()), dict(_replicas())
         _refuse_flat_parameters(tensor for tensor in flattened if id(tensor) not in runs)
         refuse_strangers(optimizer, [tensor for _, tensor in tensors if id(tensor) not in runs])
         _refuse_optimizer(optimizer)
@@ -71,9 +73,12 @@ class FSDP1Backend(Backend):
             name, run = name.replace(PREFIX, ""), runs.get(key)
             if run is not None:
                 _refuse_tensor_parallelism(name, tensor, run)
-                over = [run.handle.process_group] if run.handle.uses_sharded_strategy else []
+                whole, over = Part.all_of(run.shape), [run.handle.process_group]
+                same_on = [replicas[id(run.handle)]] if id(run.handle) in replicas else []
+                if not run.handle.uses_sharded_strategy:
+                    over, same_on = [], over
                 builder.carry(group, tensor)
-                builder.add(name, tensor, Part.all_of(run.shape), offset=run.offset, length=run.length, over=over)
+                builder.add(name, tensor, whole, offset=run.offset, length=run.length, over=over, same_on=same_on)
             elif tensor.numel():
                 builder.carry(group, tensor)
                 builder.add(name, tensor, Part.all_of(tensor.shape), length=tensor.numel())
@@ -93,6 +98,14 @@ def _runs() -> Iterator[tuple[int, _Run]]:
             else:
                 offset, length = shard.intra_param_start_idx or 0, shard.numel_in_shard or 0
             yield id(parameter), _Run(handle, tuple(shape), offset, length, extension is not None)
+
+
+def _replicas() -> Iterator[tuple[int, dist.ProcessGroup]]:
+    """Yield (id of a handle, ranks that hold the same shards) where replicas are sharded."""
+    for module in living(FullyShardedDataParallel):
+        handle, ranks = vars(module).get("_handle"), vars(module).get("_inter_node_pg")
+        if handle is not None and ranks is not None:
+            yield id(handle), ranks
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

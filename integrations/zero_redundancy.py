@@ -45,7 +45,9 @@ class ZeroRedundancyBackend(Backend):
         refuse_statistics(optimizer, ONLY_SOME, INSTEAD)
         refuse_rows(optimizer, f"which are counted on all ranks, but {ONLY_SOME}", f"use {INSTEAD}")
         norm = partial(refuse_model_norm, f"{ONLY_SOME}. Use {INSTEAD}")
-        return whole_parameters(optimizer, tensors, backend=BACKEND, clips_with=CLIPPING, gradient_norm=norm)
+        return whole_parameters(
+            optimizer, tensors, backend=BACKEND, clips_with=CLIPPING, gradient_norm=norm, steps_other_layers=True
+        )
 
 
 register_backend(ZeroRedundancyBackend())

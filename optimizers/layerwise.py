@@ -63,7 +63,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
         Raises:
             LayoutError: If the local tensors cannot be explained, so that the norms would be wrong, or the model has
-                other parameters by now.
+                other parameters by now; after the first step, if ranks that train the same layers have taken different
+                ones.
         """
         loss = None
         if closure is not None:
@@ -71,11 +72,15 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 loss = closure()
         plan = self._plan()
         self._plans.begin(plan)
+        ratios = gradient_squares = torch.zeros(0, dtype=torch.float64, device="cpu")
         if plan.layout.tensors:
             step = Step(self, plan)
-            self._plans.end(plan, step.run())
+            ratios, gradient_squares = step.run(), step.gradient_squares()
+            self._plans.end(plan, ratios)
             if step.changed_something():
                 self._count.add(self.param_groups, plan.layout.tensors)
+        if plan.agreement.steps_left:
+            plan.agreement.check(self, plan.layout, ratios, gradient_squares)
         return loss
 
     def collect_group_norms(self) -> None:

@@ -70,7 +70,9 @@ class DTensorBackend(Backend):
         for group, tensor in present:
             name, whole = names[id(tensor)], Part.all_of(tensor.shape)
             builder.carry(group, tensor)
-            layer = builder.add(name, tensor, whole, over=_cut_over(tensor), gradient_dtype=dtypes.get(id(tensor)))
+            over, same_on = _groups_of_mesh(tensor)
+            dtype = dtypes.get(id(tensor))
+            layer = builder.add(name, tensor, whole, over=over, same_on=same_on, gradient_dtype=dtype)
             if local_part(tensor).numel():
                 builder.shards.extend(_shards(layer, name, tensor))
         return builder.layout()
@@ -150,12 +152,14 @@ def _strided_dimensions(tensor: torch.Tensor) -> list[int]:
     return strided
 
 
-def _cut_over(tensor: torch.Tensor) -> Iterator[dist.ProcessGroup]:
-    """The process groups of the mesh dimensions that cut a layer."""
+def _groups_of_mesh(tensor: torch.Tensor) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:
+    """The process groups of the mesh dimensions that cut a layer, and of those that repeat it."""
+    cut: list[dist.ProcessGroup] = []
+    repeated: list[dist.ProcessGroup] = []
     if isinstance(tensor, DTensor):
         for dimension, placement in enumerate(tensor.placements):
-            if not placement.is_replicate():
-                yield tensor.device_mesh.get_group(dimension)
+            (repeated if placement.is_replicate() else cut).append(tensor.device_mesh.get_group(dimension))
+    return cut, repeated
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

@@ -109,6 +109,9 @@ class Layout:
         gradient_norm: Set where one `step()` call does not see the whole model: returns the L2 norm of the whole
             model's gradient as it reaches `step()`, after clipping.
         placed: Whether the shards' offsets and spans are positions in the whole layer, so that the proof checks them.
+        replicas: Process groups whose ranks hold the same of some layers, each with the layers' indices; as far as the
+            wrapper that made the layout says so.
+        steps_other_layers: Whether other data-parallel ranks step other layers than this one.
     """
 
     backend: str
@@ -120,6 +123,8 @@ class Layout:
     clips_with: str | None = None
     gradient_norm: Callable[[], torch.Tensor] | None = None
     placed: bool = False
+    replicas: tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...] = ()
+    steps_other_layers: bool = False
 
     @property
     def device(self) -> torch.device:

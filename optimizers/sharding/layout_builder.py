@@ -42,6 +42,7 @@ class LayoutBuilder:
         self._tensors: list[torch.Tensor] = []
         self._groups: list[int] = []
         self._reductions: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[int]]] = {}
+        self._replicas: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[int]]] = {}
         self._placed = True
 
     def carry(self, group: int, tensor: torch.Tensor) -> None:
@@ -59,6 +60,7 @@ class LayoutBuilder:
         length: int = 0,
         *,
         over: Iterable[dist.ProcessGroup] = (),
+        same_on: Iterable[dist.ProcessGroup] = (),
         gradient_dtype: torch.dtype | None = None,
     ) -> int:
         """Add a layer of the current local tensor, and the run of its elements that this rank has there.
@@ -72,6 +74,7 @@ class LayoutBuilder:
             length: Number of elements, 0 where this rank has none.
             over: Process groups among which the part is sharded. The layer's sums are added over them, and over the
                 part's own.
+            same_on: Process groups whose ranks hold the same of the layer.
             gradient_dtype: As in `Layer`.
 
         Returns:
@@ -82,23 +85,20 @@ class LayoutBuilder:
         if length:
             self.shards.extend(part.shards(index, start, offset, length))
         for process_group in over:
-            self._reduce(process_group, index)
+            _note(self._reductions, process_group, index)
+        for process_group in same_on:
+            _note(self._replicas, process_group, index)
         if part.process_group is not None:
-            self._reduce(part.process_group, index)
+            _note(self._reductions, part.process_group, index)
             self.cut.add(index)
         self._placed = self._placed and part.is_placed
         return index
-
-    def _reduce(self, process_group: dist.ProcessGroup, layer: int) -> None:
-        """Add one layer's sums over the group. Groups of the same ranks, as of several meshes, are one."""
-        ranks = tuple(dist.get_process_group_ranks(process_group))
-        self._reductions.setdefault(ranks, (process_group, []))[1].append(layer)
 
     def layout(self, **options: Any) -> Layout:
         """Make the layout.
 
         Args:
-            options: Its attributes `clips_with` and `gradient_norm`.
+            options: Its attributes `clips_with`, `gradient_norm` and `steps_other_layers`.
         """
         return Layout(
             backend=self._backend,
@@ -107,6 +107,15 @@ class LayoutBuilder:
             layers=tuple(self.layers),
             shards=tuple(sorted(self.shards, key=lambda shard: (self.layers[shard.layer].tensor, shard.start))),
             reductions=tuple((group, tuple(layers)) for group, layers in self._reductions.values()),
+            replicas=tuple((group, tuple(layers)) for group, layers in self._replicas.values()),
             placed=self._placed,
             **options,
         )
+
+
+def _note(
+    layers_of: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[int]]], process_group: dist.ProcessGroup, layer: int
+) -> None:
+    """Add one layer to those of a group. Groups of the same ranks, as of several meshes, are one."""
+    ranks = tuple(dist.get_process_group_ranks(process_group))
+    layers_of.setdefault(ranks, (process_group, []))[1].append(layer)

@@ -41,11 +41,11 @@ def in_segments(layout: Layout, groups: Sequence[Mapping[str, Any]]) -> Layout:
         for shard in layout.shards
         for part in _cut_shard(shard, parts_of[shard.layer], layers[parts_of[shard.layer].start])
     ]
-    reductions = tuple(
-        (process_group, tuple(part for layer in indices for part in parts_of[layer]))
-        for process_group, indices in layout.reductions
+    reductions, replicas = (
+        tuple((group, tuple(part for layer in indices for part in parts_of[layer])) for group, indices in of_groups)
+        for of_groups in (layout.reductions, layout.replicas)
     )
-    return replace(layout, layers=tuple(layers), shards=tuple(shards), reductions=reductions)
+    return replace(layout, layers=tuple(layers), shards=tuple(shards), reductions=reductions, replicas=replicas)
 
 
 def _segments(layer: Layer, count: int) -> list[Layer]:

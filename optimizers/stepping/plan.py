@@ -16,6 +16,7 @@ from ..formulas.rows import Rows
 from ..sharding.abandoned_parameters import MissingGradients
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
+from .agreement import Agreement
 from .state import read_numbers, state_dtype, write_numbers
 
 __all__ = ["Plan", "options_of_plan"]
@@ -34,6 +35,7 @@ class Plan:
     tensor_layers: list[range]  # local tensor -> the layers it carries
     adapted: dict[int, list[bool]]  # group index -> for each of its layers, whether the ratio scales it
     missing_gradients: MissingGradients
+    agreement: Agreement = field(default_factory=Agreement)
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
     cache: dict[Any, Any] = field(default_factory=dict)
     has_stepped: bool = False  # whether any of its steps has found a gradient

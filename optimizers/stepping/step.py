@@ -252,6 +252,10 @@ class Step:
             known["adapt", group] = torch.tensor(self.plan.adapted[group], device=self.layout.device, dtype=torch.bool)
         return known["adapt", group]
 
+    def gradient_squares(self) -> torch.Tensor:
+        """The squared norm of each layer's gradient, in the order of `Plan.names`; after `run`."""
+        return torch.cat([group.table.total("g") for group in self.groups.values()])
+
     def _trust_ratios(self) -> torch.Tensor:
         ratios = [
             torch.where(table.has_gradient(), table.trust_ratio, torch.ones_like(table.trust_ratio))
