@@ -5,7 +5,6 @@
     state_dicts.zip       `state_dict()` by torch.save, for every optimizer
     pickled.zip           whole optimizers by pickle.dumps
     consolidated.zip      `save_optimizer_state`
-    universal.zip         DeepSpeed's universal checkpoint, as folders
     weights.safetensors   the weights when those were written, and three steps later
     runs.zip              data of `prepare`, and with them a run of four steps on each wrapper
 
@@ -33,8 +32,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trustratio.integrations.checkpoints import load_optimizer_state, save_optimizer_state
-from trustratio.integrations.checkpoints.consolidated import restore
-from trustratio.integrations.checkpoints.deepspeed_universal import _UniversalFolder
 from trustratio.optimizers import LayerwiseOptimizer, create_optimizer
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.training.export import export_checkpoint
@@ -139,6 +136,15 @@ def saved_state(case: str) -> dict[str, Any]:
     return torch.load(io.BytesIO(content("state_dicts.zip", case)), weights_only=True)
 
 
+def without_digest(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header, without the digest of later releases, and all the rest."""
+    file = path.read_bytes()
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"].pop("digest", None)
+    return header, file[end:]
+
+
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -208,17 +214,7 @@ def test_consolidated_state(case: str, tmp_path: Path) -> None:
     layers, optimizer = make(case)
     assert load_optimizer_state(optimizer, older) == {"epoch": 2}
     save_optimizer_state(optimizer, newer, extra={"epoch": 2})
-    assert newer.read_bytes() == older.read_bytes()  # so that the earlier release reads it too
-    assert_read(case, layers, optimizer)
-
-
-@pytest.mark.parametrize("case", ["lamb", "novograd", "vrlamb"])
-def test_universal_checkpoint(case: str, tmp_path: Path) -> None:
-    with zipfile.ZipFile(FILES / "universal.zip") as file:
-        file.extractall(tmp_path)
-    layers, optimizer = make(case)
-    extra = restore(optimizer, lambda path: _UniversalFolder(path, None), tmp_path / case, model=None)
-    assert extra["counters"] == {"global_steps": SAVED_AFTER}
+    assert without_digest(newer) == without_digest(older)  # so that the earlier release reads it too
     assert_read(case, layers, optimizer)
 
 
