@@ -23,6 +23,7 @@ from .sharding.backends import admit
 from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
 from .stepping.foreign_state import refuse_foreign_state
+from .stepping.loaded_state import prove_loaded_state, with_layer_names
 from .stepping.plan import Plan
 from .stepping.state import as_kept, on_device
 from .stepping.step import Step
@@ -196,6 +197,12 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             if are_parameters is not None and all(are_parameters[index]):
                 self._remember(group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; of flat tensors that a wrapper made, it has the names of their layers too."""
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        layouts = [plan.layout for plan in self._plans.values()]
+        return with_layer_names(super().state_dict(), tensors, layouts, [self.was_given(p) for p in tensors])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, hooks included, but keep the state's own dtype: fp32 also for 16-bit parameters.
 
@@ -248,6 +255,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             plan = self._plans[key] = Plan.of(layout, tensors)
             if self._loaded:
                 plan.share_layer_state(self.layer_state, self.state)
+                prove_loaded_state(self, layout)
             with_rows = [index for index in plan.group_layers if self.has_rows(self.param_groups[index])]
             plan.rows = {index: Rows(layout, plan.group_layers[index]) for index in with_rows}
         if plan.missing_gradients.ask_for_a_look(tensors):
