@@ -66,6 +66,12 @@ def save_optimizer_state(
     encoded_extra = as_json(extra)
     local = LocalState(optimizer, model)
     catalogue = Catalogue.of_all_ranks(local)
+    if local.state_of_others:
+        warnings.warn(
+            f"not in the file: the state {', '.join(local.state_of_others)}, which is not {local.class_name}'s own. "
+            "Whoever put it there must save it, e.g. as `extra` if it is plain",
+            stacklevel=2,
+        )
     owned = share_out(local, catalogue.trained)
     tensors = _stored_tensors(catalogue, local.layer_state)
     metadata = {
