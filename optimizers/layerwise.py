@@ -24,6 +24,7 @@ from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
 from .stepping.count import StepCount, steps_of
 from .stepping.foreign_state import refuse_foreign_state
+from .stepping.loaded_state import prove_loaded_state, with_layer_names
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
 from .stepping.state import as_kept, on_device
@@ -232,6 +233,12 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         if are_parameters is not None:
             admit(self)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; of flat tensors that a wrapper made, it has the names of their layers too."""
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        layouts = [plan.layout for plan in self._plans.values()]
+        return with_layer_names(super().state_dict(), tensors, layouts, [self.was_given(p) for p in tensors])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, hooks included, but keep the state's own dtype: fp32 also for 16-bit parameters.
 
@@ -294,6 +301,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         plan = Plan.of(self, layout, tensors)
         if self._loaded:
             plan.share_layer_state(self.layer_state, self.state)
+            prove_loaded_state(self, layout)
         return plan
 
     def _refuse_segments_of_groups(self, layout: Layout) -> None:

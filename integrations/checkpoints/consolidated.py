@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,9 +33,9 @@ from .catalogue import Catalogue, as_json, prove_positions, share_out
 from .local_state import WEIGHT, LocalState
 from .ranks import OptimizerStateError, device_for, of_all_ranks, raise_together, rank, several_ranks
 from .safetensors_file import ReplacedFile, StoredTensor, header_of
-from .stored import FORMAT, VERSION, StoredFile, StoredState, key_of
+from .stored import FORMAT, VERSION, StoredFile, key_of
 
-__all__ = ["OptimizerStateError", "load_optimizer_state", "restore", "save_optimizer_state"]
+__all__ = ["OptimizerStateError", "load_optimizer_state", "save_optimizer_state"]
 
 BATCH_BYTES = 64 << 20
 """How much of the state is on its way to rank 0 at a time."""
@@ -67,6 +67,12 @@ def save_optimizer_state(
     encoded_extra = as_json(extra)
     local = LocalState(optimizer, model)
     catalogue = Catalogue.of_all_ranks(local)
+    if local.state_of_others:
+        warnings.warn(
+            f"not in the file: the state {', '.join(local.state_of_others)}, which is not {local.class_name}'s own. "
+            "Whoever put it there must save it, e.g. as `extra` if it is plain",
+            stacklevel=2,
+        )
     owned = share_out(local, catalogue.trained)
     tensors = _stored_tensors(catalogue, local.layer_state)
     metadata = {
@@ -92,7 +98,12 @@ def save_optimizer_state(
 
 
 def load_optimizer_state(
-    optimizer: Any, path: str | os.PathLike[str], *, model: torch.nn.Module | None = None, weights: bool = True
+    optimizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module | None = None,
+    weights: bool = True,
+    strict: bool = True,
 ) -> Any:
     """Restore what `save_optimizer_state` wrote, under any backend and number of ranks. Call it on all ranks.
 
@@ -107,40 +118,48 @@ def load_optimizer_state(
         model: As in `save_optimizer_state`.
         weights: Also restore what the optimizer steps, and with it the model's trained parameters: exact where a
             wrapper keeps fp32 master weights of 16-bit parameters. False leaves all weights as they are.
+        strict: Whether the file must hold the same layers. With False, after layers were thawed, frozen, added or
+            removed, those that both have are restored, and one warning lists the others. A layer that the file lacks
+            keeps its weights and state (in a new optimizer none: its `step` counts from 0), a group of such layers
+            alone keeps its options.
 
     Returns:
         What was given as `extra`.
 
     Raises:
         OptimizerStateError: On all ranks and before anything is changed, if the position of a layer's elements is not
-            known, or the file cannot be read or holds the state of another model or optimizer; the message lists the
-            differences.
+            known, or the file cannot be read, is damaged, or holds the state of another model or optimizer; the
+            message lists the differences.
         LayoutError: If no backend explains the optimizer's tensors.
         TypeError: If this is not an optimizer of this package.
     """
-    return restore(optimizer, StoredFile, path, model=model, weights=weights)
-
-
-def restore(
-    optimizer: Any,
-    make: Callable[[str], StoredState],
-    path: str | os.PathLike[str],
-    *,
-    model: torch.nn.Module | None,
-    weights: bool = True,
-) -> Any:
-    """Do what `load_optimizer_state` does, from what `make` finds under the path."""
     local = LocalState(optimizer, model)
     catalogue = Catalogue.of_all_ranks(local)
     prove_positions(local)
-    stored, problems = _open(make, path)
+    stored, problems = _open(path)
     raise_together(problems)
     assert stored is not None
-    problems = _differences(stored, local, catalogue)
+    other_layers = _other_layers(stored, catalogue)
+    problems = _differences(stored, local, catalogue) + (_refused(other_layers) if strict else [])
     if len(set(of_all_ranks(stored.fingerprint))) > 1:
         problems.append(f"ranks read different files under {os.fspath(path)}: copy one to all of them")
     raise_together(problems)
-    options = [stored.options_of(local.names_of_group(index)) for index in range(len(local.optimizer.param_groups))]
+    if any(other_layers.values()):
+        warnings.warn("; ".join(_described(other_layers)), stacklevel=2)
+    _set_state(stored, local, weights)
+    for index, group in enumerate(local.optimizer.param_groups):
+        for options in stored.options_of(local.names_of_group(index)):
+            for key, value in options.items():
+                _set_option(group, key, value)
+            if "step" not in options:
+                group["step"] = steps_of(local.optimizer.state)
+    if weights:
+        local.publish_weights()
+    return stored.extra
+
+
+def _set_state(stored: StoredFile, local: LocalState, weights: bool) -> None:
+    """Set what this rank holds of the layers that the file has."""
     with torch.no_grad():
         for name, layer in local.by_name.items():
             if name not in stored.shapes:
@@ -149,14 +168,6 @@ def restore(
                 local.set_numbers(layer, what, stored.number(name, what))
             for what in (*local.element_state, *([WEIGHT] if weights else [])):
                 local.copy_from(stored.reader(name, what), layer, what)
-    for group, restored in zip(local.optimizer.param_groups, options, strict=True):
-        for key, value in (restored[0] if restored else {}).items():
-            _set_option(group, key, value)
-        if restored and "step" not in restored[0]:
-            group["step"] = steps_of(local.optimizer.state)
-    if weights:
-        local.publish_weights()
-    return stored.extra
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -247,14 +258,34 @@ def _on_rank_0(file: ReplacedFile, action: Callable[[], None]) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def _open(make: Callable[[str], StoredState], path: str | os.PathLike[str]) -> tuple[StoredState | None, list[str]]:
+def _open(path: str | os.PathLike[str]) -> tuple[StoredFile | None, list[str]]:
     try:
-        return make(os.fspath(path)), []
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+        return StoredFile(path), []
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         return None, [f"{os.fspath(path)} cannot be read as an optimizer's state: {error}"]
 
 
-def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -> list[str]:
+def _other_layers(stored: StoredFile, catalogue: Catalogue) -> dict[str, list[str]]:
+    """The layers that only one of both has, by what is to be said of them."""
+    return {
+        "layers that the file lacks": [name for name in catalogue.trained if name not in stored.shapes],
+        "layers that only the file has": [name for name in stored.shapes if name not in catalogue.layers],
+    }
+
+
+def _described(layers: dict[str, list[str]]) -> list[str]:
+    return [f"{which}: {_shown(names)}" for which, names in layers.items() if names]
+
+
+def _refused(layers: dict[str, list[str]]) -> list[str]:
+    hint = (
+        "load it into the same model with the same parameters trained, or with strict=False to restore the layers "
+        "that are in both; where only names differ, pass `model` or named parameters when saving and when loading"
+    )
+    return [*_described(layers), hint] if any(layers.values()) else []
+
+
+def _differences(stored: StoredFile, local: LocalState, catalogue: Catalogue) -> list[str]:
     """Why the file does not belong to this optimizer and model."""
     problems = []
     if stored.class_name != local.class_name:
@@ -264,17 +295,6 @@ def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -
         problems.append(
             f"the file keeps {kept}, this {local.class_name} keeps {wanted}: make the optimizer with the file's "
             f"options: {_differing_options(stored, local)}"
-        )
-    missing = [name for name in catalogue.trained if name not in stored.shapes]
-    extra = [name for name in stored.shapes if name not in catalogue.layers]
-    if missing:
-        problems.append(f"layers that the file lacks: {_shown(missing)}")
-    if extra:
-        problems.append(f"layers that only the file has: {_shown(extra)}")
-    if missing or extra:
-        problems.append(
-            "load it into the same model with the same parameters trained; where only names differ, pass `model` or "
-            "named parameters when saving and when loading"
         )
     shapes = [
         f"{name} {stored.shapes[name]} in the file, {layer.shape} in the model"
@@ -294,7 +314,7 @@ def _differences(stored: StoredState, local: LocalState, catalogue: Catalogue) -
     return problems
 
 
-def _differing_options(stored: StoredState, local: LocalState) -> str:
+def _differing_options(stored: StoredFile, local: LocalState) -> str:
     differing = []
     for index, group in enumerate(local.optimizer.param_groups):
         for options in stored.options_of(local.names_of_group(index)):

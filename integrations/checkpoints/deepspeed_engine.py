@@ -3,8 +3,7 @@
     save_engine_state(engine, "state.safetensors")      # on all ranks, e.g. four under ZeRO-3
     load_engine_state(engine, "state.safetensors")      # on all ranks, e.g. three, in a new engine
 
-The optimizer's part goes through the consolidated state; the rest is a few numbers of the engine. The file can become
-DeepSpeed's universal checkpoint: `deepspeed_universal.py`.
+The optimizer's part goes through the consolidated state; the rest is a few numbers of the engine.
 Read from DeepSpeed 0.19.8.
 """
 
@@ -21,7 +20,7 @@ from trustratio.optimizers.sharding.layout import listing
 
 from .consolidated import load_optimizer_state, save_optimizer_state
 
-__all__ = ["load_engine_state", "restore_engine", "save_engine_state"]
+__all__ = ["load_engine_state", "save_engine_state"]
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -61,7 +60,7 @@ def save_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str], *, 
     save_optimizer_state(engine, path, model=engine.module, extra=state)
 
 
-def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str]) -> Any:
+def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str], *, strict: bool = True) -> Any:
     """Continue from a file of `save_engine_state`, with any number of ranks and any ZeRO stage. Call it on all ranks.
 
     Group options are restored; after them the scheduler, which sets its `lr` at its next step. A scheduler that the
@@ -70,6 +69,7 @@ def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str]) -> 
     Args:
         engine: A new engine for the same model and optimizer.
         path: The file; every rank reads it.
+        strict: As in `load_optimizer_state`.
 
     Returns:
         What was given as `extra`.
@@ -78,11 +78,7 @@ def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str]) -> 
         OptimizerStateError: On all ranks, before anything is changed, if the file is of another model or optimizer.
     """
     _warn_of_the_rest(engine)
-    return restore_engine(engine, load_optimizer_state(engine, path, model=engine.module))
-
-
-def restore_engine(engine: DeepSpeedEngine, state: dict[str, Any]) -> Any:
-    """Set the step counters, the scheduler and the loss scale; return what was given as `extra`."""
+    state = load_optimizer_state(engine, path, model=engine.module, strict=strict)
     for name, value in state["counters"].items():
         setattr(engine, name, value)
     if engine.lr_scheduler is not None and state["scheduler"] is not None:

@@ -88,6 +88,13 @@ class LocalState:
         """The optimizer's class."""
         return type(self.optimizer).__name__
 
+    @property
+    def state_of_others(self) -> list[str]:
+        """What a wrapper has put beside the optimizer's own state."""
+        known = {*self.element_state, *self.layer_state, "layers"}
+        found = (self.optimizer.state.get(tensor, {}).keys() - known for tensor in self.layout.tensors)
+        return sorted(set().union(*found))
+
     def names_of_group(self, index: int) -> list[str]:
         """The layers of one parameter group."""
         return [layer.name for layer in self.layers if layer.group == index]

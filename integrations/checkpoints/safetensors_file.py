@@ -8,22 +8,28 @@ header needs only their names, dtypes and shapes.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DTYPE_NAMES", "ReplacedFile", "StoredTensor", "header_of"]
+__all__ = ["DTYPE_NAMES", "ReplacedFile", "StoredTensor", "header_of", "refuse_damaged_header"]
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+METADATA, DIGEST = "__metadata__", "digest"
+KNOWN = {"format", "version", "optimizer", "element_state", "layer_state", "groups", "extra"}
+"""The metadata of files without a digest."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,11 @@ class StoredTensor:
 
 
 def header_of(tensors: Iterable[StoredTensor], metadata: dict[str, str]) -> bytes:
-    """The file's first bytes. The tensors' bytes must follow in this order, wider dtypes first, so that all align."""
-    entries: dict[str, object] = {"__metadata__": metadata}
+    """The file's first bytes. The tensors' bytes must follow in this order, wider dtypes first, so that all align.
+
+    The last entry of the metadata is a digest of all the rest of the header.
+    """
+    entries: dict[str, Any] = {}
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
@@ -50,9 +59,27 @@ def header_of(tensors: Iterable[StoredTensor], metadata: dict[str, str]) -> byte
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
+    entries = {METADATA: {**metadata, DIGEST: _digest({METADATA: metadata, **entries})}, **entries}
     encoded = json.dumps(entries).encode()
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded
+
+
+def refuse_damaged_header(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if the header of a file, which is a safetensors file, is not what was written.
+
+    Files of releases before the digest pass.
+    """
+    with Path(path).open("rb") as file:
+        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    written = entries[METADATA].pop(DIGEST, None)
+    unknown = entries[METADATA].keys() - KNOWN if written is None else ()
+    if unknown or (written is not None and written != _digest(entries)):
+        raise ValueError("its header is damaged: the digest in it is not that of the rest")
+
+
+def _digest(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 class ReplacedFile:

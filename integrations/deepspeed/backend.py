@@ -42,6 +42,7 @@ from trustratio.optimizers.sharding.refusals import refuse_model_norm
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
+from .checkpoints import refuse_lossy_checkpoints
 from .gradients import describe_gradient_flow
 from .parallelism import (
     CLIPPING,
@@ -94,6 +95,7 @@ class DeepSpeedBackend(Backend):
         wrapper = _find_wrapper(optimizer)
         if wrapper is None:
             return None
+        refuse_lossy_checkpoints(wrapper, optimizer)
         kind, flat_tensors = _describe(wrapper)
         described = [
             (group, tensor, flat_tensors[id(tensor)]) for group, tensor in tensors if id(tensor) in flat_tensors

@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from trustratio.integrations.checkpoints.consolidated import load_optimizer_state, save_optimizer_state
 from trustratio.integrations.checkpoints.deepspeed_engine import load_engine_state, save_engine_state
-from trustratio.integrations.checkpoints.deepspeed_universal import load_universal_checkpoint, save_universal_checkpoint
-from trustratio.integrations.checkpoints.local_state import LocalState
 from trustratio.optimizers import OPTIMIZERS
 
 from . import cases, fsdp_runs
@@ -36,7 +33,8 @@ def make_case(name: str, world_size: int, stage: str | int, **changes: Any) -> C
     return Case(name, MODEL, stage, two_groups(name), steps=STEPS, **changes)
 
 
-def _start(case: Case) -> Any:
+def start(case: Case) -> Any:
+    """A model and its optimizer, wrapped."""
     return fsdp_runs.Run(case, FSDP[str(case.stage)]) if case.stage in FSDP else cases.CaseRun(case)
 
 
@@ -67,39 +65,6 @@ def _load_engine(run: Any, path: str) -> None:
     assert load_engine_state(run.engine, path) == {"seed": 0}
 
 
-def _save_universal(run: Any, path: str) -> None:
-    save_universal_checkpoint(run.engine, path, "tag", extra={"seed": run.case.seed})
-
-
-def _load_universal(run: Any, path: str) -> None:
-    assert load_universal_checkpoint(run.engine, path) == {"seed": 0}
-
-
-def _load_universal_with_deepspeed(run: Any, path: str) -> None:
-    """What DeepSpeed's own loader makes of the element-wise state and the weights is right already."""
-    run.engine.load_checkpoint(path)
-    loaded = _elements(run)
-    _load_universal(run, path)
-    assert loaded
-    for name, value in _elements(run).items():
-        # ZeRO-3 reads the state of Adam alone, and padding is nobody's.
-        if name in loaded or run.case.stage != 3:
-            assert torch.equal(loaded[name], value), name
-
-
-def _elements(run: Any) -> dict[tuple[int, str], torch.Tensor]:
-    """Copies of the layers' elements, by number of the local tensor and what they are of."""
-    state = LocalState(run.optimizer, run.model)
-    found = {}
-    for number, layer in enumerate(state.layers):
-        for what in ("weight", *state.element_state):
-            whole = layer.tensor if what == "weight" else run.optimizer.state[layer.tensor].get(what)
-            for piece in layer.pieces if whole is not None else ():
-                run_of_layer = whole.detach().view(-1)[piece.start : piece.start + piece.length]  # type: ignore[union-attr]
-                found[number, what] = run_of_layer.clone()
-    return found
-
-
 def _dcp_state(run: Any) -> dict[str, Any]:
     return {"model": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
 
@@ -118,8 +83,6 @@ def _load_dcp(run: Any, path: str) -> None:
 WAYS = {
     "consolidated": Way(_save_consolidated, _load_consolidated),
     "engine": Way(_save_engine, _load_engine),
-    "universal": Way(_save_universal, _load_universal),
-    "universal with DeepSpeed": Way(_save_universal, _load_universal_with_deepspeed),
     "dcp": Way(_save_dcp, _load_dcp),
 }
 
@@ -129,7 +92,7 @@ WAYS = {
 
 def write(way: str, case: Case, path: str) -> None:
     """Train the first steps and save."""
-    run = _start(case)
+    run = start(case)
     try:
         run.train(0, SAVED)
         WAYS[way].save(run, path)
@@ -140,7 +103,7 @@ def write(way: str, case: Case, path: str) -> None:
 def read(way: str, case: Case, path: str, first: int = SAVED, last: int = STEPS, then: str | None = None) -> Any:
     """Load into a model and an optimizer that differ in all that should be restored, train on, and perhaps save."""
     wrong = tuple({**options, "lr": 7 * options["lr"], "weight_decay": 0.3} for options in case.groups)
-    run = _start(replace(case, seed=case.seed + 7, groups=wrong))
+    run = start(replace(case, seed=case.seed + 7, groups=wrong))
     try:
         WAYS[way].load(run, path)
         run.case, run.gradients = case, cases.mean_gradients(case)

@@ -101,7 +101,7 @@ def step_with_the_state_of_adam(case: Case) -> None:
 
 @pytest.mark.parametrize("world_size", [2])
 def test_state_made_for_adam_is_refused(pool: WorkerPool, world_size: int) -> None:
-    with pytest.raises(CaseFailed, match=r"has the state exp_avg, exp_avg_sq instead of .*, step"):
+    with pytest.raises(CaseFailed, match="lacks the state step"):
         pool.run(load_with_megatron, make_case("lamb", "ddp"))
     with pytest.raises(CaseFailed, match=r"the state of LAMB lacks step: .*load_optimizer_state"):
         pool.run(step_with_the_state_of_adam, make_case("lamb", "ddp"))

@@ -5,7 +5,6 @@
     state_dicts.zip       `state_dict()` by torch.save, for every optimizer
     pickled.zip           whole optimizers by pickle.dumps
     consolidated.zip      `save_optimizer_state`
-    universal.zip         DeepSpeed's universal checkpoint, as folders
     weights.safetensors   the weights when those were written, and three steps later
     runs.zip              data of `prepare`, and with them a run of four steps on each wrapper
 
@@ -33,8 +32,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trustratio.integrations.checkpoints import load_optimizer_state, save_optimizer_state
-from trustratio.integrations.checkpoints.consolidated import restore
-from trustratio.integrations.checkpoints.deepspeed_universal import _UniversalFolder
 from trustratio.optimizers import LayerwiseOptimizer, create_optimizer
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.training.export import export_checkpoint
@@ -140,6 +137,7 @@ def content(archive: str, name: str) -> bytes:
 def header(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         metadata: dict[str, Any] = file.metadata()
+    metadata.pop("digest", None)  # which later releases write
     return {**metadata, "groups": json.loads(metadata["groups"])}
 
 
@@ -228,16 +226,6 @@ def test_consolidated_state(case: str, tmp_path: Path) -> None:
     for group in old["groups"]:
         group["options"] |= NEWER
     assert new == old
-    assert_read(case, layers, optimizer)
-
-
-@pytest.mark.parametrize("case", ["lamb", "novograd", "vrlamb"])
-def test_universal_checkpoint(case: str, tmp_path: Path) -> None:
-    with zipfile.ZipFile(FILES / "universal.zip") as file:
-        file.extractall(tmp_path)
-    layers, optimizer = make(case)
-    extra = restore(optimizer, lambda path: _UniversalFolder(path, None), tmp_path / case, model=None)
-    assert extra["counters"] == {"global_steps": SAVED_AFTER}
     assert_read(case, layers, optimizer)
 
 
