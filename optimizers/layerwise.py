@@ -17,7 +17,6 @@ from .formulas.algorithm import Algorithm
 from .formulas.hyperparameters import check_betas, check_choice, check_range, check_segments
 from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
-from .sharding.abandoned_parameters import refuse_abandoned
 from .sharding.backends import admit
 from .sharding.data_parallel import as_process_group
 from .sharding.layout import Layout, LayoutError
@@ -286,8 +285,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         if plan is None:
             plan = self._make_plan(tensors)
             self._plans.add(plan)
-        if plan.missing_gradients.ask_for_a_look(tensors):
-            refuse_abandoned(self, tensors)
+        plan.places.refuse_abandoned(self, tensors)
         return plan
 
     def _make_plan(self, tensors: Sequence[torch.Tensor]) -> Plan:

@@ -2,13 +2,15 @@
 
 Who shards a model or loads it with `assign=True` may put new parameters in place of those that the optimizer was given,
 and tells nobody: from then on the old ones get no gradient, and a step would silently leave them as they are. Most
-parameters without a gradient are only unused or frozen, so this looks closely, and therefore seldom.
+parameters without a gradient are only unused or frozen, so what is watched is the place that each has in a module.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,87 +19,125 @@ from .layout import LayoutError, listing
 from .living import living
 from .local_tensors import placements_of
 
-__all__ = ["MissingGradients", "refuse_abandoned"]
+__all__ = ["Places"]
 
 
-class MissingGradients:
-    """Tells when to look for abandoned parameters.
+@dataclass(frozen=True)
+class _Place:
+    """Where a module has a parameter."""
 
-    That costs a walk over all objects of the process. So a parameter that is without a gradient step by step is looked
-    at in the first, second, fourth, eighth, ... of these steps.
+    module: weakref.ref[torch.nn.Module]
+    name: str
+
+    def parameter(self) -> torch.Tensor | None:
+        """What is there now."""
+        module = self.module()
+        return None if module is None else module._parameters.get(self.name)
+
+    def has_gradient(self) -> bool:
+        parameter = self.parameter()
+        return parameter is not None and parameter.is_leaf and parameter.grad is not None
+
+    def __str__(self) -> str:
+        return f"{type(self.module()).__name__}.{self.name}"
+
+
+class Places:
+    """The places of an optimizer's parameters in the modules of the process, for one plan.
+
+    To find them costs a walk over all objects of the process: in the first step in which a parameter has no gradient,
+    and again only where a parameter without a gradient sees another one, which has one, in its place.
     """
 
-    def __init__(self, count: int):
-        self._steps_without = [0] * count
+    def __init__(self) -> None:
+        self._of: dict[int, list[_Place]] | None = None  # by the parameter's id
 
-    def ask_for_a_look(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Count one step, and return whether it is time to look."""
-        look = False
-        for index, tensor in enumerate(tensors):
-            if tensor.grad is None and tensor.requires_grad:
-                steps = self._steps_without[index] = self._steps_without[index] + 1
-                look |= steps & (steps - 1) == 0
-        return look
+    def refuse_abandoned(self, optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise LayoutError if other parameters have taken the place of some that the optimizer was given.
+
+        Those are no module's parameters any more and have no gradient, while a module has others like them, which have
+        one and which no optimizer trains. If a gradient reaches any tensor outside of modules, as where somebody copies
+        gradients to master weights, then being outside says nothing.
+        """
+        without = [tensor for tensor in tensors if tensor.grad is None and tensor.requires_grad]
+        if not without or (self._of is not None and not any(map(self._is_taken, without))):
+            return
+        # What a wrapper steps in the parameters' place is outside of modules by design.
+        own = [tensor for tensor in tensors if optimizer.was_given(tensor) or placements_of(tensor) is not None]
+        self._of = {}
+        if own:
+            modules = _look_for_replacements(own)
+            _refuse(optimizer, modules.replaced(own))
+            self._of = modules.places(own)
+
+    def _is_taken(self, tensor: torch.Tensor) -> bool:
+        assert self._of is not None
+        places = self._of.get(id(tensor), ())
+        return any(place.parameter() is not tensor and place.has_gradient() for place in places)
 
 
-def refuse_abandoned(optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
-    """Raise LayoutError if other parameters have taken the place of some that the optimizer was given.
+def _look_for_replacements(tensors: Sequence[torch.Tensor]) -> _Modules:
+    modules = _Modules()
+    if modules.replaced(tensors):
+        del modules
+        gc.collect()  # what took their place may be garbage
+        modules = _Modules()
+    return modules
 
-    Those are no module's parameters any more and have no gradient, while a module has others like them, which have one
-    and which no optimizer trains. If a gradient reaches any tensor outside of modules, as where somebody copies
-    gradients to master weights, then being outside says nothing.
-    """
-    # What a wrapper steps in the parameters' place is outside of modules by design.
-    candidates = [tensor for tensor in tensors if optimizer.was_given(tensor) or placements_of(tensor) is not None]
-    if not candidates or not _find_abandoned(candidates):
-        return
-    gc.collect()  # what took their place may be garbage
+
+def _refuse(optimizer: Any, replaced: Sequence[tuple[torch.Tensor, _Place]]) -> None:
     abandoned = [
-        f"{optimizer.parameter_name(tensor) or 'a parameter'} of shape {tuple(tensor.shape)} (now {description})"
-        for tensor, description in _find_abandoned(candidates)
+        f"{optimizer.parameter_name(tensor) or 'a parameter'} of shape {tuple(tensor.shape)} (now {place})"
+        for tensor, place in replaced
     ]
     if abandoned:
         raise LayoutError(
             "the model has other parameters than the optimizer, whose own get no gradient any more and would stay as "
             f"they are: {listing(abandoned)}. Make the optimizer from model.parameters() after what replaced them: "
-            "fully_shard, FullyShardedDataParallel (with use_orig_params=True) or load_state_dict(assign=True)"
+            "fully_shard, FullyShardedDataParallel (with use_orig_params=True), to_empty or "
+            "load_state_dict(assign=True)"
         )
 
 
-def _find_abandoned(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, str]]:
-    """The tensors that were replaced, each with a description of what may be in its place."""
-    modules = _Modules()
-    trained: set[int] = set()
-    for candidate in living(torch.nn.Module, torch.optim.Optimizer):
-        if isinstance(candidate, torch.nn.Module):
-            modules.add(candidate)
-        else:
-            groups = vars(candidate).get("param_groups", ())
-            trained.update(id(parameter) for group in groups for parameter in group["params"])
-    outside = [tensor for tensor in tensors if id(tensor) not in modules.parameters]
-    if any(tensor.grad is not None for tensor in outside):
-        return []
-    in_use = modules.with_gradient(trained)
-    keys = [(tensor.shape, tensor.dtype) for tensor in outside]
-    return [(tensor, in_use[key]) for tensor, key in zip(outside, keys, strict=True) if key in in_use]
-
-
 class _Modules:
-    """The parameters of all modules of this process, by id, with their names."""
+    """The places of all parameters of this process, and which parameters optimizers train."""
 
     def __init__(self) -> None:
-        self.parameters: dict[int, tuple[torch.Tensor, str]] = {}
+        self._found: dict[int, tuple[torch.Tensor, _Place]] = {}
+        self._trained: set[int] = set()
+        for candidate in living(torch.nn.Module, torch.optim.Optimizer):
+            if isinstance(candidate, torch.nn.Module):
+                self._add(candidate)
+            else:
+                groups = vars(candidate).get("param_groups", ())
+                self._trained.update(id(parameter) for group in groups for parameter in group["params"])
 
-    def add(self, module: torch.nn.Module) -> None:
+    def _add(self, module: torch.nn.Module) -> None:
         for name, parameter in (getattr(module, "_parameters", None) or {}).items():  # None under construction
             if parameter is not None:
-                self.parameters[id(parameter)] = parameter, f"{type(module).__name__}.{name}"
+                self._found[id(parameter)] = parameter, _Place(weakref.ref(module), name)
 
-    def with_gradient(self, trained: Collection[int]) -> dict[tuple[torch.Size, torch.dtype], str]:
-        """Names by shape and dtype of those that have a gradient and are not among the `trained`."""
-        return {
-            (shape, parameter.dtype): name
-            for key, (parameter, name) in self.parameters.items()
-            if key not in trained and parameter.is_leaf and parameter.grad is not None
-            for shape in getattr(parameter, "_shapes", None) or (parameter.shape,)  # of FSDP1's flat parameters: many
-        }
+    def places(self, tensors: Sequence[torch.Tensor]) -> dict[int, list[_Place]]:
+        """By a tensor's id: its place, or those of others like it if it has none."""
+        inside = {id(tensor): [self._found[id(tensor)][1]] for tensor in tensors if id(tensor) in self._found}
+        return inside | {id(tensor): places for tensor, places in self._substitutes(tensors)}
+
+    def replaced(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, _Place]]:
+        """The tensors that have no place, and the place of one like each of them that has a gradient."""
+        with_gradient = (
+            (tensor, next(filter(_Place.has_gradient, places), None)) for tensor, places in self._substitutes(tensors)
+        )
+        return [(tensor, place) for tensor, place in with_gradient if place is not None]
+
+    def _substitutes(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[_Place]]]:
+        """The tensors that have no place, with the places of others like them that no optimizer trains."""
+        outside = [tensor for tensor in tensors if id(tensor) not in self._found]
+        if not outside or any(tensor.grad is not None for tensor in outside):
+            return []
+        untrained: dict[tuple[torch.Size, torch.dtype], list[_Place]] = {}
+        for key, (parameter, place) in self._found.items():
+            if key not in self._trained:
+                # Of FSDP1's flat parameters: many shapes.
+                for shape in getattr(parameter, "_shapes", None) or (parameter.shape,):
+                    untrained.setdefault((shape, parameter.dtype), []).append(place)
+        return [(tensor, untrained.get((tensor.shape, tensor.dtype), [])) for tensor in outside]

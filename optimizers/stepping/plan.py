@@ -13,7 +13,7 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..formulas.layer_table import adapts
 from ..formulas.rows import Rows
-from ..sharding.abandoned_parameters import MissingGradients
+from ..sharding.abandoned_parameters import Places
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
 from .agreement import Agreement
@@ -34,8 +34,8 @@ class Plan:
     group_tensors: dict[int, list[int]]  # group index -> its local tensors
     tensor_layers: list[range]  # local tensor -> the layers it carries
     adapted: dict[int, list[bool]]  # group index -> for each of its layers, whether the ratio scales it
-    missing_gradients: MissingGradients
     agreement: Agreement = field(default_factory=Agreement)
+    places: Places = field(default_factory=Places)
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
     cache: dict[Any, Any] = field(default_factory=dict)
     has_stepped: bool = False  # whether any of its steps has found a gradient
@@ -63,7 +63,6 @@ class Plan:
                 group: [adapts(layout.layers[layer], option[group]) for layer in layers]
                 for group, layers in group_layers.items()
             },
-            missing_gradients=MissingGradients(len(tensors)),
         )
         plan._refuse_state_of_other_segments(algorithm)
         with_rows = [group for group in plan.group_layers if algorithm.has_rows(algorithm.param_groups[group])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,16 @@ import torch
 from torch import nn
 
 from trustratio.optimizers import LAMB, LayoutError
+from trustratio.optimizers.sharding import abandoned_parameters
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for each walk over all objects of the process."""
+    found: list[int] = []
+    look = abandoned_parameters.living
+    monkeypatch.setattr(abandoned_parameters, "living", lambda *kinds: (found.append(1), look(*kinds))[1])
+    return found
 
 
 def model() -> nn.Sequential:
@@ -81,26 +91,104 @@ def test_master_weights_may_lack_some_gradients() -> None:
     optimizer.step()
 
 
-def test_it_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    walks = 0
-    get_objects = gc.get_objects
+def test_a_copy_that_another_optimizer_trains_later_is_no_replacement(walks: list[int]) -> None:
+    """It is looked at when it first has a gradient, and left in peace from then on."""
+    loose = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+    optimizer = LAMB(loose)
+    network = model()
+    optimizer.step()
+    assert sum(walks) == 1
+    other = torch.optim.SGD(network.parameters())
+    for _ in range(5):
+        backward(network)
+        optimizer.step()
+        other.step()
+    assert sum(walks) == 2
 
-    def counted() -> list[Any]:
-        nonlocal walks
-        walks += 1
-        return get_objects()
 
+REPLACING: dict[str, Callable[[nn.Module], Any]] = {
+    "load_state_dict(assign=True)": replace_parameters,
+    "a new parameter": lambda network: network.register_parameter("weight", nn.Parameter(torch.ones(3, 3))),
+    "set from outside": lambda network: setattr(network, "weight", nn.Parameter(torch.zeros(3, 3))),
+}
+
+
+STEPS_WITHOUT: dict[str, Sequence[int]] = {"never": (), "always": range(7), "once": (2,), "in some steps": (1, 2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("how", "missing_before"),
+    [
+        *(("load_state_dict(assign=True)", often) for often in STEPS_WITHOUT),
+        ("a new parameter", "once"),
+        ("set from outside", "in some steps"),
+    ],
+)
+def test_replacements_are_noticed_at_the_first_step_that_would_leave_them_out(how: str, missing_before: str) -> None:
+    """Whatever gradients were missing before, and however many steps ago: no weight moves without them."""
     network = model()
     optimizer = LAMB(network.named_parameters())
-    backward(network)
-    optimizer.step()
-    monkeypatch.setattr(gc, "get_objects", counted)
-    optimizer.step()
-    assert walks == 0
-    optimizer.zero_grad()
-    backward(network[0])
-    found = []
-    for _ in range(9):
+    for step in range(7):
+        optimizer.zero_grad()
+        backward(network[0] if step in STEPS_WITHOUT[missing_before] else network)
         optimizer.step()
-        found.append(walks)
-    assert found == [1, 2, 2, 3, 3, 3, 3, 4, 4]
+    REPLACING[how](network[1])
+    assert_noticed(optimizer, network)
+
+
+def test_parameters_that_to_empty_made_are_noticed() -> None:
+    with torch.device("meta"):
+        network = model()
+    optimizer = LAMB(network.named_parameters())
+    network.to_empty(device="cpu")
+    assert_noticed(optimizer, network)
+
+
+def assert_noticed(optimizer: LAMB, network: nn.Module) -> None:
+    optimizer.zero_grad()
+    backward(network)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    with pytest.raises(LayoutError, match=r"1\.weight of shape \(3, 3\) \(now Linear\.weight\)"):
+        optimizer.step()
+    assert all(map(torch.equal, before, network.parameters()))
+
+
+def test_a_replacement_that_is_unused_at_first_is_noticed_once_it_is_used() -> None:
+    network = model()
+    optimizer = LAMB(network.named_parameters())
+    replace_parameters(network[1])
+    for _ in range(5):
+        optimizer.zero_grad()
+        backward(network[0])
+        optimizer.step()
+    assert_noticed(optimizer, network)
+
+
+@pytest.mark.parametrize("kind", ["layers", "tied layers", "master weights", "parameters of no module"])
+def test_missing_gradients_cost_one_walk(kind: str, walks: list[int]) -> None:
+    """As layers are dropped at random, in every step others, and experts stay idle."""
+    network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+    if kind == "tied layers":
+        network[5].weight = network[4].weight
+    own = list(network.parameters())
+    if kind in ("master weights", "parameters of no module"):
+        own = [nn.Parameter(parameter.detach().clone()) for parameter in own]
+    optimizer = LAMB(own)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        dropped = torch.rand(len(own), generator=generator) < 0.3
+        for parameter, without in zip(own, dropped, strict=True):
+            if not without and kind != "parameters of no module":
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert sum(walks) == 1
+
+
+def test_all_gradients_there_cost_no_walk(walks: list[int]) -> None:
+    network = model()
+    optimizer = LAMB(network.named_parameters())
+    for _ in range(3):
+        backward(network)
+        optimizer.step()
+    assert not walks

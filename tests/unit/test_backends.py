@@ -157,10 +157,9 @@ def test_optimizers_that_were_unpickled_are_looked_after_too(monkeypatch: pytest
 
 def test_nobody_goes_through_the_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """It took most of a sharded optimizer's first step: once per parameter."""
-    scans = []
-    monkeypatch.setattr(
-        importlib.metadata.MetadataPathFinder, "find_distributions", lambda *given: scans.append(given) or []
-    )
+    scans: list[Any] = []
+    finder = importlib.metadata.MetadataPathFinder
+    monkeypatch.setattr(finder, "find_distributions", lambda *given: scans.append(given) or [])
     optimizer = LAMB([torch.nn.Parameter(torch.ones(2, 2))])
     optimizer.param_groups[0]["params"][0].grad = torch.ones(2, 2)
     optimizer.step()
