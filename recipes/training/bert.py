@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +41,6 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
     began = time.perf_counter()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     start()
     data, identity = prepare_run(run, reporter)
     engine = build_engine(run, data[0].vocabulary_size)

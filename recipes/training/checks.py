@@ -22,7 +22,8 @@ from ..rules.global_batch import BatchPlan
 from ..runs.checkpoints import check_same_run, describe_checkpoint, require_newest, run_of
 from ..runs.folder import require_free
 from ..runs.loggers import check_loggers
-from .deepspeed_settings import merge, precision_of, refuse_unsupported, stage_of, without_batch_sizes
+from .deepspeed_schema import check_settings
+from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
 from .launchers import DeepSpeedLauncher, Launcher
 from .ranks import local_rank, world_size
 from .step_metrics import check_noise_scale
@@ -74,7 +75,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     launcher = launcher or DeepSpeedLauncher()
     settings = launcher.settings(invocation)
     if settings is not None:
-        refuse_unsupported(settings)
+        check_settings(settings)
     config = complete_config(invocation, settings)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
@@ -89,6 +90,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
             config.training.precision,
             config.training.gradient_clipping,
             elementwise=is_baseline(config.optimizer.name),
+            saved=invocation.resume is not None and invocation.deepspeed_config is None,
         )
     check_loggers(config.run.loggers)
     for plan in plans:
@@ -127,6 +129,8 @@ def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> 
         training = dataclasses.replace(training, precision=precision)
     elif training.precision == "auto":
         training = dataclasses.replace(training, precision=_best_precision())
+    if settings is None and training.precision == "fp16":
+        raise RecipeError("--precision fp16 needs DeepSpeed, which scales the loss: use a zero*.yaml, or bf16")
     return dataclasses.replace(invocation.config, training=training)
 
 
