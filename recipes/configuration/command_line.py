@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..common.command import CommandParser
 from ..common.errors import RecipeError
-from ..runs.checkpoints import find_checkpoint, run_of
+from ..runs.checkpoints import find_checkpoint, find_or_begin, run_of
 from ..runs.folder import CONFIG
 from .config import MODEL_SIZES, RecipeConfig
 from .overrides import apply_overrides, is_override, load_config, set_field, with_model_size
@@ -35,6 +35,9 @@ _FLAGS: dict[str, tuple[str, str, type, str]] = {
     "seed": ("training", "seed", int, "seed of weights, data order, masks and dropout"),
 }
 
+
+AUTO = "auto"
+"""Value of --resume: begin the run in the output folder, continue it, or end at once if it is finished."""
 
 _ALSO_CALLED = {
     "--learning_rate": "--lr",
@@ -102,7 +105,7 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]
     overrides = [text for text in options.data or [] if is_override(text)] + rest
-    checkpoint = find_checkpoint(Path(options.resume)) if options.resume else None
+    checkpoint, begun_anew = _checkpoint(options.resume, options.output)
     config = _base(options.preset, checkpoint)
     if options.model is not None:
         config = with_model_size(config, options.model)
@@ -127,11 +130,22 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
         output=Path(options.output) if options.output else None,
         resume=checkpoint,
         max_steps=options.max_steps,
-        overwrite=options.overwrite,
+        overwrite=options.overwrite or begun_anew,
         dry_run=options.dry_run,
         list_presets=options.list_presets,
         verbose=options.verbose,
     )
+
+
+def _checkpoint(resume: str | None, output: str | None) -> tuple[Path | None, bool]:
+    """Return the checkpoint to continue, if any, and whether a run without one is begun anew in its folder."""
+    if not resume:
+        return None, False
+    if resume != AUTO:
+        return find_checkpoint(Path(resume)), False
+    if not output:
+        raise RecipeError("--resume auto begins or continues the run in --output DIR: give that, too")
+    return find_or_begin(Path(output))
 
 
 def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
@@ -165,7 +179,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; batch sizes may be left out")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (default: a fresh runs/PRESET-N)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    parser.add_argument("--resume", metavar="DIR", help="continue a run's newest checkpoint, or one checkpoint folder")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue a run's newest checkpoint, or one checkpoint folder; auto: begin the run in --output, or go on",
+    )
     parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, train nothing")
     parser.add_argument("--verbose", action="store_true", help="print the whole configuration")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")

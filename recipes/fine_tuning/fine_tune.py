@@ -232,9 +232,7 @@ def _check(options: Options) -> None:
     within("--length", options.length, 8)
     within("--limit", options.limit, 1)
     if not 0 <= options.warmup < 1:
-        raise RecipeError(
-            f"--warmup {options.warmup} is out of range: allowed is 0 to below 1, a share of the steps"
-        )
+        raise RecipeError(f"--warmup {options.warmup} is out of range: allowed is 0 to below 1, a share of the steps")
     if options.optimizer != "adamw":
         try:
             optimizer_for_trainer(options.optimizer, lr=options.lr, weight_decay=options.weight_decay)

@@ -136,7 +136,12 @@ def _machine(options: argparse.Namespace) -> Machine:
     for name, (unit, _) in _ASSUMPTIONS.items():
         value = getattr(options, name)
         low_open = name not in ("overlap", "reserve", "latency")
-        if not math.isfinite(value) or value < 0 or (low_open and value == 0) or (name in ("overlap", "utilization") and value > 1):
+        if (
+            not math.isfinite(value)
+            or value < 0
+            or (low_open and value == 0)
+            or (name in ("overlap", "utilization") and value > 1)
+        ):
             raise RecipeError(f"--{name} {value} is out of range ({_HELP[name]}; in units of {unit:g})")
     values = {name: getattr(options, name) * unit for name, (unit, _) in _ASSUMPTIONS.items()}
     return Machine(gpus_per_node=options.gpus_per_node, **values)

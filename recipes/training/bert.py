@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def train(
     step_metrics = StepMetrics.of_run(engine, config, run.plans, data[0].vocabulary_size)
 
     def checkpoint(step: int) -> None:
-        path = checkpoints.write(step, engine.save, collect_failures, first=engine.rank == 0)
+        save = functools.partial(engine.save, for_any_ranks=config.run.for_any_ranks)
+        path = checkpoints.write(step, save, collect_failures, first=engine.rank == 0)
         reporter.line(f"step {step}: checkpoint {path}")
 
     step = run.first

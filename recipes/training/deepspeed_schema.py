@@ -141,7 +141,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: an unknown key (the nearest is named), a wrong type or value, or what the recipe cannot do.
     """
-    _refuse_inside(settings)
+    _refuse_other_optimizers(settings)
     known = {**VALUES, **MODELS, **SECTIONS}
     for key, value in settings.items():
         if key in OWN_SECTIONS:
@@ -156,6 +156,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             _check_model(key, value, MODELS[key])
         else:
             _check_keys(key, value, SECTIONS[key])
+    _refuse_without_effect(settings)
 
 
 def check_complete(settings: Mapping[str, Any], plan: BatchPlan) -> None:
@@ -214,9 +215,7 @@ def _check_flags(path: str, values: Mapping[str, Any], parsed: BaseModel) -> Non
             _check_flags(f"{path}.{key}", value, read)
         elif isinstance(read, bool) and not isinstance(value, bool):
             raise RecipeError(f"{WHAT} has {path}.{key}={_shown(value)}: allowed is true or false")
-        elif isinstance(value, str) and isinstance(read, int | float):
-            raise RecipeError(f"{WHAT} has {path}.{key}={_shown(value)}: allowed is a number")
-        elif isinstance(value, bool) and read is not None and not isinstance(read, bool | BaseModel):
+        elif isinstance(read, int | float) and not isinstance(read, bool) and isinstance(value, bool | str):
             raise RecipeError(f"{WHAT} has {path}.{key}={_shown(value)}: allowed is a number")
 
 
@@ -262,8 +261,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _refuse_inside(settings: Mapping[str, Any]) -> None:
-    """Refuse settings inside accepted sections that would step another optimizer or have no effect."""
+def _refuse_other_optimizers(settings: Mapping[str, Any]) -> None:
+    """Refuse settings inside accepted sections that would step another optimizer."""
     zero = section(settings, "zero_optimization")
     offload = section(zero, "offload_optimizer")
     if zero.get("zenflow"):
@@ -278,6 +277,11 @@ def _refuse_inside(settings: Mapping[str, Any]) -> None:
             f"partial offload (offload_optimizer.ratio={offload['ratio']}) is not supported: it needs DeepSpeed's CPU "
             "Adam; set ratio to 1.0 or remove it"
         )
+
+
+def _refuse_without_effect(settings: Mapping[str, Any]) -> None:
+    """Refuse settings inside accepted sections that the recipe cannot follow."""
+    zero = section(settings, "zero_optimization")
     for key, instead in (
         ("cpu_offload", 'write "offload_optimizer": {"device": "cpu"}'),
         ("cpu_offload_param", 'write "offload_param": {"device": "cpu"}'),
@@ -302,9 +306,7 @@ def _refuse_inside(settings: Mapping[str, Any]) -> None:
         )
     accumulated = section(settings, "data_types").get("grad_accum_dtype")
     if accumulated not in (None, AUTO) and not _DTYPE[1](accumulated):
-        raise RecipeError(
-            f"{WHAT} has data_types.grad_accum_dtype={_shown(accumulated)}: allowed is {_DTYPE[0]}"
-        )
+        raise RecipeError(f"{WHAT} has data_types.grad_accum_dtype={_shown(accumulated)}: allowed is {_DTYPE[0]}")
 
 
 def check_device(settings: Mapping[str, Any], ranks: int) -> None:

@@ -143,7 +143,8 @@ def _check_offload(zero: Mapping[str, Any], zero_stage: int) -> None:
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         if section(zero, key).get("device", "none") not in ("none", None) and zero_stage not in stages:
             raise RecipeError(
-                f"zero_optimization.{key} has no effect at stage {zero_stage}: remove it, or use --zero_stage {stages[-1]}"
+                f"zero_optimization.{key} has no effect at stage {zero_stage}: remove it, or use --zero_stage "
+                f"{stages[-1]}"
             )
 
 
