@@ -3,4 +3,4 @@
 from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
-    run("trustratio.recipes.planning.plan", ends_with_reader=True)
+    run("trustratio.recipes.planning.plan")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 BAD_INPUT = 2
@@ -23,6 +24,17 @@ class TrainingFailure(RuntimeError):
     """A run that had begun cannot go on, and all ranks know. What was saved is whole and is named to the user."""
 
 
+class NothingToDo(RecipeError):
+    """What was asked for has been done before. A command ends with status 0 and the message."""
+
+
+def nearest_names(name: str, known: Iterable[str], least: float = 0.0) -> list[str]:
+    """Return the three of `known` that are most like `name`; fewer if others are below `least`, from 0 to 1."""
+    # Case is ignored in the comparison, so that LAMB finds lamb.
+    spelled = {text.lower(): text for text in known}
+    return [spelled[text] for text in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=least)]
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> RecipeError:
     """Make the error for a name that is not in `known`, with the nearest names first and then all of them.
 
@@ -32,7 +44,23 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> RecipeError:
         known: the names that exist.
     """
     names = sorted(known)
-    # Case is ignored in the comparison, so that LAMB finds lamb.
-    nearest = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    nearest = nearest_names(name, names, least=0.5)
     hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
     return RecipeError(f"unknown {what} {name!r}; {hint}known: {', '.join(names)}")
+
+
+def sentence(error: OSError) -> str:
+    """Return what a file or disk refused, and what to do, as one sentence without a traceback."""
+    what = {
+        errno.ENOSPC: "free some space, or choose a folder on another disk",
+        errno.EDQUOT: "the quota is used up: free some space, or choose a folder elsewhere",
+        errno.EROFS: "choose a folder that can be written",
+        errno.EACCES: "choose a folder that this user may write",
+        errno.EPERM: "choose a folder that this user may write",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.ENOTDIR: "a part of the path is a file: choose another folder",
+        errno.EISDIR: "it is a folder: choose a file",
+    }.get(error.errno or 0)
+    reason = error.strerror or str(error) or type(error).__name__
+    shown = reason if error.filename is None else f"{str(error.filename)!r}: {reason}"
+    return f"{shown}; {what}" if what else shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
@@ -83,6 +84,11 @@ def _has_width(stream: TextIO) -> bool:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
         return False
+
+
+def folded(text: str, width: int = 120) -> str:
+    """Return a line broken at spaces into lines of at most `width`, the later ones indented; words stay whole."""
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def clock(seconds: float) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 
-def run(module: str, *, ends_with_reader: bool = False) -> NoReturn:
+def run(module: str) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
 
     Python puts a script's folder first on its search path, where a file of that folder would stand in for any package
@@ -16,7 +17,6 @@ def run(module: str, *, ends_with_reader: bool = False) -> NoReturn:
 
     Args:
         module: the body's full name, e.g. "trustratio.recipes.planning.plan".
-        ends_with_reader: let `command | head` end without a traceback. Not for training, which nobody's pipe may kill.
 
     Raises:
         SystemExit: always.
@@ -24,12 +24,36 @@ def run(module: str, *, ends_with_reader: bool = False) -> NoReturn:
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(script)):
         del sys.path[0]
+    sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
     import importlib
-    import signal
 
-    if ends_with_reader and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     raise SystemExit(importlib.import_module(module).main())
+
+
+class _Pipe(io.FileIO):
+    """A file descriptor that takes and forgets what nobody reads any more, as in `command | head`.
+
+    The command goes on: nobody's pipe may end a training.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _readers_may_leave(stream: TextIO) -> TextIO:
+    """Return the same stream on a `_Pipe`; as it is if it is no file."""
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return stream
+    stream.flush()
+    buffer = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(
+        buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True, write_through=stream is sys.stderr
+    )
 
 
 def follow_accelerate_to_cpu() -> None:

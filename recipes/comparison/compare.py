@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..common.command import CommandParser, ends_with_message
+from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
 from ..common.files import write_json
 from ..configuration.command_line import parse_command_line
@@ -97,7 +97,6 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="compare.py",
         description="Compare optimizers on the BERT recipe with several learning rates each. Other options and "
         "overrides are passed on to bert.py.",
-        allow_abbrev=False,
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="preset of all runs")
     parser.add_argument("--optimizers", required=True, metavar="A,B,...", help="names, separated by commas")
@@ -110,7 +109,6 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--allow_single_lr",
-        "--allow-single-lr",
         action="store_true",
         help="accept fewer than three learning rates",
     )
@@ -121,6 +119,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     # `--lrs 3 model.layers=4`: argparse would give a list flag all that follows it.
     options, passed_on = parser.parse_known_args([text for text in arguments if not is_override(text)])
     passed_on += filter(is_override, arguments)
+    for seed in options.seeds:
+        within("--seeds", seed, 0, MOST_SEED)
     for text in passed_on:
         key = text.partition("=")[0].strip()  # --lr 0.1, --lr=0.1, optimizer.lr=0.1
         if key in _INSTEAD:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from ..common.command import ends_with_message
+from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
 from ..common.files import write_json
 from ..common.machine import describe_machine
@@ -266,7 +266,7 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
 @ends_with_message("gpu_evidence")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="gpu_evidence.py",
         description="BERT at 64K and 128K sequences per update on one GPU. Other options go to compare.py.",
         epilog="\n".join(f"{name}: {evidence.purpose}" for name, evidence in EVIDENCE.items()),

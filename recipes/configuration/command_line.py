@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.command import CommandParser
-from ..common.errors import RecipeError, unknown_name
-from ..runs.checkpoints import find_checkpoint, run_of
+from ..common.errors import RecipeError
+from ..runs.checkpoints import find_checkpoint, find_or_begin, run_of
 from ..runs.folder import CONFIG
 from .config import MODEL_SIZES, RecipeConfig
 from .overrides import apply_overrides, is_override, load_config, set_field, with_model_size
@@ -36,6 +36,32 @@ _FLAGS: dict[str, tuple[str, str, type, str]] = {
 }
 
 
+AUTO = "auto"
+"""Value of --resume: begin the run in the output folder, continue it, or end at once if it is finished."""
+
+_ALSO_CALLED = {
+    "--learning_rate": "--lr",
+    "--batch_size": "--global_batch",
+    "--train_batch_size": "--global_batch",
+    "--per_device_train_batch_size": "--micro_batch",
+    "--max_seq_length": "--sequence_length",
+    "--num_train_steps": "--steps",
+    "--output_dir": "--output",
+    "--resume_from_checkpoint": "--resume",
+    "--warmup_steps": "schedule.warmup=UPDATES",
+    "--weight_decay": "optimizer.weight_decay=VALUE",
+    "--gradient_clipping": "training.gradient_clipping=NORM",
+    "--max_grad_norm": "training.gradient_clipping=NORM",
+    "--gradient_accumulation_steps": "--global_batch",
+    "--betas": "optimizer.betas=[B1,B2]",
+    "--compile": "training.compile=true",
+    "--layers": "model.layers=N",
+    "--hidden_size": "model.hidden=N",
+    "--dropout": "model.dropout=SHARE",
+}
+"""What other programs call things, or what is a field here and no option: for the hint behind a misspelt option."""
+
+
 @dataclass(frozen=True)
 class Invocation:
     """A parsed command line.
@@ -50,6 +76,7 @@ class Invocation:
         overwrite: replace what the output folder holds.
         dry_run: check and print everything, then stop before reading data.
         list_presets: print the presets and do nothing else.
+        verbose: print the whole configuration.
     """
 
     config: RecipeConfig
@@ -61,6 +88,7 @@ class Invocation:
     overwrite: bool
     dry_run: bool
     list_presets: bool = False
+    verbose: bool = False
 
 
 def parse_command_line(arguments: Sequence[str]) -> Invocation:
@@ -73,13 +101,11 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     # Overrides may stand anywhere, which argparse's positional arguments may not: they are what it does not know.
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    for text in rest:
-        if text.startswith("-"):
-            raise unknown_name("option", text.partition("=")[0], parser.flags())
+    parser.refuse([text for text in rest if text.startswith("-")], _ALSO_CALLED)
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]
     overrides = [text for text in options.data or [] if is_override(text)] + rest
-    checkpoint = find_checkpoint(Path(options.resume)) if options.resume else None
+    checkpoint, begun_anew = _checkpoint(options.resume, options.output)
     config = _base(options.preset, checkpoint)
     if options.model is not None:
         config = with_model_size(config, options.model)
@@ -104,10 +130,22 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
         output=Path(options.output) if options.output else None,
         resume=checkpoint,
         max_steps=options.max_steps,
-        overwrite=options.overwrite,
+        overwrite=options.overwrite or begun_anew,
         dry_run=options.dry_run,
         list_presets=options.list_presets,
+        verbose=options.verbose,
     )
+
+
+def _checkpoint(resume: str | None, output: str | None) -> tuple[Path | None, bool]:
+    """Return the checkpoint to continue, if any, and whether a run without one is begun anew in its folder."""
+    if not resume:
+        return None, False
+    if resume != AUTO:
+        return find_checkpoint(Path(resume)), False
+    if not output:
+        raise RecipeError("--resume auto begins or continues the run in --output DIR: give that, too")
+    return find_or_begin(Path(output))
 
 
 def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
@@ -130,7 +168,6 @@ def _parser() -> CommandParser:
         f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 2 for "
         "bad input; 3 when training could not go on (NaN, full disk).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--preset", help="named configuration")
     parser.add_argument("--list_presets", action="store_true", help="print all presets with their sources, and stop")
@@ -142,7 +179,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; batch sizes may be left out")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (default: a fresh runs/PRESET-N)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
-    parser.add_argument("--resume", metavar="DIR", help="continue a run's newest checkpoint, or one checkpoint folder")
+    parser.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue a run's newest checkpoint, or one checkpoint folder; auto: begin the run in --output, or go on",
+    )
     parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, train nothing")
+    parser.add_argument("--verbose", action="store_true", help="print the whole configuration")
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     return parser

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHAPES = ("polynomial", "exponential")
 
 
@@ -152,7 +152,9 @@ class RunConfig:
 
     Every step is logged; `log_every` is how many steps' values are brought from the device together. `loggers` are
     "tensorboard" and "wandb", besides metrics.jsonl. `noise_scale` measures the gradient noise scale; None: where that
-    is possible. `peak_tflops` is what one device can do at most, for the utilisation; None: from a table of devices.
+    is possible. `for_any_ranks` writes, beside the files of a checkpoint that ZeRO has cut up, one as large again that
+    other numbers of ranks continue from. `peak_tflops` is what one device can do at most, for the utilisation; None:
+    from a table of devices.
     """
 
     log_every: int = 10
@@ -162,6 +164,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     loggers: tuple[str, ...] = ()
     noise_scale: bool | None = None
+    for_any_ranks: bool = True
     peak_tflops: float | None = None
 
 

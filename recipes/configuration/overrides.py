@@ -125,10 +125,19 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
     if expected is bool and isinstance(value, bool):
         return value
     if expected is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if expected is int and not isinstance(value, bool) and isinstance(value, int | float) and int(value) == value:
-        return int(value)
+        return _as_float(key, value)
+    if expected is int and isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0:
+        return int(value)  # 3.0 and 1e4 too; the remainder of inf and NaN is NaN
     if expected is str and isinstance(value, str | int | float):
         return str(value)
     name = getattr(expected, "__name__", str(expected)) if origin is None else str(expected)
-    raise RecipeError(f"{key} takes a value of type {name}, given was {value!r}")
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    raise RecipeError(f"{key} takes a value of type {name}, given was {shown}")
+
+
+def _as_float(key: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        raise RecipeError(f"{key} takes a finite number, given was one of {len(str(value))} digits") from None

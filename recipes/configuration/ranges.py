@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+from ..common.command import MOST, MOST_SEED
 from ..common.errors import RecipeError
 from .config import PRECISIONS, SHAPES, RecipeConfig
 
@@ -15,62 +17,85 @@ def check_ranges(config: RecipeConfig) -> None:
     Raises:
         RecipeError: names the field, its value and its range.
     """
-    positive = [
-        *(f"model.{n}" for n in ("layers", "hidden", "heads", "intermediate", "max_positions")),
-        *(f"data.{n}" for n in ("vocabulary", "validation_sequences")),
-        *(f"training.{n}" for n in ("global_batch", "micro_batch", "steps")),
-        *(f"run.{n}" for n in ("log_every", "print_every", "keep_checkpoints")),
-    ]
-    for key in positive:
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in ("run.validate_every", "run.checkpoint_every"):
-        _require(config, key, lambda v: v >= 0, "0 (only at the end) or more")
+    _check_whole_numbers(config)
     limit = config.model.max_positions
     _require(config, "data.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
     _require(config, "data.mask_probability", lambda v: 0 < v < 1, "above 0 and below 1")
-    _require(config, "data.workers", lambda v: v is None or v >= 0, "0 (none) or more")
     _require(config, "data.validation_fraction", lambda v: 0 < v < 1, "above 0 and below 1")
     _require(config, "model.dropout", lambda v: 0 <= v < 1, "0 to below 1")
     _require(config, "optimizer.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
-    _require(config, "optimizer.weight_decay", lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
+    _require(config, "optimizer.weight_decay", _finite, "finite and not negative")
     _require(config, "schedule.shape", lambda v: v in SHAPES, ", ".join(SHAPES))
     _require(config, "schedule.warmup", lambda v: 0 <= v <= config.training.steps, "0 to training.steps")
-    _require(config, "schedule.warmup_start", lambda v: v <= 0, "0 or less: updates of warm-up that lie before the run")
+    _require(config, "schedule.warmup_start", lambda v: -MOST <= v <= 0, "0 or less: updates before the run")
     _require(config, "schedule.constant", lambda v: 0 <= v <= config.training.steps, "0 to training.steps")
     _require(config, "schedule.degree", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "schedule.final", lambda v: 0 <= v <= 1, "0 to 1")
     _require(config, "schedule.decay_rate", lambda v: 0 < v <= 1, "above 0, at most 1")
     _require(config, "schedule.decay_steps", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
-    _require(config, "schedule.offset", lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
+    _require(config, "schedule.offset", _finite, "finite and not negative")
     if config.schedule.decay_from_start and config.schedule.constant:
         raise RecipeError(
             f"schedule.constant={config.schedule.constant} and schedule.decay_from_start contradict each other: a "
             "decay that counts from the start has no plateau; set one of them"
         )
     _require(config, "training.zero_stage", lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3")
-    _require(config, "training.gradient_clipping", lambda v: v >= 0, "0 (no clipping) or more")
-    _require(config, "training.precision", lambda v: v in (*PRECISIONS, "fp16"), ", ".join(PRECISIONS))
-    _require(config, "run.peak_tflops", lambda v: v is None or v > 0, "above 0, or null: from a table of devices")
+    _require(config, "training.gradient_clipping", _finite, "finite, 0 (no clipping) or more")
+    _require(config, "training.precision", lambda v: v in PRECISIONS, ", ".join(PRECISIONS))
+    _require(config, "run.peak_tflops", lambda v: v is None or 0 < v < math.inf, "above 0, or null: a table's")
     if config.model.hidden % config.model.heads:
         raise RecipeError(
             f"model.hidden={config.model.hidden} is not divisible by model.heads={config.model.heads}; "
             "each head takes an equal share of the hidden size"
         )
+    _require(config, "phase_two.steps", lambda v: 0 <= v <= MOST, f"0 (no second phase) to {MOST}")
     if config.phase_two.steps:
         _check_phase_two(config)
 
 
+def _check_whole_numbers(config: RecipeConfig) -> None:
+    """Check sizes, counts and the seed; more than their largest is a slip of the pen that nothing could compute."""
+    bounds = {
+        "model.layers": (1, 10_000),
+        "model.hidden": (1, 2**20),
+        "model.heads": (1, 2**20),
+        "model.intermediate": (1, 2**22),
+        "model.max_positions": (1, 2**22),
+        "data.vocabulary": (1, 2**24),
+        "data.validation_sequences": (1, MOST),
+        "data.workers": (0, 4096),
+        "training.global_batch": (1, MOST),
+        "training.micro_batch": (1, MOST),
+        "training.steps": (1, MOST),
+        "training.seed": (0, MOST_SEED),
+        "run.log_every": (1, MOST),
+        "run.print_every": (1, MOST),
+        "run.validate_every": (0, MOST),
+        "run.checkpoint_every": (0, MOST),
+        "run.keep_checkpoints": (1, MOST),
+    }
+    for key, (least, most) in bounds.items():
+        _require(config, key, partial(_between, least, most), f"{least} to {most}")
+
+
+def _between(least: int, most: int, value: int | None) -> bool:
+    return value is None or least <= value <= most
+
+
+def _finite(value: float) -> bool:
+    return value >= 0 and math.isfinite(value)
+
+
 def _check_phase_two(config: RecipeConfig) -> None:
     limit, steps = config.model.max_positions, config.phase_two.steps
-    _require(config, "phase_two.steps", lambda v: v >= 0, "0 (no second phase) or more")
     _require(config, "phase_two.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
-    _require(config, "phase_two.global_batch", lambda v: v >= 1, "at least 1")
-    _require(config, "phase_two.micro_batch", lambda v: v >= 1, "at least 1")
+    _require(config, "phase_two.global_batch", lambda v: 1 <= v <= MOST, f"1 to {MOST}")
+    _require(config, "phase_two.micro_batch", lambda v: 1 <= v <= MOST, f"1 to {MOST}")
     _require(config, "phase_two.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "phase_two.warmup", lambda v: 0 <= v <= steps, "0 to phase_two.steps")
     _require(config, "phase_two.constant", lambda v: 0 <= v <= steps, "0 to phase_two.steps")
     _require(config, "phase_two.decay_steps", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
-    _require(config, "phase_two.offset", lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
+    _require(config, "phase_two.offset", _finite, "finite and not negative")
 
 
 def _require(config: RecipeConfig, key: str, allowed: Any, description: str) -> None:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.command import ends_with_message
+from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
 from ..common.reporter import Reporter, clock
 from ..configuration.config import DataConfig
 from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
 from .shards import MANIFEST
+
+_MOST_WORKERS = 4096
 
 
 @ends_with_message("error")
@@ -46,11 +48,11 @@ def _config(options: argparse.Namespace) -> DataConfig:
         raise RecipeError(
             f"--validation_fraction {options.validation_fraction} is out of range: allowed is above 0 and below 1"
         )
-    for name in ("vocabulary", "shard_megabytes"):
-        if getattr(options, name) <= 0:
-            raise RecipeError(f"--{name} {getattr(options, name)} is out of range: allowed is above 0")
-    if options.workers < 0:
-        raise RecipeError(f"--workers {options.workers} is out of range: allowed is 0 (one per core) or more")
+    within("--vocabulary", options.vocabulary, 0, above=True)
+    within("--shard_megabytes", options.shard_megabytes, 0, above=True)
+    within("--workers", options.workers, 0, _MOST_WORKERS)  # 0: one per core
+    for length in options.sequence_lengths:
+        within("--sequence_lengths", length, 3)
     return DataConfig(
         sources=tuple(options.data),
         text_column=options.text_column,
@@ -72,13 +74,12 @@ def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     defaults = DataConfig()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m trustratio.recipes.prepare",
         description="Tokenize text once into shards. Documents are joined in the order of the sources; repeated ones "
         "are dropped, and the held-out ones are chosen by their content. The shards serve every sequence length.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--data",

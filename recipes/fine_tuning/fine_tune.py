@@ -28,7 +28,7 @@ from transformers import (
 
 from trustratio.integrations.transformers import optimizer_for_trainer
 
-from ..common.command import CommandParser, ends_with_message
+from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter
@@ -78,6 +78,8 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     trials = [Options(**{**values, "lr": rate}) for rate in arguments.lr]
     for options in trials:
         _check(options)
+    for seed in arguments.seeds:
+        within("--seeds", seed, 0, MOST_SEED)
     data = load_data(arguments.data, arguments.data_folder)
     with tempfile.TemporaryDirectory() as scratch:
         model = pretrained_folder(arguments.checkpoint, arguments.export or Path(scratch, "model"), reporter)
@@ -223,17 +225,14 @@ def _train(
 
 
 def _check(options: Options) -> None:
-    allowed = {
-        "lr": (options.lr > 0, "above 0"),
-        "epochs": (options.epochs > 0, "above 0"),
-        "batch": (options.batch >= 1, "at least 1"),
-        "length": (options.length >= 8, "at least 8"),
-        "warmup": (0 <= options.warmup < 1, "0 to below 1, a share of the steps"),
-        "limit": (options.limit is None or options.limit >= 1, "at least 1"),
-    }
-    for name, (fine, text) in allowed.items():
-        if not fine:
-            raise RecipeError(f"--{name} {getattr(options, name)} is out of range: allowed is {text}")
+    within("--lr", options.lr, 0, above=True)
+    within("--weight_decay", options.weight_decay, 0)
+    within("--epochs", options.epochs, 0, above=True)
+    within("--batch", options.batch, 1)
+    within("--length", options.length, 8)
+    within("--limit", options.limit, 1)
+    if not 0 <= options.warmup < 1:
+        raise RecipeError(f"--warmup {options.warmup} is out of range: allowed is 0 to below 1, a share of the steps")
     if options.optimizer != "adamw":
         try:
             optimizer_for_trainer(options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
@@ -271,7 +270,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python recipes/fine_tune.py", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(prog="python recipes/fine_tune.py", description=__doc__)
     defaults = Options()
     parser.add_argument(
         "--checkpoint", required=True, help="run's folder, checkpoint, folder of save_pretrained, or name"

@@ -59,7 +59,7 @@ def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
     torch.manual_seed(config.training.seed)
     model = build_model(config.model, padded_vocabulary(vocabulary_size))
     if config.training.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = build_optimizer(config.optimizer, model)
     if config.training.compile:
         model.compile()  # in place: parameters keep their names

@@ -125,7 +125,8 @@ def memory_parts(
     width = FP32 if precision == "fp32" else 2
     bucket = int(_number(zero, "reduce_bucket_size", REDUCE_BUCKET))
     sharded = share if stage else elements
-    accumulate_fp32 = stage == 1 and precision == "bf16"
+    own_sums = stage == 1 and precision == "bf16" and _sums_in_fp32(settings, stage)  # BF16_Optimizer
+    separate_sums = precision != "fp32" and _sums_in_fp32(settings, stage)
 
     # In the precision of training: weights and the gradients of a micro-batch.
     parts = [MemoryPart("weights", width * (share if stage == 3 else elements), True)]
@@ -137,15 +138,18 @@ def memory_parts(
         parts.append(MemoryPart("gathered weights", width * max(0, live - kept), False))
     if stage in (1, 2):  # seen in some runs of real engines, not in all
         parts.append(MemoryPart("kept embedding gradient", width * size.vocabulary * size.shape.hidden, True))
-    parts.append(MemoryPart("gradients", width * (share if stage >= 2 else elements), stage == 3))
+    if stage >= 2:  # an update's, summed over its micro-batches
+        parts.append(MemoryPart("gradients", (FP32 if separate_sums else width) * share, stage == 3))
+    else:
+        parts.append(MemoryPart("gradients", width * elements, False))
 
     # In fp32: what the update is computed with.
-    if accumulate_fp32:
-        parts.append(MemoryPart("fp32 sum of gradients", FP32 * elements, True))
+    if separate_sums and stage == 1:
+        parts.append(MemoryPart("fp32 sum of gradients", FP32 * elements, own_sums))
     if stage or width == 2:
         parts.append(MemoryPart("fp32 master weights", FP32 * sharded, True))
     parts.append(MemoryPart("optimizer state", FP32 * size.states * sharded, True))
-    if stage in (1, 2) and not accumulate_fp32:
+    if (stage == 1 and not own_sums) or (stage == 2 and not separate_sums):
         parts.append(MemoryPart("fp32 gradients of the step", FP32 * share, False))
     if size.statistics == "squares":
         whole = elements if stage < 2 else 0  # until the step, as its gradients
@@ -154,7 +158,7 @@ def memory_parts(
             parts.append(MemoryPart("squares on their way", FP32 * min(2 * elements, BUCKET_ELEMENTS), False))
 
     # For a while: what is on its way to other ranks, and what backward needs.
-    if stage >= 2 or (stage == 1 and not accumulate_fp32):
+    if stage >= 2 or (stage == 1 and not own_sums):
         buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
         parts.append(MemoryPart("reduction bucket", width * bucket * buffers, stage == 3))
     elif ranks > 1:
@@ -180,6 +184,13 @@ def _activations(size: ModelSize, config: RecipeConfig, length: int, micro: int,
     # Logits in the model's precision, in fp32, their log-softmax, and the gradients of the last two.
     head = masked * (4 * shape.hidden * width + size.vocabulary * (width + (2 if width == 2 else 1) * FP32 + FP32))
     return encoder + embeddings + head
+
+
+def _sums_in_fp32(settings: Mapping[str, Any] | None, stage: int) -> bool:
+    """Tell whether an update's gradients are summed in fp32: as complete settings say, else wherever the recipe can."""
+    asked = ((settings or {}).get("data_types") or {}).get("grad_accum_dtype")
+    complete = "train_batch_size" in (settings or {})
+    return stage > 0 and (asked == "fp32" if complete or asked is not None else True)
 
 
 def _number(section: Mapping[str, Any], name: str, default: float) -> float:

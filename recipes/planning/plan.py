@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 
-from ..common.command import ends_with_message
+from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.reporter import clock
 from ..configuration.config import MODEL_SIZES, RecipeConfig
@@ -28,7 +29,9 @@ DOES_NOT_FIT = 1
 @ends_with_message("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; return 0 if every phase fits, 1 if one does not, 2 for bad input."""
-    options, overrides = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    parser.refuse([text for text in overrides if text.startswith("-")])
     config, machine = _config(options, overrides), _machine(options)
     size = model_size(config)
     phases = phases_of(config)
@@ -116,9 +119,6 @@ def _growth_lines(table: Sequence[PhasePlan]) -> list[str]:
 
 
 def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RecipeConfig:
-    for text in overrides:
-        if text.startswith("-"):
-            raise RecipeError(f"unknown option {text!r}; --help lists them")
     config = get_preset(options.preset)
     if options.model is not None:
         config = with_model_size(config, options.model)
@@ -127,10 +127,8 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RecipeConf
             config = set_field(config, section, name, getattr(options, flag))
     config = apply_overrides(config, overrides)
     check_ranges(config)
-    for flag in ("gpus", "most_gpus", "micro_batch"):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            raise RecipeError(f"--{flag} {value} is out of range: allowed is at least 1")
+    for flag in ("gpus", "gpus_per_node", "most_gpus", "micro_batch"):
+        within(f"--{flag}", getattr(options, flag), 1)
     return config
 
 
@@ -138,7 +136,12 @@ def _machine(options: argparse.Namespace) -> Machine:
     for name, (unit, _) in _ASSUMPTIONS.items():
         value = getattr(options, name)
         low_open = name not in ("overlap", "reserve", "latency")
-        if value < 0 or (low_open and value == 0) or (name in ("overlap", "utilization") and value > 1):
+        if (
+            not math.isfinite(value)
+            or value < 0
+            or (low_open and value == 0)
+            or (name in ("overlap", "utilization") and value > 1)
+        ):
             raise RecipeError(f"--{name} {value} is out of range ({_HELP[name]}; in units of {unit:g})")
     values = {name: getattr(options, name) * unit for name, (unit, _) in _ASSUMPTIONS.items()}
     return Machine(gpus_per_node=options.gpus_per_node, **values)
@@ -182,13 +185,12 @@ _HELP = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python recipes/plan.py",
         description="Micro-batch and accumulation that fit, memory by part, traffic, collectives and step time, at one "
         "number of GPUs and growing to many. Any number of overrides section.field=value may follow.",
         epilog="Exit status: 0 if every phase fits and its batch can be divided, 1 if not, 2 for bad input.",
-        allow_abbrev=False,
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"named configuration (default {DEFAULT_PRESET})")
     parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")

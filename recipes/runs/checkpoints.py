@@ -12,7 +12,10 @@ from typing import Any
 
 from ..common.errors import RecipeError, TrainingFailure
 from ..common.files import write_json, write_text
-from .folder import CHECKPOINTS
+from .folder import CHECKPOINTS, CONFIG
+
+RANKS = "ranks"
+"""In a checkpoint's identity: how many wrote it."""
 
 _DESCRIPTION = "checkpoint.json"
 _LATEST = "latest"
@@ -36,6 +39,30 @@ def find_checkpoint(path: Path) -> Path:
     if not (newest / _DESCRIPTION).is_file():
         raise RecipeError(f"--resume {str(path)!r}: {latest} names {newest.name}, which is missing or incomplete")
     return newest
+
+
+def find_or_begin(folder: Path) -> tuple[Path | None, bool]:
+    """Return what `--resume auto` means for an output folder.
+
+    Returns:
+        The run's newest complete checkpoint, or None if there is no run yet; and whether the folder holds a run that
+        ended before its first checkpoint, in the place of which a new one begins.
+
+    Raises:
+        RecipeError: there are checkpoints, and none is complete.
+    """
+    if not (folder / CONFIG).is_file():
+        return None, False
+    written = sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if _is_complete(path))
+    if not written:
+        return None, True
+    try:
+        return find_checkpoint(folder), False
+    except RecipeError:  # killed between two renames: what `latest` was to name is there
+        whole = [path for path in written if (path / _DESCRIPTION).is_file()]
+        if not whole:
+            raise
+        return whole[-1], False
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -71,7 +98,7 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Check that a checkpoint can continue exactly with what this run would train.
+    """Check that a checkpoint can continue with what this run would train; the number of ranks is free.
 
     Raises:
         RecipeError: lists each difference.
@@ -79,7 +106,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
     differences = [
         f"  {key}: checkpoint {saved.get(key)!r}, this run {value!r}"
         for key, value in current.items()
-        if saved.get(key) != value
+        if saved.get(key) != value and key != RANKS
     ]
     if differences:
         raise RecipeError(

@@ -9,7 +9,7 @@ report.html, report.png curves and trust ratios, made anew at the end of every r
 trust_ratios.png        layers x steps
 tensorboard/, wandb/    of these loggers, if asked for; wandb_id.txt is the run that a resumed one goes on with
 checkpoints/latest      name of the newest complete checkpoint
-checkpoints/step-N/     DeepSpeed's files and checkpoint.json
+checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 
 from ..common.errors import RecipeError
+from ..common.files import WRITING
 
 CONFIG = "config.json"
 DEEPSPEED_CONFIG = "deepspeed_config.json"
@@ -54,7 +55,8 @@ def require_free(folder: Path) -> None:
         RecipeError: it is not empty, or no folder.
     """
     try:
-        occupied = folder.exists() and any(folder.iterdir())
+        # What a process that was killed had begun to write is nobody's.
+        occupied = folder.exists() and any(not path.name.startswith(WRITING) for path in folder.iterdir())
     except OSError as error:
         raise RecipeError(f"cannot use output folder {str(folder)!r}: {error.strerror}") from error
     if occupied:

@@ -7,7 +7,6 @@ makes it for an existing run, finished or not; runs write their own when they en
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.command import ends_with_message
+from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
 from ..common.files import write_text
 from .folder import CURVES, METRICS, RATIOS, REPORT
@@ -210,7 +209,7 @@ def _script_json(values: dict[str, Any]) -> str:
 @ends_with_message("report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="report.py", description="Make the report of a run, finished or not.")
+    parser = CommandParser(prog="report.py", description="Make the report of a run, finished or not.")
     parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
     folder = parser.parse_args(arguments).folder
     make_report(folder)

@@ -25,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trustratio.optimizers import CowClip
 from trustratio.optimizers.cowclip import CowClipSettings, clip_threshold, scale_cowclip
 
-from ..common.command import ends_with_message
+from ..common.command import CommandParser, ends_with_message, within
 from ..rules.large_batch import scale_learning_rate
 from ..rules.schedules import warmup_polynomial
 from .movielens_clicks import Clicks, Interactions, load_clicks
@@ -237,7 +237,7 @@ def methods() -> list[Method]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="click_through.py", description="CowClip and Adam at growing batches on MovieLens-100k."
     )
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="the first is the base of the scaling")
@@ -245,8 +245,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="runs per method and batch")
     parser.add_argument("--output", type=Path, default=Path("click_through"), help="path without suffix")
     options = parser.parse_args(arguments)
-    if min(*options.batches, options.epochs, options.seeds) < 1:
-        parser.error("batches, epochs and seeds must be at least 1")
+    for name, value in (
+        *(("--batches", batch) for batch in options.batches),
+        ("--epochs", options.epochs),
+        ("--seeds", options.seeds),
+    ):
+        within(name, value, 1)
     return options
 
 

@@ -26,7 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
-from ..common.command import ends_with_message
+from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.files import write_json
 from ..common.machine import describe_machine
@@ -272,7 +272,7 @@ def draw(results: Results, names: Sequence[str], batches: Sequence[int], path: P
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     names = list(candidates())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="tabular.py", description="Optimizers at batches of up to 128K samples on KDD Cup 2004."
     )
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -281,8 +281,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate, besides seed 0's search")
     parser.add_argument("--output", type=Path, default=Path("tabular"), help="path without suffix")
     options = parser.parse_args(arguments)
-    if min(*options.batches, options.epochs, options.seeds) < 1:
-        parser.error("batches, epochs and seeds must be at least 1")
+    for name, value in (
+        *(("--batches", batch) for batch in options.batches),
+        ("--epochs", options.epochs),
+        ("--seeds", options.seeds),
+    ):
+        within(name, value, 1)
     return options
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,6 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
     began = time.perf_counter()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     start()
     data, identity = prepare_run(run, reporter)
     engine = build_engine(run, data[0].vocabulary_size)
@@ -78,7 +77,8 @@ def train(
     step_metrics = StepMetrics.of_run(engine, config, run.plans, data[0].vocabulary_size)
 
     def checkpoint(step: int) -> None:
-        path = checkpoints.write(step, engine.save, collect_failures, first=engine.rank == 0)
+        save = functools.partial(engine.save, for_any_ranks=config.run.for_any_ranks)
+        path = checkpoints.write(step, save, collect_failures, first=engine.rank == 0)
         reporter.line(f"step {step}: checkpoint {path}")
 
     step = run.first

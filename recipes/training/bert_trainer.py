@@ -6,12 +6,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from ..common.errors import TrainingFailure
+from ..common.files import whole_file
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
+from ..data.prepared import TOKENIZER
 from ..model.build import build_parts
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
-from .ranks import start
+from .ranks import collect_failures, start
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
@@ -58,7 +63,25 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
         trainer.train(None if resume is None else str(trainers_part(resume)))
         trainer.updates.require_data()
-    save_weights(trainer, folder / MODEL)
-    if reporter.active:
-        (folder / MODEL / "tokenizer.json").write_bytes(Path(data[0].folder, "tokenizer.json").read_bytes())
+        records.require_written()
+    _save_model(trainer, folder / MODEL, Path(data[0].folder, TOKENIZER))
     announce_end(run, trainer.state.global_step, folder, reporter, began)
+
+
+def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
+    """Write the model in transformers' format with its tokenizer (collective).
+
+    Raises:
+        TrainingFailure: they could not be written; the last checkpoint has all of them.
+    """
+    failure = None
+    try:
+        save_weights(trainer, folder)
+        if trainer.args.should_save:
+            with whole_file(folder / TOKENIZER, "wb") as file:
+                file.write(tokenizer.read_bytes())
+    except (OSError, SafetensorError) as error:
+        failure = error
+    failures = collect_failures(failure)
+    if failures:
+        raise TrainingFailure(f"the model could not be written ({'; '.join(failures)}); the last checkpoint has it")

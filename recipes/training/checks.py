@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ..common.errors import RecipeError
+from ..common.errors import NothingToDo, RecipeError
 from ..configuration.command_line import Invocation
 from ..configuration.config import RecipeConfig
-from ..configuration.phases import Phase, phases_of
+from ..configuration.phases import Phase, phases_of, total_steps
 from ..configuration.ranges import check_ranges
 from ..data.prepared import check_sources
 from ..model.build import outline
 from ..model.optimizer import is_baseline
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
-from ..runs.checkpoints import check_same_run, describe_checkpoint, require_newest, run_of
+from ..runs.checkpoints import RANKS, check_same_run, describe_checkpoint, require_newest, run_of
 from ..runs.folder import require_free
 from ..runs.loggers import check_loggers
-from .deepspeed_settings import merge, precision_of, refuse_unsupported, stage_of, without_batch_sizes
+from .deepspeed_schema import check_settings
+from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
 from .launchers import DeepSpeedLauncher, Launcher
+from .other_ranks import require_readable, shared_anew
 from .ranks import local_rank, world_size
 from .step_metrics import check_noise_scale
 
@@ -74,11 +76,14 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     launcher = launcher or DeepSpeedLauncher()
     settings = launcher.settings(invocation)
     if settings is not None:
-        refuse_unsupported(settings)
+        check_settings(settings)
     config = complete_config(invocation, settings)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
     outline(config)  # refuses optimizers and their options before any data are read
+    if invocation.resume is not None:
+        config = _check_resumable(invocation, config)
+        invocation = dataclasses.replace(invocation, config=config)
     phases = phases_of(config)
     plans = tuple(phase.plan(world_size()) for phase in phases)
     if settings is not None:
@@ -89,6 +94,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
             config.training.precision,
             config.training.gradient_clipping,
             elementwise=is_baseline(config.optimizer.name),
+            saved=invocation.resume is not None and invocation.deepspeed_config is None,
         )
     check_loggers(config.run.loggers)
     for plan in plans:
@@ -127,6 +133,8 @@ def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> 
         training = dataclasses.replace(training, precision=precision)
     elif training.precision == "auto":
         training = dataclasses.replace(training, precision=_best_precision())
+    if settings is None and training.precision == "fp16":
+        raise RecipeError("--precision fp16 needs DeepSpeed, which scales the loss: use a zero*.yaml, or bf16")
     return dataclasses.replace(invocation.config, training=training)
 
 
@@ -165,15 +173,35 @@ def device_memory() -> int | None:
     return torch.cuda.get_device_properties(local_rank() % torch.cuda.device_count()).total_memory
 
 
+def _check_resumable(invocation: Invocation, config: RecipeConfig) -> RecipeConfig:
+    """Check a checkpoint before its batch is shared out: that it is of this run, has work left, and that ranks fit.
+
+    Returns:
+        The configuration, with micro-batches that this number of ranks can share out.
+
+    Raises:
+        RecipeError: another run's checkpoint, or a number of ranks that does not divide the global batch.
+        NothingToDo: the run is finished.
+    """
+    checkpoint = invocation.resume
+    assert checkpoint is not None
+    description = describe_checkpoint(checkpoint)
+    check_same_run(description["identity"], _identity_of(config), checkpoint)
+    total = total_steps(config)
+    last, done = min(total, invocation.max_steps or total), description["step"]
+    if done >= last:
+        raise NothingToDo(
+            f"{checkpoint} is at step {done} and the run ends at step {last}: nothing is left to do; raise --steps or "
+            "--max_steps to go on"
+        )
+    return shared_anew(config, invocation.given, checkpoint, description["identity"].get(RANKS), world_size())
+
+
 def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
     description = describe_checkpoint(checkpoint)
     run = dataclasses.replace(run, first=description["step"], saved_identity=description["identity"])
     check_same_run(description["identity"], early_identity(run), checkpoint)
-    if run.first >= run.last:
-        raise RecipeError(
-            f"{checkpoint} is at step {run.first} and the run ends at step {run.last}: nothing is left to do; "
-            "raise --steps or --max_steps"
-        )
+    require_readable(checkpoint, description["identity"].get(RANKS), world_size(), run.config.training.zero_stage)
     output = run.invocation.output
     if output is not None and output.resolve() != run_of(checkpoint) and not run.invocation.overwrite:
         require_free(output)
@@ -183,21 +211,26 @@ def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
 
 
 def early_identity(run: CheckedRun) -> dict[str, Any]:
-    """Return what a resumed run must agree with, as far as it is known before the data are read."""
-    values = run.config.to_dict()
-    training = run.config.training
+    """Return what a resumed run must agree with, as far as it is known before the data are read, and its ranks."""
+    return {
+        **_identity_of(run.config),
+        RANKS: run.plans[0].ranks,
+        "deepspeed": None if run.settings is None else without_batch_sizes(run.settings),
+    }
+
+
+def _identity_of(config: RecipeConfig) -> dict[str, Any]:
+    values, training = config.to_dict(), config.training
     return {
         "model": values["model"],
         "optimizer": values["optimizer"],
-        "sequence_length": run.config.data.sequence_length,
-        "mask_probability": run.config.data.mask_probability,
+        "sequence_length": config.data.sequence_length,
+        "mask_probability": config.data.mask_probability,
         "global_batch": training.global_batch,
-        **_second_phase(run.config),
+        **_second_phase(config),
         "seed": training.seed,
         "precision": training.precision,
         "zero_stage": training.zero_stage,
-        "ranks": run.plans[0].ranks,
-        "deepspeed": None if run.settings is None else without_batch_sizes(run.settings),
     }
 
 

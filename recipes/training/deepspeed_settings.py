@@ -9,9 +9,8 @@ from typing import Any
 
 from ..common.errors import RecipeError
 from ..rules.global_batch import BatchPlan
+from .deepspeed_schema import AUTO, BATCH_KEYS, WHAT, check_complete, check_device, check_settings, section
 
-AUTO = "auto"
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines; the recipe prints its own
 
 
@@ -19,49 +18,25 @@ def load_file(path: str) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
 
     Raises:
-        RecipeError: missing, unreadable, or no JSON object.
+        RecipeError: missing, unreadable, or no JSON object; a key that is there twice.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(), object_pairs_hook=_without_repetition)
     except FileNotFoundError as error:
         raise RecipeError(f"--deepspeed_config {path!r} does not exist") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"--deepspeed_config {path!r} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"--deepspeed_config {path!r}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
-def refuse_unsupported(settings: Mapping[str, Any]) -> None:
-    """Refuse what would replace the recipe's optimizer or schedule, or step it in a way that no layout explains.
-
-    Raises:
-        RecipeError: names the key and what to do.
-    """
-    if settings.get("optimizer"):
-        raise RecipeError(
-            "the DeepSpeed configuration sets its own `optimizer`; remove that section and choose with "
-            "--optimizer NAME, --lr and optimizer.OPTION=VALUE"
-        )
-    if settings.get("scheduler"):
-        raise RecipeError(
-            "the DeepSpeed configuration sets its own `scheduler`; remove that section and use schedule.warmup, "
-            "schedule.degree and schedule.final"
-        )
-    zero = _section(settings, "zero_optimization")
-    offload = _section(zero, "offload_optimizer")
-    if zero.get("zenflow"):
-        raise RecipeError("zero_optimization.zenflow is not supported: ZenFlow steps optimizers of its own; remove it")
-    if offload.get("super_offload"):
-        raise RecipeError(
-            "offload_optimizer.super_offload is not supported: it steps a CPU Adam of its own; remove it (plain "
-            "offload_optimizer works)"
-        )
-    if offload.get("ratio", 1.0) != 1.0:
-        raise RecipeError(
-            f"partial offload (offload_optimizer.ratio={offload['ratio']}) is not supported: it needs DeepSpeed's CPU "
-            "Adam; set ratio to 1.0 or remove it"
-        )
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is there twice")
+    return dict(pairs)
 
 
 def merge(
@@ -71,6 +46,7 @@ def merge(
     precision: str,
     gradient_clipping: float,
     elementwise: bool,
+    saved: bool = False,
 ) -> dict[str, Any]:
     """Complete a configuration with the recipe's batch sizes, ZeRO stage, precision and clipping.
 
@@ -80,16 +56,17 @@ def merge(
         settings: the user's file, or {}.
         plan: batch sizes.
         zero_stage: 0 to 3; see `stage_of` for one that the file sets.
-        precision: "fp32" or "bf16", or "fp16" if the file enables it.
+        precision: "fp32", "bf16" or "fp16".
         gradient_clipping: global-norm limit, 0 for none.
         elementwise: the optimizer is element-wise and DeepSpeed may not know it (SGD): exact under any sharding.
+        saved: `settings` are those that a run was started with, which a resumed one keeps.
 
     Raises:
-        RecipeError: contradictions, with both values.
+        RecipeError: contradictions, with both values; what `check_settings` or DeepSpeed refuse.
     """
-    refuse_unsupported(settings)
+    check_settings(settings)
     merged = json.loads(json.dumps(settings))
-    for key, value in zip(_BATCH_KEYS, (plan.sequences, plan.micro, plan.accumulation), strict=True):
+    for key, value in zip(BATCH_KEYS, (plan.sequences, plan.micro, plan.accumulation), strict=True):
         if merged.get(key, AUTO) not in (AUTO, value):
             raise RecipeError(
                 f"the DeepSpeed configuration has {key}={merged[key]}, the recipe {value} "
@@ -99,42 +76,93 @@ def merge(
         merged[key] = value
     zero = merged.setdefault("zero_optimization", {})
     zero["stage"] = zero_stage
-    if _section(zero, "offload_optimizer").get("device", "none") not in ("none", None):
+    if section(zero, "offload_optimizer").get("device", "none") not in ("none", None):
         # DeepSpeed otherwise insists on its CPU Adam in place of the optimizer it was given.
         merged["zero_force_ds_cpu_optimizer"] = False
     if elementwise:
         merged["zero_allow_untested_optimizer"] = True
     if merged.get("gradient_clipping", AUTO) == AUTO:
         merged["gradient_clipping"] = gradient_clipping  # explicit: DeepSpeed's default has changed between versions
-    if precision == "bf16":
-        merged.setdefault("bf16", {})["enabled"] = True
-        if zero_stage == 1 and not _section(zero, "offload_optimizer"):
-            # A global batch is many micro-batches: their bf16 gradients are summed in fp32.
-            merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if precision != "fp32":
+        merged.setdefault(precision, {})["enabled"] = True
+    _choose_sums(merged, zero_stage, precision, saved)
+    _check_offload(zero, zero_stage)
     merged.setdefault("steps_per_print", _QUIET)
+    check_device(merged, plan.ranks)
+    check_complete(merged, plan)
     return merged
+
+
+def _choose_sums(merged: dict[str, Any], zero_stage: int, precision: str, saved: bool) -> None:
+    """Have the 16-bit gradients of an update's many micro-batches summed in fp32, where DeepSpeed can.
+
+    DeepSpeed 0.19.8 can at every stage but 0, for bf16 and fp16, with and without offload.
+    """
+    asked = section(merged, "data_types").get("grad_accum_dtype", AUTO)
+    if asked not in (AUTO, None):
+        if asked != precision and (zero_stage == 0 or asked != "fp32"):
+            allowed = "remove it, or use --zero_stage 1" if zero_stage == 0 else "set it to fp32 or remove it"
+            raise RecipeError(
+                f"{WHAT} has data_types.grad_accum_dtype={asked}, which DeepSpeed cannot do with {precision} at stage "
+                f"{zero_stage}: {allowed}"
+            )
+    elif precision != "fp32" and zero_stage and not saved:
+        merged.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+    elif "data_types" in merged:
+        del merged["data_types"]
+
+
+def sums_dtype(settings: Mapping[str, Any] | None, precision: str) -> str:
+    """Return what the gradients of an update's micro-batches are summed in: "fp32", "bf16" or "fp16".
+
+    Args:
+        settings: complete DeepSpeed settings; None without DeepSpeed, where weights and gradients are fp32.
+        precision: of training.
+    """
+    if settings is None:
+        return "fp32"
+    asked = section(settings, "data_types").get("grad_accum_dtype", AUTO)
+    return precision if asked in (AUTO, None) else asked
+
+
+def describe_sums(settings: Mapping[str, Any] | None, precision: str, zero_stage: int, accumulation: int) -> list[str]:
+    """Return the lines that say so where an update's gradients are summed in less than fp32."""
+    dtype = sums_dtype(settings, precision)
+    if dtype == "fp32" or accumulation == 1:
+        return []
+    why = (
+        "DeepSpeed has no fp32 sums at stage 0: --zero_stage 1 has"
+        if zero_stage == 0
+        else 'as the DeepSpeed configuration says; data_types.grad_accum_dtype="fp32" sums in fp32'
+    )
+    return [f"warning: the gradients of {accumulation} micro-batches are summed in {dtype} ({why})"]
+
+
+def _check_offload(zero: Mapping[str, Any], zero_stage: int) -> None:
+    """Refuse offload at a stage that would ignore it."""
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        if section(zero, key).get("device", "none") not in ("none", None) and zero_stage not in stages:
+            raise RecipeError(
+                f"zero_optimization.{key} has no effect at stage {zero_stage}: remove it, or use --zero_stage "
+                f"{stages[-1]}"
+            )
 
 
 def without_batch_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that stay the same when a run is continued with another micro-batch."""
-    return {key: value for key, value in settings.items() if key not in _BATCH_KEYS}
+    return {key: value for key, value in settings.items() if key not in BATCH_KEYS}
 
 
 def stage_of(settings: Mapping[str, Any]) -> int | None:
     """Return the ZeRO stage that a configuration file sets; None if it leaves it to the recipe."""
-    stage = _section(settings, "zero_optimization").get("stage", AUTO)
+    stage = section(settings, "zero_optimization").get("stage", AUTO)
     return None if stage == AUTO else int(stage)
 
 
 def precision_of(settings: Mapping[str, Any]) -> str | None:
     """Return "fp16" or "bf16" if a configuration file enables it, "fp32" if it disables both, else None."""
-    state = {name: _section(settings, name).get("enabled", AUTO) for name in ("fp16", "bf16")}
+    state = {name: section(settings, name).get("enabled", AUTO) for name in ("fp16", "bf16")}
     for name, enabled in state.items():
         if enabled is True:
             return name
     return "fp32" if state["bf16"] is False else None
-
-
-def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = settings.get(name)
-    return value if isinstance(value, Mapping) else {}

@@ -16,14 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import trustratio.integrations.deepspeed  # noqa: F401 - makes the optimizers ZeRO-supported
+from trustratio.integrations.checkpoints.deepspeed_engine import load_engine_state, save_engine_state
+from trustratio.integrations.checkpoints.ranks import OptimizerStateError
+from trustratio.optimizers import LayerwiseOptimizer
 
 from ..common.errors import RecipeError
 from ..data.masking import MaskedBatch
 from ..rules.global_batch import BatchPlan
 from ..rules.schedules import FactorLR
+from ..runs.checkpoints import RANKS, describe_checkpoint
 
 TRAINING_STATE = "training_state.pt"
 """The file of a checkpoint without DeepSpeed: model, optimizer, and number of updates."""
+
+ENGINE_STATE = "engine_state.safetensors"
+"""The file of a checkpoint of ZeRO that any number of ranks reads; DeepSpeed's own are for as many as wrote them."""
 
 
 class Observed(Protocol):
@@ -70,8 +77,12 @@ class TrainingEngine(Observed, Protocol):
     def step(self) -> None:
         """End a micro-batch; the last one of an accumulation updates weights and learning rate."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, for_any_ranks: bool = True) -> None:
         """Write the complete training state (collective); the folder exists.
+
+        Args:
+            folder: of the checkpoint.
+            for_any_ranks: what is cut up among the ranks is also written so that another number of ranks can read it.
 
         Raises:
             OSError, RuntimeError: This rank's part could not be written. The collective part is over by then: no
@@ -204,6 +215,8 @@ class DeepSpeedTraining(DistributedTraining):
     def begin_phase(self, plan: BatchPlan) -> None:
         """Tell DeepSpeed the batch division."""
         set_batch_plan(self.engine, plan)
+        # Between updates, by the accumulation of this phase as well.
+        self.engine.micro_steps = self.engine.global_steps * plan.accumulation
 
     def begin_micro_batch(self, last: bool) -> None:
         """Tell DeepSpeed where an update ends: its own count would be off after a phase with another accumulation."""
@@ -234,22 +247,46 @@ class DeepSpeedTraining(DistributedTraining):
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, for_any_ranks: bool = True) -> None:
         """Write the complete training state; see `TrainingEngine` for what is raised."""
-        with postponed_failures(self.engine.checkpoint_engine, "save"):
-            self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        failure = None
+        try:
+            with postponed_failures(self.engine.checkpoint_engine, "save"):
+                self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            failure = error
+        cut_up = self.engine.zero_optimization_stage() > 0
+        if for_any_ranks and cut_up and isinstance(self.optimizer, LayerwiseOptimizer):
+            save_engine_state(self.engine, folder / ENGINE_STATE)  # where the other ranks wait, whatever failed
+        if failure is not None:
+            raise failure
 
     def load(self, folder: Path) -> None:
-        """Read the complete training state.
+        """Read the complete training state, which another number of ranks may have written.
 
         Raises:
-            RecipeError: DeepSpeed found no checkpoint of its own in the folder.
+            RecipeError: DeepSpeed found no checkpoint of its own in the folder, or the state file is of another run.
         """
+        if (folder / ENGINE_STATE).is_file() and self._is_of_other_ranks(folder):
+            self._load_engine_state(folder / ENGINE_STATE)
+        else:
+            self._load_own(folder)
+        # Skipped updates (fp16 overflow) do not move the schedule.
+        self.continue_schedule(self.engine.global_steps - self.engine.skipped_steps)
+
+    def _is_of_other_ranks(self, folder: Path) -> bool:
+        return describe_checkpoint(folder)["identity"].get(RANKS, self.ranks) != self.ranks
+
+    def _load_engine_state(self, file: Path) -> None:
+        try:
+            load_engine_state(self.engine, file)
+        except OptimizerStateError as error:
+            raise RecipeError(f"{file} cannot be continued: {error}") from error
+
+    def _load_own(self, folder: Path) -> None:
         loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if loaded is None:
             raise RecipeError(f"{folder} holds no DeepSpeed checkpoint")
-        # Skipped updates (fp16 overflow) do not move the schedule.
-        self.continue_schedule(self.engine.global_steps - self.engine.skipped_steps)
 
 
 class DataParallelTraining(DistributedTraining):
@@ -315,7 +352,7 @@ class DataParallelTraining(DistributedTraining):
         """Return the global gradient norm of the last update before clipping."""
         return None if self._norm is None else float(self._norm)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, for_any_ranks: bool = True) -> None:
         """Write the complete training state; every rank holds all of it, and the first one writes."""
         if self.rank == 0:
             state = {

@@ -18,7 +18,7 @@ from ..data.masking import MaskedBatch
 from .engines import Observed, TrainingEngine
 from .phase_data import PhaseData
 from .ranks import collect_failures
-from .records import Records
+from .records import WHAT_TO_TRY, Records
 from .step_metrics import StepMetrics, Update
 
 
@@ -89,7 +89,8 @@ def require_sound_weights(engine: Observed, data: PhaseData, step: int) -> None:
     loss, _ = validate(engine, data.validation_batches[:1])
     if not math.isfinite(loss):
         raise TrainingFailure(
-            f"after the update of step {step} the loss on held-out text is {loss}; no checkpoint of it was written"
+            f"after the update of step {step} the loss on held-out text is {loss}; no checkpoint of it was written; "
+            f"{WHAT_TO_TRY}"
         )
 
 
@@ -133,6 +134,7 @@ class TrainingLoop:
             self._require_data(feed)
             step = self._train(first, last, feed)
             self._require_data(feed)
+            self.records.require_written()
         return step
 
     def _train(self, first: int, last: int, feed: BatchFeed) -> int:
@@ -158,7 +160,7 @@ class TrainingLoop:
         seed_step(self.seed, step, self.engine.rank)
         batches = feed.take()
         learning_rate = self.engine.learning_rate()
-        loss, totals = accumulate_step(self.engine, batches, self.stop_requested() or feed.failure is not None)
+        loss, totals = accumulate_step(self.engine, batches, self._asked_to_stop(feed))
         self.step_metrics.add(
             Update(
                 step=step + 1,
@@ -171,6 +173,9 @@ class TrainingLoop:
             )
         )
         return bool(totals[1] > 0)
+
+    def _asked_to_stop(self, feed: BatchFeed) -> bool:
+        return self.stop_requested() or feed.failure is not None or self.records.failure is not None
 
     def _log(self, last: int) -> None:
         self.records.updates(self.step_metrics.fetch(), last)

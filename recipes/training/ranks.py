@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, sentence
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def on_each_machine(work: Callable[[], T]) -> T:
         work: returns something small that can be pickled.
 
     Raises:
-        RecipeError: `work` raised one, on any machine; raised on all ranks.
+        RecipeError: `work` raised one, or a file could not be read or written, on any machine; raised on all ranks.
         RuntimeError: `work` raised something else on another rank.
     """
     outcome = _attempt(work) if local_rank() == 0 else None
@@ -98,6 +98,8 @@ def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
         return "done", work()
     except RecipeError as error:
         return "refused", str(error)
+    except OSError as error:
+        return "refused", sentence(error)
     except BaseException as error:
         return "failed", error
 

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import TrainingFailure
+from ..common.errors import RecipeError, TrainingFailure
 from ..common.reporter import Reporter, TrainingBar
 from ..runs.loggers import MetricLogger, MetricLoggers
 from .checks import CheckedRun
+from .ranks import collect_failures
+
+WHAT_TO_TRY = (
+    "start anew with a lower --lr (a third of it), a longer schedule.warmup or a lower training.gradient_clipping"
+)
+"""The end of the message for a run that diverged."""
 
 
 @dataclass
@@ -23,10 +29,12 @@ class Records:
     Attributes:
         metrics: takes the records.
         display: progress on the first rank.
+        failure: why a record could not be written; None if all were. The loop stops all ranks for it.
     """
 
     metrics: MetricLogger
     display: TrainingBar
+    failure: OSError | None = None
     _first: int = 0
     _began: float = 0.0
 
@@ -43,17 +51,20 @@ class Records:
         if not records:
             return
         for record in records:
-            self.metrics.write(record)
+            self._write(record)
         step = records[-1]["step"]
         seconds = (time.perf_counter() - self._began) / (step - self._first)
         self.display.update(records[-1], seconds * (last - step))
         for record in records:
             if not math.isfinite(record["loss"]):
-                raise TrainingFailure(f"the loss became {record['loss']} at step {record['step']}")
+                raise TrainingFailure(
+                    f"the loss became {record['loss']} at step {record['step']}, at learning rate {record['lr']:.3g}; "
+                    f"{WHAT_TO_TRY}"
+                )
 
     def validation(self, step: int, loss: float, accuracy: float, unigram_entropy: float) -> None:
         """Write and print the record of a validation after update `step`, beside the loss of guessing by frequency."""
-        self.metrics.write(
+        self._write(
             {
                 "kind": "validation",
                 "step": step,
@@ -67,6 +78,24 @@ class Records:
             f"masked accuracy {accuracy:.2%}"
         )
 
+    def _write(self, record: dict[str, Any]) -> None:
+        """Hand a record on, on one rank alone: a disk that is full must not end it while the others wait for it."""
+        if self.failure is None:
+            try:
+                self.metrics.write(record)
+            except OSError as error:
+                self.failure = error
+
+    def require_written(self) -> None:
+        """Raise on all ranks if a record could not be written (collective).
+
+        Raises:
+            TrainingFailure: so.
+        """
+        failures = collect_failures(self.failure)
+        if failures:
+            raise TrainingFailure(f"the metrics could not be written ({'; '.join(failures)})")
+
     def line(self, text: str) -> None:
         """Print a line beside the display."""
         self.display.reporter.line(text)
@@ -74,10 +103,24 @@ class Records:
 
 @contextlib.contextmanager
 def open_records(run: CheckedRun, folder: Path, reporter: Reporter) -> Iterator[Records]:
-    """Open the loggers and the display of a run with this output folder; closed after the block."""
+    """Open the loggers and the display of a run with this output folder (collective); closed after the block.
+
+    Raises:
+        RecipeError: the first rank cannot write the run's folder.
+    """
     config = run.config
-    metrics = MetricLoggers(folder, config.run.loggers, config.to_dict(), active=reporter.active)
-    with contextlib.closing(metrics):
-        display = reporter.training_bar(run.first, run.last, config.run.print_every)
+    metrics, failure = None, None
+    try:
+        metrics = MetricLoggers(folder, config.run.loggers, config.to_dict(), active=reporter.active)
+    except OSError as error:
+        failure = error
+    failures = collect_failures(failure)
+    if metrics is None or failures:
+        raise RecipeError(f"the metrics cannot be written ({'; '.join(failures)})")
+    display = reporter.training_bar(run.first, run.last, config.run.print_every)
+    try:
         with contextlib.closing(display):
             yield Records(metrics, display)
+    finally:
+        with contextlib.suppress(OSError):  # what a full disk did not take has been told
+            metrics.close()

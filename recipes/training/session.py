@@ -13,20 +13,22 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, RecipeError, TrainingFailure
+from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeError, TrainingFailure, sentence
 from ..common.files import write_json
 from ..common.machine import describe_machine
-from ..common.reporter import Reporter, clock
+from ..common.reporter import Reporter, clock, folded
 from ..configuration.command_line import Invocation, parse_command_line
-from ..configuration.config import DataConfig
+from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
-from ..configuration.presets import list_presets
+from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..runs.checkpoints import CheckpointFolder, check_same_run, run_of
 from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, claim_folder, fresh_folder
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
+from .deepspeed_settings import describe_sums
+from .quiet import quieten
 from .ranks import collect, on_each_machine, on_first_rank, rank, world_size
 
 
@@ -43,24 +45,32 @@ def run_command(
         train: everything from the data to the report.
 
     Returns:
-        The process's exit status. 0: finished, or stopped by Ctrl-C or SIGTERM with a checkpoint written. 2: bad
-        input, with one message on the first rank. 3: training could not go on (the loss became NaN, a checkpoint could
-        not be written); the report is drawn and the last good checkpoint named. 130: interrupted before training began.
+        The process's exit status. 0: finished, now or before, or stopped by Ctrl-C or SIGTERM with a checkpoint
+        written. 2: bad input, with one message on the first rank. 3: training could not go on (the loss became NaN, a
+        checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
+        before training began.
     """
     reporter = Reporter(active=rank() == 0)
     try:
+        quieten()
         invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if invocation.list_presets:
             for line in list_presets():
                 reporter.line(line)
             return 0
         run = check(invocation)
-        _announce(run, reporter)
+        announce(run, reporter)
         if not invocation.dry_run:
             train(run, reporter)
+    except NothingToDo as done:
+        reporter.line(str(done))
+        return 0
     except (RecipeError, TrainingFailure) as error:
         reporter.error(f"error: {error}")
         return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT
+    except OSError as error:  # on this rank alone, which the others do not know: so it speaks, whichever it is
+        print(f"error: rank {rank()}: {sentence(error)}", file=sys.stderr, flush=True)
+        return FAILED
     except KeyboardInterrupt:
         reporter.error("interrupted before training began; nothing was written")
         return INTERRUPTED
@@ -70,14 +80,35 @@ def run_command(
     return 0
 
 
-def _announce(run: CheckedRun, reporter: Reporter) -> None:
-    """Print the resolved configuration and the plan of the phases."""
-    reporter.line(f"preset {run.config.preset}, resolved configuration:")
-    for section, fields in run.config.to_dict().items():
-        if section != "preset":
-            reporter.line("  " + " ".join(f"{section}.{name}={_shown(value)}" for name, value in fields.items()))
+def announce(run: CheckedRun, reporter: Reporter) -> None:
+    """Print what is special about the configuration, or with --verbose all of it, and the plan of the phases."""
+    for line in _configuration(run):
+        reporter.line(line)
     for line in describe_plan(run.config, world_size()):
         reporter.line(line)
+    training, accumulation = run.config.training, max(plan.accumulation for plan in run.plans)
+    for line in describe_sums(run.settings, training.precision, training.zero_stage, accumulation):
+        reporter.line(folded(line))
+
+
+def _configuration(run: CheckedRun) -> Iterator[str]:
+    """Yield the configuration: all of it, or what the command line set or the preset has otherwise."""
+    config, invocation = run.config, run.invocation
+    known = PRESETS.get(config.preset)
+    yield folded(f"preset {config.preset}: {known.description}" if known else f"preset {config.preset}")
+    usual = known.config.to_dict() if known else RecipeConfig().to_dict()
+    shown = []
+    for section, fields in config.to_dict().items():
+        if section == "preset":
+            continue
+        for name, value in fields.items():
+            changed = value != usual[section][name] or f"{section}.{name}" in invocation.given
+            if changed or invocation.verbose:
+                shown.append(f"{section}.{name}={_shown(value)}")
+    if shown:
+        yield folded(f"{'resolved' if invocation.verbose else 'besides'}: {' '.join(shown)}")
+    if not invocation.verbose:
+        yield f"everything else: --verbose, or {CONFIG} in the output folder"
 
 
 def _shown(value: Any) -> str:
@@ -93,7 +124,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):
-            reporter.line(line)
+            reporter.line(folded(line))
     fingerprints = "+".join(prepared.fingerprint for prepared in data)
     identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
     if run.saved_identity is not None and run.invocation.resume is not None:

@@ -123,7 +123,7 @@ class RecipeTrainer(Trainer):
         """
         model.train()
         ranks, device = self.data.plan.ranks, self.args.device
-        asked = self.stop.requested or self.updates.failure is not None
+        asked = self.stop.requested or self.updates.failure is not None or self.records.failure is not None
         # The stop flags ride along with the normaliser, so all ranks stop after the same update.
         totals = torch.tensor([float(sum(len(batch.labels) for batch in inputs)), float(asked)], device=device)
         dist.all_reduce(totals)

@@ -25,6 +25,8 @@ from trustratio.recipes.planning.phase_plan import (
 from trustratio.recipes.planning.plan import main
 from trustratio.recipes.planning.traffic import traffic
 
+IN_BF16 = {"data_types": {"grad_accum_dtype": "bf16"}}
+
 
 def with_training(config, **values):
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **values))
@@ -51,7 +53,7 @@ def test_activations_are_what_autograd_keeps(dropout, checkpointing):
         layer.attention.self.dropout.p = 0.0
         layer.attention.self.dropout_prob = 0.0
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -105,7 +107,9 @@ def test_zero_stages_divide_what_they_divide():
         assert of(stage, 8)["optimizer state"] == pytest.approx(8 * n / 8)
         assert of(stage, 8)["fp32 master weights"] == pytest.approx(4 * n / 8)
     assert of(0, 8)["optimizer state"] == 8 * n
-    assert of(2, 8)["gradients"] == pytest.approx(2 * n / 8)
+    assert of(2, 8)["gradients"] == of(3, 8)["gradients"] == pytest.approx(4 * n / 8)  # summed in fp32
+    in_bf16 = memory_parts(size, with_training(config, zero_stage=2), phase, 8, 8, IN_BF16)
+    assert part(in_bf16, "gradients") == pytest.approx(2 * n / 8)
     assert of(3, 8)["weights"] == pytest.approx(2 * n / 8)
     assert of(1, 8)["weights"] == 2 * n
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
