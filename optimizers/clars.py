@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable, safe_ratio
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseMomentum
+from .options.common import CommonOptions
 
 __all__ = ["CLARS"]
 
@@ -43,7 +45,7 @@ class CLARS(LayerwiseMomentum):
         statistic: See above.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
             Also a group option.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -64,14 +66,12 @@ class CLARS(LayerwiseMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.01,
         statistic: str = "norm",
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -81,9 +81,8 @@ class CLARS(LayerwiseMomentum):
                 "weight_decay": weight_decay,
                 "trust_coefficient": trust_coefficient,
                 "statistic": statistic,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Unpack
 
 from .formulas.chunk_view import ChunkView
 from .formulas.chunks import Summand, squares
@@ -16,6 +17,7 @@ from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers, sums_over_rows
 from .gradient_statistics.lookups import IdCounts, LookupHook
 from .layerwise import LayerwiseAdam
+from .options.common import CommonOptions
 from .sharding.layout import Layer, Layout
 
 __all__ = ["CowClip", "CowClipSettings", "clip_threshold", "scale_cowclip"]
@@ -52,7 +54,7 @@ class CowClip(LayerwiseAdam):
         zeta: ζ ≥ 0; keeps rows whose weights are near zero trainable.
         threshold: "code" as above, or "paper": n_c · max(r‖w_c‖, ζ).
         cowclip: Whether the rows of these parameters, then all of two dimensions, are clipped. Mostly a group option.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range, or at the first step if a parameter with ``cowclip=True`` has not
@@ -79,7 +81,7 @@ class CowClip(LayerwiseAdam):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -87,8 +89,7 @@ class CowClip(LayerwiseAdam):
         zeta: float = 1e-5,
         threshold: str = "code",
         cowclip: bool = False,
-        *,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -101,8 +102,8 @@ class CowClip(LayerwiseAdam):
                 "zeta": zeta,
                 "threshold": threshold,
                 "cowclip": cowclip,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

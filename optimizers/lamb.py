@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
-from .formulas.hyperparameters import check_flag, check_range
+from .formulas.hyperparameters import check_flag, check_range, is_number
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
-from .layerwise import LayerwiseAdam
+from .layerwise import LayerwiseAdam, LayerwiseOptimizer
+from .options.common import CommonOptions
 from .sharding.layout import Layout
 
 __all__ = ["LAMB", "LAMBC"]
@@ -48,7 +50,7 @@ class LAMB(LayerwiseAdam):
         trust_bounds: (low, high) for the ratio of adapted layers, with 0 ≤ low ≤ high.
         adapt: Which layers the ratio scales: all (True, "NVLAMB"), none (False: AdamW with decay inside lr), or those
             of two or more dimensions (None). Also a group option; it never depends on weight decay.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range, or at the first step if ``max_grad_norm`` meets such a wrapper.
@@ -70,9 +72,7 @@ class LAMB(LayerwiseAdam):
         grad_averaging: bool = True,
         max_grad_norm: float | None = None,
         trust_bounds: tuple[float, float] = (0.0, math.inf),
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -85,9 +85,8 @@ class LAMB(LayerwiseAdam):
                 "grad_averaging": grad_averaging,
                 "max_grad_norm": max_grad_norm,
                 "trust_bounds": trust_bounds,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     plan_options = (*LayerwiseAdam.plan_options, "max_grad_norm")
@@ -99,12 +98,22 @@ class LAMB(LayerwiseAdam):
         if group["max_grad_norm"] is not None:
             check_range("max_grad_norm", group["max_grad_norm"], 0.0, low_open=True)
         self._refuse_several_limits(range(len(self.param_groups)))
-        if len(group["trust_bounds"]) != 2:
-            raise ValueError(f"trust_bounds must be (low, high), got {group['trust_bounds']!r}")
-        low, high = group["trust_bounds"]
+        self.check_bounds(group)
+
+    def check_bounds(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if the options that bound the ratio are out of range."""
+        bounds = group["trust_bounds"]
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+            raise ValueError(f"trust_bounds must be (low, high), got {bounds!r}")
+        low, high = bounds
         check_range("trust_bounds[0]", low, 0.0)
-        if not low <= high:
+        if not (is_number(high) and low <= high):
             raise ValueError(f"trust_bounds[1] must be in [{low:g}, inf], got {high!r}")
+
+    def bounds(self, group: dict[str, Any]) -> tuple[float, float]:
+        """The least and the largest ratio of an adapted layer."""
+        low, high = group["trust_bounds"]
+        return low, high
 
     def accumulates(self, group: dict[str, Any]) -> str | None:
         return "gradient" if group["grad_averaging"] else "gradient / (1 - beta1)"
@@ -135,7 +144,7 @@ class LAMB(LayerwiseAdam):
             yield self.gradient_norm(group, layers)
             layers.clip = (layers.model_norm("g") / group["max_grad_norm"]).clamp(min=1.0).expand_as(layers.step)
         layers.step = layers.step + 1
-        rule = TrustRule(layers.adapt, direction=1.0, bounds=group["trust_bounds"])
+        rule = TrustRule(layers.adapt, direction=1.0, bounds=self.bounds(group))
         yield Sums("w", "u", "g", of=self.update(group, layers), rules=[rule])
         layers.trust_ratio = rule(layers)
 
@@ -166,7 +175,7 @@ class LAMBC(LAMB):
     Args:
         trust_clip: Upper bound of the ratio, > 0. The authors' constructor has 10, their recipes 1.
         params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, max_grad_norm, adapt: As in `LAMB`.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: As `LAMB`.
@@ -183,21 +192,32 @@ class LAMBC(LAMB):
         grad_averaging: bool = True,
         max_grad_norm: float | None = None,
         trust_clip: float = 1.0,
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
-        check_range("trust_clip", trust_clip, 0.0, low_open=True)
-        super().__init__(
+        LayerwiseOptimizer.__init__(
+            self,
             params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            bias_correction,
-            grad_averaging,
-            max_grad_norm,
-            trust_bounds=(0.0, trust_clip),
-            adapt=adapt,
-            implementation=implementation,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "grad_averaging": grad_averaging,
+                "max_grad_norm": max_grad_norm,
+                "trust_clip": trust_clip,
+            },
+            **common,
         )
+
+    def check_bounds(self, group: dict[str, Any]) -> None:
+        clip = group["trust_clip"]
+        if not (is_number(clip) and clip == math.inf):
+            check_range("trust_clip", clip, 0.0, low_open=True)
+
+    def bounds(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 0.0, group["trust_clip"]
+
+    def modernize(self, group: dict[str, Any]) -> None:
+        if "trust_clip" not in group and "trust_bounds" in group:
+            _, group["trust_clip"] = group.pop("trust_bounds")

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.hyperparameters import check_flag
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
 from .layerwise import LayerwiseAdam
+from .options.common import CommonOptions
 
 __all__ = ["LANS"]
 
@@ -38,7 +40,7 @@ class LANS(LayerwiseAdam):
         normalize_grad: False uses the gradient as it is and saves one of the two all-reduces.
         adapt: Which layers the ratios scale: all (True, as the authors' code does), none (False), or those of two or
             more dimensions (None). Also a group option.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -58,9 +60,7 @@ class LANS(LayerwiseAdam):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         normalize_grad: bool = True,
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -70,9 +70,8 @@ class LANS(LayerwiseAdam):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "normalize_grad": normalize_grad,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

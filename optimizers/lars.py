@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.hyperparameters import check_choice, check_flag, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate, TrustRule
 from .layerwise import LayerwiseMomentum
+from .options.common import CommonOptions
 
 __all__ = ["ACCUMULATES", "LARS"]
 
@@ -48,7 +50,7 @@ class LARS(LayerwiseMomentum):
         momentum_form: See above.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
             Also a group option.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -61,16 +63,14 @@ class LARS(LayerwiseMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
         eps: float = 0.0,
         nesterov: bool = False,
         momentum_form: str = "scaled",
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -82,9 +82,8 @@ class LARS(LayerwiseMomentum):
                 "eps": eps,
                 "nesterov": nesterov,
                 "momentum_form": momentum_form,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

@@ -6,20 +6,29 @@ One `step()` call runs the algorithm's `stages`, whose sums are reduced over the
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import Unpack
 
 from .formulas.algorithm import Algorithm
-from .formulas.hyperparameters import check_betas, check_choice, check_range, check_segments
+from .formulas.hyperparameters import check_betas, check_choice, check_range, is_number
 from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
+from .options.common import COMMON_DEFAULTS, OF_THE_WHOLE, CommonOptions, fill_in, floats_of, signature_of
+from .options.groups import GroupOptions
+from .options.plain import make_plain
+from .options.unknown import check_keys, refuse_unknown
 from .sharding.backends import admit
 from .sharding.data_parallel import as_process_group
 from .sharding.layout import Layout, LayoutError
+from .sharding.local_tensors import placements_of
 from .sharding.resolve import resolve_layout
 from .stepping.count import StepCount, steps_of
 from .stepping.foreign_state import refuse_foreign_state
@@ -32,6 +41,22 @@ from .stepping.step import Step
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
 
 
+@dataclass
+class _Shared:
+    """What may be set at any time, in an object of its own: proxies that copy the attributes of an optimizer, as
+    Lightning's do, or look them up in it, read and write the same.
+
+    Attributes:
+        owner: The optimizer itself.
+        statistics: See `LayerwiseOptimizer.statistics`.
+        data_parallel_group: See `LayerwiseOptimizer.data_parallel_group`.
+    """
+
+    owner: Callable[[], LayerwiseOptimizer | None]
+    statistics: GradientStatistics | None
+    data_parallel_group: dist.ProcessGroup | None = None
+
+
 class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     """Base of all optimizers here. A subclass names its state and fills in `stages` and `update`; see `Algorithm`.
 
@@ -39,13 +64,32 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     a wrapper that keeps master weights is rounded once per step, when it is written.
     """
 
-    _data_parallel_group: dist.ProcessGroup | None = None
+    _shared: _Shared
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
-        self.implementation = defaults.pop("implementation", None)
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__signature__" not in vars(cls):
+            cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **common: Unpack[CommonOptions]):
+        """Construct an optimizer.
+
+        Args:
+            params: Parameters, named parameters or groups.
+            defaults: The algorithm's own options; any of the common ones may be among them.
+            common: See `CommonOptions`.
+
+        Raises:
+            ValueError: If an option is out of range.
+            TypeError: If an option is unknown; the nearest is named.
+        """
+        refuse_unknown(type(self), common)
+        defaults = {**defaults, **common}
+        for name, default in COMMON_DEFAULTS.items():
+            defaults.setdefault(name, default)
+        make_plain(defaults, tuple(defaults), floats_of(type(self)))
+        check_choice("implementation", defaults["implementation"], (None, *IMPLEMENTATIONS))
         self._forget()
-        defaults.setdefault("adapt", None)
-        defaults.setdefault("segments", None)
         super().__init__(params, defaults)
         admit(self)
 
@@ -70,6 +114,12 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo  # as torch's own methods are; imports the compiler when it is called
+    def _step(self) -> None:
+        self._options.check_changes(self)
         plan = self._plan()
         self._plans.begin(plan)
         ratios = gradient_squares = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -81,7 +131,6 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 self._count.add(self.param_groups, plan.layout.tensors)
         if plan.agreement.steps_left:
             plan.agreement.check(self, plan.layout, ratios, gradient_squares)
-        return loss
 
     def collect_group_norms(self) -> None:
         """Keep norms of the gradients of single groups (one rank's one micro-batch) from the next backward on.
@@ -90,9 +139,9 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         all ranks; where no wrapper averages gradients, see `data_parallel_group`.
         """
         if self.statistics is None:
-            self.statistics = GradientStatistics(self, squares=False)
+            self._shared.statistics = statistics = GradientStatistics(self._shared.owner(), squares=False)
             for parameter in list(self._names):
-                self.statistics.watch(parameter)
+                statistics.watch(parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients as in torch.optim, and with them what was kept of the groups' gradients."""
@@ -103,6 +152,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     def trust_ratios(self) -> dict[str, float]:
         """Each layer's ratio in the last step: 1.0 where it was not adapted, had no gradient, or where there is none.
 
+        Frozen layers, which have none, are the last.
+
         Waits for the device; nothing else in this class does. See `trust_ratio_vector` for the ratios without waiting.
         """
         names, vector = self.trust_ratio_vector()
@@ -110,7 +161,11 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def trust_ratio_vector(self) -> tuple[list[str], torch.Tensor]:
         """The same as names and a tensor, shape (layers,), fp64, without waiting for the device."""
-        return self._plans.ratios()
+        names, ratios = self._plans.ratios()
+        if not names:
+            return names, ratios
+        frozen = self._frozen()
+        return [*names, *frozen], torch.cat([ratios, ratios.new_ones(len(frozen))])
 
     def adapted_layers(self) -> set[str]:
         """Names of the layers that the ratio scaled in the last step, as `adapt` said; known after a step.
@@ -119,17 +174,23 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         """
         return self._plans.adapted_layers()
 
+    @property
+    def statistics(self) -> GradientStatistics | None:
+        """Sees the groups' gradients, where they are wanted. See `collect_group_norms`."""
+        return self._shared.statistics
+
     # Parameters and options -----------------------------------------------------------------------------------------
 
     @property
     def implementation(self) -> str | None:
         """Who computes the step: "eager", "cpu" or "triton"; None chooses by device. See `kernels`."""
-        return self._implementation
+        implementation: str | None = self.defaults["implementation"]
+        return implementation
 
     @implementation.setter
     def implementation(self, value: str | None) -> None:
         check_choice("implementation", value, (None, *IMPLEMENTATIONS))
-        self._implementation = value
+        self.defaults["implementation"] = value
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup | None:
@@ -148,31 +209,37 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             TypeError: If set to anything else.
             ValueError: If set to a group that this rank is not in.
         """
-        return self._data_parallel_group
+        return self._shared.data_parallel_group
 
     @data_parallel_group.setter
     def data_parallel_group(self, value: Any) -> None:
-        self._data_parallel_group = as_process_group(value)
+        self._shared.data_parallel_group = as_process_group(value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch.optim; its options are checked first."""
+        """Add a group, as in torch.optim; its keys, options and parameters are checked.
+
+        Raises:
+            ValueError: If a key is a mistake (see `options.unknown`), an option out of range, or a parameter that
+                is to be trained no tensor of real numbers. Then there is no new group.
+        """
+        if isinstance(param_group, dict):  # else torch says so
+            check_keys(type(self), param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name in OF_THE_WHOLE:
+            del group[name]
         try:
-            self._check_options(group)
-            for parameter in group["params"]:
-                _check_parameter(parameter)
+            group["step"] = _whole_number(group.get("step", self._steps_of_others()))
+            self._options.check(self, group)
+            names = group.get("param_names") or [None] * len(group["params"])
+            for parameter, name in zip(group["params"], names, strict=False):
+                if parameter.requires_grad:
+                    _check_parameter(parameter, name)
         except ValueError:
             self.param_groups.pop()
             raise
-        group.setdefault("step", max((other.get("step", 0) for other in self.param_groups[:-1]), default=0))
         self._remember(group)
         self._plans.clear()
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        check_choice("adapt", group["adapt"], (None, True, False))
-        check_segments(group["segments"], group.get("param_names"))
-        self.check(group)
 
     def was_given(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is a parameter that the constructor (or `add_param_group`) was given."""
@@ -193,6 +260,9 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             if self.was_given(parameter) and self.parameter_name(parameter) is None:
                 self._names[parameter] = name
 
+    def _steps_of_others(self) -> int:
+        return max((group.get("step", 0) for group in self.param_groups[:-1]), default=0)
+
     def _remember(self, group: dict[str, Any]) -> None:
         names = group.get("param_names") or [None] * len(group["params"])
         self._names.update(WeakIdKeyDictionary(dict(zip(group["params"], names, strict=False))))
@@ -202,17 +272,18 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def _forget(self) -> None:
         wanted = self.group_statistics
-        self._data_parallel_group = None
-        self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
+        statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
+        self._shared = _Shared(weakref.ref(self), statistics)
         self._plans = Plans()
         self._loaded = False
+        self._options = GroupOptions()
         self._count = StepCount()
         # Weak, so that parameters which a wrapper replaces are not kept alive.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         are_parameters = [[self.was_given(p) for p in group["params"]] for group in self.param_groups]
-        return {**super().__getstate__(), "_given": are_parameters, "_implementation": self._implementation}
+        return {**super().__getstate__(), "_given": are_parameters}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this from load_state_dict too, on an optimizer that knows its parameters.
@@ -220,10 +291,13 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         if are_parameters is not None:
             self._forget()
         super().__setstate__(state)
-        self.__dict__.setdefault("_implementation", None)
+        self.modernize(self.defaults)
+        self.defaults.update({**COMMON_DEFAULTS, **self.defaults})
+        if "_implementation" in self.__dict__:  # where older versions have it
+            self.implementation = self.__dict__.pop("_implementation")
         for index, group in enumerate(self.param_groups):
-            group.setdefault("adapt", None)
-            group.setdefault("segments", None)
+            self.modernize(group)
+            fill_in(group)
             if "step" not in group:
                 group["step"] = steps_of(self.state)
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
@@ -274,33 +348,61 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 kept = on_device(value, parameter.device)
                 self.state[parameter][name] = as_kept(parameter, name, kept) if name in own else kept
         self._plans.clear()
-        self._count = StepCount()
+        self._count.restart()
         self._loaded = True
 
     # Plans ----------------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        plan = self._plans.find(tensors, options_of_plan(self))
+        groups, tensors = self._taking_part()
+        plan = self._plans.find(tensors, options_of_plan(self, groups))
         if plan is None:
-            plan = self._make_plan(tensors)
+            plan = self._make_plan(groups, tensors)
             self._plans.add(plan)
         plan.places.refuse_abandoned(self, tensors)
         return plan
 
-    def _make_plan(self, tensors: Sequence[torch.Tensor]) -> Plan:
+    def _make_plan(self, groups: Sequence[int], tensors: Sequence[torch.Tensor]) -> Plan:
         # The options may have been loaded, or assigned, since the constructor looked at them.
         for group in self.param_groups:
-            self._check_options(group)
-        groups = [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+            self._options.check(self, group)
+        for tensor in tensors:
+            _check_parameter(tensor, self.parameter_name(tensor))
         layout = resolve_layout(self, list(zip(groups, tensors, strict=True)))
         self._refuse_segments_of_groups(layout)
         self.check_layout(layout)
-        plan = Plan.of(self, layout, tensors)
+        plan = Plan.of(self, layout, tensors, groups)
         if self._loaded:
             plan.share_layer_state(self.layer_state, self.state)
             prove_loaded_state(self, layout)
         return plan
+
+    def _taking_part(self) -> tuple[list[int], list[torch.Tensor]]:
+        """The tensors of a `step()` call, and the index of each one's group.
+
+        Frozen parameters without a gradient are left out, whatever they are: nothing of them is looked at, and no rank
+        has a part in them. What a wrapper steps in the parameters' place need not be marked as trained.
+        """
+        groups, tensors = [], []
+        for index, group in enumerate(self.param_groups):
+            for tensor in group["params"]:
+                if tensor.requires_grad or tensor.grad is not None or not self._is_of_model(tensor):
+                    groups.append(index)
+                    tensors.append(tensor)
+        return groups, tensors
+
+    def _frozen(self) -> list[str]:
+        """The names of the parameters that `_taking_part` leaves out, but for those that could not be trained."""
+        taking_part = set(map(id, self._taking_part()[1]))
+        return [
+            self.parameter_name(parameter) or f"{index}.{position}"
+            for index, group in enumerate(self.param_groups)
+            for position, parameter in enumerate(group["params"])
+            if id(parameter) not in taking_part and parameter.is_floating_point() and parameter.numel()
+        ]
+
+    def _is_of_model(self, tensor: torch.Tensor) -> bool:
+        return self.was_given(tensor) or placements_of(tensor) is not None
 
     def _refuse_segments_of_groups(self, layout: Layout) -> None:
         parameters = {id(layer.parameter) for layer in layout.layers}
@@ -338,8 +440,15 @@ class LayerwiseAdam(LayerwiseOptimizer):
         check_range("weight_decay", group["weight_decay"], 0.0)
 
 
-def _check_parameter(parameter: torch.Tensor) -> None:
+def _check_parameter(parameter: torch.Tensor, name: str | None) -> None:
     if not parameter.is_floating_point():
         raise ValueError(
-            f"parameters must be real floating point tensors, got {parameter.dtype} of shape {tuple(parameter.shape)}"
+            "parameters that are trained must be real floating point tensors, got "
+            f"{f'{name}, ' if name else ''}{parameter.dtype} of shape {tuple(parameter.shape)}"
         )
+
+
+def _whole_number(step: Any) -> int:
+    if not is_number(step) or not 0 <= step < math.inf or int(step) != step:
+        raise ValueError(f"step must be the number of steps taken, a whole number, got {step!r}")
+    return int(step)

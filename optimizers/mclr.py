@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.chunk_view import ChunkView
 from .formulas.chunks import Summand, counts, squares
@@ -14,6 +15,7 @@ from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseMomentum
+from .options.common import CommonOptions
 
 __all__ = ["MCLR"]
 
@@ -44,7 +46,7 @@ class MCLR(LayerwiseMomentum):
         eps: ε ≥ 0.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None). Also
             a group option.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,13 +65,11 @@ class MCLR(LayerwiseMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -78,9 +78,8 @@ class MCLR(LayerwiseMomentum):
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "eps": eps,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

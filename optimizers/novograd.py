@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.hyperparameters import check_flag
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseAdam
+from .options.common import CommonOptions
 
 __all__ = ["NovoGrad"]
 
@@ -34,7 +36,7 @@ class NovoGrad(LayerwiseAdam):
         eps: ε ≥ 0, outside the root. (OpenSeq2Seq has it inside.)
         weight_decay: λ ≥ 0, added after normalisation.
         grad_averaging: Scale what is added to m by 1-β₁.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -53,13 +55,12 @@ class NovoGrad(LayerwiseAdam):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         betas: tuple[float, float] = (0.95, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_averaging: bool = False,
-        *,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -69,8 +70,8 @@ class NovoGrad(LayerwiseAdam):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "grad_averaging": grad_averaging,
-                "implementation": implementation,
             },
+            **common,
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ from .lars import LARS
 from .layerwise import LayerwiseOptimizer
 from .mclr import MCLR
 from .novograd import NovoGrad
+from .options.common import options_of
+from .options.unknown import nearest
 from .sngm import SNGM
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
@@ -67,8 +68,11 @@ class OptimizerEntry:
     @property
     def defaults(self) -> dict[str, Any]:
         """The constructor's options and their defaults, without `params`; a required one is absent."""
-        parameters = inspect.signature(self.optimizer_class).parameters
-        return {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+        return {
+            name: default
+            for name, default in options_of(self.optimizer_class).items()
+            if default is not inspect.Parameter.empty and not (name == "lr" and default is None)
+        }
 
 
 OPTIMIZERS: dict[str, OptimizerEntry] = {
@@ -227,14 +231,9 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
     """
     entry = OPTIMIZERS.get(name.lower())
     if entry is None:
-        raise ValueError(f"unknown optimizer {name!r}; {_nearest(name.lower(), list(OPTIMIZERS))}")
-    allowed = [key for key in inspect.signature(entry.optimizer_class).parameters if key != "params"]
+        raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), OPTIMIZERS)}")
+    allowed = options_of(entry.optimizer_class)
     for option in options:
         if option not in allowed:
-            raise ValueError(f"{name} has no option {option!r}; {_nearest(option, allowed)}")
+            raise ValueError(f"{name} has no option {option!r}; {nearest(option, allowed)}")
     return entry.optimizer_class(params, **options)
-
-
-def _nearest(unknown: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(unknown, allowed, n=3)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(allowed)}"

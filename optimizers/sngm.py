@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseMomentum
+from .options.common import CommonOptions
 
 __all__ = ["SNGM"]
 
@@ -32,7 +34,7 @@ class SNGM(LayerwiseMomentum):
         lr: Learning rate ≥ 0; a float or a tensor.
         momentum: β in [0, 1).
         weight_decay: λ ≥ 0.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -49,15 +51,15 @@ class SNGM(LayerwiseMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        *,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "implementation": implementation},
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+            **common,
         )
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseMomentum
+from .options.common import CommonOptions
 
 __all__ = ["TVLARS"]
 
@@ -52,7 +54,7 @@ class TVLARS(LayerwiseMomentum):
         form: See above.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None). Also
             a group option.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range, or ``form="released"`` meets a delay, an alpha or a floor, none of
@@ -70,7 +72,7 @@ class TVLARS(LayerwiseMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
@@ -79,9 +81,7 @@ class TVLARS(LayerwiseMomentum):
         alpha: float = 1.0,
         floor: float = 0.0,
         form: str = "paper",
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -95,9 +95,8 @@ class TVLARS(LayerwiseMomentum):
                 "alpha": alpha,
                 "floor": floor,
                 "form": form,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

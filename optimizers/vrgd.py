@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable
@@ -16,6 +17,7 @@ from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate
 from .lamb import LAMB
 from .lars import LARS
 from .layerwise import LayerwiseAdam, LayerwiseMomentum, LayerwiseOptimizer
+from .options.common import CommonOptions
 
 __all__ = ["VRLAMB", "VRLARS", "VRSGD", "VRAdam"]
 
@@ -78,7 +80,7 @@ class VRSGD(VarianceReduced, LayerwiseMomentum):
         momentum: μ in [0, 1).
         weight_decay: λ ≥ 0; decay is not multiplied by r.
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives plain SGD.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -95,12 +97,11 @@ class VRSGD(VarianceReduced, LayerwiseMomentum):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         gsnr_floor: float = 0.1,
-        *,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -109,8 +110,8 @@ class VRSGD(VarianceReduced, LayerwiseMomentum):
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "gsnr_floor": gsnr_floor,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ class VRLARS(VarianceReduced, LARS):
     Args:
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives LARS.
         params, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, momentum_form, adapt: As in `LARS`.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -151,7 +152,7 @@ class VRLARS(VarianceReduced, LARS):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
@@ -159,9 +160,7 @@ class VRLARS(VarianceReduced, LARS):
         nesterov: bool = False,
         momentum_form: str = "scaled",
         gsnr_floor: float = 0.1,
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         LayerwiseOptimizer.__init__(
             self,
@@ -175,9 +174,8 @@ class VRLARS(VarianceReduced, LARS):
                 "nesterov": nesterov,
                 "momentum_form": momentum_form,
                 "gsnr_floor": gsnr_floor,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:
@@ -236,7 +234,7 @@ class VRAdam(VRMoments, LayerwiseAdam):
         weight_decay: λ ≥ 0, decoupled as in AdamW.
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives Adam.
         second_moment: See above.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -252,15 +250,14 @@ class VRAdam(VRMoments, LayerwiseAdam):
     def __init__(
         self,
         params: Any,
-        lr: float | torch.Tensor,
+        lr: float | torch.Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         gsnr_beta: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         gsnr_floor: float = 0.1,
         second_moment: str = "adapted",
-        *,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         super().__init__(
             params,
@@ -272,8 +269,8 @@ class VRAdam(VRMoments, LayerwiseAdam):
                 "weight_decay": weight_decay,
                 "gsnr_floor": gsnr_floor,
                 "second_moment": second_moment,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:
@@ -309,7 +306,7 @@ class VRLAMB(VRMoments, LAMB):
         second_moment: "adapted" or "mean", as in `VRAdam`.
         max_grad_norm: As in `LAMB`: clips the mean gradient before it is adapted; r does not change by it.
         params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, trust_bounds, adapt: As in `LAMB`.
-        implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
+        common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
         ValueError: As `LAMB`.
@@ -335,9 +332,7 @@ class VRLAMB(VRMoments, LAMB):
         gsnr_beta: float = 0.9,
         gsnr_floor: float = 0.1,
         second_moment: str = "adapted",
-        *,
-        adapt: bool | None = None,
-        implementation: str | None = None,
+        **common: Unpack[CommonOptions],
     ):
         LayerwiseOptimizer.__init__(
             self,
@@ -354,9 +349,8 @@ class VRLAMB(VRMoments, LAMB):
                 "gsnr_beta": gsnr_beta,
                 "gsnr_floor": gsnr_floor,
                 "second_moment": second_moment,
-                "adapt": adapt,
-                "implementation": implementation,
             },
+            **common,
         )
 
     def check(self, group: dict[str, Any]) -> None:

@@ -149,6 +149,7 @@ def load_optimizer_state(
     _set_state(stored, local, weights)
     for index, group in enumerate(local.optimizer.param_groups):
         for options in stored.options_of(local.names_of_group(index)):
+            local.optimizer.modernize(options)
             for key, value in options.items():
                 _set_option(group, key, value)
             if "step" not in options:

@@ -44,8 +44,10 @@ class Algorithm:
     defaults: dict[str, Any]
     state: defaultdict[torch.Tensor, Any]
 
-    statistics: GradientStatistics | None
-    """Sees the groups' gradients, where they are wanted. See `LayerwiseOptimizer.collect_group_norms`."""
+    @property
+    def statistics(self) -> GradientStatistics | None:
+        """Sees the groups' gradients, where they are wanted. See `LayerwiseOptimizer.collect_group_norms`."""
+        return None
 
     implementation: str | None
     """Who goes over the elements. See `LayerwiseOptimizer.implementation`."""
@@ -67,6 +69,9 @@ class Algorithm:
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError if an option of the group is out of range."""
+
+    def modernize(self, group: dict[str, Any]) -> None:
+        """Rename, in place, the options of a group that an older version has saved."""
 
     def check_layout(self, layout: Layout) -> None:
         """Raise ValueError if an option cannot work with how the wrapper shards and steps.

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 
 def check_range(
     name: str,
@@ -29,28 +31,55 @@ def check_range(
     """
     low_open, high_open = low_open or low == -math.inf, high_open or high == math.inf
     interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number in {interval}, got {value!r}") from None
+    if not is_number(value):
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}{_hint(value)}")
+    number = float(value)
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (above and below):
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is one real number: of Python, numpy or a tensor, but no text, truth value or list."""
+    if isinstance(value, bool | str | bytes | bytearray | complex):
+        return False
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.is_floating_point() and not value.is_meta
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return not getattr(value, "ndim", 0)
+
+
+def _hint(value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            return f", which is text: write {float(value)!r}, without quotation marks (YAML reads 6e-3 as text)"
+        except ValueError:
+            return ", which is text"
+    if isinstance(value, list | tuple) and len(value) == 1 and is_number(value[0]):
+        return f": write {value[0]!r}, without brackets"
+    return ""
+
+
 def check_betas(betas: Any, name: str = "betas") -> None:
     """Raise ValueError unless `betas` are two numbers in [0, 1)."""
-    if not isinstance(betas, Sequence) or len(betas) != 2:
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
         raise ValueError(f"{name} must be two numbers in [0, 1), got {betas!r}")
     for index, beta in enumerate(betas):
         check_range(f"{name}[{index}]", beta, 0.0, 1.0, high_open=True)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if not any(value is choice or value == choice for choice in allowed):
+    """Raise ValueError unless `value` is one of `allowed`; 1 is not True."""
+    if not any(value is choice or (_same_kind(value, choice) and value == choice) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _same_kind(value: Any, choice: Any) -> bool:
+    return isinstance(value, type(choice)) and isinstance(value, bool) == isinstance(choice, bool)
 
 
 def check_flag(name: str, value: Any) -> None:

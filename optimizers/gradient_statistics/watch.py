@@ -83,7 +83,7 @@ class GradientStatistics:
         if watched is not None and watched.parameter() is parameter:
             return
         self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter))
-        if parameter.is_leaf and parameter.is_floating_point():
+        if parameter.is_leaf and parameter.is_floating_point() and not parameter.is_inference():
             self._register(parameter, watched)
 
     def _register(self, tensor: torch.Tensor, watched: Watched) -> None:
@@ -171,7 +171,7 @@ class GradientStatistics:
 
     @torch.no_grad()
     def _see(self, watched: Watched, gradient: torch.Tensor) -> None:
-        if gradient.layout is not torch.strided or placements_of(gradient) is not None:
+        if gradient.layout is not torch.strided or placements_of(gradient) is not None or not gradient.numel():
             return  # the step refuses sparse gradients, and those of which this rank has a part
         if self._averaging.look():
             self._flow = find_gradient_flow(self._optimizer())

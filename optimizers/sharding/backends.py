@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .data_parallel import DataParallel, ddp_ranks, processes, reconcile
 from .gradient_flow import GradientFlow
 from .layout import Layout
+from .local_tensors import may_be_trained
 
 __all__ = [
     "Backend",
@@ -234,7 +235,8 @@ def stepped_tensors(optimizer: Any) -> list[tuple[int, torch.Tensor]]:
     answer = _first(backend.stepped_tensors(optimizer) for backend in _known.load())
     if answer is not None:
         return answer
-    return [(index, tensor) for index, group in enumerate(optimizer.param_groups) for tensor in group["params"]]
+    tensors = [(index, tensor) for index, group in enumerate(optimizer.param_groups) for tensor in group["params"]]
+    return [(index, tensor) for index, tensor in tensors if tensor.requires_grad or may_be_trained(tensor)]
 
 
 def publish_weights(optimizer: Any) -> None:

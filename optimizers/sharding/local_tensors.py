@@ -17,6 +17,7 @@ __all__ = [
     "cut_of",
     "is_plain",
     "local_part",
+    "may_be_trained",
     "placements_of",
     "reduction_device",
 ]
@@ -39,6 +40,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether all of the tensor is here: it is of no subclass."""
     return type(tensor) in _PLAIN
+
+
+def may_be_trained(tensor: torch.Tensor) -> bool:
+    """Whether a frozen tensor could be a layer of real numbers: not the packed weights of a quantised model."""
+    return tensor.is_floating_point() and not tensor.is_meta and (is_plain(tensor) or placements_of(tensor) is not None)
 
 
 def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:

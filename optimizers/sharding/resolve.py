@@ -35,7 +35,13 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
 
 def _refuse_several_devices(layout: Layout) -> None:
     """Raise LayoutError if the local tensors are not all on one device, where a step keeps the layers' numbers."""
-    layer_on = {layout.tensors[layer.tensor].device: layer.name for layer in reversed(layout.layers)}
+    on_device = [(layout.tensors[layer.tensor], layer) for layer in reversed(layout.layers)]
+    # Of frozen parameters, which only a checkpoint describes, it does not matter where they are.
+    layer_on = {
+        tensor.device: layer.name
+        for tensor, layer in on_device
+        if tensor.requires_grad or tensor.grad is not None or tensor is not layer.parameter
+    }
     if len(layer_on) > 1:
         described = " and ".join(f"{name} on {device}" for device, name in layer_on.items())
         raise LayoutError(

@@ -92,10 +92,10 @@ def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor], *, parts_a
 
 def name_layers(optimizer: Any, parameters: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, str]]:
     """Yield (id, name) of each parameter: the name it was given, else "group.index"."""
-    position: dict[int, int] = {}
+    # In the group, of which frozen parameters may be left out here.
+    positions = {id(p): index for group in optimizer.param_groups for index, p in enumerate(group["params"])}
     for group, parameter in parameters:
-        index = position[group] = position.get(group, -1) + 1
-        yield id(parameter), optimizer.parameter_name(parameter) or f"{group}.{index}"
+        yield id(parameter), optimizer.parameter_name(parameter) or f"{group}.{positions[id(parameter)]}"
 
 
 def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) -> Iterator[str]:

@@ -21,6 +21,10 @@ class StepCount:
         self._tensors: set[int] = set()  # ids of those that this step's calls have had so far
         self._count = 0
 
+    def restart(self) -> None:
+        """Go on from what the groups say."""
+        self._tensors = set()
+
     def add(self, groups: Sequence[dict[str, Any]], tensors: Iterable[torch.Tensor]) -> None:
         """Count one `step()` call.
 

@@ -7,30 +7,18 @@ weights of a wrapper, keys of a scheduler) is theirs, and passes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..formulas.algorithm import Algorithm
+from ..options.common import COMMON_DEFAULTS
+from ..options.unknown import chooses_elsewhere, options_of_others
 from ..sharding.local_tensors import cut_alike, local_part, placements_of
 
 __all__ = ["refuse_foreign_state", "without_wrappers"]
 
-MAY_LACK = ("adapt", "segments", "differentiable")
-"""Options that files of older releases lack, and torch's own, which wrappers drop; they get their defaults."""
-NOT_OPTIONS = ("params", "defaults")
-"""What constructors take besides options."""
-PACKAGE = __name__.removesuffix("stepping.foreign_state")
-ELSEWHERE = frozenset(
-    (
-        *("always_adapt", "amsgrad", "caution", "clip_lr", "corrected_weight_decay", "dampening", "debias"),
-        *("decoupled_decay", "exclude_bias_n_norm", "lars_adaptation_filter", "lars_exclude", "layer_adaptation"),
-        *("max_coeff", "min_coeff", "nesterov", "trust_clip", "trust_coef", "trust_coeff", "weight_decay_filter"),
-    )
-)
-"""Group keys by which optimizers of other packages choose what a step does. Here they would be read by nobody."""
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
@@ -50,7 +38,10 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
     Raises:
         ValueError: Listing the differences.
     """
-    saved, current = state_dict["param_groups"], optimizer.param_groups
+    saved, current = [dict(group) for group in state_dict["param_groups"]], optimizer.param_groups
+    for group in saved:
+        optimizer.modernize(group)
+    state_dict = {**state_dict, "param_groups": saved}
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
         return
     problems = [*_foreign_options(optimizer, saved)] or [*_other_names(current, saved)]
@@ -68,32 +59,15 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
 
 def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:
     """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
-    of_others = {name for algorithm in _algorithms(Algorithm) for name in inspect.signature(algorithm).parameters}
-    of_others.difference_update(NOT_OPTIONS)
+    of_others = options_of_others(optimizer.defaults)
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
-        lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
+        lacking = [key for key in optimizer.defaults if key not in group and key not in COMMON_DEFAULTS]
         unknown = [key for key in group if key not in current]
-        foreign = [key for key in unknown if key in of_others or (key in ELSEWHERE and _is_set(group[key]))]
+        foreign = [key for key in unknown if key in of_others or chooses_elsewhere(key, group[key])]
         if lacking:
             yield f"group {index} lacks the options {', '.join(lacking)}"
         if foreign:
             yield f"group {index} has options of another optimizer: {', '.join(foreign)}"
-
-
-def _is_set(value: Any) -> bool:
-    """Whether an option is neither absent nor off, as far as can be told."""
-    return value is not None and value is not False and (not isinstance(value, int | float) or value != 0)
-
-
-def _algorithms(base: type[Any]) -> Iterator[type[Any]]:
-    """Yield this package's classes that derive from `base`.
-
-    Not those of users: an option of theirs may bear the name of a key that a scheduler or anybody puts into groups.
-    """
-    for subclass in base.__subclasses__():
-        if subclass.__module__.startswith(PACKAGE):
-            yield subclass
-        yield from _algorithms(subclass)
 
 
 def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Iterator[str]:

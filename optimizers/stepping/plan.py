@@ -41,7 +41,9 @@ class Plan:
     has_stepped: bool = False  # whether any of its steps has found a gradient
 
     @classmethod
-    def of(cls, algorithm: Algorithm, layout: Layout, tensors: Sequence[torch.Tensor]) -> Plan:
+    def of(
+        cls, algorithm: Algorithm, layout: Layout, tensors: Sequence[torch.Tensor], groups: Sequence[int] | None = None
+    ) -> Plan:
         carried: list[list[int]] = [[] for _ in layout.tensors]
         for index, layer in enumerate(layout.layers):
             carried[layer.tensor].append(index)
@@ -55,7 +57,7 @@ class Plan:
             layout=layout,
             tensors=tuple(tensors),
             cuts=[cut_of(tensor) for tensor in tensors],
-            options=options_of_plan(algorithm),
+            options=options_of_plan(algorithm, layout.groups if groups is None else groups),
             group_layers={group: _as_range(layers) for group, layers in group_layers.items()},
             group_tensors=group_tensors,
             tensor_layers=[_as_range(layers) for layers in carried],
@@ -125,8 +127,8 @@ class Plan:
         return [name for name, scaled in zip(self.names, adapted, strict=True) if scaled]
 
 
-def options_of_plan(algorithm: Algorithm) -> tuple[Any, ...]:
-    """What of the groups' options a plan depends on, for comparison: an option that was set since calls for a new one.
+def options_of_plan(algorithm: Algorithm, groups: Sequence[int]) -> tuple[Any, ...]:
+    """What a plan depends on besides its tensors, for comparison: which group each is in, and options of the groups.
 
     Asked at every step, so it compares what is there and waits for nothing.
     """
@@ -135,7 +137,7 @@ def options_of_plan(algorithm: Algorithm) -> tuple[Any, ...]:
         for group in algorithm.param_groups
         if group["params"]
     ]
-    return algorithm.statistics is None, *of_groups
+    return tuple(groups), algorithm.statistics is None, *of_groups
 
 
 def _unchanging(option: Any) -> Any:

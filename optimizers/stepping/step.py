@@ -46,10 +46,10 @@ class Step:
         self.plan = plan
         self.layout = plan.layout
         self.locals = [_local(tensor) for tensor in self.layout.tensors]
-        gradients = read_gradients(self.layout)
+        self.gradients = read_gradients(self.layout)
         # Where layers are whole, no gradient here is no gradient anywhere.
         sharded = bool(self.layout.reductions)
-        self.takes_part = [sharded or gradient is not None for gradient in gradients]
+        self.takes_part = [sharded or gradient is not None for gradient in self.gradients]
         self.states = [
             algorithm.state[tensor] if takes_part else None
             for tensor, takes_part in zip(self.layout.tensors, self.takes_part, strict=True)
@@ -59,7 +59,7 @@ class Step:
         self.operands = Operands(
             self.layout,
             weights=[_contiguous(tensor) for tensor in self.locals],
-            gradients=gradients,
+            gradients=self._descending(),
             state={name: self._element_state(name) for name in algorithm.element_state},
             groups=self.groups,
         )
@@ -94,9 +94,19 @@ class Step:
     def _take_group_statistics(self) -> None:
         """Take over what was seen of the groups' gradients in backward, where the algorithm wants that."""
         if self.algorithm.statistics is not None:
-            statistics = self.algorithm.statistics.for_step(self.layout, Flattened(self.operands.gradients))
+            statistics = self.algorithm.statistics.for_step(self.layout, Flattened(self.gradients))
             self.contributions = statistics.contributions
             self.operands.mean_square = statistics.mean_square
+
+    def _descending(self) -> list[torch.Tensor | None]:
+        """The gradients whose descent is wanted: negated, so copied, in groups that maximize."""
+        groups = self.algorithm.param_groups
+        if not any(group["maximize"] for group in groups):
+            return self.gradients
+        return [
+            -gradient if gradient is not None and groups[group]["maximize"] else gradient
+            for gradient, group in zip(self.gradients, self.layout.groups, strict=True)
+        ]
 
     # Sums
 
@@ -244,7 +254,14 @@ class Step:
         layer_list = list(self.layout.layers[layers.start : layers.stop])
         table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
         table.rows = self.plan.rows.get(index)
-        return GroupOperands(options, layers, self.plan.group_tensors[index], table)
+        return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table)
+
+    def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with a learning rate that vectors on the layout's device can be multiplied by."""
+        lr = options.get("lr")
+        if not isinstance(lr, torch.Tensor) or (lr.dim() == 0 and (lr.is_cpu or lr.device == self.layout.device)):
+            return options
+        return {**options, "lr": lr.detach().reshape(()).to(self.layout.device)}
 
     def _adapt(self, group: int) -> torch.Tensor:
         known: dict[Any, torch.Tensor] = self.plan.cache

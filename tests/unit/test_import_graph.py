@@ -28,7 +28,7 @@ FLOORS = {
         *("runs", "rules", "common"),
     ),
     "integrations": ("", "checkpoints", "deepspeed", "fsdp2", "megatron"),
-    "optimizers": ("", "stepping", "kernels", "formulas", "gradient_statistics", "sharding"),
+    "optimizers": ("", "stepping", "options", "kernels", "formulas", "gradient_statistics", "sharding"),
 }
 """The folders of each package, its front ("") first. Each may import those after it and none before."""
 
