@@ -221,7 +221,8 @@ def _may_have_lost_marks(tensor: DTensor) -> bool:
 
 def _refuse_replaced(optimizer: Any, present: Sequence[tuple[int, torch.Tensor]], names: Mapping[int, str]) -> None:
     """Raise if a parameter was put in place of another that has state: its own would silently start from zero."""
-    current = {id(tensor) for _, tensor in present}
+    # Frozen ones are not present, and keep the state that they have.
+    current = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     abandoned = {tuple(tensor.shape) for tensor in optimizer.state if id(tensor) not in current}
     for _, tensor in present:
         if tensor not in optimizer.state and tuple(tensor.shape) in abandoned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +133,15 @@ def test_a_compiled_step_is_one_graph_break(name: str) -> None:
     train(create_optimizer(name, plain.values(), lr=0.1), plain, *range(5))
     assert all(torch.equal(values(layers)[layer], plain[layer]) for layer in plain)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("proxy", PROXIES[:2])
+def test_who_averages_is_set_through_a_proxy_of_the_class(proxy: Any, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        optimizer = LAMB(weights().values())
+        proxy(optimizer).data_parallel_group = group
+        assert optimizer.data_parallel_group is group
+    finally:
+        torch.distributed.destroy_process_group()
