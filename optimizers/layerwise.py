@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from .stepping.foreign_state import refuse_foreign_state
 from .stepping.loaded_state import prove_loaded_state, with_layer_names
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
+from .stepping.rounding import RoundedUpdates
 from .stepping.state import as_kept, on_device
 from .stepping.step import Step
 
@@ -125,7 +127,10 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         ratios = gradient_squares = torch.zeros(0, dtype=torch.float64, device="cpu")
         if plan.layout.tensors:
             step = Step(self, plan)
+            rounded = RoundedUpdates(step.operands) if self._watches_rounding and plan.has_16_bit_weights else None
             ratios, gradient_squares = step.run(), step.gradient_squares()
+            if rounded is not None:
+                self._warn_of(rounded.describe(step.groups))
             self._plans.end(plan, ratios)
             if step.changed_something():
                 self._count.add(self.param_groups, plan.layout.tensors)
@@ -277,6 +282,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._plans = Plans()
         self._loaded = False
         self._options = GroupOptions()
+        self._watches_rounding = True
         self._count = StepCount()
         # Weak, so that parameters which a wrapper replaces are not kept alive.
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -350,6 +356,11 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._plans.clear()
         self._count.restart()
         self._loaded = True
+
+    def _warn_of(self, lost_updates: str | None) -> None:
+        if lost_updates is not None:
+            self._watches_rounding = False
+            warnings.warn(lost_updates, stacklevel=5)
 
     # Plans ----------------------------------------------------------------------------------------------------------
 

@@ -115,11 +115,17 @@ def ddp_ranks(optimizer: Any) -> DataParallel | None:
 
 
 def _ddp_of_parameters(optimizer: Any) -> dict[tuple[int, ...], list[DistributedDataParallel]]:
-    """The living DDP modules that together average all trained parameters, by their ranks; none if any is left out."""
+    """The living DDP modules that together average all trained parameters, by their ranks; none if any is left out.
+
+    On a rank that trains nothing, where others do, those count that the optimizer was given.
+    """
+    modules = list(living(DistributedDataParallel))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not parameters:
+        parameters = [p for module in modules for p in module.parameters() if optimizer.was_given(p)]
     wanted = set(map(id, parameters))
     found: dict[tuple[int, ...], list[DistributedDataParallel]] = {}
-    for module in living(DistributedDataParallel):
+    for module in modules:
         ranks = _ranks_of(vars(module).get("process_group"))
         averaged = wanted & _averaged_by(module) if ranks is not None else set()
         if ranks is not None and averaged:

@@ -106,10 +106,14 @@ def _sharing(optimizer: Any, layout: Layout) -> Iterator[tuple[dist.ProcessGroup
 
     Each with these layers' indices, and names that are the same on all ranks.
     """
-    covered: set[int] = set()
+    # A group may cut some layers and repeat others.
+    by_ranks: dict[tuple[int, ...], tuple[dist.ProcessGroup, dict[int, str]]] = {}
     for process_group, layers in (*layout.reductions, *layout.replicas):
-        covered.update(layers)
-        yield process_group, {index: layout.layers[index].name for index in layers}
+        ranks = tuple(dist.get_process_group_ranks(process_group))
+        names_there = by_ranks.setdefault(ranks, (process_group, {}))[1]
+        names_there.update({index: layout.layers[index].name for index in layers})
+    yield from by_ranks.values()
+    covered = {index for _, names_there in by_ranks.values() for index in names_there}
     if layout.steps_other_layers or (layout.layers and len(covered) == len(layout.layers)):
         return
     data_parallel = _data_parallel(optimizer)

@@ -111,6 +111,11 @@ class Plan:
                     write_numbers(state, name, of_tensor.to(state_dtype(tensor, name)))
 
     @functools.cached_property
+    def has_16_bit_weights(self) -> bool:
+        """Whether any local tensor is of 16 bits, so that what a step adds to it may be lost."""
+        return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in self.layout.tensors)
+
+    @functools.cached_property
     def layer_counts(self) -> list[int]:
         """How many layers each local tensor carries."""
         return [len(layers) for layers in self.tensor_layers]

@@ -121,7 +121,7 @@ def test_experts(pool: WorkerPool, stage: int, expert_parallel: int, world_size:
         have_it = world_size // expert_parallel
         for rank, answer in enumerate(answers):
             if stage == 0:
-                assert set(answer["collectives"]) == {0}
+                assert set(answer["collectives"][1:]) == {0}  # in the first step, ranks compare what they have done
                 continue
             # Two groups of parameters per step, each in a call of its own.
             everyone, owners = answer["ranks"][-2:]

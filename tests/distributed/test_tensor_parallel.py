@@ -91,9 +91,9 @@ def test_every_optimizer(pool: WorkerPool, name: str, world_size: int) -> None:
     assert_recorded_exact(name, answers, 2)
     for answer in answers:
         # One data-parallel rank needs no reduction, so the tensor-parallel group's is all. In the first step its ranks
-        # also compare what they know of the layers, in two, and prove the layout.
+        # also compare what they know of the layers, in two, prove the layout and compare what they have done.
         collectives = OPTIMIZERS[name].collectives
-        assert answer["collectives"] == [collectives + 3] + [collectives] * (STEPS - 1)
+        assert answer["collectives"] == [collectives + 4] + [collectives] * (STEPS - 1)
         assert answer["dimensions"]["bert.encoder.layer.0.output.dense.weight"] == 1
         heads = "bert.encoder.layer.0.attention.self.query.weight"
         assert [a["weights"][heads].shape[0] for a in answers] == [16, 8]

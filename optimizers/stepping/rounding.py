@@ -1,0 +1,69 @@
+"""How many weights of 16 bits an update leaves where they are: measured once, in the first step that has gradients.
+
+Without fp32 master weights an update below half the distance to the next bf16 or fp16 number is lost, at every step
+anew. Losses fall all the same, so nothing else tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..kernels.interface import GroupOperands, Operands
+from ..sharding.layout import listing
+
+__all__ = ["RoundedUpdates"]
+
+SAMPLE = 1 << 16
+"""Elements that are looked at of each local tensor, evenly spread."""
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class RoundedUpdates:
+    """A sample of the weights before a step; where none is of 16 bits, of nothing."""
+
+    def __init__(self, operands: Operands):
+        self._operands = operands
+        self._before = {
+            index: _sample(weights).clone()
+            for index, weights in enumerate(operands.weights)
+            if weights.dtype in NAMES and operands.gradients[index] is not None
+        }
+
+    def describe(self, groups: Mapping[int, GroupOperands]) -> str | None:
+        """After the step: the warning, with the share of the updates that were lost; None where there was no update.
+
+        Waits for the device.
+        """
+        counts, rates = [], set()
+        for group in groups.values():
+            rate = float(group.options["lr"])
+            for index in group.tensors if rate else ():
+                gradient = self._operands.gradients[index]
+                if index in self._before and gradient is not None:
+                    weights = self._operands.weights[index]
+                    has_update = _sample(gradient) != 0
+                    is_lost = has_update & (_sample(weights) == self._before[index])
+                    # Each counts by its tensor's size.
+                    counts.append(torch.stack([has_update.sum(), is_lost.sum()]) * _stride(weights))
+                    rates.add(f"{rate:g}")
+        made, lost = torch.stack(counts).sum(dim=0).tolist() if counts else (0, 0)
+        if not made:
+            return None
+        dtypes = sorted({NAMES[sample.dtype] for sample in self._before.values()})
+        return (
+            f"{lost / made:.1%} of the {' and '.join(dtypes)} weights that have a gradient did not move in this step "
+            f"(lr {listing(sorted(rates), shown=3)}): their updates are below half the distance to the next number, "
+            "and nobody keeps fp32 master weights. Keep the parameters in fp32 and compute under torch.autocast, or "
+            "let DeepSpeed (bf16 or fp16 in its config) or FSDP over fp32 parameters (MixedPrecisionPolicy, "
+            "MixedPrecision) keep them"
+        )
+
+
+def _stride(tensor: torch.Tensor) -> int:
+    return max(1, tensor.numel() // SAMPLE)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1)[:: _stride(tensor)]
