@@ -6,13 +6,16 @@
     BF16_Optimizer (1)               whole gradients, fp32                  clip
     DeepSpeedZeroOptimizer_Stage3    its slice of every layer               loss scale · clip
 
-Stage 0 leaves gradients whole and needs no description. Read from DeepSpeed 0.19.8.
+Stage 0 leaves gradients whole and needs no description. What `zero_grad()` of engine or wrapper drops between
+micro-batches, ZeRO-1 shows by the parameters' gradients, BF16_Optimizer and ZeRO-3 by their own counts; ZeRO-2, and
+ZeRO-1 with CPU offload, drop nothing then. Read from DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +44,13 @@ def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         partitions = wrapper.single_partition_of_fp32_groups
         groups = zip(partitions, wrapper.bit16_groups, wrapper.real_dp_process_group, strict=True)
-        destinations = _into_partitions(groups, kept_whole=not wrapper.partition_gradients)
+        shows = not (wrapper.partition_gradients or wrapper.cpu_offload)
+        holds = _has_gradient if shows else None
+        destinations = _into_partitions(groups, kept_whole=not wrapper.partition_gradients, holds=holds)
     elif isinstance(wrapper, BF16_Optimizer):
         partitions = wrapper.fp32_groups_flat_partition
         groups = zip(partitions, wrapper.bf16_groups, wrapper.real_dp_process_group, strict=True)
-        destinations = _into_partitions(groups, kept_whole=True)
+        destinations = _into_partitions(groups, kept_whole=True, holds=partial(_has_summed, weakref.ref(wrapper)))
     else:
         return None
     reference = weakref.ref(wrapper)
@@ -55,26 +60,46 @@ def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
 
 
 def _into_partitions(
-    groups: Iterable[tuple[torch.Tensor, list[torch.nn.Parameter], dist.ProcessGroup]], *, kept_whole: bool
+    groups: Iterable[tuple[torch.Tensor, list[torch.nn.Parameter], dist.ProcessGroup]],
+    *,
+    kept_whole: bool,
+    holds: Callable[[torch.Tensor, int, int], bool] | None,
 ) -> dict[int, Destination]:
-    """ZeRO-1/2: into the partition of a group."""
+    """ZeRO-1/2: into the partition of a group; `holds` is asked with a parameter, its group and its place in there."""
     return {
-        id(parameter): Destination(process_group, partition, tuple(slices_of_view(parameter, partition)), kept_whole)
-        for partition, parameters, process_group in groups
-        for parameter in parameters
+        id(parameter): Destination(
+            process_group,
+            partition,
+            tuple(slices_of_view(parameter, partition)),
+            kept_whole,
+            holds=None if holds is None else partial(holds, parameter, group, place),
+        )
+        for group, (partition, parameters, process_group) in enumerate(groups)
+        for place, parameter in enumerate(parameters)
     }
+
+
+def _has_gradient(parameter: torch.Tensor, group: int, place: int) -> bool:
+    return parameter.grad is not None or getattr(parameter, "grad_accum", None) is not None
+
+
+def _has_summed(wrapper: weakref.ref[Any], parameter: torch.Tensor, group: int, place: int) -> bool:
+    return bool(wrapper().fp32_groups_has_gradients[group][place])  # type: ignore[union-attr]
 
 
 def _into_sub_groups(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, Destination]:
     """ZeRO-3: into the partition of a sub-group."""
     destinations = {}
+    adds_to: Any = weakref.ref(wrapper)
     for number, (partition, parameters) in enumerate(
         zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
     ):
         process_group = wrapper.sub_group_process_groups[number]
         for parameter in parameters:
             slices = slices_of_layer(wrapper, parameter, dist.get_world_size(process_group))
-            destinations[id(parameter)] = Destination(process_group, partition, tuple(slices), kept_whole=False)
+            destinations[id(parameter)] = Destination(
+                process_group, partition, tuple(slices), kept_whole=False, holds=lambda: adds_to().micro_step_id > 0
+            )
     return destinations
 
 

@@ -46,6 +46,18 @@ class Squares:
             bucket.clear()
         self._reduced.clear()
 
+    def forget(self, watched: Watched, destination: Destination | None) -> None:
+        """Forget what was seen of one parameter, on its way and at its owners; on all ranks alike."""
+        if destination is None:
+            return
+        for bucket in self.buckets.values():
+            bucket.forget(watched)
+        partition = self.partitions.get(id(destination.tensor))
+        rank = dist.get_rank(destination.process_group)
+        for run in destination.slices if partition is not None else ():
+            if run.owner == rank:
+                partition.narrow(0, run.start, run.length).zero_()  # type: ignore[union-attr]
+
     def add(self, watched: Watched, gradient: torch.Tensor, destination: Destination | None) -> None:
         """Add the squares of one group's whole gradient, and send them if the gradient itself does not stay."""
         arrange = None if destination is None else destination.arrange
@@ -62,7 +74,7 @@ class Squares:
             self._send(watched, destination)
 
     def of_whole_layers(
-        self, layout: Layout, watched: Sequence[Watched], data_parallel: DataParallel
+        self, layout: Layout, watched: Sequence[Watched], data_parallel: DataParallel, groups: int
     ) -> list[torch.Tensor]:
         """Squares of unsharded layers, added over the ranks in place: one all-reduce of the gradient's size.
 
@@ -70,6 +82,7 @@ class Squares:
             layout: Of one `step()` call.
             watched: Its layers.
             data_parallel: The ranks.
+            groups: By how much this rank's squares are multiplied where there are several.
         """
         for tensor, layer in zip(layout.tensors, watched, strict=True):
             if layer.squares is None:
@@ -77,7 +90,7 @@ class Squares:
         squares = [layer.squares for layer in watched if layer.squares is not None]
         fresh = [s for s in squares if id(s) not in self._reduced]
         if data_parallel.ranks > 1:
-            _add_packed(fresh, data_parallel.add)
+            _add_packed(fresh, lambda packed: data_parallel.add(packed.mul_(groups)))
         self._reduced.update(map(id, fresh))
         return squares
 
@@ -165,6 +178,12 @@ class Bucket:
         """Send nothing of what waits."""
         self.waiting.clear()
         self.elements = 0
+
+    def forget(self, watched: Watched) -> None:
+        """Send nothing of what waits of one parameter."""
+        for key in [key for key in self.waiting if key[0] == id(watched)]:
+            _, parts = self.waiting.pop(key)
+            self.elements -= sum(run.length for run, _ in parts)
 
     def add(self, watched: Watched, destination: Destination, flat: torch.Tensor, *, squared: bool = False) -> None:
         """Add a whole gradient's squares, or the gradient itself to be squared."""

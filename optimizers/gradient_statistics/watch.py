@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ from ..sharding.backends import find_gradient_flow, find_sources, may_replace_pa
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
 from ..sharding.local_tensors import placements_of
-from .averaging import Averaging
-from .factor import factor_between, probe, probes_of
+from .averaging import Averaging, backward_pass
+from .factor import PROBES, factor_between, probes, probes_of
+from .loss_scale import LossScale
 from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepStatistics, norms_from_table
 from .squares import Squares, zeros_like_local
-from .watched import Watched
+from .verdict import Verdict
+from .watched import Watched, is_added_up
 
 __all__ = ["GradientStatistics"]
 
@@ -42,7 +45,8 @@ class GradientStatistics:
     """Watches the parameters of one optimizer.
 
     Everything is discarded by `optimizer.zero_grad()`, and with the first gradient after a step or after a step that
-    the wrapper skipped.
+    the wrapper skipped. What was seen of one parameter is discarded where the gradient that it was added to is gone,
+    by whomever it was removed or set to zero.
     """
 
     def __init__(self, optimizer: Any, squares: bool):
@@ -62,8 +66,12 @@ class GradientStatistics:
         self._averaging = Averaging(optimizer)
         self._flow: GradientFlow | None = None
         # Of the groups since the last step.
-        self._loss_scale = 1.0
+        self._loss_scale: torch.Tensor | float = 1.0
         self._stepped = False
+        self._pass = -1  # the last backward pass, and whose gradients it made
+        self._of_pass: list[Watched] = []
+        self._scaler = LossScale(optimizer)
+        self._verdict = Verdict()
         self._clipping = torch.ones((), dtype=torch.float64)
         self._look_for_sources()
 
@@ -87,12 +95,13 @@ class GradientStatistics:
             self._register(parameter, watched)
 
     def _register(self, tensor: torch.Tensor, watched: Watched) -> None:
-        this = weakref.ref(self)
+        this, hooked = weakref.ref(self), weakref.ref(tensor)
 
         def hook(gradient: torch.Tensor) -> None:
-            statistics = this()
-            if statistics is not None and statistics._optimizer() is not None:
-                statistics._see(watched, gradient.detach())
+            statistics, tensor = this(), hooked()
+            if statistics is None or tensor is None or statistics._optimizer() is None or not is_added_up(tensor):
+                return
+            statistics._see(watched, gradient.detach())
 
         trained = tensor.requires_grad
         tensor.requires_grad_(True)  # a frozen parameter takes no hook, and may be thawed later
@@ -179,14 +188,42 @@ class GradientStatistics:
             self._stop_looking()
         if self._averaging.has_skipped() or self._stepped:
             self.discard()
+        elif watched.groups and backward_pass() != -1 and not self._is_kept(watched):
+            self._forget(watched)
+        self._note_gradient_later(watched)
         if self._flow is not None:
             self._loss_scale = self._flow.loss_scale()
         watched.groups += 1
         norm = torch.linalg.vector_norm(gradient.reshape(-1), dtype=torch.float64)
-        of_group = torch.stack([norm, norm.square(), probe(gradient)])
+        of_group = torch.cat([torch.stack([norm, norm.square()]), probes(gradient)])
         watched.sums = of_group if watched.sums is None else watched.sums.add_(of_group)
         if self._squares is not None:
             self._squares.add(watched, gradient, self._destination(watched))
+
+    def _is_kept(self, watched: Watched) -> bool:
+        """Whether the gradient of the groups seen so far is still there, so that the next is added to it."""
+        destination = self._destination(watched)
+        if destination is None:
+            return watched.keeps_gradient()
+        return destination.holds is None or destination.holds()
+
+    def _forget(self, watched: Watched) -> None:
+        """Forget the groups of one parameter, whose gradient was dropped."""
+        watched.clear()
+        if self._squares is not None:
+            self._squares.forget(watched, self._destination(watched))
+
+    def _note_gradient_later(self, watched: Watched) -> None:
+        """Note at the end of a backward pass what the gradient is like, so that a change before the next is noticed."""
+        current = backward_pass()
+        if current == -1 or self._flow is not None:
+            return
+        if current != self._pass:
+            self._pass, self._of_pass = current, []
+            call_at_end = torch.autograd.Variable._execution_engine.queue_callback
+            # DDP writes its averages in such a callback, which comes before the one that is queued at the end.
+            call_at_end(partial(call_at_end, partial(_note_gradients, self._of_pass)))
+        self._of_pass.append(watched)
 
     def _destination(self, watched: Watched) -> Destination | None:
         return None if self._flow is None else self._flow.destinations.get(id(watched.parameter()))
@@ -201,14 +238,19 @@ class GradientStatistics:
             gradients: The flat gradients of the layout's tensors.
 
         Raises:
-            StatisticsError: If there are gradients, but no group was ever seen.
+            StatisticsError: If there are gradients, but no group was ever seen; if the gradient was changed since
+                backward by more than a factor, on a GPU at the next step.
             LayoutError: If there are several ranks, and nobody is known to average their gradients.
         """
+        self._verdict.raise_for_last_step()
         if self._averaging.look_for_step(layout):
             self._flow = find_gradient_flow(self._optimizer())
         watched = [self._watched_layer(layer) for layer in layout.layers]
+        for layer, seen in zip(layout.layers, watched, strict=True):
+            if seen.groups and layout.tensors[layer.tensor] is layer.parameter and not seen.has_gradient():
+                self._forget(seen)
         self._check_seen(layout, watched, gradients)
-        if self.groups == 0:
+        if self.groups == 0 and not self._has_company(layout):
             return self._nothing(layout)
         self._averaging.need()
         self._stepped = True
@@ -217,18 +259,24 @@ class GradientStatistics:
         # Where the wrapper tells the factor, the step's reduction adds up the ranks' averages. Where it has to be found
         # out of them, they are added up here, and every rank contributes its share of the result.
         told = self._flow is not None and self._flow.factor is not None and sharded
-        norms, squares, probes, not_finite, probes_now = self._averages(layout, watched, gradients, complete=not told)
-        factor = self._wrappers_factor(layout) if told else factor_between(layout, probes, probes_now)
+        sums = self._sums(layout, watched)
+        if told:
+            factor, shares = self._wrappers_factor(layout), torch.ones((), dtype=torch.float64, device=layout.device)
+        else:
+            unseen = self._unseen(layout, watched, gradients)
+            now = probes_of(layout, gradients) * layout.copies
+            sums, factor = self._complete(layout, torch.cat([sums, unseen.unsqueeze(0), now]))
+            shares = layout.copies
+            self._loss_scale = self._loss_scale if self._flow is not None else self._scaler.now(layout.device)
         self._clipping = factor * self._loss_scale
         self._warn_of_few(self.groups * ranks)
 
         # A group's gradient is n c h (see above); the averages are of h, over the ranks.
-        groups = torch.full_like(norms, self.groups if told else self.groups * ranks)
-        shares = 1.0 if told else layout.copies
+        norms, squares, groups, not_finite = sums[:4] / ranks
         contributions = {
             "group_norm": norms * factor / shares,
-            "group_square": squares * factor.square() * self.groups / shares,
-            "groups": groups / shares,
+            "group_square": squares * factor.square() / shares,
+            "groups": groups * (1 if told else ranks) / shares,
             "not_finite": not_finite,
         }
         if self._squares is None:
@@ -238,13 +286,17 @@ class GradientStatistics:
         # without squares it is clamped to zero.
         flats = self._sum_of_squares(self._squares, layout, watched)
         several = self.groups * ranks > 1
-        return StepStatistics(contributions, (flats, factor.square() * (self.groups / ranks) * several))
+        remaining = (1 if self._has_company(layout) else self.groups) / ranks
+        return StepStatistics(contributions, (flats, factor.square() * remaining * several))
 
     def _sum_of_squares(self, squares: Squares, layout: Layout, watched: Sequence[Watched]) -> list[torch.Tensor]:
-        """The squares of all ranks' groups, flat, in the order of the layout's tensors."""
+        """The squares of all ranks' groups, flat, in the order of the layout's tensors.
+
+        Where ranks add up those of whole layers, each times its own number of groups, which need not be the same.
+        """
         data_parallel = self._averaging.need()
         if not layout.reductions:
-            return squares.of_whole_layers(layout, watched, data_parallel)
+            return squares.of_whole_layers(layout, watched, data_parallel, self.groups)
         destinations = [destination for layer in watched if (destination := self._destination(layer)) is not None]
         if len(destinations) < len(watched):
             raise StatisticsError(f"{layout.backend} does not tell where gradients go. {HOW_TO_BUILD}")
@@ -257,28 +309,38 @@ class GradientStatistics:
         flats = [zeros_like_local(tensor) for tensor in layout.tensors]
         return StepStatistics(contributions, (flats, zeros.sum()) if self.squares else None)
 
-    def _averages(
-        self,
-        layout: Layout,
-        watched: Sequence[Watched],
-        gradients: Sequence[torch.Tensor | None],
-        *,
-        complete: bool,
-    ) -> torch.Tensor:
-        """The layers' sums divided by the ranks, 0 or NaN, and the probe of the gradient now; shape (5, layers).
+    def _sums(self, layout: Layout, watched: Sequence[Watched]) -> torch.Tensor:
+        """What this rank adds to the layers' sums, shape (4 + PROBES, layers).
 
-        Over all ranks if `complete`; else of this rank's groups, which the step's reduction will add to the others'.
+        Norms; squares, times the number of groups; that number; 0 or NaN; and the probes.
         """
-        zeros = torch.zeros(3, dtype=torch.float64, device=layout.device)
+        zeros = torch.zeros(2 + PROBES, dtype=torch.float64, device=layout.device)
         sums = torch.stack([zeros if layer.sums is None else layer.sums.to(layout.device) for layer in watched], dim=1)
         # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
         of_model = [layer.sums[1].to(layout.device) for layer in self._watched.values() if layer.sums is not None]
-        not_finite = (0 * torch.stack(of_model).sum()).expand(1, len(watched))
-        now = probes_of(layout, gradients) * layout.copies if complete else zeros[:1].expand(len(watched))
-        averages = torch.cat([sums, not_finite, now.unsqueeze(0)])
-        if complete:
-            self._averaging.need().add(averages)
-        return averages / self._ranks()
+        not_finite = (0 * torch.stack(of_model).sum()) if of_model else zeros[0]
+        groups = torch.full_like(sums[:1], self.groups)
+        return torch.cat([sums[:1], sums[1:2] * self.groups, groups, not_finite.expand_as(groups), sums[2:]])
+
+    def _complete(self, layout: Layout, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add this rank's sums to the others' and find the factor in them.
+
+        Returns:
+            The sums over the ranks, and the factor. The not-finite row is NaN if the step must not be taken.
+        """
+        self._averaging.need().add(sums)
+        ranks = self._ranks()
+        now = sums[5 + PROBES :] / ranks
+        # A layer whose gradient was set to zero takes no part, whatever was seen of it.
+        sums[:2] = torch.where((now != 0).any(dim=0), sums[:2], 0.0)
+        sums[3] = (0 * sums[1]).sum()
+        squares, groups, seen, unseen = sums[1], sums[2], sums[4 : 4 + PROBES] / ranks, sums[4 + PROBES]
+        mean_square = squares / (groups / ranks).clamp(min=1) / ranks**2
+        found = factor_between(layout, seen, now, mean_square, additions=groups / ranks + ranks)
+        wrong = torch.stack([unseen > 0, found.disagrees & found.value.isfinite()])
+        sums[3] += torch.where(wrong.any(), torch.nan, 0.0)
+        self._verdict.give(wrong, [layer.name for layer in layout.layers], self._owner())
+        return sums, found.value
 
     def keep(self, layout: Layout, totals: Mapping[str, torch.Tensor]) -> None:
         """Keep the reduced sums of a `step()` call for `norms()`; on the device, so that no step waits for it."""
@@ -315,7 +377,7 @@ class GradientStatistics:
                         "forward of a module under fully_shard was seen to use it. Construct the optimizer before the "
                         "first forward, and call the module rather than a method of it"
                     )
-        if self.groups == 0:
+        if self.groups == 0 and not self._has_company(layout):
             if any(gradient is not None and gradient.any() for gradient in gradients):
                 raise StatisticsError(f"{self._owner()} has gradients but saw no group's gradient. {HOW_TO_BUILD}")
         elif not layout.reductions and self._ranks() == 1:
@@ -325,6 +387,22 @@ class GradientStatistics:
                     raise StatisticsError(
                         f"{self._owner()} has a gradient of layer {layer.name} but saw no group's. {HOW_TO_BUILD}"
                     )
+
+    def _has_company(self, layout: Layout) -> bool:
+        """Whether other ranks wait in a collective of the statistics, even if this one has seen nothing."""
+        return not layout.reductions and self._ranks() > 1
+
+    def _unseen(
+        self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor:
+        """1 for each layer of which this rank has a gradient, although it has seen none of any, shape (layers,)."""
+        unseen = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
+        if self.groups == 0:
+            for index, layer in enumerate(layout.layers):
+                gradient = gradients[layer.tensor]
+                if gradient is not None:
+                    unseen[index] = gradient.any()
+        return unseen
 
     def _ranks(self) -> int:
         return 1 if self._averaging.known is None else self._averaging.known.ranks
@@ -355,7 +433,12 @@ class GradientStatistics:
     def _wrappers_factor(self, layout: Layout) -> torch.Tensor:
         assert self._flow is not None
         assert self._flow.factor is not None
-        factor = self._flow.factor(self._loss_scale)
+        factor = self._flow.factor(float(self._loss_scale))
         if isinstance(factor, torch.Tensor):
             return factor.to(layout.device, torch.float64).reshape(())
         return torch.full((), factor, dtype=torch.float64, device=layout.device)
+
+
+def _note_gradients(of_pass: Sequence[Watched]) -> None:
+    for watched in of_pass:
+        watched.note_gradient()

@@ -1,4 +1,4 @@
-"""What is known of one parameter's group gradients."""
+"""What is known of one parameter's group gradients, and whether the gradient that they were added to is still there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Watched"]
+__all__ = ["Watched", "is_added_up"]
 
 
 @dataclass
@@ -18,9 +18,10 @@ class Watched:
         parameter: The parameter, which a wrapper may drop.
         source: The tensor that takes the parameter's place in forward, where a wrapper puts one there.
         groups: How many groups of this rank were seen.
-        sums: Three numbers, fp64: the groups' norms, their squares, and their probes (see `factor.probe`), added up.
+        sums: Numbers, fp64: the groups' norms, their squares, and their probes (see `factor.probes`), added up.
         squares: Flat, of the parameter's size: the squares of the groups' elements, added up. None where they are not
             wanted, or do not stay on this rank.
+        gradient: What the parameter's gradient was after the last backward pass: where it lay, and its version.
     """
 
     parameter: weakref.ref[torch.Tensor]
@@ -28,11 +29,47 @@ class Watched:
     groups: int = 0
     sums: torch.Tensor | None = None
     squares: torch.Tensor | None = None
+    gradient: tuple[int, int] | None = None
 
     def clear(self) -> None:
         """Forget the groups."""
         self.groups = 0
+        self.gradient = None
         if self.sums is not None:
             self.sums.zero_()
         if self.squares is not None:
             self.squares.zero_()
+
+    def note_gradient(self) -> None:
+        """Note what the gradient is like after a backward pass."""
+        self.gradient = _described(self.parameter())
+
+    def has_gradient(self) -> bool:
+        """Whether the parameter still has a gradient, of whatever was added up in it."""
+        parameter = self.parameter()
+        return parameter is not None and parameter.grad is not None
+
+    def keeps_gradient(self) -> bool:
+        """Whether the gradient, which the groups were added to, was neither removed nor set to zero since.
+
+        Waits for the device only if somebody has written to it since the backward pass, or has put another in its
+        place.
+        """
+        described = _described(self.parameter())
+        if described is None or described == self.gradient:
+            return described is not None
+        return bool(self.parameter().grad.any())  # type: ignore[union-attr]
+
+
+def _described(parameter: torch.Tensor | None) -> tuple[int, int] | None:
+    gradient = None if parameter is None else parameter.grad
+    return None if gradient is None else (gradient.data_ptr(), gradient._version)
+
+
+def is_added_up(tensor: torch.Tensor) -> bool:
+    """Whether the backward pass that runs adds the tensor's gradient to `.grad`; `torch.autograd.grad` does not."""
+    node = torch.autograd.graph.get_gradient_edge(tensor).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # how it says that a gradient is only returned
+        return False

@@ -42,6 +42,8 @@ class Destination:
         slices: The parts of all ranks.
         kept_whole: Whether every rank keeps the parameter's whole gradient until the step.
         accumulating: Tells in backward whether the gradient is kept whole because a later one will be reduced with it.
+        holds: Tells in backward whether the gradients of earlier micro-batches are still there, so that this one's is
+            added to them; None where nothing drops them but what the wrapper counts as a skipped step.
         arrange: Takes a whole gradient and returns its elements, flat, in the order in which the slices count them;
             None for the layer's own order.
     """
@@ -51,6 +53,7 @@ class Destination:
     slices: tuple[Slice, ...]
     kept_whole: bool
     accumulating: Callable[[], bool] | None = None
+    holds: Callable[[], bool] | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def is_kept(self) -> bool:

@@ -340,6 +340,7 @@ def test_statistics_that_were_never_collected(optimizer_class: Any) -> None:
     w.grad = FIRST[0]
     with pytest.raises(StatisticsError, match=r"saw no group's gradient.*construct the optimizer with the model's own"):
         optimizer.step()
+    optimizer.zero_grad()
     train(w, optimizer, FIRST)  # backward() makes it right
     w.grad = FIRST[0]
     with pytest.raises(StatisticsError, match="add_group"):
