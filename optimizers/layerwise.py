@@ -31,6 +31,8 @@ from .stepping.step import Step
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
 
+PARAMETER_KEYS = ("params", "param_names")
+
 
 class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     """Base of all optimizers here. A subclass names its state and fills in `stages` and `update`; see `Algorithm`.
@@ -194,6 +196,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 self._names[parameter] = name
 
     def _remember(self, group: dict[str, Any]) -> None:
+        self.given_options.append({key: _kept(value) for key, value in group.items() if key not in PARAMETER_KEYS})
         names = group.get("param_names") or [None] * len(group["params"])
         self._names.update(WeakIdKeyDictionary(dict(zip(group["params"], names, strict=False))))
         if self.statistics is not None:
@@ -205,6 +208,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._data_parallel_group = None
         self.statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
         self._plans = Plans()
+        # Of each group, as the user gave them: schedulers write over the groups' own.
+        self.given_options: list[dict[str, Any]] = []
         self._loaded = False
         self._count = StepCount()
         # Weak, so that parameters which a wrapper replaces are not kept alive.
@@ -343,3 +348,7 @@ def _check_parameter(parameter: torch.Tensor) -> None:
         raise ValueError(
             f"parameters must be real floating point tensors, got {parameter.dtype} of shape {tuple(parameter.shape)}"
         )
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
