@@ -137,7 +137,9 @@ class WithMore(Trainer):
 @pytest.mark.parametrize("pair", [optimizer_for_trainer("lamb", lr=0.01), (LARS, {"lr": 0.01})], ids=["made", "plain"])
 @pytest.mark.parametrize("trainer_class", [OwnOptimizer, OwnLamb])
 def test_a_pair_that_nobody_calls_is_refused(trainer_class, pair, tmp_path):
-    with pytest.raises(ReplacedOptimizerError, match=f"from {trainer_class.__name__}.create_optimizer, which overrides"):
+    with pytest.raises(
+        ReplacedOptimizerError, match=f"from {trainer_class.__name__}.create_optimizer, which overrides"
+    ):
         trained(tmp_path, trainer_class=trainer_class, optimizer_cls_and_kwargs=pair)
 
 
