@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.living import living
@@ -22,6 +24,8 @@ from .first_step import check_once
 from .replaced import ConflictingSettingsError, innermost, refuse_replacement
 
 __all__ = ["check_accelerate"]
+
+AVERAGING = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 
 
 def check_accelerate(optimizer: Any) -> None:
@@ -33,36 +37,44 @@ def check_accelerate(optimizer: Any) -> None:
             step a scheduler of ours several times per update.
     """
     refuse_replacement(optimizer)
-    for wrapper in living(AcceleratedOptimizer, AcceleratedScheduler):
-        if isinstance(wrapper, AcceleratedScheduler):
-            _refuse_steps_per_process(optimizer, wrapper)
-        elif isinstance(optimizer, LayerwiseOptimizer) and innermost(wrapper) is optimizer:
-            _refuse_other_engine(wrapper.accelerator_state)
-            _refuse_other_processes(optimizer, wrapper.accelerator_state)
+    for accelerator in living(Accelerator):
+        for scheduler in accelerator._schedulers:
+            _refuse_steps_per_process(accelerator, scheduler, optimizer)
+        if isinstance(optimizer, LayerwiseOptimizer) and any(
+            innermost(prepared) is optimizer for prepared in accelerator._optimizers
+        ):
+            _refuse_other_engine(accelerator)
+            _refuse_other_processes(accelerator, optimizer)
 
 
-def _refuse_other_engine(state: AcceleratorState) -> None:
+def _refuse_other_engine(accelerator: Accelerator) -> None:
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if asked and state.distributed_type != DistributedType.DEEPSPEED:
+    if asked and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ConflictingSettingsError(
-            "a DeepSpeed config was given, but accelerate trains without DeepSpeed "
-            f"({state.distributed_type.value}): that is what ACCELERATE_USE_CPU=true, `use_cpu: true` of accelerate "
-            "launch and Accelerator(cpu=True) do. Remove them (DS_ACCELERATOR=cpu keeps DeepSpeed from a GPU), or "
-            "remove the DeepSpeed config"
+            f"a DeepSpeed config was given, but accelerate trains without DeepSpeed ({accelerator.distributed_type}): "
+            "that is what ACCELERATE_USE_CPU=true, `use_cpu: true` of accelerate launch and Accelerator(cpu=True) do. "
+            "Remove them (DS_ACCELERATOR=cpu keeps DeepSpeed from a GPU), or remove the DeepSpeed config"
         )
 
 
-def _refuse_other_processes(optimizer: LayerwiseOptimizer, state: AcceleratorState) -> None:
+def _refuse_other_processes(accelerator: Accelerator, optimizer: LayerwiseOptimizer) -> None:
     processes = _processes()
-    averaged_by_hand = getattr(optimizer, "data_parallel_group", None) is not None
-    if state.num_processes == processes or averaged_by_hand:
+    if accelerator.num_processes == processes:
         return
+    averaged = accelerator.distributed_type == DistributedType.DEEPSPEED or any(
+        isinstance(module, AVERAGING) for model in accelerator._models for module in model.modules()
+    )
+    if accelerator._dataloaders:
+        consequence = "each of them would read all of the data, as if it were alone"
+    elif averaged or not accelerator._models or getattr(optimizer, "data_parallel_group", None) is not None:
+        return  # the program itself sees to what accelerate cannot
+    else:
+        consequence = "nobody averages their gradients, so that each of them would train a model of its own"
     raise ConflictingSettingsError(
-        f"accelerate counts {state.num_processes} process, but {processes} train: each of them would go through all of "
-        "the data, as if it were alone. On a machine without GPU write TrainingArguments(use_cpu=True), "
-        "Accelerator(cpu=True), or before an Accelerator with DeepSpeed count_ranks_on_cpu() of "
-        "trustratio.integrations.accelerate. With GPUs start the processes with torchrun, deepspeed or accelerate "
-        "launch, which say LOCAL_RANK"
+        f"accelerate counts {accelerator.num_processes} process, but {processes} train: {consequence}. On a machine "
+        "without GPU write TrainingArguments(use_cpu=True), Accelerator(cpu=True), or, before an Accelerator with "
+        "DeepSpeed, count_ranks_on_cpu() of trustratio.integrations.accelerate. With GPUs start the processes with "
+        "torchrun, deepspeed or accelerate launch, which set LOCAL_RANK"
     )
 
 
@@ -73,11 +85,11 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
-def _refuse_steps_per_process(optimizer: Any, prepared: AcceleratedScheduler) -> None:
+def _refuse_steps_per_process(accelerator: Accelerator, prepared: AcceleratedScheduler, optimizer: Any) -> None:
     """Raise if a schedule counts updates, and accelerate would step it once per process in each of them."""
     if isinstance(prepared, DeepSpeedSchedulerWrapper) or not prepared.step_with_optimizer or prepared.split_batches:
         return
-    processes = AcceleratorState().num_processes
+    processes = accelerator.num_processes
     for scheduler in _with_parts(prepared.scheduler):
         if processes > 1 and getattr(scheduler, "counts_updates", False) and innermost(scheduler) is optimizer:
             raise ConflictingSettingsError(
