@@ -10,34 +10,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch.optim import Optimizer
-
 from trustratio.optimizers import LayerwiseOptimizer
-from trustratio.optimizers.sharding.backends import Backend, register_backend
+
+from .guards.accelerated import check_accelerate
+from .guards.replaced import KEEP_IT, ConflictingSettingsError, ReplacedOptimizerError, innermost, refuse_replacement
 
 __all__ = [
-    "AccelerateBackend",
+    "ConflictingSettingsError",
     "ReplacedOptimizerError",
+    "check_accelerate",
     "count_ranks_on_cpu",
     "layerwise_optimizer",
     "refuse_replacement",
 ]
-
-KEEP_IT = 'set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config, beside offload_optimizer'
-
-
-class ReplacedOptimizerError(RuntimeError):
-    """Training would go on with another optimizer than the one that was given."""
-
-
-def innermost(optimizer: Any) -> Any:
-    """Return what the wrappers of accelerate and DeepSpeed finally step: they all name it `optimizer`."""
-    while not isinstance(optimizer, LayerwiseOptimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            return optimizer
-        optimizer = inner
-    return optimizer
 
 
 def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
@@ -71,33 +56,3 @@ def count_ranks_on_cpu() -> None:
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-
-
-def refuse_replacement(optimizer: Any) -> None:
-    """Raise if the optimizer was built from the groups of one of ours, whose place it has taken.
-
-    Our groups have a key that nobody else's have: `adapt`. A wrapper that holds our optimizer may show our groups.
-
-    Raises:
-        ReplacedOptimizerError: If so.
-    """
-    if isinstance(optimizer, LayerwiseOptimizer) or not any("adapt" in group for group in optimizer.param_groups):
-        return
-    wraps = any(isinstance(value, Optimizer) for value in vars(optimizer).values())
-    if wraps or "adapt" in getattr(optimizer, "defaults", {}):
-        return
-    raise ReplacedOptimizerError(
-        f"{type(optimizer).__name__} was made from the parameter groups of an optimizer of trustratio and would train "
-        f"in its place. Accelerate does so under DeepSpeed's offload_optimizer: {KEEP_IT}"
-    )
-
-
-class AccelerateBackend(Backend):
-    """Looks whether an optimizer that is about to step has taken the place of one of ours."""
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Raise ReplacedOptimizerError if it has."""
-        refuse_replacement(optimizer)
-
-
-register_backend(AccelerateBackend())

@@ -13,7 +13,7 @@ Read from transformers 5.23.0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -27,7 +27,11 @@ from trustratio.optimizers.noise_scale import RunningNoise, adascale, gradient_n
 from trustratio.optimizers.sharding.backends import Backend, given_to, register_backend
 from trustratio.optimizers.sharding.living import living
 
-from .accelerate import ReplacedOptimizerError, innermost, layerwise_optimizer, refuse_replacement
+from .accelerate import layerwise_optimizer
+from .guards.loss import watch_first_loss
+from .guards.replaced import ReplacedOptimizerError, innermost, refuse_replacement
+from .guards.trainer import calling_trainer, refuse_uncalled_pair, refuse_unread_arguments, warn_of_lost_clipping
+from .named_layers import named_layers
 
 __all__ = [
     "OptimizerFactory",
@@ -44,7 +48,13 @@ IGNORED_LABEL = -100
 
 
 class OptimizerFactory:
-    """What `optimizer_cls_and_kwargs` calls, a factory in the Trainer's words, with the model it trains."""
+    """What `optimizer_cls_and_kwargs` calls, a factory in the Trainer's words, with the model it trains.
+
+    Attributes:
+        made: All optimizers that factories have made.
+    """
+
+    made: ClassVar[WeakSet[LayerwiseOptimizer]] = WeakSet()
 
     def __call__(self, model: torch.nn.Module, *, name: str, **options: Any) -> LayerwiseOptimizer:
         """Build the optimizer over the model's named trainable parameters.
@@ -54,10 +64,10 @@ class OptimizerFactory:
         """
         clipped = _embedding_weights(model) if options.pop("cowclip", False) else set()
         groups: dict[str, list[tuple[str, torch.Tensor]]] = {"clipped": [], "decayed": [], "plain": []}
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                kind = "clipped" if id(parameter) in clipped else "decayed" if _is_matrix(parameter) else "plain"
-                groups[kind].append((parameter_name, parameter))
+        for layer in named_layers(model):
+            if layer.parameter.requires_grad:
+                kind = "clipped" if id(layer.parameter) in clipped else "decayed" if layer.is_matrix else "plain"
+                groups[kind].append((layer.name, layer.parameter))
         options_of: dict[str, dict[str, Any]] = {"clipped": {"cowclip": True}, "plain": {"weight_decay": 0.0}}
         filled = [{"params": members, **options_of.get(kind, {})} for kind, members in groups.items() if members]
         if not filled:
@@ -65,6 +75,7 @@ class OptimizerFactory:
         optimizer = create_optimizer(name, filled, **options)
         if isinstance(optimizer, CowClip) and groups["clipped"]:
             optimizer.count_lookups(model)
+        self.made.add(optimizer)
         return optimizer
 
 
@@ -91,11 +102,6 @@ def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFact
         )
     create_optimizer(name, [torch.nn.Parameter(torch.zeros(1, 1))], **options)  # errors now, not when training starts
     return OptimizerFactory, {"name": name, **options}
-
-
-def _is_matrix(parameter: torch.Tensor) -> bool:
-    # Under zero.Init a parameter's own shape is (0,).
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def _embedding_weights(model: torch.nn.Module) -> set[int]:
@@ -181,7 +187,7 @@ class TrustRatioCallback(TrainerCallback):
         """Find the optimizer, name its layers, and start to collect norms."""
         model = kwargs["model"]
         self._optimizer = layerwise_optimizer(kwargs["optimizer"])
-        self._optimizer.name_parameters(model.named_parameters())
+        self._optimizer.name_parameters((layer.name, layer.parameter) for layer in named_layers(model))
         self._logged = state.global_step
         if self.noise:
             _check_groups(args)
@@ -240,10 +246,11 @@ def _check_groups(args: TrainingArguments) -> None:
 
 
 class DroppedOptimizerGuard(TrainerCallback):
-    """Raises, at the end of the set-up, if the Trainer was given one of our optimizers and steps with another.
+    """Raises, before the first step, if the Trainer trains with another optimizer or rate than it was given.
 
-    ``Trainer(optimizers=(optimizer, None))`` under DeepSpeed drops the optimizer and trains with AdamW. Importing this
-    module puts the guard into every Trainer, as one of its default callbacks.
+    ``Trainer(optimizers=(optimizer, None))`` under DeepSpeed drops the optimizer and trains with AdamW, and a section
+    "optimizer" in DeepSpeed's config has the pair of `optimizer_for_trainer` never called. Importing this module puts
+    the guard into every Trainer, as one of its default callbacks.
     """
 
     def __init__(self) -> None:
@@ -257,12 +264,25 @@ class DroppedOptimizerGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare it with the one that will step."""
-        stepping = innermost(kwargs["optimizer"])
+        """Compare what was given with what is about to train."""
+        trainer, stepping = calling_trainer(), innermost(kwargs["optimizer"])
         if isinstance(stepping, torch.optim.Optimizer):
             refuse_replacement(stepping)
         if self._given is not None and stepping is not self._given:
             raise _dropped(type(self._given).__name__, stepping)
+        refuse_uncalled_pair(trainer, stepping, _is_made_by_pair(trainer, stepping))
+        if isinstance(stepping, LayerwiseOptimizer):
+            refuse_unread_arguments(args, stepping)
+            warn_of_lost_clipping(trainer)
+            watch_first_loss(trainer)
+
+
+def _is_made_by_pair(trainer: Trainer, stepping: Any) -> bool:
+    """Whether the optimizer is what the Trainer's pair makes; so it is if the Trainer has none of ours."""
+    made_by = (trainer.optimizer_cls_and_kwargs or (None,))[0]
+    if not (isinstance(made_by, type) and issubclass(made_by, (OptimizerFactory, LayerwiseOptimizer))):
+        return True
+    return stepping in OptimizerFactory.made if issubclass(made_by, OptimizerFactory) else isinstance(stepping, made_by)
 
 
 def _dropped(given: str, stepping: Any) -> ReplacedOptimizerError:
@@ -281,6 +301,8 @@ class TrainerBackend(Backend):
 
     def __init__(self) -> None:
         self._unguarded = WeakSet(living(Trainer))
+        for trainer in self._unguarded:
+            trainer.add_callback(DroppedOptimizerGuard)  # for all else, where training is yet to begin
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ReplacedOptimizerError if one of those Trainers steps with another optimizer than ours."""

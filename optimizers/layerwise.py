@@ -7,8 +7,8 @@ One `step()` call runs the algorithm's `stages`, whose sums are reduced over the
 from __future__ import annotations
 
 import math
-import weakref
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,8 @@ from .stepping.state import as_kept, on_device
 from .stepping.step import Step
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
+
+PARAMETER_KEYS = ("params", "param_names")
 
 
 @dataclass
@@ -269,6 +271,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         return max((group.get("step", 0) for group in self.param_groups[:-1]), default=0)
 
     def _remember(self, group: dict[str, Any]) -> None:
+        self.given_options.append({key: _kept(value) for key, value in group.items() if key not in PARAMETER_KEYS})
         names = group.get("param_names") or [None] * len(group["params"])
         self._names.update(WeakIdKeyDictionary(dict(zip(group["params"], names, strict=False))))
         if self.statistics is not None:
@@ -280,6 +283,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         statistics = None if wanted is None else GradientStatistics(self, squares=wanted == "squares")
         self._shared = _Shared(weakref.ref(self), statistics)
         self._plans = Plans()
+        # Of each group, as the user gave them: schedulers write over the groups' own.
+        self.given_options: list[dict[str, Any]] = []
         self._loaded = False
         self._options = GroupOptions()
         self._watches_rounding = True
@@ -463,3 +468,7 @@ def _whole_number(step: Any) -> int:
     if not is_number(step) or not 0 <= step < math.inf or int(step) != step:
         raise ValueError(f"step must be the number of steps taken, a whole number, got {step!r}")
     return int(step)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -83,7 +83,14 @@ def warmup_stable_decay(
 
 
 class FactorLR(LRScheduler):
-    """Sets every group's rate to its initial one times `factor(step)`; a schedule fills in `factor`."""
+    """Sets every group's rate to its initial one times `factor(step)`; a schedule fills in `factor`.
+
+    Attributes:
+        counts_updates: that `step()` is called once per update. `accelerator.prepare` would have it called once per
+            process; that is refused at the optimizer's first step.
+    """
+
+    counts_updates = True
 
     def factor(self, step: int) -> float:
         """Return the factor for the update number `step`, counted from 0."""

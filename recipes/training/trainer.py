@@ -22,8 +22,6 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from trustratio.integrations.accelerate import count_ranks_on_cpu
-
 from ..common.errors import RecipeError, TrainingFailure
 from ..configuration.phases import carry_over
 from ..data.masking import MaskedBatch
@@ -80,7 +78,9 @@ class RecipeTrainer(Trainer):
         self.run, self.parts, self.checkpoints, self.records, self.stop = run, parts, checkpoints, records, stop
         self.loss = torch.zeros(())
         self.masked, self.norm, self.stopping = 0, None, False
-        super().__init__(parts.model, training_arguments(run, checkpoints.folder))
+        # DeepSpeed has followed this variable to the CPU, and accelerate would leave DeepSpeed out.
+        with without_variable(os.environ, "ACCELERATE_USE_CPU"):
+            super().__init__(parts.model, training_arguments(run, checkpoints.folder))
         # One batch of the Trainer is one update; DeepSpeed was told of the micro-batches.
         self.args.gradient_accumulation_steps = 1
         self.phases = phases_with_data(run, data, self.args.device)
@@ -349,8 +349,6 @@ def training_arguments(run: CheckedRun, folder: Path) -> TrainingArguments:
     training = run.config.training
     on_cpu = get_accelerator().device_name() == "cpu"
     settings = copy.deepcopy(run.settings)
-    if settings is not None and on_cpu:
-        count_ranks_on_cpu()
     # The launcher's list of fields, which accelerate holds against a complete configuration.
     with without_variable(os.environ, "ACCELERATE_CONFIG_DS_FIELDS"):
         return TrainingArguments(
@@ -371,7 +369,6 @@ def training_arguments(run: CheckedRun, folder: Path) -> TrainingArguments:
             dataloader_pin_memory=False,
             ddp_find_unused_parameters=False,  # there are none; the Trainer's default looks for them in every backward
             disable_tqdm=True,
-            use_cpu=on_cpu and settings is None,
+            use_cpu=on_cpu,
             deepspeed=settings,
-            accelerator_config={"use_configured_state": on_cpu and settings is not None},
         )

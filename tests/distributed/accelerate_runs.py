@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -13,9 +13,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR
+from torch.utils.data import DataLoader
 
-from trustratio.integrations.accelerate import layerwise_optimizer
+from trustratio.integrations.accelerate import count_ranks_on_cpu, layerwise_optimizer
 from trustratio.optimizers import LAMB
+from trustratio.recipes.rules.schedules import WarmupPolynomial
 
 from .cases import Case, CaseRun, deepspeed_config, group_gradients
 
@@ -169,3 +173,64 @@ def harmless() -> None:
         prepared.step()
         engine.destroy()
     assert not unused.state
+
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "ours": lambda optimizer: WarmupPolynomial(optimizer, 2, 10),
+    "ours in a chain": lambda optimizer: ChainedScheduler([WarmupPolynomial(optimizer, 2, 10)], optimizer),
+    "torch's": lambda optimizer: LambdaLR(optimizer, lambda step: 1.0 / (step + 1)),
+}
+
+
+def scheduled(schedule: str, optimizer_class: Any, prepare: bool = True, **options: Any) -> list[float] | str:
+    """Train for three updates with a schedule given to accelerate; the rates, or the error."""
+    with fresh_accelerate(deepspeed=False):
+        accelerator = Accelerator(cpu=True, **options)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+        scheduler = SCHEDULES[schedule](optimizer)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        scheduler = accelerator.prepare(scheduler) if prepare else scheduler
+        before, rates = model.module.weight.detach().clone(), []
+        try:
+            for _ in range(3):
+                accelerator.backward(model(torch.ones(2, 4)).square().sum())
+                rates.append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        except RuntimeError as error:
+            assert torch.equal(before, model.module.weight), "weights moved before the error"
+            return f"{type(error).__name__}: {error}"
+        return rates
+
+
+def miscounted(way: str, load: bool) -> str:
+    """Take a step where accelerate counts one of two processes, or leaves out DeepSpeed; the error, or what stepped."""
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    plugin = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)} if "DeepSpeed" in way else {}
+    with fresh_accelerate(deepspeed=False):
+        if way == "DeepSpeed, counted":
+            count_ranks_on_cpu()
+        accelerator = Accelerator(cpu="cpu" in way, **plugin)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = LAMB(model.named_parameters(), lr=0.1)
+        if way == "averaged by hand":
+            optimizer.data_parallel_group = dist.group.WORLD  # type: ignore[attr-defined]
+        if way == "wrapped by hand":
+            model = DistributedDataParallel(model)  # type: ignore[assignment]
+        loader = accelerator.prepare(DataLoader(torch.ones(8, 4), batch_size=2)) if load else [torch.ones(2, 4)]  # type: ignore[arg-type]
+        model, prepared = accelerator.prepare(model, optimizer)
+        weights = next(iter(model.parameters()))
+        before = weights.detach().clone()
+        try:
+            accelerator.backward(model(next(iter(loader))).square().sum())
+            prepared.step()
+        except RuntimeError as error:
+            assert torch.equal(before, weights), "weights moved before the error"
+            return f"{type(error).__name__}: {error}"
+        finally:
+            getattr(model, "destroy", lambda: None)()
+        return type(layerwise_optimizer(prepared)).__name__

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers import LAMB, OPTIMIZERS
 
-from .accelerate_runs import harmless, offloaded, run_accelerated
+from .accelerate_runs import harmless, miscounted, offloaded, run_accelerated, scheduled
 from .exactness import BOUND, assert_exact, worst_error
 from .pool import WorkerPool
 from .test_exactness import make_case
@@ -66,3 +67,37 @@ def test_an_optimizer_that_offload_would_replace_is_refused(pool: WorkerPool, wo
 @pytest.mark.parametrize("world_size", [2])
 def test_no_false_alarm(pool: WorkerPool, world_size: int) -> None:
     pool.run(harmless)
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("optimizer_class", [LAMB, torch.optim.AdamW])
+def test_schedules_that_count_updates_are_not_prepared(
+    pool: WorkerPool, optimizer_class: type, world_size: int
+) -> None:
+    """Accelerate steps what it has prepared once per process, which ends our schedules early."""
+    for schedule in ("ours", "ours in a chain"):
+        for answer in pool.run(scheduled, schedule, optimizer_class):
+            assert answer.startswith("ConflictingSettingsError: WarmupPolynomial counts updates"), answer
+            assert "2 times per update" in answer
+            assert "Leave it out of accelerator.prepare" in answer
+    wanted = pytest.approx([0.05, 0.1, 0.1])
+    assert pool.run(scheduled, "ours", optimizer_class, prepare=False) == [wanted] * 2
+    assert pool.run(scheduled, "ours", optimizer_class, step_scheduler_with_optimizer=False) == [wanted] * 2
+    # What torch's do is accelerate's documented way: those who know it give them more steps.
+    assert pool.run(scheduled, "torch's", optimizer_class) == [pytest.approx([0.1, 0.1 / 3, 0.1 / 5])] * 2
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_processes_and_engines_that_accelerate_does_not_see(pool: WorkerPool, world_size: int) -> None:
+    for way, load in (("alone", True), ("alone", False), ("wrapped by hand", True), ("DeepSpeed", True)):
+        for answer in pool.run(miscounted, way, load):
+            assert answer.startswith("ConflictingSettingsError: accelerate counts 1 process, but 2 train"), answer
+            assert "use_cpu=True" in answer
+            assert ("read all of the data" if load else "a model of its own") in answer
+    for answer in pool.run(miscounted, "DeepSpeed, cpu", False):
+        assert answer.startswith("ConflictingSettingsError: a DeepSpeed config was given, but accelerate"), answer
+        assert "ACCELERATE_USE_CPU=true" in answer
+    for way in ("averaged by hand", "wrapped by hand"):
+        assert pool.run(miscounted, way, False) == ["LAMB", "LAMB"]
+    for way in ("cpu", "DeepSpeed, counted"):
+        assert pool.run(miscounted, way, True) == ["LAMB", "LAMB"]

@@ -8,7 +8,7 @@ import pytest
 
 from .pool import WorkerPool
 from .test_accelerate import NAMES
-from .trainer_runs import STEPS, dropped, train, train_plainly
+from .trainer_runs import STEPS, dropped, grouped, train, train_plainly
 
 STAGES: tuple[str | int, ...] = ("ddp", 0, 1, 2, 3)
 
@@ -54,12 +54,37 @@ def test_zero_init_and_noise(pool: WorkerPool, world_size: int, tmp_path: Any) -
 
 
 @pytest.mark.parametrize("world_size", [2])
-def test_dropped_optimizers_are_refused(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
-    for answer in pool.run(dropped, str(tmp_path), 1, "optimizers"):
-        assert answer.startswith("ReplacedOptimizerError: the Trainer was given LAMB but would train with Adam"), answer
-        assert 'optimizer_cls_and_kwargs=optimizer_for_trainer("lamb"' in answer
-    for answer in pool.run(dropped, str(tmp_path), 2, "offload"):
-        assert answer.startswith("ReplacedOptimizerError: DeepSpeedCPUAdam"), answer
-    for answer in pool.run(dropped, str(tmp_path), 1, "config"):
-        assert answer.startswith("ReplacedOptimizerError: Adam"), answer
+def test_other_optimizers_rates_and_processes_are_refused(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
+    """Before the first step, without any callback; each way of being given another run than was asked for."""
+    beginnings = {
+        "optimizers": "ReplacedOptimizerError: the Trainer was given LAMB but would train with Adam",
+        "offload": "ReplacedOptimizerError: DeepSpeedCPUAdam",
+        "optimizer section": "ReplacedOptimizerError: AdamW would train in place of the optimizer of optimizer_cls",
+        "scheduler section": 'ConflictingSettingsError: LAMB was given lr=0.05, and the section "scheduler" of the D',
+        "one process": "ConflictingSettingsError: accelerate counts 1 process, but 2 train",
+        "accelerate's CPU": "ConflictingSettingsError: a DeepSpeed config was given, but accelerate trains without",
+    }
+    cures = {
+        "optimizers": 'optimizer_cls_and_kwargs=optimizer_for_trainer("lamb"',
+        "offload": '"zero_force_ds_cpu_optimizer": false',
+        "optimizer section": "remove that section",
+        "scheduler section": '"warmup_max_lr": 0.05',
+        "one process": "TrainingArguments(use_cpu=True)",
+        "accelerate's CPU": "ACCELERATE_USE_CPU=true",
+    }
+    for way, beginning in beginnings.items():
+        for answer in pool.run(dropped, str(tmp_path), 2 if way == "offload" else 1, way):
+            assert answer.startswith(beginning), answer
+            assert cures[way] in answer
     assert pool.run(dropped, str(tmp_path), "ddp", "optimizers") == ["LAMB", "LAMB"]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_groups_follow_the_layers_own_shapes(pool: WorkerPool, world_size: int) -> None:
+    """Whatever a wrapper has made of the parameters: FSDP1 leaves flat runs of them, zero.Init nothing."""
+    plain = pool.run(grouped, "none")[0]
+    assert plain["bert.embeddings.word_embeddings.weight"] == (0.1, True)
+    assert plain["cls.predictions.transform.dense.weight"] == (0.1, False)
+    assert plain["cls.predictions.bias"] == (0.0, False)
+    for wrapper in ("fsdp1", "fsdp1, each layer", "fsdp1, no shard", "fsdp2", "zero.Init"):
+        assert pool.run(grouped, wrapper) == [plain] * 2, wrapper

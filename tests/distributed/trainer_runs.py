@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+from transformers.models.bert.modeling_bert import BertLayer
 
-from trustratio.integrations.accelerate import count_ranks_on_cpu, layerwise_optimizer
+from trustratio.integrations.accelerate import layerwise_optimizer
 from trustratio.integrations.transformers import (
+    OptimizerFactory,
     TrustRatioCallback,
     masked_language_modeling_loss,
     optimizer_for_trainer,
@@ -24,6 +33,7 @@ from .cases import gathered
 SHAPE = {"vocab_size": 31, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 8}
 STEPS, ACCUMULATION, MICRO, RANKS = 3, 2, 2, 2
+ZERO_3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 transformers.logging.set_verbosity_error()
 
@@ -45,10 +55,9 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(folder: str, stage: str | int, **changes: Any) -> TrainingArguments:
-    deepspeed = None
+    settings = None
     if isinstance(stage, int):
-        count_ranks_on_cpu()
-        deepspeed = {
+        settings = {
             "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
@@ -56,6 +65,7 @@ def arguments(folder: str, stage: str | int, **changes: Any) -> TrainingArgument
             "zero_optimization": {"stage": stage, **changes.pop("zero", {})},
             **changes.pop("config", {}),
         }
+        settings = {key: value for key, value in settings.items() if value is not None}
     given: dict[str, Any] = {
         "per_device_train_batch_size": MICRO,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -66,9 +76,8 @@ def arguments(folder: str, stage: str | int, **changes: Any) -> TrainingArgument
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": deepspeed is None,
-        "deepspeed": deepspeed,
-        "accelerator_config": {"use_configured_state": deepspeed is not None},
+        "use_cpu": True,
+        "deepspeed": settings,
         **changes,
     }
     return TrainingArguments(folder, **given)
@@ -80,7 +89,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 def train(name: str, stage: str | int, folder: str, zero_init: bool = False, noise: bool = False) -> dict[str, Any]:
     """Train with the Trainer; the weights, the last ratios and what was logged."""
-    with fresh_accelerate(isinstance(stage, int)):
+    with fresh_accelerate(False):
         args = arguments(folder, stage)
         torch.manual_seed(0)
         model = AutoModelForMaskedLM.from_config(config()) if zero_init else _model()
@@ -143,14 +152,23 @@ def train_plainly(name: str, ranks: int) -> dict[str, Any]:
     return {"start": start, "weights": weights, "ratios": optimizer.trust_ratios()}
 
 
+DECAYING = {"type": "WarmupDecayLR", "params": dict.fromkeys(("total_num_steps", "warmup_max_lr"), "auto")}
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "offload": {"zero": {"offload_optimizer": {"device": "cpu"}}},
+    "optimizer section": {"config": {"optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True}}}},
+    "scheduler section": {"config": {"scheduler": DECAYING}},
+    # With this size in the config DeepSpeed itself would notice.
+    "one process": {"use_cpu": False, "config": {"train_batch_size": None}},
+}
+
+
 def dropped(folder: str, stage: str | int, way: str) -> str:
-    """Give LAMB to the Trainer in a way that DeepSpeed may drop; the name of what steps, or the error."""
-    with fresh_accelerate(isinstance(stage, int)), unbuilt_cpu_adam():
-        changes: dict[str, Any] = {}
-        if way == "offload":
-            changes["zero"] = {"offload_optimizer": {"device": "cpu"}}
-        if way == "config":
-            changes["config"] = {"optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True}}}
+    """Give LAMB to the Trainer in a way that DeepSpeed may drop or re-rate; the name of what steps, or the error."""
+    with fresh_accelerate(False), unbuilt_cpu_adam(), mock.patch.dict(os.environ):
+        changes = copy.deepcopy(CHANGES.get(way, {}))
+        if way == "accelerate's CPU":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         args = arguments(folder, stage, **changes)
         model = _model()
         given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_for_trainer("lamb", lr=0.05)}
@@ -163,8 +181,6 @@ def dropped(folder: str, stage: str | int, way: str) -> str:
             compute_loss_func=masked_language_modeling_loss,
             **given,
         )
-        if way == "config":
-            trainer.add_callback(TrustRatioCallback(trainer))
         try:
             with contextlib.redirect_stdout(None):
                 trainer.train()
@@ -174,3 +190,26 @@ def dropped(folder: str, stage: str | int, way: str) -> str:
         finally:
             getattr(trainer.model_wrapped, "destroy", lambda: None)()
         return type(layerwise_optimizer(trainer.optimizer)).__name__
+
+
+def grouped(wrapper: str) -> dict[str, tuple[float, bool]]:
+    """Make CowClip over a wrapped model; each layer's weight decay, and whether its rows are clipped."""
+    model: torch.nn.Module = _model()
+    if wrapper == "zero.Init":
+        deepspeed.zero.Init(module=model, config_dict_or_path=ZERO_3)
+    elif "fsdp1" in wrapper:
+        model = FullyShardedDataParallel(
+            model,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy({BertLayer}) if "each" in wrapper else None,
+            sharding_strategy=ShardingStrategy.NO_SHARD if "no shard" in wrapper else ShardingStrategy.FULL_SHARD,
+        )
+    elif wrapper == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    optimizer = OptimizerFactory()(model, name="cowclip", lr=0.1, weight_decay=0.1, cowclip=True)
+    return {
+        name: (group["weight_decay"], group["cowclip"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }

@@ -51,25 +51,46 @@ class Recorder(TrainerCallback):
         self.logs.append((state.global_step, dict(kwargs["logs"])))
 
 
-def trained(folder, micro=8, accumulation=8, steps=1, callback=None, count=64, logging="steps", **options):
+def trained(
+    folder,
+    micro=8,
+    accumulation=8,
+    steps=1,
+    callback=None,
+    count=64,
+    logging="steps",
+    *,
+    trainer_class=Trainer,
+    model=small_bert,
+    optimizers=None,
+    arguments=None,
+    **options,
+):
     """Train on `count` rows, 64 per step unless told otherwise; the trainer."""
-    options.setdefault("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.5}))
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
-        max_grad_norm=1e9,  # so that the norm is logged and nothing is clipped
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        logging_strategy=logging,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    model = model()
+    if optimizers is not None:
+        options["optimizers"] = optimizers(model)
+    else:
+        options.setdefault("optimizer_cls_and_kwargs", (torch.optim.SGD, {"lr": 0.5}))
+    given = {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "max_grad_norm": 1e9,  # so that the norm is logged and nothing is clipped
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_strategy": logging,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **(arguments or {}),
+    }
     recorder = Recorder()
-    trainer = Trainer(small_bert(), arguments, train_dataset=rows(count), callbacks=[recorder], **options)
+    data = rows(count)
+    trainer = trainer_class(
+        model, TrainingArguments(str(folder), **given), train_dataset=data, callbacks=[recorder], **options
+    )
     if callback is not None:
         trainer.add_callback(callback(trainer))
     with contextlib.redirect_stdout(None):

@@ -25,7 +25,7 @@ RUNS = {
     "loop-zero-0": ({}, LOOP, ("--zero_stage", "0")),
     "loop-zero-3": ({}, LOOP, ("--zero_stage", "3")),
     "loop-ddp": ({**ACCELERATE, "ACCELERATE_USE_CPU": "true"}, LOOP_ACCELERATE, ()),
-    "trainer-zero-1": ({}, TRAINER, ("--zero_stage", "1")),
+    "trainer-zero-1": ({"ACCELERATE_USE_CPU": "true"}, TRAINER, ("--zero_stage", "1")),
     "trainer-accelerate-zero-3": ({**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, TRAINER, ()),
 }
 TEN_UPDATES = (*SMALL, "--steps", "10", "model.max_positions=16")

@@ -1,0 +1,110 @@
+"""What accelerate makes of a program: how many processes it counts, in which engine it trains, who steps schedulers.
+
+Read from accelerate 1.15.0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.sharding.living import living
+
+from .first_step import check_once
+from .replaced import ConflictingSettingsError, innermost, refuse_replacement
+
+__all__ = ["check_accelerate"]
+
+AVERAGING = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+
+
+def check_accelerate(optimizer: Any) -> None:
+    """Raise if accelerate would train the optimizer otherwise than the program reads.
+
+    Raises:
+        ReplacedOptimizerError: If another optimizer has taken the place of ours.
+        ConflictingSettingsError: If accelerate counts other processes than there are, leaves out DeepSpeed, or would
+            step a scheduler of ours several times per update.
+    """
+    refuse_replacement(optimizer)
+    for accelerator in living(Accelerator):
+        for scheduler in accelerator._schedulers:
+            _refuse_steps_per_process(accelerator, scheduler, optimizer)
+        if isinstance(optimizer, LayerwiseOptimizer) and any(
+            innermost(prepared) is optimizer for prepared in accelerator._optimizers
+        ):
+            _refuse_other_engine(accelerator)
+            _refuse_other_processes(accelerator, optimizer)
+
+
+def _refuse_other_engine(accelerator: Accelerator) -> None:
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if asked and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ConflictingSettingsError(
+            f"a DeepSpeed config was given, but accelerate trains without DeepSpeed ({accelerator.distributed_type}): "
+            "that is what ACCELERATE_USE_CPU=true, `use_cpu: true` of accelerate launch and Accelerator(cpu=True) do. "
+            "Remove them (DS_ACCELERATOR=cpu keeps DeepSpeed from a GPU), or remove the DeepSpeed config"
+        )
+
+
+def _refuse_other_processes(accelerator: Accelerator, optimizer: LayerwiseOptimizer) -> None:
+    processes = _processes()
+    if accelerator.num_processes == processes:
+        return
+    averaged = accelerator.distributed_type == DistributedType.DEEPSPEED or any(
+        isinstance(module, AVERAGING) for model in accelerator._models for module in model.modules()
+    )
+    if accelerator._dataloaders:
+        consequence = "each of them would read all of the data, as if it were alone"
+    elif averaged or not accelerator._models or getattr(optimizer, "data_parallel_group", None) is not None:
+        return  # the program itself sees to what accelerate cannot
+    else:
+        consequence = "nobody averages their gradients, so that each of them would train a model of its own"
+    raise ConflictingSettingsError(
+        f"accelerate counts {accelerator.num_processes} process, but {processes} train: {consequence}. On a machine "
+        "without GPU write TrainingArguments(use_cpu=True), Accelerator(cpu=True), or, before an Accelerator with "
+        "DeepSpeed, count_ranks_on_cpu() of trustratio.integrations.accelerate. With GPUs start the processes with "
+        "torchrun, deepspeed or accelerate launch, which set LOCAL_RANK"
+    )
+
+
+def _processes() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    # Those that torchrun started: without a process group each of them trains alone.
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+
+
+def _refuse_steps_per_process(accelerator: Accelerator, prepared: AcceleratedScheduler, optimizer: Any) -> None:
+    """Raise if a schedule counts updates, and accelerate would step it once per process in each of them."""
+    if isinstance(prepared, DeepSpeedSchedulerWrapper) or not prepared.step_with_optimizer or prepared.split_batches:
+        return
+    processes = accelerator.num_processes
+    for scheduler in _with_parts(prepared.scheduler):
+        if processes > 1 and getattr(scheduler, "counts_updates", False) and innermost(scheduler) is optimizer:
+            raise ConflictingSettingsError(
+                f"{type(scheduler).__name__} counts updates, but accelerate steps a prepared scheduler once per "
+                f"process, {processes} times per update: the schedule would end after 1/{processes} of the training. "
+                "Leave it out of accelerator.prepare, and call scheduler.step() after optimizer.step() `if "
+                "accelerator.sync_gradients`"
+            )
+
+
+def _with_parts(scheduler: Any) -> Iterator[Any]:
+    """Yield a scheduler and those that torch's SequentialLR and ChainedScheduler are made of."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _with_parts(part)
+
+
+check_once(check_accelerate)

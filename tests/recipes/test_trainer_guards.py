@@ -1,0 +1,147 @@
+"""What the Trainer was asked for and would not do is said before the first weight moves."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import Trainer
+
+from trustratio.integrations.accelerate import ConflictingSettingsError, ReplacedOptimizerError
+from trustratio.integrations.transformers import masked_language_modeling_loss, optimizer_for_trainer
+from trustratio.optimizers import LAMB, LARS
+
+from .test_trainer import small_bert, trained
+
+LAMB_PAIR = {"optimizer_cls_and_kwargs": optimizer_for_trainer("lamb", lr=0.01)}
+
+
+# The loss under accumulation ----------------------------------------------------------------------------------------
+
+
+class MeanAgain(Trainer):
+    """Computes a loss of its own, as many scripts do, and takes no notice of the number of items."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class MeanSaidSo(MeanAgain):
+    loss_is_scaled_for_ga = False
+
+
+class Handed(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def mean_of_micro_batch(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+
+
+class Dividing(torch.nn.Module):
+    """A model of one's own whose loss is divided by the number of items."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = small_bert()
+
+    def forward(self, input_ids, labels, num_items_in_batch=None, **kwargs):
+        outputs = self.bert(input_ids=input_ids)
+        return {"loss": masked_language_modeling_loss(outputs, labels, num_items_in_batch)}
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ({}, "BertForMaskedLM"),
+        ({"trainer_class": MeanAgain}, "MeanAgain.compute_loss"),
+        ({"trainer_class": Handed}, "Handed.compute_loss"),
+        ({"compute_loss_func": mean_of_micro_batch}, "compute_loss_func=mean_of_micro_batch"),
+        ({"accumulation": 1}, None),
+        ({"compute_loss_func": masked_language_modeling_loss}, None),
+        ({"compute_loss_func": masked_language_modeling_loss, "trainer_class": Handed}, None),
+        ({"trainer_class": MeanSaidSo}, None),
+        ({"model": Dividing}, None),
+        ({"arguments": {"label_smoothing_factor": 0.1}}, None),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, None),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_loss_that_is_too_large_by_the_accumulation_is_said_once(options, culprit, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(tmp_path, steps=2, **{"accumulation": 4, **LAMB_PAIR, **options})
+    said = [str(warning.message) for warning in caught if "num_items_in_batch" in str(warning.message)]
+    if culprit is None:
+        assert said == []
+    else:
+        (sentence,) = said
+        assert sentence.startswith(f"{culprit} does not divide its loss by num_items_in_batch")
+        assert "about 4 times too large" in sentence
+        assert "compute_loss_func=masked_language_modeling_loss" in sentence
+
+
+# Rates, decay and pairs ---------------------------------------------------------------------------------------------
+
+
+def of_lamb(**options):
+    return {"model": small_bert, "optimizers": lambda model: (LAMB(model.parameters(), **options), None)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ({"learning_rate": 0.02}, LAMB_PAIR, r"learning_rate=0.02\) is not read .* LAMB has lr=0.01: write lr=0.02"),
+        ({"learning_rate": 0.02}, {"optimizer_cls_and_kwargs": (LARS, {"lr": 0.5})}, "LARS has lr=0.5"),
+        # The class's default is no more asked for than the Trainer's.
+        ({"learning_rate": 0.02}, {"optimizer_cls_and_kwargs": (LAMB, {})}, "LAMB has lr=0.001: write lr=0.02"),
+        ({"learning_rate": 0.02}, of_lamb(lr=0.01), "LAMB has lr=0.01"),
+        ({"weight_decay": 0.3}, LAMB_PAIR, r"weight_decay=0.3\) is not read .* LAMB has weight_decay=0.01"),
+        ({"learning_rate": 0.01}, LAMB_PAIR, None),
+        ({"weight_decay": 0.01}, LAMB_PAIR, None),
+        ({"weight_decay": 0.3}, {"optimizer_cls_and_kwargs": (LAMB, {"lr": 0.1})}, None),  # which the Trainer gives it
+        ({"learning_rate": 0.02}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, None),
+        ({"learning_rate": 0.02, "lr_scheduler_type": "linear", "warmup_steps": 1}, of_lamb(lr=0.02), None),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_arguments_that_are_not_read_are_refused(arguments, options, message, tmp_path):
+    options = {"compute_loss_func": masked_language_modeling_loss, "arguments": arguments, **options}
+    if message is None:
+        assert trained(tmp_path, **options).state.global_step == 1
+        return
+    with pytest.raises(ConflictingSettingsError, match=message):
+        trained(tmp_path, **options)
+
+
+class OwnOptimizer(Trainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        return self.optimizer
+
+
+class OwnLamb(Trainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = LAMB(self.model.parameters(), lr=0.5)
+        return self.optimizer
+
+
+class WithMore(Trainer):
+    def create_optimizer(self, model=None):
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+
+@pytest.mark.parametrize("pair", [optimizer_for_trainer("lamb", lr=0.01), (LARS, {"lr": 0.01})], ids=["made", "plain"])
+@pytest.mark.parametrize("trainer_class", [OwnOptimizer, OwnLamb])
+def test_a_pair_that_nobody_calls_is_refused(trainer_class, pair, tmp_path):
+    with pytest.raises(
+        ReplacedOptimizerError, match=f"from {trainer_class.__name__}.create_optimizer, which overrides"
+    ):
+        trained(tmp_path, trainer_class=trainer_class, optimizer_cls_and_kwargs=pair)
+
+
+def test_a_pair_that_an_override_passes_on_is_called(tmp_path):
+    assert trained(tmp_path, trainer_class=WithMore, **LAMB_PAIR).state.global_step == 1
