@@ -15,7 +15,7 @@ import torch.distributed as dist
 from trustratio.optimizers.sharding.local_tensors import local_part, reduction_device
 
 from .local_state import WEIGHT, LocalLayer, LocalState
-from .ranks import device_for, of_all_ranks, raise_together, rank, several_ranks
+from .ranks import device_for, of_rank, raise_together, rank, ranks_that_differ, several_ranks
 
 __all__ = ["Catalogue", "as_json", "prove_positions", "share_out"]
 
@@ -50,11 +50,13 @@ class Catalogue:
         """
         mine, problems = _describe(local)
         catalogue = cls()
-        for theirs in of_all_ranks(mine):
-            for name, layer in theirs.items():
-                known = catalogue.layers.setdefault(name, layer)
-                if known.shape != layer.shape:
-                    problems.append(f"layer {name} has shape {known.shape} on one rank and {layer.shape} on another")
+        for source in ranks_that_differ(mine):
+            new = {name: layer for name, layer in mine.items() if name not in catalogue.layers}
+            catalogue.layers.update(of_rank(source, new if rank() == source else None))
+        for name, layer in mine.items():
+            known = catalogue.layers.setdefault(name, layer)
+            if known.shape != layer.shape:
+                problems.append(f"layer {name} has shape {known.shape} on one rank and {layer.shape} on another")
         raise_together(problems)
         return catalogue
 

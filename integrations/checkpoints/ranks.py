@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def several_ranks() -> bool:
 
 
 def of_all_ranks(value: Any) -> list[Any]:
-    """The value of each rank, on every rank."""
+    """The value of each rank, on every rank: of something small, since each gets as many as there are ranks."""
     if not several_ranks():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -35,9 +36,29 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
+def of_rank(source: int, value: Any) -> Any:
+    """The value of one rank, on every rank."""
+    values = [value]
+    if several_ranks():
+        dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+def ranks_that_differ(value: Any) -> list[int]:
+    """The lowest rank of each set of ranks that have the same value, by its `repr`; none if all have the same.
+
+    Costs a few bytes for each rank, however large the values are.
+    """
+    lowest: dict[bytes, int] = {}
+    for rank, digest in enumerate(of_all_ranks(hashlib.sha256(repr(value).encode()).digest())):
+        lowest.setdefault(digest, rank)
+    return list(lowest.values()) if len(lowest) > 1 else []
+
+
 def raise_together(problems: list[str]) -> None:
     """Raise OptimizerStateError on every rank if any rank has a problem; all ranks must call this."""
-    different = list(dict.fromkeys(problem for theirs in of_all_ranks(problems) for problem in theirs))
+    of_ranks = [of_rank(source, problems) for source in ranks_that_differ(problems)] or [problems]
+    different = list(dict.fromkeys(problem for theirs in of_ranks for problem in theirs))
     if different:
         raise OptimizerStateError("\n".join(different))
 

@@ -15,7 +15,6 @@ placements, so that torch.distributed.checkpoint knows how to save it; the arith
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from math import prod
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from trustratio.optimizers.sharding.backends import Backend, register_backend, tensor_parallel_groups
 from trustratio.optimizers.sharding.data_parallel import DataParallel
+from trustratio.optimizers.sharding.differences import first_difference
 from trustratio.optimizers.sharding.gradient_flow import GradientFlow
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
@@ -239,24 +239,26 @@ def _agree_on_placements(tensors: Sequence[torch.Tensor], names: Mapping[int, st
     Raises:
         LayoutError: On every rank of a process group alike, naming the first layer on which its ranks differ.
     """
-    by_group: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[tuple[Any, ...]]]] = {}
+    by_group: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[str]]] = {}
+    meshes: dict[int, str] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):
-            cut = (names[id(tensor)], tuple(tensor.shape), str(tensor.placements), tensor.device_mesh.mesh.tolist())
-            for process_group in tensor.device_mesh.get_all_groups():
+            mesh = tensor.device_mesh
+            if id(mesh) not in meshes:
+                meshes[id(mesh)] = str(mesh.mesh.tolist())
+            cut = f"({names[id(tensor)]}, {tuple(tensor.shape)}, {tensor.placements}, {meshes[id(mesh)]})"
+            for process_group in mesh.get_all_groups():
                 ranks = tuple(dist.get_process_group_ranks(process_group))
                 by_group.setdefault(ranks, (process_group, []))[1].append(cut)
     for process_group, cuts in by_group.values():
-        of_ranks: list[Any] = [None] * dist.get_world_size(process_group)
-        dist.all_gather_object(of_ranks, cuts, group=process_group)
-        for rank, others in enumerate(of_ranks):
-            differing = next((pair for pair in zip_longest(of_ranks[0], others) if pair[0] != pair[1]), None)
-            if differing is not None:
-                raise LayoutError(
-                    f"ranks disagree about the mesh or the placements of a parameter: {differing[0]} on the first rank "
-                    f"of a process group, {differing[1]} on its rank {rank} (name, shape, placements, mesh). Shard the "
-                    "model in the same way on all ranks"
-                )
+        of_ranks = first_difference(cuts, process_group)
+        if of_ranks is not None:
+            rank = next(rank for rank, cut in enumerate(of_ranks) if cut != of_ranks[0])
+            raise LayoutError(
+                f"ranks disagree about the mesh or the placements of a parameter: {of_ranks[0]} on the first rank of a "
+                f"process group, {of_ranks[rank]} on its rank {rank} (name, shape, placements, mesh). Shard the model "
+                "in the same way on all ranks"
+            )
 
 
 register_backend(DTensorBackend())

@@ -8,7 +8,7 @@ there are at most (ranks - 1) per layer, however many rows it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,25 +111,18 @@ class Rows:
 
 
 def _cut_rows(layout: Layout, layers: Sequence[int]) -> set[tuple[int, int]]:
-    """The (layer, row) pairs that a shard boundary of any rank cuts."""
-    return {
-        (layer, offset // layout.layers[layer].shape[1])
-        for layer, offset in _shard_offsets(layout, layers)
-        if offset % layout.layers[layer].shape[1]
-    }
-
-
-def _shard_offsets(layout: Layout, layers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (layer, offset) of all ranks' shards. Shards cover a layer, so one's end is another's offset."""
+    """(layer, row) pairs that a shard boundary of any rank cuts: each rank knows those in which its shards begin."""
+    cut: set[tuple[int, int]] = set()
     for process_group, sharded in layout.reductions:
-        wanted = set(layers).intersection(sharded)
+        wanted = {layer: layout.layers[layer].shape[1] for layer in set(layers).intersection(sharded)}
         if not wanted:
             continue
+        shards = [shard for shard in layout.shards if shard.layer in wanted and shard.offset % wanted[shard.layer]]
         of_ranks: list[list[tuple[int, int]]] = [[]] * dist.get_world_size(process_group)
-        of_this_rank = [(shard.layer, shard.offset) for shard in layout.shards if shard.layer in wanted]
-        dist.all_gather_object(of_ranks, of_this_rank, group=process_group)
-        for offsets in of_ranks:
-            yield from offsets
+        cut_here = [(shard.layer, shard.offset // wanted[shard.layer]) for shard in shards]
+        dist.all_gather_object(of_ranks, cut_here, group=process_group)
+        cut.update(*of_ranks)
+    return cut
 
 
 def _indices(values: list[int], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,6 @@ that every tensor-parallel rank has whole is added over the latter only, so it i
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .differences import differing, digest
 from .layout import Layer, Layout, LayoutError
 from .layout_builder import LayoutBuilder
-from .local_tensors import reduction_device
 from .parts import Part
 from .refusals import refuse_rows, refuse_statistics
 from .unsharded import is_cut, name_layers, refuse_strangers
@@ -107,14 +106,13 @@ class TensorParallel:
         process_group = self.ranks()
         if process_group is None or self.size() == 1:
             return
-        if _differ([len(layers)], process_group):
+        if differing([len(layers)], process_group):
             raise LayoutError(
                 f"the tensor-parallel ranks step different numbers of layers, this one {len(layers)}: build the same "
                 "model on all of them, and the optimizer from all its parameters"
             )
         said = [repr((_common_name(layer), layer.shape, index in cut)) for index, layer in enumerate(layers)]
-        differing = _differ([zlib.crc32(what.encode()) for what in said], process_group)
-        different = [layers[index].name for index in differing]
+        different = [layers[index].name for index in differing([*map(digest, said)], process_group)]
         if different:
             raise LayoutError(
                 "the tensor-parallel ranks disagree about the shape of these layers, or about whether they are cut: "
@@ -166,14 +164,6 @@ def _common_name(layer: Layer) -> str | None:
 def _is_expert(parameter: torch.Tensor | None) -> bool:
     """Whether the parameter is an expert's."""
     return not getattr(parameter, "allreduce", True)
-
-
-def _differ(numbers: Sequence[int], process_group: dist.ProcessGroup) -> list[int]:
-    """The positions at which the group's ranks have different numbers: one all-reduce."""
-    mine = torch.tensor([numbers, [-number for number in numbers]], dtype=torch.int64)
-    largest = mine.to(reduction_device(process_group, mine.device))
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    return (largest[0] != -largest[1]).nonzero().flatten().tolist()
 
 
 def layout_of_parameters(
