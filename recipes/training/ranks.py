@@ -78,6 +78,8 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 def collect(value: T) -> list[T]:
     """Return every rank's value, by rank; something small that can be pickled."""
+    if not dist.is_initialized():
+        return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values

@@ -105,8 +105,11 @@ def _sabotaged(what: str):
     """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk.
 
     Or on the first one, which alone writes it: of step 10 the state under DDP, the Trainer's model, or DeepSpeed's
-    file `latest`.
+    file `latest`; the run's folder, its configuration, the prepared data, the metrics from the beginning or from step
+    7 on, or the finished model of the Trainer.
     """
+    from trustratio.recipes.training import bert_trainer, records, session
+
     last_rank = dist.get_rank() == dist.get_world_size() - 1
     patches = {
         "": lambda: [],
@@ -116,6 +119,12 @@ def _sabotaged(what: str):
         "state": lambda: [_full_disk(dist.get_rank() == 0)],
         "model": lambda: [_full_disk_for_the_model(dist.get_rank() == 0)],
         "latest": lambda: _full_disk_for_latest(dist.get_rank() == 0),
+        "folder": lambda: [_read_only(session, "claim_folder")],
+        "config": lambda: [_read_only(session, "write_json")],
+        "cache": lambda: [_read_only(session, "prepare")],
+        "open": lambda: [_read_only(records, "MetricLoggers")],
+        "metrics": lambda: [_full_disk_for_metrics()],
+        "final model": lambda: [_read_only(bert_trainer, "save_weights")],
     }
     with contextlib.ExitStack() as stack:
         for patch in patches[what]():
@@ -177,6 +186,31 @@ def _broken_weights(here: bool) -> list:
 
 def _fill(model: torch.nn.Module, value: float) -> None:
     next(model.parameters()).data.fill_(value)
+
+
+def _read_only(module, name: str):
+    """Have the first rank find a place read-only where it calls `name`."""
+    function = getattr(module, name)
+
+    def refused(*arguments, **options):
+        if dist.get_rank() == 0:
+            raise OSError(30, "Read-only file system", "some/place")
+        return function(*arguments, **options)
+
+    return mock.patch.object(module, name, refused)
+
+
+def _full_disk_for_metrics():
+    from trustratio.recipes.runs.metrics import MetricsLog
+
+    write = MetricsLog.write
+
+    def full(self, record):
+        if dist.get_rank() == 0 and record["step"] >= 7:
+            raise OSError(28, "No space left on device")
+        write(self, record)
+
+    return mock.patch.object(MetricsLog, "write", full)
 
 
 def _full_disk(here: bool):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import errno
+import importlib
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from trustratio.recipes.common.command import CommandParser, ends_with_message
-from trustratio.recipes.common.errors import BAD_INPUT, RecipeError
+from trustratio.recipes.common.errors import BAD_INPUT, FAILED, RecipeError
 from trustratio.recipes.common.script import command_file
 
 RECIPES = command_file("plan.py").parent
@@ -93,11 +96,18 @@ def test_files_beside_a_command_stand_in_for_no_package(tmp_path, inside):
     assert (done.returncode, done.stdout) == (7, "0.5 0.25\n"), done.stderr
 
 
-def test_the_reader_of_a_plan_may_leave(tmp_path):
-    body = tmp_path / "body.py"
-    body.write_text("def main():\n    print('line\\n' * 100_000)\n    return 0\n")
+@pytest.mark.parametrize(
+    "how", ["print(LINES)", "sys.stdout.write(LINES)", "argparse.ArgumentParser(epilog=LINES).print_help()"]
+)
+def test_the_reader_of_a_command_may_leave(tmp_path, how):
+    """The command goes on to its end: a training must not end with its reader."""
+    body, done = tmp_path / "body.py", tmp_path / "done"
+    body.write_text(
+        f"import argparse, pathlib, sys\nLINES = 'line\\n' * 100_000\ndef main():\n    print('line')\n    {how}\n"
+        f"    print('more')\n    pathlib.Path({str(done)!r}).touch()\n    return 7\n"
+    )
     command = tmp_path / "command.py"
-    command.write_text("from trustratio.recipes.common.script import run\nrun('body', ends_with_reader=True)\n")
+    command.write_text("from trustratio.recipes.common.script import run\nrun('body')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -106,7 +116,8 @@ def test_the_reader_of_a_plan_may_leave(tmp_path):
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    process.wait(timeout=60)
+    assert process.wait(timeout=60) == 7
+    assert done.exists()
 
 
 @pytest.mark.parametrize(
@@ -144,3 +155,96 @@ def test_a_parser_raises_instead_of_exiting():
     assert parser.flags() == ["--help", "--steps"]
     with pytest.raises(RecipeError, match="invalid int value: 'x'; --help lists the options"):
         parser.parse_args(["--steps", "x"])
+
+
+def test_options_are_taken_with_hyphens_and_answered_with_the_nearest():
+    parser = CommandParser(prog="command")
+    for name in ("global_batch", "micro_batch", "max_steps", "steps", "output", "dry_run"):
+        parser.add_argument(f"--{name}")
+    assert parser.parse_args(["--global-batch", "8", "--max-steps=-3", "--output", "a-b"]).max_steps == "-3"
+    assert parser.parse_args(["--global-batch=8"]).global_batch == "8"
+    with pytest.raises(RecipeError) as refused:
+        parser.parse_args(["--global-bacth", "8"])
+    assert str(refused.value) == (
+        "unknown option '--global_bacth'; nearest: --global_batch, --micro_batch, --max_steps; --help lists all"
+    )
+    with pytest.raises(RecipeError, match="'stray' belongs to no option"):
+        parser.parse_args(["stray"])
+
+
+MISSPELT = {
+    "training.bert": ["--globl-batch", "8"],
+    "training.bert_accelerate": ["--globl-batch", "8"],
+    "training.bert_trainer": ["--globl-batch", "8"],
+    "planning.plan": ["--gpu", "8"],
+    "data.prepare": ["--output", "x", "--vocabulry", "8"],
+    "comparison.gpu_evidence": [],
+    "comparison.compare": ["--optimizers", "lamb", "--globl-batch", "8"],
+    "runs.report": ["x", "--ouput", "y"],
+    "fine_tuning.fine_tune": ["--checkpoint", "x", "--data", "y", "--epoch", "1"],
+    "studies.tabular": ["--epoch", "1"],
+    "studies.click_through": ["--epoch", "1"],
+}
+
+
+@pytest.mark.parametrize("body", MISSPELT)
+def test_every_command_answers_a_misspelt_option_in_one_line(body, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(f"trustratio.recipes.{body}").main
+    assert main(MISSPELT[body]) == BAD_INPUT
+    shown = capsys.readouterr().err
+    assert "nearest: " in shown or "--help lists" in shown
+    assert shown.count("\n") == 1
+    assert len(shown) < 250
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ("planning.plan", ["--memory", "nan"]),
+        ("planning.plan", ["--peak", "1e400"]),
+        ("planning.plan", ["--gpus", "0"]),
+        ("planning.plan", ["--gpus", "99999999999999999999"]),
+        ("planning.plan", ["training.seed=-1"]),
+        ("data.prepare", ["--output", "x", "--shard-megabytes", "inf"]),
+        ("data.prepare", ["--output", "x", "--shard_megabytes", "nan"]),
+        ("data.prepare", ["--output", "x", "--sequence_lengths", "2"]),
+        ("data.prepare", ["--output", "x", "--workers", "-1"]),
+        ("data.prepare", ["--output", "x", "--vocabulary", "99999999999999999999"]),
+        ("comparison.compare", ["--optimizers", "lamb", "--seeds", "-1"]),
+        ("comparison.compare", ["--optimizers", "lamb", "--lrs", "nan,1,2"]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--epochs", "inf"]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--lr", "nan"]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--seeds", "99999999999999999999"]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--weight_decay", "-1"]),
+        ("studies.tabular", ["--batches", "99999999999999999999"]),
+        ("studies.click_through", ["--epochs", "0"]),
+    ],
+)
+def test_absurd_numbers_are_refused_by_name(body, arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(f"trustratio.recipes.{body}").main(arguments) == BAD_INPUT
+    assert re.search("out of range|must be finite", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EROFS, "can be written"),
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "may write"),
+        (errno.EIO, "error"),
+    ],
+)
+def test_a_place_that_refuses_is_one_sentence(capsys, number, advice):
+    @ends_with_message("command")
+    def main() -> int:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    assert main() == FAILED == 3
+    shown = capsys.readouterr().err
+    assert shown.startswith("command: 'some/file': ")
+    assert advice in shown
+    assert shown.count("\n") == 1

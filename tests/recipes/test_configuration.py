@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.errors import NothingToDo, RecipeError
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.config import RecipeConfig
 from trustratio.recipes.configuration.overrides import apply_overrides, from_dict
@@ -87,8 +88,31 @@ def test_the_batch_line():
         (("--data", "/no/such/file.txt"), r"'/no/such/file.txt' does not exist"),
         (("--data", "optimizer.lr=0.1"), r"--data names no file"),
         (("model.layer=3",), r"unknown field of model 'layer'; nearest: layers"),
-        (("--learning_rte", "1"), r"unknown option '--learning_rte'; .*--lr"),
+        (("--learning_rte", "1"), r"unknown option '--learning_rte'; nearest: --lr"),
         (("--micro_bach=3",), r"unknown option '--micro_bach'; nearest: --micro_batch"),
+        (("--micro-bach=3",), r"nearest: --micro_batch"),
+        (("-steps", "3"), r"unknown option '-steps'; nearest: --steps"),
+        (("--max_grad_norm", "1"), r"nearest: training.gradient_clipping=NORM"),
+        (("training.seed=99999999999999999999",), r"training.seed=99999999999999999999 is out of range: .*4294967295"),
+        (("training.seed=-1",), r"training.seed=-1 is out of range"),
+        (("--seed", "4294967296"), r"training.seed=4294967296 is out of range"),
+        (("training.steps=1e400",), r"training.steps takes a value of type int, given was inf"),
+        (("training.steps=NaN",), r"training.steps takes a value of type int, given was nan"),
+        (("--steps", "1" + "0" * 30), r"training.steps=1000000000000000000000000000000 is out of range"),
+        (("--steps", "9" * 5000), r"argument --steps: invalid int value"),
+        (("optimizer.lr=1" + "0" * 400,), r"optimizer.lr takes a finite number, given was one of 401 digits"),
+        (("--lr", "1e400"), r"optimizer.lr=inf is out of range"),
+        (("training.gradient_clipping=NaN",), r"training.gradient_clipping=nan is out of range"),
+        (("training.gradient_clipping=1e999",), r"training.gradient_clipping=inf is out of range"),
+        (("--global-batch", "99999999999999999999"), r"training.global_batch=99999999999999999999 is out of range"),
+        (("model.layers=1000000000",), r"model.layers=1000000000 is out of range: allowed is 1 to 10000"),
+        (("model.hidden=0",), r"model.hidden=0 is out of range"),
+        (("model.heads=0",), r"model.heads=0 is out of range"),
+        (("data.workers=-1",), r"data.workers=-1 is out of range"),
+        (("run.peak_tflops=1e999",), r"run.peak_tflops=inf is out of range"),
+        (("phase_two.steps=10000000000000",), r"phase_two.steps=10000000000000 is out of range"),
+        (("--resume", "auto"), r"--resume auto begins or continues the run in --output DIR: give that, too"),
+        (("training.zero_stage=two",), r"training.zero_stage takes a value of type int, given was 'two'"),
         (("--steps", "many"), r"argument --steps: invalid int value: 'many'; --help lists"),
         (("modle.layers=3",), r"unknown configuration section 'modle'; nearest: model"),
         (("layers=3",), r"not of the form section.field=value"),
@@ -171,12 +195,6 @@ def test_offload_keeps_our_optimizer():
     assert "zero_force_ds_cpu_optimizer" not in merge({"zero_optimization": {"offload_optimizer": {"device": "none"}}})
 
 
-def test_bf16_accumulates_in_fp32_at_stage_1():
-    assert merge({}, precision="bf16")["bf16"] == {"enabled": True}
-    assert merge({}, precision="bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert "data_types" not in merge({}, precision="bf16", zero_stage=3)
-
-
 def write(path, values):
     path.write_text(values if isinstance(values, str) else json.dumps(values))
     return str(path)
@@ -236,12 +254,46 @@ def test_a_resumed_run_takes_its_saved_configuration(saved_run):
         (("--preset", "lamb-tiny", "--steps", "20"), r"another model or run.*\n  optimizer: checkpoint .*'adamw'"),
         (("--global_batch", "1024"), r"global_batch: checkpoint 512, this run 1024"),
         (("training.gradient_clipping=1", "--zero_stage", "1"), r"--zero_stage 1 contradicts .* which has 2"),
-        (("--max_steps", "5"), r"is at step 5 and the run ends at step 5: nothing is left to do"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(saved_run, arguments, message):
     with pytest.raises(RecipeError, match=message):
         check("--resume", str(saved_run), *arguments)
+
+
+def test_a_finished_run_has_nothing_left_to_do(saved_run, capsys):
+    with pytest.raises(NothingToDo, match="is at step 5 and the run ends at step 5: nothing is left to do"):
+        check("--resume", str(saved_run), "--max_steps", "5")
+    assert main(["--resume", str(saved_run), "--max_steps", "5"]) == 0
+    assert main(["--resume", "auto", "--output", str(saved_run), "--max-steps", "5"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("nothing is left to do") == 2
+    assert shown.err == ""
+
+
+def test_resume_auto_begins_or_continues(saved_run, tmp_path):
+    def auto(folder, *arguments):
+        return check("--preset", "adamw-tiny", "--steps", "20", "--resume", "auto", "--output", str(folder), *arguments)
+
+    file = ("--deepspeed_config", str(tmp_path / "ds.json"))
+    assert auto(saved_run, *file).first == 5
+    assert auto(tmp_path / "new").first == 0
+    assert not auto(tmp_path / "new").invocation.overwrite
+    # Killed before the rename of `latest`, and before its first checkpoint.
+    (saved_run / "checkpoints" / "latest").unlink()
+    assert auto(saved_run, *file).first == 5
+    (saved_run / "checkpoints" / "step-00000005" / "checkpoint.json").unlink()
+    with pytest.raises(RecipeError, match="has no complete checkpoint"):
+        auto(saved_run, *file)
+    shutil.rmtree(saved_run / "checkpoints")
+    (saved_run / "checkpoints" / "step-00000005.partial").mkdir(parents=True)
+    run = auto(saved_run, *file)
+    assert run.first == 0
+    assert run.invocation.overwrite
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("precious")
+    with pytest.raises(RecipeError, match="is not empty"):
+        auto(tmp_path / "mine")
 
 
 def test_other_deepspeed_settings_do_not_continue_a_run(saved_run, tmp_path):
@@ -261,10 +313,23 @@ def test_other_ranks_stay_silent(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-def test_dry_run_prints_the_resolved_configuration_and_stops(capsys):
-    assert main(["--dry_run", "--global_batch", "128", "schedule.degree=0.5"]) == 0
+def test_the_first_screen_has_what_is_special_and_short_lines(capsys):
+    assert main(["--dry-run", "--global-batch", "128", "schedule.degree=0.5", "--zero_stage", "1"]) == 0
     printed = capsys.readouterr().out
     assert "schedule.degree=0.5" in printed
+    assert "training.zero_stage=1" in printed  # as the preset has it, but it was asked for
+    assert "schedule.final" not in printed
+    assert len(printed.splitlines()) < 10
+    assert max(map(len, printed.splitlines())) <= 120
+    assert main(["--dry_run", "--verbose", "--data", *["hf:a-long-name-of-a-data-set"] * 9]) == 0
+    verbose = capsys.readouterr().out
+    assert "schedule.final=0.0" in verbose
+    assert all(len(line) <= 120 or " " not in line.strip() for line in verbose.splitlines())
+
+
+def test_dry_run_prints_the_plan_and_stops(capsys):
+    assert main(["--dry_run", "--global_batch", "128", "schedule.degree=0.5"]) == 0
+    printed = capsys.readouterr().out
     assert "global = micro x accum x ranks = 64 x 2 x 1 = 128 sequences" in printed
 
 

@@ -145,8 +145,8 @@ def test_a_nan_loss_stops_all_ranks_and_names_the_last_good_checkpoint(launch, w
     folder, endings = launch(f"{wrapper}-nan", wrapper, "run.checkpoint_every=2", sabotage="loss")
     good = folder / "checkpoints" / "step-00000006"
     assert len(set(endings)) == 1
-    assert endings[0].startswith("TrainingFailure: the loss became nan at step 8; the last good checkpoint")
-    assert f"--resume {good}" in endings[0]
+    assert endings[0].startswith("TrainingFailure: the loss became nan at step 8, at learning rate 0.0075; start anew")
+    assert f"the last good checkpoint, {good}, is whole: continue with --resume {good}" in endings[0]
     assert sorted(p.name for p in good.parent.glob("step-*")) == ["step-00000002", "step-00000004", good.name]
     assert (folder / "report.png").exists()
 
@@ -179,6 +179,26 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(launch, wrapper, sabot
     assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000006"]
     assert len(trained_tensors(folder / "checkpoints" / "step-00000006")) > 20
     assert (folder / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "sabotage", "failure"),
+    [
+        (REFERENCE, "folder", "RecipeError: 'some/place': Read-only file system; choose a folder that can be written"),
+        (REFERENCE, "config", "RecipeError: 'some/place': Read-only file system"),
+        (REFERENCE, "cache", "RecipeError: 'some/place': Read-only file system"),
+        (REFERENCE, "open", "RecipeError: the metrics cannot be written (rank 0: "),
+        (REFERENCE, "metrics", "TrainingFailure: the metrics could not be written (rank 0: OSError: [Errno 28]"),
+        ("trainer-ddp", "metrics", "TrainingFailure: the metrics could not be written (rank 0: OSError: [Errno 28]"),
+        ("trainer-ddp", "final model", "TrainingFailure: the model could not be written (rank 0: "),
+    ],
+)
+def test_a_place_that_cannot_be_written_ends_all_ranks_with_one_sentence(launch, wrapper, sabotage, failure):
+    folder, endings = launch(f"{wrapper}-{sabotage}-refused", wrapper, sabotage=sabotage)
+    assert len(set(endings)) == 1
+    assert endings[0].startswith(failure)
+    if sabotage == "metrics":  # noticed at the step after the one whose record was lost
+        assert (folder / "checkpoints" / "latest").read_text() > "step-00000007"
 
 
 TWINS = ("lamb-64k-32k-tiny", "lans-96k-33k-tiny", "vr-lamb-64k-32k-tiny", "adamw-64k-tiny")
