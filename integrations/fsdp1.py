@@ -10,7 +10,8 @@ runs are in the handle of the flat parameter:
     HYBRID_SHARD, _HYBRID_SHARD_ZERO2  the same                          over the sharding group, not over replicas
     NO_SHARD                           the whole layer                   not at all
 
-Read from torch 2.13.
+What of this torch does not document is read in `_runs`, and the same in torch FIRST to LAST: `_params`, `_shapes`,
+`_shard_param_infos` and `_param_extensions` of the flat parameter, `uses_sharded_strategy` of its handle.
 """
 
 from __future__ import annotations
@@ -22,15 +23,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 
 from trustratio.optimizers.sharding.backends import Backend, register_backend
+from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.local_tensors import is_flattened
 from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
+
+INTERNALS = Internals("FSDP1", "torch", "FIRST to LAST")
+
+try:
+    from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+except ImportError as error:
+    raise ImportError(INTERNALS.lacks(error.name or str(error))) from error
 
 __all__ = ["FSDP1Backend"]
 
@@ -61,7 +70,7 @@ class FSDP1Backend(Backend):
         Raises:
             LayoutError: If it did so with `use_orig_params=False`, or the optimizer cannot be exact.
         """
-        flattened = [tensor for _, tensor in tensors if getattr(tensor, "_fsdp_flattened", False)]
+        flattened = [tensor for _, tensor in tensors if is_flattened(tensor)]
         if not flattened:
             return None
         runs, replicas = dict(_runs()), dict(_replicas())
@@ -88,10 +97,10 @@ class FSDP1Backend(Backend):
 def _runs() -> Iterator[tuple[int, _Run]]:
     """Yield (id, run) of every parameter that FSDP1 has kept as an object of its own. None has a way to its handle."""
     for handle in living(FlatParamHandle):
-        flat = handle.flat_param
-        of_parameters = zip(
-            flat._params or (), flat._shapes, flat._shard_param_infos, flat._param_extensions, strict=False
-        )
+        flat = INTERNALS.read(handle, "flat_param")
+        parameters = INTERNALS.read(flat, "_params") or ()
+        known = (INTERNALS.read(flat, name) for name in ("_shapes", "_shard_param_infos", "_param_extensions"))
+        of_parameters = zip(parameters, *known, strict=False)
         for parameter, shape, shard, extension in of_parameters:
             if not handle.uses_sharded_strategy:
                 offset, length = 0, parameter.numel()

@@ -10,26 +10,19 @@ tensor, from the wrapper that made it:
     FP16_UnfusedOptimizer (0)        one whole layer each                        once
 
 Importing this module makes the registered classes pass DeepSpeed's check for optimizers that are safe under ZeRO.
-Read from DeepSpeed 0.19.8.
+What DeepSpeed does not document is read in `internals.py`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.sharding.backends import Backend, register_backend
@@ -44,6 +37,23 @@ from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
 from .checkpoints import refuse_lossy_checkpoints
 from .gradients import describe_gradient_flow
+from .internals import (
+    BF16_Optimizer,
+    DeepSpeedOptimizer,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    FP16_UnfusedOptimizer,
+    data_parallel_group,
+    flat_tensors,
+    global_norm,
+    keeps_whole_gradients,
+    largest_norm,
+    loss_scale_just_grew,
+    master_copies,
+    publish,
+    scales_by_torch,
+    supported_optimizers,
+)
 from .parallelism import (
     CLIPPING,
     PART_OF_MODEL,
@@ -81,8 +91,9 @@ class DeepSpeedBackend(Backend):
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         """Add the class to the list that DeepSpeed compares an optimizer's exact type with."""
-        if optimizer_class not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
-            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+        supported = supported_optimizers()
+        if optimizer_class not in supported:
+            supported.append(optimizer_class)
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout of tensors that a DeepSpeed wrapper made or cut, None for any others.
@@ -96,14 +107,12 @@ class DeepSpeedBackend(Backend):
         if wrapper is None:
             return None
         refuse_lossy_checkpoints(wrapper, optimizer)
-        kind, flat_tensors = _describe(wrapper)
-        described = [
-            (group, tensor, flat_tensors[id(tensor)]) for group, tensor in tensors if id(tensor) in flat_tensors
-        ]
+        kind, held = _describe(wrapper)
+        described = [(group, tensor, held[id(tensor)]) for group, tensor in tensors if id(tensor) in held]
         if len(described) < len(tensors):
             return None
         # Of the whole model, so that no group is stepped before another is refused.
-        parameters = [layer.parameter for flat in flat_tensors.values() for layer in flat.layers]
+        parameters = [layer.parameter for flat in held.values() for layer in flat.layers]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
         return _layout(kind, wrapper, optimizer, described)
 
@@ -117,23 +126,13 @@ class DeepSpeedBackend(Backend):
                 "the optimizer's state lies on NVMe, where only DeepSpeed finds it: use engine.save_checkpoint and "
                 "engine.load_checkpoint, or set offload_optimizer.device and offload_param.device to cpu"
             )
-        groups = (wrapper.sub_group_to_group_id[i] for i in range(len(wrapper.fp32_partitioned_groups_flat)))
-        return list(zip(groups, wrapper.fp32_partitioned_groups_flat, strict=True))
+        return [(flat.group, flat.partition) for flat in flat_tensors(wrapper)]
 
     def publish_weights(self, optimizer: Any) -> None:
         """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
         wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
-        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-            wrapper.checkpoint_event_prologue()
-            for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
-                wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
-            wrapper.checkpoint_event_epilogue()
-        elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-            wrapper.update_lp_params()
-        elif isinstance(wrapper, FP16_UnfusedOptimizer):
-            for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-                for master, parameter in zip(masters, parameters, strict=True):
-                    parameter.data.copy_(master)
+        if wrapper is not None:
+            publish(wrapper)
 
     def data_parallel(self, optimizer: Any) -> DataParallel | None:
         """Return the engine's data-parallel group and its count of skipped steps, None without an engine."""
@@ -141,7 +140,7 @@ class DeepSpeedBackend(Backend):
         if engine is None:
             return None
         skipped = attribute_of(engine, "skipped_steps")
-        return DataParallel(engine.seq_data_parallel_group, skipped, is_in_use=while_alive(engine))
+        return DataParallel(data_parallel_group(engine), skipped, is_in_use=while_alive(engine))
 
     def gradient_flow(self, optimizer: Any) -> GradientFlow | None:
         """Return where gradients go between backward and step, None if they stay whole."""
@@ -166,14 +165,10 @@ def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         return "DeepSpeed ZeRO-3", _stage3(wrapper)
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
-        stage = 2 if wrapper.partition_gradients else 1
-        return f"DeepSpeed ZeRO-{stage}", _concatenated(
-            wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, wrapper.real_dp_process_group
-        )
+        stage = 1 if keeps_whole_gradients(wrapper) else 2
+        return f"DeepSpeed ZeRO-{stage}", _concatenated(wrapper)
     if isinstance(wrapper, BF16_Optimizer):
-        return "DeepSpeed BF16_Optimizer (ZeRO-1)", _concatenated(
-            wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.real_dp_process_group
-        )
+        return "DeepSpeed BF16_Optimizer (ZeRO-1)", _concatenated(wrapper)
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         return "DeepSpeed FP16_UnfusedOptimizer", dict(_master_copies(wrapper))
     raise LayoutError(
@@ -182,42 +177,34 @@ def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]
     )
 
 
-def _concatenated(
-    partitions: Iterable[torch.Tensor],
-    groups: Iterable[list[torch.nn.Parameter]],
-    process_groups: Iterable[dist.ProcessGroup],
-) -> dict[int, _FlatTensor]:
+def _concatenated(wrapper: DeepSpeedOptimizer) -> dict[int, _FlatTensor]:
     """ZeRO-1/2: this rank's partition of each group's buffer."""
-    flat_tensors = {}
-    for partition, parameters, process_group in zip(partitions, groups, process_groups, strict=True):
-        rank = dist.get_rank(process_group)
-        runs = (slice_of_rank(slices_of_view(parameter, partition), rank) for parameter in parameters)
-        layers = [_Held(p, tuple(p.shape), run) for p, run in zip(parameters, runs, strict=True)]
-        flat_tensors[id(partition)] = _FlatTensor(process_group, layers)
-    return flat_tensors
+    held = {}
+    for flat in flat_tensors(wrapper):
+        rank = dist.get_rank(flat.process_group)
+        runs = (slice_of_rank(slices_of_view(parameter, flat.partition), rank) for parameter in flat.parameters)
+        layers = [_Held(p, tuple(p.shape), run) for p, run in zip(flat.parameters, runs, strict=True)]
+        held[id(flat.partition)] = _FlatTensor(flat.process_group, layers)
+    return held
 
 
 def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, _FlatTensor]:
     """ZeRO-3: this rank's slices of each sub-group's parameters."""
-    flat_tensors = {}
-    for number, (partition, parameters) in enumerate(
-        zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
-    ):
-        process_group = wrapper.sub_group_process_groups[number]
-        rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
-        runs = (slice_of_rank(slices_of_layer(wrapper, parameter, ranks), rank) for parameter in parameters)
+    held = {}
+    for flat in flat_tensors(wrapper):
+        rank, ranks = dist.get_rank(flat.process_group), dist.get_world_size(flat.process_group)
+        runs = (slice_of_rank(slices_of_layer(wrapper, parameter, ranks), rank) for parameter in flat.parameters)
         # Under zero.Init a parameter's own shape is (0,).
-        layers = [_Held(p, tuple(p.ds_shape), run) for p, run in zip(parameters, runs, strict=True)]
-        flat_tensors[id(partition)] = _FlatTensor(process_group, layers)
-    return flat_tensors
+        layers = [_Held(p, tuple(p.ds_shape), run) for p, run in zip(flat.parameters, runs, strict=True)]
+        held[id(flat.partition)] = _FlatTensor(flat.process_group, layers)
+    return held
 
 
 def _master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[int, _FlatTensor]]:
     """Stage 0 with 16-bit parameters: an unsharded fp32 copy of each."""
-    for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-        for master, parameter in zip(masters, parameters, strict=True):
-            whole = Slice(owner=0, offset=0, length=parameter.numel(), start=0)
-            yield id(master), _FlatTensor(None, [_Held(parameter, tuple(parameter.shape), whole)])
+    for master, parameter in master_copies(wrapper):
+        whole = Slice(owner=0, offset=0, length=parameter.numel(), start=0)
+        yield id(master), _FlatTensor(None, [_Held(parameter, tuple(parameter.shape), whole)])
 
 
 def _layout(
@@ -250,7 +237,7 @@ def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) 
     in_parts = isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3))
     if getattr(wrapper, "has_moe_layers", False):
         problem = "does not compute it exactly for mixture-of-experts layers"
-    elif in_parts and wrapper.torch_autocast_gradscaler:
+    elif in_parts and scales_by_torch(wrapper):
         problem = "leaves the loss scale to torch's GradScaler: use bf16, or the fp16 section of the DeepSpeed config"
     elif not in_parts and part_of_model:
         problem = PART_OF_MODEL
@@ -264,24 +251,14 @@ def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) 
 
 def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
     """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
-    if wrapper._global_grad_norm is None:
+    norm = global_norm(wrapper)
+    if norm is None:
         refuse_model_norm(f"{kind} does not compute it: set zero_optimization.compute_grad_norm to true")
-    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
-    if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
+    if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and loss_scale_just_grew(wrapper):
         # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
         norm = norm / wrapper.loss_scaler.scale_factor
-    if wrapper.clip_grad > 0:
-        norm = norm / ((norm + 1e-6) / wrapper.clip_grad).clamp(min=1.0)
-    return norm
-
-
-def _loss_scale_just_grew(wrapper: DeepSpeedZeroOptimizer) -> bool:
-    """Whether this step, which was not skipped, has raised the dynamic loss scale."""
-    scaler = wrapper.loss_scaler
-    if wrapper.custom_loss_scaler or not isinstance(scaler, DynamicLossScaler):
-        return False
-    stable_steps = scaler.cur_iter - scaler.last_overflow_iter - 2  # as the scaler saw it before it counted this step
-    return stable_steps > 0 and stable_steps % scaler.scale_window == 0
+    clip = largest_norm(wrapper)
+    return norm / ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else norm
 
 
 _backend = DeepSpeedBackend()

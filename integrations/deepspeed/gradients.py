@@ -14,20 +14,30 @@ ZeRO-1 with CPU offload, drop nothing then. Read from DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from trustratio.optimizers.gradient_statistics.norms import StatisticsError
 from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFlow
 
+from .internals import (
+    BF16_Optimizer,
+    DeepSpeedOptimizer,
+    DeepSpeedZeroOptimizer,
+    DeepSpeedZeroOptimizer_Stage3,
+    adds_gradients,
+    flat_tensors,
+    global_norm,
+    has_summed,
+    keeps_whole_gradients,
+    largest_norm,
+    scales_by_torch,
+    shows_gradients,
+)
 from .partitions import slices_of_layer, slices_of_view
 
 __all__ = ["describe_gradient_flow"]
@@ -42,15 +52,9 @@ def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         destinations = _into_sub_groups(wrapper)
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
-        partitions = wrapper.single_partition_of_fp32_groups
-        groups = zip(partitions, wrapper.bit16_groups, wrapper.real_dp_process_group, strict=True)
-        shows = not (wrapper.partition_gradients or wrapper.cpu_offload)
-        holds = _has_gradient if shows else None
-        destinations = _into_partitions(groups, kept_whole=not wrapper.partition_gradients, holds=holds)
+        destinations = _into_partitions(wrapper, _has_gradient if shows_gradients(wrapper) else None)
     elif isinstance(wrapper, BF16_Optimizer):
-        partitions = wrapper.fp32_groups_flat_partition
-        groups = zip(partitions, wrapper.bf16_groups, wrapper.real_dp_process_group, strict=True)
-        destinations = _into_partitions(groups, kept_whole=True, holds=partial(_has_summed, weakref.ref(wrapper)))
+        destinations = _into_partitions(wrapper, partial(_has_summed, weakref.ref(wrapper)))
     else:
         return None
     reference = weakref.ref(wrapper)
@@ -60,22 +64,20 @@ def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
 
 
 def _into_partitions(
-    groups: Iterable[tuple[torch.Tensor, list[torch.nn.Parameter], dist.ProcessGroup]],
-    *,
-    kept_whole: bool,
-    holds: Callable[[torch.Tensor, int, int], bool] | None,
+    wrapper: DeepSpeedOptimizer, holds: Callable[[torch.Tensor, int, int], bool] | None
 ) -> dict[int, Destination]:
     """ZeRO-1/2: into the partition of a group; `holds` is asked with a parameter, its group and its place in there."""
+    kept_whole = keeps_whole_gradients(wrapper)
     return {
         id(parameter): Destination(
-            process_group,
-            partition,
-            tuple(slices_of_view(parameter, partition)),
+            flat.process_group,
+            flat.partition,
+            tuple(slices_of_view(parameter, flat.partition)),
             kept_whole,
-            holds=None if holds is None else partial(holds, parameter, group, place),
+            holds=None if holds is None else partial(holds, parameter, flat.group, place),
         )
-        for group, (partition, parameters, process_group) in enumerate(groups)
-        for place, parameter in enumerate(parameters)
+        for flat in flat_tensors(wrapper)
+        for place, parameter in enumerate(flat.parameters)
     }
 
 
@@ -84,21 +86,22 @@ def _has_gradient(parameter: torch.Tensor, group: int, place: int) -> bool:
 
 
 def _has_summed(wrapper: weakref.ref[Any], parameter: torch.Tensor, group: int, place: int) -> bool:
-    return bool(wrapper().fp32_groups_has_gradients[group][place])  # type: ignore[union-attr]
+    return has_summed(wrapper(), group, place)
 
 
 def _into_sub_groups(wrapper: DeepSpeedZeroOptimizer_Stage3) -> dict[int, Destination]:
     """ZeRO-3: into the partition of a sub-group."""
     destinations = {}
-    adds_to: Any = weakref.ref(wrapper)
-    for number, (partition, parameters) in enumerate(
-        zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
-    ):
-        process_group = wrapper.sub_group_process_groups[number]
-        for parameter in parameters:
-            slices = slices_of_layer(wrapper, parameter, dist.get_world_size(process_group))
+    reference: Any = weakref.ref(wrapper)
+    for flat in flat_tensors(wrapper):
+        for parameter in flat.parameters:
+            slices = slices_of_layer(wrapper, parameter, dist.get_world_size(flat.process_group))
             destinations[id(parameter)] = Destination(
-                process_group, partition, tuple(slices), kept_whole=False, holds=lambda: adds_to().micro_step_id > 0
+                flat.process_group,
+                flat.partition,
+                tuple(slices),
+                kept_whole=False,
+                holds=lambda: adds_gradients(reference()),
             )
     return destinations
 
@@ -113,15 +116,18 @@ def _factor(wrapper: Any, in_backward: float) -> float | torch.Tensor:
     ZeRO divides by the loss scale of now, which is not the one of backward in a step that has just raised it; ZeRO-1/2
     reports the norm by the one, ZeRO-3 by the other.
     """
-    if getattr(wrapper, "torch_autocast_gradscaler", None):
+    if scales_by_torch(wrapper):
         raise StatisticsError(
             "torch's GradScaler inside ZeRO does not tell the scale of the gradients: use bf16, or the fp16 section of "
             "the DeepSpeed config"
         )
     now = _loss_scale(wrapper)
-    if not wrapper.clip_grad > 0:
+    clip = largest_norm(wrapper)
+    if not clip > 0:
         return 1 / now
-    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
+    norm = global_norm(wrapper)
+    if norm is None:
+        raise StatisticsError("ZeRO clips gradients without a norm: set zero_optimization.compute_grad_norm to true")
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
         norm = norm * (in_backward / now)
-    return 1 / (now * ((norm + 1e-6) / wrapper.clip_grad).clamp(min=1.0))
+    return 1 / (now * ((norm + 1e-6) / clip).clamp(min=1.0))

@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_statistics
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
+
+from .internals import expert_rank, expert_ranks, ranks_per_sample, sequence_ranks
 
 __all__ = [
     "CLIPPING",
@@ -72,7 +73,7 @@ def unwrapped_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]
         return None
     parallel = TensorParallel(engine.mpu)
     parameters = [tensor for _, tensor in tensors]
-    plain = _pipeline_stages(engine.mpu) == 1 and parallel.size() == 1 and engine.sequence_parallel_size == 1
+    plain = _pipeline_stages(engine.mpu) == 1 and parallel.size() == 1 and ranks_per_sample(engine) == 1
     if plain and not any(map(is_moe_param, parameters)):
         return None
     kind = "DeepSpeed ZeRO-0"
@@ -108,7 +109,7 @@ def layer_names(optimizer: Any, module_names: Mapping[torch.Tensor, str]) -> Cal
         in_module = OF_EXPERT.fullmatch(module_names.get(parameter, ""))
         if match is None or in_module is None:
             return name
-        first = deepspeed_groups._get_expert_parallel_rank(_expert_group(parameter)) * experts[in_module[1]]
+        first = expert_rank(parameter) * experts[in_module[1]]
         return f"{match[1]}{first + int(match[2])}{match[3]}"
 
     return name_of
@@ -116,16 +117,7 @@ def layer_names(optimizer: Any, module_names: Mapping[torch.Tensor, str]) -> Cal
 
 def _distributed_experts(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether any parameter belongs to an expert that gets the samples of several ranks."""
-    return any(
-        deepspeed_groups._get_expert_parallel_world_size(_expert_group(parameter)) > 1
-        for parameter in parameters
-        if is_moe_param(parameter)
-    )
-
-
-def _expert_group(parameter: Any) -> str:
-    """DeepSpeed's name of the process groups of an expert's parameter."""
-    return parameter.group_name
+    return any(expert_ranks(parameter) > 1 for parameter in parameters if is_moe_param(parameter))
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
@@ -142,7 +134,7 @@ def refuse_model_parallelism(kind: str, optimizer: Any, mpu: Any, parameters: Se
 
 def _why_not_single_gradients(mpu: Any, parameters: Iterable[torch.Tensor]) -> str | None:
     """Why a rank does not see the gradient of each of its micro-batches; None if it does."""
-    if deepspeed_groups._get_sequence_parallel_world_size() > 1:
+    if sequence_ranks() > 1:
         return "under sequence parallelism a rank has that of a part of each sample"
     if _pipeline_stages(mpu) > 1:
         return "a pipeline stage sees only its own layers, and of a tied layer a part of the gradient"

@@ -8,6 +8,8 @@ import torch
 
 from trustratio.optimizers.sharding.gradient_flow import Slice
 
+from .internals import slice_in_partition
+
 __all__ = ["slice_of_rank", "slices_of_layer", "slices_of_view"]
 
 
@@ -40,7 +42,7 @@ def slices_of_layer(wrapper: Any, parameter: Any, ranks: int) -> list[Slice]:
         parameter: One of the sub-group's.
         ranks: Among how many it is partitioned.
     """
-    _, start, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    start, length = slice_in_partition(wrapper, parameter)
     return [
         Slice(owner, owner * length, min(length, parameter.ds_numel - owner * length), start)
         for owner in range(ranks)

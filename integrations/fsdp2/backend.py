@@ -21,8 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from trustratio.optimizers.sharding.backends import Backend, register_backend, tensor_parallel_groups
 from trustratio.optimizers.sharding.data_parallel import DataParallel
@@ -36,6 +34,7 @@ from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statisti
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
 from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
+from .internals import compute_local_shape_and_global_offset, is_strided
 from .placements import local_indices
 
 __all__ = ["DTensorBackend"]
@@ -147,7 +146,7 @@ def _strided_dimensions(tensor: torch.Tensor) -> list[int]:
             for other in range(mesh_dimension + 1, tensor.device_mesh.ndim)
             if getattr(tensor.placements[other], "dim", None) == getattr(placement, "dim", None)
         )
-        if isinstance(placement, _StridedShard) and placement.split_factor != later:
+        if is_strided(placement) and placement.split_factor != later:
             strided.append(placement.dim)
     return strided
 

@@ -7,7 +7,7 @@ mixed precision policy, under HSDP followed by an all-reduce over the replicas. 
 `set_requires_gradient_sync(False)` it adds them up unsharded instead.
 
 A custom reduce-scatter (`set_custom_reduce_scatter`) would see the packed gradients, but of single micro-batches only
-where each is reduced, without those that are None, and not on one rank. Read from torch 2.13.
+where each is reduced, without those that are None, and not on one rank.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.refusals import needs_single_gradients
 
+from .internals import parameters_of, reduce_dtype, reduces_unused, replicas, shard_group, unsharded, whole_shape
+
 __all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]
 
 
@@ -37,10 +39,10 @@ def sources(optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Ten
     wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            for _, parameter in _parameters_of(part):
-                unsharded = getattr(parameter, "_unsharded_param", None)
-                if id(parameter.sharded_param) in wanted and unsharded is not None:
-                    yield parameter.sharded_param, unsharded
+            for _, parameter in parameters_of(part):
+                used = unsharded(parameter)
+                if id(parameter.sharded_param) in wanted and used is not None:
+                    yield parameter.sharded_param, used
 
 
 def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
@@ -52,29 +54,20 @@ def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
     return {
         id(parameter.sharded_param): (group, parameter)
         for module in living(FSDPModule)
-        for group, parameter in _parameters_of(module)
+        for group, parameter in parameters_of(module)
         if id(parameter.sharded_param) in wanted
     }
 
 
-def _parameters_of(module: FSDPModule) -> Iterator[tuple[Any, Any]]:
-    for group in module._get_fsdp_state()._fsdp_param_groups:
-        for parameter in group.fsdp_params:
-            yield group, parameter
-
-
 def gradient_dtypes(optimizer: Any) -> dict[int, torch.dtype]:
     """In which dtype FSDP2 adds up each parameter's gradient, by id: that of its mixed precision policy."""
-    return {
-        key: group.mp_policy.reduce_dtype or group.mp_policy.param_dtype or parameter.orig_dtype
-        for key, (group, parameter) in sharded_parameters(optimizer).items()
-    }
+    return {key: reduce_dtype(group, parameter) for key, (group, parameter) in sharded_parameters(optimizer).items()}
 
 
 def data_parallel(optimizer: Any) -> DataParallel | None:
     """Return the ranks over which FSDP2 averages gradients, None if it shards none of the optimizer's parameters."""
     for group, _ in sharded_parameters(optimizer).values():
-        return DataParallel(_shard_group(group), replicas=getattr(group.mesh_info, "replicate_process_group", None))
+        return DataParallel(shard_group(group), replicas=replicas(group))
     return None
 
 
@@ -92,10 +85,11 @@ def gradient_flow(optimizer: Any) -> GradientFlow | None:
 
 
 def _destination(group: Any, parameter: Any) -> Destination:
-    process_group = group.mesh_info.shard_process_group
+    process_group = shard_group(group)
+    assert process_group is not None  # _why_not_single
     ranks = dist.get_world_size(process_group)
     dimension = parameter.fsdp_placement.dim
-    shape = parameter._orig_size
+    shape = whole_shape(parameter)
     rows = shape[dimension]
     per_rank = -(-rows // ranks)
     width = shape.numel() // rows if rows else 0
@@ -131,7 +125,7 @@ def _refuse(optimizer: Any, sharded: dict[int, tuple[Any, Any]]) -> None:
     if problem is not None:
         instead = "one mesh of fully_shard for the whole model, DDP or DeepSpeed ZeRO"
         raise StatisticsError(needs_single_gradients(optimizer, problem, instead))
-    if optimizer.statistics.squares and any(group.reduce_scatter_unused_params for group, _ in sharded.values()):
+    if optimizer.statistics.squares and any(reduces_unused(group) for group, _ in sharded.values()):
         raise StatisticsError(
             f"{type(optimizer).__name__} sends the squares of gradients where FSDP2 sends gradients, and with "
             "set_reduce_scatter_unused_params(True) ranks need not have the same ones: turn that off"
@@ -143,7 +137,7 @@ def _why_not_single(optimizer: Any, sharded: dict[int, tuple[Any, Any]]) -> str 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(id(parameter) not in sharded for parameter in parameters if parameter.requires_grad):
         return "fully_shard has sharded only some of the optimizer's parameters"
-    shard_groups = [_shard_group(group) for group, _ in sharded.values()]
+    shard_groups = [shard_group(group) for group, _ in sharded.values()]
     meshes = {None if group is None else tuple(dist.get_process_group_ranks(group)) for group in shard_groups}
     if None in meshes or len(meshes) != 1:
         return "fully_shard has sharded the optimizer's parameters on different meshes, or not at all"
@@ -152,8 +146,3 @@ def _why_not_single(optimizer: Any, sharded: dict[int, tuple[Any, Any]]) -> str 
     if any(hasattr(local_part(parameter.sharded_param), "fsdp_pre_all_gather") for _, parameter in sharded.values()):
         return "that of tensor subclasses that gather themselves cannot be seen"
     return None
-
-
-def _shard_group(group: Any) -> dist.ProcessGroup | None:
-    """The ranks among which a parameter group of FSDP2 is sharded, None where it is only replicated."""
-    return getattr(group.mesh_info, "shard_process_group", None)

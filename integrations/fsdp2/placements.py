@@ -7,6 +7,8 @@ from torch.distributed.tensor import DTensor
 
 from trustratio.optimizers.sharding.layout import LayoutError
 
+from .internals import split
+
 
 def local_indices(name: str, tensor: DTensor) -> list[torch.Tensor]:
     """Along each dimension, cut the indices as DTensor cuts the tensor, from the first mesh dimension to the last."""
@@ -15,10 +17,10 @@ def local_indices(name: str, tensor: DTensor) -> list[torch.Tensor]:
     for mesh_dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             continue
-        if not hasattr(placement, "dim") or not hasattr(placement, "_split_tensor") or coordinate is None:
+        if not hasattr(placement, "dim") or coordinate is None:
             raise LayoutError(f"layer {name} has the placement {placement}: a checkpoint by position cannot follow it")
         along = indices[placement.dim].view([-1 if d == placement.dim else 1 for d in range(tensor.dim())])
         ranks = tensor.device_mesh.size(mesh_dimension)
-        parts, _ = placement._split_tensor(along, ranks, with_padding=False, contiguous=False)
+        parts = split(placement, along, ranks)
         indices[placement.dim] = parts[coordinate[mesh_dimension]].reshape(-1)
     return indices

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from trustratio.optimizers.sharding.backends import Backend, register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
-from trustratio.optimizers.sharding.local_tensors import is_plain
+from trustratio.optimizers.sharding.local_tensors import is_flattened, is_plain
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_statistics
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
@@ -99,7 +99,7 @@ def _distributed_wrapper(optimizer: Any) -> Any:
 
 def _is_own(parameter: torch.Tensor) -> bool:
     """Whether no other wrapper has made the parameter, or flattened it."""
-    return is_plain(parameter) and not getattr(parameter, "_fsdp_flattened", False)
+    return is_plain(parameter) and not is_flattened(parameter)
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ A rank that has nothing of a parameter has no tensor for it. Its layer is reduce
 stands in; the state of stand-ins is left out of `state_dict()`, which Megatron reads by position.
 
 `megatron_optimizer` makes what `get_megatron_optimizer` makes, with an optimizer of this package inside. An optimizer
-that is given to DistributedOptimizer by hand is recognised too. Read from megatron-core 0.16.1; tested on CPU with
-gloo, where the tests replace what Megatron wants of CUDA (`tests/distributed/megatron_on_cpu.py`). Not run on a GPU.
+that is given to DistributedOptimizer by hand is recognised too. What Megatron does not document is read in `_runs`,
+`_members` and `publish_weights` below: the same since megatron-core 0.16. Tested on CPU with gloo, where the tests
+replace what Megatron wants of CUDA (`tests/distributed/megatron_on_cpu.py`). Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
+from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
@@ -40,6 +42,7 @@ from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 __all__ = ["accept", "find_wrapper", "layout_of_shards", "megatron_optimizer", "publish_weights"]
 
 BACKEND = "Megatron DistributedOptimizer"
+INTERNALS = Internals(BACKEND, "megatron-core", "0.16.0 to 0.16.1")
 CLIPPING = "clip_grad in Megatron's OptimizerConfig"
 MODULE = "megatron.core.optimizer.distrib_optimizer"
 PREFIX = re.compile(r"^(module\.)+")
@@ -160,12 +163,13 @@ def _runs(wrapper: Any) -> dict[int, _Run]:
     """What this rank steps, by the id of the parameter."""
     runs = {}
     for parameters_of, tensors_of in (
-        (wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
-        (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
+        ("model_fp32_groups", "shard_fp32_groups"),
+        ("model_float16_groups", "shard_fp32_from_float16_groups"),
     ):
-        for group, (parameters, tensors) in enumerate(zip(parameters_of, tensors_of, strict=True)):
+        of_groups = zip(INTERNALS.read(wrapper, parameters_of), INTERNALS.read(wrapper, tensors_of), strict=True)
+        for group, (parameters, tensors) in enumerate(of_groups):
             for parameter, tensor in zip(parameters, tensors, strict=True):
-                inside = wrapper._get_model_param_range_map(parameter)["param"]
+                inside = INTERNALS.read(wrapper, "_get_model_param_range_map")(parameter)["param"]
                 runs[id(parameter)] = _Run(tensor, group, inside.start, inside.end)
     return runs
 
@@ -175,7 +179,7 @@ def _members(wrapper: Any, runs: dict[int, _Run]) -> list[tuple[int, torch.Tenso
 
     A rank knows the groups of the parameters that it steps; one all-reduce tells them to the others.
     """
-    parameters = [p for buffer in wrapper.buffers for p in buffer.params if p.numel()]
+    parameters = [p for buffer in INTERNALS.read(wrapper, "buffers") for p in buffer.params if p.numel()]
     known_here = [run.group if (run := runs.get(id(parameter))) else NOBODY for parameter in parameters]
     groups = torch.tensor(known_here, dtype=torch.int64)
     groups = groups.to(reduction_device(wrapper.data_parallel_group, parameters[0].device)) if parameters else groups
@@ -241,7 +245,7 @@ def _stand_ins_of(optimizer: Any) -> _StandIns:
 
 def publish_weights(wrapper: Any) -> None:
     """Bring the model's parameters up to date, as the wrapper does at the end of its step."""
-    wrapper._copy_main_params_to_model_params()
+    INTERNALS.read(wrapper, "_copy_main_params_to_model_params")()
     if not wrapper.ddp_config.overlap_param_gather:
         for chunk in wrapper.model_chunks:
             chunk.start_param_sync()

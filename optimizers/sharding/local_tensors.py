@@ -15,6 +15,7 @@ __all__ = [
     "compute_dtype",
     "cut_alike",
     "cut_of",
+    "is_flattened",
     "is_plain",
     "local_part",
     "may_be_trained",
@@ -45,6 +46,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def may_be_trained(tensor: torch.Tensor) -> bool:
     """Whether a frozen tensor could be a layer of real numbers: not the packed weights of a quantised model."""
     return tensor.is_floating_point() and not tensor.is_meta and (is_plain(tensor) or placements_of(tensor) is not None)
+
+
+def is_flattened(tensor: torch.Tensor) -> bool:
+    """Whether FSDP1 has put the tensor's elements into a flat parameter: its mark, since torch 2.0."""
+    return getattr(tensor, "_fsdp_flattened", False)
 
 
 def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .backends import tensor_parallel_groups
 from .layout import Layout, LayoutError, listing
 from .layout_builder import LayoutBuilder
-from .local_tensors import is_plain
+from .local_tensors import is_flattened, is_plain
 from .parts import Part
 
 __all__ = [
@@ -105,7 +105,7 @@ def _why_not_whole(optimizer: Any, tensor: torch.Tensor, parts_are_known: bool) 
         yield f"{described} that the constructor was not given"
     elif not is_plain(tensor):
         yield f"{described} (a tensor subclass)"
-    elif getattr(tensor, "_fsdp_flattened", False):
+    elif is_flattened(tensor):
         yield f"{described} that FSDP1 has flattened"
     elif hasattr(tensor, "_st_info"):
         yield (
