@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from trustratio.optimizers import LayerwiseOptimizer
+from torch.optim import Optimizer
 
-from .guards.accelerated import check_accelerate
+from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.sharding.backends import Backend, register_backend
+
+from .guards.accelerated import refuse_other_set_up
+from .guards.first_step import FirstStepCheck
 from .guards.replaced import KEEP_IT, ConflictingSettingsError, ReplacedOptimizerError, innermost, refuse_replacement
 
 __all__ = [
+    "AccelerateBackend",
     "ConflictingSettingsError",
     "ReplacedOptimizerError",
-    "check_accelerate",
     "count_ranks_on_cpu",
     "layerwise_optimizer",
     "refuse_replacement",
@@ -56,3 +60,18 @@ def count_ranks_on_cpu() -> None:
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
+
+
+class AccelerateBackend(Backend):
+    """Looks, before an optimizer steps, at what accelerate has made of it and of its schedulers."""
+
+    def __init__(self) -> None:
+        self._refuse_other_set_up = FirstStepCheck(refuse_other_set_up)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Raise ReplacedOptimizerError or ConflictingSettingsError if it would not train as the program reads."""
+        refuse_replacement(optimizer)
+        self._refuse_other_set_up(optimizer)
+
+
+register_backend(AccelerateBackend())

@@ -35,6 +35,8 @@ from trustratio.optimizers.sharding.refusals import refuse_model_norm
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
+from ..guards.deepspeed_schedulers import refuse_other_rates
+from ..guards.first_step import FirstStepCheck
 from .checkpoints import refuse_lossy_checkpoints
 from .gradients import describe_gradient_flow
 from .internals import (
@@ -88,6 +90,13 @@ class _FlatTensor:
 
 class DeepSpeedBackend(Backend):
     """Explains the tensors of DeepSpeed's optimizer wrappers."""
+
+    def __init__(self) -> None:
+        self._refuse_other_rates = FirstStepCheck(refuse_other_rates)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise ConflictingSettingsError if a scheduler of DeepSpeed trains with other rates than were given."""
+        self._refuse_other_rates(optimizer)
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         """Add the class to the list that DeepSpeed compares an optimizer's exact type with."""

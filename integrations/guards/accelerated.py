@@ -20,23 +20,20 @@ from torch.nn.parallel import DistributedDataParallel
 from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.living import living
 
-from .first_step import check_once
-from .replaced import ConflictingSettingsError, innermost, refuse_replacement
+from .replaced import ConflictingSettingsError, innermost
 
-__all__ = ["check_accelerate"]
+__all__ = ["refuse_other_set_up"]
 
 AVERAGING = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 
 
-def check_accelerate(optimizer: Any) -> None:
-    """Raise if accelerate would train the optimizer otherwise than the program reads.
+def refuse_other_set_up(optimizer: Any) -> None:
+    """Raise if an Accelerator that has prepared the optimizer would train it otherwise than the program reads.
 
     Raises:
-        ReplacedOptimizerError: If another optimizer has taken the place of ours.
         ConflictingSettingsError: If accelerate counts other processes than there are, leaves out DeepSpeed, or would
             step a scheduler of ours several times per update.
     """
-    refuse_replacement(optimizer)
     for accelerator in living(Accelerator):
         for scheduler in accelerator._schedulers:
             _refuse_steps_per_process(accelerator, scheduler, optimizer)
@@ -66,7 +63,7 @@ def _refuse_other_processes(accelerator: Accelerator, optimizer: LayerwiseOptimi
     )
     if accelerator._dataloaders:
         consequence = "each of them would read all of the data, as if it were alone"
-    elif averaged or not accelerator._models or getattr(optimizer, "data_parallel_group", None) is not None:
+    elif averaged or not accelerator._models or optimizer.data_parallel_group is not None:
         return  # the program itself sees to what accelerate cannot
     else:
         consequence = "nobody averages their gradients, so that each of them would train a model of its own"
@@ -105,6 +102,3 @@ def _with_parts(scheduler: Any) -> Iterator[Any]:
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _with_parts(part)
-
-
-check_once(check_accelerate)

@@ -20,7 +20,6 @@ from deepspeed.runtime.lr_schedules import OneCycle, WarmupLR
 from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.living import living
 
-from .first_step import check_once
 from .replaced import ConflictingSettingsError
 
 __all__ = ["refuse_other_rates"]
@@ -82,6 +81,3 @@ def _equal(one: float, other: float) -> bool:
 def _listed(rates: Sequence[float]) -> str:
     distinct = set(rates)
     return f"{rates[0]:g}" if len(distinct) == 1 else str([float(f"{rate:g}") for rate in rates])
-
-
-check_once(refuse_other_rates)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 from torch.optim import Optimizer
 
-from trustratio.optimizers.sharding.backends import Backend
-
-__all__ = ["FirstStepBackend"]
+__all__ = ["FirstStepCheck"]
 
 
-class FirstStepBackend(Backend):
-    """A backend with something to check; a subclass fills in `check`."""
+class FirstStepCheck:
+    """A check for `Backend.before_step`, which is called at every step: passes an optimizer that has passed before.
 
-    def __init__(self) -> None:
+    Args:
+        check: Raises if the optimizer, ours or another, would not train as it was asked to.
+    """
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        self._check = check
         self._passed: WeakSet[Optimizer] = WeakSet()
 
-    def check(self, optimizer: Any) -> None:
-        """Raise if the optimizer, ours or another, would not train as it was asked to."""
-        raise NotImplementedError(f"{type(self).__name__} must define check()")
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Check the optimizer unless it has passed."""
+    def __call__(self, optimizer: Optimizer) -> None:
         if optimizer not in self._passed:
-            self.check(optimizer)
+            self._check(optimizer)
             self._passed.add(optimizer)

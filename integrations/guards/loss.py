@@ -28,7 +28,7 @@ def watch_first_loss(trainer: Trainer) -> None:
 
     @functools.wraps(compute)
     def watched(*given: Any, **options: Any) -> Any:
-        if not trainer.model.training:
+        if trainer.model is None or not trainer.model.training:
             return compute(*given, **options)
         del trainer.compute_loss  # this function: the class's own comes to light again
         items = options.get("num_items_in_batch")

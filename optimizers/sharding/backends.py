@@ -108,7 +108,9 @@ class Backend:
 WRAPPERS = {
     "accelerate": "trustratio.integrations.accelerate",
     "deepspeed": "trustratio.integrations.deepspeed",
+    "lightning.pytorch": "trustratio.integrations.lightning",
     "megatron.core": "trustratio.integrations.megatron",
+    "pytorch_lightning": "trustratio.integrations.lightning",
     "torch.distributed.fsdp": "trustratio.integrations.fsdp1",
     "torch.distributed.optim.zero_redundancy_optimizer": "trustratio.integrations.zero_redundancy",
     "torch.distributed.tensor": "trustratio.integrations.fsdp2.backend",

@@ -11,10 +11,7 @@ import torch
 from deepspeed.runtime.lr_schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 from trustratio.integrations.accelerate import ConflictingSettingsError
-from trustratio.integrations.deepspeed import DeepSpeedBackend
 from trustratio.optimizers import LAMB, LARS, LayerwiseOptimizer
-
-assert DeepSpeedBackend  # importing it sets the check up
 
 
 def lamb(*rates: float, **options: Any) -> LAMB:
