@@ -309,7 +309,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             self.modernize(group)
             fill_in(group)
-            if "step" not in group:
+            if not group.get("step"):  # as in a file of an older version
                 group["step"] = steps_of(self.state)
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
             if are_parameters is not None and all(are_parameters[index]):
