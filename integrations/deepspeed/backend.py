@@ -43,7 +43,7 @@ from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
 from .checkpoints import refuse_lossy_checkpoints
-from .gradients import describe_gradient_flow
+from .gradients import describe_gradient_flow, global_gradient_norm
 from .parallelism import (
     CLIPPING,
     PART_OF_MODEL,
@@ -266,7 +266,7 @@ def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
     """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
     if wrapper._global_grad_norm is None:
         refuse_model_norm(f"{kind} does not compute it: set zero_optimization.compute_grad_norm to true")
-    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
+    norm = global_gradient_norm(wrapper)
     if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and _loss_scale_just_grew(wrapper):
         # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
         norm = norm / wrapper.loss_scaler.scale_factor

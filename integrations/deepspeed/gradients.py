@@ -30,7 +30,7 @@ from trustratio.optimizers.sharding.gradient_flow import Destination, GradientFl
 
 from .partitions import slices_of_layer, slices_of_view
 
-__all__ = ["describe_gradient_flow"]
+__all__ = ["describe_gradient_flow", "global_gradient_norm"]
 
 
 def describe_gradient_flow(wrapper: DeepSpeedOptimizer) -> GradientFlow | None:
@@ -107,6 +107,14 @@ def _loss_scale(wrapper: Any) -> float:
     return 1.0 if isinstance(wrapper, BF16_Optimizer) else float(wrapper.loss_scale)
 
 
+def global_gradient_norm(wrapper: Any) -> torch.Tensor:
+    """The norm of the whole model's gradient before clipping, as the wrapper reports it: a number or a tensor."""
+    norm = wrapper._global_grad_norm
+    if isinstance(norm, torch.Tensor):
+        return norm.to(torch.float64)
+    return torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+
 def _factor(wrapper: Any, in_backward: float) -> float | torch.Tensor:
     """What the averaged gradient was multiplied by.
 
@@ -121,7 +129,7 @@ def _factor(wrapper: Any, in_backward: float) -> float | torch.Tensor:
     now = _loss_scale(wrapper)
     if not wrapper.clip_grad > 0:
         return 1 / now
-    norm = torch.as_tensor(wrapper._global_grad_norm, dtype=torch.float64)
+    norm = global_gradient_norm(wrapper)
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
         norm = norm * (in_backward / now)
     return 1 / (now * ((norm + 1e-6) / wrapper.clip_grad).clamp(min=1.0))

@@ -170,7 +170,7 @@ def _is_expert(parameter: torch.Tensor | None) -> bool:
 
 def _differ(numbers: Sequence[int], process_group: dist.ProcessGroup) -> list[int]:
     """The positions at which the group's ranks have different numbers: one all-reduce."""
-    mine = torch.tensor([numbers, [-number for number in numbers]], dtype=torch.int64)
+    mine = torch.tensor([numbers, [-number for number in numbers]], dtype=torch.int64, device="cpu")
     largest = mine.to(reduction_device(process_group, mine.device))
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     return (largest[0] != -largest[1]).nonzero().flatten().tolist()
