@@ -270,11 +270,11 @@ class GradientStatistics:
         self._warn_of_few(self.groups * ranks)
 
         # A group's gradient is n c h (see above); the averages are of h, over the ranks.
-        norms, squares, groups, not_finite = sums[:4] / ranks
+        norms, squares, _, not_finite = sums[:4] / ranks
         contributions = {
             "group_norm": norms * factor / shares,
             "group_square": squares * factor.square() / shares,
-            "groups": groups * (1 if told else ranks) / shares,
+            "groups": sums[2] / shares,
             "not_finite": not_finite,
         }
         if self._squares is None:
