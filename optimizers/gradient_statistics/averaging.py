@@ -5,20 +5,15 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..sharding.backends import find_data_parallel
 from ..sharding.data_parallel import DataParallel, unknown_ranks
 from ..sharding.layout import Layout
+from .watched import backward_pass
 
-__all__ = ["Averaging", "backward_pass"]
-
-
-def backward_pass() -> int:
-    """A number of the backward pass that runs, -1 outside of any."""
-    return int(torch._C._current_graph_task_id())
+__all__ = ["Averaging"]
 
 
 class Averaging:

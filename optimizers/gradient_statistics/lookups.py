@@ -10,7 +10,9 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..sharding.layout import Layer, Layout
+from ..sharding.local_tensors import is_plain
 from .averaging import Averaging
+from .watched import Watched, call_after_backward, is_added_up
 
 __all__ = ["IdCounts", "LookupHook"]
 
@@ -24,18 +26,37 @@ class IdCounts:
 
     def __init__(self, optimizer: Any):
         self._ids: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._averaging = Averaging(optimizer)
 
     def add(self, parameter: torch.Tensor, ids: torch.Tensor) -> None:
-        """Note the lookups of one micro-batch. Those of an update that the wrapper has dropped since are forgotten."""
+        """Note the lookups of one micro-batch.
+
+        Those of an update that the wrapper has dropped since are forgotten, and those whose gradient is gone.
+        """
         self._averaging.look()
         if self._averaging.has_skipped():
             self.forget()
+        watched = self._watch(parameter)
+        if watched.gradient is not None and not watched.keeps_gradient():
+            self._ids.pop(parameter, None)
+            watched.clear()
         self._ids.setdefault(parameter, []).append(ids.detach().reshape(-1).to(torch.int32, copy=True))
 
     def forget(self) -> None:
         """Drop everything noted so far, with the gradients that it belongs to."""
         self._ids.clear()
+        for watched in self._watched.values():
+            watched.clear()
+
+    def _watch(self, parameter: torch.Tensor) -> Watched:
+        """Know of the parameter what its gradient was after the last backward pass; nothing if a wrapper took it."""
+        if parameter not in self._watched:
+            self._watched[parameter] = watched = Watched(weakref.ref(parameter))
+            if parameter.is_leaf and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _: call_after_backward(watched.note_gradient))
+        known: Watched = self._watched[parameter]
+        return known
 
     def take(self, layout: Layout, layers: Sequence[Layer]) -> tuple[list[torch.Tensor], list[bool]]:
         """Add the counts over ranks and forget them: one all-reduce if there are several ranks.
@@ -51,6 +72,9 @@ class IdCounts:
             LayoutError: If there are counts, and nobody knows over which ranks to add them.
         """
         noted = [self._ids.pop(layer.parameter, []) for layer in layers]
+        for layer in layers:
+            if layer.parameter in self._watched:
+                self._watched[layer.parameter].clear()
         counts = torch.zeros(sum(layer.shape[0] for layer in layers), dtype=torch.int32, device=layout.device)
         of_layers = list(counts.split([layer.shape[0] for layer in layers]))
         for of_layer, parts in zip(of_layers, noted, strict=True):
@@ -83,5 +107,7 @@ class LookupHook:
 
     def _note(self, ids: torch.Tensor) -> None:
         counts, parameter = self._counts(), self._parameter()
-        if counts is not None and parameter is not None:
+        if counts is None or parameter is None:
+            return
+        if not is_plain(parameter) or is_added_up(parameter):  # a DTensor has others in its place in forward
             counts.add(parameter, ids)

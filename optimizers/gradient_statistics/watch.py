@@ -27,13 +27,13 @@ from ..sharding.backends import find_gradient_flow, find_sources, may_replace_pa
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
 from ..sharding.local_tensors import placements_of
-from .averaging import Averaging, backward_pass
+from .averaging import Averaging
 from .factor import PROBES, factor_between, probes, probes_of
 from .loss_scale import LossScale
 from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepStatistics, norms_from_table
 from .squares import Squares, zeros_like_local
 from .verdict import Verdict
-from .watched import Watched, is_added_up
+from .watched import Watched, backward_pass, call_after_backward, is_added_up
 
 __all__ = ["GradientStatistics"]
 
@@ -224,9 +224,7 @@ class GradientStatistics:
             return
         if current != self._pass:
             self._pass, self._of_pass = current, []
-            call_at_end = torch.autograd.Variable._execution_engine.queue_callback
-            # DDP writes its averages in such a callback, which comes before the one that is queued at the end.
-            call_at_end(partial(call_at_end, partial(_note_gradients, self._of_pass)))
+            call_after_backward(partial(_note_gradients, self._of_pass))
         self._of_pass.append(watched)
 
     def _destination(self, watched: Watched) -> Destination | None:
@@ -276,11 +274,11 @@ class GradientStatistics:
         self._warn_of_few(self.groups * ranks)
 
         # A group's gradient is n c h (see above); the averages are of h, over the ranks.
-        norms, squares, groups, not_finite = sums[:4] / ranks
+        norms, squares, _, not_finite = sums[:4] / ranks
         contributions = {
             "group_norm": norms * factor / shares,
             "group_square": squares * factor.square() / shares,
-            "groups": groups * (1 if told else ranks) / shares,
+            "groups": sums[2] / shares,
             "not_finite": not_finite,
         }
         if self._squares is None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-__all__ = ["Watched", "is_added_up"]
+from ..sharding.local_tensors import is_plain
+
+__all__ = ["Watched", "backward_pass", "call_after_backward", "is_added_up"]
 
 
 @dataclass
@@ -63,7 +67,21 @@ class Watched:
 
 def _described(parameter: torch.Tensor | None) -> tuple[int, int] | None:
     gradient = None if parameter is None else parameter.grad
-    return None if gradient is None else (gradient.data_ptr(), gradient._version)
+    if gradient is None or not is_plain(gradient):
+        return None if gradient is None else (0, 0)  # to look into a DTensor takes all ranks
+    return gradient.data_ptr(), gradient._version
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that runs, -1 outside of any."""
+    return int(torch._C._current_graph_task_id())
+
+
+def call_after_backward(work: Callable[[], None]) -> None:
+    """Call `work` at the end of the backward pass that runs, when wrappers have written their averages."""
+    call_at_end = torch.autograd.Variable._execution_engine.queue_callback
+    # DDP writes them in such a callback, which comes before one that is queued at the end.
+    call_at_end(partial(call_at_end, work))
 
 
 def is_added_up(tensor: torch.Tensor) -> bool:

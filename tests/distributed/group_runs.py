@@ -200,6 +200,8 @@ def train_network(
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     elif stage == "ddp":
         trained = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=len(branch_on) < 4)
+    elif stage == "dense":
+        optimizer.data_parallel_group = dist.new_group([rank], use_local_synchronization=True)  # type: ignore[attr-defined]
     for step in range(3):
         if stage == "dense":
             assert groups is not None

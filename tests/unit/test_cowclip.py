@@ -273,3 +273,28 @@ def test_scaling_rule() -> None:
     assert scaled.weight_decay == pytest.approx(128 * 2e-5)
     with pytest.raises(ValueError, match="batch must be in"):
         scale_cowclip(base, 1024, 0)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("drop", ["none", "zero", "optimizer"])
+def test_lookups_of_a_dropped_batch_do_not_count(drop: str, by_hand: bool) -> None:
+    model = TwoTables()
+    optimizer = CowClip(model.named_parameters(), lr=0.1, cowclip=True)
+    if not by_hand:
+        optimizer.count_lookups(model)
+
+    def batch(factor: float = 1.0) -> None:
+        if by_hand:
+            for users, tags in ((USERS[:1], TAGS[:1]), (USERS[1:], TAGS[1:])):
+                optimizer.count_ids("users.weight", users)
+                optimizer.count_ids("tags.weight", tags)
+        (factor * model(USERS, TAGS)).backward()
+
+    for factor in (float("nan"), 1.0):
+        batch(factor)
+        optimizer.zero_grad() if drop == "optimizer" else model.zero_grad(set_to_none=drop == "none")
+    if not by_hand:
+        torch.autograd.grad(model(USERS, TAGS), list(model.parameters()))
+    batch()
+    batch()
+    assert counts_of(model, optimizer) == ([2, 4, 0, 0, 0, 2], [4, 0, 2, 0, 6])
