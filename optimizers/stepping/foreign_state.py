@@ -68,16 +68,25 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
 
 def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:
     """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
-    of_others = {name for algorithm in _algorithms(Algorithm) for name in inspect.signature(algorithm).parameters}
-    of_others.difference_update(NOT_OPTIONS)
+    of_others = {name for algorithm in _algorithms(Algorithm) for name in _parameters(algorithm)}
+    # Wrappers add keys of their own to the defaults.
+    own = {name for base in type(optimizer).__mro__ if issubclass(base, Algorithm) for name in _parameters(base)}
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
-        lacking = [key for key in optimizer.defaults if key not in group and key not in MAY_LACK]
+        lacking = [key for key in optimizer.defaults if key in own and key not in group and key not in MAY_LACK]
         unknown = [key for key in group if key not in current]
         foreign = [key for key in unknown if key in of_others or (key in ELSEWHERE and _is_set(group[key]))]
         if lacking:
             yield f"group {index} lacks the options {', '.join(lacking)}"
         if foreign:
             yield f"group {index} has options of another optimizer: {', '.join(foreign)}"
+
+
+def _parameters(algorithm: type[Any]) -> set[str]:
+    """The options that a class takes; none if nothing can be told of a user's."""
+    try:
+        return set(inspect.signature(algorithm).parameters) - set(NOT_OPTIONS)
+    except (TypeError, ValueError):
+        return set()
 
 
 def _is_set(value: Any) -> bool:
