@@ -154,6 +154,9 @@ def load_optimizer_state(
                 _set_option(group, key, value)
             if "step" not in options:
                 group["step"] = steps_of(local.optimizer.state)
+    steps = max(group["step"] for group in local.optimizer.param_groups)
+    for group in local.optimizer.param_groups:
+        group["step"] = steps  # of new layers alone, too
     if weights:
         local.publish_weights()
     return stored.extra

@@ -20,6 +20,7 @@ import torch
 from trustratio.optimizers.lars import ACCUMULATES
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.sharding.layout import listing
+from trustratio.optimizers.stepping.count import steps_of
 from trustratio.optimizers.stepping.foreign_state import without_wrappers
 
 from .local_state import unwrapped
@@ -98,6 +99,8 @@ def convert_state(
         raise ValueError(
             f"the state_dict cannot become that of this {type(target).__name__}: {listing([*dict.fromkeys(problems)])}"
         )
+    for ours in converted["param_groups"]:
+        ours["step"] = steps_of(state)
     return {**converted, "state": state}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..formulas.algorithm import Algorithm
-from ..options.common import COMMON_DEFAULTS
+from ..options.common import COMMON_DEFAULTS, options_of
 from ..options.unknown import chooses_elsewhere, options_of_others
 from ..sharding.local_tensors import cut_alike, local_part, placements_of
 
@@ -60,8 +60,10 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
 def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:
     """Options that the file lacks, and those that it has of another optimizer; schedulers add keys of their own."""
     of_others = options_of_others(optimizer.defaults)
+    own = {name for base in type(optimizer).__mro__ if issubclass(base, Algorithm) for name in options_of(base)}
     for index, (group, current) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
-        lacking = [key for key in optimizer.defaults if key not in group and key not in COMMON_DEFAULTS]
+        # Wrappers add keys of their own to the defaults.
+        lacking = [key for key in optimizer.defaults if key in own and key not in group and key not in COMMON_DEFAULTS]
         unknown = [key for key in group if key not in current]
         foreign = [key for key in unknown if key in of_others or chooses_elsewhere(key, group[key])]
         if lacking:

@@ -27,12 +27,12 @@ def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def timm_optim() -> Iterator[dict[str, Any]]:
-    """The files timm/optim/lamb.py and lars.py alone, since importing the package needs torchvision."""
+    """Some files of timm/optim alone, since importing the package needs torchvision."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None, "install timm with: pip install --no-deps timm"
     for name in ("timm", "timm.optim"):
         package = sys.modules[name] = types.ModuleType(name)
         package.__path__ = [str(Path(spec.submodule_search_locations[0]).joinpath(*name.split(".")[1:]))]
-    yield {name: importlib.import_module(f"timm.optim.{name}") for name in ("lamb", "lars")}
+    yield {name: importlib.import_module(f"timm.optim.{name}") for name in ("lamb", "lars", "lookahead")}
     for name in [name for name in sys.modules if name.split(".")[0] == "timm"]:
         del sys.modules[name]

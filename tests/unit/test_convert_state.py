@@ -52,6 +52,7 @@ def assert_continued(theirs: Make, ours: Make, change: Callable[[dict[str, Any]]
     torch.testing.assert_close(state["state"], before, rtol=0, atol=0)
     assert own_options(target) == options
     assert {int(of["step"]) for of in target.state_dict()["state"].values()} == {SAVED}
+    assert {group["step"] for group in target.param_groups} == {SAVED}
     for pair in ((layers, source), (continued, target)):
         train(*pair, range(SAVED, LAST))
     for name in SHAPES:

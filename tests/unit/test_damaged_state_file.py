@@ -87,6 +87,7 @@ def test_a_group_of_new_layers_alone_keeps_its_options(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="file lacks: conv; bias; scale"):
         load_optimizer_state(optimizer, tmp_path / "state", strict=False)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 9.0]
+    assert [group["step"] for group in optimizer.param_groups] == [2, 2]
 
 
 def test_what_is_not_a_matter_of_layers_is_refused_all_the_same(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ TODAYS = [page for page in PAGES if page.name != "CHANGELOG.md"]
 FILES = ["/" + path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 FILES += [f"/{path.name}" for path in ROOT.iterdir()]
 FILES_ELSEWHERE = {
-    *("ds_to_universal.py", "opt/tvlars.py"),  # DeepSpeed's converter; TVLARS in its authors' repository
+    "opt/tvlars.py",  # TVLARS in its authors' repository
     *("layerwise_lion.py", "layerwise_lion_reference.py"),  # the reader's own, in docs/adding-an-optimizer.md
     *("test_layerwise_lion.py", "tests/distributed/test_layerwise_lion.py"),
 }

@@ -151,6 +151,31 @@ def test_what_wrappers_put_beside_the_state_is_kept(name: str) -> None:
     assert target.state_dict()["state"][0]["quantised"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", ["lamb", "lars", "novograd"])
+def test_timms_lookahead_goes_on(timm_optim: Any, name: str, before: bool) -> None:
+    """From its own state, and from the state of the optimizer alone."""
+    runs = []
+    for _ in range(2):
+        layers = make_parameters()
+        alone = make(name, layers)
+        runs.append((layers, alone, timm_optim["lookahead"].Lookahead(alone, k=2)))
+    (layers, alone, wrapped), (copies, _, again) = runs
+    train(wrapped if before else alone, layers, range(3))
+    with torch.no_grad():
+        for layer, parameter in layers.items():
+            copies[layer].copy_(parameter)
+    state = copy.deepcopy(alone.state_dict())
+    for key in () if before else ("lookahead_alpha", "lookahead_k", "lookahead_step"):
+        del state["param_groups"][0][key]
+    again.load_state_dict(state)
+    for optimizer, parameters in ((wrapped, layers), (again, copies)):
+        train(optimizer, parameters, range(3, 6))
+    assert all(torch.equal(copies[layer], parameter) for layer, parameter in layers.items())
+    assert "lookahead_slow_buff" in alone.state[layers["matrix"]]
+    assert again.param_groups[0]["lookahead_k"] == 2
+
+
 def test_state_of_a_wrapper_alone_is_no_state_yet() -> None:
     source = LAMB(parameters())
     source.state[source.param_groups[0]["params"][0]]["ema"] = torch.ones(4, 3)
