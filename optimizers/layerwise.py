@@ -6,7 +6,6 @@ One `step()` call runs the algorithm's `stages`, whose sums are reduced over the
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Unpack
 
 from .formulas.algorithm import Algorithm
-from .formulas.hyperparameters import check_betas, check_choice, check_range, is_number
+from .formulas.hyperparameters import check_betas, check_choice, check_range
 from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
 from .options.common import COMMON_DEFAULTS, OF_THE_WHOLE, CommonOptions, fill_in, floats_of, signature_of
@@ -29,9 +28,8 @@ from .options.unknown import check_keys, refuse_unknown
 from .sharding.backends import admit
 from .sharding.data_parallel import as_process_group
 from .sharding.layout import Layout, LayoutError
-from .sharding.local_tensors import placements_of
 from .sharding.resolve import resolve_layout
-from .stepping.count import StepCount, steps_of
+from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
 from .stepping.loaded_state import prove_loaded_state, with_layer_names
 from .stepping.plan import Plan, options_of_plan
@@ -39,6 +37,7 @@ from .stepping.plans import Plans
 from .stepping.rounding import RoundedUpdates
 from .stepping.state import as_kept, on_device
 from .stepping.step import Step
+from .stepping.taking_part import frozen_layers, taking_part
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
 
@@ -171,7 +170,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         names, ratios = self._plans.ratios()
         if not names:
             return names, ratios
-        frozen = self._frozen()
+        layers = frozen_layers(self.param_groups, self.was_given)
+        frozen = [self.parameter_name(parameter) or place for place, parameter in layers]
         return [*names, *frozen], torch.cat([ratios, ratios.new_ones(len(frozen))])
 
     def adapted_layers(self) -> set[str]:
@@ -236,7 +236,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         for name in OF_THE_WHOLE:
             del group[name]
         try:
-            group["step"] = _whole_number(group.get("step", self._steps_of_others()))
+            group["step"] = whole_steps(group.get("step", most_steps(self.param_groups[:-1])))
             self._options.check(self, group)
             names = group.get("param_names") or [None] * len(group["params"])
             for parameter, name in zip(group["params"], names, strict=False):
@@ -266,9 +266,6 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         for name, parameter in named_parameters:
             if self.was_given(parameter) and self.parameter_name(parameter) is None:
                 self._names[parameter] = name
-
-    def _steps_of_others(self) -> int:
-        return max((group.get("step", 0) for group in self.param_groups[:-1]), default=0)
 
     def _remember(self, group: dict[str, Any]) -> None:
         self.given_options.append({key: _kept(value) for key, value in group.items() if key not in PARAMETER_KEYS})
@@ -370,7 +367,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     # Plans ----------------------------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
-        groups, tensors = self._taking_part()
+        groups, tensors = taking_part(self.param_groups, self.was_given)
         plan = self._plans.find(tensors, options_of_plan(self, groups))
         if plan is None:
             plan = self._make_plan(groups, tensors)
@@ -392,33 +389,6 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             plan.share_layer_state(self.layer_state, self.state)
             prove_loaded_state(self, layout)
         return plan
-
-    def _taking_part(self) -> tuple[list[int], list[torch.Tensor]]:
-        """The tensors of a `step()` call, and the index of each one's group.
-
-        Frozen parameters without a gradient are left out, whatever they are: nothing of them is looked at, and no rank
-        has a part in them. What a wrapper steps in the parameters' place need not be marked as trained.
-        """
-        groups, tensors = [], []
-        for index, group in enumerate(self.param_groups):
-            for tensor in group["params"]:
-                if tensor.requires_grad or tensor.grad is not None or not self._is_of_model(tensor):
-                    groups.append(index)
-                    tensors.append(tensor)
-        return groups, tensors
-
-    def _frozen(self) -> list[str]:
-        """The names of the parameters that `_taking_part` leaves out, but for those that could not be trained."""
-        taking_part = set(map(id, self._taking_part()[1]))
-        return [
-            self.parameter_name(parameter) or f"{index}.{position}"
-            for index, group in enumerate(self.param_groups)
-            for position, parameter in enumerate(group["params"])
-            if id(parameter) not in taking_part and parameter.is_floating_point() and parameter.numel()
-        ]
-
-    def _is_of_model(self, tensor: torch.Tensor) -> bool:
-        return self.was_given(tensor) or placements_of(tensor) is not None
 
     def _refuse_segments_of_groups(self, layout: Layout) -> None:
         parameters = {id(layer.parameter) for layer in layout.layers}
@@ -462,12 +432,6 @@ def _check_parameter(parameter: torch.Tensor, name: str | None) -> None:
             "parameters that are trained must be real floating point tensors, got "
             f"{f'{name}, ' if name else ''}{parameter.dtype} of shape {tuple(parameter.shape)}"
         )
-
-
-def _whole_number(step: Any) -> int:
-    if not is_number(step) or not 0 <= step < math.inf or int(step) != step:
-        raise ValueError(f"step must be the number of steps taken, a whole number, got {step!r}")
-    return int(step)
 
 
 def _kept(value: Any) -> Any:

@@ -31,6 +31,7 @@ PASSENGERS = {
     *("pre_lr_mult", "pre_wd_mult", "start_wd", "end_wd", "default_config", "pre_clip"),
     *("is_expert", "is_expert_parallel", "is_decoupled_lr", "moe", "dp_process_group", "bucket_cap_mb"),
     *("fix_lr", "no_weight_decay", "apply_weight_decay", "freeze", "decoupled_weight_decay", "ds_pipe_replicated"),
+    *("use_muon", "use_fallback"),
 }
 """Keys that torch's schedulers, timm, DeepSpeed, Megatron and recipes put into groups for themselves."""
 
@@ -120,7 +121,7 @@ def check_keys(optimizer_class: type, group: Mapping[str, Any], defaults: Collec
     """
     options = [name for name in defaults if name not in OF_THE_WHOLE]
     for key, value in group.items():
-        if key in options or key in OF_TORCH:
+        if key in options or key in OF_TORCH or str(key).startswith("_"):
             continue
         name = optimizer_class.__name__
         if key in OF_THE_WHOLE:

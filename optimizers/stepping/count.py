@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["StepCount", "steps_of"]
+from ..formulas.hyperparameters import is_number
+
+__all__ = ["StepCount", "most_steps", "steps_of", "whole_steps"]
 
 
 class StepCount:
@@ -35,11 +38,23 @@ class StepCount:
         ids = set(map(id, tensors))
         if not self._tensors or not self._tensors.isdisjoint(ids):
             self._tensors = ids
-            self._count = 1 + max(int(group.get("step", 0)) for group in groups)
+            self._count = 1 + most_steps(groups)
         else:
             self._tensors |= ids
         for group in groups:
             group["step"] = self._count
+
+
+def most_steps(groups: Iterable[Mapping[str, Any]]) -> int:
+    """How many steps the groups have taken; 0 if there are none."""
+    return max((int(group.get("step", 0)) for group in groups), default=0)
+
+
+def whole_steps(step: Any) -> int:
+    """A number of steps that somebody has given. Raises ValueError if it is none."""
+    if not is_number(step) or not 0 <= step < math.inf or int(step) != step:
+        raise ValueError(f"step must be the number of steps taken, a whole number, got {step!r}")
+    return int(step)
 
 
 def steps_of(state: Mapping[Any, Any]) -> int:

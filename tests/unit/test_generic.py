@@ -112,6 +112,24 @@ def test_equals_the_reference_in_fp64(name: str, options: dict[str, Any]) -> Non
 
 
 @all_optimizers
+def test_maximizing_equals_the_reference_of_the_other_sign(name: str) -> None:
+    """Gradients are seen as they are in backward, where the optimizer looks at single groups of samples."""
+    parameters = make_parameters(torch.float64)
+    before = values(parameters)
+    given = {"lr": LR, "weight_decay": 0.1}
+    optimizer = make(name, parameters, maximize=True, **given)
+    train(optimizer, parameters, range(3))
+    gradients = [{layer: -g for layer, g in make_gradients(step, parameters).items()} for step in range(3)]
+    expected, ratios = run_reference(
+        name, before, gradients, dict.fromkeys(SHAPES, given), resolution=torch.finfo(torch.float64).eps
+    )
+    tolerance = 1e-6 if name == "mclr" else 1e-9
+    for layer, w in expected.items():
+        torch.testing.assert_close(parameters[layer].detach(), w, rtol=tolerance, atol=tolerance)
+    assert optimizer.trust_ratios() == pytest.approx(ratios[-1], rel=tolerance)
+
+
+@all_optimizers
 def test_groups_equal_separate_optimizers(name: str) -> None:
     """SNGM couples the layers of all groups by design; test_sngm looks at that."""
     if name == "sngm":
