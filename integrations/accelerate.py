@@ -1,8 +1,9 @@
-"""Accelerate: our optimizer behind its wrappers, and an error where it has been replaced.
+"""Accelerate: our optimizer behind its wrappers, and errors where it would not train as the program reads.
 
 `accelerator.prepare(model, optimizer)` needs nothing from here. But with `offload_optimizer` in the DeepSpeed config it
-builds a `DeepSpeedCPUAdam` from the optimizer's groups and trains with that, without a word. The first step of such an
-optimizer raises, wherever accelerate was imported, before or after ours was constructed. Read from accelerate 1.15.0.
+builds a `DeepSpeedCPUAdam` from the optimizer's groups and trains with that, without a word; and it may count other
+processes than there are, or leave DeepSpeed out. The first step raises then, before a weight moves, wherever accelerate
+was imported, before or after the optimizer was constructed. Read from accelerate 1.15.0.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
 
 
 def count_ranks_on_cpu() -> None:
-    """Let accelerate know of the other ranks when DeepSpeed runs on a machine without an accelerator device.
+    """Let an Accelerator with DeepSpeed know of the other ranks on a machine without an accelerator device.
 
     Accelerate 1.15 knows no backend for DeepSpeed there, and takes every rank for the only one: each gets the whole
-    data set, silently. Call this first, before `Accelerator(...)`, or before `TrainingArguments` with
-    ``accelerator_config={"use_configured_state": True}``. Starts the process group, over gloo, if there is none.
+    data set. Call this first, before `Accelerator(...)`. Starts the process group, over gloo, if there is none. The
+    Trainer needs ``TrainingArguments(use_cpu=True)`` in its place.
     """
     from accelerate import PartialState
 

@@ -58,7 +58,7 @@ def scheduled_engine() -> Any:
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 10}},
         "steps_per_print": 10**9,
     }
-    return deepspeed.initialize(model=model, optimizer=LAMB(model.parameters(), lr=1.0), config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=LAMB(model.parameters(), lr=0.5), config=config)[0]
 
 
 def continued_schedule(path: str) -> tuple[list[Any], list[Any]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from trustratio.integrations.accelerate import ConflictingSettingsError, ReplacedOptimizerError
 from trustratio.integrations.transformers import masked_language_modeling_loss, optimizer_for_trainer
 from trustratio.optimizers import LAMB, LARS
 
-from .test_trainer import small_bert, trained
+from .test_trainer import rows, small_bert, trained
 
+QUIET = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "train_sampling_strategy": "sequential"}
 LAMB_PAIR = {"optimizer_cls_and_kwargs": optimizer_for_trainer("lamb", lr=0.01)}
 
 
@@ -82,6 +84,27 @@ def test_a_loss_that_is_too_large_by_the_accumulation_is_said_once(options, culp
         assert sentence.startswith(f"{culprit} does not divide its loss by num_items_in_batch")
         assert "about 4 times too large" in sentence
         assert "compute_loss_func=masked_language_modeling_loss" in sentence
+
+
+def change_for_scripts():
+    """The script before and after the change that docs/trainer.md shows."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "trainer.md").read_text()
+    lines = text.split("```diff\n")[1].split("```")[0].splitlines()
+    assert sum(line.startswith("+") for line in lines) == 2
+    stock = [line[1:] for line in lines if not line.startswith("+")]
+    return "\n".join(stock), "\n".join(line[1:] for line in lines)
+
+
+def test_the_two_lines_of_the_documentation_repair_a_script(tmp_path):
+    losses = []
+    for script in change_for_scripts():
+        training_args = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=1, **QUIET
+        )
+        names = {"Trainer": Trainer, "model": small_bert(), "training_args": training_args, "train_dataset": rows()}
+        exec(script, names)
+        losses.append(names["trainer"].train().training_loss)
+    assert losses[0] == pytest.approx(2 * losses[1], rel=0.1)
 
 
 # Rates, decay and pairs ---------------------------------------------------------------------------------------------
