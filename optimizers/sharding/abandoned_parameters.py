@@ -55,9 +55,9 @@ class Places:
     def refuse_abandoned(self, optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
         """Raise LayoutError if other parameters have taken the place of some that the optimizer was given.
 
-        Those are no module's parameters any more and have no gradient, while a module has others like them, which have
-        one and which no optimizer trains. If a gradient reaches any tensor outside of modules, as where somebody copies
-        gradients to master weights, then being outside says nothing.
+        Those are no module's parameters any more and have no gradient, while a module has others of their shape, or of
+        their name in the model, which have one and which no optimizer trains. If a gradient reaches any tensor outside
+        of modules, as where somebody copies gradients to master weights, then being outside says nothing.
         """
         without = [tensor for tensor in tensors if tensor.grad is None and tensor.requires_grad]
         if not without or (self._of is not None and not any(map(self._is_taken, without))):
@@ -66,9 +66,9 @@ class Places:
         own = [tensor for tensor in tensors if optimizer.was_given(tensor) or placements_of(tensor) is not None]
         self._of = {}
         if own:
-            modules = _look_for_replacements(own)
-            _refuse(optimizer, modules.replaced(own))
-            self._of = modules.places(own)
+            modules = _look_for_replacements(optimizer, own)
+            _refuse(optimizer, modules.replaced())
+            self._of = modules.places()
 
     def _is_taken(self, tensor: torch.Tensor) -> bool:
         assert self._of is not None
@@ -76,12 +76,12 @@ class Places:
         return any(place.parameter() is not tensor and place.has_gradient() for place in places)
 
 
-def _look_for_replacements(tensors: Sequence[torch.Tensor]) -> _Modules:
-    modules = _Modules()
-    if modules.replaced(tensors):
+def _look_for_replacements(optimizer: Any, tensors: Sequence[torch.Tensor]) -> _Modules:
+    modules = _Modules(optimizer, tensors)
+    if modules.replaced():
         del modules
         gc.collect()  # what took their place may be garbage
-        modules = _Modules()
+        modules = _Modules(optimizer, tensors)
     return modules
 
 
@@ -100,9 +100,12 @@ def _refuse(optimizer: Any, replaced: Sequence[tuple[torch.Tensor, _Place]]) -> 
 
 
 class _Modules:
-    """The places of all parameters of this process, and which parameters optimizers train."""
+    """The places of all parameters of this process, and where others may have taken those of an optimizer's tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Any, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._names = {id(tensor): optimizer.parameter_name(tensor) for tensor in tensors}
+        self._modules: list[torch.nn.Module] = []
         self._found: dict[int, tuple[torch.Tensor, _Place]] = {}
         self._trained: set[int] = set()
         for candidate in living(torch.nn.Module, torch.optim.Optimizer):
@@ -111,33 +114,65 @@ class _Modules:
             else:
                 groups = vars(candidate).get("param_groups", ())
                 self._trained.update(id(parameter) for group in groups for parameter in group["params"])
+        self._substitutes = self._find_substitutes()
 
     def _add(self, module: torch.nn.Module) -> None:
-        for name, parameter in (getattr(module, "_parameters", None) or {}).items():  # None under construction
-            if parameter is not None:
-                self._found[id(parameter)] = parameter, _Place(weakref.ref(module), name)
+        if "_modules" in vars(module):  # it is not under construction
+            self._modules.append(module)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._found[id(parameter)] = parameter, _Place(weakref.ref(module), name)
 
-    def places(self, tensors: Sequence[torch.Tensor]) -> dict[int, list[_Place]]:
+    def places(self) -> dict[int, list[_Place]]:
         """By a tensor's id: its place, or those of others like it if it has none."""
-        inside = {id(tensor): [self._found[id(tensor)][1]] for tensor in tensors if id(tensor) in self._found}
-        return inside | {id(tensor): places for tensor, places in self._substitutes(tensors)}
+        found = self._found
+        inside = {id(tensor): [found[id(tensor)][1]] for tensor in self._tensors if id(tensor) in found}
+        return inside | {id(tensor): places for tensor, places in self._substitutes}
 
-    def replaced(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, _Place]]:
+    def replaced(self) -> list[tuple[torch.Tensor, _Place]]:
         """The tensors that have no place, and the place of one like each of them that has a gradient."""
         with_gradient = (
-            (tensor, next(filter(_Place.has_gradient, places), None)) for tensor, places in self._substitutes(tensors)
+            (tensor, next(filter(_Place.has_gradient, places), None)) for tensor, places in self._substitutes
         )
         return [(tensor, place) for tensor, place in with_gradient if place is not None]
 
-    def _substitutes(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, list[_Place]]]:
-        """The tensors that have no place, with the places of others like them that no optimizer trains."""
-        outside = [tensor for tensor in tensors if id(tensor) not in self._found]
+    def _find_substitutes(self) -> list[tuple[torch.Tensor, list[_Place]]]:
+        """The tensors that have no place, and where others that no optimizer trains have their name or shape."""
+        outside = [tensor for tensor in self._tensors if id(tensor) not in self._found]
         if not outside or any(tensor.grad is not None for tensor in outside):
             return []
-        untrained: dict[tuple[torch.Size, torch.dtype], list[_Place]] = {}
+        untrained: dict[torch.Size, list[_Place]] = {}
         for key, (parameter, place) in self._found.items():
             if key not in self._trained:
                 # Of FSDP1's flat parameters: many shapes.
                 for shape in getattr(parameter, "_shapes", None) or (parameter.shape,):
-                    untrained.setdefault((shape, parameter.dtype), []).append(place)
-        return [(tensor, untrained.get((tensor.shape, tensor.dtype), [])) for tensor in outside]
+                    untrained.setdefault(shape, []).append(place)
+        models = self._models()
+        return [(tensor, [*self._named(tensor, models), *untrained.get(tensor.shape, ())]) for tensor in outside]
+
+    def _models(self) -> list[torch.nn.Module]:
+        """The modules by whose names the optimizer knows its tensors: any of these is there by its name."""
+        named = [(tensor, name) for tensor in self._tensors if (name := self._names[id(tensor)]) is not None]
+        heads = {name.partition(".")[0] for _, name in named}
+        return [
+            module
+            for module in self._modules
+            if not (heads.isdisjoint(module._modules) and heads.isdisjoint(module._parameters))  # quick to tell
+            and any(place.parameter() is tensor for tensor, name in named if (place := _place_of(module, name)))
+        ]
+
+    def _named(self, tensor: torch.Tensor, models: Sequence[torch.nn.Module]) -> list[_Place]:
+        """Where an untrained parameter has the tensor's name, whatever its shape: as a resized embedding has."""
+        found = (_place_of(model, self._names[id(tensor)] or "") for model in models)
+        return [place for place in found if place is not None and id(place.parameter()) not in self._trained]
+
+
+def _place_of(module: torch.nn.Module, name: str) -> _Place | None:
+    """The place of a module's parameter by its name; None if there is none."""
+    *path, last = name.split(".")
+    inner: torch.nn.Module | None = module
+    for part in path:
+        inner = None if inner is None else inner._modules.get(part)
+    if inner is None or inner._parameters.get(last) is None:
+        return None
+    return _Place(weakref.ref(inner), last)

@@ -8,7 +8,6 @@ them: sums of the same numbers do not depend on threads, but their last fp64 bit
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections import defaultdict
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..sharding.backends import find_data_parallel
+from ..sharding.differences import digest
 from ..sharding.layout import Layer, Layout, LayoutError, listing
 from ..sharding.living import living
 from ..sharding.local_tensors import reduction_device
@@ -193,17 +193,13 @@ def _compare(process_group: dist.ProcessGroup, of_layers: Mapping[str, Quantitie
 
     Its size does not depend on the layers, so that ranks with others, or with none, do not hang.
     """
-    digest = _digest(of_layers)
+    said = digest(repr(of_layers))
     any_gradient = int(any(quantities[GRADIENT] != 0 for quantities in of_layers.values()))  # NaN counts
-    mine = torch.tensor([digest, -digest, any_gradient], dtype=torch.int64, device="cpu")
+    mine = torch.tensor([said, -said, any_gradient], dtype=torch.int64, device="cpu")
     largest = mine.to(reduction_device(process_group, mine.device))
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     highest, lowest, somewhere = largest.tolist()
     return highest == -lowest, bool(somewhere)
-
-
-def _digest(of_layers: Mapping[str, Quantities]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(of_layers).encode()).digest()[:7], "big")
 
 
 def _differences(

@@ -144,6 +144,43 @@ def test_parameters_that_to_empty_made_are_noticed() -> None:
     assert_noticed(optimizer, network)
 
 
+class Embedded(nn.Module):
+    def __init__(self, rows: int = 5) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(rows, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.table(x[0].long()))
+
+
+def test_a_resized_embedding_is_noticed_by_its_name() -> None:
+    network = Embedded()
+    optimizer = LAMB(network.named_parameters())
+    other = Embedded(7)  # has gradients and the same names
+    backward(other)
+    network.linear.zero_grad()
+    backward(network)
+    optimizer.step()
+    network.table = nn.Embedding(9, 3)
+    optimizer.zero_grad()
+    backward(network)
+    with pytest.raises(LayoutError, match=r"table\.weight of shape \(5, 3\) \(now Embedding\.weight\)"):
+        optimizer.step()
+
+
+def test_parameters_that_were_converted_to_another_dtype_are_noticed() -> None:
+    network = model()
+    optimizer = LAMB(network.named_parameters())
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        network.bfloat16()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    network(torch.ones(2, 3, dtype=torch.bfloat16)).square().sum().backward()
+    with pytest.raises(LayoutError, match=r"1\.weight of shape"):
+        optimizer.step()
+
+
 def assert_noticed(optimizer: LAMB, network: nn.Module) -> None:
     optimizer.zero_grad()
     backward(network)
