@@ -35,6 +35,8 @@ class VarianceReduced(LayerwiseOptimizer):
     The variance is the biased one and never below zero. ε is the resolution of the dtype in which gradients are added
     up (the parameter's), since g² is known no better: 1.2e-7 in fp32, 7.8e-3 in bf16. It bounds r by 1/ε and leaves
     r = 1 everywhere in a layer whose groups agree. An element without gradient has r = 0, so gsnr_floor.
+
+    Groups of all ranks whose gradients are averaged count. Where no wrapper does that, see `data_parallel_group`.
     """
 
     group_statistics = "squares"

@@ -27,7 +27,16 @@ from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.refusals import needs_single_gradients
 
-from .internals import parameters_of, reduce_dtype, reduces_unused, replicas, shard_group, unsharded, whole_shape
+from .internals import (
+    holds_gradient,
+    parameters_of,
+    reduce_dtype,
+    reduces_unused,
+    replicas,
+    shard_group,
+    unsharded,
+    whole_shape,
+)
 
 __all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]
 
@@ -108,16 +117,9 @@ def _destination(group: Any, parameter: Any) -> Destination:
         tuple(slices),
         kept_whole=False,
         accumulating=lambda: not group.reduce_grads,
-        holds=lambda: _holds_gradient(parameter),
+        holds=lambda: holds_gradient(parameter),
         arrange=arrange if dimension else None,
     )
-
-
-def _holds_gradient(parameter: Any) -> bool:
-    """Whether FSDP2 will add the next gradient of a parameter to what is there: reduced, or kept unsharded."""
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    kept = (parameter.sharded_param.grad, getattr(parameter, "unsharded_accumulated_grad", None))
-    return any(gradient is not None for gradient in (*kept, None if unsharded is None else unsharded.grad))
 
 
 def _refuse(optimizer: Any, sharded: dict[int, tuple[Any, Any]]) -> None:

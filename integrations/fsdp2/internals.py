@@ -7,7 +7,7 @@
                                     reduce_scatter_unused_params; before it such gradients never
                                     were reduced                                                    2.13
     a parameter                     sharded_param, _unsharded_param, _orig_size, orig_dtype,        2.6
-                                    fsdp_placement, is_dtensor
+                                    fsdp_placement, is_dtensor, unsharded_accumulated_grad
     a placement                     _split_tensor                                                   2.6
     torch.distributed.tensor        placement_types._StridedShard                                   2.6
                                     _utils.compute_local_shape_and_global_offset                    2.6
@@ -37,6 +37,7 @@ except ImportError as error:
 __all__ = [
     "INTERNALS",
     "compute_local_shape_and_global_offset",
+    "holds_gradient",
     "is_strided",
     "parameters_of",
     "reduce_dtype",
@@ -63,6 +64,13 @@ def parameters_of(module: FSDPModule) -> Iterator[tuple[Any, Any]]:
 def unsharded(parameter: Any) -> torch.Tensor | None:
     """The tensor that the module's forward uses in a sharded parameter's place; None before the first forward."""
     return getattr(parameter, "_unsharded_param", None)
+
+
+def holds_gradient(parameter: Any) -> bool:
+    """Whether the next gradient of a parameter will be added to what is there: reduced, or kept unsharded."""
+    used = unsharded(parameter)
+    kept = (parameter.sharded_param.grad, getattr(parameter, "unsharded_accumulated_grad", None))
+    return any(gradient is not None for gradient in (*kept, None if used is None else used.grad))
 
 
 def whole_shape(parameter: Any) -> torch.Size:

@@ -255,3 +255,27 @@ def step_on_tensors_nobody_watched(stage: int) -> str:
     finally:
         engine.destroy()
     return ""
+
+
+def train_with_dropped_batches(stage: int, drop: str | None, **config: Any) -> dict[str, tuple[float, ...]]:
+    """Two steps of two micro-batches each; before the second of each, one that is dropped, or none. The last norms."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    optimizer = create_optimizer("vrsgd", model.named_parameters(), lr=0.05)
+    zero = {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0, **config}
+    batches = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 3 if drop else 2}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**batches, **zero})
+    dtype = next(model.parameters()).dtype
+    try:
+        for step in range(2):
+            for number in ([90] if drop else []) + [2 * step, 2 * step + 1]:
+                x = torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * number + dist.get_rank()))
+                # What is dropped is one of three micro-batches, so that the others weigh a third each.
+                engine.backward(engine(x.to(dtype)).square().mean() * (3 / 2 if drop else 1))
+                if number == 90:
+                    (engine if drop == "engine" else engine.optimizer).zero_grad()
+                engine.step()
+        norms = optimizer.statistics.norms()  # type: ignore[union-attr]
+        return {name: (n.groups, n.mean_norm, n.mean_square, n.square_of_mean) for name, n in norms.items()}
+    finally:
+        engine.destroy()

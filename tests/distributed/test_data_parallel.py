@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.optimizers import LayoutError, create_optimizer
+from trustratio.optimizers import LayoutError, StatisticsError, create_optimizer
 
 from .cases import average_by_hand
 from .pool import WorkerPool
@@ -167,3 +167,33 @@ def test_what_is_unclear_is_refused_on_all_ranks(
 ) -> None:
     for error in pool.run(refused, situation):
         assert re.search(message, error)
+
+
+def train_unevenly(name: str, micro_batches: tuple[int, int]) -> Weights | str:
+    """Each rank has its own number of micro-batches, and a mean over them; with none its gradient is zero."""
+    model, optimizer = make(name)
+    optimizer.data_parallel_group = dist.group.WORLD
+    count = micro_batches[dist.get_rank()]
+    for step in range(STEPS):
+        for micro in range(count):
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(100 * step + 10 * micro + dist.get_rank()))
+            (model(x).square().sum() / count).backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        average_by_hand(model)
+        try:
+            optimizer.step()
+        except StatisticsError as error:
+            dist.barrier()  # nobody is left in a collective
+            return str(error)
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_with_different_numbers_of_micro_batches(pool: WorkerPool, world_size: int) -> None:
+    for name in ("clars", "vrlamb"):
+        one, other = pool.run(train_unevenly, name, (1, 3))
+        assert all(torch.equal(one[layer], other[layer]) for layer in one)
+        for message in pool.run(train_unevenly, name, (2, 0)):
+            assert re.search(r"has a gradient of .* on a rank that saw no group's gradient", message)

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from trustratio.optimizers import OPTIMIZERS
 
 from ..reference import relative_error
-from .cases import Case, LayerSpec, initial_weights
-from .exactness import MODEL, expected, worst_error
+from .cases import Case, LayerSpec, initial_weights, mean_gradients
+from .exactness import MODEL, assert_exact, expected, worst_error
 from .fsdp_runs import MESHES, Setup, first_quick, make_case, run_case, run_exact, running, second_dimension
 from .group_runs import measured, seeing_reduced_gradients
 from .pool import WorkerPool
@@ -48,6 +48,26 @@ def test_statistics_with_options(pool: WorkerPool, name: str, world_size: int, m
     skipped = {0: ("dense", "norm"), 2: ("embedding",), 3: ("dense", "bias", "norm", "scale")}
     answers = run_exact(pool, make_case(name, skipped=skipped), Setup(shape))
     assert answers[0]["step_counts"]["dense"] == 3
+
+
+def run_with_dropped_batches(case: Case, setup: Setup) -> dict[str, Any]:
+    """Before each step's own, a batch that is not finite and one that is; the model zeroes the gradients of both."""
+    with running(case, setup) as run:
+        for step in range(case.steps):
+            run.model.set_requires_gradient_sync(True)
+            for factor in (float("nan"), 3.0):
+                given = {name: factor * g for name, g in mean_gradients(case)[step].items()}
+                run.model(given).backward()
+                run.model.zero_grad()
+            run.train(step, step + 1)
+        return run.result()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_dropped_batches_do_not_count(pool: WorkerPool, world_size: int) -> None:
+    for name in ("clars", "vrlamb"):
+        case = make_case(name)
+        assert_exact(case, pool.run(run_with_dropped_batches, case, Setup(units=True)))
 
 
 def run_mixed(case: Case, reduce_dtype: torch.dtype | None) -> dict[str, Any]:

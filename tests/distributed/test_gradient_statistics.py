@@ -15,6 +15,7 @@ from .group_runs import (
     run_on_reduced_gradients,
     step_on_tensors_nobody_watched,
     train_network,
+    train_with_dropped_batches,
 )
 from .pool import WorkerPool
 from .test_exactness import OWN_OPTIMIZER, STAGES, ZERO_OPTIONS, make_case, run_exact
@@ -125,6 +126,26 @@ def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, stage: str
         case = make_case(name, stage)
         error, _ = worst_error(case, pool.run(run_on_reduced_gradients, case)[0]["weights"], ranks=world_size)
         assert error > 0.05
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("stage", "drop", "config"),
+    [
+        (0, "engine", {}),
+        (1, "engine", {}),
+        (1, "wrapper", {}),
+        (1, "wrapper", {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+        (3, "wrapper", {}),
+    ],
+)
+def test_micro_batches_that_deepspeed_drops_do_not_count(
+    pool: WorkerPool, stage: int, drop: str, config: dict[str, Any], world_size: int
+) -> None:
+    wanted = pool.run(train_with_dropped_batches, stage, None, **config)[0]
+    for found in pool.run(train_with_dropped_batches, stage, drop, **config):
+        for name, norms in wanted.items():
+            assert found[name] == pytest.approx(norms, rel=2e-2 if config else 1e-5), name
 
 
 # Wire and memory ----------------------------------------------------------------------------------------------------

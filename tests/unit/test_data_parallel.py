@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.optimizers import CLARS, LAMB, VRSGD, CowClip, LayoutError
+from trustratio.optimizers import CLARS, LAMB, SNGM, VRSGD, CowClip, LayoutError
 from trustratio.optimizers.sharding import data_parallel
 from trustratio.optimizers.sharding.backends import find_data_parallel
 from trustratio.optimizers.sharding.data_parallel import DataParallel
@@ -53,6 +55,7 @@ def test_one_process_needs_to_say_nothing(group: dist.ProcessGroup) -> None:
     trained(model, optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:.*of samples per step")
 @pytest.mark.parametrize("optimizer_class", [CLARS, VRSGD, CowClip, LAMB])
 def test_nobody_known_among_several_ranks_is_an_error(several: dist.ProcessGroup, optimizer_class: Any) -> None:
     """For whoever adds over samples, before a weight moves; the others go on."""
@@ -204,3 +207,53 @@ def test_frozen_objects_are_found_and_stay_frozen(collects: bool) -> None:
     finally:
         gc.unfreeze()
         gc.enable() if during else gc.disable()
+
+
+def zero_redundancy() -> None:
+    optimizer = ZeroRedundancyOptimizer((model := torch.nn.Linear(3, 2)).parameters(), optimizer_class=SNGM, lr=0.1)
+    gc.freeze()
+    trained(model, optimizer)
+
+
+def abandoned_parameters() -> None:
+    optimizer = LAMB((model := torch.nn.Linear(3, 2)).parameters())
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    gc.freeze()
+    trained(model, optimizer)
+
+
+def fsdp1() -> None:
+    model = FullyShardedDataParallel(torch.nn.Linear(3, 2), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = CLARS(model.parameters(), lr=0.1)
+    gc.freeze()
+    trained(model, optimizer)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (zero_redundancy, "norm of the whole model's gradient"),
+        (abandoned_parameters, "the model has other parameters than the optimizer"),
+        (fsdp1, "FSDP1 makes it for whole flat parameters"),
+    ],
+)
+def test_wrappers_that_are_frozen_are_found(program: Any, message: str) -> None:
+    try:
+        with pytest.raises(LayoutError, match=message):
+            program()
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.usefixtures("group")
+def test_fully_shard_is_found_when_it_is_frozen() -> None:
+    model = fully_shard(torch.nn.Linear(3, 2), mesh=DeviceMesh("cpu", torch.arange(1)))
+    optimizer = CLARS(model.parameters(), lr=0.1)
+    gc.freeze()
+    try:
+        trained(model, optimizer)
+    finally:
+        gc.unfreeze()
+    assert optimizer.statistics is not None
+    assert optimizer.statistics._flow is not None
