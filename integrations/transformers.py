@@ -100,7 +100,8 @@ def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFact
             f"optimizer_for_trainer needs a Trainer that takes optimizer factories, which transformers "
             f"{transformers.__version__} does not have: upgrade it, or give the pair (class, options) itself"
         )
-    create_optimizer(name, [torch.nn.Parameter(torch.zeros(1, 1))], **options)  # errors now, not when training starts
+    any_parameter = torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))
+    create_optimizer(name, [any_parameter], **options)  # errors now, not when training starts
     return OptimizerFactory, {"name": name, **options}
 
 
@@ -211,7 +212,7 @@ class TrustRatioCallback(TrainerCallback):
         names, vector = self._optimizer.trust_ratio_vector()
         ratios = dict(zip(names, vector.tolist(), strict=True))
         scaling = self._optimizer.adapted_layers()
-        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in scaling])
+        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in scaling], device="cpu")
         logged = {}
         if len(adapted):
             summary = zip(("min", "median", "max"), (adapted.min(), adapted.median(), adapted.max()), strict=True)

@@ -137,9 +137,9 @@ def share_out(local: LocalState, names: Iterable[str]) -> dict[str, bool]:
 
 def _lowest_rank_of_replica(local: LocalState) -> list[int]:
     """For each local layer, the lowest of the ranks that together hold this rank's copy of it."""
-    lowest = torch.full((len(local.layers),), dist.get_rank())
+    lowest = torch.full((len(local.layers),), dist.get_rank(), device="cpu")
     for process_group, cut in local.layout.reductions:
-        columns = torch.tensor(cut)
+        columns = torch.tensor(cut, device="cpu")
         packed = lowest[columns].to(reduction_device(process_group, local.layout.device))
         dist.all_reduce(packed, dist.ReduceOp.MIN, group=process_group)
         lowest[columns] = packed.cpu()
@@ -152,9 +152,9 @@ def prove_positions(local: LocalState) -> None:
     Raises:
         OptimizerStateError: On all ranks, naming the layers whose elements' positions are not known.
     """
-    sums = torch.zeros(2, len(local.layers), dtype=torch.float64)
+    sums = torch.zeros(2, len(local.layers), dtype=torch.float64, device="cpu")
     for column, layer in enumerate(local.layers):
-        sums[:, column] = torch.tensor(_count_and_position_sum(layer))
+        sums[:, column] = torch.tensor(_count_and_position_sum(layer), device="cpu")
     # Sums below 2^53 are exact in fp64, so the moduli of thousands of ranks are.
     totals = local.layout.reduce(sums.to(local.layout.device)).long().tolist()
     covers = zip(local.layers, *totals, strict=True)
@@ -180,9 +180,9 @@ def _not_placed(local: LocalState, layer: LocalLayer) -> str:
 
 def _incomplete(local: LocalState, index: dict[str, int], owned: Iterable[str], device: torch.device) -> list[str]:
     """Layers whose owned pieces, by number and position, are not the layer."""
-    sums = torch.zeros(2, len(index), dtype=torch.int64)
+    sums = torch.zeros(2, len(index), dtype=torch.int64, device="cpu")
     for name in owned:
-        sums[:, index[name]] = torch.tensor(_count_and_position_sum(local.by_name[name]))
+        sums[:, index[name]] = torch.tensor(_count_and_position_sum(local.by_name[name]), device="cpu")
     sums = sums.to(device)
     dist.all_reduce(sums)
     return [
@@ -202,10 +202,10 @@ def _differing_replicas(local: LocalState, index: dict[str, int], device: torch.
             squares[0, shard.layer] += part.double().square().sum()
     totals = local.layout.reduce(squares)[0].tolist()
     # The largest sum and the negative of the smallest, so that one reduction finds both.
-    extremes = torch.full((2, len(index)), -torch.inf, dtype=torch.float64)
+    extremes = torch.full((2, len(index)), -torch.inf, dtype=torch.float64, device="cpu")
     for layer, total in zip(local.layers, totals, strict=True):
         if layer.name in index:
-            extremes[:, index[layer.name]] = torch.tensor([total, -total], dtype=torch.float64)
+            extremes[:, index[layer.name]] = torch.tensor([total, -total], dtype=torch.float64, device="cpu")
     extremes = extremes.to(device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     largest, smallest = extremes[0], -extremes[1]

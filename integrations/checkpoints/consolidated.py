@@ -330,7 +330,7 @@ def _differing_options(stored: StoredFile, local: LocalState) -> str:
 def _like(current: Any, value: Any) -> Any:
     """The value as the optimizer keeps the option: JSON has no tuples and no tensors."""
     if isinstance(current, torch.Tensor):
-        return torch.as_tensor(value).to(current)
+        return torch.as_tensor(value, device="cpu").to(current)
     return tuple(value) if isinstance(current, tuple) else value
 
 

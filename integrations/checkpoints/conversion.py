@@ -202,7 +202,9 @@ def _moments(group: dict[str, Any]) -> str | None:
 def _with_step(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """The state with the layer's own count of updates, as it is kept here."""
     step = state.get("step", group.get("step", 0.0))
-    return {**state, "step": torch.as_tensor(step, dtype=torch.float32).detach().clone().reshape(())}
+    if not isinstance(step, torch.Tensor):
+        step = torch.tensor(step, device="cpu")
+    return {**state, "step": step.detach().to(torch.float32, copy=True).reshape(())}
 
 
 # Options ------------------------------------------------------------------------------------------------------------

@@ -57,11 +57,17 @@ class StoredFile:
     def reader(self, name: str, what: str) -> ReadBlock:
         """Read the part of a layer's weight or element-wise state that slices select."""
         key = key_of(name, what)
-        return lambda slices: self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
+
+        def read(slices: tuple[slice, ...]) -> torch.Tensor:
+            with torch.device("cpu"):  # whatever the default device is
+                return self._file.get_slice(key)[slices] if slices else self._file.get_tensor(key)
+
+        return read
 
     def number(self, name: str, what: str) -> float:
         """A layer's per-layer state."""
-        return self._file.get_tensor(key_of(name, what)).item()
+        with torch.device("cpu"):
+            return self._file.get_tensor(key_of(name, what)).item()
 
     def options_of(self, names: list[str]) -> list[dict[str, Any]]:
         """The different options that these layers have."""

@@ -12,7 +12,7 @@ from .internals import split
 
 def local_indices(name: str, tensor: DTensor) -> list[torch.Tensor]:
     """Along each dimension, cut the indices as DTensor cuts the tensor, from the first mesh dimension to the last."""
-    indices = [torch.arange(size) for size in tensor.shape]
+    indices = [torch.arange(size, device="cpu") for size in tensor.shape]
     coordinate = tensor.device_mesh.get_coordinate()
     for mesh_dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():

@@ -181,7 +181,7 @@ def _members(wrapper: Any, runs: dict[int, _Run]) -> list[tuple[int, torch.Tenso
     """
     parameters = [p for buffer in INTERNALS.read(wrapper, "buffers") for p in buffer.params if p.numel()]
     known_here = [run.group if (run := runs.get(id(parameter))) else NOBODY for parameter in parameters]
-    groups = torch.tensor(known_here, dtype=torch.int64)
+    groups = torch.tensor(known_here, dtype=torch.int64, device="cpu")
     groups = groups.to(reduction_device(wrapper.data_parallel_group, parameters[0].device)) if parameters else groups
     dist.all_reduce(groups, dist.ReduceOp.MAX, group=wrapper.data_parallel_group)
     return list(zip(groups.tolist(), parameters, strict=True))

@@ -40,7 +40,7 @@ class RowRun:
         """Return the positions of a piece's rows, and how many of the piece's elements each has."""
         end = piece.offset + piece.length
         first, last = piece.offset // self.width, (end - 1) // self.width
-        lengths = torch.full((last - first + 1,), self.width)
+        lengths = torch.full((last - first + 1,), self.width, device="cpu")
         lengths[0] -= piece.offset - first * self.width
         lengths[-1] -= (last + 1) * self.width - end
         start = self.position + first - self.first

@@ -69,7 +69,7 @@ class LastNorms:
     def table(self) -> tuple[list[str], torch.Tensor]:
         """Layer names and a tensor, shape (5, layers), without waiting; see `norms_from_table`."""
         if not self._of_calls:
-            return [], torch.zeros(5, 0, dtype=torch.float64)
+            return [], torch.zeros(5, 0, dtype=torch.float64, device="cpu")
         names = [name for of_call, _ in self._of_calls.values() for name in of_call]
         return names, torch.cat([rows for _, rows in self._of_calls.values()], dim=1)
 

@@ -229,7 +229,7 @@ class Bucket:
             return torch.cat(of_owner[0])
         if ranks * max(lengths) <= 1.25 * sum(lengths):
             return self._reduce_scatter(of_owner, max(lengths))[: lengths[rank]]
-        of_this_rank = torch.empty(0, dtype=self.dtype)
+        of_this_rank = torch.empty(0, dtype=self.dtype, device="cpu")
         for owner, parts in enumerate(of_owner):
             if parts:
                 packed = self._on_device(torch.cat(parts))

@@ -133,7 +133,7 @@ class _GroupChunks:
     def of(cls, chunks: list[Chunk], layers: range, device: torch.device) -> _GroupChunks:
         layer_of_piece = [layer - layers.start for chunk in chunks for layer in chunk.layers]
         by_layer = sorted(range(len(layer_of_piece)), key=layer_of_piece.__getitem__)
-        counts = torch.bincount(torch.tensor(layer_of_piece, dtype=torch.int64), minlength=len(layers))
+        counts = torch.bincount(torch.tensor(layer_of_piece, dtype=torch.int64, device="cpu"), minlength=len(layers))
         return cls(chunks, by_layer, counts.to(device))
 
     def add_up(self, of_pieces: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

@@ -200,9 +200,9 @@ class TritonSweeps:
         return [self._blocks(types, of, len(layers)) for types, of in by_type]
 
     def _blocks(self, types: tuple[str, str], rows: list[tuple[int, ...]], layers: int) -> _Blocks:
-        counts = torch.bincount(torch.tensor([row[3] for row in rows]), minlength=layers)
+        counts = torch.bincount(torch.tensor([row[3] for row in rows], device="cpu"), minlength=layers)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return _Blocks(*types, torch.tensor(rows).to(self.device), ends.to(self.device))
+        return _Blocks(*types, torch.tensor(rows, device="cpu").to(self.device), ends.to(self.device))
 
     def _pointers(self, name: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Addresses as a tensor on the device, sent there if they differ from the last step's."""
@@ -211,7 +211,7 @@ class TritonSweeps:
         return pointers
 
     def _send(self, addresses: list[int]) -> torch.Tensor:
-        on_host = torch.tensor(addresses, dtype=torch.int64)
+        on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         if self.device.type == "cuda":
             on_host = on_host.pin_memory()  # or the copy would wait
         return on_host.to(self.device, non_blocking=True)

@@ -164,7 +164,7 @@ class Layout:
     @functools.cached_property
     def copies(self) -> torch.Tensor:
         """Over how many ranks each layer's sums are added, shape (layers,), fp64: what `reduce` makes of ones."""
-        copies = torch.ones(len(self.layers), dtype=torch.float64)
+        copies = torch.ones(len(self.layers), dtype=torch.float64, device="cpu")
         for process_group, layers in self.reductions:
             copies[list(layers)] *= dist.get_world_size(process_group)
         return copies.to(self.device)

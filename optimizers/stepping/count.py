@@ -45,4 +45,4 @@ class StepCount:
 def steps_of(state: Mapping[Any, Any]) -> int:
     """The number of steps that a state has come from, where no group tells: what the layer most often updated says."""
     steps = [values["step"] for values in state.values() if isinstance(values, Mapping) and "step" in values]
-    return max((int(torch.as_tensor(step).max()) for step in steps), default=0)
+    return max((int(torch.as_tensor(step, device="cpu").max()) for step in steps), default=0)

@@ -126,7 +126,7 @@ def _is_number(value: Any) -> bool:
 def _is_warm_before_the_first_step(state: dict[str, Any], element_state: Sequence[str]) -> bool:
     """Whether no layer of the tensor was updated, by `step`, but there are moments; their correction would explode."""
     steps = state.get("layers", {}).get("step", state.get("step"))
-    if steps is None or torch.as_tensor(steps).any():
+    if steps is None or torch.as_tensor(steps, device="cpu").any():
         return False
     return any(bool(local_part(state[what]).any()) for what in element_state)
 
