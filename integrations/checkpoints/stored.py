@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from .local_state import WEIGHT

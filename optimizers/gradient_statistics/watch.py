@@ -68,15 +68,11 @@ class GradientStatistics:
         # Of the groups since the last step.
         self._loss_scale: torch.Tensor | float = 1.0
         self._stepped = False
-<<<<<<< HEAD
         self._pass = -1  # the last backward pass, and whose gradients it made
         self._of_pass: list[Watched] = []
         self._scaler = LossScale(optimizer)
         self._verdict = Verdict()
-        self._clipping = torch.ones((), dtype=torch.float64)
-=======
         self._clipping = torch.ones((), dtype=torch.float64, device="cpu")
->>>>>>> 5ea2608 (Nothing lands on the default device)
         self._look_for_sources()
 
     @property
