@@ -166,8 +166,10 @@ def supported_optimizers() -> list[type[torch.optim.Optimizer]]:
 def global_norm(wrapper: DeepSpeedOptimizer) -> torch.Tensor | None:
     """The gradient's norm that the wrapper reports for this step, before clipping; None if it was told not to."""
     norm = INTERNALS.read(wrapper, "_global_grad_norm")
-    if norm is None or isinstance(norm, torch.Tensor):
-        return None if norm is None else norm.to(torch.float64)
+    if norm is None:
+        return None
+    if isinstance(norm, torch.Tensor):
+        return norm.to(torch.float64)
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 

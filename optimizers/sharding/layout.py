@@ -224,7 +224,9 @@ class Layout:
         first_layer = {layer.tensor: index for index, layer in reversed(list(enumerate(self.layers)))}
         for first, second in shared_memory(locals_):
             one, two = first_layer[first], first_layer[second]
-            if first == second:
+            if self.tensors[first] is self.tensors[second] and first != second:
+                faults[two] = f"{self.layers[two].name} was given twice"
+            elif first == second:
                 faults[two] = f"{self.layers[two].name} has elements that share memory with each other"
             else:
                 faults[two] = f"{self.layers[two].name} lies in the memory of {self.layers[one].name}"

@@ -58,7 +58,7 @@ def cut_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
     For comparison in this process only.
     """
-    here = tensor.shape, tensor.dtype, tensor.device
+    here = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     placements = None if is_plain(tensor) else placements_of(tensor)
     return here if placements is None else (*here, placements, id(tensor.device_mesh))  # type: ignore[attr-defined]
 

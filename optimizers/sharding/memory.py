@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-__all__ = ["shared_memory"]
+__all__ = ["is_dense", "shared_memory"]
 
 
 def shared_memory(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
@@ -19,7 +19,7 @@ def shared_memory(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     """
     pairs: list[tuple[int, int]] = []
     for cluster in _clusters(tensors):
-        if len(cluster) > 1 or not _is_dense(tensors[cluster[0]]):
+        if len(cluster) > 1 or not is_dense(tensors[cluster[0]]):
             pairs += _overlaps(tensors, cluster)
     return sorted(pairs)
 
@@ -50,7 +50,7 @@ def _size_in_bytes(tensor: torch.Tensor) -> int:
     return (reach + 1) * tensor.element_size()
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Whether it is certain that the tensor has each byte of its range once."""
     has_no_overlap = torch._debug_has_internal_overlap(tensor) == 0
     return has_no_overlap and tensor.numel() * tensor.element_size() == _size_in_bytes(tensor)

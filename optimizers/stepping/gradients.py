@@ -8,7 +8,7 @@ layer is not provided for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,17 @@ import torch.distributed as dist
 
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import is_plain, local_part, placements_of, reduction_device
+from .storage_order import as_it_lies, in_the_order_of
 
 __all__ = ["read_gradients"]
 
 
-def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
+def read_gradients(layout: Layout, as_they_lie: Collection[int] = ()) -> list[torch.Tensor | None]:
     """Return the gradient of each local tensor on this rank, None where there is none.
+
+    Args:
+        layout: Of the step.
+        as_they_lie: Indices of local tensors that are wanted as vectors, in the order of the tensor's memory.
 
     Raises:
         LayoutError: If one of a parameter and its gradient is a DTensor and the other is not, or if a gradient has not
@@ -36,7 +41,7 @@ def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
             gradients.append(None)
             continue
         if is_plain(tensor) and is_plain(gradient):  # nearly all; the general way takes its time
-            gradients.append(_like(layout, index, gradient, tensor))
+            gradients.append(_like(layout, index, gradient, tensor, as_it_is=index in as_they_lie))
             continue
         if placements_of(gradient) != placements_of(tensor):
             # A plain sum waits for the others below; what is cut in another way is cut anew at once.
@@ -53,8 +58,10 @@ def read_gradients(layout: Layout) -> list[torch.Tensor | None]:
     return gradients
 
 
-def _like(layout: Layout, index: int, gradient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The local gradient, contiguous, if it fits the local tensor."""
+def _like(
+    layout: Layout, index: int, gradient: torch.Tensor, tensor: torch.Tensor, *, as_it_is: bool = False
+) -> torch.Tensor:
+    """The local gradient, contiguous or in the order of the tensor's memory, if it fits the local tensor."""
     gradient = _dense(gradient)
     if gradient.shape != tensor.shape:
         raise LayoutError(
@@ -62,7 +69,7 @@ def _like(layout: Layout, index: int, gradient: torch.Tensor, tensor: torch.Tens
             f"{tuple(tensor.shape)}: after giving a parameter other data, call zero_grad() and backward() before "
             "step(), and build a new optimizer if its shape changes after the first step"
         )
-    return gradient.contiguous()
+    return as_it_lies(in_the_order_of(gradient, tensor)) if as_it_is else gradient.contiguous()
 
 
 def _check_kind(layout: Layout, index: int, gradient: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
 from .agreement import Agreement
 from .state import read_numbers, state_dtype, write_numbers
+from .storage_order import goes_as_it_lies
 
 __all__ = ["Plan", "options_of_plan"]
 
@@ -34,6 +35,7 @@ class Plan:
     group_tensors: dict[int, list[int]]  # group index -> its local tensors
     tensor_layers: list[range]  # local tensor -> the layers it carries
     adapted: dict[int, list[bool]]  # group index -> for each of its layers, whether the ratio scales it
+    as_they_lie: frozenset[int]  # local tensors whose elements are gone over in the order of memory
     agreement: Agreement = field(default_factory=Agreement)
     places: Places = field(default_factory=Places)
     rows: dict[int, Rows] = field(default_factory=dict)  # group index -> its rows, where the optimizer measures them
@@ -60,6 +62,7 @@ class Plan:
             options=options_of_plan(algorithm, layout.groups if groups is None else groups),
             group_layers={group: _as_range(layers) for group, layers in group_layers.items()},
             group_tensors=group_tensors,
+            as_they_lie=frozenset(goes_as_it_lies(algorithm, layout)),
             tensor_layers=[_as_range(layers) for layers in carried],
             adapted={
                 group: [adapts(layout.layers[layer], option[group]) for layer in layers]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..sharding.local_tensors import compute_dtype
+from ..sharding.local_tensors import compute_dtype, is_plain
 
 __all__ = [
     "as_kept",
@@ -53,11 +53,11 @@ def on_device(value: Any, device: torch.device) -> Any:
 def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -> torch.Tensor:
     """Return an element-wise state of a local tensor, which is made of zeros where there is none.
 
-    It has the tensor's shape; of a DTensor it is a DTensor with the same placements.
+    It has the tensor's shape, and its order in memory; of a DTensor it is a DTensor with the same placements.
     """
     if name not in state:
-        dense = torch.contiguous_format
-        state[name] = torch.zeros_like(tensor, dtype=state_dtype(tensor, name), memory_format=dense)
+        order = torch.preserve_format if is_plain(tensor) else torch.contiguous_format
+        state[name] = torch.zeros_like(tensor, dtype=state_dtype(tensor, name), memory_format=order)
     values: torch.Tensor = state[name]
     return values
 

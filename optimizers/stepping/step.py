@@ -34,6 +34,7 @@ from ..sharding.local_tensors import cut_alike, is_plain, local_part
 from .gradients import read_gradients
 from .plan import Plan
 from .state import make_element_state, read_all_numbers, write_all_numbers
+from .storage_order import as_it_lies, in_the_order_of
 
 __all__ = ["Step"]
 
@@ -46,7 +47,7 @@ class Step:
         self.plan = plan
         self.layout = plan.layout
         self.locals = [_local(tensor) for tensor in self.layout.tensors]
-        self.gradients = read_gradients(self.layout)
+        self.gradients = read_gradients(self.layout, plan.as_they_lie)
         # Where layers are whole, no gradient here is no gradient anywhere.
         sharded = bool(self.layout.reductions)
         self.takes_part = [sharded or gradient is not None for gradient in self.gradients]
@@ -58,7 +59,10 @@ class Step:
         self.groups = {index: self._group(index, layers) for index, layers in plan.group_layers.items()}
         self.operands = Operands(
             self.layout,
-            weights=[_contiguous(tensor) for tensor in self.locals],
+            weights=[
+                as_it_lies(tensor) if index in plan.as_they_lie else _contiguous(tensor)
+                for index, tensor in enumerate(self.locals)
+            ],
             gradients=self._descending(),
             state={name: self._element_state(name) for name in algorithm.element_state},
             groups=self.groups,
@@ -194,7 +198,7 @@ class Step:
         for index, update in updates.items():
             self.sweeps.apply(index, update)
         for tensor, in_order in zip(self.locals, self.operands.weights, strict=True):
-            if in_order is not tensor:
+            if in_order.data_ptr() != tensor.data_ptr():
                 tensor.copy_(in_order)
 
     def _update(self, group: GroupOperands) -> ElementUpdate:
@@ -210,7 +214,8 @@ class Step:
         values: list[torch.Tensor] = []
         for index, (tensor, state) in enumerate(zip(self.layout.tensors, self.states, strict=True)):
             value = nothing if state is None else state.get(name)
-            if state is not None and not (type(value) is torch.Tensor and _lies_like(value, tensor)):
+            in_order = type(value) is torch.Tensor and _lies_like(value, tensor) and index not in self.plan.as_they_lie
+            if state is not None and not in_order:
                 value = self._element_state_of(index, tensor, state, name)
             values.append(value)
         return values
@@ -224,6 +229,9 @@ class Step:
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, and do not cut a parameter anew "
                 "after the first step"
             )
+        if index in self.plan.as_they_lie:
+            state[name] = in_the_order_of(value, tensor)
+            return as_it_lies(state[name])
         if not value.is_contiguous():
             value = state[name] = value.contiguous()
         return _local(value)
