@@ -56,7 +56,7 @@ def check_ranges(config: RecipeConfig) -> None:
 def _check_whole_numbers(config: RecipeConfig) -> None:
     """Check sizes, counts and the seed; more than their largest is a slip of the pen that nothing could compute."""
     bounds = {
-        "model.layers": (1, 10_000),
+        "model.layers": (1, 1_000),
         "model.hidden": (1, 2**20),
         "model.heads": (1, 2**20),
         "model.intermediate": (1, 2**22),

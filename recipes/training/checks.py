@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -17,6 +18,7 @@ from ..configuration.ranges import check_ranges
 from ..data.prepared import check_sources
 from ..model.build import outline
 from ..model.optimizer import is_baseline
+from ..planning.memory import GIB, memory_parts, model_size
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
 from ..runs.checkpoints import RANKS, check_same_run, describe_checkpoint, require_newest, run_of
@@ -26,7 +28,7 @@ from .deepspeed_schema import check_settings
 from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
 from .launchers import DeepSpeedLauncher, Launcher
 from .other_ranks import require_readable, shared_anew
-from .ranks import local_rank, world_size
+from .ranks import local_rank, ranks_on_machine, world_size
 from .step_metrics import check_noise_scale
 
 
@@ -156,7 +158,7 @@ def _best_precision() -> str:
 
 
 def require_memory(run: CheckedRun, vocabulary_size: int | None) -> None:
-    """Check that the run fits into this GPU, where there is one.
+    """Check that the run fits into this GPU; on a CPU, that this machine could hold it at all.
 
     Raises:
         RecipeError: it does not; the message has the plan's numbers.
@@ -164,6 +166,23 @@ def require_memory(run: CheckedRun, vocabulary_size: int | None) -> None:
     memory = device_memory()
     if memory is not None:
         check_fits(run.config, vocabulary_size, run.plans[0].ranks, memory, run.settings)
+    else:
+        _require_host_memory(run, vocabulary_size)
+
+
+def _require_host_memory(run: CheckedRun, vocabulary_size: int | None) -> None:
+    """Refuse what is certain not to fit: the plan without its buffers, which are as large as there is need on a CPU."""
+    size, ranks, memory = model_size(run.config, vocabulary_size), ranks_on_machine(), psutil.virtual_memory().total
+    for phase, plan in zip(run.phases, run.plans, strict=True):
+        parts = memory_parts(size, run.config, phase, plan.micro, plan.ranks, run.settings)
+        certain = [part for part in parts if part.held or part.name == "activations"]
+        needed = ranks * sum(part.bytes for part in certain if part.name != "reduction bucket")
+        if needed > memory:
+            raise RecipeError(
+                f"phase {phase.number} needs at least {needed / GIB:.0f} GiB for {plan.micro} sequences of "
+                f"{phase.sequence_length} on {ranks} ranks, and this machine has {memory / GIB:.0f} GiB; use a smaller "
+                "--micro_batch or a smaller model"
+            )
 
 
 def device_memory() -> int | None:

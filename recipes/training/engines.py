@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -257,7 +258,7 @@ class DeepSpeedTraining(DistributedTraining):
             failure = error
         cut_up = self.engine.zero_optimization_stage() > 0
         if for_any_ranks and cut_up and isinstance(self.optimizer, LayerwiseOptimizer):
-            save_engine_state(self.engine, folder / ENGINE_STATE)  # where the other ranks wait, whatever failed
+            self._save_engine_state(folder / ENGINE_STATE)  # where the other ranks wait, whatever failed
         if failure is not None:
             raise failure
 
@@ -273,6 +274,14 @@ class DeepSpeedTraining(DistributedTraining):
             self._load_own(folder)
         # Skipped updates (fp16 overflow) do not move the schedule.
         self.continue_schedule(self.engine.global_steps - self.engine.skipped_steps)
+
+    def _save_engine_state(self, file: Path) -> None:
+        """Write the file for other numbers of ranks; without it the checkpoint is whole for as many as now."""
+        try:
+            save_engine_state(self.engine, file)
+        except OptimizerStateError as error:  # on all ranks
+            if self.rank == 0:
+                warnings.warn(f"only {self.ranks} ranks can continue from {file.parent}: {error}", stacklevel=2)
 
     def _is_of_other_ranks(self, folder: Path) -> bool:
         return describe_checkpoint(folder)["identity"].get(RANKS, self.ranks) != self.ranks

@@ -89,6 +89,8 @@ def test_the_run_prints_what_it_does(run):
     assert "steps per epoch" in printed
     assert f"report: {folder / 'report.html'}" in printed
     assert "training.zero_stage=1" in printed
+    assert "built successfully" not in printed
+    assert "FutureWarning" not in printed
 
 
 def test_the_run_saves_its_configuration(run):

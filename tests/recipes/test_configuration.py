@@ -19,6 +19,7 @@ from trustratio.recipes.runs.checkpoints import CheckpointFolder
 from trustratio.recipes.training import deepspeed_settings
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.checks import check_run, early_identity
+from trustratio.recipes.training.engines import ENGINE_STATE
 from trustratio.recipes.training.launchers import AccelerateLauncher
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
@@ -105,12 +106,16 @@ def test_the_batch_line():
         (("training.gradient_clipping=NaN",), r"training.gradient_clipping=nan is out of range"),
         (("training.gradient_clipping=1e999",), r"training.gradient_clipping=inf is out of range"),
         (("--global-batch", "99999999999999999999"), r"training.global_batch=99999999999999999999 is out of range"),
-        (("model.layers=1000000000",), r"model.layers=1000000000 is out of range: allowed is 1 to 10000"),
+        (("model.layers=1000000000",), r"model.layers=1000000000 is out of range: allowed is 1 to 1000"),
         (("model.hidden=0",), r"model.hidden=0 is out of range"),
         (("model.heads=0",), r"model.heads=0 is out of range"),
         (("data.workers=-1",), r"data.workers=-1 is out of range"),
         (("run.peak_tflops=1e999",), r"run.peak_tflops=inf is out of range"),
         (("phase_two.steps=10000000000000",), r"phase_two.steps=10000000000000 is out of range"),
+        (
+            ("--micro_batch", "268435456", "--global_batch", "268435456"),
+            r"phase 1 needs at least .* GiB for 268435456 sequences of 32 on 1 ranks, and this machine has",
+        ),
         (("--resume", "auto"), r"--resume auto begins or continues the run in --output DIR: give that, too"),
         (("training.zero_stage=two",), r"training.zero_stage takes a value of type int, given was 'two'"),
         (("--steps", "many"), r"argument --steps: invalid int value: 'many'; --help lists"),
@@ -269,6 +274,22 @@ def test_a_finished_run_has_nothing_left_to_do(saved_run, capsys):
     shown = capsys.readouterr()
     assert shown.out.count("nothing is left to do") == 2
     assert shown.err == ""
+
+
+def test_other_numbers_of_ranks_share_the_same_batch_out(saved_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match=r"written by 1 ranks, and 3 cannot share out its global batch of 512 ") as no:
+        check("--resume", str(saved_run))
+    assert str(no.value).endswith("numbers of ranks that can: 1, 2, 4, 8, 16, 32, 64, 128")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    with pytest.raises(RecipeError, match=r"is cut up among the 1 ranks .* continue it with 1 ranks"):
+        check("--resume", str(saved_run))
+    (saved_run / "checkpoints" / "step-00000005" / ENGINE_STATE).touch()
+    run = check("--resume", str(saved_run))
+    assert run.plans == (BatchPlan(32, 1, 16),)  # the saved micro-batch, 64, is more than a rank's share
+    assert check("--resume", str(saved_run), "--micro_batch", "8").plans == (BatchPlan(8, 4, 16),)
+    with pytest.raises(RecipeError, match="512 is not divisible by micro-batch x ranks = 64 x 16"):
+        check("--resume", str(saved_run), "--micro_batch", "64")
 
 
 def test_resume_auto_begins_or_continues(saved_run, tmp_path):
