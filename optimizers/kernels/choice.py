@@ -68,6 +68,7 @@ def choose(requested: str | None, device: torch.device) -> Kernels | None:
     missing = kernels.missing()
     if missing is None and device.type not in kernels.devices():
         missing = f"parameters on {' or '.join(kernels.devices())}, got {device}"
+    missing = missing or kernels.unable(device)
     if missing is None:
         return kernels
     if asked is not None:

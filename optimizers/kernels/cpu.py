@@ -148,6 +148,9 @@ class CpuKernels:
             "trustratio again"
         )
 
+    def unable(self, device: torch.device) -> str | None:
+        return None
+
     def serves(self, operands: Operands) -> list[bool]:
         served = [weight.dtype in TYPES and weight.is_cpu for weight in operands.weights]
         for state in operands.state.values():

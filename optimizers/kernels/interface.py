@@ -170,6 +170,9 @@ class Kernels(Protocol):
     def missing(self) -> str | None:
         """What must be installed before it can be used, None if nothing."""
 
+    def unable(self, device: torch.device) -> str | None:
+        """Say why it does not work on this device, of a type that it serves, None if it does; finds out by trying."""
+
     def serves(self, operands: Operands) -> list[bool]:
         """Tell which of the local tensors it can work on."""
 

@@ -8,7 +8,9 @@ With the environment variable TRITON_INTERPRET=1 Triton computes all this on the
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -51,14 +53,20 @@ class TritonKernels:
     def missing(self) -> str | None:
         return "the package triton: pip install triton" if triton is None else None
 
+    def unable(self, device: torch.device) -> str | None:
+        return _why_nothing_compiles(device)
+
     def serves(self, operands: Operands) -> list[bool]:
         device = operands.layout.device
-        served = [weight.dtype in TYPES and weight.device == device for weight in operands.weights]
+        types = {dtype: name for dtype, name in TYPES.items() if name != "bf16" or _has_bf16(device)}
+        served = [weight.dtype in types and weight.device == device for weight in operands.weights]
         for tensors in operands.state.values():
             for index, value in enumerate(tensors):
                 served[index] &= value.dtype is torch.float32 and value.device == device
         for index, gradient in enumerate(operands.gradients):
-            served[index] &= gradient is None or (gradient.dtype in TYPES and gradient.device == device)
+            served[index] &= gradient is None or (gradient.dtype in types and gradient.device == device)
+        if len(types) < len(TYPES) and any(weight.dtype not in types for weight in operands.weights):
+            _warn_of_bf16(device)
         return served
 
     def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> TritonSweeps:
@@ -230,6 +238,37 @@ class TritonSweeps:
         if capturing:
             _captured[id(table)] = table
         return table
+
+
+@functools.cache
+def _why_nothing_compiles(device: torch.device) -> str | None:
+    """Launch the smallest kernel: there may be no compiler, or none for this GPU, and no other way tells."""
+    try:
+        with _launching_on(device):
+            numbers = torch.zeros(PLACES, 1, dtype=torch.float64, device=device)
+            _fold[(1, PLACES)](
+                numbers, torch.tensor([0, 1], device="cpu").to(device), torch.zeros_like(numbers), 1, 1, BLOCK=FOLD
+            )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # an error of the launch itself comes later
+    except Exception as error:
+        return f"a Triton that compiles for {device}, which fails with {type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether compiled code can convert bf16: not on NVIDIA's GPUs before sm_80."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return not is_nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _warn_of_bf16(device: torch.device) -> None:
+    warnings.warn(
+        f"bf16 layers on {device}, which is older than sm_80, are stepped by tensor operations: Triton does not "
+        "compile bf16 for it",
+        stacklevel=3,
+    )
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[Any]:

@@ -57,6 +57,55 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         one_step()  # warned once
 
 
+def test_a_triton_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a compiler, or on a GPU that it does not know."""
+    triton_kernels = pytest.importorskip("trustratio.optimizers.kernels.triton_kernels")
+    if triton_kernels.KERNELS.missing() is not None:
+        pytest.skip("needs Triton")
+
+    class Broken:
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("ptxas knows no sm_37")
+
+    monkeypatch.setattr(triton_kernels, "_fold", Broken())
+    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_OF_DEVICE", {"cpu": "triton"})
+    triton_kernels._why_nothing_compiles.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="'eager'.*a Triton that compiles for cpu.*ptxas knows no sm_37"):
+            _, found = one_step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one_step()  # warned once
+        with pytest.raises(interface.ImplementationError, match="'triton' needs a Triton that compiles"):
+            one_step(implementation="triton")
+    finally:
+        triton_kernels._why_nothing_compiles.cache_clear()
+    assert torch.equal(found, one_step(implementation="eager")[1])
+
+
+def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_kernels = pytest.importorskip("trustratio.optimizers.kernels.triton_kernels")
+    if triton_kernels.KERNELS.missing() is not None:
+        pytest.skip("needs Triton")
+    monkeypatch.setattr(triton_kernels, "_has_bf16", lambda device: False)
+    triton_kernels._warn_of_bf16.cache_clear()
+    results = []
+    for implementation in ("eager", "triton"):
+        ps = [torch.nn.Parameter(torch.ones(5, 5, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+        for p in ps:
+            p.grad = torch.full_like(p, 0.5)
+        optimizer = LAMB(ps, lr=0.1, implementation=implementation)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        assert sum("older than sm_80" in str(w.message) for w in caught) == (implementation == "triton")
+        results.append(ps)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
 def test_fp64_is_computed_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, and beside fp32 layers of the same group."""
     ps = [torch.nn.Parameter(torch.ones(5, 5, dtype=dtype)) for dtype in (torch.float64, torch.float32)]

@@ -71,7 +71,8 @@ def sharded_run(name: str, implementation: str) -> tuple[Tensor, Tensor]:
         every_layer = tuple(range(len(lengths)))
         layout = _ThreadedLayout("test", (flat,), (0,), layers, shards, ((ranks, every_layer),))
         object.__setattr__(layout, "rank", rank)
-        optimizer._plans.add(Plan.of(optimizer, layout, [flat]))
+        optimizer._plans.add(plan := Plan.of(optimizer, layout, [flat]))
+        plan.agreement.steps_left = 0  # the ranks are threads
         for step in gradients:
             flat.grad = half(step)
             optimizer.step()
