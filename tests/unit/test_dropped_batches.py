@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trustratio.optimizers import CLARS, LAMB, VRLAMB, VRSGD, StatisticsError
 from trustratio.optimizers.gradient_statistics.factor import PROBES, probes
+from trustratio.optimizers.gradient_statistics.verdict import Verdict
 from trustratio.optimizers.noise_scale import gradient_noise
 
 SPECS = {"clars": CLARS, "vrsgd": VRSGD, "vrlamb": VRLAMB}
@@ -334,3 +336,20 @@ def test_probes_of_parts_add_up() -> None:
     torch.testing.assert_close(probes(even.t().contiguous().t()), probes(even))
     for shape in ((), (1,), (5,), (8,)):
         assert probes(torch.ones(shape)).sum() == max(1, sum(shape))
+
+
+def test_on_a_gpu_the_error_comes_with_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the device."""
+    events: list[str] = []
+    event = SimpleNamespace(record=lambda: events.append("record"), synchronize=lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch, "Event", lambda kind: event)
+    verdict = Verdict()
+    for wrong in ([False, False], [False, True]):
+        on_host = torch.tensor([[False, False], wrong])
+        on_device: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), to=lambda *_, wait=on_host, **__: wait)
+        verdict.give(on_device, ["a", "b"], "CLARS")
+        if wrong[1]:
+            with pytest.raises(StatisticsError, match="CLARS: the gradient of b was changed"):
+                verdict.raise_for_last_step()
+        verdict.raise_for_last_step()
+    assert events == ["record", "synchronize"] * 2
