@@ -91,8 +91,8 @@ def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFact
             Trainer's schedule multiplies it, and `TrainingArguments.learning_rate` is not read.
 
     Raises:
-        ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range.
-        TypeError: If a required option, mostly `lr`, is missing.
+        ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range, or a
+            required one, mostly `lr`, is missing.
         ImportError: If the installed transformers has no optimizer factories (5.0 has none).
     """
     if not hasattr(transformers.trainer, "is_optimizer_factory"):

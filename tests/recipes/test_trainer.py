@@ -210,7 +210,7 @@ def test_unknown_names_and_options_are_refused_before_training():
         optimizer_for_trainer("lamb", weight_dekay=0.1)
     with pytest.raises(ValueError, match="lr"):
         optimizer_for_trainer("lamb", lr=-1.0)
-    with pytest.raises(TypeError, match="lr"):
+    with pytest.raises(ValueError, match="lr must be given"):
         optimizer_for_trainer("lars")
 
 
