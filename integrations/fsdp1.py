@@ -10,8 +10,9 @@ runs are in the handle of the flat parameter:
     HYBRID_SHARD, _HYBRID_SHARD_ZERO2  the same                          over the sharding group, not over replicas
     NO_SHARD                           the whole layer                   not at all
 
-What of this torch does not document is read in `_runs`, and the same in torch FIRST to LAST: `_params`, `_shapes`,
-`_shard_param_infos` and `_param_extensions` of the flat parameter, `uses_sharded_strategy` of its handle.
+What of this torch does not document is read in this file alone, and the same since torch 2.6: `_params`, `_shapes`,
+`_shard_param_infos` and `_param_extensions` of the flat parameter, `uses_sharded_strategy` of its handle, `_handle` and
+`_inter_node_pg` of the module.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
-INTERNALS = Internals("FSDP1", "torch", "FIRST to LAST")
+INTERNALS = Internals("FSDP1", "torch", "2.9 to 2.14")
 
 try:
     from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 except ImportError as error:
     raise ImportError(INTERNALS.lacks(error.name or str(error))) from error
 
-__all__ = ["FSDP1Backend"]
+__all__ = ["FSDP1Backend", "flattened_shapes"]
 
 BACKEND = "FSDP1"
 PREFIX = "_fsdp_wrapped_module."
@@ -115,6 +116,17 @@ def _replicas() -> Iterator[tuple[int, dist.ProcessGroup]]:
         handle, ranks = vars(module).get("_handle"), vars(module).get("_inter_node_pg")
         if handle is not None and ranks is not None:
             yield id(handle), ranks
+
+
+def flattened_shapes(model: torch.nn.Module) -> dict[int, torch.Size]:
+    """Return the layers' own shapes, by the ids of the parameters that FSDP1 has flattened in the model."""
+    handles = [INTERNALS.read(module, "_handle") for module in FullyShardedDataParallel.fsdp_modules(model)]
+    flats = [handle.flat_param for handle in handles if handle is not None]
+    return {
+        id(parameter): shape
+        for flat in flats
+        for parameter, shape in zip(INTERNALS.read(flat, "_params") or (), INTERNALS.read(flat, "_shapes"), strict=True)
+    }
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

@@ -52,12 +52,6 @@ def _flattened_shapes(model: torch.nn.Module) -> dict[int, torch.Size]:
     """Return the shapes, by the parameters' ids, of what FSDP1 has flattened."""
     if "torch.distributed.fsdp" not in sys.modules:
         return {}
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from .fsdp1 import flattened_shapes
 
-    modules = FullyShardedDataParallel.fsdp_modules(model)
-    flats = [module._handle.flat_param for module in modules if module._handle is not None]
-    return {
-        id(parameter): shape
-        for flat in flats
-        for parameter, shape in zip(flat._params or (), flat._shapes, strict=True)
-    }
+    return flattened_shapes(model)

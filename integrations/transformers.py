@@ -93,12 +93,12 @@ def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFact
     Raises:
         ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range, or a
             required one, mostly `lr`, is missing.
-        ImportError: If the installed transformers has no optimizer factories (5.0 has none).
+        ImportError: If the installed transformers has no optimizer factories, which 5.2 brought.
     """
     if not hasattr(transformers.trainer, "is_optimizer_factory"):
         raise ImportError(
-            f"optimizer_for_trainer needs a Trainer that takes optimizer factories, which transformers "
-            f"{transformers.__version__} does not have: upgrade it, or give the pair (class, options) itself"
+            f"optimizer_for_trainer needs a Trainer that takes optimizer factories (transformers 5.2), and this is "
+            f"{transformers.__version__}: upgrade it, or give optimizer_cls_and_kwargs=(class, options) itself"
         )
     any_parameter = torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))
     create_optimizer(name, [any_parameter], **options)  # errors now, not when training starts

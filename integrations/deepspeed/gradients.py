@@ -8,7 +8,7 @@
 
 Stage 0 leaves gradients whole and needs no description. What `zero_grad()` of engine or wrapper drops between
 micro-batches, ZeRO-1 shows by the parameters' gradients, BF16_Optimizer and ZeRO-3 by their own counts; ZeRO-2, and
-ZeRO-1 with CPU offload, drop nothing then. Read from DeepSpeed 0.19.8.
+ZeRO-1 with CPU offload, drop nothing then.
 """
 
 from __future__ import annotations

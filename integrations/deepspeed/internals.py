@@ -10,14 +10,15 @@
     ZeRO-3                  fp32_partitioned_groups_flat, fp16_groups, sub_group_to_group_id,           0.16
                             grad_position, get_param_id, micro_step_id, dp_process_group,
                             _reassign_or_swap_out_partitioned_parameters
-                            sub_group_process_groups, in the place of dp_process_group                  0.19.1
+                            sub_group_process_groups, in the place of dp_process_group                  after 0.19.0
     ZeRO-1, 2, 3            _global_grad_norm, clip_grad                                                0.16
                             torch_autocast_gradscaler; before it there was no such scaler               0.17
     FP16_UnfusedOptimizer   fp32_groups, fp16_groups                                                    0.16
     deepspeed.utils.groups  _get_expert_parallel_rank, _get_expert_parallel_world_size,                 0.16
                             _get_sequence_parallel_world_size
 
-Since that version, up to the one that `INTERNALS` names as the last; versions before 0.16 were not looked at.
+Since that version, up to the last one that `INTERNALS` names, which is from where to where tests ran; that attributes
+were there before is no promise. Versions before 0.16 were not looked at.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch.distributed as dist
 
 from trustratio.optimizers.sharding.internals import Internals
 
-INTERNALS = Internals("DeepSpeed", "deepspeed", "FIRST to LAST")
+INTERNALS = Internals("DeepSpeed", "deepspeed", "0.19.0 to 0.19.8")
 
 try:
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer

@@ -1,4 +1,4 @@
-"""DeepSpeed: which rank holds which elements of a layer under ZeRO, and where in its flat tensor. Read from 0.19.8."""
+"""DeepSpeed: which rank holds which elements of a layer under ZeRO, and where in its flat tensor."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@
     torch.distributed.tensor        placement_types._StridedShard                                   2.6
                                     _utils.compute_local_shape_and_global_offset                    2.6
 
-Since that version, up to the one that `INTERNALS` names as the last; versions before 2.6 were not looked at.
+Since that version, up to the last one that `INTERNALS` names, which is from where to where tests ran; that attributes
+were there before is no promise. Versions before 2.6 were not looked at.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trustratio.optimizers.sharding.internals import Internals
 
-INTERNALS = Internals("FSDP2 (fully_shard)", "torch", "FIRST to LAST")
+INTERNALS = Internals("FSDP2 (fully_shard)", "torch", "2.9 to 2.14")
 
 try:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

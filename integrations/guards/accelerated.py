@@ -1,6 +1,7 @@
 """What accelerate makes of a program: how many processes it counts, in which engine it trains, who steps schedulers.
 
-Read from accelerate 1.15.0.
+What accelerate does not document is read in this file alone, and the same since accelerate 1.10: `_models`,
+`_optimizers`, `_schedulers` and `_dataloaders` of an Accelerator.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.living import living
 
 from .replaced import ConflictingSettingsError, innermost
 
 __all__ = ["refuse_other_set_up"]
+
+INTERNALS = Internals("accelerate", "accelerate", "1.10.0 to 1.15.0")
 
 AVERAGING = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 
@@ -35,10 +39,10 @@ def refuse_other_set_up(optimizer: Any) -> None:
             step a scheduler of ours several times per update.
     """
     for accelerator in living(Accelerator):
-        for scheduler in accelerator._schedulers:
+        for scheduler in INTERNALS.read(accelerator, "_schedulers"):
             _refuse_steps_per_process(accelerator, scheduler, optimizer)
         if isinstance(optimizer, LayerwiseOptimizer) and any(
-            innermost(prepared) is optimizer for prepared in accelerator._optimizers
+            innermost(prepared) is optimizer for prepared in INTERNALS.read(accelerator, "_optimizers")
         ):
             _refuse_other_engine(accelerator)
             _refuse_other_processes(accelerator, optimizer)
@@ -59,11 +63,11 @@ def _refuse_other_processes(accelerator: Accelerator, optimizer: LayerwiseOptimi
     if accelerator.num_processes == processes:
         return
     averaged = accelerator.distributed_type == DistributedType.DEEPSPEED or any(
-        isinstance(module, AVERAGING) for model in accelerator._models for module in model.modules()
+        isinstance(module, AVERAGING) for model in INTERNALS.read(accelerator, "_models") for module in model.modules()
     )
-    if accelerator._dataloaders:
+    if INTERNALS.read(accelerator, "_dataloaders"):
         consequence = "each of them would read all of the data, as if it were alone"
-    elif averaged or not accelerator._models or optimizer.data_parallel_group is not None:
+    elif averaged or not INTERNALS.read(accelerator, "_models") or optimizer.data_parallel_group is not None:
         return  # the program itself sees to what accelerate cannot
     else:
         consequence = "nobody averages their gradients, so that each of them would train a model of its own"
