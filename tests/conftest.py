@@ -22,6 +22,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which whoever imports them first does
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ranks", type=int, help="run only the tests of this many worker processes")
+
+
 @pytest.hookimpl(trylast=True)  # after tests/distributed has brought its own in order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests for `-n 2 --dist loadgroup`: a file stays together, and whatever shares pools of workers does."""

@@ -65,8 +65,17 @@ def _is_slow(item: pytest.Item) -> bool:
     return max(ranks) > 2 and not any(optimizer in parameters.rstrip("]").split("-") for optimizer in chosen)
 
 
+def _ranks(item: pytest.Item) -> int | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None or "after" in callspec.params else callspec.params.get("world_size")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--ranks")
+    if wanted is not None:
+        config.hook.pytest_deselected(items=[item for item in items if _ranks(item) != wanted])
+        items[:] = [item for item in items if _ranks(item) == wanted]
     for item in items:
         if _is_slow(item):
             item.add_marker(pytest.mark.slow)
