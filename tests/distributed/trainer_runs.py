@@ -10,6 +10,7 @@ from unittest import mock
 
 import deepspeed
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
@@ -134,6 +135,8 @@ def train_plainly(name: str, ranks: int) -> dict[str, Any]:
     if embeddings:
         groups.append({"params": embeddings, "cowclip": True})
     optimizer = create_optimizer(name, groups, **options)
+    # Each rank of the pool trains this model for itself.
+    optimizer.data_parallel_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     if embeddings:
         optimizer.count_lookups(model)  # type: ignore[attr-defined]
     of_step = ACCUMULATION * MICRO * ranks
