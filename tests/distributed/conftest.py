@@ -62,7 +62,9 @@ def _is_slow(item: pytest.Item) -> bool:
     chosen = QUICK_ON_MANY_RANKS.get(name, ())
     callspec = getattr(item, "callspec", None)
     ranks = [callspec.params.get(name) for name in ("world_size", "after")] if callspec else []
-    return max((count for count in ranks if isinstance(count, int)), default=0) > 2 and not any(optimizer in parameters.rstrip("]").split("-") for optimizer in chosen)
+    return max((count for count in ranks if isinstance(count, int)), default=0) > 2 and not any(
+        optimizer in parameters.rstrip("]").split("-") for optimizer in chosen
+    )
 
 
 def _ranks(item: pytest.Item) -> int | None:
