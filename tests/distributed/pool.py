@@ -108,11 +108,14 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import logger
 
+        from trustratio.recipes.training.quiet import quieten
+
         # DeepSpeed refuses fp16 on processors without fast fp16 kernels; slow ones do for tests.
         get_accelerator().is_fp16_supported = lambda: True
 
         logger.setLevel("ERROR")
         torch.set_num_threads(1)
+        quieten()  # else DeepSpeed compiles an extension for minutes, which gloo does not need
         deepspeed.init_distributed("gloo", verbose=False)
         pipe.send((True, None))
     except BaseException:
