@@ -91,12 +91,16 @@ class LookupHook:
     """A forward hook that notes the ids of an embedding when the gradient of its output arrives.
 
     At that moment and not in the forward pass, so that evaluation, passes without a backward and recomputation under
-    activation checkpointing are not counted, and `zero_grad()` may stand between forward and backward.
+    activation checkpointing are not counted, and `zero_grad()` may stand between forward and backward. It counts for
+    one optimizer: in copies and pickles of the module it stays, and does nothing.
     """
 
     def __init__(self, counts: IdCounts, parameter: torch.Tensor):
         self._counts = weakref.ref(counts)
         self._parameter = weakref.ref(parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_counts": _gone, "_parameter": _gone}
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: torch.Tensor
@@ -111,3 +115,7 @@ class LookupHook:
             return
         if not is_plain(parameter) or is_added_up(parameter):  # a DTensor has others in its place in forward
             counts.add(parameter, ids)
+
+
+def _gone() -> None:
+    """What a weak reference returns whose object is gone."""

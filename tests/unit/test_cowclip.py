@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -298,3 +300,21 @@ def test_lookups_of_a_dropped_batch_do_not_count(drop: str, by_hand: bool) -> No
     batch()
     batch()
     assert counts_of(model, optimizer) == ([2, 4, 0, 0, 0, 2], [4, 0, 2, 0, 6])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_whose_lookups_are_counted_can_be_copied_and_pickled(
+    copied: Callable[[torch.nn.Module], torch.nn.Module],
+) -> None:
+    model = TwoTables()
+    optimizer = CowClip(model.named_parameters(), lr=0.1, cowclip=True)
+    optimizer.count_lookups(model)
+    model(USERS, TAGS).backward()
+    other = copied(model)
+    other(USERS, TAGS).backward()
+    its_own = CowClip(other.named_parameters(), lr=0.1, cowclip=True)
+    its_own.count_lookups(other)
+    other(USERS, TAGS).backward()
+    once = [1, 2, 0, 0, 0, 1], [2, 0, 1, 0, 3]
+    assert counts_of(model, optimizer) == once
+    assert counts_of(other, its_own) == once
