@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -141,7 +142,8 @@ class CowClip(LayerwiseAdam):
 
         Hooks every ``nn.Embedding`` and ``nn.EmbeddingBag`` whose weight is in a group with ``cowclip=True``. A lookup
         counts when the gradient of its output is computed; hence also with accumulation, activation checkpointing and
-        under any wrapper. Call it before or after wrapping, with the bare or the wrapped model.
+        under any wrapper. Call it before or after wrapping, with the bare or the wrapped model; another call for the
+        same module takes the place of the one before.
 
         Returns:
             Handles whose ``remove()`` ends the counting.
@@ -157,10 +159,12 @@ class CowClip(LayerwiseAdam):
         ]
         if not embeddings:
             raise ValueError("the model has no nn.Embedding or nn.EmbeddingBag with a weight in a cowclip=True group")
-        return [
-            module.register_forward_hook(LookupHook(self._counts, module.weight), with_kwargs=True)
-            for module in embeddings
-        ]
+        for module in embeddings:
+            if module in self._counting:
+                self._counting[module].remove()
+            hook = LookupHook(self._counts, module.weight)
+            self._counting[module] = module.register_forward_hook(hook, with_kwargs=True)
+        return [self._counting[module] for module in embeddings]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the counts that belong to them."""
@@ -171,6 +175,7 @@ class CowClip(LayerwiseAdam):
         super()._forget()
         self._counts = IdCounts(self)
         self._clipped = WeakIdKeyDictionary()
+        self._counting: WeakKeyDictionary[torch.nn.Module, RemovableHandle] = WeakKeyDictionary()
 
     def _remember(self, group: dict[str, Any]) -> None:
         super()._remember(group)

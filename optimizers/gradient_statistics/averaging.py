@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..sharding.backends import find_data_parallel
 from ..sharding.data_parallel import DataParallel, unknown_ranks
-from ..sharding.layout import Layout
+from ..sharding.layout import Layout, LayoutError
 from .watched import backward_pass
 
 __all__ = ["Averaging"]
@@ -63,10 +63,18 @@ class Averaging:
         """The last answer for whoever cannot do without.
 
         Raises:
-            LayoutError: If nobody is known although there are several ranks, on all ranks alike.
+            LayoutError: If nobody is known although there are several ranks, or if a rank may leave the others under
+                DDP's `Join`, on all ranks alike.
         """
         if self._known is None:
             raise unknown_ranks(self._optimizer())
+        if self._known.joins():
+            raise LayoutError(
+                f"{type(self._optimizer()).__name__} adds up over ranks what each has seen, in collectives that "
+                "torch's Join does not answer for ranks without further samples: give all ranks the same number of "
+                "batches, and leave out Join and DistributedDataParallel.join(), or enter them with "
+                "throw_on_early_termination=True"
+            )
         return self._known
 
     def has_skipped(self) -> bool:

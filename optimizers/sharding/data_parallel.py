@@ -10,10 +10,12 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -43,6 +45,10 @@ def _always() -> bool:
     return True
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class DataParallel:
     """The data-parallel side of a training run.
@@ -53,12 +59,14 @@ class DataParallel:
         replicas: Where replicas are sharded (HSDP): the ranks that hold the same shards. `process_group` is then the
             replica.
         is_in_use: Whether the wrapper that this was read from still exists.
+        joins: Whether a rank that has no more samples leaves the others' collectives to the wrapper (DDP's Join).
     """
 
     process_group: dist.ProcessGroup | None = None
     skipped_steps: Callable[[], int] = _none_skipped
     replicas: dist.ProcessGroup | None = None
     is_in_use: Callable[[], bool] = _always
+    joins: Callable[[], bool] = _never
 
     @property
     def ranks(self) -> int:
@@ -110,8 +118,16 @@ def ddp_ranks(optimizer: Any) -> DataParallel | None:
         )
     for ranks, modules in found.items():
         if told is None or len(found) == 1 or ranks == _ranks_of(told):
-            return DataParallel(modules[0].process_group, is_in_use=while_alive(*modules))
+            return DataParallel(
+                modules[0].process_group, is_in_use=while_alive(*modules), joins=partial(_any_joins, WeakSet(modules))
+            )
     return None
+
+
+def _any_joins(modules: Iterable[DistributedDataParallel]) -> bool:
+    """Whether any of the modules is in a `Join` context that answers for ranks which have run out of samples."""
+    configs = (vars(module).get("_join_config") for module in modules)
+    return any(config.enable and not config.throw_on_early_termination for config in configs if config is not None)
 
 
 def _ddp_of_parameters(optimizer: Any) -> dict[tuple[int, ...], list[DistributedDataParallel]]:

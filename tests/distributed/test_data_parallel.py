@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 from typing import Any
@@ -142,10 +143,13 @@ def refused(situation: str) -> str:
         kept.append(DistributedDataParallel(model))
     elif situation == "two wrappers of different ranks":
         kept.extend((DistributedDataParallel(model), DistributedDataParallel(model, process_group=one)))
+    elif situation == "join":
+        kept.append(DistributedDataParallel(model))
     before = weights(model)
     try:
-        backward(kept[0] if kept else model, 0)
-        optimizer.step()
+        with kept[0].join() if situation == "join" else contextlib.nullcontext():
+            backward(kept[0] if kept else model, 0)
+            optimizer.step()
     except LayoutError as error:
         assert all(torch.equal(before[name], w) for name, w in weights(model).items())
         dist.barrier(pair)  # nobody is left in a collective
@@ -158,6 +162,7 @@ def refused(situation: str) -> str:
     [
         ("nobody", r"nobody says which of the 2 ranks average gradients"),
         ("another group than the wrapper's", r"says that ranks \[[01]\] average .* averages them over \[0, 1\]"),
+        ("join", r"Join does not answer for ranks without further samples: give all ranks the same number of batches"),
         ("two wrappers of different ranks", r"of different ranks hold the optimizer's parameters: .*\[0, 1\]"),
     ],
 )

@@ -168,6 +168,14 @@ def test_hooks_count_what_is_looked_up_over_accumulated_micro_batches() -> None:
     assert counts_of(model, optimizer) == ([2, 4, 0, 0, 0, 2], [4, 0, 2, 0, 6])
 
 
+def test_a_second_call_counts_once() -> None:
+    """Before wrapping and after it, as a program may well do both."""
+    model, optimizer = hooked()
+    optimizer.count_lookups(torch.nn.Sequential(model))
+    model(USERS, TAGS).backward()
+    assert counts_of(model, optimizer) == ([1, 2, 0, 0, 0, 1], [2, 0, 1, 0, 3])
+
+
 def test_only_lookups_with_a_backward_count() -> None:
     model, optimizer = hooked()
     model(USERS, TAGS)
