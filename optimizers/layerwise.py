@@ -25,10 +25,11 @@ from .options.common import COMMON_DEFAULTS, OF_THE_WHOLE, CommonOptions, fill_i
 from .options.groups import GroupOptions
 from .options.plain import make_plain
 from .options.unknown import check_keys, refuse_unknown
-from .sharding.backends import admit
+from .sharding.backends import admit, before_group
 from .sharding.data_parallel import as_process_group
 from .sharding.layout import Layout, LayoutError
 from .sharding.resolve import resolve_layout
+from .sharding.unsharded import has_its_own_parameters
 from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
 from .stepping.loaded_state import prove_loaded_state, with_layer_names
@@ -228,7 +229,10 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         Raises:
             ValueError: If a key is a mistake (see `options.unknown`), an option out of range, or a parameter that
                 is to be trained no tensor of real numbers. Then there is no new group.
+            LayoutError: If a wrapper steps copies of the parameters, and would not step the new ones.
         """
+        if self.param_groups and not has_its_own_parameters(self):
+            before_group(self)
         if isinstance(param_group, dict):  # else torch says so
             check_keys(type(self), param_group, self.defaults)
         super().add_param_group(param_group)

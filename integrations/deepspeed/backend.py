@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
 
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.optimizers.sharding.backends import Backend, register_backend
 from trustratio.optimizers.sharding.data_parallel import DataParallel, attribute_of, while_alive
 from trustratio.optimizers.sharding.gradient_flow import GradientFlow, Slice
-from trustratio.optimizers.sharding.layout import Layout, LayoutError
+from trustratio.optimizers.sharding.layout import Layout, LayoutError, listing
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.refusals import refuse_model_norm
@@ -70,6 +71,11 @@ from .partitions import slice_of_rank, slices_of_layer, slices_of_view
 
 __all__ = ["DeepSpeedBackend"]
 
+_TRAINABLE_BEFORE = (
+    "give the optimizer all parameters, trainable, before deepspeed.initialize, and freeze afterwards what is to be "
+    "trained later"
+)
+
 
 @dataclass(frozen=True)
 class _Held:
@@ -93,16 +99,35 @@ class DeepSpeedBackend(Backend):
 
     def __init__(self) -> None:
         self._refuse_other_rates = FirstStepCheck(refuse_other_rates)
+        self._left_out: WeakIdKeyDictionary = WeakIdKeyDictionary()  # optimizer -> its layers that no wrapper steps
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ConflictingSettingsError if a scheduler of DeepSpeed trains with other rates than were given."""
+        """Raise ConflictingSettingsError if a scheduler of DeepSpeed trains with other rates than were given.
+
+        And LayoutError if a layer was thawed that was frozen at deepspeed.initialize.
+        """
         self._refuse_other_rates(optimizer)
+        left_out = self._left_out.get(optimizer, {})
+        if thawed := [name for parameter, name in left_out.items() if parameter.requires_grad]:
+            raise LayoutError(
+                "DeepSpeed steps only what was trainable at deepspeed.initialize, and would leave "
+                f"{listing(thawed)} as it is: {_TRAINABLE_BEFORE}"
+            )
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         """Add the class to the list that DeepSpeed compares an optimizer's exact type with."""
         supported = supported_optimizers()
         if optimizer_class not in supported:
             supported.append(optimizer_class)
+
+    def before_group(self, optimizer: Any) -> None:
+        """Raise LayoutError: DeepSpeed steps no group that is added after it has copied the others."""
+        wrapper = _find_wrapper(optimizer)
+        if wrapper is not None:
+            raise LayoutError(
+                f"{type(wrapper).__name__} holds this optimizer and steps only what it had at deepspeed.initialize, "
+                f"not a group that is added later: {_TRAINABLE_BEFORE}"
+            )
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout of tensors that a DeepSpeed wrapper made or cut, None for any others.
@@ -123,6 +148,8 @@ class DeepSpeedBackend(Backend):
         # Of the whole model, so that no group is stepped before another is refused.
         parameters = [layer.parameter for flat in held.values() for layer in flat.layers]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
+        self._left_out[optimizer] = _left_out(optimizer, parameters)
+        self.before_step(optimizer)
         return _layout(kind, wrapper, optimizer, described)
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
@@ -155,6 +182,14 @@ class DeepSpeedBackend(Backend):
         """Return where gradients go between backward and step, None if they stay whole."""
         wrapper = _find_wrapper(optimizer)
         return None if wrapper is None else describe_gradient_flow(wrapper)
+
+
+def _left_out(optimizer: Any, held: Sequence[torch.Tensor]) -> WeakIdKeyDictionary:
+    """The model's parameters, with their names, that the optimizer was given and the wrapper does not hold."""
+    engine = find_engine(optimizer)
+    known = set(map(id, held))
+    named = () if engine is None else engine.module.named_parameters()
+    return WeakIdKeyDictionary({p: name for name, p in named if optimizer.was_given(p) and id(p) not in known})
 
 
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:

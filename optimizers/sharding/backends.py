@@ -58,6 +58,12 @@ class Backend:
         Called before every step of every optimizer of the process, ours and others', so it must cost next to nothing.
         """
 
+    def before_group(self, optimizer: Any) -> None:
+        """Raise if this wrapper holds the optimizer and would not step a group that is added now.
+
+        Asked where the optimizer has groups, and other parameters in them than it was given.
+        """
+
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout of the tensors of one `step()` call, None if this wrapper did not make them.
 
@@ -171,6 +177,12 @@ def admit(optimizer: torch.optim.Optimizer) -> None:
 def given_to(parameters: Iterable[torch.Tensor]) -> set[str]:
     """Names of our classes that were constructed with any of the parameters, and have taken no step so far."""
     return {_known.given[parameter] for parameter in parameters if parameter in _known.given}
+
+
+def before_group(optimizer: Any) -> None:
+    """Raise LayoutError if a wrapper holds the optimizer that would not step a group that is added now."""
+    for backend in _known.load():
+        backend.before_group(optimizer)
 
 
 def explain(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:

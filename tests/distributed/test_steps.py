@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from trustratio.integrations.checkpoints import load_optimizer_state, save_optimizer_state
-from trustratio.optimizers import LAMB
+from trustratio.optimizers import LAMB, LayoutError
+from trustratio.optimizers.sharding.backends import stepped_tensors
 
 from .pool import CaseFailed, WorkerPool
 
@@ -184,3 +185,40 @@ def test_parameters_in_one_storage_are_refused_on_all_ranks(
     """Their shards overlap on the first rank alone."""
     with pytest.raises(CaseFailed, match=r"rank 0:(?s:.)*LayoutError(?s:.)*rank 1:(?s:.)*LayoutError"):
         pool.run(parameters_moved_under, stage, kind)
+
+
+# Parameters that DeepSpeed does not step ----------------------------------------------------------------------------
+
+
+def trained_later(stage: int, kind: str) -> tuple[str, bool]:
+    """What is said of a layer that was not trainable when DeepSpeed took the optimizer, and whether others moved."""
+    model = Model()
+    model.head.requires_grad_(False)
+    given = [(name, weight) for name, weight in model.named_parameters() if kind == "thawed" or name != "head"]
+    optimizer = LAMB(given, lr=1e-2)
+    engine = engine_of(stage, model, optimizer)
+    train(engine)
+    before = [tensor.clone() for tensor in flat_weights(optimizer)]
+    try:
+        model.head.requires_grad_(True)
+        if kind == "group":
+            optimizer.add_param_group({"params": [("head", model.head)]})
+        train(engine)
+    except LayoutError as error:
+        return str(error), all(map(torch.equal, before, flat_weights(optimizer)))
+    return "", False
+
+
+def flat_weights(optimizer: LAMB) -> list[torch.Tensor]:
+    return [tensor for _, tensor in stepped_tensors(optimizer)]
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("kind", ["thawed", "group"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_deepspeed_would_not_step_is_refused(pool: WorkerPool, stage: int, kind: str, world_size: int) -> None:
+    """Layers that were frozen at deepspeed.initialize, and groups that are added after it."""
+    for message, unchanged in pool.run(trained_later, stage, kind):
+        assert "would leave head as it is" in message or "not a group that is added later" in message
+        assert "and freeze afterwards what is to be trained later" in message
+        assert unchanged
