@@ -32,7 +32,7 @@ from .sharding.resolve import resolve_layout
 from .sharding.unsharded import has_its_own_parameters
 from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
-from .stepping.loaded_state import prove_loaded_state, with_layer_names
+from .stepping.loaded_state import LoadedSteps, prove_loaded_state, with_layer_names
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
 from .stepping.rounding import RoundedUpdates
@@ -286,7 +286,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._plans = Plans()
         # Of each group, as the user gave them: schedulers write over the groups' own.
         self.given_options: list[dict[str, Any]] = []
-        self._loaded = False
+        self._loaded: LoadedSteps | None = None
         self._options = GroupOptions()
         self._watches_rounding = True
         self._count = StepCount()
@@ -361,7 +361,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 self.state[parameter][name] = as_kept(parameter, name, kept) if name in own else kept
         self._plans.clear()
         self._count.restart()
-        self._loaded = True
+        self._loaded = LoadedSteps(self)
 
     def _warn_of(self, lost_updates: str | None) -> None:
         if lost_updates is not None:
@@ -389,9 +389,9 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._refuse_segments_of_groups(layout)
         self.check_layout(layout)
         plan = Plan.of(self, layout, tensors, groups)
-        if self._loaded:
+        if self._loaded is not None:
             plan.share_layer_state(self.layer_state, self.state)
-            prove_loaded_state(self, layout)
+            prove_loaded_state(self, layout, self._loaded)
         return plan
 
     def _refuse_segments_of_groups(self, layout: Layout) -> None:

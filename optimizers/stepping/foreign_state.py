@@ -99,7 +99,10 @@ def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator
             problems = [*_misshapen(optimizer, element_state, state, parameter, name)]
             yield from problems
             if not problems and _is_warm_before_the_first_step(state, element_state):
-                yield f"parameter {name} has step 0 and {' and '.join(element_state)} that are not zero"
+                yield (
+                    f"parameter {name} has step 0 and {' and '.join(element_state)} that are not zero (if steps are to "
+                    "be counted anew, set them after loading)"
+                )
 
 
 def _misshapen(

@@ -15,9 +15,9 @@ import torch
 from ..sharding.layout import Layer, Layout, LayoutError, listing
 from ..sharding.local_tensors import local_part
 from .foreign_state import without_wrappers
-from .state import layer_numbers
+from .state import layer_numbers, read_numbers
 
-__all__ = ["prove_loaded_state", "with_layer_names"]
+__all__ = ["LoadedSteps", "prove_loaded_state", "with_layer_names"]
 
 NAMES = "names"
 BY_POSITION = re.compile(r"[0-9]+([.][0-9]+)*")
@@ -44,8 +44,37 @@ def with_layer_names(
     return {**state_dict, "state": state}
 
 
-def prove_loaded_state(optimizer: Any, layout: Layout) -> None:
+class LoadedSteps:
+    """The layers' steps as a state was loaded.
+
+    The program may have set others since, e.g. to count a second phase from 0 with the moments of the first.
+    """
+
+    def __init__(self, optimizer: Any):
+        tensors = [
+            tensor for group in optimizer.param_groups for tensor in group["params"] if tensor in optimizer.state
+        ]
+        self._states = {id(tensor): _only_steps(optimizer.state[tensor]) for tensor in tensors}
+
+    def of(self, tensor: torch.Tensor, layers: int) -> torch.Tensor:
+        """Those of the layers that a local tensor carries, shape (layers,), fp64; zeros where none were loaded."""
+        numbers = read_numbers(self._states.get(id(tensor), {}), "step", layers, tensor.device)
+        return numbers.to(torch.float64).expand(layers)
+
+
+def _only_steps(state: dict[str, Any]) -> dict[str, Any]:
+    steps = {name: torch.as_tensor(state[name]).clone() for name in ("step",) if name in state}
+    of_layers = {name: numbers.clone() for name, numbers in state.get("layers", {}).items() if name == "step"}
+    return {**steps, "layers": of_layers} if of_layers else steps
+
+
+def prove_loaded_state(optimizer: Any, layout: Layout, loaded: LoadedSteps) -> None:
     """Compare the names that the state has with the layout's, and see that moments and steps go together.
+
+    Args:
+        optimizer: The optimizer.
+        layout: Of its new plan.
+        loaded: The steps that were loaded.
 
     Raises:
         LayoutError: On all ranks that share a layer, if the state is of other layers, or a layer has step 0 and moments
@@ -63,7 +92,7 @@ def prove_loaded_state(optimizer: Any, layout: Layout) -> None:
                 "trustratio.integrations.checkpoints, which go by name"
             )
     if "step" in optimizer.layer_state:
-        _refuse_warm_layers_at_step_zero(optimizer, layout)
+        _refuse_warm_layers_at_step_zero(optimizer, layout, loaded)
 
 
 def _names_by_tensor(layout: Layout) -> Iterator[tuple[torch.Tensor, list[str]]]:
@@ -87,26 +116,34 @@ def _differences(saved: list[str], found: list[str]) -> Iterator[str]:
             yield f"{theirs} in the state is {ours} here"
 
 
-def _refuse_warm_layers_at_step_zero(optimizer: Any, layout: Layout) -> None:
-    warm = torch.zeros(1, len(layout.layers), dtype=torch.float64, device=layout.device)
+def _refuse_warm_layers_at_step_zero(optimizer: Any, layout: Layout, loaded: LoadedSteps) -> None:
+    counts = [0] * len(layout.tensors)
+    for layer in layout.layers:
+        counts[layer.tensor] += 1
+    pairs = [*zip(layout.tensors, counts, strict=True)]
+    if not pairs:
+        return
+    # Layers are in the order of their tensors.
+    now = torch.cat([layer_numbers(optimizer, tensor, "step", count) for tensor, count in pairs])
+    at_load = torch.cat([loaded.of(tensor, count) for tensor, count in pairs])
+    warm, counted = layout.reduce(torch.stack([_warm_shards(optimizer, layout), at_load]))
+    cold = (now == 0) & (counted == 0) & (warm > 0)
+    names = [layer.name for layer, wrong in zip(layout.layers, cold.tolist(), strict=True) if wrong]
+    if names:
+        raise LayoutError(
+            f"the loaded state has step 0, and moments that are not zero, of {listing(names)}: its steps were lost on "
+            "the way. Load a complete state; save_optimizer_state of trustratio.integrations.checkpoints has one. If "
+            "steps are to be counted anew, set them after loading"
+        )
+
+
+def _warm_shards(optimizer: Any, layout: Layout) -> torch.Tensor:
+    """How many of this rank's shards of each layer have moments that are not zero, shape (layers,)."""
+    warm = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
     for shard in layout.shards:
         state = optimizer.state.get(layout.tensors[layout.layers[shard.layer].tensor], {})
         for what in optimizer.element_state:
             if what in state:
                 run = local_part(state[what]).reshape(-1).narrow(0, shard.start, shard.length)
-                warm[0, shard.layer] += run.any()
-    warm = layout.reduce(warm)[0]
-    counts = [0] * len(layout.tensors)
-    for layer in layout.layers:
-        counts[layer.tensor] += 1
-    numbers = [
-        layer_numbers(optimizer, tensor, "step", count) for tensor, count in zip(layout.tensors, counts, strict=True)
-    ]
-    # Layers are in the order of their tensors.
-    cold = (torch.cat(numbers) == 0) & (warm > 0) if numbers else warm > 0
-    names = [layer.name for layer, wrong in zip(layout.layers, cold.tolist(), strict=True) if wrong]
-    if names:
-        raise LayoutError(
-            f"the loaded state has step 0, and moments that are not zero, of {listing(names)}: its steps were lost on "
-            "the way. Load a complete state; save_optimizer_state of trustratio.integrations.checkpoints has one"
-        )
+                warm[shard.layer] += run.any()
+    return warm
