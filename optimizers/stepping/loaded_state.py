@@ -88,13 +88,13 @@ def _differences(saved: list[str], found: list[str]) -> Iterator[str]:
 
 
 def _refuse_warm_layers_at_step_zero(optimizer: Any, layout: Layout) -> None:
-    warm = torch.zeros(1, len(layout.layers), dtype=torch.float64, device=layout.device)
+    warm = torch.zeros(1, len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
     for shard in layout.shards:
         state = optimizer.state.get(layout.tensors[layout.layers[shard.layer].tensor], {})
         for what in optimizer.element_state:
             if what in state:
                 run = local_part(state[what]).reshape(-1).narrow(0, shard.start, shard.length)
-                warm[0, shard.layer] += run.any()
+                warm[0, shard.layer] += run.any().to(warm.device)
     warm = layout.reduce(warm)[0]
     counts = [0] * len(layout.tensors)
     for layer in layout.layers:
