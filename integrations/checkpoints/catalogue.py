@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers.sharding.local_tensors import local_part, reduction_device
+from trustratio.optimizers.sharding.local_tensors import local_part, reduction_device, summable
 
 from .local_state import WEIGHT, LocalLayer, LocalState
 from .ranks import device_for, of_rank, raise_together, rank, ranks_that_differ, several_ranks
@@ -156,7 +156,7 @@ def prove_positions(local: LocalState) -> None:
     for column, layer in enumerate(local.layers):
         sums[:, column] = torch.tensor(_count_and_position_sum(layer), device="cpu")
     # Sums below 2^53 are exact in fp64, so the moduli of thousands of ranks are.
-    totals = local.layout.reduce(sums.to(local.layout.device)).long().tolist()
+    totals = local.layout.reduce(sums.to(local.layout.numbers_device)).long().tolist()
     covers = zip(local.layers, *totals, strict=True)
     raise_together([_not_placed(local, layer) for layer, *total in covers if not _is_whole(layer, *total)])
 
@@ -194,12 +194,12 @@ def _incomplete(local: LocalState, index: dict[str, int], owned: Iterable[str], 
 
 def _differing_replicas(local: LocalState, index: dict[str, int], device: torch.device) -> list[str]:
     """Layers whose weights differ between ranks that should hold the same; experts that share a name, for example."""
-    squares = torch.zeros(1, len(local.layers), dtype=torch.float64, device=local.layout.device)
+    squares = torch.zeros(1, len(local.layers), dtype=torch.float64, device=local.layout.numbers_device)
     tensors = [local_part(tensor).detach().reshape(-1) for tensor in local.layout.tensors]
     for shard in local.layout.shards:
         run = tensors[local.layout.layers[shard.layer].tensor].narrow(0, shard.start, shard.length)
         for part in run.split(SUMMED_AT_ONCE):
-            squares[0, shard.layer] += part.double().square().sum()
+            squares[0, shard.layer] += summable(part).double().square().sum()
     totals = local.layout.reduce(squares)[0].tolist()
     # The largest sum and the negative of the smallest, so that one reduction finds both.
     extremes = torch.full((2, len(index)), -torch.inf, dtype=torch.float64, device="cpu")

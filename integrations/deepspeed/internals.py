@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from trustratio.optimizers.sharding.internals import Internals
+from trustratio.optimizers.sharding.local_tensors import summable
 
 INTERNALS = Internals("DeepSpeed", "deepspeed", "0.19.0 to 0.19.8")
 
@@ -170,7 +171,7 @@ def global_norm(wrapper: DeepSpeedOptimizer) -> torch.Tensor | None:
     if norm is None:
         return None
     if isinstance(norm, torch.Tensor):
-        return norm.to(torch.float64)
+        return summable(norm).to(torch.float64)
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 

@@ -79,7 +79,7 @@ class ChunkView:
         state, inputs = self.__dict__.get("_state", {}), self.__dict__.get("_inputs", {})
         if name in inputs:
             flats, factor = inputs[name]
-            scaled: torch.Tensor = self._chunk.read(flats, self.dtype)[0] * factor.to(self.dtype)
+            scaled: torch.Tensor = self._chunk.read(flats, self.dtype)[0] * self._beside_elements(factor.to(self.dtype))
             self.__dict__[name] = scaled
             return scaled
         if name not in state:
@@ -93,12 +93,18 @@ class ChunkView:
 
     def of(self, per_layer: torch.Tensor) -> torch.Tensor:
         """Spread a vector of the group's layers, shape (layers,), so that it multiplies the chunk's elements."""
-        return self._chunk.spread(per_layer, self._first_layer, self.dtype)
+        return self._chunk.spread(self._beside_elements(per_layer), self._first_layer, self.dtype)
 
     def of_rows(self, per_row: torch.Tensor) -> torch.Tensor:
         """Spread a vector of the group's rows on this rank, shape (rows,), over the chunk's elements."""
         assert self._rows is not None, "the optimizer's has_rows() is False for this group"
-        return self._rows.spread(per_row, self._chunk, self.dtype)
+        return self._beside_elements(self._rows.spread(per_row, self._chunk, self.dtype))
+
+    def _beside_elements(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers of layers on the elements' device; if they are elsewhere, because it has no fp64."""
+        if numbers.device == self.w.device:
+            return numbers
+        return (numbers if numbers.dtype == torch.bool else numbers.to(self.dtype)).to(self.w.device)
 
     def store(self, change: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Subtract `change` from the weights and keep the updated state.

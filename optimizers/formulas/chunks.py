@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from ..sharding.layout import Layout
+from ..sharding.local_tensors import has_fp64, summable
+from .block_sums import sums_in_blocks
 
 __all__ = ["Chunk", "Flattened", "Summand", "counts", "cut_into_chunks", "squares", "values"]
 
@@ -128,6 +130,8 @@ class Chunk:
         if summand.bins:
             return self._histograms(summand.elements, summand.bins)
         parts = summand.elements.split(self.lengths)
+        if not has_fp64(summand.elements.device):
+            return sums_in_blocks(parts, squared=summand.squared)
         if summand.squared and summand.elements.is_cpu:  # where norms in fp64 of fp32 are slow
             return [torch.dot(part, part) for part in summand.elements.to(torch.float64).split(self.lengths)]
         if summand.squared:
@@ -136,14 +140,16 @@ class Chunk:
 
     def _histograms(self, bin_of_element: torch.Tensor, bins: int) -> list[torch.Tensor]:
         device = bin_of_element.device
-        table = torch.zeros(len(self.pieces), bins + 1, dtype=torch.float64, device=device)
+        # A chunk has no more elements than fp32 can count.
+        dtype = torch.float64 if has_fp64(device) else torch.float32
+        table = torch.zeros(len(self.pieces), bins + 1, dtype=dtype, device=device)
         if len(self.pieces) > 1:
             first = torch.arange(len(self.pieces), device=device) * (bins + 1)
             _, lengths = self._layers_and_lengths(device)
             bin_of_element = bin_of_element + first.repeat_interleave(lengths, output_size=self.numel)
         # bincount would wait for the device.
         table.view(-1).scatter_add_(0, bin_of_element, table.new_ones(()).expand(self.numel))
-        return list(table[:, :bins])
+        return list(summable(table).to(torch.float64)[:, :bins])
 
     def spread(self, per_layer: torch.Tensor, first_layer: int, dtype: torch.dtype) -> torch.Tensor:
         """Give each element its layer's number: a 0-d tensor for one layer, else one value per element."""

@@ -1,7 +1,7 @@
 """The numbers of each layer during a step: sums that came back from the reduction, and what an algorithm makes of them.
 
 Everything here is a vector with one fp64 entry per layer of one parameter group, on the device of the parameters, so
-that no step waits for the host.
+that no step waits for the host (on a CPU where that device has no fp64).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class LayerTable:
         """
         if self._gradient_norm is None:
             return self.model_norm("g")
-        return self._gradient_norm().to(self.adapt.device, torch.float64)
+        return self._gradient_norm().to(self.adapt.device).to(torch.float64)
 
     def may_change(self) -> torch.Tensor | None:
         """The same as `has_gradient` as soon as that is known, None before."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..sharding.layout import Layout
+from ..sharding.local_tensors import summable
 from .chunks import Chunk, Piece, Summand
 
 __all__ = ["RowRun", "Rows"]
@@ -76,9 +77,9 @@ class Rows:
         held_slots = [
             (slot, p) for slot, (layer, row) in enumerate(cut) if (p := self._position(layer, row)) is not None
         ]
-        self.slot_layers = _indices([layer for layer, _ in cut], layout.device)
-        self._slots = _indices([slot for slot, _ in held_slots], layout.device)
-        self._positions = _indices([position for _, position in held_slots], layout.device)
+        self.slot_layers = _indices([layer for layer, _ in cut], layout.numbers_device)
+        self._slots = _indices([slot for slot, _ in held_slots], layout.numbers_device)
+        self._positions = _indices([position for _, position in held_slots], layout.numbers_device)
 
     def _position(self, layer: int, row: int) -> int | None:
         run = self.runs[layer]
@@ -86,7 +87,7 @@ class Rows:
 
     def add_sums(self, totals: torch.Tensor, chunk: Chunk, summand: Summand) -> None:
         """Add a chunk's elements to the sums of their rows: fp64, shape (count,)."""
-        elements = summand.elements.to(torch.float64)
+        elements = summable(summand.elements).to(torch.float64)
         elements = elements.square() if summand.squared else elements
         for piece, part in zip(chunk.pieces, elements.split(chunk.lengths), strict=True):
             positions, lengths = self.runs[piece.layer].within(piece)

@@ -15,7 +15,7 @@ from math import prod
 import torch
 
 from ..sharding.layout import Layout
-from ..sharding.local_tensors import local_part
+from ..sharding.local_tensors import local_part, summable
 
 __all__ = ["PROBES", "Factor", "factor_between", "probes", "probes_of"]
 
@@ -43,6 +43,7 @@ def probes(gradient: torch.Tensor, first_row: int = 0, first_column: int = 0) ->
         first_row: Where the block begins, so that the blocks' probes add up to the layer's.
         first_column: The same for columns.
     """
+    gradient = summable(gradient)
     if gradient.dim() < 2:
         gradient = gradient.reshape(1, -1)
     height, width = gradient.shape[0], gradient.shape[-1]
@@ -66,7 +67,7 @@ def probes_of(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> torch
         layout: One whose tensors carry one layer each.
         gradients: The flat gradients of the layout's tensors.
     """
-    zeros = torch.zeros(PROBES, dtype=torch.float64, device=layout.device)
+    zeros = torch.zeros(PROBES, dtype=torch.float64, device=layout.numbers_device)
     found = [zeros for _ in layout.layers]
     for shard in layout.shards:
         layer = layout.layers[shard.layer]
@@ -76,7 +77,7 @@ def probes_of(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> torch
             several = len(layer.shape) > 1
             row = shard.offset // prod(layer.shape[1:]) if several else 0
             column = shard.offset % layer.shape[-1] if layer.shape else 0
-            found[shard.layer] = probes(local, row, column).to(layout.device)
+            found[shard.layer] = probes(local, row, column).to(layout.numbers_device)
     return torch.stack(found, dim=1)
 
 

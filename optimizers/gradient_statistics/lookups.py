@@ -75,11 +75,11 @@ class IdCounts:
         for layer in layers:
             if layer.parameter in self._watched:
                 self._watched[layer.parameter].clear()
-        counts = torch.zeros(sum(layer.shape[0] for layer in layers), dtype=torch.int32, device=layout.device)
+        counts = torch.zeros(sum(layer.shape[0] for layer in layers), dtype=torch.int32, device=layout.numbers_device)
         of_layers = list(counts.split([layer.shape[0] for layer in layers]))
         for of_layer, parts in zip(of_layers, noted, strict=True):
             for ids in parts:
-                ids = ids.to(layout.device)
+                ids = ids.to(layout.numbers_device)
                 of_layer.index_add_(0, ids, torch.ones_like(ids))
         self._averaging.look_for_step(layout)
         if any(noted) or self._averaging.known is not None:  # DeepSpeed steps once before there is an engine

@@ -26,7 +26,7 @@ import torch
 from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
-from ..sharding.local_tensors import placements_of
+from ..sharding.local_tensors import placements_of, summable
 from .averaging import Averaging
 from .factor import PROBES, factor_between, probes, probes_of
 from .loss_scale import LossScale
@@ -194,8 +194,9 @@ class GradientStatistics:
         if self._flow is not None:
             self._loss_scale = self._flow.loss_scale()
         watched.groups += 1
-        norm = torch.linalg.vector_norm(gradient.reshape(-1), dtype=torch.float64)
-        of_group = torch.cat([torch.stack([norm, norm.square()]), probes(gradient)])
+        here = summable(gradient)
+        norm = torch.linalg.vector_norm(here.reshape(-1), dtype=torch.float64)
+        of_group = torch.cat([torch.stack([norm, norm.square()]), probes(here)])
         watched.sums = of_group if watched.sums is None else watched.sums.add_(of_group)
         if self._squares is not None:
             self._squares.add(watched, gradient, self._destination(watched))
@@ -259,13 +260,16 @@ class GradientStatistics:
         told = self._flow is not None and self._flow.factor is not None and sharded
         sums = self._sums(layout, watched)
         if told:
-            factor, shares = self._wrappers_factor(layout), torch.ones((), dtype=torch.float64, device=layout.device)
+            factor, shares = (
+                self._wrappers_factor(layout),
+                torch.ones((), dtype=torch.float64, device=layout.numbers_device),
+            )
         else:
             unseen = self._unseen(layout, watched, gradients)
             now = probes_of(layout, gradients) * layout.copies
             sums, factor = self._complete(layout, torch.cat([sums, unseen.unsqueeze(0), now]))
             shares = layout.copies
-            self._loss_scale = self._loss_scale if self._flow is not None else self._scaler.now(layout.device)
+            self._loss_scale = self._loss_scale if self._flow is not None else self._scaler.now(layout.numbers_device)
         self._clipping = factor * self._loss_scale
         self._warn_of_few(self.groups * ranks)
 
@@ -302,7 +306,7 @@ class GradientStatistics:
 
     def _nothing(self, layout: Layout) -> StepStatistics:
         """No group was seen and gradients are zero: nothing will be updated. The wrapper may not even exist yet."""
-        zeros = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
+        zeros = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
         contributions = dict.fromkeys(("group_norm", "group_square", "groups", "not_finite"), zeros)
         flats = [zeros_like_local(tensor) for tensor in layout.tensors]
         return StepStatistics(contributions, (flats, zeros.sum()) if self.squares else None)
@@ -312,10 +316,14 @@ class GradientStatistics:
 
         Norms; squares, times the number of groups; that number; 0 or NaN; and the probes.
         """
-        zeros = torch.zeros(2 + PROBES, dtype=torch.float64, device=layout.device)
-        sums = torch.stack([zeros if layer.sums is None else layer.sums.to(layout.device) for layer in watched], dim=1)
+        zeros = torch.zeros(2 + PROBES, dtype=torch.float64, device=layout.numbers_device)
+        sums = torch.stack(
+            [zeros if layer.sums is None else layer.sums.to(layout.numbers_device) for layer in watched], dim=1
+        )
         # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
-        of_model = [layer.sums[1].to(layout.device) for layer in self._watched.values() if layer.sums is not None]
+        of_model = [
+            layer.sums[1].to(layout.numbers_device) for layer in self._watched.values() if layer.sums is not None
+        ]
         not_finite = (0 * torch.stack(of_model).sum()) if of_model else zeros[0]
         groups = torch.full_like(sums[:1], self.groups)
         return torch.cat([sums[:1], sums[1:2] * self.groups, groups, not_finite.expand_as(groups), sums[2:]])
@@ -394,12 +402,12 @@ class GradientStatistics:
         self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]
     ) -> torch.Tensor:
         """1 for each layer of which this rank has a gradient, although it has seen none of any, shape (layers,)."""
-        unseen = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
+        unseen = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
         if self.groups == 0:
             for index, layer in enumerate(layout.layers):
                 gradient = gradients[layer.tensor]
                 if gradient is not None:
-                    unseen[index] = gradient.any()
+                    unseen[index] = gradient.any().to(unseen.device)
         return unseen
 
     def _ranks(self) -> int:
@@ -433,8 +441,8 @@ class GradientStatistics:
         assert self._flow.factor is not None
         factor = self._flow.factor(float(self._loss_scale))
         if isinstance(factor, torch.Tensor):
-            return factor.to(layout.device, torch.float64).reshape(())
-        return torch.full((), factor, dtype=torch.float64, device=layout.device)
+            return factor.to(layout.numbers_device).to(torch.float64).reshape(())
+        return torch.full((), factor, dtype=torch.float64, device=layout.numbers_device)
 
 
 def _note_gradients(of_pass: Sequence[Watched]) -> None:

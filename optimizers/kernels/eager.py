@@ -91,7 +91,7 @@ class EagerSweeps:
         return {name: self._zeros(operands.rows.count) for name in stage.row_names}
 
     def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.operands.layout.device)
+        return torch.zeros(shape, dtype=torch.float64, device=self.operands.layout.numbers_device)
 
     @functools.cached_property
     def _chunks(self) -> dict[int, _GroupChunks]:
@@ -107,7 +107,7 @@ class EagerSweeps:
         by_group: dict[int, list[Chunk]] = {group: [] for group in self.operands.groups}
         for chunk in served:
             by_group[chunk.group].append(chunk)
-        device = self.operands.layout.device
+        device = self.operands.layout.numbers_device
         return {
             group: _GroupChunks.of(chunks, self.operands.groups[group].layers, device)
             for group, chunks in by_group.items()

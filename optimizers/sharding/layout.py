@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .local_tensors import local_part, reduction_device
+from .local_tensors import local_part, numbers_device, reduction_device
 from .memory import shared_memory
 
 __all__ = ["Layer", "Layout", "LayoutError", "Shard", "listing"]
@@ -130,6 +130,11 @@ class Layout:
     def device(self) -> torch.device:
         return self.tensors[0].device if self.tensors else torch.device("cpu")
 
+    @functools.cached_property
+    def numbers_device(self) -> torch.device:
+        """Where the numbers of layers are, which are fp64: `device`, or the CPU if that has no fp64."""
+        return numbers_device(self.device)
+
     def reduce(self, sums: torch.Tensor, layer_of_column: torch.Tensor | None = None) -> torch.Tensor:
         """Add `sums` over all shards of each layer: one all-reduce per process group, however many layers.
 
@@ -157,7 +162,7 @@ class Layout:
     def _reduced_layers(self) -> list[torch.Tensor | None]:
         """The layers of each reduction, on the device, None where they are all; sent once, as a step must not wait."""
         return [
-            torch.tensor(layers, device=self.device) if len(layers) < len(self.layers) else None
+            torch.tensor(layers, device=self.numbers_device) if len(layers) < len(self.layers) else None
             for _, layers in self.reductions
         ]
 
@@ -167,7 +172,7 @@ class Layout:
         copies = torch.ones(len(self.layers), dtype=torch.float64, device="cpu")
         for process_group, layers in self.reductions:
             copies[list(layers)] *= dist.get_world_size(process_group)
-        return copies.to(self.device)
+        return copies.to(self.numbers_device)
 
     def prove(self) -> None:
         """Check, with one collective, that the shards of all ranks cover each layer exactly once.

@@ -5,6 +5,7 @@ Without importing DTensor, which a program may never do: its tensors are known b
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ __all__ = [
     "compute_dtype",
     "cut_alike",
     "cut_of",
+    "has_fp64",
     "is_flattened",
     "is_plain",
     "local_part",
     "may_be_trained",
+    "numbers_device",
     "placements_of",
     "reduction_device",
+    "summable",
 ]
 
 
@@ -83,6 +87,28 @@ def reduction_device(process_group: dist.ProcessGroup, preferred: torch.device) 
 def compute_dtype(parameter: torch.Tensor) -> torch.dtype:
     """The dtype of state and arithmetic: fp32, or fp64 for fp64 parameters."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def has_fp64(device: torch.device) -> bool:
+    """Whether there are tensors in fp64 on the device; tried once."""
+    if device.type == "mps":
+        return False
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def numbers_device(device: torch.device) -> torch.device:
+    """Where the fp64 numbers of layers whose elements are on `device` are kept: there, or on a CPU."""
+    return device if has_fp64(device) else torch.device("cpu")
+
+
+def summable(elements: torch.Tensor) -> torch.Tensor:
+    """The elements where they can be added up in fp64: as they are, or a copy on the CPU."""
+    return elements.to(numbers_device(elements.device))
 
 
 def add_over(process_group: dist.ProcessGroup, values: torch.Tensor) -> None:

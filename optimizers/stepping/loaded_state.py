@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..sharding.layout import Layer, Layout, LayoutError, listing
-from ..sharding.local_tensors import local_part
+from ..sharding.local_tensors import local_part, numbers_device
 from .foreign_state import without_wrappers
 from .state import layer_numbers, read_numbers
 
@@ -58,7 +58,7 @@ class LoadedSteps:
 
     def of(self, tensor: torch.Tensor, layers: int) -> torch.Tensor:
         """Those of the layers that a local tensor carries, shape (layers,), fp64; zeros where none were loaded."""
-        numbers = read_numbers(self._states.get(id(tensor), {}), "step", layers, tensor.device)
+        numbers = read_numbers(self._states.get(id(tensor), {}), "step", layers, numbers_device(tensor.device))
         return numbers.to(torch.float64).expand(layers)
 
 
@@ -139,11 +139,11 @@ def _refuse_warm_layers_at_step_zero(optimizer: Any, layout: Layout, loaded: Loa
 
 def _warm_shards(optimizer: Any, layout: Layout) -> torch.Tensor:
     """How many of this rank's shards of each layer have moments that are not zero, shape (layers,)."""
-    warm = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.device)
+    warm = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
     for shard in layout.shards:
         state = optimizer.state.get(layout.tensors[layout.layers[shard.layer].tensor], {})
         for what in optimizer.element_state:
             if what in state:
                 run = local_part(state[what]).reshape(-1).narrow(0, shard.start, shard.length)
-                warm[shard.layer] += run.any()
+                warm[shard.layer] += run.any().to(warm.device)
     return warm

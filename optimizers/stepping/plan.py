@@ -97,7 +97,7 @@ class Plan:
         """Give ranks that hold nothing of a layer its per-layer state, which a wrapper may not have loaded there."""
         if not (names and self.layout.reductions):
             return
-        device = self.layout.device
+        device = self.layout.numbers_device
         states_here = [states[tensor] for tensor in self.layout.tensors]
         for name in names:
             # The mean over the ranks that know a layer's number: a sum of those, and one of how many they are.

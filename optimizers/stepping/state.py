@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..sharding.local_tensors import compute_dtype, is_plain
+from ..sharding.local_tensors import compute_dtype, has_fp64, is_plain, numbers_device
 
 __all__ = [
     "as_kept",
@@ -40,8 +40,10 @@ def as_kept(tensor: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tenso
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """A copy of something from a state, with all its tensors on a device and in their own dtype."""
+    """A copy of something from a state, with all its tensors on a device and, if it has that, in their own dtype."""
     if isinstance(value, torch.Tensor):
+        if value.dtype == torch.float64 and not has_fp64(device):
+            value = value.to(torch.float32)
         return value.detach().clone().to(device)
     if isinstance(value, dict):
         return {name: on_device(inner, device) for name, inner in value.items()}
@@ -64,12 +66,13 @@ def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -
 
 def layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, layers: int) -> torch.Tensor:
     """The per-layer state of the layers that a local tensor carries, shape (layers,), fp64; zeros if there is none."""
-    return read_numbers(optimizer.state.get(tensor, {}), name, layers, tensor.device).to(torch.float64).expand(layers)
+    numbers = read_numbers(optimizer.state.get(tensor, {}), name, layers, numbers_device(tensor.device))
+    return numbers.to(torch.float64).expand(layers)
 
 
 def set_layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, values: torch.Tensor) -> None:
     """Set the per-layer state of the layers that a local tensor carries, shape (layers,)."""
-    write_numbers(optimizer.state[tensor], name, values.to(tensor.device, state_dtype(tensor, name)))
+    write_numbers(optimizer.state[tensor], name, values.to(state_dtype(tensor, name)).to(tensor.device))
 
 
 def read_numbers(state: dict[str, Any], name: str, layers: int, device: torch.device) -> torch.Tensor:

@@ -147,7 +147,7 @@ class Step:
     ) -> torch.Tensor:
         """One matrix for all groups: a column per layer, and of each name as many rows as it has numbers."""
         shape = sum(sizes.values()), len(self.layout.layers)
-        packed = torch.zeros(shape, dtype=torch.float64, device=self.layout.device)
+        packed = torch.zeros(shape, dtype=torch.float64, device=self.layout.numbers_device)
         by_name = _named_rows(packed, sizes)
         for group, stage in stages.items():
             layers = self.groups[group].layers
@@ -243,7 +243,7 @@ class Step:
             self.algorithm.state.get(tensor, {}) if state is None else state
             for tensor, state in zip(self.layout.tensors, self.states, strict=True)
         ]
-        return read_all_numbers(states, name, self.plan.layer_counts, self.layout.device)
+        return read_all_numbers(states, name, self.plan.layer_counts, self.layout.numbers_device)
 
     def _write_layer_state(self) -> None:
         """Keep the per-layer state of the layers that were updated."""
@@ -265,16 +265,17 @@ class Step:
         return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table)
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with a learning rate that vectors on the layout's device can be multiplied by."""
-        lr = options.get("lr")
-        if not isinstance(lr, torch.Tensor) or (lr.dim() == 0 and (lr.is_cpu or lr.device == self.layout.device)):
+        """The options with a learning rate that vectors of layers can be multiplied by."""
+        lr, device = options.get("lr"), self.layout.numbers_device
+        if not isinstance(lr, torch.Tensor) or (lr.dim() == 0 and (lr.is_cpu or lr.device == device)):
             return options
-        return {**options, "lr": lr.detach().reshape(()).to(self.layout.device)}
+        return {**options, "lr": lr.detach().reshape(()).to(device)}
 
     def _adapt(self, group: int) -> torch.Tensor:
         known: dict[Any, torch.Tensor] = self.plan.cache
         if ("adapt", group) not in known:
-            known["adapt", group] = torch.tensor(self.plan.adapted[group], device=self.layout.device, dtype=torch.bool)
+            device = self.layout.numbers_device
+            known["adapt", group] = torch.tensor(self.plan.adapted[group], device=device, dtype=torch.bool)
         return known["adapt", group]
 
     def gradient_squares(self) -> torch.Tensor:
