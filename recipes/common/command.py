@@ -30,6 +30,8 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         """Make a parser that takes whole names only."""
         super().__init__(**{"allow_abbrev": False, **options})
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
 
     def flags(self) -> list[str]:
         """Return the long names of all options."""
@@ -73,6 +75,20 @@ class CommandParser(argparse.ArgumentParser):
         raise RecipeError(f"{message}; --help lists the options")
 
 
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a whole number in digits, such as 1000, given was {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number, such as 0.01 or 1e-2, given was {text!r}") from None
+
+
 def with_underscores(text: str) -> str:
     """Return an argument with `_` for `-` in the name of a long option: `--global-batch=8` is `--global_batch=8`."""
     name, equals, value = text.partition("=")
@@ -98,8 +114,9 @@ def within(option: str, value: float | None, least: float, most: float = MOST, *
         return
     fits = math.isfinite(value) and value <= most and (value > least if above else value >= least)
     if not fits:
+        finite = "" if math.isfinite(value) else "a finite number, "
         raise RecipeError(
-            f"{option} {value} is out of range: allowed is {'above' if above else 'from'} {least:g} to {most:,}"
+            f"{option} {value} is out of range: allowed is {finite}{'above' if above else 'from'} {least:g} to {most:,}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import Any
 
 BAD_INPUT = 2
 """Exit status: nothing was begun, and one message says why."""
@@ -47,6 +48,14 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> RecipeError:
     nearest = nearest_names(name, names, least=0.5)
     hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
     return RecipeError(f"unknown {what} {name!r}; {hint}known: {', '.join(names)}")
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value read from JSON is, in words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    words = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+    return words.get(type(value), type(value).__name__)
 
 
 def sentence(error: OSError) -> str:

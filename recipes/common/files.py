@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from .errors import RecipeError, sentence
 
 WRITING = ".writing-"
 """What the name of a file begins with until it is whole; a process that was killed may leave such files behind."""
@@ -38,6 +41,25 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def require_writable(folder: Path) -> None:
+    """Check that `folder` is one that can be written, or could be created; nothing is created.
+
+    Raises:
+        RecipeError: it is not; says why and what to do.
+    """
+    path = folder.absolute()
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()
+        nearest = next(part for part in (path, *path.parents) if os.path.lexists(part))
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+    except OSError as error:
+        raise RecipeError(f"cannot use output folder {str(folder)!r}: {sentence(error)}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from ..common.command import CommandParser
 from ..common.errors import RecipeError
 from ..runs.checkpoints import find_checkpoint, find_or_begin, run_of
 from ..runs.folder import CONFIG
-from .config import MODEL_SIZES, RecipeConfig
+from .config import MODEL_SIZES, PRECISIONS, RecipeConfig
 from .overrides import apply_overrides, is_override, load_config, set_field, with_model_size
 from .presets import DEFAULT_PRESET, PRESETS, get_preset
 from .twins import TWIN_SIZES
@@ -31,7 +31,12 @@ _FLAGS: dict[str, tuple[str, str, type, str]] = {
     "micro_batch": ("training", "micro_batch", int, "sequences per rank and forward pass"),
     "steps": ("training", "steps", int, "updates; the length of the learning-rate schedule"),
     "zero_stage": ("training", "zero_stage", int, "ZeRO stage, 0 to 3"),
-    "precision": ("training", "precision", str, "auto, fp32 or bf16 (auto: bf16 where the GPU has it)"),
+    "precision": (
+        "training",
+        "precision",
+        str,
+        f"{', '.join(PRECISIONS)} (auto: bf16 where the GPU has it, else fp32)",
+    ),
     "seed": ("training", "seed", int, "seed of weights, data order, masks and dropout"),
 }
 

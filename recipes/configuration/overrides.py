@@ -14,6 +14,18 @@ from typing import Any
 from ..common.errors import RecipeError, unknown_name
 from .config import MODEL_SIZES, RecipeConfig
 
+_FLAGS_OF_SECTIONS = {"model": "--model SIZE", "optimizer": "--optimizer NAME", "data": "--data SOURCE"}
+
+_IN_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "text or a list of texts",
+    dict: 'a mapping such as {"name": 1}',
+}
+"""What the values of a field's type are called in messages."""
+
 
 def section_names() -> tuple[str, ...]:
     """Return the names that may stand before the dot of an override."""
@@ -39,6 +51,8 @@ def apply_overrides(config: RecipeConfig, overrides: Iterable[str]) -> RecipeCon
     for text in overrides:
         key, equals, value = text.partition("=")
         section, dot, name = key.strip().partition(".")
+        if equals and not name and section in section_names():
+            raise _section_error(section)
         if not (equals and dot and name):
             raise RecipeError(f"override {text!r} is not of the form section.field=value, e.g. optimizer.lr=0.01")
         if section not in section_names():
@@ -79,6 +93,8 @@ def from_dict(values: Mapping[str, Any]) -> RecipeConfig:
             continue
         if section not in section_names():
             raise unknown_name("configuration section", section, section_names())
+        if not isinstance(fields, Mapping):
+            raise _section_error(section)
         for name, value in fields.items():
             config = set_field(config, section, name, value)
     return config
@@ -97,6 +113,15 @@ def load_config(path: Path) -> RecipeConfig:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a run's configuration: expected a JSON object")
     return from_dict(values)
+
+
+def _section_error(section: str) -> RecipeError:
+    fields = typing.get_type_hints(type(getattr(RecipeConfig(), section)))
+    flag = f", or give {_FLAGS_OF_SECTIONS[section]}" if section in _FLAGS_OF_SECTIONS else ""
+    return RecipeError(
+        f"{section} is a section of the configuration and takes no value itself: set its fields "
+        f"({', '.join(f'{section}.{name}' for name in fields)}){flag}"
+    )
 
 
 def _read_value(text: str) -> Any:
@@ -130,10 +155,9 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
         return int(value)  # 3.0 and 1e4 too; the remainder of inf and NaN is NaN
     if expected is str and isinstance(value, str | int | float):
         return str(value)
-    name = getattr(expected, "__name__", str(expected)) if origin is None else str(expected)
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    raise RecipeError(f"{key} takes a value of type {name}, given was {shown}")
+    raise RecipeError(f"{key} takes {_IN_WORDS[origin or expected]}, given was {shown}")
 
 
 def _as_float(key: str, value: float) -> float:

@@ -102,4 +102,6 @@ def _require(config: RecipeConfig, key: str, allowed: Any, description: str) -> 
     section, name = key.split(".")
     value = getattr(getattr(config, section), name)
     if not allowed(value):
+        if isinstance(value, float) and not math.isfinite(value) and "finite" not in description:
+            description = f"a finite number, {description}"
         raise RecipeError(f"{key}={value!r} is out of range: allowed is {description}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import multiprocessing
@@ -47,19 +48,30 @@ Progress = Callable[[Iterable[list[str]], int, str], Iterable[list[str]]]
 
 
 def package_folders() -> dict[str, Path]:
-    """Return name -> source folder of the packages that are installed, the standard library last."""
-    site = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")]
-    folders = {}
-    for name in PACKAGES:
-        installed = next((folder / name for folder in site if (folder / name).is_dir()), None)
-        if installed is not None:
-            folders[name] = installed
-    folders[STANDARD_LIBRARY] = Path(sysconfig.get_paths()["stdlib"])
-    return folders
+    """Return name -> source folder of the packages that can be imported, the standard library last."""
+    found = {name: _folder_of(name) for name in PACKAGES}
+    folders = {name: folder for name, folder in found.items() if folder is not None}
+    return {**folders, STANDARD_LIBRARY: Path(sysconfig.get_paths()["stdlib"])}
+
+
+def _folder_of(package: str) -> Path | None:
+    # Wherever Python would import it from: an environment may borrow packages from others. Nothing is imported.
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module without a spec, put there by hand
+        return None
+    if spec is None or spec.origin is None:  # without an origin it is any folder of that name, say the user's datasets/
+        return None
+    return next((Path(folder) for folder in spec.submodule_search_locations or () if Path(folder).is_dir()), None)
+
+
+def missing_packages(folders: dict[str, Path]) -> list[str]:
+    """Return the packages that `package_folders` did not find."""
+    return [name for name in PACKAGES if name not in folders]
 
 
 def corpus_key(folders: dict[str, Path]) -> str:
-    """Return a hash of the packages' versions: the harvest depends on nothing else."""
+    """Return a hash of what was found and of its versions: the harvest depends on nothing else."""
     versions = {name: _version(name) for name in folders}
     return hashlib.sha256(json.dumps([_FORMAT, versions], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, kind_of
 
 _DOCUMENT_CHARACTERS = 4000
 _ROWS_AT_ONCE = 256  # of a Parquet file: rows may be whole books
@@ -176,7 +176,7 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
 def _text_of(record: Any, column: str, where: str) -> str | None:
     """Return the text of a record; None where the column holds null, as tables have it for "no text"."""
     if not isinstance(record, dict):
-        raise RecipeError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise RecipeError(f"{where}: expected a JSON object, found {kind_of(record)}")
     if column not in record or not isinstance(record[column], str | None):
         raise RecipeError(f"{where}: no text in column {column!r}; {_column_hint(list(record))}")
     text: str | None = record[column]

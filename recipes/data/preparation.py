@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from ..common.files import whole_file, write_json, write_text
+from ..common.files import require_writable, whole_file, write_json, write_text
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
-from .docstrings import corpus_key, harvest, package_folders, require_text
+from .docstrings import corpus_key, harvest, missing_packages, package_folders, require_text
 from .documents import HUB_PREFIX, expand_sources, read_source
 from .encoding import Block, encode_blocks, stream_dtype
 from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
@@ -115,6 +115,8 @@ def prepare_into(output: Path | None, config: DataConfig, how: Preparation, repo
     Raises:
         RecipeError: bad data, a folder of other data, or a full disk; finished shards stay.
     """
+    if output is not None:
+        require_writable(output)
     sources, column = _text_sources(config, reporter)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     settings = {
@@ -312,6 +314,8 @@ def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], st
     if config.sources:
         return expand_sources(config.sources), config.text_column
     folders = package_folders()
+    if missing := missing_packages(folders):
+        reporter.line(f"the text is smaller than usual: not installed and left out are {', '.join(missing)}")
     path = cache_folder() / f"documentation-{corpus_key(folders)}.jsonl"
     if not path.exists():
         reporter.line(f"harvesting the documentation of {', '.join(folders)} (once; cached in {path})")

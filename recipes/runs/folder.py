@@ -17,8 +17,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..common.errors import RecipeError
-from ..common.files import WRITING
+from ..common.errors import RecipeError, sentence
+from ..common.files import WRITING, require_writable
+
+RUNS = Path("runs")
+"""Where runs without an output folder of their own go, in the current folder."""
 
 CONFIG = "config.json"
 DEEPSPEED_CONFIG = "deepspeed_config.json"
@@ -52,13 +55,14 @@ def require_free(folder: Path) -> None:
     """Check that a new run may use `folder`.
 
     Raises:
-        RecipeError: it is not empty, or no folder.
+        RecipeError: it is not empty, or cannot be written.
     """
+    require_writable(folder)
     try:
         # What a process that was killed had begun to write is nobody's.
         occupied = folder.exists() and any(not path.name.startswith(WRITING) for path in folder.iterdir())
     except OSError as error:
-        raise RecipeError(f"cannot use output folder {str(folder)!r}: {error.strerror}") from error
+        raise RecipeError(f"cannot use output folder {str(folder)!r}: {sentence(error)}") from error
     if occupied:
         raise RecipeError(
             f"output folder {str(folder)!r} is not empty; choose another --output, continue the run in it with "
@@ -79,7 +83,7 @@ def claim_folder(folder: Path, overwrite: bool) -> Path:
         for name in _OWN_FILES:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise RecipeError(f"cannot use output folder {str(folder)!r}: {error.strerror}") from error
+        raise RecipeError(f"cannot use output folder {str(folder)!r}: {sentence(error)}") from error
     for name in _OWN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     return folder

@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import NothingToDo, RecipeError
+from ..common.files import require_writable
 from ..configuration.command_line import Invocation
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase, phases_of, total_steps
@@ -22,7 +23,7 @@ from ..planning.memory import GIB, memory_parts, model_size
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
 from ..runs.checkpoints import RANKS, check_same_run, describe_checkpoint, require_newest, run_of
-from ..runs.folder import require_free
+from ..runs.folder import RUNS, require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_schema import check_settings
 from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
@@ -109,8 +110,8 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     # Last, what is on disk: the checkpoint to go on from, or an output folder that nothing is in.
     if invocation.resume is not None:
         run = _check_resume(run, invocation.resume)
-    elif invocation.output is not None and not invocation.overwrite:
-        require_free(invocation.output)
+    else:
+        _check_output(invocation)
     return run
 
 
@@ -224,11 +225,18 @@ def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
     check_same_run(description["identity"], early_identity(run), checkpoint)
     require_readable(checkpoint, description["identity"].get(RANKS), world_size(), run.config.training.zero_stage)
     output = run.invocation.output
-    if output is not None and output.resolve() != run_of(checkpoint) and not run.invocation.overwrite:
-        require_free(output)
+    if output is not None and output.resolve() != run_of(checkpoint):
+        _check_output(run.invocation)
     if output is None or output.resolve() == run_of(checkpoint):
         require_newest(checkpoint, run.invocation.overwrite)
     return run
+
+
+def _check_output(invocation: Invocation) -> None:
+    if invocation.output is None or invocation.overwrite:
+        require_writable(invocation.output or RUNS)
+    else:
+        require_free(invocation.output)
 
 
 def early_identity(run: CheckedRun) -> dict[str, Any]:

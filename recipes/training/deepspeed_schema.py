@@ -42,8 +42,8 @@ def _one_of(*names: str) -> Kind:
 
 _FLAG: Kind = ("true or false", lambda value: isinstance(value, bool))
 _COUNT: Kind = ("a whole number above 0", lambda value: _is_number(value) and value == int(value) and value > 0)
-_POSITIVE: Kind = ("a number above 0", lambda value: _is_number(value) and value > 0)
-_NOT_NEGATIVE: Kind = ("a number, 0 or more", lambda value: _is_number(value) and value >= 0)
+_POSITIVE: Kind = ("a finite number above 0", lambda value: _is_number(value) and value > 0)
+_NOT_NEGATIVE: Kind = ("a finite number, 0 or more", lambda value: _is_number(value) and value >= 0)
 _DTYPE = _one_of("fp32", "bf16", "fp16")
 
 VALUES: dict[str, Kind] = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, kind_of
 from ..rules.global_batch import BatchPlan
 from .deepspeed_schema import AUTO, BATCH_KEYS, WHAT, check_complete, check_device, check_settings, section
 
@@ -27,7 +27,7 @@ def load_file(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"--deepspeed_config {path!r} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"--deepspeed_config {path!r}: expected a JSON object, found {type(values).__name__}")
+        raise RecipeError(f"--deepspeed_config {path!r}: expected a JSON object, found {kind_of(values)}")
     return values
 
 

@@ -24,7 +24,7 @@ from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..runs.checkpoints import CheckpointFolder, check_same_run, run_of
-from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, claim_folder, fresh_folder
+from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
@@ -176,7 +176,7 @@ def _claim_output(run: CheckedRun) -> Path:
     elif invocation.output is not None:
         folder = claim_folder(invocation.output, invocation.overwrite)
     else:
-        folder = fresh_folder(Path("runs"), config.preset)
+        folder = fresh_folder(RUNS, config.preset)
     write_json(folder / CONFIG, config.to_dict())
     if run.settings is not None:
         write_json(folder / DEEPSPEED_CONFIG, run.settings)

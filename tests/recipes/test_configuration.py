@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from trustratio.recipes.common.errors import NothingToDo, RecipeError
 from trustratio.recipes.configuration.command_line import parse_command_line
-from trustratio.recipes.configuration.config import RecipeConfig
+from trustratio.recipes.configuration.config import PRECISIONS, RecipeConfig
 from trustratio.recipes.configuration.overrides import apply_overrides, from_dict
 from trustratio.recipes.configuration.presets import PRESETS, get_preset
 from trustratio.recipes.configuration.ranges import check_ranges
@@ -97,10 +97,10 @@ def test_the_batch_line():
         (("training.seed=99999999999999999999",), r"training.seed=99999999999999999999 is out of range: .*4294967295"),
         (("training.seed=-1",), r"training.seed=-1 is out of range"),
         (("--seed", "4294967296"), r"training.seed=4294967296 is out of range"),
-        (("training.steps=1e400",), r"training.steps takes a value of type int, given was inf"),
-        (("training.steps=NaN",), r"training.steps takes a value of type int, given was nan"),
+        (("training.steps=1e400",), r"training.steps takes a whole number, given was inf"),
+        (("training.steps=NaN",), r"training.steps takes a whole number, given was nan"),
         (("--steps", "1" + "0" * 30), r"training.steps=1000000000000000000000000000000 is out of range"),
-        (("--steps", "9" * 5000), r"argument --steps: invalid int value"),
+        (("--steps", "9" * 5000), r"argument --steps: takes a whole number in digits"),
         (("optimizer.lr=1" + "0" * 400,), r"optimizer.lr takes a finite number, given was one of 401 digits"),
         (("--lr", "1e400"), r"optimizer.lr=inf is out of range"),
         (("training.gradient_clipping=NaN",), r"training.gradient_clipping=nan is out of range"),
@@ -117,13 +117,28 @@ def test_the_batch_line():
             r"phase 1 needs at least .* GiB for 268435456 sequences of 32 on 1 ranks, and this machine has",
         ),
         (("--resume", "auto"), r"--resume auto begins or continues the run in --output DIR: give that, too"),
-        (("training.zero_stage=two",), r"training.zero_stage takes a value of type int, given was 'two'"),
-        (("--steps", "many"), r"argument --steps: invalid int value: 'many'; --help lists"),
+        (("training.zero_stage=two",), r"training.zero_stage takes a whole number, given was 'two'"),
+        (("--steps", "many"), r"argument --steps: takes a whole number in digits, .*given was 'many'; --help lists"),
         (("modle.layers=3",), r"unknown configuration section 'modle'; nearest: model"),
         (("layers=3",), r"not of the form section.field=value"),
-        (("model.layers=two",), r"model.layers takes a value of type int, given was 'two'"),
-        (("model.layers=2.5",), r"model.layers takes a value of type int"),
-        (("model.layers=true",), r"model.layers takes a value of type int"),
+        (("optimizer=lamb",), r"optimizer is a section .*set its fields \(optimizer.name, .*or give --optimizer NAME"),
+        (("model=3",), r"model is a section .*model.layers, .*or give --model SIZE"),
+        (("run.=3",), r"run is a section of the configuration .*run.log_every"),
+        (("--global_batch", "1e3"), r"--global_batch: takes a whole number in digits, such as 1000, given was '1e3'"),
+        (("--lr", "0,1"), r"--lr: takes a number, such as 0.01 or 1e-2, given was '0,1'"),
+        (("optimizer.lr=high",), r"optimizer.lr takes a number, given was 'high'"),
+        (("optimizer.options=3",), r"optimizer.options takes a mapping such as .*, given was 3"),
+        (("run.loggers=3",), r"run.loggers takes text or a list of texts, given was 3"),
+        (("data.tokenizer=[3]",), r"data.tokenizer takes text, given was \[3\]"),
+        (("run.noise_scale=3",), r"run.noise_scale takes true or false, given was 3"),
+        (
+            ("data.mask_probability=NaN",),
+            r"data.mask_probability=nan is out of range: allowed is a finite number, above",
+        ),
+        (("schedule.warmup=NaN",), r"schedule.warmup=nan is out of range: allowed is a finite number, 0 to"),
+        (("model.layers=two",), r"model.layers takes a whole number, given was 'two'"),
+        (("model.layers=2.5",), r"model.layers takes a whole number, given was"),
+        (("model.layers=true",), r"model.layers takes a whole number, given was"),
         (("model.heads=3",), r"model.hidden=128 is not divisible by model.heads=3"),
         (("--sequence_length", "1024"), r"data.sequence_length=1024 is out of range: .*max_positions=512"),
         (("--lr", "-1"), r"optimizer.lr=-1.0 is out of range"),
@@ -137,7 +152,7 @@ def test_the_batch_line():
         (("schedule.shape=cosine",), r"schedule.shape='cosine' is out of range: allowed is polynomial, exponential"),
         (("schedule.warmup_start=3",), r"schedule.warmup_start=3 is out of range: allowed is 0 or less"),
         (("schedule.constant=0.5", "schedule.decay_from_start=true"), r"contradict each other: .*has no plateau"),
-        (("training.compile=1",), r"training.compile takes a value of type bool, given was 1"),
+        (("training.compile=1",), r"training.compile takes true or false, given was 1"),
         (("phase_two.steps=-1",), r"phase_two.steps=-1 is out of range"),
         (("phase_two.steps=4", "phase_two.sequence_length=1024"), r"phase_two.sequence_length=1024 is out of range"),
         (("phase_two.steps=4", "phase_two.warmup=5"), r"phase_two.warmup=5.0 is out of range: .*phase_two.steps"),
@@ -153,6 +168,32 @@ def test_the_batch_line():
 def test_bad_command_lines_are_named(arguments, message):
     with pytest.raises(RecipeError, match=message):
         check(*arguments)
+
+
+def test_an_output_that_cannot_be_is_named_before_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "runs").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (("--output", "file/run"), ("--output", "file/a/run", "--overwrite"), ("--output", "runs"), ()):
+        with pytest.raises(
+            RecipeError, match=r"cannot use output folder .*a part of the path is a file: choose another"
+        ):
+            check(*arguments)
+    with pytest.raises(RecipeError, match="choose a shorter name"):
+        check("--output", "x" * 300)
+    check("--output", "new/run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_names_every_precision(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    assert ", ".join(PRECISIONS) in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_saved_configuration_whose_section_is_no_mapping_is_named():
+    with pytest.raises(RecipeError, match="model is a section"):
+        from_dict({"model": 3})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import bz2
 import gzip
+import importlib
 import json
 import lzma
+import sys
 import tracemalloc
 
 import numpy as np
@@ -13,7 +15,7 @@ from tests.recipes.conftest import sentences
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig
-from trustratio.recipes.data import docstrings
+from trustratio.recipes.data import docstrings, preparation
 from trustratio.recipes.data.documents import expand_sources, read_documents
 from trustratio.recipes.data.index import REPEATED, VALIDATION, index_documents
 from trustratio.recipes.data.preparation import cache_folder, prepare
@@ -54,8 +56,32 @@ def test_harvest_key_follows_the_versions(monkeypatch):
     assert {"torch", "transformers", docstrings.STANDARD_LIBRARY} <= set(folders)
     key = docstrings.corpus_key(folders)
     assert docstrings.corpus_key(folders) == key
+    assert docstrings.corpus_key({name: folders[name] for name in folders if name != "torch"}) != key
     monkeypatch.setattr(docstrings, "_version", lambda package: "0")
     assert docstrings.corpus_key(folders) != key
+
+
+def test_packages_are_found_wherever_python_finds_them(tmp_path, monkeypatch):
+    # As with --system-site-packages, a .pth file or `pip install --user`: not in the environment's own folder.
+    for name in ("torch", "pandas"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    monkeypatch.setattr(docstrings, "PACKAGES", ("torch", "pandas", "no_such_package"))
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    folders = docstrings.package_folders()
+    assert folders["torch"] == tmp_path / "torch"
+    assert docstrings.missing_packages(folders) == ["pandas", "no_such_package"]  # any folder is no package
+
+
+def test_packages_that_the_default_text_lacks_are_named(tmp_path, monkeypatch, package, capsys):
+    monkeypatch.setenv("TRUSTRATIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(preparation, "package_folders", lambda: {"numpy": package})
+    monkeypatch.setattr(preparation, "require_text", lambda *_: None)
+    preparation.prepare_into(tmp_path / "tokens", DataConfig(vocabulary=200), preparation.Preparation(), Reporter())
+    assert "not installed and left out are torch, transformers, " in capsys.readouterr().out
 
 
 def test_a_stripped_installation_is_named():
@@ -145,7 +171,7 @@ def bad_sources(tmp_path):
         ("binary.txt", "not UTF-8 text"),
         ("broken.jsonl", "not JSON Lines"),
         ("column.jsonl", "line 1: no text in column 'text'; columns: body, id"),
-        ("list.jsonl", "expected a JSON object, found list"),
+        ("list.jsonl", "expected a JSON object, found a list"),
         ("broken.parquet", "cannot read .* as Parquet"),
         ("column.parquet", "no column 'text'; columns: body"),
         ("empty.txt", "no non-empty document"),

@@ -309,7 +309,7 @@ def test_loggers_are_named_without_quotes():
         assert apply_overrides(RecipeConfig(), [text]).run.loggers == ("tensorboard", "wandb")
     assert apply_overrides(RecipeConfig(), ["run.loggers=wandb"]).run.loggers == ("wandb",)
     assert apply_overrides(RecipeConfig(), ["run.noise_scale=true"]).run.noise_scale is True
-    with pytest.raises(RecipeError, match="type bool"):
+    with pytest.raises(RecipeError, match="takes true or false"):
         apply_overrides(RecipeConfig(), ["run.noise_scale=3"])
 
 
