@@ -62,6 +62,17 @@ def require_writable(folder: Path) -> None:
         raise RecipeError(f"cannot use output folder {str(folder)!r}: {sentence(error)}") from error
 
 
+def require_place_for(file: Path) -> None:
+    """Check, before the work whose result goes there, that a file can be written; its folder need not exist.
+
+    Raises:
+        RecipeError: it cannot; says why and what to do.
+    """
+    if file.is_dir():
+        raise RecipeError(f"output file {str(file)!r} is a folder: choose a file")
+    require_writable(file.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that the file is always either the old or the new one."""
     with whole_file(path) as file:

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
-from ..common.files import write_json
+from ..common.files import require_place_for, require_writable, write_json
 from ..configuration.command_line import parse_command_line
 from ..configuration.overrides import is_override
 from ..configuration.phases import total_steps
@@ -148,6 +148,8 @@ def compare(arguments: Sequence[str]) -> str:
         RecipeError: bad options, or a run that failed.
     """
     options, passed_on = parse(arguments)
+    require_writable(options.output)
+    require_place_for(Path(f"{options.report or options.output / 'comparison'}.json"))
     optimizers = [name.strip().lower() for name in options.optimizers.split(",") if name.strip()]
     for name in optimizers:  # every bad option is found before the first run
         invocation = parse_command_line([*passed_on, "--optimizer", name])

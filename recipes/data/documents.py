@@ -167,7 +167,7 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
                     yield text
     except RecipeError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not JSON Lines (one object per line): {error}") from error
     except _READ_ERRORS as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
@@ -177,8 +177,11 @@ def _text_of(record: Any, column: str, where: str) -> str | None:
     """Return the text of a record; None where the column holds null, as tables have it for "no text"."""
     if not isinstance(record, dict):
         raise RecipeError(f"{where}: expected a JSON object, found {kind_of(record)}")
-    if column not in record or not isinstance(record[column], str | None):
-        raise RecipeError(f"{where}: no text in column {column!r}; {_column_hint(list(record))}")
+    if column not in record:
+        raise RecipeError(f"{where}: no column {column!r}; {_column_hint(list(record))}")
+    if not isinstance(record[column], str | None):
+        found = kind_of(record[column])
+        raise RecipeError(f"{where}: column {column!r} holds {found} and no text; {_column_hint(list(record))}")
     text: str | None = record[column]
     return text
 

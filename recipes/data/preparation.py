@@ -336,8 +336,8 @@ def _identity(source: str) -> list[Any]:
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
-    if not path.exists():
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p != path]
+    if not path.exists() or not others:  # settings alone: a run that stopped at bad data, which may have been mended
         if others:
             raise RecipeError(f"{folder} holds {others[0]!r} and no prepared data; give an empty or a new folder")
         write_json(path, settings, indent=1)

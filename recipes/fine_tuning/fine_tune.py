@@ -30,6 +30,7 @@ from trustratio.integrations.transformers import optimizer_for_trainer
 
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
+from ..common.files import require_place_for, require_writable
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter
 from ..training.export import export_checkpoint, is_exported
@@ -72,7 +73,7 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
         metric, and its means over the seeds.
 
     Raises:
-        RecipeError: missing checkpoint or data, or options out of range.
+        RecipeError: missing checkpoint or data, options out of range, or an output that cannot be written.
     """
     values = {name: getattr(arguments, name) for name in asdict(Options())}
     trials = [Options(**{**values, "lr": rate}) for rate in arguments.lr]
@@ -80,6 +81,10 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
         _check(options)
     for seed in arguments.seeds:
         within("--seeds", seed, 0, MOST_SEED)
+    if arguments.output is not None:
+        require_place_for(arguments.output)
+    if arguments.export is not None:
+        require_writable(arguments.export)
     data = load_data(arguments.data, arguments.data_folder)
     with tempfile.TemporaryDirectory() as scratch:
         model = pretrained_folder(arguments.checkpoint, arguments.export or Path(scratch, "model"), reporter)
@@ -103,6 +108,7 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     for line in _table(runs):
         reporter.line(line)
     if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     return results
 

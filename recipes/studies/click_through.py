@@ -26,6 +26,7 @@ from trustratio.optimizers import CowClip
 from trustratio.optimizers.cowclip import CowClipSettings, clip_threshold, scale_cowclip
 
 from ..common.command import CommandParser, ends_with_message, within
+from ..common.files import require_place_for
 from ..rules.large_batch import scale_learning_rate
 from ..rules.schedules import warmup_polynomial
 from .movielens_clicks import Clicks, Interactions, load_clicks
@@ -251,6 +252,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("--seeds", options.seeds),
     ):
         within(name, value, 1)
+    require_place_for(Path(f"{options.output}.json"))
     return options
 
 

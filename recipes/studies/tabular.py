@@ -28,7 +28,7 @@ from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
-from ..common.files import write_json
+from ..common.files import require_place_for, write_json
 from ..common.machine import describe_machine
 from ..comparison.rate_grids import best_rate, edge, next_rate
 from ..rules.schedules import warmup_polynomial
@@ -287,6 +287,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("--seeds", options.seeds),
     ):
         within(name, value, 1)
+    require_place_for(Path(f"{options.output}.json"))
     return options
 
 

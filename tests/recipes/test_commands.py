@@ -230,6 +230,29 @@ def test_absurd_numbers_are_refused_by_name(body, arguments, capsys, tmp_path, m
 
 
 @pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ("data.prepare", ["--output", "file/x"]),
+        ("comparison.compare", ["--optimizers", "lamb", "--output", "file/x"]),
+        ("comparison.compare", ["--optimizers", "lamb", "--report", "file/x"]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--output", "file/x.json"]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--output", "."]),
+        ("fine_tuning.fine_tune", ["--checkpoint", "x", "--data", "y", "--export", "file"]),
+        ("studies.tabular", ["--output", "file/x"]),
+        ("studies.click_through", ["--output", "file/x"]),
+    ],
+)
+def test_an_output_that_cannot_be_is_named_before_the_work(body, arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert importlib.import_module(f"trustratio.recipes.{body}").main(arguments) == BAD_INPUT
+    shown = capsys.readouterr()
+    assert re.search("output (folder|file) .*choose a", shown.err)
+    assert shown.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
     ("number", "advice"),
     [
         (errno.EROFS, "can be written"),

@@ -154,6 +154,8 @@ def bad_sources(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00text")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "column.jsonl").write_text('{"body": "fine", "id": 3}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "object.jsonl").write_text('{"text": {"a": 1}}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "broken.parquet").write_text("no parquet")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "column.parquet")
@@ -170,7 +172,9 @@ def bad_sources(tmp_path):
         (".", r"is a folder; give files or a glob"),
         ("binary.txt", "not UTF-8 text"),
         ("broken.jsonl", "not JSON Lines"),
-        ("column.jsonl", "line 1: no text in column 'text'; columns: body, id"),
+        ("column.jsonl", "line 1: no column 'text'; columns: body, id"),
+        ("deep.jsonl", "not JSON Lines"),
+        ("object.jsonl", "line 1: column 'text' holds an object and no text; columns: text;"),
         ("list.jsonl", "expected a JSON object, found a list"),
         ("broken.parquet", "cannot read .* as Parquet"),
         ("column.parquet", "no column 'text'; columns: body"),

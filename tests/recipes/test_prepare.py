@@ -318,6 +318,17 @@ def test_broken_sources_stop_or_are_left_out(documents, capsys):
     assert [Path(source).name for source in manifest["skipped_sources"]] == ["c.jsonl"]
 
 
+def test_bad_data_that_were_mended_go_into_the_same_folder(tmp_path):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_text('{"text": \n')
+    config = DataConfig(sources=(str(path),), vocabulary=200)
+    with pytest.raises(RecipeError, match="not JSON Lines"):
+        prepare_into(out, config, Preparation(), QUIET)
+    path.write_text("".join(json.dumps({"text": sentences(i, 20)}) + "\n" for i in range(20)))
+    prepare_into(out, config, Preparation(), QUIET)
+    assert json.loads((out / "manifest.json").read_text())["documents"] == 20
+
+
 def test_a_folder_of_other_data_is_not_overwritten(documents):
     config = config_of(documents)
     folder = prepare_into(documents / "out", config, Preparation(), QUIET)
