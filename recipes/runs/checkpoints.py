@@ -35,7 +35,7 @@ def find_checkpoint(path: Path) -> Path:
     latest = path / CHECKPOINTS / _LATEST
     if not latest.is_file():
         raise RecipeError(f"--resume {str(path)!r}: the folder has no complete checkpoint ({latest} is missing)")
-    newest = path / CHECKPOINTS / latest.read_text().strip()
+    newest = path / CHECKPOINTS / latest.read_text(errors="replace").strip()
     if not (newest / _DESCRIPTION).is_file():
         raise RecipeError(f"--resume {str(path)!r}: {latest} names {newest.name}, which is missing or incomplete")
     return newest

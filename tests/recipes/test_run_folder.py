@@ -48,6 +48,14 @@ def test_an_unusable_output_is_named(tmp_path):
         claim_folder(tmp_path / "file", overwrite=False)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"step-99"])
+def test_a_broken_name_of_the_newest_checkpoint_is_named(tmp_path, content):
+    write(CheckpointFolder(tmp_path, keep=2, identity={}), 1)
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    with pytest.raises(RecipeError, match="missing or incomplete"):
+        find_checkpoint(tmp_path)
+
+
 def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, keep=2, identity={"model": "tiny"})
     for step in (1, 2, 3):
