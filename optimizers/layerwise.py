@@ -32,7 +32,7 @@ from .sharding.resolve import resolve_layout
 from .sharding.unsharded import has_its_own_parameters
 from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
-from .stepping.loaded_state import LoadedSteps, prove_loaded_state, with_layer_names
+from .stepping.loaded_state import LoadedState, prove_loaded_state, with_layer_names
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
 from .stepping.rounding import RoundedUpdates
@@ -286,7 +286,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._plans = Plans()
         # Of each group, as the user gave them: schedulers write over the groups' own.
         self.given_options: list[dict[str, Any]] = []
-        self._loaded: LoadedSteps | None = None
+        self._loaded: LoadedState | None = None
         self._options = GroupOptions()
         self._watches_rounding = True
         self._count = StepCount()
@@ -319,7 +319,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             admit(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; of flat tensors that a wrapper made, it has the names of their layers too."""
+        """As in torch.optim; of flat tensors that a wrapper made, it has the names and places of their layers too."""
         tensors = [p for group in self.param_groups for p in group["params"]]
         layouts = [plan.layout for plan in self._plans.values()]
         return with_layer_names(super().state_dict(), tensors, layouts, [self.was_given(p) for p in tensors])
@@ -356,12 +356,14 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = self.element_state
         for parameter, index in zip(current, saved, strict=True):
+            if self.state.get(parameter, {}) is None:  # as some files say that there is none yet
+                del self.state[parameter]
             for name, value in (state_dict["state"].get(index) or {}).items():
                 kept = on_device(value, parameter.device)
                 self.state[parameter][name] = as_kept(parameter, name, kept) if name in own else kept
         self._plans.clear()
         self._count.restart()
-        self._loaded = LoadedSteps(self)
+        self._loaded = LoadedState(self, state_dict)
 
     def _warn_of(self, lost_updates: str | None) -> None:
         if lost_updates is not None:

@@ -64,7 +64,7 @@ def save_optimizer_state(
         LayoutError: If no backend explains the optimizer's tensors.
         TypeError: If this is not an optimizer of this package, or `extra` is not plain.
     """
-    encoded_extra = as_json(extra)
+    encoded_extra = _encoded(extra)
     local = LocalState(optimizer, model)
     catalogue = Catalogue.of_all_ranks(local)
     if local.state_of_others:
@@ -128,8 +128,8 @@ def load_optimizer_state(
 
     Raises:
         OptimizerStateError: On all ranks and before anything is changed, if the position of a layer's elements is not
-            known, or the file cannot be read, is damaged, or holds the state of another model or optimizer; the
-            message lists the differences.
+            known, the file cannot be read, is damaged, or holds the state of another model or optimizer, or ranks
+            were given different files or options; the message lists the differences.
         LayoutError: If no backend explains the optimizer's tensors.
         TypeError: If this is not an optimizer of this package.
     """
@@ -137,6 +137,8 @@ def load_optimizer_state(
     catalogue = Catalogue.of_all_ranks(local)
     prove_positions(local)
     stored, problems = _open(path)
+    if len(set(of_all_ranks((bool(weights), bool(strict))))) > 1:
+        problems.append("ranks were given different weights= or strict=: give all of them the same")
     raise_together(problems)
     assert stored is not None
     other_layers = _other_layers(stored, catalogue)
@@ -175,6 +177,17 @@ def _set_state(stored: StoredFile, local: LocalState, weights: bool) -> None:
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
+
+
+def _encoded(extra: Any) -> str:
+    """What the user adds, as JSON; TypeError on all ranks if any rank's is not plain."""
+    encoded, problems = "", []
+    try:
+        encoded = as_json(extra)
+    except (TypeError, ValueError) as error:  # the latter if it contains itself
+        problems = [f"extra cannot be written as JSON: {error}"]
+    raise_together(problems, TypeError)
+    return encoded
 
 
 def _stored_tensors(catalogue: Catalogue, layer_state: list[str]) -> list[tuple[str, str, StoredTensor]]:
@@ -263,6 +276,8 @@ def _on_rank_0(file: ReplacedFile, action: Callable[[], None]) -> None:
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[StoredFile | None, list[str]]:
+    if os.path.isdir(path):
+        return None, [f"{os.fspath(path)} is a folder: give the file that save_optimizer_state wrote"]
     try:
         return StoredFile(path), []
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

@@ -55,12 +55,12 @@ def ranks_that_differ(value: Any) -> list[int]:
     return list(lowest.values()) if len(lowest) > 1 else []
 
 
-def raise_together(problems: list[str]) -> None:
-    """Raise OptimizerStateError on every rank if any rank has a problem; all ranks must call this."""
+def raise_together(problems: list[str], error: type[Exception] = OptimizerStateError) -> None:
+    """Raise the error on every rank if any rank has a problem; all ranks must call this."""
     of_ranks = [of_rank(source, problems) for source in ranks_that_differ(problems)] or [problems]
     different = list(dict.fromkeys(problem for theirs in of_ranks for problem in theirs))
     if different:
-        raise OptimizerStateError("\n".join(different))
+        raise error("\n".join(different))
 
 
 def device_for(tensors_device: torch.device) -> torch.device:

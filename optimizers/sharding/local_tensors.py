@@ -17,6 +17,7 @@ __all__ = [
     "cut_alike",
     "cut_of",
     "has_fp64",
+    "held_alike",
     "is_flattened",
     "is_plain",
     "local_part",
@@ -72,6 +73,23 @@ def cut_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     if is_plain(one) and is_plain(other):  # nearly all; the general way takes its time
         return one.shape == other.shape
     return placements_of(one) == placements_of(other) and local_part(one).shape == local_part(other).shape
+
+
+def held_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors that are cut alike are the same part: a DTensor that was pickled is still its rank's."""
+    if is_plain(one) or is_plain(other):
+        return True
+    return _part_of(one) == _part_of(other) and local_part(one).shape == local_part(other).shape
+
+
+def _part_of(tensor: torch.Tensor) -> list[int | None]:
+    """The rank's place along those dimensions of the mesh over which a DTensor is cut."""
+    placements = placements_of(tensor)
+    if placements is None:
+        return []
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    place = mesh.get_coordinate() or [None] * len(placements)
+    return [at for at, placement in zip(place, placements, strict=True) if not placement.is_replicate()]
 
 
 def reduction_device(process_group: dist.ProcessGroup, preferred: torch.device) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..options.common import COMMON_DEFAULTS, options_of
 from ..options.unknown import chooses_elsewhere, options_of_others
-from ..sharding.local_tensors import cut_alike, local_part, placements_of
+from ..sharding.local_tensors import local_part, placements_of
 
 __all__ = ["refuse_foreign_state", "without_wrappers"]
 
@@ -114,7 +114,7 @@ def _misshapen(
         if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             yield f"{what} of parameter {name} has shape {found} instead of {tuple(parameter.shape)}"
-        elif not cut_alike(value, parameter):
+        elif placements_of(value) != placements_of(parameter):  # on all ranks; of one rank's part, the next plan tells
             cuts = " and ".join(f"{tuple(local_part(t).shape)} {placements_of(t) or ''}" for t in (value, parameter))
             yield f"{what} of parameter {name} is cut otherwise than the parameter: {cuts} on this rank"
     for what in optimizer.layer_state:

@@ -186,7 +186,11 @@ def fail(what: str, path: str) -> None:
     if what == "one rank's file":
         path = path if rank == 0 else path + "nowhere"
         load_optimizer_state(optimizer, path)
-    save_optimizer_state(optimizer, path)
+    if what == "one rank's strict":
+        load_optimizer_state(optimizer, path, strict=rank == 0)
+    if what == "one rank's weights":
+        load_optimizer_state(optimizer, path, weights=rank == 0)
+    save_optimizer_state(optimizer, path, extra=object() if what == "one rank's extra" and rank else None)
 
 
 @pytest.mark.parametrize("world_size", [2])
@@ -198,6 +202,9 @@ def fail(what: str, path: str) -> None:
         ("replicas", "ranks hold different weights of layer weight"),
         ("twice", "two layers are called weight"),
         ("one rank's file", "nowhere cannot be read"),
+        ("one rank's strict", "ranks were given different weights= or strict=: give all"),
+        ("one rank's weights", "ranks were given different weights= or strict=: give all"),
+        ("one rank's extra", "extra cannot be written as JSON: a object is neither"),
     ],
 )
 def test_all_ranks_refuse(pool: WorkerPool, tmp_path: Path, what: str, message: str, world_size: int) -> None:
@@ -206,6 +213,7 @@ def test_all_ranks_refuse(pool: WorkerPool, tmp_path: Path, what: str, message: 
     before = path.read_bytes()
     with pytest.raises(CaseFailed, match=message) as failure:
         pool.run(fail, what, str(path))
-    assert str(failure.value).count("OptimizerStateError: ") >= world_size
+    error = "TypeError: extra" if what == "one rank's extra" else "OptimizerStateError: "
+    assert str(failure.value).count(error) >= world_size
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

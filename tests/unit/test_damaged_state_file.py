@@ -50,7 +50,7 @@ def test_a_file_that_was_cut_is_noticed(content: bytes, tmp_path: Path) -> None:
         assert_refused(content[:length], tmp_path / "cut")
     assert_refused(content + b"x", tmp_path / "longer")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OptimizerStateError, match="folder cannot be read"):
+    with pytest.raises(OptimizerStateError, match="folder is a folder: give the file that save_optimizer_state wrote"):
         load_optimizer_state(make()[1], tmp_path / "folder")
 
 

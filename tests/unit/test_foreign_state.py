@@ -185,6 +185,15 @@ def test_state_of_a_wrapper_alone_is_no_state_yet() -> None:
     assert target.state_dict()["state"][0]["step"] == 1
 
 
+def test_none_is_no_state_yet() -> None:
+    state = copy.deepcopy(stepped(LAMB(parameters())))
+    state["state"] = dict.fromkeys(state["state"])
+    target = LAMB(parameters())
+    target.load_state_dict(state)
+    assert not target.state
+    assert stepped(target)["state"][0]["step"] == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
