@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..sharding.layout import Layer, Layout
 from ..sharding.local_tensors import is_plain
+from ..sharding.unsharded import has_its_own_parameters
 from .averaging import Averaging
 from .watched import Watched, call_after_backward, is_added_up
 
@@ -27,6 +28,7 @@ class IdCounts:
     def __init__(self, optimizer: Any):
         self._ids: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._watched: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._optimizer = weakref.ref(optimizer)
         self._averaging = Averaging(optimizer)
 
     def add(self, parameter: torch.Tensor, ids: torch.Tensor) -> None:
@@ -38,7 +40,9 @@ class IdCounts:
         if self._averaging.has_skipped():
             self.forget()
         watched = self._watch(parameter)
-        if watched.gradient is not None and not watched.keeps_gradient():
+        # A wrapper that steps copies of the parameters takes the gradients away itself.
+        may_be_dropped = watched.gradient is not None and has_its_own_parameters(self._optimizer())
+        if may_be_dropped and not watched.keeps_gradient():
             self._ids.pop(parameter, None)
             watched.clear()
         self._ids.setdefault(parameter, []).append(ids.detach().reshape(-1).to(torch.int32, copy=True))
