@@ -102,7 +102,7 @@ class Run:
         answer = {
             "ratios": self.ratios,
             "collectives": self.counter.per_call,
-            "step_counts": {name: float(self.optimizer.state[p]["step"]) for name, p in local.items()},
+            "step_counts": {name: float(self.optimizer.state[p].get("step", 0)) for name, p in local.items()},
             "local_elements": {name: p.numel() for name, p in local.items()},
             "options": [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups],
         }
