@@ -41,8 +41,13 @@ def frozen_layers(groups: Sequence[dict[str, Any]], was_given: WasGiven) -> list
         (f"{index}.{position}", tensor)
         for index, group in enumerate(groups)
         for position, tensor in enumerate(group["params"])
-        if id(tensor) not in present and tensor.is_floating_point() and tensor.numel()
+        if id(tensor) not in present and tensor.is_floating_point() and _has_elements(tensor)
     ]
+
+
+def _has_elements(tensor: torch.Tensor) -> bool:
+    """Whether the layer has any, on whatever rank: of one that FSDP1 has cut, this rank may hold none."""
+    return bool(tensor.numel()) or bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def _is_parameter(tensor: torch.Tensor, was_given: WasGiven) -> bool:
