@@ -10,7 +10,7 @@ from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 from ..configuration.config import RecipeConfig
 from .memory import FP32, FP64, MOST_LIVE, REDUCE_BUCKET, ModelSize, planned_precision
 
-_GROUP_SUMS = 5
+_GROUP_SUMS = 21
 """fp64 numbers per layer that statistics of group gradients add up in the step where nothing is sharded."""
 
 
