@@ -73,9 +73,13 @@ class LoadedState:
 
 
 def _only_steps(state: dict[str, Any]) -> dict[str, Any]:
-    steps = {name: torch.as_tensor(state[name]).clone() for name in ("step",) if name in state}
-    of_layers = {name: numbers.clone() for name, numbers in state.get("layers", {}).items() if name == "step"}
-    return {**steps, "layers": of_layers} if of_layers else steps
+    steps = {"step": _copied(state["step"])} if "step" in state else {}
+    of_layers = state.get("layers", {})
+    return {**steps, "layers": {"step": _copied(of_layers["step"])}} if "step" in of_layers else steps
+
+
+def _copied(number: Any) -> Any:
+    return number.clone() if isinstance(number, torch.Tensor) else number
 
 
 def _misplaced_tensors(optimizer: Any, state_dict: dict[str, Any]) -> list[torch.Tensor]:

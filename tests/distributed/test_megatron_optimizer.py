@@ -37,7 +37,7 @@ def train_experts(name: str) -> list[dict[str, float]]:
             for model in (wrapped, plain):
                 model.load(initial_weights(case))
                 model.leaves["expert"].weight.data.mul_(1.0 + rank)
-            wrapped.leaves["expert"].weight.allreduce = False  # type: ignore[attr-defined]
+                model.leaves["expert"].weight.allreduce = False  # type: ignore[attr-defined]
             ddp = data_parallel(wrapped)
             config = OptimizerConfig(lr=0.1, weight_decay=0.1, clip_grad=0.0, use_distributed_optimizer=True)
             optimizer = megatron_optimizer(make, config, [ddp])
