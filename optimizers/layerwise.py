@@ -135,7 +135,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 self._warn_of(rounded.describe(step.groups))
             self._plans.end(plan, ratios)
             if step.changed_something():
-                self._count.add(self.param_groups, plan.layout.tensors)
+                self._count.add(self.param_groups, self._plans.steps_begun)
         if plan.agreement.steps_left:
             plan.agreement.check(self, plan.layout, ratios, gradient_squares)
 

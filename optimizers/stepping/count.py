@@ -16,31 +16,27 @@ __all__ = ["StepCount", "most_steps", "steps_of", "whole_steps"]
 class StepCount:
     """Counts steps that changed something, in all groups alike, on the host and without waiting for the device.
 
-    A wrapper may cut one step into several `step()` calls, one after the other for parts of the model. They are one
-    step until a tensor comes up again.
+    A wrapper may cut one step into several `step()` calls, of which `Plans.steps_begun` tells.
     """
 
     def __init__(self) -> None:
-        self._tensors: set[int] = set()  # ids of those that this step's calls have had so far
+        self._counted: int | None = None  # the last step that counts, as `Plans.steps_begun` numbers them
         self._count = 0
 
     def restart(self) -> None:
         """Go on from what the groups say."""
-        self._tensors = set()
+        self._counted = None
 
-    def add(self, groups: Sequence[dict[str, Any]], tensors: Iterable[torch.Tensor]) -> None:
-        """Count one `step()` call.
+    def add(self, groups: Sequence[dict[str, Any]], steps_begun: int) -> None:
+        """Count the step that is under way, if none of its calls has done so.
 
         Args:
             groups: The call's groups; a number that somebody has put there is where the count goes on from.
-            tensors: The local tensors that the call has stepped.
+            steps_begun: The step's number.
         """
-        ids = set(map(id, tensors))
-        if not self._tensors or not self._tensors.isdisjoint(ids):
-            self._tensors = ids
+        if steps_begun != self._counted:
+            self._counted = steps_begun
             self._count = 1 + most_steps(groups)
-        else:
-            self._tensors |= ids
         for group in groups:
             group["step"] = self._count
 

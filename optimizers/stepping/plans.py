@@ -31,9 +31,13 @@ class Plans:
     """Those that the last step has used, by the ids of the tensors of a call, and the ones of the step under way.
 
     A plan holds its tensors, so a parameter that is stepped no more is given up with the plan of its last step.
+
+    Attributes:
+        steps_begun: How many steps have begun so far.
     """
 
     def __init__(self) -> None:
+        self.steps_begun = 0
         self._plans: dict[Key, Plan] = {}
         self._calls: dict[Key, _Call | None] = {}  # of the last step; None while the call is under way
         self._is_over = False
@@ -64,7 +68,8 @@ class Plans:
     def begin(self, plan: Plan) -> None:
         """Note that a call begins; the first one of a step, if its tensors were in a call of the last step already."""
         key = _key(plan.tensors)
-        if self._is_over or key in self._calls:
+        if self._is_over or key in self._calls or not self._calls:
+            self.steps_begun += 1
             self._plans = {known: kept for known, kept in self._plans.items() if known in self._calls or known == key}
             self._calls.clear()
             self._is_over = False
