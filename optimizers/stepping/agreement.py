@@ -123,12 +123,16 @@ def _sharing(optimizer: Any, layout: Layout) -> Iterator[tuple[dist.ProcessGroup
 
 
 def _data_parallel(optimizer: Any) -> list[dist.ProcessGroup]:
-    """The ranks that average gradients; none where nobody knows, which is an error only for who needs to know."""
+    """The ranks that average gradients.
+
+    None where nobody knows, which is an error only for who needs to know, and none where some may have no samples left
+    to take a step with.
+    """
     try:
         found = find_data_parallel(optimizer)
     except LayoutError:
         return []
-    groups = () if found is None else (found.process_group, found.replicas)
+    groups = () if found is None or found.joins() else (found.process_group, found.replicas)
     return [group for group in groups if group is not None]
 
 

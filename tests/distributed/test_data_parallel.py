@@ -28,10 +28,14 @@ def make(name: str) -> tuple[torch.nn.Module, Any]:
     return model, create_optimizer(name, model.named_parameters(), lr=0.05, weight_decay=0.1)
 
 
+def samples(seed: int) -> torch.Tensor:
+    return torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+
+
 def backward(forward: Any, step: int, factor: float = 1.0) -> None:
     """The micro-batches of this rank."""
     for micro in range(MICRO_BATCHES):
-        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(100 * step + 10 * micro + dist.get_rank()))
+        x = samples(100 * step + 10 * micro + dist.get_rank())
         (factor * forward(x).square().sum() / MICRO_BATCHES).backward()
 
 
@@ -181,7 +185,7 @@ def train_unevenly(name: str, micro_batches: tuple[int, int]) -> Weights | str:
     count = micro_batches[dist.get_rank()]
     for step in range(STEPS):
         for micro in range(count):
-            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(100 * step + 10 * micro + dist.get_rank()))
+            x = samples(100 * step + 10 * micro + dist.get_rank())
             (model(x).square().sum() / count).backward()
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -202,3 +206,26 @@ def test_ranks_with_different_numbers_of_micro_batches(pool: WorkerPool, world_s
         assert all(torch.equal(one[layer], other[layer]) for layer in one)
         for message in pool.run(train_unevenly, name, (2, 0)):
             assert re.search(r"has a gradient of .* on a rank that saw no group's gradient", message)
+
+
+def train_in_join(batches: tuple[int, int]) -> list[Weights]:
+    """With DDP's `join()`, each rank its own number of batches; and alone on rank 0's, halved as DDP halves them."""
+    (model, optimizer), (alone, reference) = make("lamb"), make("lamb")
+    reference.data_parallel_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    ddp = DistributedDataParallel(model)
+    with ddp.join():
+        for step in range(batches[dist.get_rank()]):
+            ddp(samples(step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for step in range(batches[0]):
+        (alone(samples(step)).square().sum() / 2).backward()
+        reference.step()
+        reference.zero_grad()
+    return [weights(model), weights(alone)]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_rank_without_any_batch_in_join(pool: WorkerPool, world_size: int) -> None:
+    answers = pool.run(train_in_join, (2, 0))
+    assert_same([found for found, _ in answers], answers[0][1])
