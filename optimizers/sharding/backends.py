@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class Backend:
-    """What a sharding wrapper's integration provides (one file or folder in integrations/): answers to nine questions.
+    """What a sharding wrapper's integration provides (one file or folder in integrations/): answers to ten questions.
 
     Each answers "not mine" here. A subclass overrides those that its wrapper has something to say to, `explain` at
     least, and is made known by `register_backend`. An optimizer asks all backends until one answers.

@@ -26,22 +26,30 @@ def shared_memory(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 def _clusters(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:
     """Tensors whose ranges of addresses overlap, transitively."""
-    ranges = [(begin, _size_in_bytes(t), index) for index, t in enumerate(tensors) if (begin := _address(t))]
+    ranges = [(*_place(t), _size_in_bytes(t), i) for i, t in enumerate(tensors) if _has_memory(t)]
     cluster: list[int] = []
-    end = 0
-    for begin, size, index in sorted(ranges):
-        if cluster and begin >= end:
+    reached = (0, 0)
+    for memory, begin, size, index in sorted(ranges):
+        if cluster and (memory, begin) >= reached:
             yield cluster
-            cluster = []
+            cluster, reached = [], (memory, 0)
         cluster.append(index)
-        end = max(end, begin + size)
+        reached = max(reached, (memory, begin + size))
     if cluster:
         yield cluster
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """0 where there is no memory."""
-    return 0 if tensor.numel() == 0 or tensor.is_meta else int(tensor.data_ptr())
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and not tensor.is_meta and tensor.data_ptr() != 0
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """In which memory the tensor begins, and at which byte of it."""
+    if tensor.device.type != "mps":
+        return 0, tensor.data_ptr()
+    # Metal's buffers have handles, which lie closer to each other than the buffers are long.
+    offset = int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr() - offset, offset
 
 
 def _size_in_bytes(tensor: torch.Tensor) -> int:
@@ -58,8 +66,10 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def _overlaps(tensors: Sequence[torch.Tensor], cluster: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Pairs in a cluster: paints the elements of one tensor after the other, as large as addresses allow."""
-    origin, end = _address(tensors[cluster[0]]), max(_address(tensors[i]) + _size_in_bytes(tensors[i]) for i in cluster)
-    offsets = [_address(tensors[index]) - origin for index in cluster]
+    begins = [_place(tensors[index])[1] for index in cluster]
+    ends = [begin + _size_in_bytes(tensors[index]) for begin, index in zip(begins, cluster, strict=True)]
+    origin, end = min(begins), max(ends)
+    offsets = [begin - origin for begin in begins]
     grain = math.gcd(*offsets, *(tensors[index].element_size() for index in cluster))
     owners = torch.full(((end - origin) // grain,), -1, dtype=torch.int32, device="cpu")
     for index, offset in zip(cluster, offsets, strict=True):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
 from trustratio.optimizers import LAMB, LARS, LayoutError
+from trustratio.optimizers.sharding import memory
 from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
 
 BUFFER = torch.arange(48.0)
@@ -122,3 +123,40 @@ def test_shards_that_overlap_or_leave_their_tensor_are_refused(shards: tuple[Sha
     LAYOUT.prove()
     with pytest.raises(LayoutError, match=message):
         replace(LAYOUT, shards=shards).prove()
+
+
+@dataclass
+class OnMetal:
+    """As much of a tensor on an Apple GPU as is looked at: its address is the handle of its buffer, plus the offset."""
+
+    handle: int
+    offset: int
+    elements: int
+    device: torch.device = field(default_factory=lambda: torch.device("mps"))
+    is_meta: bool = False
+
+    def numel(self) -> int:
+        return self.elements
+
+    def element_size(self) -> int:
+        return 4
+
+    def storage_offset(self) -> int:
+        return self.offset
+
+    def data_ptr(self) -> int:
+        return self.handle + 4 * self.offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.elements,)
+
+    def stride(self) -> tuple[int, ...]:
+        return (1,)
+
+
+def test_buffers_whose_handles_are_neighbours_are_apart() -> None:
+    """Buffers of 400 bytes, 64 bytes from handle to handle; the second one has two views."""
+    tensors = [OnMetal(64, 0, 100), OnMetal(128, 0, 60), OnMetal(128, 60, 40), OnMetal(192, 0, 100)]
+    assert [*memory._clusters(tensors)] == [[0], [1], [2], [3]]
+    assert [*memory._clusters([*tensors, OnMetal(128, 99, 1)])] == [[0], [1], [2, 4], [3]]
