@@ -4,7 +4,8 @@ In a module's forward, FSDP2 puts an unsharded parameter in the place of each sh
 of that tensor, from this rank's one micro-batch; a hook on it sees it before anything is added or reduced. At the end
 of the module's backward, FSDP2 packs the gradients of a parameter group and reduce-scatters them in the dtype of its
 mixed precision policy, under HSDP followed by an all-reduce over the replicas. After
-`set_requires_gradient_sync(False)` it adds them up unsharded instead.
+`set_requires_gradient_sync(False)` it adds them up unsharded instead, after `set_requires_all_reduce(False)` as the
+replica's sums, which only the parameter group knows.
 
 A custom reduce-scatter (`set_custom_reduce_scatter`) would see the packed gradients, but of single micro-batches only
 where each is reduced, without those that are None, and not on one rank.
@@ -117,7 +118,7 @@ def _destination(group: Any, parameter: Any) -> Destination:
         tuple(slices),
         kept_whole=False,
         accumulating=lambda: not group.reduce_grads,
-        holds=lambda: holds_gradient(parameter),
+        holds=lambda: holds_gradient(group, parameter),
         arrange=arrange if dimension else None,
     )
 

@@ -4,6 +4,7 @@
     the state of an FSDPModule      _fsdp_param_group, one or None                                  2.6
                                     _fsdp_param_groups in its place                                 2.12
     a parameter group               fsdp_params, mp_policy, mesh_info, reduce_grads                 2.6
+                                    _partial_reduce_output                                          2.6
                                     reduce_scatter_unused_params; before it such gradients never
                                     were reduced                                                    2.13
     a parameter                     sharded_param, _unsharded_param, _orig_size, orig_dtype,        2.6
@@ -67,10 +68,17 @@ def unsharded(parameter: Any) -> torch.Tensor | None:
     return getattr(parameter, "_unsharded_param", None)
 
 
-def holds_gradient(parameter: Any) -> bool:
-    """Whether the next gradient of a parameter will be added to what is there: reduced, or kept unsharded."""
+def holds_gradient(group: Any, parameter: Any) -> bool:
+    """Whether the next gradient of a parameter will be added to what is there.
+
+    It is kept reduced, unsharded, or under HSDP as the replica's sums, which nothing but the all-reduce takes away.
+    """
     used = unsharded(parameter)
-    kept = (parameter.sharded_param.grad, getattr(parameter, "unsharded_accumulated_grad", None))
+    kept = (
+        parameter.sharded_param.grad,
+        getattr(parameter, "unsharded_accumulated_grad", None),
+        getattr(group, "_partial_reduce_output", None),
+    )
     return any(gradient is not None for gradient in (*kept, None if used is None else used.grad))
 
 

@@ -31,6 +31,12 @@ def test_statistics(pool: WorkerPool, name: str, world_size: int, mesh: str) -> 
         run_exact(pool, replace(case, accumulation=3), Setup(MESHES[mesh], units=True, keep=keep))
 
 
+@pytest.mark.parametrize("name", first_quick(["clars", "vrlamb"], "clars"))
+@pytest.mark.parametrize("world_size", [2])
+def test_gradients_kept_by_a_replica(pool: WorkerPool, name: str, world_size: int) -> None:
+    run_exact(pool, replace(make_case(name), accumulation=3), Setup((2, 1), units=True, keep="replica"))
+
+
 @pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
 def test_statistics_with_options(pool: WorkerPool, name: str, world_size: int, mesh: str) -> None:
