@@ -368,7 +368,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     def _warn_of(self, lost_updates: str | None) -> None:
         if lost_updates is not None:
             self._watches_rounding = False
-            warnings.warn(lost_updates, stacklevel=5)
+            if lost_updates:
+                warnings.warn(lost_updates, stacklevel=5)
 
     # Plans ----------------------------------------------------------------------------------------------------------
 

@@ -67,8 +67,10 @@ class Watched:
 
 def _described(parameter: torch.Tensor | None) -> tuple[int, int] | None:
     gradient = None if parameter is None else parameter.grad
-    if gradient is None or not is_plain(gradient):
-        return None if gradient is None else (0, 0)  # to look into a DTensor takes all ranks
+    if gradient is None:
+        return None
+    if not is_plain(gradient) or gradient.layout is not torch.strided:
+        return 0, 0  # to look into a DTensor takes all ranks, and a sparse gradient lies nowhere: the step refuses it
     return gradient.data_ptr(), gradient._version
 
 

@@ -32,9 +32,9 @@ class RoundedUpdates:
         }
 
     def describe(self, groups: Mapping[int, GroupOperands]) -> str | None:
-        """After the step: the warning, with the share of the updates that were lost; None where there was no update.
+        """After the step: the warning, with the share of the updates that were lost, or "" if none was.
 
-        Waits for the device.
+        None where there was no update. Waits for the device.
         """
         counts, rates = [], set()
         for group in groups.values():
@@ -51,6 +51,8 @@ class RoundedUpdates:
         made, lost = torch.stack(counts).sum(dim=0).tolist() if counts else (0, 0)
         if not made:
             return None
+        if not lost:
+            return ""
         dtypes = sorted({NAMES[sample.dtype] for sample in self._before.values()})
         return (
             f"{lost / made:.1%} of the {' and '.join(dtypes)} weights that have a gradient did not move in this step "

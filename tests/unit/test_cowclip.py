@@ -213,6 +213,15 @@ def test_removed_hooks_no_longer_count() -> None:
         optimizer.step()
 
 
+def test_counted_lookups_of_a_sparse_embedding_leave_the_refusal_to_the_step() -> None:
+    module = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = CowClip(module.parameters(), lr=0.1, cowclip=True)
+    optimizer.count_lookups(module)
+    module(torch.tensor([0, 1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"dense.*sparse_coo.*sparse=False"):
+        optimizer.step()
+
+
 def test_a_missing_count_changes_nothing() -> None:
     weight, optimizer = embedding()
     before = weight.detach().clone()
