@@ -9,7 +9,8 @@ report.html, report.png curves and trust ratios, made anew at the end of every r
 trust_ratios.png        layers x steps
 tensorboard/, wandb/    of these loggers, if asked for; wandb_id.txt is the run that a resumed one goes on with
 checkpoints/latest      name of the newest complete checkpoint
-checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json
+checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json,
+                        which lists them
 """
 
 from __future__ import annotations

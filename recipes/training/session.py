@@ -23,7 +23,7 @@ from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
-from ..runs.checkpoints import CheckpointFolder, check_same_run, run_of
+from ..runs.checkpoints import CheckpointFolder, check_same_run, require_whole, run_of
 from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
@@ -119,16 +119,19 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     """Return the data of each phase, and what a resumed run must agree with (collective).
 
     Raises:
-        RecipeError: bad data, a checkpoint of other data, a model that does not fit.
+        RecipeError: a damaged checkpoint, bad data, a checkpoint of other data, a model that does not fit.
     """
+    resume = run.invocation.resume
+    if resume is not None:
+        on_first_rank(lambda: require_whole(resume))
     data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):
             reporter.line(folded(line))
     fingerprints = "+".join(prepared.fingerprint for prepared in data)
     identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
-    if run.saved_identity is not None and run.invocation.resume is not None:
-        check_same_run(run.saved_identity, identity, run.invocation.resume)
+    if run.saved_identity is not None and resume is not None:
+        check_same_run(run.saved_identity, identity, resume)
     require_memory(run, data[0].vocabulary_size)
     return data, identity
 

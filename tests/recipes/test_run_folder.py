@@ -7,6 +7,7 @@ from trustratio.recipes.runs.checkpoints import (
     describe_checkpoint,
     find_checkpoint,
     require_newest,
+    require_whole,
     run_of,
 )
 from trustratio.recipes.runs.folder import claim_folder, fresh_folder
@@ -91,6 +92,34 @@ def test_missing_and_broken_checkpoints_are_named(tmp_path):
     (path / "checkpoint.json").unlink()
     with pytest.raises(RecipeError, match="names step-00000001, which is missing or incomplete"):
         find_checkpoint(tmp_path)
+
+
+def swapped(good, other):
+    (good / "weights").write_bytes((other / "weights").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        swapped,
+        lambda good, _: (good / "weights").write_bytes(b""),
+        lambda good, _: (good / "weights").write_text("weights"),
+    ],
+)
+def test_files_that_are_not_the_checkpoints_are_named(tmp_path, damage):
+    checkpoints = CheckpointFolder(tmp_path, keep=2, identity={})
+    other, good = write(checkpoints, 1), write(checkpoints, 2)
+    require_whole(good)
+    damage(good, other)
+    with pytest.raises(RecipeError, match="step-00000002 is damaged: weights was cut short or replaced"):
+        require_whole(good)
+    require_whole(other)
+
+
+def test_a_checkpoint_that_does_not_list_its_files_passes(tmp_path):
+    path = write(CheckpointFolder(tmp_path, keep=1, identity={}), 1)
+    (path / "checkpoint.json").write_text('{"step": 1, "identity": {}}')
+    require_whole(path)
 
 
 def test_continuing_over_later_checkpoints_needs_leave(tmp_path):
