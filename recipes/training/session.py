@@ -24,7 +24,7 @@ from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..runs.checkpoints import CheckpointFolder, check_same_run, require_whole, run_of
-from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder
+from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder, hold, let_go
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
@@ -176,10 +176,12 @@ def _claim_output(run: CheckedRun) -> Path:
     resumed = run_of(invocation.resume) if invocation.resume is not None else None
     if resumed is not None and (invocation.output is None or invocation.output.resolve() == resumed):
         folder = resumed
+        hold(folder)
     elif invocation.output is not None:
         folder = claim_folder(invocation.output, invocation.overwrite)
     else:
         folder = fresh_folder(RUNS, config.preset)
+        hold(folder)
     write_json(folder / CONFIG, config.to_dict())
     if run.settings is not None:
         write_json(folder / DEEPSPEED_CONFIG, run.settings)
@@ -213,6 +215,7 @@ def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) ->
     finally:
         if reporter.active:
             _report(folder, reporter)
+        let_go(folder)
 
 
 def _where_to_go_on(checkpoints: CheckpointFolder) -> str:

@@ -1,6 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 
 from trustratio.recipes.common.errors import RecipeError, TrainingFailure
+from trustratio.recipes.common.files import WRITING
 from trustratio.recipes.runs.checkpoints import (
     CheckpointFolder,
     check_same_run,
@@ -10,7 +14,7 @@ from trustratio.recipes.runs.checkpoints import (
     require_whole,
     run_of,
 )
-from trustratio.recipes.runs.folder import claim_folder, fresh_folder
+from trustratio.recipes.runs.folder import claim_folder, fresh_folder, hold, let_go
 from trustratio.recipes.runs.metrics import MetricsLog, read_metrics
 
 
@@ -40,7 +44,31 @@ def test_overwriting_clears_a_run_and_nothing_else(tmp_path):
         claim_folder(tmp_path, overwrite=False)
     assert (tmp_path / "metrics.jsonl").exists()
     claim_folder(tmp_path, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(WRITING)] == ["mine.txt"]
+
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from trustratio.recipes.runs.folder import hold
+hold(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_that_a_run_writes_into_is_not_taken_from_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("of the run")
+    holder = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for take in (hold, lambda folder: claim_folder(folder, overwrite=True)):
+            with pytest.raises(RecipeError, match=rf"another run \(process {other.pid} on .*\) is writing into"):
+                take(tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == "of the run"
+        other.kill()
+    claim_folder(tmp_path, overwrite=True)  # a run that was killed holds nothing
+    let_go(tmp_path)
 
 
 def test_an_unusable_output_is_named(tmp_path):
