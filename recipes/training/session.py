@@ -29,7 +29,7 @@ from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .quiet import quieten
-from .ranks import collect, on_each_machine, on_first_rank, rank, world_size
+from .ranks import LauncherError, collect, on_each_machine, on_first_rank, rank, world_size
 
 
 def run_command(
@@ -50,8 +50,9 @@ def run_command(
         checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
         before training began.
     """
-    reporter = Reporter(active=rank() == 0)
+    reporter = Reporter()
     try:
+        reporter = Reporter(active=rank() == 0)
         quieten()
         invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if invocation.list_presets:
@@ -65,6 +66,9 @@ def run_command(
     except NothingToDo as done:
         reporter.line(str(done))
         return 0
+    except LauncherError as error:  # of this rank, which may be the only one that has it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
     except (RecipeError, TrainingFailure) as error:
         reporter.error(f"error: {error}")
         return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT

@@ -176,6 +176,11 @@ def test_metrics_of_a_resumed_run_replace_those_it_repeats(tmp_path):
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
 
 
+def test_what_is_no_text_among_the_metrics_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\x82\n{"kind": "train", "step": 1, "loss": 3.0}\n')
+    assert [r["loss"] for r in read_metrics(tmp_path)] == [3.0]
+
+
 def test_layer_names_are_written_once_and_read_back(tmp_path):
     records = [
         {"kind": "train", "step": 1, "loss": 3.0, "trust_ratios": {"a": 0.1, "b": 1.0}},
