@@ -21,6 +21,7 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(hours=12)
 
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # each process of mpirun would train the whole run by itself
 _MOST_PORT = 65_535
 _REMEDY = "start with deepspeed, torchrun or accelerate, which set these variables, or unset them for one process"
 
@@ -70,6 +71,10 @@ def require_launcher() -> None:
     Raises:
         LauncherError: one is missing or contradicts another.
     """
+    if "WORLD_SIZE" not in os.environ:
+        for name in _OF_MPI:
+            if _variable(name, 1) > 1:
+                raise LauncherError(f"the environment has {name}={os.environ[name]} without WORLD_SIZE; {_REMEDY}")
     if world_size() > 1:
         missing = [name for name in _OF_LAUNCHERS if name not in os.environ]
         if missing:

@@ -384,6 +384,7 @@ def test_other_ranks_stay_silent(capsys, monkeypatch):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': allowed is a whole number from 1"),
         ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE='x'"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 without WORLD_SIZE"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: allowed is up to 65535"),
     ],
 )
