@@ -24,7 +24,8 @@ MOST_SEED = 2**32 - 1
 class CommandParser(argparse.ArgumentParser):
     """Raises RecipeError for bad arguments, where argparse would print its usage and exit, on every rank.
 
-    An option may be written with `-` for `_`; a misspelt one is answered with the nearest.
+    An option may be written with `-` for `_`; a misspelt one is answered with the nearest. An empty text, which is what
+    a shell makes of a variable that is not set, is no value.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -69,6 +70,12 @@ class CommandParser(argparse.ArgumentParser):
             called = {**{flag: flag for flag in self.flags()}, **elsewhere}
             nearest = dict.fromkeys(called[known] for known in nearest_names(name, called))
             raise RecipeError(f"unknown option {name!r}; nearest: {', '.join(nearest)}; --help lists all")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if not arg_string and action.default != arg_string:
+            name = "/".join(action.option_strings) or action.dest
+            raise RecipeError(f"{name} is empty (is a variable not set?): give it a value, or leave it out")
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""

@@ -150,7 +150,10 @@ def compare(arguments: Sequence[str]) -> str:
     options, passed_on = parse(arguments)
     require_writable(options.output)
     require_place_for(Path(f"{options.report or options.output / 'comparison'}.json"))
-    optimizers = [name.strip().lower() for name in options.optimizers.split(",") if name.strip()]
+    names = [name.strip().lower() for name in options.optimizers.split(",")]
+    optimizers = list(dict.fromkeys(name for name in names if name))
+    if not optimizers:
+        raise RecipeError(f"--optimizers {options.optimizers!r} names none: give --optimizers A,B,...")
     for name in optimizers:  # every bad option is found before the first run
         invocation = parse_command_line([*passed_on, "--optimizer", name])
         outline(invocation.config)

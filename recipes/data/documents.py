@@ -159,6 +159,7 @@ def _lines(file: TextIO) -> Iterator[str]:
 
 
 def _read_json_lines(path: Path, column: str) -> Iterator[str]:
+    number = 0
     try:
         with _open_text(path) as file:
             for number, line in enumerate(file, start=1):
@@ -167,6 +168,10 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
                     yield text
     except RecipeError:
         raise
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"{path} is not JSON Lines (one object per line): {error.msg}, line {number} column {error.colno}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not JSON Lines (one object per line): {error}") from error
     except _READ_ERRORS as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, kind_of
 from .documents import expand_sources
 from .shards import MANIFEST, SPLITS, TokenFile, TokenRows
 from .wordpiece import Vocabulary
@@ -145,6 +145,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
+    if not isinstance(manifest, dict):
+        raise RecipeError(f"cannot read {path}: expected a JSON object, found {kind_of(manifest)}")
     if manifest.get("format") != FORMAT:
         raise RecipeError(
             f"{folder} was prepared in format {manifest.get('format')}, this version reads {FORMAT}; prepare it again"

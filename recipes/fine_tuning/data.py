@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,10 +144,27 @@ def _glue_examples(name: str, rows: Iterable[Any]) -> list[tuple[tuple[str, ...]
         lacking = [column for column in (*columns, "label") if column not in row]
         if lacking:
             raise RecipeError(f"the data of {name} lack {', '.join(lacking)}; columns found: {', '.join(row)}")
-        examples.append((tuple(row[column] for column in columns), float(row["label"])))
+        examples.append((tuple(row[column] for column in columns), _label(name, row["label"])))
     if not examples:
         raise RecipeError(f"the data of {name} are empty")
     return examples
+
+
+def _label(name: str, label: Any) -> float:
+    """Return a label of a task of GLUE, one of its classes or any number.
+
+    Raises:
+        RecipeError: it is neither, as in a test split, whose labels are -1.
+    """
+    classes = GLUE[name].classes
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number in range(classes) if classes else math.isfinite(number)):
+        allowed = f"a class from 0 to {classes - 1}" if classes else "a finite number"
+        raise RecipeError(f"the data of {name} have the label {label!r}: allowed is {allowed}")
+    return number
 
 
 def _squad_files(folder: Path) -> Questions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,8 @@ RANKS = "ranks"
 
 _DESCRIPTION = "checkpoint.json"
 _LATEST = "latest"
+_FILES = "files"  # in it: the mark of every other file of the checkpoint
+_MARKED = 2**20  # bytes at a file's end; what torch.save writes ends with the checksums of all its tensors
 _PARTIAL = ".partial"  # what the name of a checkpoint's folder ends with until it is whole
 
 
@@ -97,6 +100,28 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
         raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {error!r}") from error
 
 
+def require_whole(checkpoint: Path) -> None:
+    """Check that the files of a checkpoint are those that were written with it; one that is missing is its reader's.
+
+    Tells files that were cut short, emptied, or come from another checkpoint, by their length and their end. A
+    checkpoint that does not list its files passes.
+
+    Raises:
+        RecipeError: lists the files that are not; or one cannot be read.
+    """
+    try:
+        marks = dict(json.loads((checkpoint / _DESCRIPTION).read_text()).get(_FILES, {}))
+        present = [name for name in marks if (checkpoint / name).is_file()]
+        others = [name for name in present if _mark(checkpoint / name) != marks[name]]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"cannot read {checkpoint}: {error}") from error
+    if others:
+        raise RecipeError(
+            f"{checkpoint} is damaged: {', '.join(others)} was cut short or replaced after the checkpoint was written; "
+            "copy the checkpoint's folder anew, or continue another checkpoint of the run"
+        )
+
+
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Check that a checkpoint can continue with what this run would train; the number of ranks is free.
 
@@ -166,7 +191,8 @@ class CheckpointFolder:
             return None
 
     def _complete(self, partial: Path, final: Path, step: int) -> None:
-        write_json(partial / _DESCRIPTION, {"step": step, "identity": self.identity})
+        files = {str(p.relative_to(partial)): _mark(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        write_json(partial / _DESCRIPTION, {"step": step, "identity": self.identity, _FILES: files})
         shutil.rmtree(final, ignore_errors=True)  # only a resumed run that computed the same step again
         os.rename(partial, final)
         write_text(self.folder / _LATEST, final.name + "\n")
@@ -176,6 +202,14 @@ class CheckpointFolder:
         complete = sorted(p for p in self.folder.iterdir() if _is_complete(p) and p != newest)
         for old in complete[: max(0, len(complete) - self.keep + 1)]:
             shutil.rmtree(old)
+
+
+def _mark(file: Path) -> str:
+    """Return the length of a file and a hash of its end."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        content.seek(max(0, size - _MARKED))
+        return f"{size} {hashlib.sha256(content.read()).hexdigest()}"
 
 
 def _empty_folder(path: Path) -> None:

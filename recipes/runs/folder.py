@@ -8,14 +8,20 @@ metrics.jsonl           one object per line, `kind` "train" or "validation"; app
 report.html, report.png curves and trust ratios, made anew at the end of every run
 trust_ratios.png        layers x steps
 tensorboard/, wandb/    of these loggers, if asked for; wandb_id.txt is the run that a resumed one goes on with
+.writing-lock           locked, and names the process, while a run writes into the folder
 checkpoints/latest      name of the newest complete checkpoint
-checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json
+checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json,
+                        which lists them
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import socket
 from pathlib import Path
+from typing import IO
 
 from ..common.errors import RecipeError, sentence
 from ..common.files import WRITING, require_writable
@@ -33,6 +39,8 @@ RATIOS = "trust_ratios.png"
 CHECKPOINTS = "checkpoints"
 WANDB_ID = "wandb_id.txt"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+_LOCK = WRITING + "lock"
+_held: dict[Path, IO[str]] = {}  # by folder; the system lets go of them when the process ends, however that happens
 _OWN_FILES = (CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, METRICS, REPORT, CURVES, RATIOS, WANDB_ID)
 _OWN_FOLDERS = (CHECKPOINTS, TENSORBOARD, WANDB)
 
@@ -49,6 +57,40 @@ def fresh_folder(root: Path, name: str) -> Path:
             number += 1
         else:
             return folder
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes from writing a run into `folder` until `let_go`; where disks have no locks, do nothing.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    let_go(folder)
+    file = (folder / _LOCK).open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RecipeError(
+            f"another run ({holder}) is writing into output folder {str(folder)!r}; wait until it has ended or stop "
+            "it, or give this run its own --output"
+        ) from None
+    except OSError:
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[folder.resolve()] = file
+
+
+def let_go(folder: Path) -> None:
+    """Let other processes write runs into a folder again that `hold` was called for; do nothing if it was not."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        file.close()
 
 
 def require_free(folder: Path) -> None:
@@ -71,7 +113,7 @@ def require_free(folder: Path) -> None:
 
 
 def claim_folder(folder: Path, overwrite: bool) -> Path:
-    """Create `folder` for a new run; if `overwrite`, clear an earlier run (and nothing else) out of it.
+    """Create and hold `folder` for a new run; if `overwrite`, clear an earlier run (and nothing else) out of it.
 
     Raises:
         RecipeError: it is in use, or cannot be created.
@@ -80,6 +122,7 @@ def claim_folder(folder: Path, overwrite: bool) -> Path:
         require_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
         for name in _OWN_FILES:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

@@ -44,7 +44,7 @@ class MetricsLog:
 
 def metric_lines(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of metrics.jsonl as they were written, names apart from numbers."""
-    with (folder / METRICS).open(encoding="utf-8") as file:
+    with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             # A run that was killed may have left half a line; the resumed one begins after it.
             try:

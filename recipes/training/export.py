@@ -26,7 +26,7 @@ from ..configuration.overrides import load_config
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..model.masked_language_model import build_model, padded_vocabulary
-from ..runs.checkpoints import describe_checkpoint, find_checkpoint, run_of
+from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
 from .engines import TRAINING_STATE
 
@@ -55,9 +55,10 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
         `output`.
 
     Raises:
-        RecipeError: no checkpoint, or the data that its tokenizer was trained on have changed.
+        RecipeError: no checkpoint, a damaged one, or the data that its tokenizer was trained on have changed.
     """
     checkpoint = find_checkpoint(path)
+    require_whole(checkpoint)
     config = load_config(run_of(checkpoint) / CONFIG)
     data = prepare(config.data, reporter)
     identity = describe_checkpoint(checkpoint)["identity"]

@@ -20,29 +20,89 @@ T = TypeVar("T")
 # The first rank may tokenize for long while the others wait; gloo's own limit is half an hour.
 _TIMEOUT = datetime.timedelta(hours=12)
 
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # each process of mpirun would train the whole run by itself
+_MOST_PORT = 65_535
+_REMEDY = "start with deepspeed, torchrun or accelerate, which set these variables, or unset them for one process"
+
+
+class LauncherError(RecipeError):
+    """The launcher's variables are bad: no rank can tell whether another one speaks of it."""
+
 
 def rank() -> int:
     """Return this process's number among all, from the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return _variable("RANK", 0)
 
 
 def local_rank() -> int:
     """Return this process's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _variable("LOCAL_RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes that the launcher starts; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _variable("WORLD_SIZE", 1, least=1)
 
 
 def ranks_on_machine() -> int:
     """Return the number of processes that the launcher starts on this machine."""
-    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    name = "LOCAL_SIZE" if "LOCAL_SIZE" in os.environ else "LOCAL_WORLD_SIZE"
+    return _variable(name, world_size(), least=1)
+
+
+def _variable(name: str, otherwise: int, least: int = 0) -> int:
+    """Return a whole number from the environment.
+
+    Raises:
+        LauncherError: it is none, or below `least`.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return otherwise
+    if not text.strip().isdecimal() or int(text) < least:
+        raise LauncherError(f"the environment has {name}={text!r}: allowed is a whole number from {least}; {_REMEDY}")
+    return int(text)
+
+
+def require_launcher() -> None:
+    """Check that the launcher's variables belong together, since ranks that cannot find each other wait for hours.
+
+    Raises:
+        LauncherError: one is missing or contradicts another.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        for name in _OF_MPI:
+            if _variable(name, 1) > 1:
+                raise LauncherError(f"the environment has {name}={os.environ[name]} without WORLD_SIZE; {_REMEDY}")
+    if world_size() > 1:
+        missing = [name for name in _OF_LAUNCHERS if name not in os.environ]
+        if missing:
+            raise LauncherError(
+                f"the environment has WORLD_SIZE={world_size()} without {', '.join(missing)}; {_REMEDY}"
+            )
+    if not local_rank() <= rank() < world_size():
+        raise LauncherError(
+            f"the environment has RANK={rank()}, LOCAL_RANK={local_rank()}, WORLD_SIZE={world_size()}: allowed is "
+            f"LOCAL_RANK <= RANK < WORLD_SIZE; {_REMEDY}"
+        )
+    if local_rank() >= ranks_on_machine():
+        raise LauncherError(
+            f"the environment has LOCAL_RANK={local_rank()} of {ranks_on_machine()} ranks on this machine; {_REMEDY}"
+        )
+    if not 0 <= _variable("MASTER_PORT", 0) <= _MOST_PORT:
+        raise LauncherError(
+            f"the environment has MASTER_PORT={os.environ['MASTER_PORT']}: allowed is up to {_MOST_PORT}; {_REMEDY}"
+        )
 
 
 def start() -> None:
-    """Join the process group; without a launcher, be the only rank."""
+    """Join the process group; without a launcher, be the only rank.
+
+    Raises:
+        LauncherError: the launcher's variables do not belong together.
+    """
+    require_launcher()
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:

@@ -23,13 +23,13 @@ from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
-from ..runs.checkpoints import CheckpointFolder, check_same_run, run_of
-from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder
+from ..runs.checkpoints import CheckpointFolder, check_same_run, require_whole, run_of
+from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder, hold, let_go
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .quiet import quieten
-from .ranks import collect, on_each_machine, on_first_rank, rank, world_size
+from .ranks import LauncherError, collect, on_each_machine, on_first_rank, rank, world_size
 
 
 def run_command(
@@ -50,8 +50,9 @@ def run_command(
         checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
         before training began.
     """
-    reporter = Reporter(active=rank() == 0)
+    reporter = Reporter()
     try:
+        reporter = Reporter(active=rank() == 0)
         quieten()
         invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         if invocation.list_presets:
@@ -65,6 +66,9 @@ def run_command(
     except NothingToDo as done:
         reporter.line(str(done))
         return 0
+    except LauncherError as error:  # of this rank, which may be the only one that has it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
     except (RecipeError, TrainingFailure) as error:
         reporter.error(f"error: {error}")
         return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT
@@ -119,16 +123,19 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     """Return the data of each phase, and what a resumed run must agree with (collective).
 
     Raises:
-        RecipeError: bad data, a checkpoint of other data, a model that does not fit.
+        RecipeError: a damaged checkpoint, bad data, a checkpoint of other data, a model that does not fit.
     """
+    resume = run.invocation.resume
+    if resume is not None:
+        on_first_rank(lambda: require_whole(resume))
     data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):
             reporter.line(folded(line))
     fingerprints = "+".join(prepared.fingerprint for prepared in data)
     identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
-    if run.saved_identity is not None and run.invocation.resume is not None:
-        check_same_run(run.saved_identity, identity, run.invocation.resume)
+    if run.saved_identity is not None and resume is not None:
+        check_same_run(run.saved_identity, identity, resume)
     require_memory(run, data[0].vocabulary_size)
     return data, identity
 
@@ -173,10 +180,12 @@ def _claim_output(run: CheckedRun) -> Path:
     resumed = run_of(invocation.resume) if invocation.resume is not None else None
     if resumed is not None and (invocation.output is None or invocation.output.resolve() == resumed):
         folder = resumed
+        hold(folder)
     elif invocation.output is not None:
         folder = claim_folder(invocation.output, invocation.overwrite)
     else:
         folder = fresh_folder(RUNS, config.preset)
+        hold(folder)
     write_json(folder / CONFIG, config.to_dict())
     if run.settings is not None:
         write_json(folder / DEEPSPEED_CONFIG, run.settings)
@@ -210,6 +219,7 @@ def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) ->
     finally:
         if reporter.active:
             _report(folder, reporter)
+        let_go(folder)
 
 
 def _where_to_go_on(checkpoints: CheckpointFolder) -> str:

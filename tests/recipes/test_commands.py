@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -155,6 +156,17 @@ def test_a_parser_raises_instead_of_exiting():
     assert parser.flags() == ["--help", "--steps"]
     with pytest.raises(RecipeError, match=r"whole number in digits, .*given was 'x'; --help lists the options"):
         parser.parse_args(["--steps", "x"])
+
+
+@pytest.mark.parametrize("arguments", [["--output", ""], ["--output="], ["--data", "a", ""]])
+def test_an_empty_text_is_no_value(arguments):
+    parser = CommandParser(prog="command")
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    parser.add_argument("--data", nargs="+")
+    parser.add_argument("--launcher", default="")
+    assert parser.parse_args([]).launcher == parser.parse_args(["--launcher", ""]).launcher == ""
+    with pytest.raises(RecipeError, match=r"^--(output|data) is empty \(is a variable not set\?\): give it a value"):
+        parser.parse_args(arguments)
 
 
 def test_options_are_taken_with_hyphens_and_answered_with_the_nearest():

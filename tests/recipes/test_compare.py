@@ -221,6 +221,7 @@ def test_one_learning_rate_is_refused_unless_insisted_on(run, capsys):
         (("--optimizers", "lamb", "--lrs", "3", "--golbal_batch", "8"), "unknown option '--golbal_batch'"),
         (("--optimizers", "lamb,adamw", "--lrs", "lamb=1,2,3"), "gives no rate for adamw"),
         (("--lrs", "3"), "--optimizers"),
+        (("--optimizers", ",", "--lrs", "3"), "--optimizers ',' names none"),
     ],
 )
 def test_bad_options_are_refused_before_the_first_run(run, capsys, arguments, message):

@@ -185,6 +185,18 @@ def test_missing_data_say_what_to_do(tmp_path, monkeypatch, capsys):
     (tmp_path / "validation.jsonl").write_text('{"sentence1": "a", "label": 0}\n')
     with pytest.raises(RecipeError, match="lack sentence2; columns found: sentence1, label"):
         load_data("rte", tmp_path)
+    for task, label, allowed in (
+        ("cola", "-1", "a class from 0 to 1"),
+        ("cola", "0.5", "a class from 0 to 1"),
+        ("stsb", "NaN", "a finite number"),
+        ("cola", "null", "a class from 0 to 1"),
+    ):
+        for split in ("train", "validation"):
+            texts = dict.fromkeys(GLUE[task].columns, "a")
+            line = json.dumps(texts)[:-1] + f', "label": {label}}}\n'
+            (tmp_path / f"{split}.jsonl").write_text(line)
+        with pytest.raises(RecipeError, match=rf"the data of {task} have the label .*: allowed is {allowed}"):
+            load_data(task, tmp_path)
     (tmp_path / "train-v1.1.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"is not in the format of SQuAD v1.1"):
         load_data("squad", tmp_path)

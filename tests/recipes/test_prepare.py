@@ -25,7 +25,7 @@ from trustratio.recipes.data import preparation
 from trustratio.recipes.data.encoding import Block, StreamEncoder, encode_blocks, tokenizes_words_alone
 from trustratio.recipes.data.preparation import Preparation, prepare, prepare_into
 from trustratio.recipes.data.prepare import main
-from trustratio.recipes.data.prepared import check_sources, open_prepared
+from trustratio.recipes.data.prepared import check_sources, open_prepared, read_manifest
 from trustratio.recipes.data.rows import MaskedRows, RowOrder
 from trustratio.recipes.data.shards import BrokenShard, TokenFile, TokenRows
 from trustratio.recipes.data.wordpiece import TextTokenizer, load_tokenizer, train_wordpiece
@@ -304,7 +304,7 @@ def test_a_file_cut_while_it_is_read_is_named_and_kills_no_process(documents):
 
 def test_broken_sources_stop_or_are_left_out(documents, capsys):
     (documents / "c.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(RecipeError, match=r"c\.jsonl is not JSON Lines"):
+    with pytest.raises(RecipeError, match=r"c\.jsonl is not JSON Lines \(.*\): .*, line 2 column 1"):
         prepare_into(documents / "out", config_of(documents), Preparation(), QUIET)
     arguments = ["--data", f"{documents}/*.jsonl", "--output", str(documents / "left"), "--vocabulary", "200"]
     assert main(arguments) == 2
@@ -316,6 +316,12 @@ def test_broken_sources_stop_or_are_left_out(documents, capsys):
     assert "40 documents (1 repeated ones left out)" in printed
     manifest = json.loads((documents / "other" / "manifest.json").read_text())
     assert [Path(source).name for source in manifest["skipped_sources"]] == ["c.jsonl"]
+
+
+def test_a_manifest_that_is_no_object_is_named(documents):
+    (documents / "manifest.json").write_text("[]")
+    with pytest.raises(RecipeError, match=r"cannot read .*manifest\.json: expected a JSON object, found a list"):
+        read_manifest(documents)
 
 
 def test_bad_data_that_were_mended_go_into_the_same_folder(tmp_path):

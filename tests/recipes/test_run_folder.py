@@ -1,15 +1,20 @@
+import subprocess
+import sys
+
 import pytest
 
 from trustratio.recipes.common.errors import RecipeError, TrainingFailure
+from trustratio.recipes.common.files import WRITING
 from trustratio.recipes.runs.checkpoints import (
     CheckpointFolder,
     check_same_run,
     describe_checkpoint,
     find_checkpoint,
     require_newest,
+    require_whole,
     run_of,
 )
-from trustratio.recipes.runs.folder import claim_folder, fresh_folder
+from trustratio.recipes.runs.folder import claim_folder, fresh_folder, hold, let_go
 from trustratio.recipes.runs.metrics import MetricsLog, read_metrics
 
 
@@ -39,7 +44,31 @@ def test_overwriting_clears_a_run_and_nothing_else(tmp_path):
         claim_folder(tmp_path, overwrite=False)
     assert (tmp_path / "metrics.jsonl").exists()
     claim_folder(tmp_path, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(WRITING)] == ["mine.txt"]
+
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from trustratio.recipes.runs.folder import hold
+hold(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_that_a_run_writes_into_is_not_taken_from_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("of the run")
+    holder = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for take in (hold, lambda folder: claim_folder(folder, overwrite=True)):
+            with pytest.raises(RecipeError, match=rf"another run \(process {other.pid} on .*\) is writing into"):
+                take(tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == "of the run"
+        other.kill()
+    claim_folder(tmp_path, overwrite=True)  # a run that was killed holds nothing
+    let_go(tmp_path)
 
 
 def test_an_unusable_output_is_named(tmp_path):
@@ -93,6 +122,34 @@ def test_missing_and_broken_checkpoints_are_named(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def swapped(good, other):
+    (good / "weights").write_bytes((other / "weights").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        swapped,
+        lambda good, _: (good / "weights").write_bytes(b""),
+        lambda good, _: (good / "weights").write_text("weights"),
+    ],
+)
+def test_files_that_are_not_the_checkpoints_are_named(tmp_path, damage):
+    checkpoints = CheckpointFolder(tmp_path, keep=2, identity={})
+    other, good = write(checkpoints, 1), write(checkpoints, 2)
+    require_whole(good)
+    damage(good, other)
+    with pytest.raises(RecipeError, match="step-00000002 is damaged: weights was cut short or replaced"):
+        require_whole(good)
+    require_whole(other)
+
+
+def test_a_checkpoint_that_does_not_list_its_files_passes(tmp_path):
+    path = write(CheckpointFolder(tmp_path, keep=1, identity={}), 1)
+    (path / "checkpoint.json").write_text('{"step": 1, "identity": {}}')
+    require_whole(path)
+
+
 def test_continuing_over_later_checkpoints_needs_leave(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, keep=3, identity={})
     first, second = write(checkpoints, 1), write(checkpoints, 2)
@@ -117,6 +174,11 @@ def test_metrics_of_a_resumed_run_replace_those_it_repeats(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # a killed run
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
+
+
+def test_what_is_no_text_among_the_metrics_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\x82\n{"kind": "train", "step": 1, "loss": 3.0}\n')
+    assert [r["loss"] for r in read_metrics(tmp_path)] == [3.0]
 
 
 def test_layer_names_are_written_once_and_read_back(tmp_path):
