@@ -295,11 +295,13 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         are_parameters = [[self.was_given(p) for p in group["params"]] for group in self.param_groups]
-        return {**super().__getstate__(), "_given": are_parameters}
+        collects = self.statistics is not None and self.group_statistics is None
+        return {**super().__getstate__(), "_given": are_parameters, "_collects_group_norms": collects}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this from load_state_dict too, on an optimizer that knows its parameters.
         are_parameters = state.pop("_given", None)
+        collects = state.pop("_collects_group_norms", False)
         if are_parameters is not None:
             self._forget()
         super().__setstate__(state)
@@ -317,6 +319,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
                 self._remember(group)
         if are_parameters is not None:
             admit(self)
+        if collects:
+            self.collect_group_norms()
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; of flat tensors that a wrapper made, it has the names and places of their layers too."""

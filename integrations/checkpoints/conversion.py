@@ -20,8 +20,8 @@ import torch
 from trustratio.optimizers.lars import ACCUMULATES
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.sharding.layout import listing
-from trustratio.optimizers.stepping.count import steps_of
-from trustratio.optimizers.stepping.foreign_state import without_wrappers
+from trustratio.optimizers.stepping.count import steps_of, whole_steps
+from trustratio.optimizers.stepping.foreign_state import stray_state, without_wrappers
 
 from .local_state import unwrapped
 
@@ -81,8 +81,11 @@ def convert_state(
     """
     target = unwrapped(optimizer)
     converted = target.state_dict()
+    if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
+        found = f"a dict of {listing([*map(repr, state_dict)])}" if isinstance(state_dict, dict) else type(state_dict)
+        raise ValueError(f"expected what an optimizer's state_dict() returns, state and param_groups, got {found}")
     saved = iter(_matched(target, state_dict))
-    problems: list[str] = []
+    problems = [*stray_state(state_dict)]
     state: dict[int, dict[str, Any]] = {}
     for index, (group, ours) in enumerate(zip(target.param_groups, converted["param_groups"], strict=True)):
         of_group = {number: next(saved) for number in ours["params"]}
@@ -155,6 +158,11 @@ def _differences(
         yield f"its state adds up {added!r}, that of this {kind} {wanted!r}"
     if additional:
         yield f"it has {', '.join(sorted(additional))}, which {kind} does not keep: name it in drop to leave it behind"
+    step = state.get("step", theirs.get("step", 0))
+    try:
+        whole_steps(step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step)
+    except ValueError as error:
+        yield str(error)
     if "step" not in state and "step" not in theirs:
         yield "it does not count its updates: set group['step'] to their number in each of its groups"
     if bool(theirs.get("maximize")) != bool(group.get("maximize")):

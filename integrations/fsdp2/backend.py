@@ -26,14 +26,14 @@ from trustratio.optimizers.sharding.backends import Backend, register_backend, t
 from trustratio.optimizers.sharding.data_parallel import DataParallel
 from trustratio.optimizers.sharding.differences import first_difference
 from trustratio.optimizers.sharding.gradient_flow import GradientFlow
-from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard
+from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.local_tensors import is_plain, local_part
 from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
-from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources
+from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources, waiting_gradients
 from .internals import compute_local_shape_and_global_offset, is_strided
 from .placements import local_indices
 
@@ -64,6 +64,8 @@ class DTensorBackend(Backend):
         for _, tensor in present:
             _refuse_kind(names[id(tensor)], tensor)
         _refuse_replaced(optimizer, present, names)
+        if any(tensor.grad is None for _, tensor in present):
+            _refuse_waiting(optimizer, names)
         _agree_on_placements([tensor for _, tensor in present], names)
         builder = LayoutBuilder(BACKEND)
         for group, tensor in present:
@@ -97,6 +99,15 @@ def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[
         if len(names_before) == len(group["params"]):
             names.update({id(p): name for p, name in zip(group["params"], names_before, strict=True)})
     return names
+
+
+def _refuse_waiting(optimizer: Any, names: Mapping[int, str]) -> None:
+    waiting = [names[id(parameter)] for parameter in waiting_gradients(optimizer) if id(parameter) in names]
+    if waiting:
+        raise LayoutError(
+            f"fully_shard keeps gradients back that step() would not see, of {listing(waiting)}: call "
+            "set_requires_gradient_sync(True) and set_requires_all_reduce(True) before the last backward() of a step"
+        )
 
 
 def _shard(layer: int, tensor: torch.Tensor) -> Shard:

@@ -39,7 +39,7 @@ from .internals import (
     whole_shape,
 )
 
-__all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources"]
+__all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources", "waiting_gradients"]
 
 
 def sources(optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -67,6 +67,13 @@ def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
         for group, parameter in parameters_of(module)
         if id(parameter.sharded_param) in wanted
     }
+
+
+def waiting_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """The parameters without a gradient that FSDP2 has kept one of, unsharded or as the replica's sums."""
+    pairs = sharded_parameters(optimizer).values()
+    parameters = [parameter.sharded_param for group, parameter in pairs if holds_gradient(group, parameter)]
+    return [parameter for parameter in parameters if parameter.grad is None]
 
 
 def gradient_dtypes(optimizer: Any) -> dict[int, torch.dtype]:

@@ -15,9 +15,10 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..options.common import COMMON_DEFAULTS, options_of
 from ..options.unknown import chooses_elsewhere, options_of_others
+from ..sharding.layout import listing
 from ..sharding.local_tensors import local_part, placements_of
 
-__all__ = ["refuse_foreign_state", "without_wrappers"]
+__all__ = ["refuse_foreign_state", "stray_state", "without_wrappers"]
 
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
@@ -45,7 +46,7 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
         return
     problems = [*_foreign_options(optimizer, saved)] or [*_other_names(current, saved)]
-    problems = problems or [*_foreign_state(optimizer, state_dict)]
+    problems = problems or [*stray_state(state_dict), *_foreign_state(optimizer, state_dict)]
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more differences"] if len(problems) > 8 else [])
         raise ValueError(
@@ -55,6 +56,17 @@ def refuse_foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> No
             "groups and order. In trustratio.integrations.checkpoints, convert_state converts other optimizers' state "
             "where it means the same, and save_optimizer_state goes between wrappers. Nothing was loaded"
         )
+
+
+def stray_state(state_dict: dict[str, Any]) -> Iterator[str]:
+    """State under a number that no parameter has, as text after JSON: torch would keep it, and nobody step with it.
+
+    What wrappers keep beside it has names.
+    """
+    known = {key for group in state_dict["param_groups"] for key in group["params"]}
+    stray = [repr(key) for key in state_dict["state"] if key not in known and str(key).isdecimal()]
+    if stray:
+        yield f"its state is of {listing(stray)}, which are not among the parameters of its groups"
 
 
 def _foreign_options(optimizer: Algorithm, saved: list[dict[str, Any]]) -> Iterator[str]:

@@ -67,7 +67,8 @@ def _like(
         raise LayoutError(
             f"the gradient of {_name_of(layout, index)} has shape {tuple(gradient.shape)}, but the parameter has "
             f"{tuple(tensor.shape)}: after giving a parameter other data, call zero_grad() and backward() before "
-            "step(), and build a new optimizer if its shape changes after the first step"
+            "step(), and build a new optimizer if its shape changes after the first step; under FSDP1, run the last "
+            "backward() of a step outside no_sync()"
         )
     return as_it_lies(in_the_order_of(gradient, tensor)) if as_it_is else gradient.contiguous()
 

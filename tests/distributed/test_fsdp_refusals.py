@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -26,7 +26,7 @@ class Strange(torch.Tensor):
 
 def step_that_is_refused(name: str) -> None:
     """Take one step, or two, in a set-up that is deliberately broken."""
-    if name in ("stale", "cowclip", "sharded later"):
+    if name in ("stale", "cowclip", "sharded later", *KEPT_BACK):
         step_with_a_broken_model(name)
         return
     mesh = make_mesh(None)
@@ -83,6 +83,8 @@ def step_with_a_broken_model(name: str) -> None:
         with running(case, Setup(options={"shard_placement_fn": second_dimension})) as run:
             run.optimizer.param_groups[1]["cowclip"] = False
             run.train(0, 1)
+    elif name in KEPT_BACK:
+        step_with_gradients_kept_back(name)
     else:
         case = make_case("lamb")
         model = Model(case)
@@ -94,6 +96,30 @@ def step_with_a_broken_model(name: str) -> None:
             optimizer.zero_grad()
             if step == 0:
                 fully_shard(model, mesh=make_mesh(None))
+
+
+KEPT_BACK = {
+    "no gradient sync": r"keeps gradients back .* of 0\.weight; 0\.bias; 1\.weight; 1\.bias: call set_requires",
+    "no gradient sync of a block": r"keeps gradients back that step\(\) would not see, of 1\.weight; 1\.bias: call",
+    "no all-reduce": r"fully_shard keeps gradients back.* and set_requires_all_reduce\(True\) before the last backward",
+}
+
+
+def step_with_gradients_kept_back(name: str) -> None:
+    """A step whose last backward was not told to reduce."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards")) if name == "no all-reduce" else None
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = LAMB(model.named_parameters())
+    if name == "no gradient sync":
+        model.set_requires_gradient_sync(False)
+    elif name == "no gradient sync of a block":
+        model[1].set_requires_gradient_sync(False)
+    else:
+        model.set_requires_all_reduce(False)
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
 
 
 STALE = r"the model has other parameters.*Make the optimizer from model.parameters\(\) after what replaced them"
@@ -115,6 +141,19 @@ STALE = r"the model has other parameters.*Make the optimizer from model.paramete
         ("two wrappers", "one kind of wrapper per optimizer"),
         ("partial", r"parameter weight has placements \(Partial"),
         ("stale", STALE),
+        *KEPT_BACK.items(),
+        (
+            "no gradient sync",
+            r"keeps gradients back .* of 0\.weight; 0\.bias; 1\.weight; 1\.bias: call set_requires_grad",
+        ),
+        (
+            "no gradient sync of a block",
+            r"keeps gradients back that step\(\) would not see, of 1\.weight; 1\.bias: call",
+        ),
+        (
+            "no all-reduce",
+            r"keeps gradients back .* of 0\.weight; .* and set_requires_all_reduce\(True\) before the last",
+        ),
         ("plain gradient", "parameter weight is a DTensor and its gradient a Tensor"),
         ("local state", "the state exp_avg of weight is not cut like the parameter"),
         ("uneven", r"weight \(6, 2\): 14 of 12 elements"),

@@ -326,3 +326,53 @@ def test_on_to_other_wrappers(tmp_path: Any) -> None:
         train(*pair, range(SAVED, LAST))
     for name in SHAPES:
         torch.testing.assert_close(others[name], layers[name], rtol=1e-6, atol=1e-9)
+
+
+# Damaged state ------------------------------------------------------------------------------------------------------
+
+
+def as_text(state: dict[str, Any]) -> dict[str, Any]:
+    """As JSON makes it."""
+    return {**state, "state": {str(number): of for number, of in state["state"].items()}}
+
+
+def beyond_the_groups(state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "state": {number + 3: of for number, of in state["state"].items()}}
+
+
+def stepped(value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda state: {
+        **state,
+        "state": {number: {**of, "step": torch.tensor(value)} for number, of in state["state"].items()},
+    }
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "keys are text": (as_text, "state is of '0'; '1'; '2', which are not among the parameters"),
+    "keys of no group": (beyond_the_groups, "state is of 3; 4; 5, which are not among the parameters"),
+    "half a step": (stepped(2.5), "step must be the number of steps taken, a whole number, got 2.5"),
+    "no step": (stepped(float("nan")), "step must be the number of steps taken, a whole number, got nan"),
+    "negative": (stepped(-1.0), "step must be the number of steps taken, a whole number, got -1.0"),
+    "whole checkpoint": (lambda state: {"optimizer": state}, r"state and param_groups, got a dict of 'optimizer'"),
+    "groups alone": (lambda state: state["param_groups"], "state and param_groups, got <class 'list'>"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_state_is_refused(damage: str) -> None:
+    change, message = DAMAGED[damage]
+    layers, source = start(adamw())
+    train(layers, source, range(SAVED))
+    _, target = start(lambda layers: LAMB(layers.values()))
+    with pytest.raises(ValueError, match=message):
+        convert_state(target, change(source.state_dict()))
+
+
+@pytest.mark.parametrize("change", [as_text, beyond_the_groups])
+def test_own_state_of_no_parameter_is_refused(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    layers, source = start(lambda layers: LAMB(layers.values()))
+    train(layers, source, range(SAVED))
+    with pytest.raises(ValueError, match="which are not among the parameters of its groups"):
+        source.load_state_dict(change(source.state_dict()))
+    beside = {**source.state_dict()["state"], "of a wrapper": {"anything": 1}}
+    source.load_state_dict({**source.state_dict(), "state": beside})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -296,6 +297,19 @@ def test_copies_and_reloaded_optimizers_watch_their_own_parameters() -> None:
     train(w, optimizer, SECOND)
     assert torch.equal(w, twin)
     assert torch.equal(w, v)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_collect_group_norms_as_the_original_does(copied: Any) -> None:
+    w = ones()
+    optimizer = LAMB([("w", w)])
+    for collects in (False, True):
+        if collects:
+            optimizer.collect_group_norms()
+        twin, other = copied((w, optimizer))
+        train(twin, other, FIRST)
+        assert (other.statistics is not None) is collects
+    assert other.statistics.norms()["w"].groups == len(FIRST)
 
 
 def test_hooks_do_not_keep_the_optimizer_alive() -> None:
