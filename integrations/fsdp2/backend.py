@@ -102,7 +102,8 @@ def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[
 
 
 def _refuse_waiting(optimizer: Any, names: Mapping[int, str]) -> None:
-    waiting = [names[id(parameter)] for parameter in waiting_gradients(optimizer) if id(parameter) in names]
+    kept_back = set(map(id, waiting_gradients(optimizer)))
+    waiting = [name for key, name in names.items() if key in kept_back]
     if waiting:
         raise LayoutError(
             f"fully_shard keeps gradients back that step() would not see, of {listing(waiting)}: call "
