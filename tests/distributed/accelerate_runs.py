@@ -206,6 +206,12 @@ def scheduled(schedule: str, optimizer_class: Any, prepare: bool = True, **optio
         return rates
 
 
+def counts_by_itself() -> bool:
+    """Whether this accelerate sees on a CPU that there are several processes, as 1.10 does and 1.15 does not."""
+    with fresh_accelerate(deepspeed=False):
+        return Accelerator().num_processes > 1
+
+
 def miscounted(way: str, load: bool) -> str:
     """Take a step where accelerate counts one of two processes, or leaves out DeepSpeed; the error, or what stepped."""
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
