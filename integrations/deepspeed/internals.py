@@ -8,17 +8,17 @@
     BF16_Optimizer          fp32_groups_flat_partition, bf16_groups, real_dp_process_group,             0.16
                             fp32_groups_has_gradients, update_lp_params
     ZeRO-3                  fp32_partitioned_groups_flat, fp16_groups, sub_group_to_group_id,           0.16
-                            grad_position, get_param_id, micro_step_id, dp_process_group,
+                            grad_position, get_param_id, micro_step_id,
                             _reassign_or_swap_out_partitioned_parameters
-                            sub_group_process_groups, in the place of dp_process_group                  after 0.19.0
+                            sub_group_process_groups                                                    after 0.19.0
     ZeRO-1, 2, 3            _global_grad_norm, clip_grad                                                0.16
                             torch_autocast_gradscaler; before it there was no such scaler               0.17
     FP16_UnfusedOptimizer   fp32_groups, fp16_groups                                                    0.16
     deepspeed.utils.groups  _get_expert_parallel_rank, _get_expert_parallel_world_size,                 0.16
                             _get_sequence_parallel_world_size
 
-Since that version, up to the last one that `INTERNALS` names, which is from where to where tests ran; that attributes
-were there before is no promise. Versions before 0.16 were not looked at.
+Since that version; `INTERNALS` names the one with which tests pass. That attributes were there before is no promise.
+Versions before 0.16 were not looked at.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch.distributed as dist
 from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.local_tensors import summable
 
-INTERNALS = Internals("DeepSpeed", "deepspeed", "0.19.0 to 0.19.8")
+INTERNALS = Internals("DeepSpeed", "deepspeed", "0.19.8")
 
 try:
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
@@ -98,8 +98,7 @@ def flat_tensors(wrapper: DeepSpeedOptimizer) -> list[FlatTensor]:
     read = INTERNALS.read
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         partitions, parameters = read(wrapper, "fp32_partitioned_groups_flat"), read(wrapper, "fp16_groups")
-        found = read(wrapper, "sub_group_process_groups", "dp_process_group")
-        ranks = found if isinstance(found, (list, tuple)) else [found] * len(partitions)
+        ranks = read(wrapper, "sub_group_process_groups")
         groups = [read(wrapper, "sub_group_to_group_id")[number] for number in range(len(partitions))]
     else:
         bf16 = isinstance(wrapper, BF16_Optimizer)
