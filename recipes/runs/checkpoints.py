@@ -95,7 +95,10 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((checkpoint / _DESCRIPTION).read_text())
-        return {"step": int(values["step"]), "identity": dict(values["identity"])}
+        step = int(values["step"])
+        if step < 0:
+            raise ValueError(f"step is {step}")
+        return {"step": step, "identity": dict(values["identity"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {error!r}") from error
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import deepspeed
@@ -19,6 +22,7 @@ T = TypeVar("T")
 
 # The first rank may tokenize for long while the others wait; gloo's own limit is half an hour.
 _TIMEOUT = datetime.timedelta(hours=12)
+_PATIENCE = 60.0  # seconds of waiting for the others to start, before it is said
 
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # each process of mpirun would train the whole run by itself
@@ -113,7 +117,22 @@ def start() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_machine()))
     else:
         get_accelerator().set_device(local_rank())
-    deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+    with _telling_if_it_waits():
+        deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+
+
+@contextlib.contextmanager
+def _telling_if_it_waits() -> Iterator[None]:
+    """Say whom this rank waits for if its start takes long, on every rank: the first one may be what is missing."""
+    others = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+    waited = f"rank {rank()} of {world_size()} has waited {_PATIENCE:g} seconds for the others at {others}"
+    timer = threading.Timer(_PATIENCE, lambda: print(waited, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def on_each_machine(work: Callable[[], T]) -> T:

@@ -375,28 +375,6 @@ def test_other_ranks_stay_silent(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"RANK": "1"}, "RANK=1, LOCAL_RANK=0, WORLD_SIZE=1: allowed is LOCAL_RANK <= RANK < WORLD_SIZE"),
-        ({"RANK": ""}, "RANK='': allowed is a whole number from 0"),
-        ({"LOCAL_RANK": "3"}, "RANK=0, LOCAL_RANK=3, WORLD_SIZE=1"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': allowed is a whole number from 1"),
-        ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE='x'"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 without WORLD_SIZE"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: allowed is up to 65535"),
-    ],
-)
-def test_launcher_variables_that_do_not_belong_together_are_named(variables, message, monkeypatch, capsys):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert main(["--steps", "1"]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_the_first_screen_has_what_is_special_and_short_lines(capsys):
     assert main(["--dry-run", "--global-batch", "128", "schedule.degree=0.5", "--zero_stage", "1"]) == 0
     printed = capsys.readouterr().out

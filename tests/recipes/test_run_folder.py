@@ -114,9 +114,10 @@ def test_missing_and_broken_checkpoints_are_named(tmp_path):
     with pytest.raises(RecipeError, match="no complete checkpoint"):
         find_checkpoint(tmp_path)
     path = write(CheckpointFolder(tmp_path, keep=1, identity={}), 1)
-    (path / "checkpoint.json").write_text("{")
-    with pytest.raises(RecipeError, match="cannot read"):
-        describe_checkpoint(path)
+    for damaged in ("{", "[]", '{"step": -3, "identity": {}}'):
+        (path / "checkpoint.json").write_text(damaged)
+        with pytest.raises(RecipeError, match="cannot read"):
+            describe_checkpoint(path)
     (path / "checkpoint.json").unlink()
     with pytest.raises(RecipeError, match="names step-00000001, which is missing or incomplete"):
         find_checkpoint(tmp_path)
