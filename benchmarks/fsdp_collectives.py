@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from benchmarks.ranks import leave
+
 RANKS = 2
 STEPS = 15
 LAYERS = 4
@@ -100,7 +102,7 @@ def run_rank(rank: int, port: int, answer: str) -> None:
     found = {name: measure(make) for name, make in optimizers().items()}
     if rank == 0:
         Path(answer).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 def run() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-__all__ = ["run_on_ranks"]
+__all__ = ["leave", "run_on_ranks"]
 
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, deepspeed: bool = False) -> Any:
@@ -60,8 +61,20 @@ def _serve(
     result = function(*arguments)
     if rank == 0:
         answer.write_bytes(pickle.dumps(result))
+    leave()
+
+
+def leave() -> None:
+    """End this rank's process, whose answer is written.
+
+    Not by returning: wrappers keep process groups in circles, and gloo's threads now and then abort a process that ends
+    with such groups.
+    """
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _join_with_deepspeed(backend: str) -> None:
