@@ -8,6 +8,7 @@ header needs only their names, dtypes and shapes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -91,11 +92,13 @@ class ReplacedFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self.partial = self.path.with_name(f".{self.path.name}.partial")
         self._file: IO[bytes] | None = None
 
     def open(self) -> None:
         """Begin the new file; makes the folder if need be."""
+        if self.path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder: give the file to write", str(self.path))
+        self.partial = self.path.with_name(f".{self.path.name}.partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.partial.open("wb", buffering=0)
 

@@ -68,4 +68,6 @@ class Verdict:
                 f"{self._owner} has a gradient of {listing(unseen)} on a rank that saw no group's gradient. "
                 f"{HOW_TO_BUILD}"
             )
-        raise StatisticsError(f"{self._owner}: the gradient of {listing(changed)} was changed {CHANGED}")
+        # A change of one layer shifts the common factor, which layers that nobody changed then miss as well.
+        which = "the gradient of" if len(changed) == 1 else "a gradient among those of"
+        raise StatisticsError(f"{self._owner}: {which} {listing(changed)} was changed {CHANGED}")

@@ -129,6 +129,10 @@ def _paragraphs(path: Path) -> Iterator[str]:
     try:
         with _open_text(path) as file:
             for line in _lines(file):
+                if "\0" in line:
+                    raise RecipeError(
+                        f"{path} is not text: it has NUL bytes; UTF-8 text, .jsonl and .parquet can be read"
+                    )
                 if line.strip():
                     lines.append(line.rstrip())
                     size += len(line)

@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ..common.errors import RecipeError, kind_of
 from .documents import expand_sources
@@ -17,6 +19,15 @@ from .wordpiece import Vocabulary
 
 FORMAT = 3
 """Part of every key: raise it when indexing, tokenizing or the files change."""
+
+_IN_MANIFEST: dict[str, type | UnionType] = {
+    **dict.fromkeys(("fingerprint", "dtype"), str),
+    **dict.fromkeys(("documents", "validation_documents", "characters"), int),
+    **dict.fromkeys(("vocabulary_size", "cls_id", "sep_id", "mask_id"), int),
+    "special_ids": list,
+    "shards": list,
+    "unigram_entropy": int | float,
+}
 
 SETTINGS, INDEX, TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
 """Files of a prepared folder besides the shards and their manifest: what it was made with, and on the way."""
@@ -106,10 +117,11 @@ def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
     """Return the data of a prepared folder in rows of `sequence_length` tokens.
 
     Raises:
-        RecipeError: the folder is unfinished, or has too little text for one row of each split.
+        RecipeError: the folder is unfinished, has too little text for one row of each split, or has lost its tokenizer.
         BrokenShard: a token file is missing or has the wrong size.
     """
     manifest = read_manifest(folder)
+    _require_tokenizer(folder / TOKENIZER, manifest["vocabulary_size"])
     rows = {split: rows_of(folder, manifest, split, sequence_length) for split in SPLITS}
     for split in SPLITS:
         rows[split].check()
@@ -151,7 +163,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{folder} was prepared in format {manifest.get('format')}, this version reads {FORMAT}; prepare it again"
         )
+    wrong = [name for name, kind in _IN_MANIFEST.items() if not isinstance(manifest.get(name), kind)]
+    try:
+        for split in () if wrong else SPLITS:
+            rows_of(folder, manifest, split, 3)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        wrong = ["shards"]
+    if wrong:
+        raise RecipeError(
+            f"{path} is damaged, see {', '.join(wrong)}: copy the folder anew, or remove it and run `prepare` again"
+        )
     return manifest
+
+
+def _require_tokenizer(path: Path, size: int) -> None:
+    """Check the file that training copies beside the model, where its loss would show only when the model is used."""
+    try:
+        tokens = Tokenizer.from_file(str(path)).get_vocab_size()
+        if tokens == size:
+            return
+        found = f"has {tokens:,} tokens instead of {size:,}"
+    except Exception as error:  # tokenizers raises bare Exception
+        found = f"cannot be read ({error})"
+    raise RecipeError(
+        f"{path} {found}: the folder was prepared with another tokenizer; copy the folder anew, or remove it and "
+        "run `prepare` again"
+    )
 
 
 def rows_of(folder: Path, manifest: dict[str, Any], split: str, length: int) -> TokenRows:

@@ -8,7 +8,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from .metrics import METRICS, squad_scores
 from .questions import best_answers, windows
 
 PRETRAINED, RANDOM = "pretrained", "random"
+_LEAST_LENGTH = 8
 Scores = dict[str, float]
 
 
@@ -75,8 +76,9 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     Raises:
         RecipeError: missing checkpoint or data, options out of range, or an output that cannot be written.
     """
-    values = {name: getattr(arguments, name) for name in asdict(Options())}
+    values = {name: getattr(arguments, name) for name in asdict(Options()) if name != "length"}
     trials = [Options(**{**values, "lr": rate}) for rate in arguments.lr]
+    within("--length", arguments.length, _LEAST_LENGTH)
     for options in trials:
         _check(options)
     for seed in arguments.seeds:
@@ -88,6 +90,8 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     data = load_data(arguments.data, arguments.data_folder)
     with tempfile.TemporaryDirectory() as scratch:
         model = pretrained_folder(arguments.checkpoint, arguments.export or Path(scratch, "model"), reporter)
+        values["length"] = _length(arguments.length, model)
+        trials = [replace(options, length=values["length"]) for options in trials]
         starts = (PRETRAINED, RANDOM) if not arguments.no_random else (PRETRAINED,)
         runs: list[dict[str, Any]] = []
         for options, seed, start in itertools.product(trials, arguments.seeds, starts):
@@ -130,6 +134,19 @@ def pretrained_folder(checkpoint: str, output: Path, reporter: Reporter) -> str:
             "save_pretrained wrote"
         ) from error
     return checkpoint
+
+
+def _length(asked: int | None, model: str) -> int:
+    """Return the length of texts in tokens: what was asked for, else the usual one as far as the model takes it.
+
+    Raises:
+        RecipeError: the model or its tokenizer takes fewer, and would cut the texts.
+    """
+    positions = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+    most = AutoTokenizer.from_pretrained(model).model_max_length
+    most = min(most, positions) if positions else most
+    within("--length", asked, _LEAST_LENGTH, most)
+    return min(Options.length, most) if asked is None else asked
 
 
 def fine_tune(
@@ -235,7 +252,6 @@ def _check(options: Options) -> None:
     within("--weight_decay", options.weight_decay, 0)
     within("--epochs", options.epochs, 0, above=True)
     within("--batch", options.batch, 1)
-    within("--length", options.length, 8)
     within("--limit", options.limit, 1)
     if not 0 <= options.warmup < 1:
         raise RecipeError(f"--warmup {options.warmup} is out of range: allowed is 0 to below 1, a share of the steps")
@@ -293,8 +309,13 @@ def _parser() -> CommandParser:
         default=[defaults.lr],
         help=f"learning rates to try, each with every seed; default: {defaults.lr:g}",
     )
-    for name, kind in (("epochs", float), ("batch", int), ("length", int), ("optimizer", str)):
+    for name, kind in (("epochs", float), ("batch", int), ("optimizer", str)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(defaults, name), help="default: %(default)s")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help=f"tokens per text; default: {defaults.length}, or what the model takes if that is less",
+    )
     parser.add_argument("--weight_decay", type=float, default=defaults.weight_decay, help="default: %(default)s")
     parser.add_argument(
         "--warmup", type=float, default=defaults.warmup, help="share of the steps; default: %(default)s"

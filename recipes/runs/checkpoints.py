@@ -103,25 +103,32 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
         raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {error!r}") from error
 
 
-def require_whole(checkpoint: Path) -> None:
-    """Check that the files of a checkpoint are those that were written with it; one that is missing is its reader's.
+def require_whole(checkpoint: Path, is_read: Callable[[str], bool] = lambda name: True) -> None:
+    """Check that the files of a checkpoint are those that were written with it.
 
-    Tells files that were cut short, emptied, or come from another checkpoint, by their length and their end. A
-    checkpoint that does not list its files passes.
+    Tells files that are missing, were cut short, emptied, or come from another checkpoint, by their length and their
+    end. A checkpoint that does not list its files passes.
+
+    Args:
+        checkpoint: the folder.
+        is_read: whether a file will be read, by its path in the folder; one that will not may be missing.
 
     Raises:
         RecipeError: lists the files that are not; or one cannot be read.
     """
     try:
         marks = dict(json.loads((checkpoint / _DESCRIPTION).read_text()).get(_FILES, {}))
+        missing = [name for name in marks if is_read(name) and not (checkpoint / name).exists()]
         present = [name for name in marks if (checkpoint / name).is_file()]
         others = [name for name in present if _mark(checkpoint / name) != marks[name]]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"cannot read {checkpoint}: {error}") from error
-    if others:
+    damage = [f"{', '.join(missing)} is missing"] if missing else []
+    damage += [f"{', '.join(others)} was cut short or replaced after the checkpoint was written"] if others else []
+    if damage:
         raise RecipeError(
-            f"{checkpoint} is damaged: {', '.join(others)} was cut short or replaced after the checkpoint was written; "
-            "copy the checkpoint's folder anew, or continue another checkpoint of the run"
+            f"{checkpoint} is damaged: {'; '.join(damage)}; copy the checkpoint's folder anew, or use another "
+            "checkpoint of the run"
         )
 
 

@@ -28,7 +28,7 @@ from ..data.prepared import PreparedData
 from ..model.masked_language_model import build_model, padded_vocabulary
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
-from .engines import TRAINING_STATE
+from .engines import ENGINE_STATE, TRAINING_STATE
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 # What DeepSpeed 0.19.8 pickles besides tensors and plain values.
@@ -58,7 +58,7 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
         RecipeError: no checkpoint, a damaged one, or the data that its tokenizer was trained on have changed.
     """
     checkpoint = find_checkpoint(path)
-    require_whole(checkpoint)
+    require_whole(checkpoint, lambda name: name != ENGINE_STATE)
     config = load_config(run_of(checkpoint) / CONFIG)
     data = prepare(config.data, reporter)
     identity = describe_checkpoint(checkpoint)["identity"]

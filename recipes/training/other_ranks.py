@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from trustratio.optimizers import LayerwiseOptimizer
@@ -68,6 +68,12 @@ def require_readable(checkpoint: Path, saved: int | None, ranks: int, zero_stage
             f"{ENGINE_STATE}, which other numbers of ranks read (bert.py and bert_accelerate.py write it for this "
             f"package's optimizers, unless run.for_any_ranks=false): continue it with {saved} ranks"
         )
+
+
+def is_read(checkpoint: Path, saved: int | None, ranks: int) -> Callable[[str], bool]:
+    """Return what tells whether `ranks` read a file of a checkpoint, which `saved` ranks wrote, by its name."""
+    by_others = saved not in (None, ranks) and (checkpoint / ENGINE_STATE).is_file()
+    return lambda name: (name == ENGINE_STATE) == by_others
 
 
 def _takes_statistics(config: RecipeConfig) -> bool:

@@ -25,7 +25,8 @@ _TIMEOUT = datetime.timedelta(hours=12)
 _PATIENCE = 60.0  # seconds of waiting for the others to start, before it is said
 
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # each process of mpirun would train the whole run by itself
+# Each process of mpirun or srun would train the whole run by itself.
+_OF_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _MOST_PORT = 65_535
 _REMEDY = "start with deepspeed, torchrun or accelerate, which set these variables, or unset them for one process"
 
@@ -76,7 +77,7 @@ def require_launcher() -> None:
         LauncherError: one is missing or contradicts another.
     """
     if "WORLD_SIZE" not in os.environ:
-        for name in _OF_MPI:
+        for name in _OF_OTHERS:
             if _variable(name, 1) > 1:
                 raise LauncherError(f"the environment has {name}={os.environ[name]} without WORLD_SIZE; {_REMEDY}")
     if world_size() > 1:

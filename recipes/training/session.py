@@ -23,11 +23,12 @@ from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
-from ..runs.checkpoints import CheckpointFolder, check_same_run, require_whole, run_of
+from ..runs.checkpoints import RANKS, CheckpointFolder, check_same_run, require_whole, run_of
 from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder, hold, let_go
 from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
+from .other_ranks import is_read
 from .quiet import quieten
 from .ranks import LauncherError, collect, on_each_machine, on_first_rank, rank, world_size
 
@@ -127,7 +128,8 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     """
     resume = run.invocation.resume
     if resume is not None:
-        on_first_rank(lambda: require_whole(resume))
+        saved = (run.saved_identity or {}).get(RANKS)
+        on_first_rank(lambda: require_whole(resume, is_read(resume, saved, world_size())))
     data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):

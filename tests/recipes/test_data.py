@@ -160,6 +160,7 @@ def bad_sources(tmp_path):
     (tmp_path / "broken.parquet").write_text("no parquet")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "column.parquet")
     (tmp_path / "empty.txt").write_text("  \n\n")
+    (tmp_path / "wide.txt").write_text("wide\n\n" * 99, encoding="utf-16-le")  # valid UTF-8, for ASCII characters
     (tmp_path / "one.txt").write_text("One short document.")
     return tmp_path
 
@@ -171,6 +172,7 @@ def bad_sources(tmp_path):
         ("nothing*.txt", "matches no file"),
         (".", r"is a folder; give files or a glob"),
         ("binary.txt", "not UTF-8 text"),
+        ("wide.txt", "is not text: it has NUL bytes"),
         ("broken.jsonl", "not JSON Lines"),
         ("column.jsonl", "line 1: no column 'text'; columns: body, id"),
         ("deep.jsonl", "not JSON Lines"),

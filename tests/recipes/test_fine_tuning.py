@@ -241,6 +241,7 @@ def test_a_comparison_from_the_command_line(model, package, tmp_path, capsys):
     assert run(*line, "--optimizer", "lamb", "--seeds", "1", "2", "--output", output) == 0
     results = json.loads(output.read_text())
     assert results["train"] + results["validation"] == 400
+    assert results["options"]["length"] == 64  # all that the model takes
     assert results["best"]["pretrained"]["accuracy"] > 0.95
     tried = [(run["start"], run["lr"], run["seed"]) for run in results["runs"]]
     assert tried == [(start, lr, seed) for lr in (1e-6, 0.02) for seed in (1, 2) for start in ("pretrained", "random")]
@@ -285,6 +286,7 @@ def test_bad_options_are_refused(model, package, tmp_path, capsys):
     for arguments, message in (
         (("--checkpoint", model, "--data", "rotten-tomatoes", "--epochs", "0"), "--epochs 0.0 is out of range"),
         (("--checkpoint", model, "--data", "rotten-tomatoes", "--optimizer", "lam"), "nearest: lamb"),
+        (("--checkpoint", model, "--data", "rotten-tomatoes", "--length", "100000"), "allowed is from 8 to 64"),
         (("--checkpoint", model), "arguments are required: --data"),
         (("--checkpoint", tmp_path / "none", "--data", "rotten-tomatoes"), "is no folder, and no model that the hub"),
         (("--checkpoint", tmp_path, "--data", "rotten-tomatoes"), "has no complete checkpoint"),

@@ -27,7 +27,7 @@ from trustratio.recipes.data.preparation import Preparation, prepare, prepare_in
 from trustratio.recipes.data.prepare import main
 from trustratio.recipes.data.prepared import check_sources, open_prepared, read_manifest
 from trustratio.recipes.data.rows import MaskedRows, RowOrder
-from trustratio.recipes.data.shards import BrokenShard, TokenFile, TokenRows
+from trustratio.recipes.data.shards import SPLITS, BrokenShard, TokenFile, TokenRows
 from trustratio.recipes.data.wordpiece import TextTokenizer, load_tokenizer, train_wordpiece
 
 QUIET = Reporter(active=False)
@@ -322,6 +322,40 @@ def test_a_manifest_that_is_no_object_is_named(documents):
     (documents / "manifest.json").write_text("[]")
     with pytest.raises(RecipeError, match=r"cannot read .*manifest\.json: expected a JSON object, found a list"):
         read_manifest(documents)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (None, "fingerprint, dtype, documents"),
+        ({"vocabulary_size": "200"}, "see vocabulary_size:"),
+        ({"dtype": "text"}, "see shards:"),
+        ({"shards": [{}]}, "see shards:"),
+        ({"shards": [{"files": {"train": {"name": "a"}}}]}, "see shards:"),
+        ({"shards": [{"files": {s: {"name": "a", "tokens": "9", "sha256": ""} for s in SPLITS}}]}, "see shards:"),
+    ],
+)
+def test_a_damaged_manifest_is_named(documents, values, named):
+    folder = prepare_into(documents / "out", config_of(documents), Preparation(), QUIET)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({"format": 3} if values is None else json.loads(path.read_text()) | values))
+    with pytest.raises(RecipeError, match=r"manifest\.json is damaged, ") as no:
+        check_sources([str(folder)])
+    assert named in str(no.value)
+
+
+@pytest.mark.parametrize("damage", ["", None, "other"])
+def test_a_prepared_folder_that_lost_its_tokenizer_is_named(documents, damage):
+    """Training reads tokens alone; the model would be saved without a tokenizer, or with one of other words."""
+    folder = prepare_into(documents / "out", config_of(documents), Preparation(), QUIET)
+    path = folder / "tokenizer.json"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(train_wordpiece([sentences(5, 100)], 120).tokenizer.to_str() if damage else "")
+    wrong = r"has 120 tokens instead of \d+" if damage else r"cannot be read \(.*\)"
+    with pytest.raises(RecipeError, match=rf"tokenizer\.json {wrong}: the folder was prepared with another tokenizer"):
+        open_prepared(folder, 16)
 
 
 def test_bad_data_that_were_mended_go_into_the_same_folder(tmp_path):

@@ -20,6 +20,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': allowed is a whole number from 1"),
         ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE='x'"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 without WORLD_SIZE"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 without WORLD_SIZE"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: allowed is up to 65535"),
     ],
 )

@@ -16,6 +16,8 @@ from trustratio.recipes.runs.checkpoints import (
 )
 from trustratio.recipes.runs.folder import claim_folder, fresh_folder, hold, let_go
 from trustratio.recipes.runs.metrics import MetricsLog, read_metrics
+from trustratio.recipes.training.engines import ENGINE_STATE
+from trustratio.recipes.training.other_ranks import is_read
 
 
 def write(checkpoints, step, fail=False):
@@ -143,6 +145,23 @@ def test_files_that_are_not_the_checkpoints_are_named(tmp_path, damage):
     with pytest.raises(RecipeError, match="step-00000002 is damaged: weights was cut short or replaced"):
         require_whole(good)
     require_whole(other)
+
+
+def test_missing_files_are_named_but_for_those_that_nobody_reads(tmp_path):
+    path = write(CheckpointFolder(tmp_path, keep=1, identity={}), 1)
+    (path / "weights").unlink()
+    with pytest.raises(RecipeError, match="step-00000001 is damaged: weights is missing; copy"):
+        require_whole(path)
+    require_whole(path, lambda name: name != "weights")
+
+
+@pytest.mark.parametrize(("saved", "read"), [(2, "optimizer.pt"), (None, "optimizer.pt"), (4, ENGINE_STATE)])
+def test_other_numbers_of_ranks_read_the_engine_state_alone(tmp_path, saved, read):
+    (tmp_path / ENGINE_STATE).touch()
+    tells = is_read(tmp_path, saved, 2)
+    assert [name for name in ("optimizer.pt", ENGINE_STATE) if tells(name)] == [read]
+    (tmp_path / ENGINE_STATE).unlink()
+    assert is_read(tmp_path, saved, 2)("optimizer.pt")
 
 
 def test_a_checkpoint_that_does_not_list_its_files_passes(tmp_path):

@@ -54,6 +54,12 @@ def test_a_file_that_was_cut_is_noticed(content: bytes, tmp_path: Path) -> None:
         load_optimizer_state(make()[1], tmp_path / "folder")
 
 
+def test_a_folder_is_not_written_as_a_file(tmp_path: Path) -> None:
+    for folder in (tmp_path, "", "."):
+        with pytest.raises(OptimizerStateError, match=r"could not write .*it is a folder: give the file to write"):
+            save_optimizer_state(make()[1], folder)
+
+
 # In part ------------------------------------------------------------------------------------------------------------
 
 
