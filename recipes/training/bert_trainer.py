@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from ..common.errors import TrainingFailure
+from ..common.errors import RecipeError, TrainingFailure
 from ..common.files import whole_file
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER
 from ..model.build import build_parts
+from ..runs.folder import ENVIRONMENT
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
 from .ranks import collect_failures, start
@@ -46,7 +49,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     """Prepare the data, train with the Trainer, save the model in transformers' format and draw the report (all ranks).
 
     Raises:
-        RecipeError: bad data, a checkpoint of other data, an output folder in use, refused optimizer options.
+        RecipeError: bad data, a checkpoint of other data or versions, an output folder in use, refused options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
     began = time.perf_counter()
@@ -61,7 +64,14 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         StopRequests() as stop,
     ):
         trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
-        trainer.train(None if resume is None else str(trainers_part(resume)))
+        try:
+            trainer.train(None if resume is None else str(trainers_part(resume)))
+        except UnpicklingError as error:
+            unknown = re.search(r"GLOBAL (\S+)", str(error))
+            raise RecipeError(
+                f"{resume} holds what these versions of torch, NumPy and transformers do not read"
+                f"{f' ({unknown[1]})' if unknown else ''}; continue it with those that {ENVIRONMENT} of its run names"
+            ) from error
         trainer.updates.require_data()
         records.require_written()
     _save_model(trainer, folder / MODEL, Path(data[0].folder, TOKENIZER))

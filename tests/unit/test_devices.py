@@ -35,6 +35,9 @@ def default_device(way: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop(
+            "device_context", None
+        )  # get_default_device() of torch 2.9 trips over None
 
 
 def needed(implementation: str) -> None:

@@ -19,6 +19,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -260,7 +262,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(folder: Path, script: str, *arguments: str, **environment: str) -> None:
+def call(folder: Path, script: str, *arguments: str, status: int = 0, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, str(RECIPES / script), *arguments],
         stdout=subprocess.PIPE,
@@ -271,7 +273,8 @@ def call(folder: Path, script: str, *arguments: str, **environment: str) -> None
         # The files were written on one thread; sums of the model's products depend on that.
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRUSTRATIO_CACHE": str(folder / "cache"), **environment},
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == status, done.stdout
+    return done.stdout
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -306,6 +309,8 @@ def computed(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_is_continued(run: str, runs: Path, tmp_path: Path) -> None:
+    if run == "trainer" and np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        pytest.skip("the Trainer has kept the random state of NumPy 2, which 1 cannot read")
     script, environment = RUNS[run]
     call(runs, script, "--resume", f"{run}/checkpoints/{MIDDLE}", "--output", str(tmp_path / run), **environment)
     numbers = computed(runs / run)
@@ -315,6 +320,18 @@ def test_a_run_is_continued(run: str, runs: Path, tmp_path: Path) -> None:
     assert set(found) >= set(expected)
     assert len(expected) > 2
     assert_weights({place: found[place] for place in expected}, expected, exact=same_arithmetic())
+
+
+def test_a_checkpoint_that_these_versions_cannot_read_is_named(runs: Path, tmp_path: Path) -> None:
+    """As when the Trainer's random state is of a newer NumPy."""
+    shutil.copytree(runs, tmp_path / "runs")
+    (random_state,) = (tmp_path / "runs/trainer/checkpoints" / MIDDLE).rglob("rng_state.pth")
+    torch.save({"python": Path("a")}, random_state)
+    script, environment = RUNS["trainer"]
+    line = ("--resume", f"trainer/checkpoints/{MIDDLE}", "--output", str(tmp_path / "out"))
+    said = call(tmp_path / "runs", script, *line, status=2, **environment)
+    assert f"{MIDDLE} holds what these versions of torch, NumPy and transformers do not read (pathlib." in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("run", ["data-parallel", "zero-1"])
