@@ -66,7 +66,7 @@ class Squares:
         if destination is not None and watched.squares is None and not destination.is_kept():
             self._bucket(destination, dtype).add(watched, destination, flat)
             return
-        if watched.squares is None:
+        if watched.squares is None or watched.squares.shape != flat.shape:  # the parameter may have been resized
             watched.squares = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
         wide = flat.to(dtype)
         watched.squares.addcmul_(wide, wide)
@@ -85,7 +85,7 @@ class Squares:
             groups: By how much this rank's squares are multiplied where there are several.
         """
         for tensor, layer in zip(layout.tensors, watched, strict=True):
-            if layer.squares is None:
+            if layer.squares is None or layer.squares.numel() != tensor.numel():
                 layer.squares = torch.zeros(tensor.numel(), dtype=compute_dtype(tensor), device=tensor.device)
         squares = [layer.squares for layer in watched if layer.squares is not None]
         fresh = [s for s in squares if id(s) not in self._reduced]

@@ -91,11 +91,16 @@ def _refuse(optimizer: Any, replaced: Sequence[tuple[torch.Tensor, _Place]]) -> 
         for tensor, place in replaced
     ]
     if abandoned:
+        sharded = any(placements_of(tensor) is not None for tensor, _ in replaced)
+        broken_off = (
+            ". If an exception in forward or backward was caught: fully_shard's whole parameters stay in the modules "
+            "after it, so make model and optimizer anew, from a checkpoint"
+        )
         raise LayoutError(
             "the model has other parameters than the optimizer, whose own get no gradient any more and would stay as "
             f"they are: {listing(abandoned)}. Make the optimizer from model.parameters() after what replaced them: "
             "fully_shard, FullyShardedDataParallel (with use_orig_params=True), to_empty or "
-            "load_state_dict(assign=True)"
+            f"load_state_dict(assign=True){broken_off if sharded else ''}"
         )
 
 

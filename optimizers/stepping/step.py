@@ -224,10 +224,13 @@ class Step:
         value = make_element_state(state, tensor, name)
         if not cut_alike(value, tensor):
             layer = self.layout.layers[self.plan.tensor_layers[index].start]
+            resized = value.shape != tensor.shape
+            shapes = f" (of shape {tuple(value.shape)} beside {tuple(tensor.shape)})" if resized else ""
             raise LayoutError(
-                f"the state {name} of {layer.name} is not cut like the parameter: load an optimizer's state with "
-                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, and do not cut a parameter anew "
-                "after the first step"
+                f"the state {name} of {layer.name} is not cut like the parameter{shapes}: load an optimizer's state "
+                "with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, do not cut a parameter anew "
+                "after the first step, and where one was resized, as by resize_token_embeddings, delete its state: "
+                "optimizer.state.pop(parameter, None)"
             )
         if index in self.plan.as_they_lie:
             state[name] = in_the_order_of(value, tensor)

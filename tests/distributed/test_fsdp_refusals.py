@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -26,7 +27,7 @@ class Strange(torch.Tensor):
 
 def step_that_is_refused(name: str) -> None:
     """Take one step, or two, in a set-up that is deliberately broken."""
-    if name in ("stale", "cowclip", "sharded later", *KEPT_BACK):
+    if name in ("stale", "cowclip", "sharded later", "broken off", *KEPT_BACK):
         step_with_a_broken_model(name)
         return
     mesh = make_mesh(None)
@@ -85,6 +86,8 @@ def step_with_a_broken_model(name: str) -> None:
             run.train(0, 1)
     elif name in KEPT_BACK:
         step_with_gradients_kept_back(name)
+    elif name == "broken off":
+        step_after_an_exception_in_backward()
     else:
         case = make_case("lamb")
         model = Model(case)
@@ -122,6 +125,22 @@ def step_with_gradients_kept_back(name: str) -> None:
     optimizer.step()
 
 
+def step_after_an_exception_in_backward() -> None:
+    """The first block's parameters are whole when it comes, and stay so."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    for part in (*model, model):
+        fully_shard(part)
+    optimizer = LAMB(model.named_parameters())
+    for broken in (False, True, False):
+        hidden = model[0](torch.ones(2, 4))
+        if broken:
+            hidden.register_hook(lambda gradient: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            model[1](hidden).square().sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+
 STALE = r"the model has other parameters.*Make the optimizer from model.parameters\(\) after what replaced them"
 
 
@@ -141,6 +160,7 @@ STALE = r"the model has other parameters.*Make the optimizer from model.paramete
         ("two wrappers", "one kind of wrapper per optimizer"),
         ("partial", r"parameter weight has placements \(Partial"),
         ("stale", STALE),
+        ("broken off", STALE + r".*If an exception in forward or backward was caught.*anew, from a checkpoint"),
         *KEPT_BACK.items(),
         (
             "no gradient sync",

@@ -322,6 +322,24 @@ def test_hooks_do_not_keep_the_optimizer_alive() -> None:
     accumulate(w, FIRST)
 
 
+@pytest.mark.parametrize("optimizer_class", [CLARS, VRSGD, VRLARS, VRLAMB])
+def test_a_resized_parameter_goes_on_as_a_new_one(optimizer_class: Any) -> None:
+    """`resize_token_embeddings` puts larger data into the same parameter."""
+    resized, fresh = ones(3), ones(5)
+    optimizer = optimizer_class([("w", resized)], lr=0.1)
+    train(resized, optimizer, FIRST)
+    resized.data = torch.ones(5, dtype=torch.float64)
+    optimizer.state.pop(resized, None)
+    resized.grad = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(StatisticsError, match="saw no group"):  # what is kept of earlier steps has another size
+        optimizer.step()
+    optimizer.zero_grad()
+    larger = torch.cat([SECOND, FIRST[:, :2]], dim=1)
+    train(resized, optimizer, larger)
+    train(fresh, optimizer_class([("w", fresh)], lr=0.1), larger)
+    torch.testing.assert_close(resized, fresh, rtol=1e-12, atol=0)
+
+
 # Not finite ---------------------------------------------------------------------------------------------------------
 
 

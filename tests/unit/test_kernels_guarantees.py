@@ -107,7 +107,7 @@ def test_state_of_another_shape_or_device_is_refused() -> None:
     optimizer.step()
     state = optimizer.state[p]
     kept, state["exp_avg"] = state["exp_avg"], torch.zeros(3)
-    with pytest.raises(LayoutError, match="the state exp_avg of bias is not cut like the parameter"):
+    with pytest.raises(LayoutError, match=r"exp_avg of bias is not cut like .* \(of shape \(3,\) beside \(4,\)\)"):
         optimizer.step()
     state["exp_avg"] = torch.zeros(4, device="meta")
     assert cpu.KERNELS.serves(Operands(optimizer._plan().layout, [p], [p.grad], {"exp_avg": [kept]})) == [True]
