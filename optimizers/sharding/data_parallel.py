@@ -219,13 +219,28 @@ def reconcile(found: DataParallel | None, told: dist.ProcessGroup | None) -> Dat
 
 def unknown_ranks(optimizer: Any) -> LayoutError:
     """The error for whoever must add over samples, where several ranks exist and nobody knows who averages."""
+    outside = _outside_ddp(optimizer)
+    left_out = (
+        f" DistributedDataParallel holds the others, but not {listing(outside)}: if the model has them no more, take "
+        "them out of param_groups or freeze them with requires_grad_(False)."
+    )
     return LayoutError(
         f"{type(optimizer).__name__} adds up what each data-parallel rank has seen, but nobody says which of the "
         f"{processes()} ranks average gradients: no wrapper (DistributedDataParallel, fully_shard, a DeepSpeed engine) "
-        "was found to hold all parameters that the optimizer trains. If gradients are averaged by hand, set "
-        "optimizer.data_parallel_group to the torch process group that averages them, e.g. dist.group.WORLD; if every "
-        "rank trains a model of its own, to dist.new_group([rank], use_local_synchronization=True)"
+        f"was found to hold all parameters that the optimizer trains.{left_out if outside else ''} If gradients are "
+        "averaged by hand, set optimizer.data_parallel_group to the torch process group that averages them, e.g. "
+        "dist.group.WORLD; if every rank trains a model of its own, to "
+        "dist.new_group([rank], use_local_synchronization=True)"
     )
+
+
+def _outside_ddp(optimizer: Any) -> list[str]:
+    """The trained parameters that no DDP module averages, where some have one."""
+    averaged = {key for module in living(DistributedDataParallel) for key in _averaged_by(module)}
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    outside = [p for p in trained if id(p) not in averaged]
+    named = [optimizer.parameter_name(p) or f"one of shape {tuple(p.shape)}" for p in outside]
+    return named if len(outside) < len(trained) else []
 
 
 def while_alive(*owners: Any) -> Callable[[], bool]:

@@ -78,6 +78,23 @@ def test_nobody_known_among_several_ranks_is_an_error(several: dist.ProcessGroup
 
 
 @pytest.mark.usefixtures("several")
+@pytest.mark.parametrize("names", [True, False])
+def test_parameters_that_the_model_has_no_more_are_named(names: bool) -> None:
+    """As of a block that was cut out of the model, or of adapters that were merged into it."""
+    model, gone = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(5, 2, bias=False)
+    layers = [("kept", model.weight), ("gone", gone.weight)]
+    optimizer = CLARS(layers if names else [p for _, p in layers], lr=0.1)
+    wrapper = DistributedDataParallel(model)
+    left_out = "gone" if names else r"one of shape \(2, 5\)"
+    message = rf"holds the others, but not {left_out}: if .* take them out of param_groups or freeze them"
+    with pytest.raises(LayoutError, match=message):
+        trained(model, optimizer, wrapper)
+    optimizer.zero_grad()
+    gone.requires_grad_(False)
+    trained(model, optimizer, wrapper)
+
+
+@pytest.mark.usefixtures("several")
 def test_it_is_asked_again_until_somebody_is_known_and_when_the_wrapper_is_another() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = CLARS(model.parameters(), lr=0.1)
