@@ -15,9 +15,10 @@ import torch.distributed as dist
 from trustratio.optimizers.sharding.local_tensors import local_part, reduction_device, summable
 
 from .local_state import WEIGHT, LocalLayer, LocalState
+from .plain import as_json
 from .ranks import device_for, of_rank, raise_together, rank, ranks_that_differ, several_ranks
 
-__all__ = ["Catalogue", "as_json", "prove_positions", "share_out"]
+__all__ = ["Catalogue", "prove_positions", "share_out"]
 
 NOT_OPTIONS = ("params", "param_names")
 POSITION_MODULUS = 1 << 40  # sums of positions are compared modulo this, so that they never overflow
@@ -94,21 +95,6 @@ def _describe(local: LocalState) -> tuple[dict[str, DescribedLayer], list[str]]:
         )
         for layer in local.layers
     }, problems
-
-
-def as_json(value: Any) -> str:
-    """Write plain values; tensors as numbers and tuples as lists.
-
-    Raises:
-        TypeError: If a value is none of these.
-    """
-    return json.dumps(value, default=_numbers)
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    raise TypeError(f"a {type(value).__name__} is neither a number, a string, a list, a dict nor a tensor")
 
 
 def share_out(local: LocalState, names: Iterable[str]) -> dict[str, bool]:

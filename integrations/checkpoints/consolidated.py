@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from trustratio.optimizers.sharding.layout import listing
 from trustratio.optimizers.stepping.count import steps_of
 
-from .catalogue import Catalogue, as_json, prove_positions, share_out
+from .catalogue import Catalogue, prove_positions, share_out
 from .local_state import WEIGHT, LocalState
+from .plain import as_json
 from .ranks import OptimizerStateError, device_for, of_all_ranks, raise_together, rank, several_ranks
 from .safetensors_file import ReplacedFile, StoredTensor, header_of
 from .stored import FORMAT, VERSION, StoredFile, key_of
@@ -56,7 +57,7 @@ def save_optimizer_state(
         model: Names the layers by `model.named_parameters()`. Needed if the optimizer was not made from named
             parameters: without names, layers are called by their position, which other backends do not share.
         extra: Anything plain, e.g. a scheduler's state_dict(); `load_optimizer_state` returns rank 0's, with lists for
-            tuples and numbers for tensors.
+            tuples and numbers for tensors; keys of dicts are text or numbers and come back as they were.
 
     Raises:
         OptimizerStateError: On all ranks, if two layers share a name, ranks disagree about a layer, the position of

@@ -98,6 +98,9 @@ class ReplacedFile:
         """Begin the new file; makes the folder if need be."""
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder: give the file to write", str(self.path))
+        if self.path.exists() and not self.path.is_file():
+            raise OSError(errno.EINVAL, "it is a device or a pipe: give the file to write", str(self.path))
+        self.path = self.path.resolve()  # a link stays one, and what it points to is replaced
         self.partial = self.path.with_name(f".{self.path.name}.partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.partial.open("wb", buffering=0)

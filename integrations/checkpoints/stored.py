@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from .local_state import WEIGHT
 from .pieces import ReadBlock
+from .plain import from_json
 from .safetensors_file import refuse_damaged_header
 
 __all__ = ["FORMAT", "VERSION", "StoredFile", "key_of"]
@@ -43,8 +44,8 @@ class StoredFile:
         self.class_name = metadata["optimizer"]
         self.element_state: list[str] = json.loads(metadata["element_state"])
         self.layer_state: list[str] = json.loads(metadata["layer_state"])
-        self.groups: list[dict[str, Any]] = json.loads(metadata["groups"])
-        self.extra = json.loads(metadata["extra"])
+        self.groups: list[dict[str, Any]] = from_json(metadata["groups"])
+        self.extra = from_json(metadata["extra"])
         self.shapes = {name: self._shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
         for name, shape in self.shapes.items():
             for what in (*self.element_state, *self.layer_state):

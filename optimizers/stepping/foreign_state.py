@@ -7,6 +7,7 @@ weights of a wrapper, keys of a scheduler) is theirs, and passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator
             if missing:
                 yield f"parameter {name} lacks the state {', '.join(sorted(missing))}"
                 continue
-            problems = [*_misshapen(optimizer, element_state, state, parameter, name)]
+            problems = [*_misshapen(optimizer, element_state, state, parameter, name)] or [*_miscounted(state, name)]
             yield from problems
             if not problems and _is_warm_before_the_first_step(state, element_state):
                 yield (
@@ -140,10 +141,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | torch.Tensor)
 
 
+def _miscounted(state: dict[str, Any], name: str) -> Iterator[str]:
+    """A `step` that counts nothing: the next bias correction would make NaN of the weights, or be another one."""
+    for step in _steps(state).flatten().tolist():
+        if not 0 <= step < math.inf or int(step) != step:
+            yield f"parameter {name} has step {step:g}, which must be the number of steps taken, a whole number"
+
+
+def _steps(state: dict[str, Any]) -> torch.Tensor:
+    """How often each layer of a tensor was updated; nothing if the state does not tell."""
+    steps = state.get("layers", {}).get("step", state.get("step"))
+    return torch.as_tensor(() if steps is None else steps, device="cpu")
+
+
 def _is_warm_before_the_first_step(state: dict[str, Any], element_state: Sequence[str]) -> bool:
     """Whether no layer of the tensor was updated, by `step`, but there are moments; their correction would explode."""
-    steps = state.get("layers", {}).get("step", state.get("step"))
-    if steps is None or torch.as_tensor(steps, device="cpu").any():
+    steps = _steps(state)
+    if not steps.numel() or steps.any():
         return False
     return any(bool(local_part(state[what]).any()) for what in element_state)
 

@@ -258,6 +258,35 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_schedule_goes_on_by_its_milestones(tmp_path: Path) -> None:
+    def start() -> tuple[LayerwiseOptimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = make(lr=1.0)[1]
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+
+    optimizer, scheduler = start()
+    save_optimizer_state(optimizer, tmp_path / "state", extra={"scheduler": scheduler.state_dict()})
+    loaded, again = start()
+    again.load_state_dict(load_optimizer_state(loaded, tmp_path / "state")["scheduler"])
+    loaded.step()
+    again.step()
+    assert loaded.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{1: {2.5: [{None: "a"}]}, "1": 2}, {"of rank": {0: {"x": True}, 1: {}}}, {"trustratio: key and value": 1}],
+)
+def test_dicts_come_back_with_their_keys(extra: dict, tmp_path: Path) -> None:
+    _, optimizer = make()
+    optimizer.param_groups[1]["rule"] = extra
+    save_optimizer_state(optimizer, tmp_path / "state", extra=extra)
+    _, loaded = make()
+    assert load_optimizer_state(loaded, tmp_path / "state") == extra
+    assert loaded.param_groups[1]["rule"] == extra
+    with pytest.raises(TypeError, match=r"a dict has the key \(1, 2\), which is neither text nor a number"):
+        save_optimizer_state(optimizer, tmp_path / "state", extra={(1, 2): 3})
+
+
 # Interrupted writes -------------------------------------------------------------------------------------------------
 
 

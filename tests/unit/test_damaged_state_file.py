@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,19 @@ def test_a_folder_is_not_written_as_a_file(tmp_path: Path) -> None:
     for folder in (tmp_path, "", "."):
         with pytest.raises(OptimizerStateError, match=r"could not write .*it is a folder: give the file to write"):
             save_optimizer_state(make()[1], folder)
+
+
+def test_what_a_link_points_to_is_replaced_and_a_pipe_refused(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to("disk/state")
+    for _ in range(2):
+        save_optimizer_state(make()[1], tmp_path / "state", extra=3)
+        assert (tmp_path / "state").is_symlink()
+        assert load_optimizer_state(make()[1], tmp_path / "disk" / "state") == 3
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OptimizerStateError, match=r"pipe: .*it is a device or a pipe: give the file to write"):
+        save_optimizer_state(make()[1], tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 # In part ------------------------------------------------------------------------------------------------------------
