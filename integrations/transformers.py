@@ -30,7 +30,13 @@ from trustratio.optimizers.sharding.living import living
 from .accelerate import layerwise_optimizer
 from .guards.loss import watch_first_loss
 from .guards.replaced import ReplacedOptimizerError, innermost, refuse_replacement
-from .guards.trainer import calling_trainer, refuse_uncalled_pair, refuse_unread_arguments, warn_of_lost_clipping
+from .guards.trainer import (
+    calling_trainer,
+    refuse_double_division,
+    refuse_uncalled_pair,
+    refuse_unread_arguments,
+    warn_of_lost_clipping,
+)
 from .named_layers import named_layers
 
 __all__ = [
@@ -274,6 +280,7 @@ class DroppedOptimizerGuard(TrainerCallback):
         refuse_uncalled_pair(trainer, stepping, _is_made_by_pair(trainer, stepping))
         if isinstance(stepping, LayerwiseOptimizer):
             refuse_unread_arguments(args, stepping)
+            refuse_double_division(trainer)
             warn_of_lost_clipping(trainer)
             watch_first_loss(trainer)
 

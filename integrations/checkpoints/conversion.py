@@ -77,9 +77,12 @@ def convert_state(
 
     Raises:
         ValueError: Listing what does not mean the same, what is missing, and what would be lost.
-        TypeError: If this is not an optimizer of this package.
+        TypeError: If this is not an optimizer of this package, or names are given as one text.
     """
     target = unwrapped(optimizer)
+    for name, given in (("options", options), ("drop", drop)):
+        if isinstance(given, str):
+            raise TypeError(f"{name} must be a collection of names, such as ({given!r},), got {given!r}")
     converted = target.state_dict()
     if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
         found = f"a dict of {listing([*map(repr, state_dict)])}" if isinstance(state_dict, dict) else type(state_dict)

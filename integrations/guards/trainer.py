@@ -7,13 +7,20 @@ import math
 import warnings
 from typing import Any
 
+import transformers
 from transformers import Trainer, TrainingArguments
 
 from trustratio.optimizers import LayerwiseOptimizer
 
 from .replaced import KEEP_IT, ConflictingSettingsError, ReplacedOptimizerError
 
-__all__ = ["calling_trainer", "refuse_uncalled_pair", "refuse_unread_arguments", "warn_of_lost_clipping"]
+__all__ = [
+    "calling_trainer",
+    "refuse_double_division",
+    "refuse_uncalled_pair",
+    "refuse_unread_arguments",
+    "warn_of_lost_clipping",
+]
 
 # What a Trainer that is given an optimizer does not read, and the option in its place.
 UNREAD = {"learning_rate": "lr", "weight_decay": "weight_decay"}
@@ -73,6 +80,22 @@ def refuse_unread_arguments(args: TrainingArguments, optimizer: LayerwiseOptimiz
                 f"{type(optimizer).__name__} has {option}={max(given):g}: write {option}={asked:g} there, or leave "
                 f"{argument} out"
             )
+
+
+def refuse_double_division(trainer: Trainer) -> None:
+    """Raise if accelerate would divide the loss by the accumulation steps, which the Trainer or the loss has done.
+
+    Raises:
+        ConflictingSettingsError: If so, as from transformers 5.2 to 5.5. Under DeepSpeed accelerate divides nothing.
+    """
+    steps = trainer.accelerator.gradient_accumulation_steps
+    if steps > 1 and not trainer.is_deepspeed_enabled:
+        raise ConflictingSettingsError(
+            f"accelerate would divide the loss by its own gradient_accumulation_steps={steps}, after the Trainer of "
+            f"transformers {transformers.__version__} has divided it: gradients would be too small by a factor of "
+            f"{steps}. Install transformers 5.6 or newer, leave num_steps out of accelerator_config, or set "
+            "trainer.accelerator.gradient_accumulation_steps = 1 before trainer.train()"
+        )
 
 
 def warn_of_lost_clipping(trainer: Trainer) -> None:

@@ -9,12 +9,29 @@ import torch
 
 from ..sharding.layout import Layout
 
-__all__ = ["HOW_TO_BUILD", "GroupNorms", "LastNorms", "StatisticsError", "StepStatistics", "norms_from_table"]
+__all__ = [
+    "HOOKS_ARE_LOST",
+    "HOW_TO_BUILD",
+    "LOSES_HOOKS",
+    "GroupNorms",
+    "LastNorms",
+    "StatisticsError",
+    "StepStatistics",
+    "norms_from_table",
+]
+
+LOSES_HOOKS = torch.__version__ < "2.10"
+"""Under non-reentrant checkpointing, a torch.autograd.Function that keeps a parameter takes its hooks away for good."""
+HOOKS_ARE_LOST = LOSES_HOOKS * (
+    " Before torch 2.10, torch.utils.checkpoint with use_reentrant=False takes the hooks of a parameter away where a "
+    "torch.autograd.Function keeps it, as DeepSpeed's linear layers do in a process that has used ZeRO-3: take a newer "
+    "torch, or use_reentrant=True."
+)
 
 HOW_TO_BUILD = (
     "Group gradients are seen in backward(): construct the optimizer with the model's own parameters, pass that object "
     "to the wrapper, and let backward() make the gradients. Gradients made in another way are given by "
-    "optimizer.statistics.add_group({name or parameter: gradient}), once per group."
+    f"optimizer.statistics.add_group({{name or parameter: gradient}}), once per group.{HOOKS_ARE_LOST}"
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..sharding.layout import listing
-from .norms import HOW_TO_BUILD, StatisticsError
+from .norms import HOOKS_ARE_LOST, HOW_TO_BUILD, StatisticsError
 
 __all__ = ["Verdict"]
 
@@ -16,7 +16,8 @@ CHANGED = (
     "between backward() and step() by more than a common factor, so that the statistics of its micro-batches are not "
     "those of the gradient. A factor for the whole model, as of clip_grad_norm_, unscaling and averaging by hand, is "
     "found out; other changes, as of clip_grad_value_, masks, noise or gradients of other batches, are not. Make them "
-    "in a hook (Tensor.register_hook) that the parameter has before the optimizer is constructed, for each micro-batch"
+    "in a hook (Tensor.register_hook) that the parameter has before the optimizer is constructed, for each micro-batch."
+    f"{HOOKS_ARE_LOST}"
 )
 
 

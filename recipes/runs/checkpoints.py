@@ -38,9 +38,11 @@ def find_checkpoint(path: Path) -> Path:
     latest = path / CHECKPOINTS / _LATEST
     if not latest.is_file():
         raise RecipeError(f"--resume {str(path)!r}: the folder has no complete checkpoint ({latest} is missing)")
-    newest = path / CHECKPOINTS / latest.read_text(errors="replace").strip()
-    if not (newest / _DESCRIPTION).is_file():
-        raise RecipeError(f"--resume {str(path)!r}: {latest} names {newest.name}, which is missing or incomplete")
+    name = latest.read_text(errors="replace").strip()
+    newest = path / CHECKPOINTS / name
+    if not (name and (newest / _DESCRIPTION).is_file()):
+        named = f"names {name!r}, which is missing or incomplete" if name else "is empty"
+        raise RecipeError(f"--resume {str(path)!r}: {latest} {named}; give one of the checkpoints beside it")
     return newest
 
 
@@ -96,7 +98,7 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
     try:
         values = json.loads((checkpoint / _DESCRIPTION).read_text())
         step = int(values["step"])
-        if step < 0:
+        if step < 0 or (_is_complete(checkpoint) and step != int(checkpoint.name.removeprefix("step-"))):
             raise ValueError(f"step is {step}")
         return {"step": step, "identity": dict(values["identity"])}
     except (OSError, ValueError, KeyError, TypeError) as error:

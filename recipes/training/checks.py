@@ -9,6 +9,11 @@ from typing import Any
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.optim import Optimizer
+
+from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.kernels.choice import choose
+from trustratio.optimizers.kernels.interface import ImplementationError
 
 from ..common.errors import NothingToDo, RecipeError
 from ..common.files import require_writable
@@ -83,7 +88,8 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     config = complete_config(invocation, settings)
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
-    outline(config)  # refuses optimizers and their options before any data are read
+    _, optimizer = outline(config)  # refuses optimizers and their options before any data are read
+    _require_kernels(optimizer)
     if invocation.resume is not None:
         config = _check_resumable(invocation, config)
         invocation = dataclasses.replace(invocation, config=config)
@@ -113,6 +119,24 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     else:
         _check_output(invocation)
     return run
+
+
+def _require_kernels(optimizer: Optimizer) -> None:
+    """Check that the implementation that TRUSTRATIO_IMPLEMENTATION or an option asks for is there.
+
+    Raises:
+        RecipeError: it is unknown, or works neither on the accelerator nor on the host, where offloaded state lies.
+    """
+    if not isinstance(optimizer, LayerwiseOptimizer):
+        return
+    refusals = []
+    for device in dict.fromkeys((get_accelerator().device_name(), "cpu")):
+        try:
+            choose(optimizer.implementation, torch.device(device))
+            return
+        except (ImplementationError, ValueError) as error:
+            refusals.append(error)
+    raise RecipeError(str(refusals[0])) from refusals[0]
 
 
 def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> RecipeConfig:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from trustratio.optimizers.gradient_statistics.norms import LOSES_HOOKS
+
 from .cases import Case, LayerSpec, group_gradients, initial_weights, mean_gradients, run_case
 from .exactness import MODEL, assert_exact, two_groups, worst_error
 from .group_runs import (
@@ -266,6 +268,8 @@ def assert_same_training(found: Any, wanted: Any) -> None:
 def test_a_network_with_activation_checkpointing(
     pool: WorkerPool, stage: str | int, recompute: str | None, world_size: int
 ) -> None:
+    if LOSES_HOOKS and recompute == "plain":
+        pytest.skip("ZeRO-3 has put its linear layers in place of torch's in this process")
     for name in ("clars", "vrsgd"):
         wanted = pool.run(train_network, name, "dense", 1, groups=2 * world_size)[0]
         assert_same_training(pool.run(train_network, name, stage, 2, recompute), wanted)

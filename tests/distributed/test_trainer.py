@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from .accelerate_runs import counts_by_itself
 from .pool import WorkerPool
 from .test_accelerate import NAMES
 from .trainer_runs import STEPS, dropped, grouped, train, train_plainly
@@ -72,6 +73,8 @@ def test_other_optimizers_rates_and_processes_are_refused(pool: WorkerPool, worl
         "one process": "TrainingArguments(use_cpu=True)",
         "accelerate's CPU": "ACCELERATE_USE_CPU=true",
     }
+    if any(pool.run(counts_by_itself)):
+        del beginnings["one process"]
     for way, beginning in beginnings.items():
         for answer in pool.run(dropped, str(tmp_path), 2 if way == "offload" else 1, way):
             assert answer.startswith(beginning), answer

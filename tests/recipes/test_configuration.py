@@ -317,6 +317,16 @@ def test_a_finished_run_has_nothing_left_to_do(saved_run, capsys):
     assert shown.err == ""
 
 
+@pytest.mark.parametrize(("asked", "message"), [("foo", "must be one of .*, got 'foo'"), ("triton", "'triton' needs ")])
+def test_an_implementation_that_is_not_there_is_named(asked, message, monkeypatch):
+    """Before data are read and an earlier run is overwritten."""
+    monkeypatch.setenv("TRUSTRATIO_IMPLEMENTATION", asked)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RecipeError, match=message):
+        check("--preset", "lamb-tiny")
+    check("--preset", "adamw-tiny")
+
+
 def test_other_numbers_of_ranks_share_the_same_batch_out(saved_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match=r"written by 1 ranks, and 3 cannot share out its global batch of 512 ") as no:

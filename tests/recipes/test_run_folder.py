@@ -79,11 +79,11 @@ def test_an_unusable_output_is_named(tmp_path):
         claim_folder(tmp_path / "file", overwrite=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"step-99"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"step-99"])
 def test_a_broken_name_of_the_newest_checkpoint_is_named(tmp_path, content):
     write(CheckpointFolder(tmp_path, keep=2, identity={}), 1)
     (tmp_path / "checkpoints" / "latest").write_bytes(content)
-    with pytest.raises(RecipeError, match="missing or incomplete"):
+    with pytest.raises(RecipeError, match="missing or incomplete" if content.strip() else "latest is empty"):
         find_checkpoint(tmp_path)
 
 
@@ -116,12 +116,12 @@ def test_missing_and_broken_checkpoints_are_named(tmp_path):
     with pytest.raises(RecipeError, match="no complete checkpoint"):
         find_checkpoint(tmp_path)
     path = write(CheckpointFolder(tmp_path, keep=1, identity={}), 1)
-    for damaged in ("{", "[]", '{"step": -3, "identity": {}}'):
+    for damaged in ("{", "[]", '{"step": -3, "identity": {}}', '{"step": 2, "identity": {}}'):
         (path / "checkpoint.json").write_text(damaged)
         with pytest.raises(RecipeError, match="cannot read"):
             describe_checkpoint(path)
     (path / "checkpoint.json").unlink()
-    with pytest.raises(RecipeError, match="names step-00000001, which is missing or incomplete"):
+    with pytest.raises(RecipeError, match="names 'step-00000001', which is missing or incomplete"):
         find_checkpoint(tmp_path)
 
 

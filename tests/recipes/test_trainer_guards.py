@@ -146,6 +146,25 @@ def test_arguments_that_are_not_read_are_refused(arguments, options, message, tm
         trained(tmp_path, **options)
 
 
+class DividedByAccelerateToo(Trainer):
+    """As from transformers 5.2 to 5.5."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_loss_that_would_be_divided_twice_is_refused(steps, tmp_path):
+    options = {"compute_loss_func": masked_language_modeling_loss, **LAMB_PAIR}
+    options |= {"trainer_class": DividedByAccelerateToo, "accumulation": steps}
+    if steps == 1:
+        assert trained(tmp_path, **options).state.global_step > 0
+        return
+    with pytest.raises(ConflictingSettingsError, match=r"gradient_accumulation_steps=2, .* too small by a factor of 2"):
+        trained(tmp_path, **options)
+
+
 class OwnOptimizer(Trainer):
     def create_optimizer(self, model=None):
         self.optimizer = torch.optim.AdamW(self.model.parameters())

@@ -80,6 +80,14 @@ def step_as(make: Callable[[float], Any]) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+@pytest.mark.parametrize("names", ["options", "drop"])
+def test_names_that_are_one_text_are_refused(names: str) -> None:
+    layer = torch.nn.Linear(2, 2)
+    state = torch.optim.AdamW(layer.parameters()).state_dict()
+    with pytest.raises(TypeError, match=rf"{names} must be a collection of names, such as \('lr',\), got 'lr'"):
+        convert_state(LAMB(layer.parameters()), state, **{names: "lr"})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
 @pytest.mark.parametrize("form", [int, float, torch.tensor, lambda n: torch.tensor([n], dtype=torch.float64)])
 def test_adamw_goes_on_as_lamb(options: dict[str, Any], form: Any) -> None:
