@@ -51,7 +51,8 @@ def test_a_factor_that_has_vanished_stops_the_layer() -> None:
 
 
 def test_the_schedule_counts_the_updates_of_the_layer() -> None:
-    w = parameter(3.0, 4.0)
+    model = torch.nn.ParameterList([parameter(3.0, 4.0)])  # of no module, it would pass for one that a module has lost
+    (w,) = model
     optimizer = TVLARS([w], lr=0.0, trust_coefficient=1.0, decay=0.5, adapt=True)
     for gradient in (None, [3.0, 4.0], None, [3.0, 4.0]):
         w.grad = None if gradient is None else torch.tensor(gradient, dtype=torch.float64)
