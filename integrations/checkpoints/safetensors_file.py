@@ -100,7 +100,7 @@ class ReplacedFile:
             raise IsADirectoryError(errno.EISDIR, "it is a folder: give the file to write", str(self.path))
         if self.path.exists() and not self.path.is_file():
             raise OSError(errno.EINVAL, "it is a device or a pipe: give the file to write", str(self.path))
-        self.path = self.path.resolve()  # a link stays one, and what it points to is replaced
+        self.path = Path(os.path.realpath(self.path))  # a link stays one, and what it points to is replaced
         self.partial = self.path.with_name(f".{self.path.name}.partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.partial.open("wb", buffering=0)

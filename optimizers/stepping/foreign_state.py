@@ -7,7 +7,6 @@ weights of a wrapper, keys of a scheduler) is theirs, and passes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..options.common import COMMON_DEFAULTS, options_of
 from ..options.unknown import chooses_elsewhere, options_of_others
 from ..sharding.layout import listing
 from ..sharding.local_tensors import local_part, placements_of
+from .count import whole_steps
 
 __all__ = ["refuse_foreign_state", "stray_state", "without_wrappers"]
 
@@ -144,8 +144,10 @@ def _is_number(value: Any) -> bool:
 def _miscounted(state: dict[str, Any], name: str) -> Iterator[str]:
     """A `step` that counts nothing: the next bias correction would make NaN of the weights, or be another one."""
     for step in _steps(state).flatten().tolist():
-        if not 0 <= step < math.inf or int(step) != step:
-            yield f"parameter {name} has step {step:g}, which must be the number of steps taken, a whole number"
+        try:
+            whole_steps(step)
+        except ValueError as error:
+            yield f"parameter {name}: {error}"
 
 
 def _steps(state: dict[str, Any]) -> torch.Tensor:

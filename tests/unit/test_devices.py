@@ -35,9 +35,8 @@ def default_device(way: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
-        vars(torch._GLOBAL_DEVICE_CONTEXT).pop(
-            "device_context", None
-        )  # get_default_device() of torch 2.9 trips over None
+        # get_default_device() of torch 2.9 trips over None.
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 
 def needed(implementation: str) -> None:

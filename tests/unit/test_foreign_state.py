@@ -203,9 +203,9 @@ def test_none_is_no_state_yet() -> None:
         ({"step": torch.ones(2)}, r"step of parameter matrix has shape \(2,\) instead of \(\)"),
         ({"step": "12"}, r"step of parameter matrix has shape 12 instead of \(\)"),
         ({"step": torch.zeros(())}, "matrix has step 0 and exp_avg and exp_avg_sq that are not zero"),
-        ({"step": torch.tensor(-1.0)}, "matrix has step -1, which must be the number of steps taken, a whole number"),
-        ({"step": float("nan")}, "matrix has step nan, which must be the number of steps taken"),
-        ({"step": 2.5}, r"matrix has step 2\.5, which must be the number of steps taken"),
+        ({"step": torch.tensor(-1.0)}, r"matrix: step must be the number of steps taken, a whole number, got -1\.0"),
+        ({"step": float("nan")}, "matrix: step must be the number of steps taken, .* got nan"),
+        ({"step": 2.5}, r"matrix: step must be the number of steps taken, .* got 2\.5"),
         ({"step": 0}, "matrix has step 0 and exp_avg and exp_avg_sq that are not zero"),
     ],
 )
