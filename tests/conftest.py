@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,33 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which whoever imports them first does
 
 
+from .tiers import leave_the_fewest_quick
+from .young_objects import search_young_objects_alone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _young_objects() -> Iterator[None]:
+    search_young_objects_alone()
+    yield
+    gc.unfreeze()  # else the end of the process reports what stays frozen as leaks
+
+
+@pytest.fixture(autouse=True)
+def _young_objects_again() -> None:
+    search_young_objects_alone()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ranks", type=int, help="run only the tests of this many worker processes")
 
 
-@pytest.hookimpl(trylast=True)  # after tests/distributed has brought its own in order
+@pytest.hookimpl(tryfirst=True)  # before `-m` takes its choice
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for `-n 2 --dist loadgroup`: a file stays together, and whatever shares pools of workers does."""
+    """Divide tests into quick and slow, and into groups for `-n 2 --dist loadgroup`.
+
+    A file stays together, and so does whatever shares pools of workers.
+    """
+    leave_the_fewest_quick(items)
     for item in items:
         shares_pools = "distributed" in item.path.parts
         item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else str(item.path)))

@@ -49,24 +49,6 @@ def files(pools: _Pools, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Files(tmp_path_factory.mktemp("states"), pools)
 
 
-# Of what runs on more ranks than the machine may have cores, a sample is quick enough for every day.
-QUICK_ON_MANY_RANKS = {
-    "test_weights_and_ratios_equal_one_process": ("lamb", "lars", "vrlamb"),
-    "test_zero_3_on_four_ranks_to_fsdp2_on_two": ("lamb", "novograd"),
-    "test_and_on_to_two": ("lamb",),
-}
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    name, _, parameters = item.name.partition("[")
-    chosen = QUICK_ON_MANY_RANKS.get(name, ())
-    callspec = getattr(item, "callspec", None)
-    ranks = [callspec.params.get(name) for name in ("world_size", "after")] if callspec else []
-    return max((count for count in ranks if isinstance(count, int)), default=0) > 2 and not any(
-        optimizer in parameters.rstrip("]").split("-") for optimizer in chosen
-    )
-
-
 def _ranks(item: pytest.Item) -> int | None:
     callspec = getattr(item, "callspec", None)
     return None if callspec is None or "after" in callspec.params else callspec.params.get("world_size")
@@ -78,9 +60,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted is not None:
         config.hook.pytest_deselected(items=[item for item in items if _ranks(item) != wanted])
         items[:] = [item for item in items if _ranks(item) == wanted]
-    for item in items:
-        if _is_slow(item):
-            item.add_marker(pytest.mark.slow)
 
     def order(item: pytest.Item) -> tuple[bool, int]:
         callspec = getattr(item, "callspec", None)

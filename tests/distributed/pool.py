@@ -117,6 +117,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         torch.set_num_threads(1)
         quieten()  # else DeepSpeed compiles an extension for minutes, which gloo does not need
         deepspeed.init_distributed("gloo", verbose=False)
+
+        from ..young_objects import search_young_objects_alone
         pipe.send((True, None))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
@@ -127,6 +129,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         except EOFError:
             return
         try:
+            search_young_objects_alone()
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,77 @@
+"""What is quick and what is slow: of a test with many cases the fewest that show everything once are quick.
+
+Everything is every value of every parameter, and every kind of optimizer with every value of the other parameters. What
+the other cases show besides is combinations, which `-m slow` runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from trustratio.optimizers import OPTIMIZERS
+
+_MOST_RANKS = 2
+"""More processes than cores take many times as long."""
+
+_OF_THREE_RANKS = "tests/distributed/test_exactness.py::test_weights_and_ratios_equal_one_process"
+"""There a layer lies on a rank in the middle, from its first to its last element."""
+
+
+def leave_the_fewest_quick(items: Iterable[pytest.Item]) -> None:
+    """Mark as slow all cases of each test but the fewest that show everything."""
+    tests = defaultdict(list)
+    for item in items:
+        if getattr(item, "callspec", None) is not None:
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in tests.items():
+        most = _MOST_RANKS + (name == _OF_THREE_RANKS)
+        candidates = [case for case in cases if _ranks(case) <= most and case.get_closest_marker("slow") is None]
+        chosen = {case.nodeid for case in _fewest(candidates)}
+        for case in cases:
+            if case.nodeid not in chosen:
+                case.add_marker(pytest.mark.slow)
+
+
+def _fewest(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """The greedy cover: again and again the case that shows most of what is missing; of these one on two ranks."""
+    shown = {case.nodeid: _shown(case) for case in cases}
+    missing = set().union(*shown.values())
+    used: Counter[Any] = Counter()
+    chosen = []
+    while missing:
+
+        def worth(case: pytest.Item) -> tuple[int, bool, int]:
+            of_case = shown[case.nodeid]
+            return len(of_case & missing), _ranks(case) == _MOST_RANKS, -sum(used[one] for one in of_case)
+
+        best = max(cases, key=worth)
+        chosen.append(best)
+        missing -= shown[best.nodeid]
+        used.update(shown[best.nodeid])
+    return chosen
+
+
+def _shown(case: pytest.Item) -> set[tuple[str, ...]]:
+    """The values of a case's parameters, and each together with the kind of its optimizers."""
+    values = {(name, repr(value)) for name, value in case.callspec.params.items()}  # type: ignore[attr-defined]
+    optimizers = {one for one in values if one[1].strip("'") in OPTIMIZERS}
+    kinds = {_kind(value.strip("'")) for _, value in optimizers}
+    if _ranks(case) > _MOST_RANKS:
+        kinds = {"many ranks"}
+    others = values - optimizers - {("world_size", "1")}
+    return values | {(kind, *value) for kind in kinds for value in others}
+
+
+def _kind(optimizer: str) -> str:
+    """What the step of an optimizer asks of a backend; LAMB, which most people come for, is one of its own."""
+    return optimizer if optimizer == "lamb" else f"statistics: {OPTIMIZERS[optimizer].group_statistics}"
+
+
+def _ranks(case: pytest.Item) -> int:
+    """The most worker processes that a case needs, itself or for the files that it reads."""
+    params = case.callspec.params  # type: ignore[attr-defined]
+    return max((n for n in map(params.get, ("world_size", "after")) if isinstance(n, int)), default=0)
