@@ -41,17 +41,16 @@ def _fewest(cases: list[pytest.Item]) -> list[pytest.Item]:
     shown = {case.nodeid: _shown(case) for case in cases}
     missing = set().union(*shown.values())
     used: Counter[Any] = Counter()
+
+    def worth(case: pytest.Item) -> tuple[int, bool, int]:
+        of_case = shown[case.nodeid]
+        return len(of_case & missing), _ranks(case) == _MOST_RANKS, -sum(used[one] for one in of_case)
+
     chosen = []
     while missing:
-
-        def worth(case: pytest.Item) -> tuple[int, bool, int]:
-            of_case = shown[case.nodeid]
-            return len(of_case & missing), _ranks(case) == _MOST_RANKS, -sum(used[one] for one in of_case)
-
-        best = max(cases, key=worth)
-        chosen.append(best)
-        missing -= shown[best.nodeid]
-        used.update(shown[best.nodeid])
+        chosen.append(max(cases, key=worth))
+        used.update(shown[chosen[-1].nodeid])
+        missing -= shown[chosen[-1].nodeid]
     return chosen
 
 

@@ -1,8 +1,8 @@
 """Searches of living objects that leave out what lived before the first test: most of half a million objects.
 
 A plan searches a dozen times, each time through all objects of the process. With every wrapper's package imported that
-is 0.6 seconds per plan, most of what a small test takes. What the imports made is frozen, which `gc.get_objects()` leaves
-out, and only what is younger is searched, unless the test itself freezes or thaws objects.
+is half a second per plan, most of what a small test takes. What the imports made is frozen, which `gc.get_objects()`
+leaves out, and only what is younger is searched, unless the test itself freezes or thaws objects.
 """
 
 from __future__ import annotations

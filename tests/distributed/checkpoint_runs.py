@@ -128,11 +128,7 @@ def read_alone(case: Case, path: str) -> Any:
 
 @dataclass
 class Files:
-    """What pools of different sizes share.
-
-    A file is written when it is first asked for. That restarts pools if the pool of its size is not alive, so tests
-    named `test_write` ask for all files while it is.
-    """
+    """What pools of different sizes share; a file is written when it is first asked for."""
 
     folder: Path
     pools: Any

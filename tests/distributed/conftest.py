@@ -1,6 +1,6 @@
-"""One pool of worker processes at a time; tests are ordered by world size so that each is started once.
+"""Two pools of worker processes at most; tests are ordered by world size so that each is started once.
 
-Tests with a parameter `after` come last: they read what pools of that many ranks have written.
+Tests with a parameter `after` come last: they read what pools of that many ranks write.
 """
 
 from __future__ import annotations
@@ -10,40 +10,24 @@ from typing import Any
 
 import pytest
 
-from .pool import WorkerPool
-
-
-class _Pools:
-    def __init__(self) -> None:
-        self.current: WorkerPool | None = None
-
-    def get(self, world_size: int) -> WorkerPool:
-        if self.current is None or self.current.world_size != world_size or self.current.is_worn():
-            self.close()
-            self.current = WorkerPool(world_size)
-        return self.current
-
-    def close(self) -> None:
-        if self.current is not None:
-            self.current.close()
-            self.current = None
+from .pool import Pools, WorkerPool
 
 
 @pytest.fixture(scope="session")
-def pools() -> Iterator[_Pools]:
-    pools = _Pools()
+def pools() -> Iterator[Pools]:
+    pools = Pools(at_once=2)  # one that writes files and one that reads them
     yield pools
     pools.close()
 
 
 @pytest.fixture
-def pool(pools: _Pools, world_size: int) -> WorkerPool:
+def pool(pools: Pools, world_size: int) -> WorkerPool:
     """The pool for the test's `world_size` parameter."""
     return pools.get(world_size)
 
 
 @pytest.fixture(scope="session")
-def files(pools: _Pools, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def files(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from .checkpoint_runs import Files
 
     return Files(tmp_path_factory.mktemp("states"), pools)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -40,11 +39,6 @@ MESHES = {"fsdp": None, "hsdp": (2, 2)}
 def make_case(name: str, layers: tuple[LayerSpec, ...] = MODEL, **changes: Any) -> Case:
     changes.setdefault("noise", NOISE.get(name, 0.0))
     return Case(name, layers, "fsdp", two_groups(name, **changes.pop("options", {})), **changes)
-
-
-def first_quick(names: list[str], quick: str) -> list[Any]:
-    """All names, of which those that repeat what `quick` shows are slow."""
-    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def second_dimension(parameter: torch.nn.Parameter) -> Shard | None:

@@ -93,6 +93,29 @@ class WorkerPool:
             buffer.unlink(missing_ok=True)
 
 
+class Pools:
+    """Pools by their number of ranks, each started when it is first asked for."""
+
+    def __init__(self, at_once: int = 1) -> None:
+        """Keep as many pools as `at_once`; the one that was asked for longest ago makes room."""
+        self.at_once = at_once
+        self._pools: dict[int, WorkerPool] = {}
+
+    def get(self, world_size: int) -> WorkerPool:
+        pool = self._pools.pop(world_size, None)
+        if pool is not None and pool.is_worn():
+            pool.close()
+            pool = None
+        while len(self._pools) >= self.at_once:
+            self._pools.pop(next(iter(self._pools))).close()
+        self._pools[world_size] = pool = pool or WorkerPool(world_size)
+        return pool
+
+    def close(self) -> None:
+        while self._pools:
+            self._pools.popitem()[1].close()
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -119,6 +142,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         deepspeed.init_distributed("gloo", verbose=False)
 
         from ..young_objects import search_young_objects_alone
+
         pipe.send((True, None))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

@@ -15,14 +15,10 @@ from .test_gradient_statistics import assert_norms
 
 STAGES: tuple[str | int, ...] = ("ddp", 1, 2, 3)
 
-# Adam's moments, momentum alone, and squares of group gradients.
-QUICK = ("lamb", "lars", "vrlamb")
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
-
 
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
     case = make_case(name, stage, accumulation=2, steps=3)
     answers = pool.run(run_accelerated, case)

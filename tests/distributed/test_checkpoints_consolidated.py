@@ -30,6 +30,9 @@ BF16_OPTIMIZER = {"config": {"bf16": {"enabled": True}, "data_types": {"grad_acc
 
 
 BETWEEN = (  # written on so many ranks, by this backend; read on so many, by that
+    (2, "fsdp", 2, 2),
+    (2, 3, 1, "fsdp"),
+    (1, "ddp", 2, 3),
     (2, "fsdp", 3, 3),
     (2, "fsdp", 3, "ddp"),
     (2, "ddp", 3, 1),
@@ -40,22 +43,11 @@ BETWEEN = (  # written on so many ranks, by this backend; read on so many, by th
 )
 # Not on three ranks, where averaging 16-bit gradients rounds.
 BETWEEN_BF16: tuple[tuple[int, int, int, int, dict[str, Any]], ...] = (
+    (2, 3, 1, 1, {}),
     (2, 1, 4, 3, {}),
     (2, 0, 4, 1, BF16_OPTIMIZER),
     (2, 3, 4, 0, {}),
 )
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_write(files: Files, world_size: int) -> None:
-    for writers, stage, *_ in BETWEEN:
-        for name in ("lamb", "novograd") if writers == world_size else ():
-            files.get("consolidated", name, writers, stage)
-    for writers, stage, *_ in BETWEEN_BF16:
-        if writers == world_size:
-            files.get("consolidated", "lamb", writers, stage, **BF16)
-    if world_size == 4:
-        files.get("consolidated", "lamb", 4, "hsdp")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

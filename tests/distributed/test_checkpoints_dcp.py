@@ -7,16 +7,7 @@ import pytest
 from .checkpoint_runs import WITHOUT_STATISTICS, Files, assert_continued, make_case, read
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_write(files: Files, world_size: int) -> None:
-    for name in WITHOUT_STATISTICS:
-        files.get("dcp", name, world_size, "fsdp")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [n if n in ("lamb", "novograd", "sngm") else pytest.param(n, marks=pytest.mark.slow) for n in WITHOUT_STATISTICS],
-)
+@pytest.mark.parametrize("name", WITHOUT_STATISTICS)
 @pytest.mark.parametrize(("after", "world_size"), [(4, 3), (2, 1)])
 def test_to_fewer_ranks(files: Files, name: str, after: int, world_size: int) -> None:
     path = files.get("dcp", name, after, "fsdp")

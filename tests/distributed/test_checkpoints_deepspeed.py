@@ -29,12 +29,6 @@ def on_three_ranks(files: Files, name: str, stage: int) -> str:
     return then
 
 
-@pytest.mark.parametrize("world_size", [4])
-def test_write(files: Files, world_size: int) -> None:
-    for name, stage in RUNS:
-        files.get("engine", name, world_size, stage)
-
-
 @pytest.mark.parametrize(("name", "stage"), RUNS)
 @pytest.mark.parametrize(("after", "world_size"), [(4, 3)])
 def test_from_four_ranks_to_three(files: Files, name: str, stage: int, after: int, world_size: int) -> None:

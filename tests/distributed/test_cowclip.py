@@ -233,9 +233,7 @@ def assert_exact(run: Run, answers: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("stage", ["ddp", 0, 1, 2, 3, "fsdp2"])
-@pytest.mark.parametrize(
-    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_cut_rows_equal_one_process(pool: WorkerPool, stage: str | int, world_size: int) -> None:
     run = Run(stage)
     answers = pool.run(train, run)

@@ -120,7 +120,7 @@ def assert_same(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
         (2, (2,)),
         (3, (3,)),
         (4, (2, 2)),
-        pytest.param(8, (2, 2, 2), marks=pytest.mark.slow, id="replicas of shards of tensor-parallel layers"),
+        pytest.param(8, (2, 2, 2), id="replicas of shards of tensor-parallel layers"),
     ],
 )
 def test_real_layers_equal_one_process(pool: WorkerPool, mesh: tuple[int, ...], world_size: int) -> None:

@@ -245,19 +245,12 @@ def test_max_grad_norm_is_refused_where_the_wrapper_clips(pool: WorkerPool, stag
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
-OF_EVERY_KIND = ("lamb", "lars", "novograd", "sngm", "cowclip", "clars", "vrlamb")
-"""State per element, per layer and of the model, and statistics of both kinds; the others repeat these."""
-
 
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        *(
-            pytest.param(name, stage, marks=() if name in OF_EVERY_KIND else pytest.mark.slow)
-            for name in OPTIMIZERS
-            for stage in (1, 3)
-        ),
+        *((name, stage) for name in OPTIMIZERS for stage in (1, 3)),
         *((name, 2) for name in ("lamb", "lars", "novograd", "vrlamb")),
         *((name, 0) for name in ("lamb", "novograd")),
     ],

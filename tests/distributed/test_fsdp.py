@@ -13,11 +13,11 @@ from trustratio.optimizers import OPTIMIZERS
 
 from .cases import LayerSpec, initial_weights
 from .exactness import MODEL, assert_exact
-from .fsdp_runs import EXACT, MESHES, Setup, first_quick, make_case, run_case, run_exact, running, second_dimension
+from .fsdp_runs import EXACT, MESHES, Setup, make_case, run_case, run_exact, running, second_dimension
 from .pool import WorkerPool
 
 
-@pytest.mark.parametrize("name", first_quick(EXACT, "lamb"))
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (3, "fsdp"), (4, "hsdp")])
 def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, world_size: int, mesh: str) -> None:
     answers = run_exact(pool, make_case(name), Setup(MESHES[mesh]))
@@ -106,7 +106,7 @@ def test_accelerate(pool: WorkerPool, world_size: int) -> None:
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", first_quick(EXACT, "lamb"))
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
 def test_a_checkpoint_continues_bit_for_bit(
     pool: WorkerPool, name: str, world_size: int, mesh: str, tmp_path: Any

@@ -39,8 +39,6 @@ from .exactness import MODEL, assert_exact, two_groups
 from .pool import CaseFailed, WorkerPool
 
 EXACT = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None]
-# The others repeat the same mechanism.
-ONE_IS_ENOUGH = [name if name == "lamb" else pytest.param(name, marks=pytest.mark.slow) for name in EXACT]
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 
 
@@ -166,8 +164,8 @@ def run_exact(pool: WorkerPool, case: Case, setup: Setup) -> list[dict[str, Any]
 # Exactness ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ONE_IS_ENOUGH)
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, world_size: int) -> None:
     answers = run_exact(pool, make_case(name), Setup())
     several = world_size > 1
@@ -230,7 +228,7 @@ def test_mixed_precision_steps_fp32_parameters(pool: WorkerPool, world_size: int
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ONE_IS_ENOUGH)
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("world_size", [2])
 def test_its_own_state_dict_continues_bit_for_bit(pool: WorkerPool, name: str, world_size: int) -> None:
     case = make_case(name, steps=6, skipped={1: ("dense",)})

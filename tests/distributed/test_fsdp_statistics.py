@@ -14,7 +14,7 @@ from trustratio.optimizers import OPTIMIZERS
 from ..reference import relative_error
 from .cases import Case, LayerSpec, initial_weights, mean_gradients
 from .exactness import MODEL, assert_exact, expected, worst_error
-from .fsdp_runs import MESHES, Setup, first_quick, make_case, run_case, run_exact, running, second_dimension
+from .fsdp_runs import MESHES, Setup, make_case, run_case, run_exact, running, second_dimension
 from .group_runs import measured, seeing_reduced_gradients
 from .pool import WorkerPool
 from .test_gradient_statistics import assert_norms
@@ -22,7 +22,7 @@ from .test_gradient_statistics import assert_norms
 STATISTICS = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is not None]
 
 
-@pytest.mark.parametrize("name", first_quick(STATISTICS, "clars"))
+@pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize(("world_size", "mesh"), [(1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (4, "hsdp")])
 def test_statistics(pool: WorkerPool, name: str, world_size: int, mesh: str) -> None:
     case = make_case(name)
@@ -31,7 +31,7 @@ def test_statistics(pool: WorkerPool, name: str, world_size: int, mesh: str) -> 
         run_exact(pool, replace(case, accumulation=3), Setup(MESHES[mesh], units=True, keep=keep))
 
 
-@pytest.mark.parametrize("name", first_quick(["clars", "vrlamb"], "clars"))
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
 def test_gradients_kept_by_a_replica(pool: WorkerPool, name: str, world_size: int) -> None:
     run_exact(pool, replace(make_case(name), accumulation=3), Setup((2, 1), units=True, keep="replica"))

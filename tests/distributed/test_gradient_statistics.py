@@ -256,15 +256,8 @@ def assert_same_training(found: Any, wanted: Any) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2])
-@pytest.mark.parametrize(
-    ("stage", "recompute"),
-    [
-        # Where gradients stay whole, and where they do not; the other stages see them in the same hooks.
-        pytest.param(stage, recompute, marks=() if stage in ("ddp", 3) or recompute == "plain" else pytest.mark.slow)
-        for stage in STAGES
-        for recompute in (None, "plain", "reentrant")
-    ],
-)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("recompute", [None, "plain", "reentrant"])
 def test_a_network_with_activation_checkpointing(
     pool: WorkerPool, stage: str | int, recompute: str | None, world_size: int
 ) -> None:

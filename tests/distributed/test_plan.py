@@ -93,7 +93,7 @@ CASES = [
     *((stage, "lamb") for stage in (0, 1, 2)),
     (3, "lars"),
     *((stage, "vrlamb") for stage in (0, 1, 2, 3)),
-    *(pytest.param(1, name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in ("lamb", "vrlamb")),
+    *((1, name) for name in OPTIMIZERS if name not in ("lamb", "vrlamb")),
 ]
 
 

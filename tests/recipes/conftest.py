@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from tests.distributed.pool import Pools
 from trustratio.recipes.data.masking import Vocabulary
 
 _WORDS = (
@@ -33,6 +34,14 @@ def text_folder(tmp_path_factory):
     for number in range(3):
         (folder / f"part{number}.txt").write_text(sentences(number, 500))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Pools of one and of two ranks, which the files here share."""
+    pools = Pools(at_once=2)
+    yield pools
+    pools.close()
 
 
 @pytest.fixture(autouse=True)

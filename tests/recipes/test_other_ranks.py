@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.pool import WorkerPool
-
 from .recipe_runs import losses, recipe, records, train
 
 FEW = ("model.dropout=0", "--steps", "4", "phase_two.steps=2", "run.checkpoint_every=3", "run.validate_every=0")
@@ -23,14 +21,6 @@ WRAPPERS = {
 
 
 @pytest.fixture(scope="module")
-def pools():
-    pools = {1: WorkerPool(1), 2: WorkerPool(2)}
-    yield pools
-    for pool in pools.values():
-        pool.close()
-
-
-@pytest.fixture(scope="module")
 def launch(pools, text_folder, tmp_path_factory):
     """Run the recipe on one or two ranks; return its folder and how it ended on the first."""
     root = tmp_path_factory.mktemp("ranks")
@@ -38,7 +28,7 @@ def launch(pools, text_folder, tmp_path_factory):
     def start(name: str, ranks: int, wrapper: str, *arguments: str) -> tuple[Path, str]:
         environment, script, own = WRAPPERS[wrapper]
         line = recipe(text_folder, root / name, *FEW, *own, *arguments)
-        return root / name, pools[ranks].run(train, str(root / "cache"), environment, script, line)[0]
+        return root / name, pools.get(ranks).run(train, str(root / "cache"), environment, script, line)[0]
 
     return start
 

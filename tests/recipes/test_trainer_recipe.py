@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from tests.distributed.pool import WorkerPool
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.training.export import export_checkpoint
@@ -37,16 +36,15 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launch(text_folder, cache, tmp_path_factory):
-    pool, root = WorkerPool(2), tmp_path_factory.mktemp("trainer")
+def launch(text_folder, cache, pools, tmp_path_factory):
+    root = tmp_path_factory.mktemp("trainer")
 
     def start(name, *arguments):
         environment, script, options = RUNS[name]
         line = recipe(text_folder, root / name, *options, *arguments, settings=TEN_UPDATES)
-        return root / name, pool.run(train, str(cache), environment, script, line, report=script == TRAINER)
+        return root / name, pools.get(2).run(train, str(cache), environment, script, line, report=script == TRAINER)
 
-    yield start
-    pool.close()
+    return start
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.pool import WorkerPool
 from trustratio.recipes.configuration.presets import get_preset
 
 from .recipe_runs import TWO_PHASES, losses, recipe, records, train, trained_tensors
@@ -39,9 +38,9 @@ FAILING = (REFERENCE, "accelerate-ddp", "trainer-ddp", "trainer-zero-1")
 
 
 @pytest.fixture(scope="module")
-def launch(text_folder, tmp_path_factory):
+def launch(text_folder, pools, tmp_path_factory):
     """Run the recipe on two ranks; return its folder and how it ended on each rank."""
-    pool, root = WorkerPool(2), tmp_path_factory.mktemp("wrappers")
+    root = tmp_path_factory.mktemp("wrappers")
 
     def start(
         name: str, wrapper: str, *arguments: str, sabotage: str = "", settings: tuple[str, ...] = TWO_PHASES
@@ -49,10 +48,9 @@ def launch(text_folder, tmp_path_factory):
         environment, script, own = WRAPPERS[wrapper]
         folder = root / name
         line = recipe(text_folder, folder, *own, *arguments, settings=settings)
-        return folder, pool.run(train, str(root / "cache"), environment, script, line, sabotage)
+        return folder, pools.get(2).run(train, str(root / "cache"), environment, script, line, sabotage)
 
-    yield start
-    pool.close()
+    return start
 
 
 @pytest.fixture(scope="module")
