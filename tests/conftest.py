@@ -40,6 +40,13 @@ def _young_objects_again() -> None:
     search_young_objects_alone()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Let `-n` alone mean the groups too; without them every worker process would start pools of its own."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist in ("no", "load"):
+        config.option.dist = "loadgroup"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ranks", type=int, help="run only the tests of this many worker processes")
 

@@ -28,7 +28,7 @@ python -m pip install --quiet "${constraints[@]}" --no-deps timm
 
 status=0
 unit=$(python -m pytest -q -p no:cacheprovider tests/unit | tee -a /dev/stderr | tail -n 1) || status=1
-matrix=$(python -m pytest -q -p no:cacheprovider tests/distributed --ranks 2 -m "not slow" "$@" |
+matrix=$(python -m pytest -q -p no:cacheprovider tests/distributed --ranks 2 "$@" |
     tee -a /dev/stderr | tail -n 1) || status=1
 
 versions=$(python -c 'import sys
