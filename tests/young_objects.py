@@ -14,13 +14,20 @@ from trustratio.optimizers.sharding import living
 
 _search_all = living._all_objects
 _youngest: list[Any] = []
+_MANY = 15_000
 
 
 def search_young_objects_alone() -> None:
-    """Hide what lives now from searches; called again, only if objects were frozen or thawed since."""
+    """Hide what lives now from searches.
+
+    Called again, between tests, it does so only if many objects were made since, as by imports of wrappers that are used
+    for the first time, or if objects were frozen or thawed.
+    """
     global _youngest
-    if gc.get_freeze_count() and _is_listed(gc.get_objects()):
+    objects = gc.get_objects()
+    if gc.get_freeze_count() and len(objects) < _MANY and _is_listed(objects):
         return
+    del objects
     gc.unfreeze()
     gc.collect()
     gc.freeze()
