@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from trustratio.optimizers import OPTIMIZERS
+
 from .accelerate_runs import counts_by_itself
 from .pool import WorkerPool
-from .test_accelerate import NAMES
 from .trainer_runs import STEPS, dropped, grouped, train, train_plainly
 
 STAGES: tuple[str | int, ...] = ("ddp", 0, 1, 2, 3)
@@ -32,7 +33,7 @@ def worst_change(plain: dict[str, Any], answer: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("world_size", [2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_on_every_stage(pool: WorkerPool, name: str, world_size: int, tmp_path: Any) -> None:
     plain = pool.run(train_plainly, name, world_size)[0]
     for stage in STAGES:
