@@ -17,18 +17,18 @@ from trustratio.optimizers import OPTIMIZERS
 _MOST_RANKS = 2
 """More processes than cores take many times as long."""
 
-_OF_THREE_RANKS = "tests/distributed/test_exactness.py::test_weights_and_ratios_equal_one_process"
-"""There a layer lies on a rank in the middle, from its first to its last element."""
+_MATRIX = "tests/distributed/test_exactness.py::test_weights_and_ratios_equal_one_process"
+"""The proof itself, of which more is quick: three ranks, where layers lie on one in the middle, and LAMB everywhere."""
 
 
 def leave_the_fewest_quick(items: Iterable[pytest.Item]) -> None:
     """Mark as slow all cases of each test but the fewest that show everything."""
     tests = defaultdict(list)
     for item in items:
-        if getattr(item, "callspec", None) is not None:
+        if getattr(item, "callspec", None) is not None and "gpu" not in item.path.parts:
             tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
-        most = _MOST_RANKS + (name == _OF_THREE_RANKS)
+        most = _MOST_RANKS + (name == _MATRIX)
         candidates = [case for case in cases if _ranks(case) <= most and case.get_closest_marker("slow") is None]
         chosen = {case.nodeid for case in _fewest(candidates)}
         for case in cases:
@@ -59,15 +59,16 @@ def _shown(case: pytest.Item) -> set[tuple[str, ...]]:
     values = {(name, repr(value)) for name, value in case.callspec.params.items()}  # type: ignore[attr-defined]
     optimizers = {one for one in values if one[1].strip("'") in OPTIMIZERS}
     kinds = {_kind(value.strip("'")) for _, value in optimizers}
-    if _ranks(case) > _MOST_RANKS:
-        kinds = {"many ranks"}
+    if case.nodeid.startswith(_MATRIX):
+        kinds |= {value for _, value in optimizers if value == "'lamb'"}
+        kinds = {"three ranks"} if _ranks(case) > _MOST_RANKS else kinds
     others = values - optimizers - {("world_size", "1")}
     return values | {(kind, *value) for kind in kinds for value in others}
 
 
 def _kind(optimizer: str) -> str:
-    """What the step of an optimizer asks of a backend; LAMB, which most people come for, is one of its own."""
-    return optimizer if optimizer == "lamb" else f"statistics: {OPTIMIZERS[optimizer].group_statistics}"
+    """What the step of an optimizer asks of a backend."""
+    return f"statistics: {OPTIMIZERS[optimizer].group_statistics}"
 
 
 def _ranks(case: pytest.Item) -> int:

@@ -20,8 +20,8 @@ _MANY = 15_000
 def search_young_objects_alone() -> None:
     """Hide what lives now from searches.
 
-    Called again, between tests, it does so only if many objects were made since, as by imports of wrappers that are used
-    for the first time, or if objects were frozen or thawed.
+    Called again, between tests, it does so only if many objects were made since, as by imports of what is used for the
+    first time, or if objects were frozen or thawed.
     """
     global _youngest
     objects = gc.get_objects()

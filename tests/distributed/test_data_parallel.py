@@ -95,28 +95,28 @@ def assert_same(found: list[Weights], wanted: Weights) -> None:
 HABITS = ("dry run", "two wrappers", "bucket views", "told too", "frozen", "made anew")
 
 
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
-def test_habits_of_programs_with_ddp(pool: WorkerPool, world_size: int) -> None:
-    for name in ("clars", "vrlamb"):
-        wanted = pool.run(train, name)[0]
-        for habit in HABITS:
-            assert_same(pool.run(train, name, habit), wanted)
+def test_habits_of_programs_with_ddp(pool: WorkerPool, name: str, world_size: int) -> None:
+    wanted = pool.run(train, name)[0]
+    for habit in HABITS:
+        assert_same(pool.run(train, name, habit), wanted)
 
 
+@pytest.mark.parametrize("name", ["clars", "vrsgd", "vrlars", "vrlamb"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("world_size", [2])
-def test_averaging_by_hand(pool: WorkerPool, world_size: int, accumulation: int) -> None:
-    for name in ("clars", "vrsgd", "vrlars", "vrlamb"):
-        run_exact(pool, make_case(name, "by hand", accumulation=accumulation))
+def test_averaging_by_hand(pool: WorkerPool, name: str, world_size: int, accumulation: int) -> None:
+    run_exact(pool, make_case(name, "by hand", accumulation=accumulation))
 
 
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
-def test_adding_up_by_hand(pool: WorkerPool, world_size: int) -> None:
+def test_adding_up_by_hand(pool: WorkerPool, name: str, world_size: int) -> None:
     """The factor is found out, as clipping's is."""
-    for name in ("clars", "vrlamb"):
-        wanted = pool.run(train_by_hand, name, factor=2.0)[0]
-        assert_same(pool.run(train_by_hand, name, add=True), wanted)
-        assert_same(pool.run(train_by_hand, name), pool.run(train, name)[0])
+    wanted = pool.run(train_by_hand, name, factor=2.0)[0]
+    assert_same(pool.run(train_by_hand, name, add=True), wanted)
+    assert_same(pool.run(train_by_hand, name), pool.run(train, name)[0])
 
 
 def train_alone(steps_of_ranks: tuple[int, int]) -> dict[str, float]:
@@ -199,13 +199,13 @@ def train_unevenly(name: str, micro_batches: tuple[int, int]) -> Weights | str:
     return weights(model)
 
 
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
-def test_ranks_with_different_numbers_of_micro_batches(pool: WorkerPool, world_size: int) -> None:
-    for name in ("clars", "vrlamb"):
-        one, other = pool.run(train_unevenly, name, (1, 3))
-        assert all(torch.equal(one[layer], other[layer]) for layer in one)
-        for message in pool.run(train_unevenly, name, (2, 0)):
-            assert re.search(r"has a gradient of .* on a rank that saw no group's gradient", message)
+def test_ranks_with_different_numbers_of_micro_batches(pool: WorkerPool, name: str, world_size: int) -> None:
+    one, other = pool.run(train_unevenly, name, (1, 3))
+    assert all(torch.equal(one[layer], other[layer]) for layer in one)
+    for message in pool.run(train_unevenly, name, (2, 0)):
+        assert re.search(r"has a gradient of .* on a rank that saw no group's gradient", message)
 
 
 def train_in_join(batches: tuple[int, int]) -> list[Weights]:

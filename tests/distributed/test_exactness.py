@@ -55,12 +55,12 @@ def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage
 
 
 @pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(
     ("name", "options"), [(name, options) for name, entry in OPTIMIZERS.items() for options in entry.variants]
 )
-def test_every_variant(pool: WorkerPool, name: str, options: dict[str, Any], world_size: int) -> None:
-    for stage in (1, 3):
-        run_exact(pool, make_case(name, stage, options=options))
+def test_every_variant(pool: WorkerPool, name: str, options: dict[str, Any], stage: int, world_size: int) -> None:
+    run_exact(pool, make_case(name, stage, options=options))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -91,6 +91,7 @@ ZERO_OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize(
     ("stage", "zero"),
@@ -100,31 +101,30 @@ ZERO_OPTIONS = {
         for stage in stages
     ],
 )
-def test_zero_options(pool: WorkerPool, stage: int, zero: dict[str, Any], world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        run_exact(pool, make_case(name, stage, zero=zero, config=OWN_OPTIMIZER))
+def test_zero_options(pool: WorkerPool, name: str, stage: int, zero: dict[str, Any], world_size: int) -> None:
+    run_exact(pool, make_case(name, stage, zero=zero, config=OWN_OPTIMIZER))
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_zero_init_and_its_uninitialised_padding(pool: WorkerPool, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        run_exact(pool, make_case(name, 3, zero_init=True))
+def test_zero_init_and_its_uninitialised_padding(pool: WorkerPool, name: str, world_size: int) -> None:
+    run_exact(pool, make_case(name, 3, zero_init=True))
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [3, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_padding_is_neither_read_nor_written(pool: WorkerPool, stage: int, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        answers = run_exact(pool, make_case(name, stage, poison=True, zero={"parameter_alignment": stage < 3}))
-        assert all(answer["padding_is_nan"] for answer in answers)
+def test_padding_is_neither_read_nor_written(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
+    answers = run_exact(pool, make_case(name, stage, poison=True, zero={"parameter_alignment": stage < 3}))
+    assert all(answer["padding_is_nan"] for answer in answers)
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_that_hold_only_padding(pool: WorkerPool, stage: int, world_size: int) -> None:
+def test_ranks_that_hold_only_padding(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
     tiny = (LayerSpec("a", (1, 2)), LayerSpec("b", (1,), group=1))
-    for name in ("lamb", "lars"):
-        run_exact(pool, make_case(name, stage, tiny))
+    run_exact(pool, make_case(name, stage, tiny))
 
 
 @pytest.mark.parametrize("world_size", [3, 4])
@@ -191,38 +191,38 @@ def test_names_fall_back_to_deepspeeds(pool: WorkerPool, world_size: int) -> Non
 # Training options ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_accumulation(pool: WorkerPool, stage: str | int, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        run_exact(pool, make_case(name, stage, accumulation=3))
+def test_accumulation(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
+    run_exact(pool, make_case(name, stage, accumulation=3))
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_wrappers_clipping(pool: WorkerPool, stage: int, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        case = make_case(name, stage, clipping=0.5)
-        # DeepSpeed divides by norm + 1e-6, so the reference is off by that much.
-        answers = pool.run(run_case, case)
-        assert_exact(case, answers, bound=1e-5)
+def test_the_wrappers_clipping(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
+    case = make_case(name, stage, clipping=0.5)
+    # DeepSpeed divides by norm + 1e-6, so the reference is off by that much.
+    answers = pool.run(run_case, case)
+    assert_exact(case, answers, bound=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_masters(pool: WorkerPool, stage: int, world_size: int) -> None:
+def test_bf16_masters(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
     """Identical gradients on all ranks, so that averaging 16-bit numbers is exact."""
-    for name in ("lamb", "lars"):
-        run_exact(pool, make_case(name, stage, dtype="bf16", spread=0.0))
+    run_exact(pool, make_case(name, stage, dtype="bf16", spread=0.0))
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_bf16_optimizer_steps_all_groups_at_once(pool: WorkerPool, world_size: int) -> None:
+def test_bf16_optimizer_steps_all_groups_at_once(pool: WorkerPool, name: str, world_size: int) -> None:
     config = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
-    for name in ("lamb", "lars"):
-        answers = run_exact(pool, make_case(name, 1, dtype="bf16", spread=0.0, config=config))
-        assert len(answers[0]["collectives"]) == 5
-        assert set(answers[0]["collectives"][1:]) == {1 if world_size > 1 else 0}
+    answers = run_exact(pool, make_case(name, 1, dtype="bf16", spread=0.0, config=config))
+    assert len(answers[0]["collectives"]) == 5
+    assert set(answers[0]["collectives"][1:]) == {1 if world_size > 1 else 0}
 
 
 @pytest.mark.parametrize("world_size", [2])

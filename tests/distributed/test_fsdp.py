@@ -72,11 +72,11 @@ def test_mixed_precision_steps_fp32_parameters(pool: WorkerPool, world_size: int
     assert not torch.equal(mixed["dense"], mixed["dense"].bfloat16().float())
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars", "novograd"])
 @pytest.mark.parametrize("world_size", [2])
-def test_shards_along_another_dimension(pool: WorkerPool, world_size: int) -> None:
+def test_shards_along_another_dimension(pool: WorkerPool, name: str, world_size: int) -> None:
     layers = (LayerSpec("wide", (5, 12)), LayerSpec("conv", (3, 4, 5)), LayerSpec("bias", (9,), group=1))
-    for name in ("lamb", "lars", "novograd"):
-        run_exact(pool, make_case(name, layers), Setup(options={"shard_placement_fn": second_dimension}))
+    run_exact(pool, make_case(name, layers), Setup(options={"shard_placement_fn": second_dimension}))
 
 
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, "fsdp"), (4, "hsdp")])
@@ -97,10 +97,10 @@ def test_parameters_replaced_after_construction(pool: WorkerPool, world_size: in
     assert set(unnamed[0]["ratios"][0]) == {"0.0", "0.1", "0.2", "1.0", "1.1", "1.2"}
 
 
+@pytest.mark.parametrize("name", ["lamb", "clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
-def test_accelerate(pool: WorkerPool, world_size: int) -> None:
-    for name in ("lamb", "clars", "vrlamb"):
-        run_exact(pool, make_case(name), Setup(wrap="accelerate"))
+def test_accelerate(pool: WorkerPool, name: str, world_size: int) -> None:
+    run_exact(pool, make_case(name), Setup(wrap="accelerate"))
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------

@@ -178,13 +178,13 @@ def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, world
         assert any(0 in answer["local_elements"].values() for answer in answers)
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_strategies(pool: WorkerPool, strategy: str, units: bool, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        answers = run_exact(pool, make_case(name), Setup(strategy, units))
-        assert set(answers[0]["collectives"][1:]) == {0 if strategy == "NO_SHARD" else 1}
+def test_strategies(pool: WorkerPool, name: str, strategy: str, units: bool, world_size: int) -> None:
+    answers = run_exact(pool, make_case(name), Setup(strategy, units))
+    assert set(answers[0]["collectives"][1:]) == {0 if strategy == "NO_SHARD" else 1}
 
 
 @pytest.mark.parametrize("world_size", [4])

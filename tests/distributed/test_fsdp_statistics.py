@@ -69,11 +69,11 @@ def run_with_dropped_batches(case: Case, setup: Setup) -> dict[str, Any]:
         return run.result()
 
 
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
-def test_dropped_batches_do_not_count(pool: WorkerPool, world_size: int) -> None:
-    for name in ("clars", "vrlamb"):
-        case = make_case(name)
-        assert_exact(case, pool.run(run_with_dropped_batches, case, Setup(units=True)))
+def test_dropped_batches_do_not_count(pool: WorkerPool, name: str, world_size: int) -> None:
+    case = make_case(name)
+    assert_exact(case, pool.run(run_with_dropped_batches, case, Setup(units=True)))
 
 
 def run_mixed(case: Case, reduce_dtype: torch.dtype | None) -> dict[str, Any]:
@@ -81,18 +81,18 @@ def run_mixed(case: Case, reduce_dtype: torch.dtype | None) -> dict[str, Any]:
     return run_case(case, Setup(options={"mp_policy": policy}))
 
 
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
 @pytest.mark.parametrize("world_size", [2])
-def test_statistics_in_mixed_precision(pool: WorkerPool, world_size: int) -> None:
+def test_statistics_in_mixed_precision(pool: WorkerPool, name: str, world_size: int) -> None:
     """Gradients that 16 bits represent, and so do their sums."""
-    for name in ("clars", "vrlamb"):
-        case = make_case(name, dtype="bf16", spread=0.0)
-        answers = pool.run(run_mixed, case, None)
-        reference, ratios = expected(case, world_size)
-        for layer, weights in reference.items():
-            error = relative_error(answers[0]["weights"][layer], weights, initial_weights(case)[layer])
-            assert error <= 1e-5, f"{layer}: {error:.2e}"
-        for found, wanted in zip(answers[0]["ratios"], ratios, strict=True):
-            assert found == pytest.approx(wanted, rel=1e-6)
+    case = make_case(name, dtype="bf16", spread=0.0)
+    answers = pool.run(run_mixed, case, None)
+    reference, ratios = expected(case, world_size)
+    for layer, weights in reference.items():
+        error = relative_error(answers[0]["weights"][layer], weights, initial_weights(case)[layer])
+        assert error <= 1e-5, f"{layer}: {error:.2e}"
+    for found, wanted in zip(answers[0]["ratios"], ratios, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def run_norms(case: Case, setup: Setup) -> list[dict[str, tuple[float, ...]]]:
@@ -139,9 +139,9 @@ def run_on_reduced_gradients(case: Case) -> dict[str, Any]:
         return run_case(case, Setup())
 
 
+@pytest.mark.parametrize("name", ["clars", "vrsgd"])
 @pytest.mark.parametrize("world_size", [2])
-def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, world_size: int) -> None:
-    for name in ("clars", "vrsgd"):
-        case = make_case(name)
-        answer = pool.run(run_on_reduced_gradients, case)[0]
-        assert worst_error(case, answer["weights"], ranks=world_size)[0] > 0.05
+def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, name: str, world_size: int) -> None:
+    case = make_case(name)
+    answer = pool.run(run_on_reduced_gradients, case)[0]
+    assert worst_error(case, answer["weights"], ranks=world_size)[0] > 0.05

@@ -65,69 +65,71 @@ def test_norms_are_those_before_loss_scale_and_clipping(pool: WorkerPool, stage:
         assert_norms(case, norms, world_size, 1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_accumulation(pool: WorkerPool, stage: str | int, world_size: int) -> None:
-    for name in NAMES:
-        run_exact(pool, make_case(name, stage, accumulation=3))
+def test_accumulation(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
+    run_exact(pool, make_case(name, stage, accumulation=3))
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_wrappers_clipping(pool: WorkerPool, stage: int, world_size: int) -> None:
-    for name in NAMES:
-        run_exact(pool, make_case(name, stage, clipping=0.5))
+def test_the_wrappers_clipping(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
+    run_exact(pool, make_case(name, stage, clipping=0.5))
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16(pool: WorkerPool, stage: int, world_size: int) -> None:
-    for name in NAMES:
-        case = make_case(name, stage, dtype="bf16", spread=0.0, clipping=0.5)
-        assert_exact(case, pool.run(run_case, case), along_path=True)
+def test_bf16(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
+    case = make_case(name, stage, dtype="bf16", spread=0.0, clipping=0.5)
+    assert_exact(case, pool.run(run_case, case), along_path=True)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
-def test_bf16_optimizer(pool: WorkerPool, world_size: int) -> None:
+def test_bf16_optimizer(pool: WorkerPool, name: str, world_size: int) -> None:
     config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    for name in NAMES:
-        for clipping in (0.0, 0.5):
-            case = make_case(name, 1, dtype="bf16", spread=0.0, config=config, clipping=clipping, accumulation=2)
-            run_exact(pool, case)
+    for clipping in (0.0, 0.5):
+        case = make_case(name, 1, dtype="bf16", spread=0.0, config=config, clipping=clipping, accumulation=2)
+        run_exact(pool, case)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_fp16_with_skipped_steps(pool: WorkerPool, stage: int, world_size: int) -> None:
+def test_fp16_with_skipped_steps(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
     # On stage 0 DeepSpeed 0.19.8 divides by the loss scale without having multiplied by it, for any optimizer.
     config = FP16 if stage else {"fp16": {"enabled": True, "loss_scale": 1}}
-    for name in NAMES:
-        for skipped in ((0,), (1, 3)):
-            case = make_case(name, stage, dtype="fp16", spread=0.0, overflow=skipped, accumulation=2, config=config)
-            answers = pool.run(run_case, case)
-            assert_exact(case, answers, along_path=True)
-            assert set(answers[0]["step_counts"].values()) == {5.0 - len(skipped)}
+    for skipped in ((0,), (1, 3)):
+        case = make_case(name, stage, dtype="fp16", spread=0.0, overflow=skipped, accumulation=2, config=config)
+        answers = pool.run(run_case, case)
+        assert_exact(case, answers, along_path=True)
+        assert set(answers[0]["step_counts"].values()) == {5.0 - len(skipped)}
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize(
     ("stage", "dtype"), [("ddp", "fp32"), (0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
-def test_not_finite(pool: WorkerPool, stage: str | int, dtype: str, world_size: int) -> None:
+def test_not_finite(pool: WorkerPool, name: str, stage: str | int, dtype: str, world_size: int) -> None:
     """No layer moves in that step, whether or not the wrapper looks at gradients itself."""
-    for name in NAMES:
-        case = make_case(name, stage, dtype=dtype, spread=0.0, overflow=(1,))
-        answers = run_exact(pool, case)
-        assert set(answers[0]["step_counts"].values()) == {4.0}
+    case = make_case(name, stage, dtype=dtype, spread=0.0, overflow=(1,))
+    answers = run_exact(pool, case)
+    assert set(answers[0]["step_counts"].values()) == {4.0}
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, stage: str | int, world_size: int) -> None:
-    for name in NAMES:
-        case = make_case(name, stage)
-        error, _ = worst_error(case, pool.run(run_on_reduced_gradients, case)[0]["weights"], ranks=world_size)
-        assert error > 0.05
+def test_statistics_of_reduced_gradients_are_caught(
+    pool: WorkerPool, name: str, stage: str | int, world_size: int
+) -> None:
+    case = make_case(name, stage)
+    error, _ = worst_error(case, pool.run(run_on_reduced_gradients, case)[0]["weights"], ranks=world_size)
+    assert error > 0.05
 
 
 @pytest.mark.parametrize("world_size", [2])
@@ -208,33 +210,33 @@ def test_zero_options(pool: WorkerPool, stage: int, zero: dict[str, Any], world_
     assert_exact(case, answers)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [3])
-def test_zero_init(pool: WorkerPool, world_size: int) -> None:
-    for name in NAMES:
-        run_exact(pool, make_case(name, 3, zero_init=True))
+def test_zero_init(pool: WorkerPool, name: str, world_size: int) -> None:
+    run_exact(pool, make_case(name, 3, zero_init=True))
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_frozen_and_tied_parameters(pool: WorkerPool, stage: str | int, world_size: int) -> None:
+def test_frozen_and_tied_parameters(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
     layers = (
         *MODEL,
         LayerSpec("frozen", (5, 5), frozen=True),
         LayerSpec("decoder", (37, 11), tied_to="embedding"),
     )
-    for name in NAMES:
-        case = make_case(name, stage, layers)
-        # Both users of the tied layer have noise; where it cancels, the ratio magnifies rounding.
-        assert_exact(case, pool.run(run_case, case), bound=1e-5)
+    case = make_case(name, stage, layers)
+    # Both users of the tied layer have noise; where it cancels, the ratio magnifies rounding.
+    assert_exact(case, pool.run(run_case, case), bound=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_layers_without_gradient(pool: WorkerPool, stage: str | int, world_size: int) -> None:
+def test_layers_without_gradient(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
     skipped = {0: ("dense", "norm"), 2: ("embedding",), 3: ("dense", "bias", "norm", "scale")}
-    for name in NAMES:
-        answers = run_exact(pool, make_case(name, stage, skipped=skipped))
-        assert answers[0]["step_counts"]["dense"] == 3
+    answers = run_exact(pool, make_case(name, stage, skipped=skipped))
+    assert answers[0]["step_counts"]["dense"] == 3
 
 
 @pytest.mark.parametrize("world_size", [4])
@@ -255,34 +257,34 @@ def assert_same_training(found: Any, wanted: Any) -> None:
             torch.testing.assert_close(weights[name], w, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["clars", "vrsgd"])
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("recompute", [None, "plain", "reentrant"])
 def test_a_network_with_activation_checkpointing(
-    pool: WorkerPool, stage: str | int, recompute: str | None, world_size: int
+    pool: WorkerPool, name: str, stage: str | int, recompute: str | None, world_size: int
 ) -> None:
     if LOSES_HOOKS and recompute == "plain":
         pytest.skip("ZeRO-3 has put its linear layers in place of torch's in this process")
-    for name in ("clars", "vrsgd"):
-        wanted = pool.run(train_network, name, "dense", 1, groups=2 * world_size)[0]
-        assert_same_training(pool.run(train_network, name, stage, 2, recompute), wanted)
+    wanted = pool.run(train_network, name, "dense", 1, groups=2 * world_size)[0]
+    assert_same_training(pool.run(train_network, name, stage, 2, recompute), wanted)
 
 
+@pytest.mark.parametrize("name", ["clars", "vrsgd"])
 @pytest.mark.parametrize("world_size", [2])
-def test_accumulation_without_synchronisation(pool: WorkerPool, world_size: int) -> None:
-    for name in ("clars", "vrsgd"):
-        wanted = pool.run(train_network, name, "dense", 1, groups=3 * world_size)[0]
-        assert_same_training(pool.run(train_network, name, "ddp", 3, no_sync=True), wanted)
+def test_accumulation_without_synchronisation(pool: WorkerPool, name: str, world_size: int) -> None:
+    wanted = pool.run(train_network, name, "dense", 1, groups=3 * world_size)[0]
+    assert_same_training(pool.run(train_network, name, "ddp", 3, no_sync=True), wanted)
 
 
+@pytest.mark.parametrize("name", ["clars", "vrsgd"])
 @pytest.mark.parametrize("world_size", [2])
-def test_a_branch_that_one_rank_leaves_out(pool: WorkerPool, world_size: int) -> None:
+def test_a_branch_that_one_rank_leaves_out(pool: WorkerPool, name: str, world_size: int) -> None:
     """Its group gradient is zero, and counts as one."""
-    for name in ("clars", "vrsgd"):
-        wanted = pool.run(train_network, name, "dense", 1, branch_on=(1,), groups=2 * world_size)[0]
-        found = pool.run(train_network, name, "ddp", 2, branch_on=(1,))
-        assert found[0][1]["branch.weight"][0] == 4
-        assert_same_training(found, wanted)
+    wanted = pool.run(train_network, name, "dense", 1, branch_on=(1,), groups=2 * world_size)[0]
+    found = pool.run(train_network, name, "ddp", 2, branch_on=(1,))
+    assert found[0][1]["branch.weight"][0] == 4
+    assert_same_training(found, wanted)
 
 
 @pytest.mark.parametrize("world_size", [2])

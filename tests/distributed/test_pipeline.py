@@ -100,13 +100,13 @@ def assert_nothing_crosses_stages(answers: list[dict[str, Any]]) -> None:
         assert set(answer["all_reduces"][-STEPS + 1 :]) == {1 if answer["sharded"] and replicas > 1 else 0}
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_each_stage_is_exact(pool: WorkerPool, stage: int, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        answers = pool.run(train, name, stage)
-        assert_exact(name, answers)
-        assert_nothing_crosses_stages([{**answer, "sharded": stage > 0} for answer in answers])
+def test_each_stage_is_exact(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
+    answers = pool.run(train, name, stage)
+    assert_exact(name, answers)
+    assert_nothing_crosses_stages([{**answer, "sharded": stage > 0} for answer in answers])
 
 
 @pytest.mark.parametrize("world_size", [4])

@@ -62,19 +62,19 @@ def assert_exact(case: Case, answers: list[dict[str, Any]]) -> None:
             assert found == pytest.approx(step, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars", "novograd"])
 @pytest.mark.parametrize("stage", ["dense", "ddp", 1, 2, 3])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_flat_layouts(pool: WorkerPool, stage: str | int, world_size: int) -> None:
-    for name in ("lamb", "lars", "novograd"):
-        case = make_case(name, stage)
-        assert_exact(case, pool.run(run_case, case))
+def test_flat_layouts(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
+    case = make_case(name, stage)
+    assert_exact(case, pool.run(run_case, case))
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars", "novograd"])
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, None), (3, None), (4, (2, 2))])
-def test_fsdp2(pool: WorkerPool, mesh: tuple[int, ...] | None, world_size: int) -> None:
-    for name in ("lamb", "lars", "novograd"):
-        case = make_case(name, "fsdp")
-        assert_exact(case, pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup(mesh)))
+def test_fsdp2(pool: WorkerPool, name: str, mesh: tuple[int, ...] | None, world_size: int) -> None:
+    case = make_case(name, "fsdp")
+    assert_exact(case, pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup(mesh)))
 
 
 def along_last(parameter: torch.nn.Parameter) -> Shard | None:
@@ -94,15 +94,15 @@ def test_fsdp1_flat_parameters(pool: WorkerPool, world_size: int) -> None:
     assert_exact(case, pool.run(test_fsdp1.run_case, case, test_fsdp1.Setup()))
 
 
+@pytest.mark.parametrize("name", ["lamb", "novograd"])
 @pytest.mark.parametrize("world_size", [2])
-def test_checkpoints(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
-    for name in ("lamb", "novograd"):
-        case = make_case(name, "fsdp", steps=6)
-        one = pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup())
-        other = pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup(checkpoint=str(tmp_path / name)))
-        for layer, weights in one[0]["weights"].items():
-            assert torch.equal(weights, other[0]["weights"][layer]), layer
-        assert one[0]["ratios"][3:] == other[0]["ratios"]
+def test_checkpoints(pool: WorkerPool, name: str, world_size: int, tmp_path: Any) -> None:
+    case = make_case(name, "fsdp", steps=6)
+    one = pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup())
+    other = pool.run(fsdp_runs.run_case, case, fsdp_runs.Setup(checkpoint=str(tmp_path / name)))
+    for layer, weights in one[0]["weights"].items():
+        assert torch.equal(weights, other[0]["weights"][layer]), layer
+    assert one[0]["ratios"][3:] == other[0]["ratios"]
 
 
 @pytest.mark.parametrize("world_size", [2])

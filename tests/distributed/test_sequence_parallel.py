@@ -74,21 +74,21 @@ def train(name: str, stage: int) -> dict[str, Any]:
             parallel_state_sp._release_sequence_parallel_groups()
 
 
+@pytest.mark.parametrize("name", ["lamb", "sngm"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [4])
-def test_ulysses(pool: WorkerPool, stage: int, world_size: int) -> None:
+def test_ulysses(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
     """ZeRO cuts over all ranks. Gradients of the parts of a sample are added up, but in stage 3 of 0.19.8 averaged."""
     parts = 1 if stage == 3 else 2
-    for name in ("lamb", "sngm"):
-        answers = pool.run(train, name, stage)
-        gradients = [
-            {n: torch.stack([parts * a["gradients"][step][n] for a in answers]) for n in answers[0]["initial"]}
-            for step in range(STEPS)
-        ]
-        weights = [answer["weights"] for answer in answers]
-        assert_trained_like(name, answers[0]["initial"], gradients, answers, weights)
-        for answer in answers:
-            assert answer["ranks"][-1] == ([list(range(4))] if stage else [])
+    answers = pool.run(train, name, stage)
+    gradients = [
+        {n: torch.stack([parts * a["gradients"][step][n] for a in answers]) for n in answers[0]["initial"]}
+        for step in range(STEPS)
+    ]
+    weights = [answer["weights"] for answer in answers]
+    assert_trained_like(name, answers[0]["initial"], gradients, answers, weights)
+    for answer in answers:
+        assert answer["ranks"][-1] == ([list(range(4))] if stage else [])
 
 
 @pytest.mark.parametrize("world_size", [2])

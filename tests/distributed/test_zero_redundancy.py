@@ -35,12 +35,12 @@ def train(name: str, wrapped: bool, **options: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("world_size", [2])
-def test_layerwise_numbers_are_exact(pool: WorkerPool, world_size: int) -> None:
-    for name in ("lamb", "lars"):
-        wanted = pool.run(train, name, False)
-        for found, expected in zip(pool.run(train, name, True), wanted, strict=True):
-            assert all(torch.equal(found[layer], weights) for layer, weights in expected.items())
+def test_layerwise_numbers_are_exact(pool: WorkerPool, name: str, world_size: int) -> None:
+    wanted = pool.run(train, name, False)
+    for found, expected in zip(pool.run(train, name, True), wanted, strict=True):
+        assert all(torch.equal(found[layer], weights) for layer, weights in expected.items())
 
 
 @pytest.mark.parametrize(
