@@ -38,7 +38,7 @@ def _ranks(item: pytest.Item) -> int | None:
     return None if callspec is None or "after" in callspec.params else callspec.params.get("world_size")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)  # after whoever shuffles tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("--ranks")
     if wanted is not None:
