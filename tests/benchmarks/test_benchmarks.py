@@ -32,6 +32,7 @@ def test_smoke_run_measures_this_package_and_torch(capsys: pytest.CaptureFixture
         assert "Error" not in line
 
 
+@pytest.mark.slow
 def test_smoke_run_of_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("deepspeed")
     main(["--smoke", "--device", "cpu", "zero", "rivals"])

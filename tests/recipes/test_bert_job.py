@@ -150,6 +150,7 @@ def test_the_first_update_is_that_of_one_process_without_a_wrapper(stopped):
     assert first["trust_ratios"] == pytest.approx(optimizer.trust_ratios(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_bit_for_bit(run, text_folder, tmp_path):
     folder, _ = run
     resumed = tmp_path / "resumed"

@@ -89,7 +89,12 @@ def test_an_example_is_short(example: Path) -> None:
     assert len(example.read_text().splitlines()) <= 30
 
 
-@each_example
+# One is quick; the others start other launchers, and DeepSpeed may compile its extension first.
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, marks=() if path.stem == "with_fsdp2" else pytest.mark.slow) for path in EXAMPLES],
+    ids=[path.stem for path in EXAMPLES],
+)
 def test_two_ranks_print_the_ratios_of_one(example: Path, tmp_path: Path, expected: list[dict[str, float]]) -> None:
     losses, ratios = printed_steps(run(command(example), tmp_path))
     assert len(losses) == len(ratios) == STEPS

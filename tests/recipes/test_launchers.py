@@ -72,7 +72,8 @@ def test_accelerate_launch_with_the_shipped_configurations(text_folder, folder, 
     assert losses(folder / config) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_nodes_on_loopback_train_like_one_process(text_folder, folder, expected, launcher):
     port, output = free_port(), folder / launcher
     hosts = folder / "hostfile"

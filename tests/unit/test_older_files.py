@@ -322,6 +322,7 @@ def test_a_run_is_continued(run: str, runs: Path, tmp_path: Path) -> None:
     assert_weights({place: found[place] for place in expected}, expected, exact=same_arithmetic())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_these_versions_cannot_read_is_named(runs: Path, tmp_path: Path) -> None:
     """As when the Trainer's random state is of a newer NumPy."""
     shutil.copytree(runs, tmp_path / "runs")
