@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -161,3 +162,24 @@ PARTS = {
     "statistics": ("The price of gradient statistics, 2 ranks", statistics_table),
     "memory": ("Extra memory of a step", memory_table),
 }
+
+
+def kills_table(results: Rows) -> str:
+    """Kills and ends by configuration, by moment and by what was killed."""
+    kills, ends = results["kills"], results["ends"]
+    lines = []
+    for name in dict.fromkeys(end["configuration"] for end in ends):
+        of_it = [end for end in ends if end["configuration"] == name]
+        same = sum(not end["differences"] for end in of_it)
+        counted = str(sum(kill["configuration"] == name for kill in kills))
+        lines.append([name, counted, str(len(of_it)), str(same), str(sum(end["refused"] for end in of_it))])
+    head = ("configuration", "kills", "runs", "with the undisturbed end", "starts refused while a rank still wrote")
+    by_moment = Counter(kill["moment"] for kill in kills)
+    by_target = Counter(" and ".join(kill["killed"]) for kill in kills)
+    counts = [
+        _table((what, "kills"), [[name, str(n)] for name, n in counted.most_common()])
+        for what, counted in (("moment", by_moment), ("killed", by_target))
+    ]
+    waits = [kill["until_gone"] for kill in kills if kill["until_gone"] is not None]
+    longest = f"All processes of a run were gone at most {max(waits):.0f} s after a kill." if waits else ""
+    return "\n\n".join([_table(head, lines), *counts, longest]).strip()
