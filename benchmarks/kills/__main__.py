@@ -4,8 +4,8 @@
 
 A run is started with the one command line `--output DIR --resume auto`, killed by SIGKILL (a rank, the launcher, or
 everything), started again, perhaps killed again, until it ends with status 0. Then checkpoint, exported model, metrics
-and report have to be those of a run that nobody disturbed, bit for bit, and nothing may be left behind. Exit status 1 if
-an end differs. Needs the recipes, two ranks on a CPU, and about a minute of CPU time for three kills.
+and report have to be those of a run that nobody disturbed, bit for bit, and nothing may be left behind. The exit status
+is 1 if an end differs. Three kills take about a minute of CPU time.
 """
 
 from __future__ import annotations

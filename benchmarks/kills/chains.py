@@ -51,8 +51,8 @@ class Struck:
         """Return what is printed of it."""
         gone = "started again at once" if self.until_gone is None else f"all gone after {self.until_gone:.1f} s"
         return (
-            f"{number:4} {self.configuration} run {self.run} life {self.life}: {' and '.join(self.killed)} killed after "
-            f"{self.seconds:.1f} s ({self.moment}); {gone}; last line: {self.after[:110]}"
+            f"{number:4} {self.configuration} run {self.run} life {self.life}: {' and '.join(self.killed)} killed "
+            f"after {self.seconds:.1f} s ({self.moment}); {gone}; last line: {self.after[:110]}"
         )
 
 
@@ -107,9 +107,8 @@ class Chain:
         try:
             self._live(run, end, kills, struck)
             end.differences += differences(self.undisturbed, run) if not end.differences else []
-            if (waited := wait_for_end(run, PATIENCE)) is None:
+            if wait_for_end(run, PATIENCE) is None:
                 end.differences.append(f"processes still live after {PATIENCE:g} s")
-            del waited
         except TimeoutError as error:
             end.differences.append(str(error))
         finally:
@@ -134,8 +133,7 @@ class Chain:
                 if not kill.at_once and done.until_gone is None:
                     end.differences.append(f"life {run.lives}: processes still live {PATIENCE:g} s after the kill")
                     return
-                life.process.kill()  # of what the kill left, the launcher alone is waited for
-                life.process.wait()
+                life.process.wait()  # whoever starts it again has seen the command end
                 continue
             life.wait(lambda: False)
             if life.process.returncode == 0:

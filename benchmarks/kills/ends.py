@@ -123,7 +123,7 @@ def _content(file: Path) -> Any:
 
 
 def first_difference(one: Any, other: Any, where: str = "") -> str | None:
-    """Return where two nested values differ in a tensor or number, bit for bit; None if nowhere. Text is passed over."""
+    """Return where two nested values differ in a tensor or number, bit for bit; None if nowhere. Text may differ."""
     if isinstance(one, torch.Tensor):
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and one.shape == other.shape
         return None if same and torch.equal(_bits(one), _bits(other)) else f"{where or 'value'} differs"
