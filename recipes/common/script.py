@@ -1,4 +1,4 @@
-"""What the commands at the front of recipes/ have in common; imports nothing but the standard library."""
+"""What the commands at the front of recipes/ have in common; imports nothing but the standard library until `run`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def run(module: str) -> NoReturn:
     sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
     import importlib
 
+    from .launcher_watch import watch_launcher
+
+    watch_launcher()  # before the imports, which take seconds
     raise SystemExit(importlib.import_module(module).main())
 
 

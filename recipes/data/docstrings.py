@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from ..common.errors import RecipeError
+from ..common.workers import end_with_parent
 
 PACKAGES = (
     "numpy",
@@ -89,7 +90,7 @@ def harvest(folders: dict[str, Path], progress: Progress) -> Iterator[str]:
     seen: set[bytes] = set()
     # Parsing takes nearly all the time. Spawned workers import this module alone, and no state of a rank is forked.
     workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         for name, folder in folders.items():
             files = sorted(_source_files(folder))
             for texts in progress(pool.map(docstrings, files, chunksize=16), len(files), name):
