@@ -10,7 +10,7 @@ import threading
 def end_with_parent() -> None:
     """End this worker process as soon as its parent is gone; called in the worker, which goes on meanwhile.
 
-    The workers of a `ProcessPoolExecutor` would wait for work for ever: each of them holds the pipe open for the others.
+    The workers of a `ProcessPoolExecutor` would wait for work for ever: each of them holds the pipe open for all.
     """
     threading.Thread(target=_end_after_parent, name="parent watch", daemon=True).start()
 
