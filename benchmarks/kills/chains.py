@@ -35,7 +35,8 @@ class Struck:
         killed: roles of the processes.
         seconds: since the life's start.
         after: the last line that was printed before.
-        until_gone: seconds until nothing of the run lived; None where it was started again at once.
+        at_once: whether the run was started again while the kill's other processes may have lived.
+        until_gone: seconds until nothing of the run lived; None if something still did, or nobody waited.
     """
 
     configuration: str
@@ -45,11 +46,14 @@ class Struck:
     killed: list[str]
     seconds: float
     after: str
+    at_once: bool
     until_gone: float | None = None
 
     def line(self, number: int) -> str:
         """Return what is printed of it."""
-        gone = "started again at once" if self.until_gone is None else f"all gone after {self.until_gone:.1f} s"
+        gone = "started again at once" if self.at_once else "NOT ALL GONE"
+        if self.until_gone is not None:
+            gone = f"all gone after {self.until_gone:.1f} s"
         return (
             f"{number:4} {self.configuration} run {self.run} life {self.life}: {' and '.join(self.killed)} killed "
             f"after {self.seconds:.1f} s ({self.moment}); {gone}; last line: {self.after[:110]}"
@@ -106,8 +110,9 @@ class Chain:
         run, end = Run(self.configuration, self.undisturbed.data, folder), End(self.configuration.name, number)
         try:
             self._live(run, end, kills, struck)
-            end.differences += differences(self.undisturbed, run) if not end.differences else []
-            if wait_for_end(run, PATIENCE) is None:
+            if not end.differences:
+                end.differences += differences(self.undisturbed, run)
+            if not end.differences and wait_for_end(run, PATIENCE) is None:
                 end.differences.append(f"processes still live after {PATIENCE:g} s")
         except TimeoutError as error:
             end.differences.append(str(error))
@@ -151,7 +156,8 @@ class Chain:
         killed = kill.strike(run, life)
         if not killed:
             return None
-        return Struck(self.configuration.name, number, run.lives, kill.moment, killed, round(seconds, 2), after)
+        name, moment = self.configuration.name, kill.moment
+        return Struck(name, number, run.lives, moment, killed, round(seconds, 2), after, kill.at_once)
 
 
 def undisturbed(configuration: Configuration, data: Path, folder: Path) -> tuple[Run, Timeline]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -73,7 +75,8 @@ def _of_weights(undisturbed: Run, run: Run) -> Iterator[str]:
     if run.configuration.trainer:
         one, other = (load_file(each.output / "model" / "model.safetensors") for each in (undisturbed, run))
     else:
-        one, other = (trained_weights(last_checkpoint(each)) for each in (undisturbed, run))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # DeepSpeed's news
+            one, other = (trained_weights(last_checkpoint(each)) for each in (undisturbed, run))
     wrong = first_difference(one, other)
     if wrong:
         yield f"exported model: {wrong}"
