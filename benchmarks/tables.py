@@ -14,7 +14,7 @@ Rows = dict[str, Any]
 
 
 def markdown(results: Rows, numbers: str, kills: Rows | None = None) -> str:
-    """The page of all parts that `results` holds, with a link to the file of `numbers`, and of `kills`, if there are."""
+    """The page of all parts that `results` holds, with a link to the file of `numbers`, and of killed runs if any."""
     sections = [f"## {title}\n\n{table(results[name])}" for name, (title, table) in PARTS.items() if name in results]
     head = (
         "# Benchmarks\n\n"
@@ -170,14 +170,14 @@ def kills_section(results: Rows) -> str:
     """What `python -m benchmarks.kills` does, and what came out."""
     machine = results["machine"]
     return (
-        f"`python -m benchmarks.kills --count {len(results['kills'])} --seed {results['seed']}`: small runs of the BERT "
-        "recipes (two ranks; preparation of data, 16 updates in two phases with dropout, four checkpoints, report) are "
-        "killed by SIGKILL and started again with the same command line, `--output DIR --resume auto`, up to six times "
-        "each, until they end with status 0. Moments are drawn from the seed: some over a run's whole length, others "
-        "aimed. Then every tensor and number of the last checkpoint, the exported model, each line of `metrics.jsonl` "
-        "but for times and memory, and the steps of the report have to be those of a run that nobody disturbed, bit for "
-        "bit; and no process, shared memory, temporary file or partial folder may be left. One kill a line: "
-        "[results/kills.json](results/kills.json).\n\n"
+        f"`python -m benchmarks.kills --count {len(results['kills'])} --seed {results['seed']}`: small runs of the "
+        "BERT recipes (two ranks; preparation of data, 16 updates in two phases with dropout, four checkpoints, "
+        "report) are killed by SIGKILL and started again with the same command line, `--output DIR --resume auto`, up "
+        "to six times each, until they end with status 0. Moments are drawn from the seed: some over a run's whole "
+        "length, others aimed. Then every tensor and number of the last checkpoint, the exported model, each line of "
+        "`metrics.jsonl` but for times and memory, and the steps of the report have to be those of a run that nobody "
+        "disturbed, bit for bit; and no process, shared memory, temporary file or partial folder may be left. Every "
+        "kill is in [results/kills.json](results/kills.json).\n\n"
         f"{machine['device']}; python {machine['python']}, torch {machine['torch']}, deepspeed "
         f"{machine.get('deepspeed', 'not installed')}.\n\n{kills_table(results)}"
     )
