@@ -40,10 +40,14 @@ def _launchers() -> Iterator[tuple[psutil.Process, int]]:
 
 
 def _is_launcher(command: list[str]) -> bool:
-    """Tell launchers by their script, or by their module after `-m`; not by arguments, which may name anything."""
-    words = [os.path.basename(word) for word in command[:3]]
-    module = command[command.index("-m") + 1] if "-m" in command[1:-1] else ""
-    return bool(_SCRIPTS & set(words)) or module.startswith(_MODULES)
+    """Tell launchers by their script or module; not by its arguments, which may name anything."""
+    options, rest = command[:1], command[1:]
+    while rest and rest[0].startswith("-"):  # of Python
+        options.append(rest.pop(0))
+    called = rest[0] if rest else ""
+    if options[-1:] == ["-m"]:
+        return called.startswith(_MODULES)
+    return bool(_SCRIPTS & {os.path.basename(word) for word in (*command[:1], called)})
 
 
 def _watch(chain: list[tuple[psutil.Process, int]]) -> None:

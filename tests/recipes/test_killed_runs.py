@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from trustratio.optimizers.noise_scale import NoiseScale, RunningNoise
-from trustratio.recipes.common import files
+from trustratio.recipes.common import files, launcher_watch
 from trustratio.recipes.common.errors import NothingToDo, RecipeError
 from trustratio.recipes.common.files import WRITING, remove_folder, whole_file, write_text
 from trustratio.recipes.common.reporter import Reporter
@@ -361,7 +361,7 @@ def _launched(folder: Path, name: str) -> list[str]:
 def test_a_rank_outlives_what_is_no_launcher(tmp_path):
     (tmp_path / "rank.py").write_text(_RANK)
     (tmp_path / "shell.py").write_text(_LAUNCHER)
-    command = [sys.executable, str(tmp_path / "shell.py"), str(tmp_path / "rank.py"), "trains", "torchrun"]
+    command = [sys.executable, str(tmp_path / "shell.py"), str(tmp_path / "rank.py"), "trains", "-m", "torchrun"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout.readline() == "started\n"
         (rank,) = psutil.Process(shell.pid).children()
@@ -389,3 +389,23 @@ def test_a_finished_run_is_not_begun_again(tmp_path):
     assert (check_run(parse_command_line(arguments)).first, run.last) == (5, 5)
     with pytest.raises(NothingToDo):  # somewhere else, where there is nothing to end
         check_run(parse_command_line(["--resume", str(tmp_path), "--output", str(tmp_path / "other")]))
+
+
+@pytest.mark.parametrize(
+    ("command", "launches"),
+    [
+        ("/usr/bin/python /env/bin/torchrun --nproc_per_node 2 bert.py", True),
+        ("python -u -m deepspeed.launcher.launch --world_info=x bert.py", True),
+        ("python -m torch.distributed.run bert.py", True),
+        ("python -m accelerate.commands.launch bert.py", True),
+        ("deepspeed bert.py", True),
+        ("bash start.sh deepspeed", False),
+        ("python train.py -m torch.distributed.run", False),
+        ("python -m pytest deepspeed", False),
+        ("timeout 100 torchrun bert.py", False),  # its child is the launcher
+        ("-bash", False),
+        ("", False),
+    ],
+)
+def test_launchers_are_told_by_their_script(command, launches):
+    assert launcher_watch._is_launcher(command.split()) == launches
