@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.kills.ends import differences, left_in_shared_memory, shared_memory
+from benchmarks.kills.ends import differences
 from benchmarks.kills.moments import Kill, Timeline, end_all, wait_for_end
 from benchmarks.kills.runs import Configuration, Life, Run
 
@@ -106,7 +106,7 @@ class Chain:
         Returns:
             The kills that came about, and the end.
         """
-        before, struck = shared_memory(), list[Struck]()
+        struck: list[Struck] = []
         run, end = Run(self.configuration, self.undisturbed.data, folder), End(self.configuration.name, number)
         try:
             self._live(run, end, kills, struck)
@@ -119,7 +119,7 @@ class Chain:
         finally:
             end_all(run)
         end.lives = run.lives
-        end.differences += [f"left in shared memory: {name}" for name in left_in_shared_memory(before)]
+        end.differences += [f"left in shared memory: {name}" for name in run.left_in_shared_memory()]
         if not end.differences:
             shutil.rmtree(folder)
         return struck, end
@@ -171,6 +171,7 @@ def undisturbed(configuration: Configuration, data: Path, folder: Path) -> tuple
     life.wait(lambda: False)
     if life.process.returncode != 0:
         raise RuntimeError(f"undisturbed, {configuration.name} ended with {life.process.returncode}: {_said(life)}")
+    run.left_in_shared_memory()
     return run, Timeline.of(life)
 
 

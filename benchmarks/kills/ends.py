@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,6 @@ _TIMED = {
     *("data_wait_seconds", "host_memory_bytes", "device_peak_memory_bytes"),
 }
 _LOCKS = {".lock", ".writing-lock"}  # they stay, locked by nobody
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def differences(undisturbed: Run, run: Run) -> list[str]:
@@ -147,29 +144,3 @@ def first_difference(one: Any, other: Any, where: str = "") -> str | None:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def shared_memory() -> set[str]:
-    """Return the names of the files in shared memory."""
-    return set(os.listdir(_SHARED_MEMORY)) if _SHARED_MEMORY.is_dir() else set()
-
-
-def left_in_shared_memory(before: set[str]) -> list[str]:
-    """Return what is new in shared memory and in nobody's use; other programs may be at work meanwhile."""
-    new = shared_memory() - before
-    for _ in range(3):
-        if not new:
-            break
-        time.sleep(0.5)
-        new = {name for name in new & shared_memory() if str(_SHARED_MEMORY / name) not in _mapped()}
-    return sorted(new)
-
-
-def _mapped() -> str:
-    texts = []
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            texts.append(maps.read_text())
-        except OSError:
-            continue
-    return "\n".join(texts)

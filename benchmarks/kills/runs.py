@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +34,8 @@ _SETTINGS = (
     *("run.log_every=3", "run.print_every=1", "run.keep_checkpoints=2"),
     *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
 )
+_SHARED_MEMORY = Path("/dev/shm")
+_IN_PRIVATE = ("sh", "-c", f'mount --bind "$0" {_SHARED_MEMORY} && exec "$@"')
 _POLL = 0.002  # seconds
 _MOST_SECONDS = 600.0  # of a life on a busy machine; afterwards it hangs
 
@@ -119,6 +125,7 @@ class Run:
         folder: `output`, `cache`, temporary files and what was printed, nothing else.
         mark: value of `MARK` in the environment of its processes.
         lives: how often it was started.
+        shared_memory: what its processes have for /dev/shm, to see what they leave; None where that is not allowed.
     """
 
     configuration: Configuration
@@ -127,6 +134,7 @@ class Run:
     mark: str = ""
     port: int = 0
     lives: int = 0
+    shared_memory: Path | None = None
 
     def __post_init__(self) -> None:
         self.mark = f"{os.getpid()}/{self.folder.name}"
@@ -135,6 +143,8 @@ class Run:
             self.port = probe.getsockname()[1]
         for folder in (self.cache, self.folder / "temporary"):
             folder.mkdir(parents=True)
+        if _in_private():
+            self.shared_memory = Path(tempfile.mkdtemp(prefix="kills-", dir=_SHARED_MEMORY))
 
     @property
     def output(self) -> Path:
@@ -158,10 +168,11 @@ class Run:
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
+        apart = [*_in_private(), str(self.shared_memory)] if self.shared_memory is not None else []
         log = self.folder / f"life-{self.lives}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                self.configuration.command(self.port, self.data, self.output),
+                [*apart, *self.configuration.command(self.port, self.data, self.output)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -169,6 +180,14 @@ class Run:
                 start_new_session=True,
             )
         return Life(process, log)
+
+    def left_in_shared_memory(self) -> list[str]:
+        """Return the names of the files there once all processes have ended, and remove them."""
+        if self.shared_memory is None:
+            return []
+        names = sorted(os.listdir(self.shared_memory))
+        shutil.rmtree(self.shared_memory)
+        return names
 
     def processes(self) -> list[int]:
         """Return the ids of all living processes of all lives."""
@@ -232,6 +251,17 @@ class Life:
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
         self.lines += [(self.seconds, line) for line in whole.decode(errors="replace").splitlines() if line.strip()]
+
+
+@functools.cache
+def _in_private() -> tuple[str, ...]:
+    """Return what starts a command, as the same process, with another folder for /dev/shm; () if not allowed."""
+    for own in ((), ("--user", "--map-root-user")):
+        line = ("unshare", *own, "--mount", *_IN_PRIVATE)
+        with contextlib.suppress(OSError):
+            if subprocess.run([*line, str(_SHARED_MEMORY), "true"], capture_output=True).returncode == 0:
+                return line
+    return ()
 
 
 def variables(process: int) -> dict[str, str]:
