@@ -138,7 +138,7 @@ class Chain:
                 if not kill.at_once and done.until_gone is None:
                     end.differences.append(f"life {run.lives}: processes still live {PATIENCE:g} s after the kill")
                     return
-                life.process.wait()  # whoever starts it again has seen the command end
+                life.wait(lambda: False)  # whoever starts it again has seen the command end
                 continue
             life.wait(lambda: False)
             if life.process.returncode == 0:

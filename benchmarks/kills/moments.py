@@ -100,8 +100,7 @@ class Kill:
     def _condition(self, run: Run, life: Life, timeline: Timeline) -> tuple[Callable[[], bool], float]:
         """Return what the moment begins with, and how long it lasts in seconds."""
         if self.moment == "data":
-            begun = timeline.prepared
-            return lambda: any(run.cache.glob("tokens-*/settings.json")), min(1.0, begun / 4)
+            return lambda: any(run.cache.glob("tokens-*/settings.json")), min(1.0, timeline.prepared / 4)
         if self.moment == "step":
             first = _lines(run)
             return lambda: _lines(run) >= first + self.number, _STEP_SECONDS
@@ -122,16 +121,18 @@ class Kill:
         return self.moment == "report" and life.seen(" steps done; ") is not None
 
     def strike(self, run: Run, life: Life) -> list[str]:
-        """Kill the target; return what was killed: other processes where there is no such one yet, [] if none live."""
+        """Kill the target, or all there is where it does not live yet; return the roles of what was killed."""
         found = processes_by_role(run, life)
-        wanted = {"inner launcher": ["inner launcher", "launcher"]}.get(self.target, [self.target])
-        chosen = next((role for role in wanted if role in found), None)
-        victims = [found[chosen]] if chosen and self.target != "all" else list(found.values())
-        # The launcher first: it would end the ranks itself.
-        for process in victims if chosen and self.target != "all" else [*victims, *run.processes()]:
+        target = "launcher" if self.target == "inner launcher" and self.target not in found else self.target
+        if target in found:
+            victims, killed = [found[target]], [target]
+        else:  # the launcher first: it would end the ranks itself
+            victims = [*found.values(), *run.processes()]
+            killed = ["all"] if victims else []
+        for process in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        return [chosen] if chosen and self.target != "all" else ["all"] if found else []
+        return killed
 
 
 def processes_by_role(run: Run, life: Life) -> dict[str, int]:
