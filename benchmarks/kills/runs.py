@@ -31,7 +31,7 @@ _SETTINGS = (
     *("--steps", "12", "--sequence_length", "16", "--global_batch", "16", "--micro_batch", "4"),
     *("data.validation_fraction=0.2", "data.validation_sequences=10", "model.dropout=0.1", "model.max_positions=32"),
     *("model.hidden=32", "model.intermediate=64", "run.validate_every=8", "run.checkpoint_every=4"),
-    *("run.log_every=3", "run.print_every=1", "run.keep_checkpoints=2"),
+    *("run.log_every=3", "run.print_every=1", "run.keep_checkpoints=2", "run.noise_scale=true"),
     *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
 )
 _SHARED_MEMORY = Path("/dev/shm")
