@@ -10,15 +10,24 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from .stages import Stages
+
 T = TypeVar("T")
 
 
 class Reporter:
-    """Prints for one rank; a reporter that is not `active` swallows everything."""
+    """Prints for one rank; a reporter that is not `active` swallows everything.
+
+    Attributes:
+        active: whether it prints.
+        terminal: whether it shows bars.
+        stages: how long each stage of the work took that it reports on.
+    """
 
     def __init__(self, active: bool = True) -> None:
         """Print if `active`."""
         self.active = active
+        self.stages = Stages()
         self.terminal = active and _has_width(sys.stderr)
 
     def line(self, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,8 @@ class Invocation:
     verbose: bool = False
 
 
-def parse_command_line(arguments: Sequence[str]) -> Invocation:
-    """Parse and resolve a command line.
+def parse_command_line(arguments: Sequence[str] | None = None) -> Invocation:
+    """Parse and resolve a command line, None: this process's.
 
     Raises:
         RecipeError: unknown flag, preset or field, malformed value or override, missing checkpoint.
@@ -105,7 +106,7 @@ def parse_command_line(arguments: Sequence[str]) -> Invocation:
     """
     # Overrides may stand anywhere, which argparse's positional arguments may not: they are what it does not know.
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     parser.refuse([text for text in rest if text.startswith("-")], _ALSO_CALLED)
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]

@@ -52,7 +52,7 @@ from .wordpiece import TextTokenizer, load_tokenizer, train_wordpiece
 SHARD_CHARACTERS = 64_000_000
 _BLOCK_CHARACTERS = 2_000_000  # handed to a worker at once
 _ALONE = 16_000_000  # characters that are tokenized before worker processes would have started
-_VOCABULARY_CHARACTERS = 64_000_000  # a vocabulary is trained on a sample of this size
+_CHARACTERS_PER_TOKEN = 1024  # of the sample that a vocabulary is trained on; more change the text's length by 1 %
 _ROLES = (TRAINING, VALIDATION)  # of the splits, in their order
 _Array = NDArray[np.unsignedinteger]
 
@@ -177,8 +177,9 @@ class _Preparer:
         if 0 < len(todo) < count:
             self.reporter.line(f"{count - len(todo)} of {count} shards are there already")
         remove_other_shards(self.folder, count)
-        for shard in self._write(index, shard_of, todo, tokenizer):
-            shards[shard.number] = shard
+        with self.reporter.stages("tokenizing"):
+            for shard in self._write(index, shard_of, todo, tokenizer):
+                shards[shard.number] = shard
         skipped = [source for source in sources if files.get(source, source) not in index.sources]
         self._finish(index, tokenizer, dtype, [shards[number] for number in range(count)], skipped)
 
@@ -193,7 +194,8 @@ class _Preparer:
         if index is None:
             visited = self.reporter.progress(sources, len(sources), "reading sources")
             skipped = self._skip if self.how.skip_broken else None
-            index = index_documents(visited, self.column, self.config.validation_fraction, skipped)
+            with self.reporter.stages("indexing"):
+                index = index_documents(visited, self.column, self.config.validation_fraction, skipped)
             index.save(path)
         return index
 
@@ -206,14 +208,15 @@ class _Preparer:
             write_text(path, ready.tokenizer.to_str())
             return ready
         if not path.exists():
-            chosen = index.sample(_VOCABULARY_CHARACTERS)
+            chosen = index.sample(_CHARACTERS_PER_TOKEN * self.config.vocabulary)
             characters = int(index.characters[chosen].sum(dtype=np.int64))
             self.reporter.line(
                 f"training a WordPiece vocabulary of {self.config.vocabulary:,} tokens on {characters / 1e6:.1f} "
                 f"million of {index.kept_characters() / 1e6:.1f} million characters"
             )
             texts = (text for _, text in index.read(chosen, self.column))
-            write_text(path, train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str())
+            with self.reporter.stages("vocabulary"):
+                write_text(path, train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str())
         return load_tokenizer(str(path))
 
     def _write(
@@ -319,7 +322,8 @@ def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], st
     path = cache_folder() / f"documentation-{corpus_key(folders)}.jsonl"
     if not path.exists():
         reporter.line(f"harvesting the documentation of {', '.join(folders)} (once; cached in {path})")
-        documents = list(harvest(folders, reporter.progress))
+        with reporter.stages("harvest"):
+            documents = list(harvest(folders, reporter.progress))
         require_text(folders, sum(map(len, documents)))
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json_lines(path, "text", documents)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,14 +40,15 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         RecipeError: bad data, a checkpoint of other data, an output folder in use, refused optimizer options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
-    began = time.perf_counter()
-    start()
+    with reporter.stages("joining"):
+        start()
     data, identity = prepare_run(run, reporter)
-    engine = build_engine(run, data[0].vocabulary_size)
-    folder, checkpoints = open_output(run, identity, reporter, began)
-    with reported(folder, checkpoints, reporter):
+    with reporter.stages("engine"):
+        engine = build_engine(run, data[0].vocabulary_size)
+    folder, checkpoints = open_output(run, identity, reporter)
+    with reported(folder, checkpoints, reporter), reporter.stages("steps"):
         step = train(run, data, engine, folder, checkpoints, reporter)
-    announce_end(run, step, folder, reporter, began)
+    announce_end(run, step, folder, reporter)
 
 
 def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,18 +51,20 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         RecipeError: bad data, a checkpoint of other data or versions, an output folder in use, refused options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
-    began = time.perf_counter()
-    start()
+    with reporter.stages("joining"):
+        start()
     data, identity = prepare_run(run, reporter)
     parts = build_parts(run.config, data[0].vocabulary_size)
-    folder, checkpoints = open_output(run, identity, reporter, began)
+    folder, checkpoints = open_output(run, identity, reporter)
     resume = run.invocation.resume
     with (
         reported(folder, checkpoints, reporter),
+        reporter.stages("steps"),
         open_records(run, folder, reporter) as records,
         StopRequests() as stop,
     ):
-        trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
+        with reporter.stages("engine"):
+            trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
         try:
             trainer.train(None if resume is None else str(trainers_part(resume)))
         except UnpicklingError as error:
@@ -75,7 +76,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         trainer.updates.require_data()
         records.require_written()
     _save_model(trainer, folder / MODEL, Path(data[0].folder, TOKENIZER))
-    announce_end(run, trainer.state.global_step, folder, reporter, began)
+    announce_end(run, trainer.state.global_step, folder, reporter)
 
 
 def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:

@@ -181,14 +181,14 @@ class TrainingLoop:
         self.records.updates(self.step_metrics.fetch(), last)
 
     def _validate(self, step: int) -> None:
-        with self.step_metrics.not_training():
+        with self.step_metrics.not_training(), self.records.stage("validation"):
             loss, accuracy = validate(self.engine, self.data.validation_batches)
         self.records.validation(step, loss, accuracy, self.data.unigram_entropy)
 
     def _checkpoint(self, step: int, last: int) -> None:
         """Write a checkpoint, of a state that can be continued only."""
         self._log(last)  # raises if a loss since the last log was not finite
-        with self.step_metrics.not_training():
+        with self.step_metrics.not_training(), self.records.stage("checkpoints"):
             require_sound_weights(self.engine, self.data, step)
             self.checkpoint(step)
 

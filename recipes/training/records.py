@@ -96,6 +96,10 @@ class Records:
         if failures:
             raise TrainingFailure(f"the metrics could not be written ({'; '.join(failures)})")
 
+    def stage(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Count the time of a block as a stage of the run, see `Stages`."""
+        return self.display.reporter.stages(name)
+
     def line(self, text: str) -> None:
         """Print a line beside the display."""
         self.display.reporter.line(text)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeE
 from ..common.files import write_json
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter, clock, folded
+from ..common.stages import cpu_seconds
 from ..configuration.command_line import Invocation, parse_command_line
 from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
@@ -25,7 +26,6 @@ from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..runs.checkpoints import RANKS, CheckpointFolder, check_same_run, require_whole, run_of
 from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder, hold, let_go
-from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .other_ranks import is_read
@@ -54,13 +54,16 @@ def run_command(
     reporter = Reporter()
     try:
         reporter = Reporter(active=rank() == 0)
+        if arguments is None:  # this process is the command
+            reporter.stages.add_start()
         quieten()
-        invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        invocation = parse_command_line(arguments)
         if invocation.list_presets:
             for line in list_presets():
                 reporter.line(line)
             return 0
-        run = check(invocation)
+        with reporter.stages("checks"):
+            run = check(invocation)
         announce(run, reporter)
         if not invocation.dry_run:
             train(run, reporter)
@@ -130,7 +133,8 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     if resume is not None:
         saved = (run.saved_identity or {}).get(RANKS)
         on_first_rank(lambda: require_whole(resume, is_read(resume, saved, world_size())))
-    data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
+    with reporter.stages("data"):
+        data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):
             reporter.line(folded(line))
@@ -155,9 +159,7 @@ def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> Prep
     return data
 
 
-def open_output(
-    run: CheckedRun, identity: dict[str, Any], reporter: Reporter, began: float
-) -> tuple[Path, CheckpointFolder]:
+def open_output(run: CheckedRun, identity: dict[str, Any], reporter: Reporter) -> tuple[Path, CheckpointFolder]:
     """Create or reopen the output folder, one for all ranks; return it and its checkpoints (collective).
 
     Called once nothing but training can fail, so that bad data leave no empty run behind.
@@ -166,13 +168,12 @@ def open_output(
         run: that will write into it.
         identity: what a run that continues this one must agree with.
         reporter: says which folder it is.
-        began: when the run began, by `time.perf_counter`.
 
     Raises:
         RecipeError: the folder is in use, or cannot be created.
     """
     folder = on_first_rank(lambda: _claim_output(run))
-    reporter.line(f"output folder: {folder}; {clock(time.perf_counter() - began)} until here")
+    reporter.line(f"output folder: {folder}; {clock(reporter.stages.seconds())} until here")
     return folder, CheckpointFolder(folder, run.config.run.keep_checkpoints, identity)
 
 
@@ -220,7 +221,9 @@ def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) ->
         raise TrainingFailure(f"{failure}; {_where_to_go_on(checkpoints)}") from failure
     finally:
         if reporter.active:
-            _report(folder, reporter)
+            with reporter.stages("report"):
+                _report(folder, reporter)
+            _keep_stages(folder, reporter)
         let_go(folder)
 
 
@@ -232,22 +235,34 @@ def _where_to_go_on(checkpoints: CheckpointFolder) -> str:
 
 
 def _report(folder: Path, reporter: Reporter) -> None:
+    from ..runs.report import write_report  # with matplotlib, which takes a second that nobody should wait for earlier
+
     try:
         reporter.line(write_report(folder))
     except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
         reporter.line(f"the report could not be written: {error}")
 
 
-def announce_end(run: CheckedRun, step: int, folder: Path, reporter: Reporter, began: float) -> None:
-    """Print how many updates were done, and how to go on if a request to stop came before the last one.
+def _keep_stages(folder: Path, reporter: Reporter) -> None:
+    """Add how long each stage took to what the folder says of the machine."""
+    stages = {name: dataclasses.asdict(stage) for name, stage in reporter.stages.all().items()}
+    with contextlib.suppress(OSError, ValueError):  # a full disk, of which the report has spoken
+        write_json(folder / ENVIRONMENT, {**json.loads((folder / ENVIRONMENT).read_text()), "stages": stages})
+
+
+def announce_end(run: CheckedRun, step: int, folder: Path, reporter: Reporter) -> None:
+    """Print how many updates were done, how long it all took, and how to go on after a request to stop (collective).
 
     Args:
         run: that was trained.
         step: updates done in all.
         folder: of the run.
         reporter: prints.
-        began: when the run began, by `time.perf_counter`.
     """
+    spent = sum(collect(cpu_seconds()))
     if step < run.last:
         reporter.line(f"stopped on request after step {step} of {run.last}; continue with --resume {folder}")
-    reporter.line(f"{step - run.first} steps done; {clock(time.perf_counter() - began)} in all")
+    reporter.line(folded(reporter.stages.describe()))
+    reporter.line(
+        f"{step - run.first} steps done; {clock(reporter.stages.seconds())} in all, {spent:,.0f} s of processor time"
+    )

@@ -155,7 +155,7 @@ class RecipeTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return cross-entropy in nats and accuracy on the phase's validation rows, over all ranks."""
-        with self.progress.step_metrics.not_training():
+        with self.progress.step_metrics.not_training(), self.records.stage("validation"):
             loss, accuracy = validate(self.progress.observed, self.data.validation_batches)
         self.records.validation(self.state.global_step, loss, accuracy, self.data.unigram_entropy)
         metrics = {"eval_loss": loss, "eval_accuracy": accuracy}
@@ -169,7 +169,7 @@ class RecipeTrainer(Trainer):
             TrainingFailure: it could not be written, or the last update broke the weights.
         """
         step = self.state.global_step
-        with self.progress.step_metrics.not_training():
+        with self.progress.step_metrics.not_training(), self.records.stage("checkpoints"):
             require_sound_weights(self.progress.observed, self.data, step)
             save = functools.partial(self._save_into, model, trial)
             path = self.checkpoints.write(step, save, collect_failures, first=rank() == 0)
