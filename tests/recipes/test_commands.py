@@ -124,7 +124,6 @@ def test_the_reader_of_a_command_may_leave(tmp_path, how):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("docstrings", ("torch", "deepspeed", "transformers", "numpy")),
         ("encoding", ("torch", "deepspeed", "transformers")),
         ("feed", ("deepspeed", "transformers", "datasets", "pyarrow")),
     ],

@@ -83,9 +83,9 @@ def test_the_batch_line():
         (("--optimizer", "lamd"), r"unknown optimizer 'lamd'; nearest: lamb.*known: adamw, "),
         (("optimizer.betaz=[0.9,0.99]",), r"optimizer 'lamb' refused its options .*betaz"),
         (("optimizer.name=Adam",), r"unknown optimizer 'Adam'; nearest: adamw"),
-        (("--global_batch", "1000"), r"1000 is not divisible by .* 64 x 1 = 64; nearest possible .* 960 and 1024"),
-        (("--global_batch", "1000"), r"keep 1000 with --micro_batch 50"),
-        (("--global_batch", "10"), r"nearest possible global batches: 64; or keep 10 with --micro_batch 10"),
+        (("--global_batch", "1000"), r"1000 is not divisible by .* 32 x 1 = 32; nearest possible .* 992 and 1024"),
+        (("--global_batch", "1000"), r"keep 1000 with --micro_batch 25"),
+        (("--global_batch", "10"), r"nearest possible global batches: 32; or keep 10 with --micro_batch 10"),
         (("--data", "/no/such/file.txt"), r"'/no/such/file.txt' does not exist"),
         (("--data", "optimizer.lr=0.1"), r"--data names no file"),
         (("model.layer=3",), r"unknown field of model 'layer'; nearest: layers"),
@@ -277,7 +277,10 @@ def saved_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     file = write(tmp_path / "ds.json", {"gradient_clipping": 0.25, "zero_optimization": {"stage": 2}})
-    run = check("--preset", "adamw-tiny", "--steps", "20", "--deepspeed_config", file)
+    run = check(
+        *("--preset", "adamw-tiny", "--global_batch", "512", "--micro_batch", "64"),
+        *("--steps", "20", "--deepspeed_config", file),
+    )
     write(folder / "config.json", run.config.to_dict())
     write(folder / "deepspeed_config.json", run.settings)
     CheckpointFolder(folder, 3, early_identity(run)).write(5, lambda path: None, lambda failure: [], first=True)
