@@ -405,7 +405,7 @@ def test_the_first_screen_has_what_is_special_and_short_lines(capsys):
 def test_dry_run_prints_the_plan_and_stops(capsys):
     assert main(["--dry_run", "--global_batch", "128", "schedule.degree=0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "global = micro x accum x ranks = 64 x 2 x 1 = 128 sequences" in printed
+    assert "global = micro x accum x ranks = 32 x 4 x 1 = 128 sequences" in printed
 
 
 def test_overrides_leave_the_original_alone():
@@ -437,7 +437,7 @@ def test_accelerates_stage_is_used_and_its_batch_sizes_are_not(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     run = under_accelerate(accelerate_use_deepspeed="true", accelerate_mixed_precision="bf16")
     assert run.settings["zero_optimization"]["stage"] == run.config.training.zero_stage == 3
-    assert run.settings["gradient_accumulation_steps"] == 8
+    assert run.settings["gradient_accumulation_steps"] == 4
     assert run.settings["bf16"] == {"enabled": True}
     assert run.config.training.precision == "bf16"
     assert "offload_optimizer" not in run.settings["zero_optimization"]
@@ -451,8 +451,8 @@ def test_offload_through_accelerate_keeps_our_optimizer(monkeypatch):
 
 
 def test_accelerates_deepspeed_file_is_checked_like_ours(tmp_path):
-    file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4})
-    with pytest.raises(RecipeError, match="gradient_accumulation_steps=4, the recipe 8"):
+    file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 8})
+    with pytest.raises(RecipeError, match="gradient_accumulation_steps=8, the recipe 4"):
         under_accelerate(accelerate_use_deepspeed="true", accelerate_deepspeed_config_file=file)
     file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}})
     with pytest.raises(RecipeError, match="its own `optimizer`; remove that section"):
