@@ -25,8 +25,8 @@ class Stage:
 class Stages:
     """Adds up stages by name, in the order in which they were first entered.
 
-    A stage within another one is taken out of the outer one's time, and what is in none is the rest, so that the seconds
-    of all add up to the whole.
+    A stage within another one is taken out of the outer one's time, and what is in none is the rest, so that the
+    seconds of all add up to the whole.
     """
 
     def __init__(self) -> None:

@@ -97,6 +97,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="compare.py",
         description="Compare optimizers on the BERT recipe with several learning rates each. Other options and "
         "overrides are passed on to bert.py.",
+        examples=(
+            "python recipes/compare.py --optimizers lamb,lans,adamw --lrs 3 --output runs/comparison",
+            "python recipes/compare.py --optimizers lamb,adamw --lrs lamb=0.01,0.02,0.04 adamw=0.001,0.002,0.004",
+        ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="preset of all runs")
     parser.add_argument("--optimizers", required=True, metavar="A,B,...", help="names, separated by commas")

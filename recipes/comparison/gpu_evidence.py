@@ -12,7 +12,6 @@ the command is given again. `--dry_run` prints what would be run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -270,9 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="gpu_evidence.py",
         description="BERT at 64K and 128K sequences per update on one GPU. Other options go to compare.py.",
         epilog="\n".join(f"{name}: {evidence.purpose}" for name, evidence in EVIDENCE.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=("python recipes/gpu_evidence.py sweep", "python recipes/gpu_evidence.py main --dry_run"),
     )
-    parser.add_argument("name", choices=list(EVIDENCE))
+    parser.add_argument("name", choices=list(EVIDENCE), help="which comparison")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the JSON files")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")

@@ -108,8 +108,8 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 def docstrings(path: Path) -> list[str]:
     """Return the cleaned docstrings of a source file in source order; [] for a file that cannot be read.
 
-    They are found by their quotes: text in triple quotes that begins a line, at the top of the file or under a line that
-    ends with a colon. Python's own parser finds the same but for one in a hundred, in sixteen times the time.
+    They are found by their quotes: text in triple quotes that begins a line, at the top of the file or under a line
+    that ends with a colon. Python's own parser finds the same but for one in a hundred, in sixteen times the time.
     """
     try:
         source = path.read_bytes()

@@ -292,7 +292,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python recipes/fine_tune.py", description=__doc__)
+    parser = CommandParser(
+        prog="python recipes/fine_tune.py",
+        description=__doc__,
+        examples=("python recipes/fine_tune.py --checkpoint runs/lamb-tiny-1 --data rotten-tomatoes --length 32",),
+    )
     defaults = Options()
     parser.add_argument(
         "--checkpoint", required=True, help="run's folder, checkpoint, folder of save_pretrained, or name"

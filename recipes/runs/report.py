@@ -209,7 +209,11 @@ def _script_json(values: dict[str, Any]) -> str:
 @ends_with_message("report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = CommandParser(prog="report.py", description="Make the report of a run, finished or not.")
+    parser = CommandParser(
+        prog="report.py",
+        description="Make the report of a run, finished or not.",
+        examples=("python recipes/report.py runs/lamb-tiny-1",),
+    )
     parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
     folder = parser.parse_args(arguments).folder
     make_report(folder)

@@ -273,11 +273,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     names = list(candidates())
     parser = CommandParser(
-        prog="tabular.py", description="Optimizers at batches of up to 128K samples on KDD Cup 2004."
+        prog="tabular.py",
+        description="Optimizers at batches of up to 128K samples on KDD Cup 2004.",
+        examples=(
+            "python recipes/tabular.py --optimizers lamb adamw --batches 1024 65536 --seeds 1 --output runs/tabular",
+        ),
     )
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="samples per update")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the data")
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate, besides seed 0's search")
     parser.add_argument("--output", type=Path, default=Path("tabular"), help="path without suffix")
     options = parser.parse_args(arguments)

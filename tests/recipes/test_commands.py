@@ -282,3 +282,22 @@ def test_a_place_that_refuses_is_one_sentence(capsys, number, advice):
     assert shown.startswith("command: 'some/file': ")
     assert advice in shown
     assert shown.count("\n") == 1
+
+
+def test_help_says_defaults_and_keeps_examples_on_one_line(capsys):
+    example = "python command.py --steps 3 " + "--output a-long-name " * 8
+    parser = CommandParser(prog="command", description="A sentence that is folded. " * 6, examples=(example,))
+    parser.add_argument("--steps", type=int, default=100_000, help="updates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.1], help="a share of 5%% or more")
+    parser.add_argument("--output", default="runs", help="folder (default: where the command is)")
+    parser.add_argument("--quick", action="store_true", help="less work")
+    parser.add_argument("--seed", type=int, help="of the run")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert "updates (default: 100000)" in words
+    assert "5% or more (default: 0.01 0.1)" in words
+    assert words.count("(default: ") == 3
+    assert f"examples:\n  {example}\n" in shown
+    assert max(len(line) for line in shown.splitlines() if "python" not in line) <= 80
