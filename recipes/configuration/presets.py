@@ -266,11 +266,11 @@ PUBLISHED: dict[str, Preset] = dict(
     ]
 )
 
-# What two slow cores read in two and a half minutes. A small vocabulary and many small updates learn most from it.
+# What two slow cores read in two to two and a half minutes. A small vocabulary and many small updates learn most from it.
 _TINY: dict[str, Any] = {
     "data": DataConfig(vocabulary=2048),
-    "training": TrainingConfig(global_batch=128, micro_batch=32, steps=580),
-    "run": RunConfig(print_every=20, validate_every=80, checkpoint_every=200),
+    "training": TrainingConfig(global_batch=128, micro_batch=32, steps=500),
+    "run": RunConfig(print_every=20, validate_every=100, checkpoint_every=250),
 }
 
 SMALL: dict[str, Preset] = dict(
@@ -278,7 +278,7 @@ SMALL: dict[str, Preset] = dict(
         _named(
             "lamb-tiny",
             "2 x 128 BERT on the installed packages' documentation with LAMB: minutes on two CPU cores",
-            "this recipe; vocabulary, batch and learning rate chosen for what is learned from 74,000 sequences",
+            "this recipe; vocabulary, batch and learning rate chosen for what is learned from 64,000 sequences",
             **_TINY,
             optimizer=OptimizerConfig(name="lamb", lr=0.01),
         ),

@@ -63,9 +63,11 @@ def test_a_command_is_a_dozen_lines_and_its_body_has_a_main(name):
         ("trustratio.recipes.common.script", 0)
     ]
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
-    (body,) = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("trustratio")]
-    path = RECIPES.joinpath(*body.split(".")[2:]).with_suffix(".py")
-    assert "main" in [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    bodies = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("trustratio")]
+    assert len(bodies) == (2 if name.startswith("bert") else 1)  # what takes seconds to import has an opening
+    for body in bodies:
+        path = RECIPES.joinpath(*body.split(".")[2:]).with_suffix(".py")
+        assert "main" in [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
 
 
 @pytest.mark.parametrize(

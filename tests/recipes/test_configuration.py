@@ -348,7 +348,8 @@ def test_other_numbers_of_ranks_share_the_same_batch_out(saved_run, monkeypatch)
 
 def test_resume_auto_begins_or_continues(saved_run, tmp_path):
     def auto(folder, *arguments):
-        return check("--preset", "adamw-tiny", "--steps", "20", "--resume", "auto", "--output", str(folder), *arguments)
+        begun = ("--preset", "adamw-tiny", "--global_batch", "512", "--micro_batch", "64", "--steps", "20")
+        return check(*begun, "--resume", "auto", "--output", str(folder), *arguments)
 
     file = ("--deepspeed_config", str(tmp_path / "ds.json"))
     assert auto(saved_run, *file).first == 5
