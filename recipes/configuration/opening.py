@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 
-from ..common.errors import BAD_INPUT, NothingToDo, RecipeError
+from ..common.errors import BAD_INPUT, RecipeError
 from ..common.reporter import Reporter
 from .command_line import parse_command_line
 from .presets import list_presets
@@ -22,9 +22,6 @@ def main() -> int | None:
     try:
         with contextlib.nullcontext() if reporter.active else contextlib.redirect_stdout(io.StringIO()):
             invocation = parse_command_line()
-    except NothingToDo as done:
-        reporter.line(str(done))
-        return 0
     except RecipeError as error:
         reporter.error(f"error: {error}")
         return BAD_INPUT

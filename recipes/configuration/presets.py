@@ -266,7 +266,7 @@ PUBLISHED: dict[str, Preset] = dict(
     ]
 )
 
-# What two slow cores read in two to two and a half minutes. A small vocabulary and many small updates learn most from it.
+# What two slow cores read in two and a half minutes. A small vocabulary and many small updates learn most from it.
 _TINY: dict[str, Any] = {
     "data": DataConfig(vocabulary=2048),
     "training": TrainingConfig(global_batch=128, micro_batch=32, steps=500),

@@ -51,10 +51,10 @@ def make_report(folder: Path) -> None:
     """
     history = load_history(folder)
     page = _PAGE.read_text(encoding="utf-8").replace(_PLACE, _script_json(page_data(history)))
-    write_text(folder / REPORT, page)
     draw_curves(history, title(history), folder / CURVES)
     if history.layers:
         draw_ratios(history, title(history), folder / RATIOS)
+    write_text(folder / REPORT, page)  # last: a page newer than the metrics says that the pictures are, too
 
 
 def title(history: RunHistory) -> str:

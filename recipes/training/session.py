@@ -25,7 +25,18 @@ from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
 from ..runs.checkpoints import RANKS, CheckpointFolder, check_same_run, require_whole, run_of
-from ..runs.folder import CONFIG, DEEPSPEED_CONFIG, ENVIRONMENT, RUNS, claim_folder, fresh_folder, hold, let_go
+from ..runs.folder import (
+    CONFIG,
+    DEEPSPEED_CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    REPORT,
+    RUNS,
+    claim_folder,
+    fresh_folder,
+    hold,
+    let_go,
+)
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .other_ranks import is_read
@@ -51,7 +62,7 @@ def run_command(
         checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
         before training began.
     """
-    reporter = Reporter()
+    reporter, invocation = Reporter(), None
     try:
         reporter = Reporter(active=rank() == 0)
         if arguments is None:  # this process is the command
@@ -69,6 +80,8 @@ def run_command(
             train(run, reporter)
     except NothingToDo as done:
         reporter.line(str(done))
+        if reporter.active and invocation is not None and invocation.resume is not None:
+            mend_report(run_of(invocation.resume), reporter)
         return 0
     except LauncherError as error:  # of this rank, which may be the only one that has it
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -241,6 +254,13 @@ def _report(folder: Path, reporter: Reporter) -> None:
         reporter.line(write_report(folder))
     except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
         reporter.line(f"the report could not be written: {error}")
+
+
+def mend_report(folder: Path, reporter: Reporter) -> None:
+    """Draw the report of a run that was killed between its last checkpoint and its report."""
+    metrics, page = folder / METRICS, folder / REPORT
+    if metrics.exists() and (not page.exists() or page.stat().st_mtime < metrics.stat().st_mtime):
+        _report(folder, reporter)
 
 
 def _keep_stages(folder: Path, reporter: Reporter) -> None:
