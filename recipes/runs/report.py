@@ -70,6 +70,23 @@ def title(history: RunHistory) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def stage_table(folder: Path) -> Iterator[str]:
+    """Yield the lines of a Markdown table: how long each stage of a run took, on its first rank.
+
+    Raises:
+        RecipeError: the run has not come to its end.
+    """
+    stages = load_history(folder).environment.get("stages")
+    if not stages:
+        raise RecipeError(f"{str(folder)!r} does not say how long its stages took: the run has not come to its end")
+    yield "| stage | seconds | of processor time |"
+    yield "|---|---|---|"
+    for name, stage in stages.items():
+        yield f"| {name} | {stage['seconds']:.1f} | {stage['cpu_seconds']:.1f} |"
+    seconds, cpu_seconds = (sum(stage[kind] for stage in stages.values()) for kind in ("seconds", "cpu_seconds"))
+    yield f"| together | {seconds:.1f} | {cpu_seconds:.1f} |"
+
+
 def page_data(history: RunHistory) -> dict[str, Any]:
     """Return what the page shows, of a size that does not grow with the run."""
     return {
@@ -212,10 +229,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="report.py",
         description="Make the report of a run, finished or not.",
-        examples=("python recipes/report.py runs/lamb-tiny-1",),
+        examples=("python recipes/report.py runs/lamb-tiny-1", "python recipes/report.py runs/lamb-tiny-1 --stages"),
     )
     parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("--stages", action="store_true", help="print how long each stage took, as a table, and stop")
+    options = parser.parse_args(arguments)
+    folder = options.folder
+    if options.stages:
+        for line in stage_table(folder):
+            print(line)
+        return 0
     make_report(folder)
     print(folder / REPORT)
     return 0
