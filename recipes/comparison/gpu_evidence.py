@@ -89,6 +89,7 @@ class Evidence:
             "training.zero_stage": 0,
             "run.validate_every": max(1, steps // 5),
             "run.checkpoint_every": max(1, steps // 2),
+            "run.noise_scale": "null",
         }
         return [
             *(text for flag, value in flags.items() for text in (flag, str(value))),
