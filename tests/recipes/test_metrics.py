@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trustratio.optimizers import LAMB, OPTIMIZERS
 from trustratio.optimizers.noise_scale import RunningNoise, gradient_noise
 from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, RunConfig
 from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.configuration.phases import Phase
@@ -96,7 +97,7 @@ def make_loop(rows, vocabulary, noise=False, log_every=10):
     model = build_model(SHAPE, 104)
     engine = OneProcess(model, LAMB(list(model.named_parameters()), lr=0.01))
     flops = ModelFlops(SHAPE.layers, SHAPE.hidden, SHAPE.intermediate, 104)
-    display = SimpleNamespace(update=lambda record, left: None, reporter=SimpleNamespace(line=lambda text: None))
+    display = SimpleNamespace(update=lambda record, left: None, reporter=Reporter(active=False))
     return TrainingLoop(
         engine=engine,
         data=PhaseData(PHASE, PLAN, MaskedRows(rows, vocabulary, 0.15, 1), validation_batches=[], unigram_entropy=4.0),
