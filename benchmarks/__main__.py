@@ -101,7 +101,9 @@ def write_page(numbers: Path, results: dict[str, Any]) -> None:
     """Write the page of some numbers: beside them, but in docs/ for those in docs/results/."""
     folder = OUTPUT.parent if numbers.parent == OUTPUT else numbers.parent
     page = folder / f"{numbers.stem}.md"
-    page.write_text(markdown(results, numbers.relative_to(folder).as_posix()))
+    kills = numbers.with_name("kills.json")
+    killed = json.loads(kills.read_text()) if kills.exists() else None
+    page.write_text(markdown(results, numbers.relative_to(folder).as_posix(), killed))
 
 
 def dump(results: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,8 @@ __all__ = ["PARTS", "markdown"]
 Rows = dict[str, Any]
 
 
-def markdown(results: Rows, numbers: str) -> str:
-    """The page of all parts that `results` holds, with a link to the file of `numbers`."""
+def markdown(results: Rows, numbers: str, kills: Rows | None = None) -> str:
+    """The page of all parts that `results` holds, with a link to the file of `numbers`, and of killed runs if any."""
     sections = [f"## {title}\n\n{table(results[name])}" for name, (title, table) in PARTS.items() if name in results]
     head = (
         "# Benchmarks\n\n"
@@ -22,6 +23,8 @@ def markdown(results: Rows, numbers: str) -> str:
         "of the ratios round by round.\n\n"
         f"{_machines(results['machines'])}"
     )
+    if kills is not None:
+        sections.append(f"## Killed runs\n\n{kills_section(kills)}")
     return "\n\n".join([head, targets_section(results), *sections]) + "\n"
 
 
@@ -161,3 +164,41 @@ PARTS = {
     "statistics": ("The price of gradient statistics, 2 ranks", statistics_table),
     "memory": ("Extra memory of a step", memory_table),
 }
+
+
+def kills_section(results: Rows) -> str:
+    """What `python -m benchmarks.kills` does, and what came out."""
+    machine = results["machine"]
+    return (
+        f"`python -m benchmarks.kills --count {len(results['kills'])} --seed {results['seed']}`: small runs of the "
+        "BERT recipes (two ranks; preparation of data, 16 updates in two phases with dropout, four checkpoints, "
+        "report) are killed by SIGKILL and started again with the same command line, `--output DIR --resume auto`, up "
+        "to six times each, until they end with status 0. Moments are drawn from the seed: some over a run's whole "
+        "length, others aimed. Then every tensor and number of the last checkpoint, the exported model, each line of "
+        "`metrics.jsonl` but for times and memory, and the steps of the report have to be those of a run that nobody "
+        "disturbed, bit for bit; and no process, shared memory, temporary file or partial folder may be left. Every "
+        "kill is in [results/kills.json](results/kills.json).\n\n"
+        f"{machine['device']}; python {machine['python']}, torch {machine['torch']}, deepspeed "
+        f"{machine.get('deepspeed', 'not installed')}.\n\n{kills_table(results)}"
+    )
+
+
+def kills_table(results: Rows) -> str:
+    """Kills and ends by configuration, by moment and by what was killed."""
+    kills, ends = results["kills"], results["ends"]
+    lines = []
+    for name in dict.fromkeys(end["configuration"] for end in ends):
+        of_it = [end for end in ends if end["configuration"] == name]
+        same = sum(not end["differences"] for end in of_it)
+        counted = str(sum(kill["configuration"] == name for kill in kills))
+        lines.append([name, counted, str(len(of_it)), str(same), str(sum(end["refused"] for end in of_it))])
+    head = ("configuration", "kills", "runs", "with the undisturbed end", "starts refused while a rank still wrote")
+    by_moment = Counter(kill["moment"] for kill in kills)
+    by_target = Counter(" and ".join(kill["killed"]) for kill in kills)
+    counts = [
+        _table((what, "kills"), [[name, str(n)] for name, n in counted.most_common()])
+        for what, counted in (("moment", by_moment), ("killed", by_target))
+    ]
+    waits = [kill["until_gone"] for kill in kills if kill["until_gone"] is not None]
+    longest = f"All processes of a run were gone at most {max(waits):.0f} s after a kill." if waits else ""
+    return "\n\n".join([_table(head, lines), *counts, longest]).strip()

@@ -13,7 +13,7 @@ One step's estimates are noisy, and `signal` may even be negative; `RunningNoise
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,14 @@ class RunningNoise:
         self._noise = keep * self._noise + new * noise.noise
         self._weight = keep * self._weight + new
         return NoiseScale(self._signal / self._weight, self._noise / self._weight)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what `load_state_dict` goes on from."""
+        return {"signal": self._signal, "noise": self._noise, "weight": self._weight}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._signal, self._noise, self._weight = state["signal"], state["noise"], state["weight"]
 
 
 def _need_two(norms: GroupNorms) -> None:

@@ -1,12 +1,15 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and what becomes of those that a killed process had begun."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +17,11 @@ from typing import IO, Any
 from .errors import RecipeError, sentence
 
 WRITING = ".writing-"
-"""What the name of a file begins with until it is whole; a process that was killed may leave such files behind."""
+"""What the name of a file or folder begins with until it is whole, and that of a folder again while it is removed; a
+process that was killed may leave such behind."""
+
+_TOKEN = 8  # random bytes in a name
+_TEMPORARY = re.compile(rf"{re.escape(WRITING)}[0-9a-f]{{{2 * _TOKEN}}}")
 
 
 @contextlib.contextmanager
@@ -22,7 +29,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under its name only when the block ends, and is on the disk then.
 
     Until then, and if anything goes wrong, `path` is what it was before. Several processes may write the same file at
-    once: the last one's stays.
+    once: the last one's stays. What killed processes had begun to write into the folder is removed.
 
     Args:
         path: in a folder that exists.
@@ -31,16 +38,63 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(WRITING + secrets.token_hex(8))  # not longer for a long name
+    remove_abandoned(path.parent)
+    temporary, file = _begin(path.parent, mode)
     try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # while it is locked
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _begin(folder: Path, mode: str) -> tuple[Path, IO[Any]]:
+    """Open a new file, locked as long as it is open where the disk has locks."""
+    while True:
+        path = folder / f"{WRITING}{secrets.token_hex(_TOKEN)}"  # not longer for a long name
+        file = path.open(mode, encoding=None if "b" in mode else "utf-8")
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return path, file
+        file.close()  # taken for abandoned before it was locked
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the files of `whole_file` in a folder that killed processes had begun to write: those that are not locked.
+
+    Nothing is removed where the disk has no locks.
+    """
+    for path in folder.glob(f"{WRITING}*"):
+        if _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError), path.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+def finish_folder(unfinished: Path, final: Path) -> None:
+    """Give a folder that is complete its name; one that has the name is removed."""
+    remove_folder(final)
+    os.rename(unfinished, final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, so that no part of it is ever taken for the whole."""
+    unfinished = folder.with_name(f"{WRITING}{secrets.token_hex(_TOKEN)}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, unfinished)
+        shutil.rmtree(unfinished)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes had begun to write or to remove, folders too; nobody else may write there now."""
+    remove_abandoned(folder)
+    for path in folder.glob(f"{WRITING}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def require_writable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the commands at the front of recipes/ have in common; imports nothing but the standard library."""
+"""What the commands at the front of recipes/ have in common; imports nothing but the standard library until `run`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def run(module: str, opening: str | None = None) -> NoReturn:
     sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
     import importlib
 
+    from .launcher_watch import watch_launcher
+
+    watch_launcher()  # before the imports, which take seconds
     for name in filter(None, (opening, module)):
         status = importlib.import_module(name).main()
         if status is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..common.files import write_json
+from ..common.files import whole_file, write_json, write_text
 from .rate_grids import best_rate, edge, next_rate
 from .runs import Outcome
 
@@ -75,7 +75,7 @@ def markdown(comparison: Comparison) -> str:
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
     """Write a line per run."""
     rows = [{name: value for name, value in asdict(o).items() if name != "validation"} for o in outcomes]
-    with path.open("w", newline="") as file:
+    with whole_file(path) as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -124,7 +124,7 @@ def write_report(outcomes: Sequence[Outcome], about: dict[str, Any], path: Path)
     comparison = Comparison(outcomes)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(outcomes, path.with_name(path.name + ".csv"))
-    path.with_name(path.name + ".md").write_text(markdown(comparison))
+    write_text(path.with_name(path.name + ".md"), markdown(comparison))
     runs = [{name: _or_none(value) for name, value in asdict(o).items()} for o in outcomes]
     write_json(path.with_name(path.name + ".json"), {**about, "runs": runs})
     draw(comparison, about.get("unigram_entropy"), path.with_name(path.name + ".png"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.command import CommandParser
 from ..common.errors import RecipeError
 from ..runs.checkpoints import find_checkpoint, find_or_begin, run_of
-from ..runs.folder import CONFIG
+from ..runs.folder import CONFIG, wait_until_free
 from .config import MODEL_SIZES, PRECISIONS, RecipeConfig
 from .overrides import apply_overrides, is_override, load_config, set_field, with_model_size
 from .presets import DEFAULT_PRESET, PRESETS, get_preset
@@ -98,8 +98,12 @@ class Invocation:
     verbose: bool = False
 
 
-def parse_command_line(arguments: Sequence[str] | None = None) -> Invocation:
-    """Parse and resolve a command line, None: this process's.
+def parse_command_line(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> Invocation:
+    """Parse and resolve a command line; `--resume auto` waits for a run that still writes into the folder.
+
+    Args:
+        arguments: without the program's name; None: this process's.
+        say: is told of such waiting.
 
     Raises:
         RecipeError: unknown flag, preset or field, malformed value or override, missing checkpoint.
@@ -112,7 +116,7 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> Invocation:
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]
     overrides = [text for text in options.data or [] if is_override(text)] + rest
-    checkpoint, begun_anew = _checkpoint(options.resume, options.output)
+    checkpoint, begun_anew = _checkpoint(options.resume, options.output, say)
     config = _base(options.preset, checkpoint)
     if options.model is not None:
         config = with_model_size(config, options.model)
@@ -144,7 +148,7 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> Invocation:
     )
 
 
-def _checkpoint(resume: str | None, output: str | None) -> tuple[Path | None, bool]:
+def _checkpoint(resume: str | None, output: str | None, say: Callable[[str], None]) -> tuple[Path | None, bool]:
     """Return the checkpoint to continue, if any, and whether a run without one is begun anew in its folder."""
     if not resume:
         return None, False
@@ -152,6 +156,7 @@ def _checkpoint(resume: str | None, output: str | None) -> tuple[Path | None, bo
         return find_checkpoint(Path(resume)), False
     if not output:
         raise RecipeError("--resume auto begins or continues the run in --output DIR: give that, too")
+    wait_until_free(Path(output), say)
     return find_or_begin(Path(output))
 
 

@@ -21,7 +21,7 @@ def main() -> int | None:
     reporter = Reporter(active=os.environ.get("RANK", "0") == "0")
     try:
         with contextlib.nullcontext() if reporter.active else contextlib.redirect_stdout(io.StringIO()):
-            invocation = parse_command_line()
+            invocation = parse_command_line(say=reporter.line)
     except RecipeError as error:
         reporter.error(f"error: {error}")
         return BAD_INPUT

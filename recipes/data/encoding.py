@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.workers import end_with_parent
 from .wordpiece import TextTokenizer
 
 _WORDS = re.compile(r"[^ \t\n\r]+")
@@ -162,6 +163,7 @@ _encoder: StreamEncoder
 
 def _start_worker(tokenizer: TextTokenizer) -> None:
     global _encoder
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _encoder = StreamEncoder(tokenizer)
 

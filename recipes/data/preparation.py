@@ -156,6 +156,7 @@ class _Preparer:
 
     def run(self, sources: Sequence[str], ready: TextTokenizer | None, verify: bool) -> None:
         if (self.folder / MANIFEST).exists() and not verify:
+            self._remove_streamed()
             return
         # A data set of the hub is streamed once, into a file that every pass reads.
         self.hub = {
@@ -292,6 +293,10 @@ class _Preparer:
         counts[list(tokenizer.special_ids)] = 0
         manifest["unigram_entropy"] = unigram_entropy(counts) if counts.any() else 0.0
         write_json(self.folder / MANIFEST, manifest, indent=1)
+        self._remove_streamed()
+
+    def _remove_streamed(self) -> None:
+        """Remove what was streamed from the hub, which nobody reads once the manifest is there."""
         for path in self.folder.glob("hub-*.jsonl"):
             path.unlink()
 

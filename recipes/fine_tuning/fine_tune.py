@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from trustratio.integrations.transformers import optimizer_for_trainer
 
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
-from ..common.files import require_place_for, require_writable
+from ..common.files import require_place_for, require_writable, write_json
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter
 from ..training.export import export_checkpoint, is_exported
@@ -113,7 +112,7 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
         reporter.line(line)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(arguments.output, results)
     return results
 
 

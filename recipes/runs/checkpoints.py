@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RecipeError, TrainingFailure
-from ..common.files import write_json, write_text
+from ..common.files import finish_folder, remove_folder, remove_unfinished, write_json, write_text
 from .folder import CHECKPOINTS, CONFIG
 
 RANKS = "ranks"
@@ -35,15 +34,13 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise RecipeError(f"--resume {str(path)!r}: no such folder; give a run's folder or one of its checkpoints")
-    latest = path / CHECKPOINTS / _LATEST
-    if not latest.is_file():
-        raise RecipeError(f"--resume {str(path)!r}: the folder has no complete checkpoint ({latest} is missing)")
-    name = latest.read_text(errors="replace").strip()
-    newest = path / CHECKPOINTS / name
-    if not (name and (newest / _DESCRIPTION).is_file()):
-        named = f"names {name!r}, which is missing or incomplete" if name else "is empty"
-        raise RecipeError(f"--resume {str(path)!r}: {latest} {named}; give one of the checkpoints beside it")
-    return newest
+    complete = _complete_ones(path / CHECKPOINTS)
+    if not complete:
+        raise RecipeError(
+            f"--resume {str(path)!r}: the folder has no complete checkpoint (in {path / CHECKPOINTS} no step-N has a "
+            f"{_DESCRIPTION})"
+        )
+    return complete[-1]
 
 
 def find_or_begin(folder: Path) -> tuple[Path | None, bool]:
@@ -58,16 +55,9 @@ def find_or_begin(folder: Path) -> tuple[Path | None, bool]:
     """
     if not (folder / CONFIG).is_file():
         return None, False
-    written = sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if _is_complete(path))
-    if not written:
+    if not any((folder / CHECKPOINTS).glob("step-*[0-9]")):
         return None, True
-    try:
-        return find_checkpoint(folder), False
-    except RecipeError:  # killed between two renames: what `latest` was to name is there
-        whole = [path for path in written if (path / _DESCRIPTION).is_file()]
-        if not whole:
-            raise
-        return whole[-1], False
+    return find_checkpoint(folder), False
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -81,12 +71,23 @@ def require_newest(checkpoint: Path, overwrite: bool) -> None:
     Raises:
         RecipeError: the run has later ones and `overwrite` is false.
     """
-    later = [p.name for p in checkpoint.resolve().parent.iterdir() if _is_complete(p) and p.name > checkpoint.name]
+    later = [path.name for path in _complete_ones(checkpoint.resolve().parent) if path.name > checkpoint.name]
     if later and not overwrite:
         raise RecipeError(
-            f"{checkpoint} is followed by {', '.join(sorted(later))}, which continuing it would replace; give the "
+            f"{checkpoint} is followed by {', '.join(later)}, which continuing it would replace; give the "
             "continued run its own --output, or allow it with --overwrite"
         )
+
+
+def drop_checkpoints_after(run: Path, step: int) -> None:
+    """Remove what a run's checkpoint folder has after update `step`, and what a killed process had begun there."""
+    folder = run / CHECKPOINTS
+    remove_unfinished(folder)
+    for path in folder.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(path)
+    for path in _complete_ones(folder):
+        if _step_of(path) > step:
+            remove_folder(path)
 
 
 def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
     try:
         values = json.loads((checkpoint / _DESCRIPTION).read_text())
         step = int(values["step"])
-        if step < 0 or (_is_complete(checkpoint) and step != int(checkpoint.name.removeprefix("step-"))):
+        if step < 0 or (_has_name(checkpoint) and step != _step_of(checkpoint)):
             raise ValueError(f"step is {step}")
         return {"step": step, "identity": dict(values["identity"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -205,15 +206,14 @@ class CheckpointFolder:
     def _complete(self, partial: Path, final: Path, step: int) -> None:
         files = {str(p.relative_to(partial)): _mark(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         write_json(partial / _DESCRIPTION, {"step": step, "identity": self.identity, _FILES: files})
-        shutil.rmtree(final, ignore_errors=True)  # only a resumed run that computed the same step again
-        os.rename(partial, final)
+        finish_folder(partial, final)
         write_text(self.folder / _LATEST, final.name + "\n")
         self._drop_old(final)
 
     def _drop_old(self, newest: Path) -> None:
-        complete = sorted(p for p in self.folder.iterdir() if _is_complete(p) and p != newest)
-        for old in complete[: max(0, len(complete) - self.keep + 1)]:
-            shutil.rmtree(old)
+        others = [path for path in _complete_ones(self.folder) if path != newest]
+        for old in others[: max(0, len(others) - self.keep + 1)]:
+            remove_folder(old)
 
 
 def _mark(file: Path) -> str:
@@ -239,5 +239,15 @@ def _failure_of(work: Callable[[], None] | None) -> Exception | None:
     return None
 
 
-def _is_complete(path: Path) -> bool:
+def _complete_ones(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run's checkpoint folder, the newest last."""
+    found = [path for path in folder.glob("step-*") if _has_name(path) and (path / _DESCRIPTION).is_file()]
+    return sorted(found, key=_step_of)
+
+
+def _has_name(path: Path) -> bool:
     return re.fullmatch(r"step-\d+", path.name) is not None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..common.errors import RecipeError, unknown_name
+from ..common.files import write_text
 from .folder import TENSORBOARD, WANDB_ID
 from .metrics import MetricsLog
 
@@ -28,11 +29,11 @@ class MetricLogger(Protocol):
 class TensorBoardLogger:
     """Event files in the run's folder `tensorboard`: `tensorboard --logdir runs`."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write to a run's folder."""
+    def __init__(self, folder: Path, config: dict[str, Any], done: int) -> None:
+        """Write to a run's folder, in which what is there of updates after the first `done` is no longer shown."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / TENSORBOARD))
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1)
         sections = {name: fields for name, fields in config.items() if isinstance(fields, dict)}
         lines = [
             f"    {section}.{name}={value}" for section, fields in sections.items() for name, value in fields.items()
@@ -52,7 +53,7 @@ class TensorBoardLogger:
 class WandbLogger:
     """A Weights & Biases run; the environment (WANDB_MODE=offline, WANDB_PROJECT, ...) has its usual say."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], done: int) -> None:
         """Start a run named like the folder, or go on with the one that a resumed run began."""
         import wandb
 
@@ -65,7 +66,7 @@ class WandbLogger:
             id=known.read_text().strip() if known.exists() else None,
             resume="allow",
         )
-        known.write_text(self._run.id + "\n")
+        write_text(known, self._run.id + "\n")
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one record."""
@@ -77,7 +78,7 @@ class WandbLogger:
         self._run.finish()
 
 
-LOGGERS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], MetricLogger]]] = {
+LOGGERS: dict[str, tuple[str, Callable[[Path, dict[str, Any], int], MetricLogger]]] = {
     "tensorboard": ("tensorboard", TensorBoardLogger),
     "wandb": ("wandb", WandbLogger),
 }
@@ -104,7 +105,7 @@ def check_loggers(names: Sequence[str]) -> None:
 class MetricLoggers:
     """Hands every record to all loggers; on ranks other than the first there are none."""
 
-    def __init__(self, folder: Path, names: Sequence[str], config: dict[str, Any], active: bool) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], config: dict[str, Any], active: bool, done: int = 0) -> None:
         """Open metrics.jsonl and the loggers `names`.
 
         Args:
@@ -112,10 +113,11 @@ class MetricLoggers:
             names: checked by `check_loggers`.
             config: resolved configuration, for loggers that show it.
             active: whether this is the first rank.
+            done: updates of the run that are done.
         """
         self._loggers: list[MetricLogger] = [MetricsLog(folder, active)]
         if active:
-            self._loggers += [LOGGERS[name][1](folder, config) for name in names]
+            self._loggers += [LOGGERS[name][1](folder, config, done) for name in names]
 
     def write(self, record: dict[str, Any]) -> None:
         """Hand on one record."""

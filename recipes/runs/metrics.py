@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..common.files import whole_file
 from .folder import METRICS
 
 NAMES = "names"
@@ -17,9 +18,12 @@ class MetricsLog:
     """Appends records to metrics.jsonl, flushed line by line; a log that is not `active` writes nothing."""
 
     def __init__(self, folder: Path, active: bool) -> None:
-        """Open the log of a run folder."""
+        """Open the log of a run folder; one that goes on keeps the names that it has."""
         self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1) if active else None
         self._names: dict[str, list[str]] = {}
+        for line in metric_lines(folder) if active else ():
+            if line["kind"] == NAMES:
+                self._names = {key: value for key, value in line.items() if isinstance(value, list)}
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; layers' names are written once, not with every record's numbers by layer."""
@@ -44,15 +48,33 @@ class MetricsLog:
 
 def metric_lines(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of metrics.jsonl as they were written, names apart from numbers."""
-    with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
+    with (folder / METRICS).open("rb") as file:
         for line in file:
-            # A run that was killed may have left half a line; the resumed one begins after it.
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(values, dict) and "kind" in values and "step" in values:
+            if (values := _values(line)) is not None:
                 yield values
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    """Return a line's values; None of half a line, which a run that was killed may have left."""
+    try:
+        values = json.loads(line.decode(errors="replace"))
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "kind" in values and isinstance(values.get("step"), int) else None
+
+
+def drop_records_after(folder: Path, step: int) -> None:
+    """Remove what metrics.jsonl has after update `step`, which a continued run computes again, and what is no line.
+
+    The file then goes on as if nobody had disturbed the run.
+    """
+    if not (folder / METRICS).exists():
+        return
+    with (folder / METRICS).open("rb") as old, whole_file(folder / METRICS, "wb") as new:
+        for line in old:
+            values = _values(line)
+            if values is not None and values["step"] <= step and line.endswith(b"\n"):
+                new.write(line)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from trustratio.optimizers import CowClip
 from trustratio.optimizers.cowclip import CowClipSettings, clip_threshold, scale_cowclip
 
 from ..common.command import CommandParser, ends_with_message, within
-from ..common.files import require_place_for
+from ..common.files import require_place_for, write_text
 from ..rules.large_batch import scale_learning_rate
 from ..rules.schedules import warmup_polynomial
 from .movielens_clicks import Clicks, Interactions, load_clicks
@@ -286,8 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "methods": [asdict(method) for method in methods()],
         "runs": [{**run, "clipped_share": thinned(run["clipped_share"], most=50, digits=4)} for run in runs],
     }
-    options.output.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    options.output.with_suffix(".md").write_text(markdown(runs))
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    write_text(options.output.with_suffix(".json"), f"{text}\n")
+    write_text(options.output.with_suffix(".md"), markdown(runs))
     draw(runs, options.output.with_suffix(".png"))
     print(markdown(runs))
     return 0

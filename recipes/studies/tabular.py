@@ -28,7 +28,7 @@ from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
-from ..common.files import require_place_for, write_json
+from ..common.files import require_place_for, write_json, write_text
 from ..common.machine import describe_machine
 from ..comparison.rate_grids import best_rate, edge, next_rate
 from ..rules.schedules import warmup_polynomial
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if best is not None:
                     run(best, seed)
     table = markdown(results, options.optimizers, options.batches)
-    options.output.with_suffix(".md").write_text(table)
+    write_text(options.output.with_suffix(".md"), table)
     draw(results, options.optimizers, options.batches, options.output.with_suffix(".png"))
     print(table)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,8 +75,14 @@ def train(
     config = run.config
     step_metrics = StepMetrics.of_run(engine, config, run.plans, data[0].vocabulary_size)
 
+    if run.invocation.resume is not None:
+        step_metrics.load(run.invocation.resume)
+
+    def save(folder: Path) -> None:
+        engine.save(folder, for_any_ranks=config.run.for_any_ranks)
+        step_metrics.save(folder)
+
     def checkpoint(step: int) -> None:
-        save = functools.partial(engine.save, for_any_ranks=config.run.for_any_ranks)
         path = checkpoints.write(step, save, collect_failures, first=engine.rank == 0)
         reporter.line(f"step {step}: checkpoint {path}")
 

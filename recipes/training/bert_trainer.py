@@ -10,12 +10,13 @@ from pickle import UnpicklingError
 from safetensors import SafetensorError
 
 from ..common.errors import RecipeError, TrainingFailure
-from ..common.files import whole_file
+from ..common.files import WRITING, finish_folder
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
-from ..data.prepared import TOKENIZER
-from ..model.build import build_parts
-from ..runs.folder import ENVIRONMENT
+from ..data.prepared import TOKENIZER, PreparedData
+from ..model.build import RecipeParts, build_parts
+from ..runs.checkpoints import CheckpointFolder
+from ..runs.folder import ENVIRONMENT, MODEL
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
 from .ranks import collect_failures, start
@@ -23,9 +24,6 @@ from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
 from .trainer import RecipeTrainer, save_weights, trainers_part
-
-MODEL = "model"
-"""Folder of a run that `from_pretrained` loads."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,13 +54,23 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     data, identity = prepare_run(run, reporter)
     parts = build_parts(run.config, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
+    with reported(folder, checkpoints, reporter), reporter.stages("steps"):
+        trainer = _train(run, data, parts, folder, checkpoints, reporter)
+        _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
+    announce_end(run, trainer.state.global_step, folder, reporter)
+
+
+def _train(
+    run: CheckedRun,
+    data: Sequence[PreparedData],
+    parts: RecipeParts,
+    folder: Path,
+    checkpoints: CheckpointFolder,
+    reporter: Reporter,
+) -> RecipeTrainer:
+    """Train from run.first to run.last (collective); return the Trainer."""
     resume = run.invocation.resume
-    with (
-        reported(folder, checkpoints, reporter),
-        reporter.stages("steps"),
-        open_records(run, folder, reporter) as records,
-        StopRequests() as stop,
-    ):
+    with open_records(run, folder, reporter) as records, StopRequests() as stop:
         with reporter.stages("engine"):
             trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
         try:
@@ -75,22 +83,22 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
             ) from error
         trainer.updates.require_data()
         records.require_written()
-    _save_model(trainer, folder / MODEL, Path(data[0].folder, TOKENIZER))
-    announce_end(run, trainer.state.global_step, folder, reporter)
+    return trainer
 
 
 def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
-    """Write the model in transformers' format with its tokenizer (collective).
+    """Write the model in transformers' format with its tokenizer into the run's folder `MODEL` (collective).
 
     Raises:
         TrainingFailure: they could not be written; the last checkpoint has all of them.
     """
     failure = None
+    unfinished = folder / (WRITING + MODEL)
     try:
-        save_weights(trainer, folder)
+        save_weights(trainer, unfinished)
         if trainer.args.should_save:
-            with whole_file(folder / TOKENIZER, "wb") as file:
-                file.write(tokenizer.read_bytes())
+            (unfinished / TOKENIZER).write_bytes(tokenizer.read_bytes())
+            finish_folder(unfinished, folder / MODEL)
     except (OSError, SafetensorError) as error:
         failure = error
     failures = collect_failures(failure)

@@ -28,7 +28,7 @@ from ..planning.memory import GIB, memory_parts, model_size
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
 from ..runs.checkpoints import RANKS, check_same_run, describe_checkpoint, require_newest, run_of
-from ..runs.folder import RUNS, require_free
+from ..runs.folder import RUNS, has_ended, require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_schema import check_settings
 from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
@@ -235,7 +235,7 @@ def _check_resumable(invocation: Invocation, config: RecipeConfig) -> RecipeConf
     check_same_run(description["identity"], _identity_of(config), checkpoint)
     total = total_steps(config)
     last, done = min(total, invocation.max_steps or total), description["step"]
-    if done >= last:
+    if done >= last and not _lacks_its_end(invocation, checkpoint):
         raise NothingToDo(
             f"{checkpoint} is at step {done} and the run ends at step {last}: nothing is left to do; raise --steps or "
             "--max_steps to go on"
@@ -243,16 +243,24 @@ def _check_resumable(invocation: Invocation, config: RecipeConfig) -> RecipeConf
     return shared_anew(config, invocation.given, checkpoint, description["identity"].get(RANKS), world_size())
 
 
+def _lacks_its_end(invocation: Invocation, checkpoint: Path) -> bool:
+    """Tell whether the checkpoint's run was killed between its last checkpoint and the end of what follows that."""
+    return _is_continued_in_place(invocation, checkpoint) and not has_ended(run_of(checkpoint))
+
+
+def _is_continued_in_place(invocation: Invocation, checkpoint: Path) -> bool:
+    return invocation.output is None or invocation.output.resolve() == run_of(checkpoint)
+
+
 def _check_resume(run: CheckedRun, checkpoint: Path) -> CheckedRun:
     description = describe_checkpoint(checkpoint)
     run = dataclasses.replace(run, first=description["step"], saved_identity=description["identity"])
     check_same_run(description["identity"], early_identity(run), checkpoint)
     require_readable(checkpoint, description["identity"].get(RANKS), world_size(), run.config.training.zero_stage)
-    output = run.invocation.output
-    if output is not None and output.resolve() != run_of(checkpoint):
-        _check_output(run.invocation)
-    if output is None or output.resolve() == run_of(checkpoint):
+    if _is_continued_in_place(run.invocation, checkpoint):
         require_newest(checkpoint, run.invocation.overwrite)
+    else:
+        _check_output(run.invocation)
     return run
 
 

@@ -115,7 +115,7 @@ def open_records(run: CheckedRun, folder: Path, reporter: Reporter) -> Iterator[
     config = run.config
     metrics, failure = None, None
     try:
-        metrics = MetricLoggers(folder, config.run.loggers, config.to_dict(), active=reporter.active)
+        metrics = MetricLoggers(folder, config.run.loggers, config.to_dict(), reporter.active, run.first)
     except OSError as error:
         failure = error
     failures = collect_failures(failure)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeError, TrainingFailure, sentence
-from ..common.files import write_json
+from ..common.files import remove_unfinished, write_json
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter, clock, folded
 from ..common.stages import cpu_seconds
@@ -24,19 +24,28 @@ from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
-from ..runs.checkpoints import RANKS, CheckpointFolder, check_same_run, require_whole, run_of
+from ..runs.checkpoints import (
+    RANKS,
+    CheckpointFolder,
+    check_same_run,
+    drop_checkpoints_after,
+    require_newest,
+    require_whole,
+    run_of,
+)
 from ..runs.folder import (
     CONFIG,
     DEEPSPEED_CONFIG,
+    ENDED,
     ENVIRONMENT,
-    METRICS,
-    REPORT,
     RUNS,
     claim_folder,
     fresh_folder,
     hold,
     let_go,
+    mark_ended,
 )
+from ..runs.metrics import drop_records_after
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .other_ranks import is_read
@@ -62,13 +71,13 @@ def run_command(
         checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
         before training began.
     """
-    reporter, invocation = Reporter(), None
+    reporter = Reporter()
     try:
         reporter = Reporter(active=rank() == 0)
         if arguments is None:  # this process is the command
             reporter.stages.add_start()
         quieten()
-        invocation = parse_command_line(arguments)
+        invocation = parse_command_line(arguments, reporter.line)
         if invocation.list_presets:
             for line in list_presets():
                 reporter.line(line)
@@ -80,8 +89,6 @@ def run_command(
             train(run, reporter)
     except NothingToDo as done:
         reporter.line(str(done))
-        if reporter.active and invocation is not None and invocation.resume is not None:
-            mend_report(run_of(invocation.resume), reporter)
         return 0
     except LauncherError as error:  # of this rank, which may be the only one that has it
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -143,6 +150,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
         RecipeError: a damaged checkpoint, bad data, a checkpoint of other data, a model that does not fit.
     """
     resume = run.invocation.resume
+    _require_one_beginning(resume)
     if resume is not None:
         saved = (run.saved_identity or {}).get(RANKS)
         on_first_rank(lambda: require_whole(resume, is_read(resume, saved, world_size())))
@@ -157,6 +165,21 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
         check_same_run(run.saved_identity, identity, resume)
     require_memory(run, data[0].vocabulary_size)
     return data, identity
+
+
+def _require_one_beginning(resume: Path | None) -> None:
+    """Check that all ranks have found the same checkpoint to go on from, or none (collective).
+
+    Raises:
+        RecipeError: somebody wrote or removed one while they started, or they see different disks.
+    """
+    found = collect(None if resume is None else resume.name)
+    if len(set(found)) > 1:
+        shown = ", ".join(f"rank {number}: {name or 'none'}" for number, name in enumerate(found))
+        raise RecipeError(
+            f"the ranks have found different checkpoints to go on from ({shown}): another run wrote into the folder, "
+            "or the machines do not see the same one; start again"
+        )
 
 
 def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
@@ -197,6 +220,7 @@ def _claim_output(run: CheckedRun) -> Path:
     if resumed is not None and (invocation.output is None or invocation.output.resolve() == resumed):
         folder = resumed
         hold(folder)
+        _cut_back(folder, run)
     elif invocation.output is not None:
         folder = claim_folder(invocation.output, invocation.overwrite)
     else:
@@ -209,6 +233,15 @@ def _claim_output(run: CheckedRun) -> Path:
     return folder
 
 
+def _cut_back(folder: Path, run: CheckedRun) -> None:
+    """Remove from a run that is continued what comes after its checkpoint, and what killed processes had begun."""
+    assert run.invocation.resume is not None
+    require_newest(run.invocation.resume, run.invocation.overwrite)  # still, now that nobody else writes
+    remove_unfinished(folder)
+    drop_checkpoints_after(folder, run.first)
+    drop_records_after(folder, run.first)
+
+
 def _environment(run: CheckedRun) -> dict[str, Any]:
     return {
         **describe_machine(get_accelerator().device_name()),
@@ -218,6 +251,7 @@ def _environment(run: CheckedRun) -> dict[str, Any]:
         "accumulation": run.plans[0].accumulation,
         "first_step": run.first,
         "last_step": run.last,
+        ENDED: None,
     }
 
 
@@ -225,17 +259,21 @@ def _environment(run: CheckedRun) -> dict[str, Any]:
 def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) -> Iterator[None]:
     """Train in the block; afterwards the report is drawn into the run's folder, also if training broke down.
 
+    If it did not, the folder is marked as that of a run that has ended.
+
     Raises:
         TrainingFailure: that of the block, with the last good checkpoint added.
     """
+    trained = False
     try:
         yield
+        trained = True
     except TrainingFailure as failure:
         raise TrainingFailure(f"{failure}; {_where_to_go_on(checkpoints)}") from failure
     finally:
         if reporter.active:
             with reporter.stages("report"):
-                _report(folder, reporter)
+                _report(folder, checkpoints.newest() if trained else None, reporter)
             _keep_stages(folder, reporter)
         let_go(folder)
 
@@ -247,20 +285,15 @@ def _where_to_go_on(checkpoints: CheckpointFolder) -> str:
     return f"the last good checkpoint, {newest}, is whole: continue with --resume {newest}"
 
 
-def _report(folder: Path, reporter: Reporter) -> None:
+def _report(folder: Path, ended_at: Path | None, reporter: Reporter) -> None:
     from ..runs.report import write_report  # with matplotlib, which takes a second that nobody should wait for earlier
 
     try:
         reporter.line(write_report(folder))
+        if ended_at is not None:
+            mark_ended(folder, ended_at.name)
     except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
         reporter.line(f"the report could not be written: {error}")
-
-
-def mend_report(folder: Path, reporter: Reporter) -> None:
-    """Draw the report of a run that was killed between its last checkpoint and its report."""
-    metrics, page = folder / METRICS, folder / REPORT
-    if metrics.exists() and (not page.exists() or page.stat().st_mtime < metrics.stat().st_mtime):
-        _report(folder, reporter)
 
 
 def _keep_stages(folder: Path, reporter: Reporter) -> None:

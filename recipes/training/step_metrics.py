@@ -7,9 +7,11 @@ since the last one over in one copy (and adds the losses up over the ranks in on
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,6 +23,7 @@ from trustratio.optimizers.gradient_statistics.norms import norms_from_table
 from trustratio.optimizers.noise_scale import RunningNoise, noise_scale, sum_of_layers
 
 from ..common.errors import RecipeError
+from ..common.files import write_json
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase
 from ..model.flops import ModelFlops, peak_of
@@ -28,6 +31,9 @@ from ..model.masked_language_model import padded_vocabulary
 from ..model.optimizer import is_baseline
 from ..rules.global_batch import BatchPlan
 from .engines import Observed
+
+RUNNING_MEANS = "running_means.json"
+"""The file of a checkpoint from which the means of the gradient noise scale go on."""
 
 
 def measures_noise(config: RecipeConfig, plans: Sequence[BatchPlan]) -> bool:
@@ -154,6 +160,17 @@ class StepMetrics:
         if self.measure_noise:
             assert self._layerwise is not None
             self._layerwise.collect_group_norms()
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the running means into a checkpoint, on the first rank; they are the same on all."""
+        if self._noise and self.engine.rank == 0:
+            write_json(checkpoint / RUNNING_MEANS, {name: mean.state_dict() for name, mean in self._noise.items()})
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on with a checkpoint's running means, if it has any; earlier releases wrote none."""
+        if self.measure_noise and (checkpoint / RUNNING_MEANS).is_file():
+            for name, state in json.loads((checkpoint / RUNNING_MEANS).read_text()).items():
+                self._noise.setdefault(name, RunningNoise()).load_state_dict(state)
 
     @property
     def _layerwise(self) -> LayerwiseOptimizer | None:

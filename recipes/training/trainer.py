@@ -188,6 +188,7 @@ class RecipeTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = usual
+        self.progress.step_metrics.save(folder)
         if engine is not None and rank() == 0:
             (trainers_part(folder) / "latest").write_text(f"global_step{engine.global_steps}")
 
@@ -284,6 +285,8 @@ class _Progress(TrainerCallback):
         if state.global_step:
             self.observed.continue_schedule(self.observed.scheduler.last_epoch)
         self.step_metrics = StepMetrics.of_run(self.observed, self.config, self.run.plans, self.vocabulary_size)
+        if self.run.invocation.resume is not None:
+            self.step_metrics.load(self.run.invocation.resume)
         self.trainer.records.begin(self.run.first)
         self._begin_phase()
 

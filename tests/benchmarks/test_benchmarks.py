@@ -185,5 +185,5 @@ def test_collectives_and_bytes_are_counted() -> None:
 
 def test_committed_page_belongs_to_its_numbers() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    results = json.loads((docs / "results" / "benchmarks.json").read_text())
-    assert (docs / "benchmarks.md").read_text() == markdown(results, "results/benchmarks.json")
+    results, kills = (json.loads((docs / "results" / f"{name}.json").read_text()) for name in ("benchmarks", "kills"))
+    assert (docs / "benchmarks.md").read_text() == markdown(results, "results/benchmarks.json", kills)

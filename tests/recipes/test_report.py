@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -15,12 +14,10 @@ import pytest
 
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.files import write_json
-from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.presets import get_preset
 from trustratio.recipes.runs import report
 from trustratio.recipes.runs.history import bins, load_history, short_name
 from trustratio.recipes.runs.metrics import MetricsLog
-from trustratio.recipes.training.session import mend_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -221,19 +218,6 @@ def test_a_resumed_run_is_read_once(tmp_path):
     history = load_history(write_run(tmp_path / "run", steps=4, layers=2, loss=lambda s: 1.0))
     assert history.train["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert history.train["loss"].tolist()[:4] == [1.0] * 4
-
-
-def test_a_finished_run_without_a_report_gets_one(tmp_path, capsys):
-    """Killed between its last checkpoint and its report, or in a report that replaces an earlier one."""
-    folder = write_run(tmp_path / "run", 4, 2)
-    mend_report(folder, Reporter())
-    assert "report: " in capsys.readouterr().out
-    mend_report(folder, Reporter())
-    assert capsys.readouterr().out == ""
-    (folder / "report.png").write_bytes(b"half a pic")
-    os.utime(folder / "report.html", (0, 0))
-    mend_report(folder, Reporter())
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_of_stages(tmp_path, capsys):

@@ -79,14 +79,6 @@ def test_an_unusable_output_is_named(tmp_path):
         claim_folder(tmp_path / "file", overwrite=False)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"step-99"])
-def test_a_broken_name_of_the_newest_checkpoint_is_named(tmp_path, content):
-    write(CheckpointFolder(tmp_path, keep=2, identity={}), 1)
-    (tmp_path / "checkpoints" / "latest").write_bytes(content)
-    with pytest.raises(RecipeError, match="missing or incomplete" if content.strip() else "latest is empty"):
-        find_checkpoint(tmp_path)
-
-
 def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, keep=2, identity={"model": "tiny"})
     for step in (1, 2, 3):
@@ -121,7 +113,7 @@ def test_missing_and_broken_checkpoints_are_named(tmp_path):
         with pytest.raises(RecipeError, match="cannot read"):
             describe_checkpoint(path)
     (path / "checkpoint.json").unlink()
-    with pytest.raises(RecipeError, match="names 'step-00000001', which is missing or incomplete"):
+    with pytest.raises(RecipeError, match=r"no complete checkpoint .* no step-N has a checkpoint\.json"):
         find_checkpoint(tmp_path)
 
 
