@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import RecipeError, sentence
+from .errors import RecipeError, kind_of, sentence
 
 WRITING = ".writing-"
 """What the name of a file begins with until it is whole; a process that was killed may leave such files behind."""
+
+DIGEST = "digest"
+"""Last entry of a sealed file: SHA-256 of its bytes, in which 64 zeros stand for it."""
+
+_BLANK = "0" * 64
+_LIKE_A_SEAL = re.compile(rb'"[0-9a-f]{64}"\s*}\s*$')  # what is left of one whose name was damaged
 
 
 @contextlib.contextmanager
@@ -82,3 +90,36 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any, indent: int = 2) -> None:
     """Write JSON so that the file is always either the old or the new one."""
     write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
+def write_sealed(path: Path, values: Mapping[str, Any], indent: int = 2) -> None:
+    """Write JSON with a digest of all of it, by which `read_sealed` tells a damaged file."""
+    text = json.dumps({**values, DIGEST: _BLANK}, indent=indent) + "\n"
+    head, _, tail = text.rpartition(_BLANK)
+    write_text(path, head + hashlib.sha256(text.encode()).hexdigest() + tail)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return what `write_sealed` wrote; a file that was never sealed, of earlier releases, is taken as it is.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object, or not what was written.
+    """
+    content = path.read_bytes()
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {kind_of(values)}")
+    digest = values.pop(DIGEST, None)
+    if digest is None and not _LIKE_A_SEAL.search(content):
+        return values
+    head, found, tail = content.rpartition(str(digest).encode())
+    if not found or hashlib.sha256(head + _BLANK.encode() + tail).hexdigest() != digest:
+        raise ValueError(
+            f"its content is not what was written, as the digest at its end tells: copy the file anew (or, if you "
+            f'changed it yourself, remove its last entry, "{DIGEST}")'
+        )
+    return values

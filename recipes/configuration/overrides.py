@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RecipeError, unknown_name
+from ..common.files import read_sealed
 from .config import MODEL_SIZES, RecipeConfig
 
 _FLAGS_OF_SECTIONS = {"model": "--model SIZE", "optimizer": "--optimizer NAME", "data": "--data SOURCE"}
@@ -107,12 +108,11 @@ def load_config(path: Path) -> RecipeConfig:
         RecipeError: the file is missing, unreadable or no configuration.
     """
     try:
-        values = json.loads(path.read_text())
+        return from_dict(read_sealed(path))
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read the run's configuration {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a run's configuration: expected a JSON object")
-    return from_dict(values)
 
 
 def _section_error(section: str) -> RecipeError:
