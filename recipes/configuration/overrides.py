@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import RecipeError, unknown_name
+from ..common.errors import RecipeError, shown, unknown_name
 from ..common.files import read_sealed
 from .config import MODEL_SIZES, RecipeConfig
 
@@ -55,7 +55,7 @@ def apply_overrides(config: RecipeConfig, overrides: Iterable[str]) -> RecipeCon
         if equals and not name and section in section_names():
             raise _section_error(section)
         if not (equals and dot and name):
-            raise RecipeError(f"override {text!r} is not of the form section.field=value, e.g. optimizer.lr=0.01")
+            raise RecipeError(f"override {shown(text)} is not of the form section.field=value, e.g. optimizer.lr=0.01")
         if section not in section_names():
             raise unknown_name("configuration section", section, section_names())
         config = set_field(config, section, name, _read_value(value))
@@ -155,9 +155,7 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
         return int(value)  # 3.0 and 1e4 too; the remainder of inf and NaN is NaN
     if expected is str and isinstance(value, str | int | float):
         return str(value)
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    raise RecipeError(f"{key} takes {_IN_WORDS[origin or expected]}, given was {shown}")
+    raise RecipeError(f"{key} takes {_IN_WORDS[origin or expected]}, given was {shown(value)}")
 
 
 def _as_float(key: str, value: float) -> float:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from ..common.errors import RecipeError, TrainingFailure
+from ..common.errors import TrainingFailure
 from ..common.files import whole_file
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER
 from ..model.build import build_parts
-from ..runs.folder import ENVIRONMENT
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
 from .ranks import collect_failures, start
@@ -24,6 +21,7 @@ from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
 from .trainer import RecipeTrainer, save_weights, trainers_part
+from .unpickling import tensors_only
 
 MODEL = "model"
 """Folder of a run that `from_pretrained` loads."""
@@ -64,14 +62,11 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         StopRequests() as stop,
     ):
         trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
-        try:
-            trainer.train(None if resume is None else str(trainers_part(resume)))
-        except UnpicklingError as error:
-            unknown = re.search(r"GLOBAL (\S+)", str(error))
-            raise RecipeError(
-                f"{resume} holds what these versions of torch, NumPy and transformers do not read"
-                f"{f' ({unknown[1]})' if unknown else ''}; continue it with those that {ENVIRONMENT} of its run names"
-            ) from error
+        if resume is None:
+            trainer.train()
+        else:
+            with tensors_only(resume):
+                trainer.train(str(trainers_part(resume)))
         trainer.updates.require_data()
         records.require_written()
     _save_model(trainer, folder / MODEL, Path(data[0].folder, TOKENIZER))

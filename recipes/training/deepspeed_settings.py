@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.errors import RecipeError, kind_of
 from ..rules.global_batch import BatchPlan
-from .deepspeed_schema import AUTO, BATCH_KEYS, WHAT, check_complete, check_device, check_settings, section
+from .deepspeed_schema import AUTO, BATCH_KEYS, VALUES, WHAT, check_complete, check_device, check_settings, section
 
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines; the recipe prints its own
 
@@ -65,7 +65,7 @@ def merge(
         RecipeError: contradictions, with both values; what `check_settings` or DeepSpeed refuse.
     """
     check_settings(settings)
-    merged = json.loads(json.dumps(settings))
+    merged = {key: value for key, value in json.loads(json.dumps(settings)).items() if not _is_left_open(key, value)}
     for key, value in zip(BATCH_KEYS, (plan.sequences, plan.micro, plan.accumulation), strict=True):
         if merged.get(key, AUTO) not in (AUTO, value):
             raise RecipeError(
@@ -91,6 +91,11 @@ def merge(
     check_device(merged, plan.ranks)
     check_complete(merged, plan)
     return merged
+
+
+def _is_left_open(key: str, value: Any) -> bool:
+    """Tell whether a key is left to the recipe or to DeepSpeed, which itself takes "auto" inside its models alone."""
+    return key in VALUES and value in (None, AUTO)
 
 
 def _choose_sums(merged: dict[str, Any], zero_stage: int, precision: str, saved: bool) -> None:
