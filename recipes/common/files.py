@@ -92,6 +92,35 @@ def write_json(path: Path, values: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(values, indent=indent) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+
+
+def read_json(path: Path, *entries: str) -> dict[str, Any]:
+    """Return the JSON object in a file that a command wrote and goes on with.
+
+    Raises:
+        RecipeError: it cannot be read, is no object, or lacks one of the `entries`.
+    """
+    try:
+        values = read_sealed(path)
+        missing = [name for name in entries if name not in values]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except (OSError, ValueError) as error:
+        reason = sentence(error) if isinstance(error, OSError) else error
+        raise RecipeError(f"cannot read {path}: {reason}; copy it anew, or remove it to begin again") from error
+    return values
+
+
 def write_sealed(path: Path, values: Mapping[str, Any], indent: int = 2) -> None:
     """Write JSON with a digest of all of it, by which `read_sealed` tells a damaged file."""
     text = json.dumps({**values, DIGEST: _BLANK}, indent=indent) + "\n"
@@ -107,10 +136,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: it is no JSON object, or not what was written.
     """
     content = path.read_bytes()
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON ({error})") from error
+    values = parse_json(content)
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, found {kind_of(values)}")
     digest = values.pop(DIGEST, None)

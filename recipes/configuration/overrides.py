@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import types
 import typing
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RecipeError, shown, unknown_name
-from ..common.files import read_sealed
+from ..common.files import parse_json, read_sealed
 from .config import MODEL_SIZES, RecipeConfig
 
 _FLAGS_OF_SECTIONS = {"model": "--model SIZE", "optimizer": "--optimizer NAME", "data": "--data SOURCE"}
@@ -128,7 +127,7 @@ def _read_value(text: str) -> Any:
     if re.fullmatch(r"\[\s*[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*\s*\]", text):  # a list of words needs no quotes
         return [word.strip() for word in text[1:-1].split(",")]
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from ..common.errors import RecipeError
+from ..common.files import parse_json
 from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
 from ..data.preparation import prepare
@@ -30,7 +30,7 @@ _MODEL_FILE = "mp_rank_00_model_states.pt"
 def is_exported(path: Path) -> bool:
     """Tell whether transformers loads the folder as it is."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
+        return "model_type" in parse_json((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
 

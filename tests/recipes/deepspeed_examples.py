@@ -11,7 +11,6 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from trustratio.recipes.training.deepspeed_schema import MODELS, SECTIONS, VALUES
 
@@ -42,21 +41,30 @@ VALUE_CHOICES: dict[str, st.SearchStrategy] = {
 }
 
 
-def of_model(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
+REFUSED = frozenset(
+    [
+        *("fp16", "activation_checkpointing", "zenflow", "super_offload", "ratio", "cpu_offload", "cpu_offload_param"),
+        *("elastic_checkpoint", "legacy_stage1", "compute_grad_norm", "use_gds"),
+        *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
+        *("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    ]
+)
+"""Keys that are refused on a CPU with most of their values."""
+
+
+def of_model(model: type[BaseModel], without: frozenset[str]) -> st.SearchStrategy[dict[str, Any]]:
     """Return objects with some of a model's fields, each of a value that its type and its bounds allow."""
-    fields = {info.alias or name: of_field(info) for name, info in model.model_fields.items()}
-    return st.fixed_dictionaries({}, optional=fields)
+    fields = {info.alias or name: info for name, info in model.model_fields.items() if name not in without}
+    kinds = {name: of_type(info.annotation, info.metadata, without) for name, info in fields.items()}
+    return st.fixed_dictionaries({}, optional=kinds)
 
 
-def of_field(info: FieldInfo) -> st.SearchStrategy[Any]:
-    """Return values that a field of a model takes."""
-    return of_type(info.annotation, info.metadata)
-
-
-def of_type(kind: Any, bounds: typing.Sequence[Any] = ()) -> st.SearchStrategy[Any]:
+def of_type(kind: Any, bounds: typing.Sequence[Any], without: frozenset[str]) -> st.SearchStrategy[Any]:
     """Return values of a type, within pydantic's bounds."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return st.one_of([st.none() if one is type(None) else of_type(one, bounds) for one in typing.get_args(kind)])
+        return st.one_of(
+            [st.none() if one is type(None) else of_type(one, bounds, without) for one in typing.get_args(kind)]
+        )
     if typing.get_origin(kind) is list or kind is list:
         return st.lists(NAMES, max_size=2)
     if kind is bool:
@@ -70,7 +78,7 @@ def of_type(kind: Any, bounds: typing.Sequence[Any] = ()) -> st.SearchStrategy[A
     if isinstance(kind, type) and issubclass(kind, Enum):
         return st.sampled_from([member.value for member in kind])
     assert issubclass(kind, BaseModel), kind
-    return of_model(kind)
+    return of_model(kind, without)
 
 
 def within(value: float, bounds: typing.Sequence[Any]) -> bool:
@@ -90,12 +98,25 @@ def of_section(keys: typing.Iterable[str]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional={key: SECTION_VALUES.get(key, usual) for key in sorted(keys)})
 
 
-def valid_settings() -> st.SearchStrategy[dict[str, Any]]:
-    """Return configurations whose keys DeepSpeed knows and whose values are of its types."""
+def valid_settings(without: frozenset[str] = frozenset()) -> st.SearchStrategy[dict[str, Any]]:
+    """Return configurations whose keys DeepSpeed knows and whose values are of its types, `without` some of them."""
     values = {key: VALUE_CHOICES.get(key, st.booleans()) for key in VALUES}
-    models = {key: of_model(model) for key, model in MODELS.items()}
-    sections = {key: of_section(keys) for key, keys in SECTIONS.items()}
-    return st.fixed_dictionaries({}, optional={**values, **models, **sections})
+    models = {key: of_model(model, without) for key, model in MODELS.items()}
+    sections = {key: of_section(keys.keys() - without) for key, keys in SECTIONS.items()}
+    strategies = {**values, **models, **sections}
+    return st.fixed_dictionaries({}, optional={key: kind for key, kind in strategies.items() if key not in without})
+
+
+@st.composite
+def settings_of_every_stage(draw: st.DrawFn) -> dict[str, Any]:
+    """Return configurations most of which a CPU can train with: half of them in bf16, and as many of each stage."""
+    settings = draw(valid_settings(REFUSED))
+    zero = {**settings.get("zero_optimization", {}), "stage": draw(st.sampled_from([0, 1, 2, 3]))}
+    precision = {"bf16": {**settings.get("bf16", {}), "enabled": draw(st.booleans())}}
+    for name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(name), dict):
+            zero[name] = {**zero[name], "device": draw(st.sampled_from(["cpu", "none"]))}
+    return {**settings, **precision, "zero_optimization": zero}
 
 
 @st.composite
