@@ -289,7 +289,7 @@ class DeepSpeedTraining(DistributedTraining):
 
     def _load_engine_state(self, file: Path) -> None:
         try:
-            load_engine_state(self.engine, file)
+            load_engine_state(self.engine, file, verify=False)  # as a file of the checkpoint it was
         except OptimizerStateError as error:
             raise RecipeError(f"{file} cannot be continued: {error}") from error
 
