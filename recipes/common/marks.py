@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import RecipeError, sentence
+from .files import read_json, write_sealed
 
 PIECE = 1 << 26
 """Bytes of a file that are hashed one after the other; a large file's pieces go to several ranks."""
+
+CHECKSUMS = "checksums.json"
+"""In the folder of a finished model: the marks of its files."""
 
 _AT_ONCE = 1 << 22  # bytes in memory, per thread
 _MOST_THREADS = 8
@@ -158,3 +162,31 @@ def _joined(hashes: Sequence[str]) -> str:
 
 def _is_whole(mark: str) -> bool:
     return mark.split()[1:2] == [_WHOLE]
+
+
+def write_checksums(folder: Path) -> None:
+    """Write a list of the files in a folder, by which `require_unchanged` tells those that were damaged later."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name != CHECKSUMS]
+    write_sealed(folder / CHECKSUMS, {"files": mark_files(folder, names, Share())})
+
+
+def require_unchanged(folder: Path) -> None:
+    """Check that a folder's files are those that were listed when it was written; one without a list passes.
+
+    Raises:
+        RecipeError: names the files that are not.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return
+    marks = read_json(path, "files")["files"]
+    try:
+        missing = [name for name in marks if not (folder / name).is_file()]
+        differing = differing_files(folder, {name: marks[name] for name in marks if name not in missing}, Share())
+    except OSError as error:
+        raise RecipeError(f"cannot read {folder}: {sentence(error)}") from error
+    if missing or differing:
+        raise RecipeError(
+            f"{', '.join([*missing, *differing])} in {folder} was changed, cut short or removed after it was written: "
+            f"write the folder anew, or remove {path} if the change was meant"
+        )

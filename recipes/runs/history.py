@@ -129,7 +129,8 @@ def _series(records: dict[int, dict[str, Any]], *needed: str) -> Series:
     """Return the numbers of records by name; those that are `needed` are there, if only as NaN."""
     steps = sorted(records)
     names = {name for record in records.values() for name, value in record.items() if isinstance(value, int | float)}
-    return {name: np.array([_number(records[step].get(name)) for step in steps]) for name in sorted({*names, *needed, "step"})}
+    columns = sorted({*names, *needed, "step"})
+    return {name: np.array([_number(records[step].get(name)) for step in steps]) for name in columns}
 
 
 def _number(value: Any) -> float:

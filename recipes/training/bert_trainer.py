@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..common.errors import TrainingFailure
 from ..common.files import whole_file
+from ..common.marks import write_checksums
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER
@@ -85,6 +86,7 @@ def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
         if trainer.args.should_save:
             with whole_file(folder / TOKENIZER, "wb") as file:
                 file.write(tokenizer.read_bytes())
+            write_checksums(folder)
     except (OSError, SafetensorError) as error:
         failure = error
     failures = collect_failures(failure)

@@ -14,6 +14,7 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from ..common.errors import RecipeError
 from ..common.files import parse_json
+from ..common.marks import write_checksums
 from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
 from ..data.preparation import prepare
@@ -70,6 +71,7 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
     model.tie_weights()
     model.save_pretrained(output)
     save_tokenizer(data, config.model.max_positions, output)
+    write_checksums(output)
     return output
 
 
