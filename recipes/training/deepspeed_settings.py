@@ -87,6 +87,7 @@ def merge(
         merged.setdefault(precision, {})["enabled"] = True
     _choose_sums(merged, zero_stage, precision, saved)
     _check_offload(zero, zero_stage)
+    _check_scaling(merged, zero_stage)
     merged.setdefault("steps_per_print", _QUIET)
     check_device(merged, plan.ranks)
     check_complete(merged, plan)
@@ -150,6 +151,18 @@ def _check_offload(zero: Mapping[str, Any], zero_stage: int) -> None:
             raise RecipeError(
                 f"zero_optimization.{key} has no effect at stage {zero_stage}: remove it, or use --zero_stage "
                 f"{stages[-1]}"
+            )
+
+
+def _check_scaling(merged: Mapping[str, Any], zero_stage: int) -> None:
+    """Refuse what DeepSpeed's reduce-scatter, the default of stages 2 and 3, cannot scale gradients by."""
+    if zero_stage < 2 or section(merged, "zero_optimization").get("reduce_scatter", True) is False:
+        return
+    for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if merged.get(key, usual) != usual:
+            raise RecipeError(
+                f"{WHAT} has {key}={merged[key]}, which DeepSpeed cannot do at stage {zero_stage} with "
+                "zero_optimization.reduce_scatter: remove it, or set reduce_scatter to false"
             )
 
 

@@ -123,6 +123,14 @@ def test_what_the_recipe_cannot_do_is_refused_by_name(key, value):
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm=false is not supported"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "needs DeepSpeed's CPU Adam"),
         ({"zero_force_ds_cpu_optimizer": True}, "DeepSpeed's CPU Adam"),
+        (
+            {"prescale_gradients": True, "zero_optimization": STAGE_2},
+            "prescale_gradients=True, which .* at stage 2 with",
+        ),
+        (
+            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3}},
+            r"gradient_predivide_factor=2\.0, .*: remove it, or set reduce_scatter to false",
+        ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "enables both bf16 and fp16"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use training.activation_checkpointing=true"),
     ],
