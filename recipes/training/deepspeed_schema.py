@@ -6,6 +6,7 @@ run than its user thinks. What is not listed here is refused by name.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
@@ -311,6 +312,11 @@ def _refuse_without_effect(settings: Mapping[str, Any]) -> None:
     ):
         if zero.get(key):
             raise RecipeError(f"zero_optimization.{key} is not supported: remove it; {instead}")
+    for name, instead in (("wandb", "run.loggers=[wandb]"), ("comet", "metrics.jsonl, or run.loggers=[wandb]")):
+        if section(settings, name).get("enabled") is True:  # where it fails on the first rank, the others would wait
+            raise RecipeError(f"{name}.enabled is not supported: remove it, and use {instead}")
+    if section(settings, "tensorboard").get("enabled") is True and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("tensorboard.enabled needs the package tensorboard: pip install tensorboard, or remove it")
     if zero.get("compute_grad_norm") is False:
         raise RecipeError("zero_optimization.compute_grad_norm=false is not supported: the norm is logged; remove it")
     for precision in ("bf16", "fp16"):

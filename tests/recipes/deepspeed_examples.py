@@ -43,7 +43,17 @@ VALUE_CHOICES: dict[str, st.SearchStrategy] = {
 
 REFUSED = frozenset(
     [
-        *("fp16", "activation_checkpointing", "zenflow", "super_offload", "ratio", "cpu_offload", "cpu_offload_param"),
+        *(
+            "fp16",
+            "activation_checkpointing",
+            "wandb",
+            "comet",
+            "zenflow",
+            "super_offload",
+            "ratio",
+            "cpu_offload",
+            "cpu_offload_param",
+        ),
         *("elastic_checkpoint", "legacy_stage1", "compute_grad_norm", "use_gds"),
         *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"),
         *("bf16_master_weights_and_grads", "bf16_optimizer_states"),

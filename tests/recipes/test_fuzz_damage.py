@@ -51,12 +51,13 @@ def run(tmp_path_factory) -> Path:
 
     def save(checkpoint: Path) -> None:
         (checkpoint / "part").mkdir()
-        for number, size in enumerate((1, 300, 70_000, 3_000_000)):
+        for number, size in enumerate((1, 300, 70_000, 1_500_000)):
             (checkpoint / "part" / f"{number}.pt").write_bytes(bytes(i % 253 for i in range(size)))
 
     identity = {"model": {"layers": 2}, "seed": 1, "data": "0123", "ranks": 2}
     CheckpointFolder(folder, 1, identity).write(7, save, lambda failure: [str(failure)] if failure else [], first=True)
     write_sealed(folder / "config.json", RecipeConfig().to_dict())
+    read_run(folder)
     return folder
 
 
@@ -73,7 +74,6 @@ def read_run(folder: Path) -> None:
 def test_a_damaged_checkpoint_is_refused_by_name(run, data):
     contents = files_of(run)
     name, where, how = data.draw(st.sampled_from(sorted(contents))), data.draw(PLACE), data.draw(DAMAGE)
-    read_run(run)
     (run / name).write_bytes(damaged(contents[name], where, how))
     event(name)
     try:
@@ -93,7 +93,9 @@ def prepared(tmp_path_factory) -> Path:
     texts = [json.dumps({"text": sentences(i, 20)}) for i in range(30)]
     (root / "a.jsonl").write_text("\n".join(texts))
     config = DataConfig(sources=(str(root / "a.jsonl"),), vocabulary=200, validation_fraction=0.1)
-    return prepare_into(root / "out", config, Preparation(shard_characters=9_000), QUIET)
+    folder = prepare_into(root / "out", config, Preparation(shard_characters=9_000), QUIET)
+    read_prepared(folder)
+    return folder
 
 
 def read_prepared(folder: Path) -> None:
@@ -108,7 +110,6 @@ def read_prepared(folder: Path) -> None:
 def test_damaged_data_are_refused_by_name(prepared, data):
     contents = files_of(prepared)
     name, where, how = data.draw(st.sampled_from(sorted(contents))), data.draw(PLACE), data.draw(DAMAGE)
-    read_prepared(prepared)
     (prepared / name).write_bytes(damaged(contents[name], where, how))
     event(name.split("-")[0])
     try:
