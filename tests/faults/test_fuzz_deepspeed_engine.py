@@ -53,7 +53,7 @@ def run_in(folder: str, case: Case) -> dict[str, Any]:
     return run_case(case)
 
 
-@examples(200)
+@examples(100)
 @given(settings=settings_of_every_stage(), ranks=st.sampled_from([1, 2]))
 def test_what_is_taken_trains_exactly(
     engines: dict[int, WorkerPool], tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any], ranks: int

@@ -16,13 +16,15 @@ from trustratio.recipes.common.files import write_sealed
 from trustratio.recipes.common.marks import Share
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.comparison.runs import Run, outcome
-from trustratio.recipes.configuration.config import DataConfig, RecipeConfig
+from trustratio.recipes.configuration.config import DataConfig, ModelConfig, RecipeConfig
 from trustratio.recipes.configuration.overrides import load_config
+from trustratio.recipes.configuration.phases import phases_of
 from trustratio.recipes.data.preparation import Preparation, mended, prepare, prepare_into
 from trustratio.recipes.data.verification import damaged_files, expected_hashes
 from trustratio.recipes.runs.checkpoints import CheckpointFolder, describe_checkpoint, find_checkpoint, require_whole
 from trustratio.recipes.runs.history import load_history
 from trustratio.recipes.runs.report import page_data
+from trustratio.recipes.training import session
 
 from .conftest import sentences
 
@@ -119,6 +121,61 @@ def test_damaged_data_are_refused_by_name(prepared, data):
             read_prepared(prepared)
     finally:
         (prepared / name).write_bytes(contents[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["train-00001.bin", "shard-00001.json", "index.npz", "tokenizer.json", "manifest.json"]
+)
+def test_prepare_writes_damaged_files_anew(tmp_path, name):
+    texts = [json.dumps({"text": sentences(i, 20)}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    config = DataConfig(sources=(str(tmp_path / "a.jsonl"),), vocabulary=200, validation_fraction=0.1)
+    how = Preparation(shard_characters=9_000)
+    folder = prepare_into(tmp_path / "out", config, how, QUIET)
+    before = files_of(folder)
+    (folder / name).write_bytes(damaged(before[name], 0.4, 1))
+    prepare_into(folder, config, how, QUIET)
+    read_prepared(folder)
+    after = files_of(folder)
+    assert after.keys() == before.keys()
+    if name != "tokenizer.json":  # of which no two training runs are the same
+        assert after == before
+
+
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "shard-00000.json", "index.npz", "settings.json", "tokenizer.json"]
+)
+def test_damaged_files_of_the_cache_are_written_anew(tmp_path, name):
+    texts = [json.dumps({"text": sentences(i, 20)}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    config = DataConfig((str(tmp_path / "a.jsonl"),), vocabulary=200, validation_fraction=0.1, sequence_length=16)
+    data = prepare(config, QUIET)
+    folder = Path(data.folder)
+    before = files_of(folder)
+    (folder / name).write_bytes(damaged(before[name], 0.4, 1))
+    data = prepare(config, QUIET)  # a damaged tokenizer it sees itself
+    mended(config, data, damaged_files(folder, expected_hashes(folder), Share()), QUIET)
+    assert damaged_files(folder, expected_hashes(folder), Share()) == []
+    if name != "tokenizer.json":
+        assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_hashes_are_compared_unless_that_is_switched_off(prepared, monkeypatch, verify):
+    for name in ("on_each_machine", "on_first_rank"):
+        monkeypatch.setattr(session, name, lambda work: work())
+    config = DataConfig(sources=(str(prepared),), verify=verify, sequence_length=16)
+    contents = files_of(prepared)
+    (prepared / "train-00000.bin").write_bytes(damaged(contents["train-00000.bin"], 0.5, 1))
+    phase = phases_of(RecipeConfig(model=ModelConfig(), data=config))[0]
+    try:
+        if verify:
+            with pytest.raises(RecipeError, match=r"train-00000\.bin in .* was changed or cut short"):
+                session._prepare_phase(config, phase, QUIET)
+        else:
+            assert session._prepare_phase(config, phase, QUIET).train_rows > 0
+    finally:
+        (prepared / "train-00000.bin").write_bytes(contents["train-00000.bin"])
 
 
 @examples(100)

@@ -11,7 +11,14 @@ import pytest
 from trustratio.recipes.common import marks
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.files import read_sealed, write_sealed
-from trustratio.recipes.common.marks import Share, differing_files, hash_of, mark_files
+from trustratio.recipes.common.marks import (
+    Share,
+    differing_files,
+    hash_of,
+    mark_files,
+    require_unchanged,
+    write_checksums,
+)
 
 
 def together(count, work):
@@ -125,3 +132,19 @@ def test_a_file_that_was_never_sealed_is_taken_as_it_is(tmp_path):
     path = tmp_path / "values.json"
     path.write_text('{"step": 1, "files": {"a": "' + "0" * 64 + '"}}')
     assert read_sealed(path) == {"step": 1, "files": {"a": "0" * 64}}
+
+
+def test_the_folder_of_a_finished_model_tells_what_was_changed(folder):
+    require_unchanged(folder)  # nothing is listed
+    write_checksums(folder)
+    require_unchanged(folder)
+    (folder / "mine.txt").write_text("put there later")
+    require_unchanged(folder)
+    content = (folder / "1000").read_bytes()
+    (folder / "1000").write_bytes(content[:500] + b"?" + content[501:])
+    (folder / "64").unlink()
+    with pytest.raises(RecipeError, match=r"64, 1000 in .* was changed, cut short or removed.*checksums\.json if the"):
+        require_unchanged(folder)
+    (folder / "checksums.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"cannot read .*checksums\.json: it is not JSON"):
+        require_unchanged(folder)
