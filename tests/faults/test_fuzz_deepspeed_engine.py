@@ -11,7 +11,6 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.distributed import pool as pools
 from tests.distributed.cases import Case, run_case
 from tests.distributed.exactness import MODEL, assemble, assert_exact, two_groups, worst_error
 from tests.distributed.pool import WorkerPool
@@ -28,13 +27,11 @@ OF_16_BITS = 2e-2  # what gradients that are sent in 16 bits leave of a step
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[dict[int, WorkerPool]]:
-    """Pools by their number of ranks; one that hangs is told soon."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pools, "ANSWER_SECONDS", 100)
-        made = {ranks: WorkerPool(ranks) for ranks in (1, 2)}
-        yield made
-        for pool in made.values():
-            pool.close()
+    """Pools by their number of ranks."""
+    made = {ranks: WorkerPool(ranks) for ranks in (1, 2)}
+    yield made
+    for pool in made.values():
+        pool.close()
 
 
 def completed(settings: dict[str, Any], ranks: int) -> tuple[dict[str, Any], int, str] | None:
