@@ -12,7 +12,6 @@ the command is given again. `--dry_run` prints what would be run.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -30,7 +29,7 @@ import torch
 
 from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
-from ..common.files import write_json
+from ..common.files import read_json, write_json
 from ..common.machine import describe_machine
 from ..common.script import command_file
 from ..configuration.config import ModelConfig
@@ -174,7 +173,7 @@ def sweep_rates(output: Path) -> dict[str, float]:
     if not path.exists():
         raise RecipeError(f"the learning rates come from {path}: run `python recipes/gpu_evidence.py sweep` first")
     rates: dict[str, float] = {}
-    for result in json.loads(path.read_text())["results"]:
+    for result in read_json(path, "results")["results"]:
         for optimizer in {run["optimizer"] for run in result["runs"]}:
             runs = [run for run in result["runs"] if run["optimizer"] == optimizer]
             best = best_rate({run["lr"]: math.nan if run["loss"] is None else run["loss"] for run in runs})
@@ -245,7 +244,7 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
         status = run_within(line, evidence.budget - (time.monotonic() - began))
         folder = work / f"{name}-{batch}"
         report = folder / "comparison.json"
-        known = json.loads(report.read_text()) if report.exists() else {"runs": []}
+        known = read_json(report, "runs") if report.exists() else {"runs": []}
         results.append({**known, "global_batch": batch, "systems": systems_numbers(folder)})
         if status:
             print(f"ended with exit status {status}; the same command goes on from here", file=sys.stderr)

@@ -53,6 +53,7 @@ class DataConfig:
     `tokenizer` is a local path or a hub name; None trains a WordPiece vocabulary of `vocabulary` tokens on the text.
     `workers` processes per rank read and mask ahead; None: up to two where there is an accelerator, none on a CPU.
     `validation_fraction` is a share of the documents, `validation_sequences` the most rows that a validation reads.
+    `verify` reads every byte of the prepared files once before training and compares their hashes.
     """
 
     sources: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     validation_sequences: int = 2048
     workers: int | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)

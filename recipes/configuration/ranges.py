@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..common.command import MOST, MOST_SEED
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, shown
 from .config import PRECISIONS, SHAPES, RecipeConfig
 
 
@@ -104,4 +104,4 @@ def _require(config: RecipeConfig, key: str, allowed: Any, description: str) -> 
     if not allowed(value):
         if isinstance(value, float) and not math.isfinite(value) and "finite" not in description:
             description = f"a finite number, {description}"
-        raise RecipeError(f"{key}={value!r} is out of range: allowed is {description}")
+        raise RecipeError(f"{key}={shown(value)} is out of range: allowed is {description}")

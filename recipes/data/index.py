@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import zipfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -111,10 +114,20 @@ class DocumentIndex:
 
     @classmethod
     def load(cls, path: Path) -> DocumentIndex:
-        """Read what `save` wrote."""
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in ("ends", "digests", "characters", "roles")}
-            return cls(sources=tuple(stored["sources"].tolist()), **arrays)
+        """Read what `save` wrote; nothing is unpickled.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in ("ends", "digests", "characters", "roles")}
+                return cls(sources=tuple(stored["sources"].tolist()), **arrays)
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"is damaged ({error})") from error
+        except (zipfile.BadZipFile, zlib.error, struct.error) as error:
+            raise ValueError(f"is damaged ({error})") from error
 
 
 def stripped_documents(source: str, text_column: str) -> Iterator[str]:

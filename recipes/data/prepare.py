@@ -7,7 +7,6 @@ shards are written anew.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ..common.errors import INTERRUPTED, RecipeError
 from ..common.reporter import Reporter, clock
 from ..configuration.config import DataConfig
 from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
-from .shards import MANIFEST
+from .prepared import read_manifest
 
 _MOST_WORKERS = 4096
 
@@ -63,7 +62,7 @@ def _config(options: argparse.Namespace) -> DataConfig:
 
 
 def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_manifest(folder)
     tokens = manifest["tokens"]
     rows = ", ".join(f"{tokens['train'] // (length - 2):,} of {length}" for length in lengths)
     return [

@@ -8,7 +8,6 @@ sequence length needs no other files. `manifest.json` names the files with their
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from ..common.files import WRITING, whole_file, write_json
+from ..common.files import WRITING, read_sealed, whole_file, write_sealed
+from ..common.marks import hash_of
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-_HASHED_AT_ONCE = 1 << 24  # bytes
 _COUNTED_AT_ONCE = 1 << 20  # tokens, of which counting makes 64-bit copies
 
 
 class BrokenShard(RecipeError):
-    """A token file is missing, cut short or holds what are no tokens; the message names it."""
+    """A file of a prepared folder is missing, cut short or not what was written; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TokenFile:
             size = path.stat().st_size
             if size != expected:
                 raise _broken(path, f"has {size:,} bytes instead of {expected:,}")
-            if contents and _hash_of(path) != self.sha256:
+            if contents and hash_of(path) != self.sha256:
                 raise _broken(path, "does not have the content that was written")
         except OSError as error:
             raise _broken(path, f"cannot be read ({error.strerror})") from error
@@ -178,7 +177,7 @@ def write_shard(
     """Write the files of one shard and, last, its description; each appears under its name when it is complete."""
     files = {split: _write_tokens(folder, f"{split}-{number:05d}.bin", pieces) for split, pieces in streams.items()}
     shard = Shard(number, files, dict(documents), characters)
-    write_json(folder / f"shard-{number:05d}.json", asdict(shard), indent=1)
+    write_sealed(folder / f"shard-{number:05d}.json", asdict(shard), indent=1)
     return shard
 
 
@@ -187,7 +186,7 @@ def finished_shards(folder: Path, dtype: np.dtype) -> dict[int, Shard]:
     finished = {}
     for path in sorted(folder.glob("shard-*.json")):
         try:
-            values = json.loads(path.read_text())
+            values = read_sealed(path)
             files = {split: TokenFile(**file) for split, file in values["files"].items()}
             for file in files.values():
                 file.check(folder, dtype, contents=True)
@@ -220,14 +219,6 @@ def _write_tokens(folder: Path, name: str, pieces: Iterable[NDArray[np.unsignedi
             digest.update(piece.data)
             tokens += len(piece)
     return TokenFile(name, tokens, digest.hexdigest())
-
-
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _broken(path: Path, what: str) -> BrokenShard:

@@ -13,7 +13,7 @@ tensorboard/, wandb/    of these loggers, if asked for; wandb_id.txt is the run 
 .writing-lock           locked, and names the process, while a run writes into the folder
 checkpoints/latest      name of the newest complete checkpoint, for other programs: here, the highest step-N is
 checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json,
-                        which lists them
+                        which lists them with their hashes
 """
 
 from __future__ import annotations

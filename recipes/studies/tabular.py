@@ -12,7 +12,6 @@ Written are OUTPUT.json (all numbers; runs found there are not repeated), OUTPUT
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
-from ..common.files import require_place_for, write_json, write_text
+from ..common.files import read_json, require_place_for, write_json, write_text
 from ..common.machine import describe_machine
 from ..comparison.rate_grids import best_rate, edge, next_rate
 from ..rules.schedules import warmup_polynomial
@@ -152,7 +151,7 @@ class Results:
         self.header = header
         self.runs: list[dict[str, Any]] = []
         if path.exists():
-            saved = json.loads(path.read_text())
+            saved = read_json(path, "settings", "runs")
             if saved["settings"] != header["settings"]:
                 raise RecipeError(
                     f"{path} holds runs with other settings, {saved['settings']}: choose another --output"

@@ -15,7 +15,7 @@ from .engines import TrainingEngine
 from .launchers import Launcher
 from .loop import TrainingLoop
 from .phase_data import phases_with_data
-from .ranks import collect_failures, start
+from .ranks import collect_failures, share_of_all, start
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .step_metrics import StepMetrics
@@ -83,7 +83,7 @@ def train(
         step_metrics.save(folder)
 
     def checkpoint(step: int) -> None:
-        path = checkpoints.write(step, save, collect_failures, first=engine.rank == 0)
+        path = checkpoints.write(step, save, collect_failures, engine.rank == 0, share_of_all())
         reporter.line(f"step {step}: checkpoint {path}")
 
     step = run.first

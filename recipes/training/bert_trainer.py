@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from ..common.errors import RecipeError, TrainingFailure
+from ..common.errors import TrainingFailure
 from ..common.files import WRITING, finish_folder
+from ..common.marks import write_checksums
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER, PreparedData
 from ..model.build import RecipeParts, build_parts
 from ..runs.checkpoints import CheckpointFolder
-from ..runs.folder import ENVIRONMENT, MODEL
+from ..runs.folder import MODEL
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
 from .ranks import collect_failures, start
@@ -24,6 +23,7 @@ from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
 from .trainer import RecipeTrainer, save_weights, trainers_part
+from .unpickling import tensors_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,14 +73,11 @@ def _train(
     with open_records(run, folder, reporter) as records, StopRequests() as stop:
         with reporter.stages("engine"):
             trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
-        try:
-            trainer.train(None if resume is None else str(trainers_part(resume)))
-        except UnpicklingError as error:
-            unknown = re.search(r"GLOBAL (\S+)", str(error))
-            raise RecipeError(
-                f"{resume} holds what these versions of torch, NumPy and transformers do not read"
-                f"{f' ({unknown[1]})' if unknown else ''}; continue it with those that {ENVIRONMENT} of its run names"
-            ) from error
+        if resume is None:
+            trainer.train()
+        else:
+            with tensors_only(resume):
+                trainer.train(str(trainers_part(resume)))
         trainer.updates.require_data()
         records.require_written()
     return trainer
@@ -98,6 +95,7 @@ def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
         save_weights(trainer, unfinished)
         if trainer.args.should_save:
             (unfinished / TOKENIZER).write_bytes(tokenizer.read_bytes())
+            write_checksums(unfinished)
             finish_folder(unfinished, folder / MODEL)
     except (OSError, SafetensorError) as error:
         failure = error

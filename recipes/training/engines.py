@@ -26,6 +26,7 @@ from ..data.masking import MaskedBatch
 from ..rules.global_batch import BatchPlan
 from ..rules.schedules import FactorLR
 from ..runs.checkpoints import RANKS, describe_checkpoint
+from .unpickling import tensors_only
 
 TRAINING_STATE = "training_state.pt"
 """The file of a checkpoint without DeepSpeed: model, optimizer, and number of updates."""
@@ -288,12 +289,14 @@ class DeepSpeedTraining(DistributedTraining):
 
     def _load_engine_state(self, file: Path) -> None:
         try:
-            load_engine_state(self.engine, file)
+            load_engine_state(self.engine, file, verify=False)  # as a file of the checkpoint it was
         except OptimizerStateError as error:
             raise RecipeError(f"{file} cannot be continued: {error}") from error
 
     def _load_own(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        options = {"tag": folder.name, "load_lr_scheduler_states": False}
+        with tensors_only(folder):
+            loaded, _ = self.engine.load_checkpoint(str(folder.parent), **options)
         if loaded is None:
             raise RecipeError(f"{folder} holds no DeepSpeed checkpoint")
 
@@ -379,7 +382,8 @@ class DataParallelTraining(DistributedTraining):
         """
         if not (folder / TRAINING_STATE).is_file():
             raise RecipeError(f"{folder} holds no {TRAINING_STATE}: it was written by a run with another wrapper")
-        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+        with tensors_only(folder):
+            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         self._bare_model().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._updates = state["updates"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeError, TrainingFailure, sentence
-from ..common.files import remove_unfinished, write_json
+from ..common.files import remove_unfinished, write_json, write_sealed
 from ..common.machine import describe_machine
 from ..common.reporter import Reporter, clock, folded
 from ..common.stages import cpu_seconds
@@ -22,8 +22,9 @@ from ..configuration.command_line import Invocation, parse_command_line
 from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import PRESETS, list_presets
-from ..data.preparation import prepare
+from ..data.preparation import mended, prepare
 from ..data.prepared import PreparedData
+from ..data.verification import damaged_files, expected_hashes
 from ..runs.checkpoints import (
     RANKS,
     CheckpointFolder,
@@ -50,7 +51,16 @@ from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .other_ranks import is_read
 from .quiet import quieten
-from .ranks import LauncherError, collect, on_each_machine, on_first_rank, rank, world_size
+from .ranks import (
+    LauncherError,
+    collect,
+    on_each_machine,
+    on_first_rank,
+    rank,
+    share_of_all,
+    share_of_machine,
+    world_size,
+)
 
 
 def run_command(
@@ -153,7 +163,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     _require_one_beginning(resume)
     if resume is not None:
         saved = (run.saved_identity or {}).get(RANKS)
-        on_first_rank(lambda: require_whole(resume, is_read(resume, saved, world_size())))
+        require_whole(resume, is_read(resume, saved, world_size()), share_of_all())
     with reporter.stages("data"):
         data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
@@ -186,6 +196,8 @@ def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> Prep
     """Return the data packed to the phase's sequence length (collective)."""
     packed = dataclasses.replace(config, sequence_length=phase.sequence_length)
     data = on_each_machine(lambda: prepare(packed, reporter))
+    if config.verify and phase.number == 1:  # a second phase reads the same files
+        data = _verified(packed, data, reporter)
     if len(set(collect(data.fingerprint))) > 1:
         raise RecipeError(
             "the machines have prepared different data: files differ, or each has trained a vocabulary of its own, "
@@ -193,6 +205,20 @@ def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> Prep
             "the folder to every machine and give it as --data, or let TRUSTRATIO_CACHE be a folder that all share"
         )
     return data
+
+
+def _verified(config: DataConfig, data: PreparedData, reporter: Reporter) -> PreparedData:
+    """Return data whose files hold what was written, to the last byte (collective).
+
+    The ranks of a machine share the reading of its files.
+
+    Raises:
+        RecipeError: files of a prepared folder do not. Those in the cache are written anew.
+    """
+    folder = Path(data.folder)
+    expected = on_each_machine(lambda: expected_hashes(folder))
+    damaged = damaged_files(folder, expected, share_of_machine())
+    return on_each_machine(lambda: mended(config, data, damaged, reporter))
 
 
 def open_output(run: CheckedRun, identity: dict[str, Any], reporter: Reporter) -> tuple[Path, CheckpointFolder]:
@@ -226,7 +252,7 @@ def _claim_output(run: CheckedRun) -> Path:
     else:
         folder = fresh_folder(RUNS, config.preset)
         hold(folder)
-    write_json(folder / CONFIG, config.to_dict())
+    write_sealed(folder / CONFIG, config.to_dict())
     if run.settings is not None:
         write_json(folder / DEEPSPEED_CONFIG, run.settings)
     write_json(folder / ENVIRONMENT, _environment(run))

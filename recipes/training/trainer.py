@@ -33,7 +33,7 @@ from .engines import DistributedTraining, postponed_failures, set_batch_plan
 from .launchers import without_variable
 from .loop import due, require_sound_weights, seed_step, validate
 from .phase_data import PhaseData, phases_with_data
-from .ranks import collect_failures, rank
+from .ranks import collect_failures, rank, share_of_all
 from .records import Records
 from .step_metrics import StepMetrics, Update
 from .stop_requests import StopRequests
@@ -172,7 +172,7 @@ class RecipeTrainer(Trainer):
         with self.progress.step_metrics.not_training(), self.records.stage("checkpoints"):
             require_sound_weights(self.progress.observed, self.data, step)
             save = functools.partial(self._save_into, model, trial)
-            path = self.checkpoints.write(step, save, collect_failures, first=rank() == 0)
+            path = self.checkpoints.write(step, save, collect_failures, rank() == 0, share_of_all())
         self.records.line(f"step {step}: checkpoint {path}")
 
     def _save_into(self, model: Any, trial: Any, folder: Path) -> None:
