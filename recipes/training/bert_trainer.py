@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from ..common.errors import RecipeError, TrainingFailure
 from ..common.files import whole_file
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER
@@ -18,7 +19,7 @@ from ..model.build import build_parts
 from ..runs.folder import ENVIRONMENT
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
-from .ranks import collect_failures, start
+from .ranks import collect_failures
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
@@ -51,17 +52,16 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         RecipeError: bad data, a checkpoint of other data or versions, an output folder in use, refused options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
-    with reporter.stages("joining"):
-        start()
     data, identity = prepare_run(run, reporter)
+    PROGRESS.begin("while building the model")
     parts = build_parts(run.config, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
     resume = run.invocation.resume
     with (
+        StopRequests() as stop,
         reported(folder, checkpoints, reporter),
         reporter.stages("steps"),
         open_records(run, folder, reporter) as records,
-        StopRequests() as stop,
     ):
         with reporter.stages("engine"):
             trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
@@ -85,6 +85,7 @@ def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
     Raises:
         TrainingFailure: they could not be written; the last checkpoint has all of them.
     """
+    PROGRESS.begin("while writing the model")
     failure = None
     try:
         save_weights(trainer, folder)
