@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from .errors import RecipeError, sentence
 from .files import read_json, write_sealed
+from .progress import PROGRESS
 
 PIECE = 1 << 26
 """Bytes of a file that are hashed one after the other; a large file's pieces go to several ranks."""
@@ -105,6 +106,7 @@ def hash_of(path: Path, start: int = 0, length: int | None = None) -> str:
             if not read:
                 break
             digest.update(block[:read])
+            PROGRESS.move()
             length = None if length is None else length - read
     return digest.hexdigest()
 

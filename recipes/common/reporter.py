@@ -10,6 +10,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from .progress import PROGRESS
 from .stages import Stages
 
 T = TypeVar("T")
@@ -44,10 +45,12 @@ class Reporter:
     def progress(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield `items` with a progress bar on a terminal, else after one line."""
         if self.terminal:
-            yield from tqdm(items, total=total, desc=label, leave=False, file=sys.stderr)
+            items = tqdm(items, total=total, desc=label, leave=False, file=sys.stderr)
         else:
             self.line(f"  {label}: {total:,}")
-            yield from items
+        for item in items:
+            PROGRESS.move()
+            yield item
 
     def training_bar(self, first: int, total: int, print_every: int) -> TrainingBar:
         """Return the display of a training run that starts after step `first` of `total`."""

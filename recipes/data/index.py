@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
 from ..common.files import whole_file
+from ..common.progress import PROGRESS
 from .documents import read_source
 
 REPEATED, TRAINING, VALIDATION = 0, 1, 2
@@ -133,6 +134,7 @@ class DocumentIndex:
 def stripped_documents(source: str, text_column: str) -> Iterator[str]:
     """Yield the non-empty documents of a source without surrounding white space."""
     for document in read_source(source, text_column):
+        PROGRESS.move()
         text = document.strip()
         if text:
             yield text

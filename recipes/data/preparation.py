@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..common.errors import RecipeError
 from ..common.files import read_sealed, require_writable, whole_file, write_sealed, write_text
 from ..common.marks import Share
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
 from .docstrings import corpus_key, harvest, missing_packages, package_folders, require_text
@@ -307,6 +308,7 @@ class _Preparer:
             return write_shard(self.folder, number, pieces, documents, kept)
 
         for block, ids in encoded:
+            PROGRESS.move()
             if previous is not None and block.shard != previous:
                 yield written(previous)
                 pieces = {split: [] for split in SPLITS}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..common.errors import RecipeError
 from ..common.files import WRITING, read_sealed, whole_file, write_sealed
 from ..common.marks import hash_of
+from ..common.progress import PROGRESS
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
@@ -90,6 +91,7 @@ class TokenRows:
         self.cls_id, self.sep_id, self.vocabulary_size = cls_id, sep_id, vocabulary_size
         self._ends = np.cumsum([file.tokens for file in self.files], dtype=np.int64)
         self._mapped: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._written: list[int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,6 +128,10 @@ class TokenRows:
         for file in self.files:
             file.check(self.folder, self.dtype)
 
+    def pin(self) -> None:
+        """From now on refuse files that are written anew; raises BrokenShard if one is missing."""
+        self._written = [self._time_of(number) for number in range(len(self.files))]
+
     def counts(self) -> NDArray[np.int64]:
         """Count every id of the stream."""
         counts = np.zeros(self.vocabulary_size, dtype=np.int64)
@@ -133,11 +139,19 @@ class TokenRows:
             for start in range(0, file.tokens, _COUNTED_AT_ONCE):
                 piece = self._checked(number, self._tokens(number)[start : start + _COUNTED_AT_ONCE])
                 counts += np.bincount(piece, minlength=self.vocabulary_size)
+                PROGRESS.move()
             self._mapped.pop(number, None)  # its pages would stay part of this process's memory
         return counts
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}}  # a worker process maps the files itself
+
+    def _time_of(self, number: int) -> int:
+        path = self.folder / self.files[number].name
+        try:
+            return path.stat().st_mtime_ns
+        except OSError as error:
+            raise _broken(path, f"cannot be read ({error.strerror})") from error
 
     def _begin(self, number: int) -> int:
         return int(self._ends[number]) - self.files[number].tokens
@@ -156,6 +170,8 @@ class TokenRows:
     def _tokens(self, number: int) -> NDArray[np.unsignedinteger]:
         # The size is looked at on every read: touching a mapped page that a file no longer has kills the process.
         self.files[number].check(self.folder, self.dtype)
+        if self._written is not None and self._time_of(number) != self._written[number]:
+            raise _broken(self.folder / self.files[number].name, "was written anew while it was in use")
         if number not in self._mapped:
             self._mapped[number] = np.memmap(self.folder / self.files[number].name, dtype=self.dtype, mode="r")
         return self._mapped[number]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,11 +13,15 @@ from typing import Any
 from ..common.errors import RecipeError, TrainingFailure, sentence
 from ..common.files import finish_folder, read_sealed, remove_folder, remove_unfinished, write_sealed, write_text
 from ..common.marks import Share, differing_files, mark_files
-from .folder import CHECKPOINTS, CONFIG
+from .folder import CHECKPOINTS, CONFIG, require_in_place
 
 RANKS = "ranks"
 """In a checkpoint's identity: how many wrote it."""
 
+WRITE_ERRORS = (OSError, RuntimeError, MemoryError)
+"""What fails where a part of a checkpoint cannot be written; torch.save makes a RuntimeError of a full disk."""
+
+_LEAST_FREE = 2**16  # bytes, of a disk that is not full
 _DESCRIPTION = "checkpoint.json"
 _LATEST = "latest"
 _FILES = "files"  # in it: the mark of every other file of the checkpoint
@@ -218,18 +224,22 @@ class CheckpointFolder:
         partial = final.with_name(final.name + _PARTIAL)
         marks: dict[str, str] = {}
         parts: list[Callable[[], None] | None] = [
-            (lambda: _empty_folder(partial)) if first else None,
+            (lambda: self._begin(partial)) if first else None,
             lambda: save(partial),
             lambda: marks.update(_mark_all(partial, share or Share())),
             (lambda: self._complete(partial, final, step, marks)) if first else None,
         ]
         for part in parts:
-            failures = agree(_failure_of(part))
+            failures = agree(_failure_of(part, self.folder))
             if failures:
                 if first:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise TrainingFailure(f"the checkpoint of step {step} could not be written ({'; '.join(failures)})")
         return final
+
+    def _begin(self, partial: Path) -> None:
+        require_in_place(self.folder.parent)
+        _empty_folder(partial)
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint."""
@@ -259,14 +269,23 @@ def _empty_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _failure_of(work: Callable[[], None] | None) -> Exception | None:
-    """Run `work`, if any; return what a full or broken disk makes of it. torch.save raises RuntimeError then."""
+def _failure_of(work: Callable[[], None] | None, folder: Path) -> Exception | None:
+    """Run `work`, if any, which writes into `folder`; return what a full disk or a full memory makes of it."""
     try:
         if work is not None:
             work()
-    except (OSError, RuntimeError) as error:
-        return error
+    except WRITE_ERRORS as error:
+        return _full_disk(folder) or error
     return None
+
+
+def _full_disk(folder: Path) -> OSError | None:
+    """Return the error that a full disk is, if it is full: torch.save tells of an unexpected position instead."""
+    try:
+        full = shutil.disk_usage(folder).free < _LEAST_FREE
+    except OSError:
+        return None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) if full else None
 
 
 def _complete_ones(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from ..common.errors import TrainingFailure
 from ..common.files import WRITING, finish_folder
 from ..common.marks import write_checksums
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER, PreparedData
@@ -18,7 +19,7 @@ from ..runs.checkpoints import CheckpointFolder
 from ..runs.folder import MODEL
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
-from .ranks import collect_failures, start
+from .ranks import collect_failures
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
@@ -49,13 +50,12 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         RecipeError: bad data, a checkpoint of other data or versions, an output folder in use, refused options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
-    with reporter.stages("joining"):
-        start()
     data, identity = prepare_run(run, reporter)
+    PROGRESS.begin("while building the model")
     parts = build_parts(run.config, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
-    with reported(folder, checkpoints, reporter), reporter.stages("steps"):
-        trainer = _train(run, data, parts, folder, checkpoints, reporter)
+    with StopRequests() as stop, reported(folder, checkpoints, reporter), reporter.stages("steps"):
+        trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
         _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
     announce_end(run, trainer.state.global_step, folder, reporter)
 
@@ -66,11 +66,12 @@ def _train(
     parts: RecipeParts,
     folder: Path,
     checkpoints: CheckpointFolder,
+    stop: StopRequests,
     reporter: Reporter,
 ) -> RecipeTrainer:
     """Train from run.first to run.last (collective); return the Trainer."""
     resume = run.invocation.resume
-    with open_records(run, folder, reporter) as records, StopRequests() as stop:
+    with open_records(run, folder, reporter) as records:
         with reporter.stages("engine"):
             trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
         if resume is None:
@@ -89,6 +90,7 @@ def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
     Raises:
         TrainingFailure: they could not be written; the last checkpoint has all of them.
     """
+    PROGRESS.begin("while writing the model")
     failure = None
     unfinished = folder / (WRITING + MODEL)
     try:

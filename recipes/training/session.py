@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeError, TrainingFailure, sentence
 from ..common.files import remove_unfinished, write_json, write_sealed
 from ..common.machine import describe_machine
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter, clock, folded
 from ..common.stages import cpu_seconds
 from ..configuration.command_line import Invocation, parse_command_line
@@ -59,8 +60,10 @@ from .ranks import (
     rank,
     share_of_all,
     share_of_machine,
+    start,
     world_size,
 )
+from .watchdog import RankFailure, Watchdog, leave
 
 
 def run_command(
@@ -96,7 +99,11 @@ def run_command(
             run = check(invocation)
         announce(run, reporter)
         if not invocation.dry_run:
-            train(run, reporter)
+            with Watchdog(rank(), world_size(), run.config.run.hang_seconds) as watchdog:
+                with reporter.stages("joining"):
+                    start()
+                watchdog.meet()
+                train(run, reporter)
     except NothingToDo as done:
         reporter.line(str(done))
         return 0
@@ -106,8 +113,15 @@ def run_command(
     except (RecipeError, TrainingFailure) as error:
         reporter.error(f"error: {error}")
         return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT
-    except OSError as error:  # on this rank alone, which the others do not know: so it speaks, whichever it is
+    except OSError as error:  # before the ranks have met, on this one alone
         print(f"error: rank {rank()}: {sentence(error)}", file=sys.stderr, flush=True)
+        return FAILED
+    except RankFailure as failure:  # of one rank, which speaks, whichever it is; the others end with it
+        if failure.unsaid:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            watchdog.let_hear()
+            leave(FAILED)
         return FAILED
     except KeyboardInterrupt:
         reporter.error("interrupted before training began; nothing was written")
@@ -162,6 +176,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     resume = run.invocation.resume
     _require_one_beginning(resume)
     if resume is not None:
+        PROGRESS.begin("while checking the checkpoint")
         saved = (run.saved_identity or {}).get(RANKS)
         require_whole(resume, is_read(resume, saved, world_size()), share_of_all())
     with reporter.stages("data"):
@@ -194,6 +209,7 @@ def _require_one_beginning(resume: Path | None) -> None:
 
 def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
     """Return the data packed to the phase's sequence length (collective)."""
+    PROGRESS.begin("while preparing the data")
     packed = dataclasses.replace(config, sequence_length=phase.sequence_length)
     data = on_each_machine(lambda: prepare(packed, reporter))
     if config.verify and phase.number == 1:  # a second phase reads the same files
@@ -291,6 +307,7 @@ def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) ->
         TrainingFailure: that of the block, with the last good checkpoint added.
     """
     trained = False
+    PROGRESS.where_to_go_on = lambda: _where_to_go_on(checkpoints)
     try:
         yield
         trained = True
@@ -314,6 +331,7 @@ def _where_to_go_on(checkpoints: CheckpointFolder) -> str:
 def _report(folder: Path, ended_at: Path | None, reporter: Reporter) -> None:
     from ..runs.report import write_report  # with matplotlib, which takes a second that nobody should wait for earlier
 
+    PROGRESS.alone = True
     try:
         reporter.line(write_report(folder))
         if ended_at is not None:
