@@ -22,7 +22,7 @@ import torch
 
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.recipes.common.reporter import Reporter
-from trustratio.recipes.configuration.config import OptimizerConfig
+from trustratio.recipes.configuration.config import DataConfig, OptimizerConfig
 from trustratio.recipes.configuration.presets import get_preset
 from trustratio.recipes.data.preparation import prepare
 from trustratio.recipes.data.prepared import PreparedData
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for ratios.json and ratios.png")
     options = parser.parse_args()
-    data = prepare(get_preset("lamb-tiny").data, Reporter(active=True))
+    data = prepare(DataConfig(), Reporter(active=True))
     runs = {}
     for name in OPTIMIZERS:
         began = time.perf_counter()

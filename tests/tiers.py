@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers import OPTIMIZERS, OptimizerEntry
 
 _MOST_RANKS = 2
 """More processes than cores take many times as long."""
@@ -56,19 +56,23 @@ def _fewest(cases: list[pytest.Item]) -> list[pytest.Item]:
 
 def _shown(case: pytest.Item) -> set[tuple[str, ...]]:
     """The values of a case's parameters, and each together with the kind of its optimizers."""
+    is_proof = case.nodeid.startswith(_MATRIX)
     values = {(name, repr(value)) for name, value in case.callspec.params.items()}  # type: ignore[attr-defined]
-    optimizers = {one for one in values if one[1].strip("'") in OPTIMIZERS}
-    kinds = {_kind(value.strip("'")) for _, value in optimizers}
-    if case.nodeid.startswith(_MATRIX):
-        kinds |= {value for _, value in optimizers if value == "'lamb'"}
+    named = {one: OPTIMIZERS[one[1].strip("'")] for one in values if one[1].strip("'") in OPTIMIZERS}
+    kinds = {f"statistics: {entry.group_statistics}" for entry in named.values()}
+    if is_proof:
+        kinds |= {name for _, name in named if name == "'lamb'"}
         kinds = {"three ranks"} if _ranks(case) > _MOST_RANKS else kinds
-    others = values - optimizers - {("world_size", "1")}
-    return values | {(kind, *value) for kind in kinds for value in others}
+    others = values - set(named) - {("world_size", "1")}
+    paired = {(kind, *value) for kind in kinds for value in others}
+    if "distributed" in case.path.parts and not is_proof:
+        return others | paired | {(name, _asked_of_backends(entry)) for (name, _), entry in named.items()}
+    return values | paired
 
 
-def _kind(optimizer: str) -> str:
-    """What the step of an optimizer asks of a backend."""
-    return f"statistics: {OPTIMIZERS[optimizer].group_statistics}"
+def _asked_of_backends(entry: OptimizerEntry) -> str:
+    """What distinguishes optimizers where every one of them has been proven already."""
+    return f"{entry.group_statistics}, {entry.sums}, {entry.optimizer_class.layer_state}"
 
 
 def _ranks(case: pytest.Item) -> int:

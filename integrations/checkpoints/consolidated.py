@@ -30,11 +30,12 @@ from trustratio.optimizers.sharding.layout import listing
 from trustratio.optimizers.stepping.count import steps_of
 
 from .catalogue import Catalogue, prove_positions, share_out
+from .content import CONTENT, UNKNOWN
 from .local_state import WEIGHT, LocalState
 from .plain import as_json
 from .ranks import OptimizerStateError, device_for, of_all_ranks, raise_together, rank, several_ranks
 from .safetensors_file import ReplacedFile, StoredTensor, header_of
-from .stored import FORMAT, VERSION, StoredFile, key_of
+from .stored import DAMAGED, FORMAT, VERSION, StoredFile, key_of
 
 __all__ = ["OptimizerStateError", "load_optimizer_state", "save_optimizer_state"]
 
@@ -85,14 +86,19 @@ def save_optimizer_state(
         "groups": json.dumps(catalogue.groups()),
         "extra": encoded_extra,
     }
+
+    def header(content: dict[str, str]) -> bytes:
+        return header_of((tensor for _, _, tensor in tensors), {**metadata, **content})
+
     file = ReplacedFile(path)
     write = partial(_on_rank_0, file)
     try:
         write(lambda: file.open())
-        write(lambda: file.write(header_of((tensor for _, _, tensor in tensors), metadata)))
+        write(lambda: file.write_header(header({CONTENT: UNKNOWN})))
         for batch in _batches(tensors, BATCH_BYTES):
             values = _gather(batch, local, owned)
             write(partial(_append, file, batch, values))
+        write(lambda: file.write_header(header({CONTENT: file.content.hexdigest()})))
         write(lambda: file.commit())
     finally:
         file.discard()
@@ -105,6 +111,7 @@ def load_optimizer_state(
     model: torch.nn.Module | None = None,
     weights: bool = True,
     strict: bool = True,
+    verify: bool = True,
 ) -> Any:
     """Restore what `save_optimizer_state` wrote, under any backend and number of ranks. Call it on all ranks.
 
@@ -123,6 +130,8 @@ def load_optimizer_state(
             removed, those that both have are restored, and one warning lists the others. A layer that the file lacks
             keeps its weights and state (in a new optimizer none: its `step` counts from 0), a group of such layers
             alone keeps its options.
+        verify: Read every byte first, shared among the ranks of each machine, and compare its hash with the one that
+            the file has of it (files of earlier releases have none). Takes a second per GB and core.
 
     Returns:
         What was given as `extra`.
@@ -138,8 +147,8 @@ def load_optimizer_state(
     catalogue = Catalogue.of_all_ranks(local)
     prove_positions(local)
     stored, problems = _open(path)
-    if len(set(of_all_ranks((bool(weights), bool(strict))))) > 1:
-        problems.append("ranks were given different weights= or strict=: give all of them the same")
+    if len(set(of_all_ranks((bool(weights), bool(strict), bool(verify))))) > 1:
+        problems.append("ranks were given different weights=, strict= or verify=: give all of them the same")
     raise_together(problems)
     assert stored is not None
     other_layers = _other_layers(stored, catalogue)
@@ -147,6 +156,7 @@ def load_optimizer_state(
     if len(set(of_all_ranks(stored.fingerprint))) > 1:
         problems.append(f"ranks read different files under {os.fspath(path)}: copy one to all of them")
     raise_together(problems)
+    raise_together(_damage(stored, path) if verify else [])
     if any(other_layers.values()):
         warnings.warn("; ".join(_described(other_layers)), stacklevel=2)
     _set_state(stored, local, weights)
@@ -283,6 +293,14 @@ def _open(path: str | os.PathLike[str]) -> tuple[StoredFile | None, list[str]]:
         return StoredFile(path), []
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         return None, [f"{os.fspath(path)} cannot be read as an optimizer's state: {error}"]
+
+
+def _damage(stored: StoredFile, path: str | os.PathLike[str]) -> list[str]:
+    try:
+        whole = stored.is_whole()
+    except OSError as error:
+        return [f"{os.fspath(path)} cannot be read as an optimizer's state: {error}"]
+    return [] if whole else [f"{os.fspath(path)} cannot be read as an optimizer's state: {DAMAGED}"]
 
 
 def _other_layers(stored: StoredFile, catalogue: Catalogue) -> dict[str, list[str]]:

@@ -60,7 +60,9 @@ def save_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str], *, 
     save_optimizer_state(engine, path, model=engine.module, extra=state)
 
 
-def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str], *, strict: bool = True) -> Any:
+def load_engine_state(
+    engine: DeepSpeedEngine, path: str | os.PathLike[str], *, strict: bool = True, verify: bool = True
+) -> Any:
     """Continue from a file of `save_engine_state`, with any number of ranks and any ZeRO stage. Call it on all ranks.
 
     Group options are restored; after them the scheduler, which sets its `lr` at its next step. A scheduler that the
@@ -70,6 +72,7 @@ def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str], *, 
         engine: A new engine for the same model and optimizer.
         path: The file; every rank reads it.
         strict: As in `load_optimizer_state`.
+        verify: As in `load_optimizer_state`.
 
     Returns:
         What was given as `extra`.
@@ -78,7 +81,7 @@ def load_engine_state(engine: DeepSpeedEngine, path: str | os.PathLike[str], *, 
         OptimizerStateError: On all ranks, before anything is changed, if the file is of another model or optimizer.
     """
     _warn_of_the_rest(engine)
-    state = load_optimizer_state(engine, path, model=engine.module, strict=strict)
+    state = load_optimizer_state(engine, path, model=engine.module, strict=strict, verify=verify)
     for name, value in state["counters"].items():
         setattr(engine, name, value)
     if engine.lr_scheduler is not None and state["scheduler"] is not None:

@@ -20,6 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from .content import ContentHash
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -93,6 +95,7 @@ class ReplacedFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._file: IO[bytes] | None = None
+        self.content = ContentHash()
 
     def open(self) -> None:
         """Begin the new file; makes the folder if need be."""
@@ -105,10 +108,20 @@ class ReplacedFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.partial.open("wb", buffering=0)
 
-    def write(self, content: bytes | torch.Tensor) -> None:
-        """Append bytes, or the elements of a contiguous tensor on the CPU."""
+    def write_header(self, header: bytes) -> None:
+        """Write the file's first bytes, or write them again: always as many."""
         assert self._file is not None
-        rest = memoryview(_bytes_of(content) if isinstance(content, torch.Tensor) else content).cast("B")
+        self._file.seek(0)
+        self._append(memoryview(header))
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """Append the elements of a contiguous tensor on the CPU."""
+        content = memoryview(_bytes_of(tensor)).cast("B")
+        self.content.update(content)
+        self._append(content)
+
+    def _append(self, rest: memoryview) -> None:
+        assert self._file is not None
         while rest:
             rest = rest[self._file.write(rest) :]
 

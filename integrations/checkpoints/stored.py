@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .content import CONTENT, has_content
 from .local_state import WEIGHT
 from .pieces import ReadBlock
 from .plain import from_json
 from .safetensors_file import refuse_damaged_header
 
-__all__ = ["FORMAT", "VERSION", "StoredFile", "key_of"]
+__all__ = ["DAMAGED", "FORMAT", "VERSION", "StoredFile", "key_of"]
 
 FORMAT = "trustratio optimizer state"
 VERSION = "1"
+DAMAGED = "its tensors are not what was written, as the hash in its header tells: copy the file anew"
 
 
 def key_of(name: str, what: str) -> str:
@@ -33,6 +35,7 @@ class StoredFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        self._path = path
         self._file = safe_open(os.fspath(path), framework="pt", device="cpu")
         metadata = self._file.metadata() or {}
         if metadata.get("format") != FORMAT:
@@ -46,12 +49,20 @@ class StoredFile:
         self.layer_state: list[str] = json.loads(metadata["layer_state"])
         self.groups: list[dict[str, Any]] = from_json(metadata["groups"])
         self.extra = from_json(metadata["extra"])
+        self._content = metadata.get(CONTENT)
         self.shapes = {name: self._shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
         for name, shape in self.shapes.items():
             for what in (*self.element_state, *self.layer_state):
                 wanted = () if what in self.layer_state else shape
                 if self._shape(name, what) != wanted:
                     raise ValueError(f"{what} of {name} has shape {self._shape(name, what)} instead of {wanted}")
+
+    def is_whole(self) -> bool:
+        """Whether the tensors' bytes are those that were written; True of a file of releases before their hash.
+
+        All ranks of a machine must call it.
+        """
+        return self._content is None or has_content(self._path, self._content)
 
     def _shape(self, name: str, what: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(key_of(name, what)).get_shape())

@@ -6,6 +6,7 @@ import argparse
 import functools
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, ParamSpec
@@ -28,9 +29,17 @@ class CommandParser(argparse.ArgumentParser):
     a shell makes of a variable that is not set, is no value.
     """
 
-    def __init__(self, **options: Any) -> None:
-        """Make a parser that takes whole names only."""
-        super().__init__(**{"allow_abbrev": False, **options})
+    def __init__(self, examples: Sequence[str] = (), **options: Any) -> None:
+        """Make a parser that takes whole names only.
+
+        Args:
+            examples: whole command lines, which --help shows last.
+            options: of argparse's parser.
+        """
+        if examples:
+            shown = "\n".join(["examples:", *(f"  {example}" for example in examples)])
+            options["epilog"] = "\n\n".join(filter(None, (options.get("epilog"), shown)))
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **options})
         self.register("type", int, _whole_number)
         self.register("type", float, _number)
 
@@ -80,6 +89,23 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         raise RecipeError(f"{message}; --help lists the options")
+
+
+class _Help(argparse.HelpFormatter):
+    """Says every option's default, and keeps the lines of description and epilog, the long ones folded."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, False, argparse.SUPPRESS) or default == [] or "default" in text:
+            return text
+        values = default if isinstance(default, list | tuple) else [default]
+        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{text} (default: {shown.replace('%', '%%')})".lstrip()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # Commands stay on one line, to be copied.
+        lines = (line if line.startswith("  ") else textwrap.fill(line, width) for line in text.splitlines())
+        return "\n".join(indent + line for line in lines)
 
 
 def _whole_number(text: str) -> int:

@@ -47,7 +47,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> RecipeError:
     names = sorted(known)
     nearest = nearest_names(name, names, least=0.5)
     hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
-    return RecipeError(f"unknown {what} {name!r}; {hint}known: {', '.join(names)}")
+    return RecipeError(f"unknown {what} {shown(name)}; {hint}known: {', '.join(names)}")
 
 
 def kind_of(value: Any) -> str:
@@ -56,6 +56,16 @@ def kind_of(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     words = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
     return words.get(type(value), type(value).__name__)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Return a value as it is written in Python, cut to `most` characters for a message."""
+    return cut(repr(value), most)
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text, or its first `most` characters for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def sentence(error: OSError) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import RecipeError, sentence
+from .errors import RecipeError, kind_of, sentence
 
 WRITING = ".writing-"
 """What the name of a file or folder begins with until it is whole, and that of a folder again while it is removed; a
@@ -22,6 +23,12 @@ process that was killed may leave such behind."""
 
 _TOKEN = 8  # random bytes in a name
 _TEMPORARY = re.compile(rf"{re.escape(WRITING)}[0-9a-f]{{{2 * _TOKEN}}}")
+
+DIGEST = "digest"
+"""Last entry of a sealed file: SHA-256 of its bytes, in which 64 zeros stand for it."""
+
+_BLANK = "0" * 64
+_LIKE_A_SEAL = re.compile(rb'"[0-9a-f]{64}"\s*}\s*$')  # what is left of one whose name was damaged
 
 
 @contextlib.contextmanager
@@ -110,6 +117,8 @@ def require_writable(folder: Path) -> None:
         nearest = next(part for part in (path, *path.parents) if os.path.lexists(part))
         if not nearest.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+        if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(nearest))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
     except OSError as error:
@@ -136,3 +145,62 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any, indent: int = 2) -> None:
     """Write JSON so that the file is always either the old or the new one."""
     write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+
+
+def read_json(path: Path, *entries: str) -> dict[str, Any]:
+    """Return the JSON object in a file that a command wrote and goes on with.
+
+    Raises:
+        RecipeError: it cannot be read, is no object, or lacks one of the `entries`.
+    """
+    try:
+        values = read_sealed(path)
+        missing = [name for name in entries if name not in values]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+    except (OSError, ValueError) as error:
+        reason = sentence(error) if isinstance(error, OSError) else error
+        raise RecipeError(f"cannot read {path}: {reason}; copy it anew, or remove it to begin again") from error
+    return values
+
+
+def write_sealed(path: Path, values: Mapping[str, Any], indent: int = 2) -> None:
+    """Write JSON with a digest of all of it, by which `read_sealed` tells a damaged file."""
+    text = json.dumps({**values, DIGEST: _BLANK}, indent=indent) + "\n"
+    head, _, tail = text.rpartition(_BLANK)
+    write_text(path, head + hashlib.sha256(text.encode()).hexdigest() + tail)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return what `write_sealed` wrote; a file that was never sealed, of earlier releases, is taken as it is.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object, or not what was written.
+    """
+    content = path.read_bytes()
+    values = parse_json(content)
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {kind_of(values)}")
+    digest = values.pop(DIGEST, None)
+    if digest is None and not _LIKE_A_SEAL.search(content):
+        return values
+    head, found, tail = content.rpartition(str(digest).encode())
+    if not found or hashlib.sha256(head + _BLANK.encode() + tail).hexdigest() != digest:
+        raise ValueError(
+            f"its content is not what was written, as the digest at its end tells: copy the file anew (or, if you "
+            f'changed it yourself, remove its last entry, "{DIGEST}")'
+        )
+    return values

@@ -10,15 +10,25 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from .progress import PROGRESS
+from .stages import Stages
+
 T = TypeVar("T")
 
 
 class Reporter:
-    """Prints for one rank; a reporter that is not `active` swallows everything."""
+    """Prints for one rank; a reporter that is not `active` swallows everything.
+
+    Attributes:
+        active: whether it prints.
+        terminal: whether it shows bars.
+        stages: how long each stage of the work took that it reports on.
+    """
 
     def __init__(self, active: bool = True) -> None:
         """Print if `active`."""
         self.active = active
+        self.stages = Stages()
         self.terminal = active and _has_width(sys.stderr)
 
     def line(self, text: str) -> None:
@@ -35,10 +45,12 @@ class Reporter:
     def progress(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield `items` with a progress bar on a terminal, else after one line."""
         if self.terminal:
-            yield from tqdm(items, total=total, desc=label, leave=False, file=sys.stderr)
+            items = tqdm(items, total=total, desc=label, leave=False, file=sys.stderr)
         else:
             self.line(f"  {label}: {total:,}")
-            yield from items
+        for item in items:
+            PROGRESS.move()
+            yield item
 
     def training_bar(self, first: int, total: int, print_every: int) -> TrainingBar:
         """Return the display of a training run that starts after step `first` of `total`."""

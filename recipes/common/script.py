@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 
-def run(module: str) -> NoReturn:
+def run(module: str, opening: str | None = None) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
 
     Python puts a script's folder first on its search path, where a file of that folder would stand in for any package
@@ -17,6 +17,8 @@ def run(module: str) -> NoReturn:
 
     Args:
         module: the body's full name, e.g. "trustratio.recipes.planning.plan".
+        opening: of a body that takes seconds to import, what is imported before it; the body is not if the `main()` of
+            this returns a status.
 
     Raises:
         SystemExit: always.
@@ -30,7 +32,11 @@ def run(module: str) -> NoReturn:
     from .launcher_watch import watch_launcher
 
     watch_launcher()  # before the imports, which take seconds
-    raise SystemExit(importlib.import_module(module).main())
+    for name in filter(None, (opening, module)):
+        status = importlib.import_module(name).main()
+        if status is not None:
+            break
+    raise SystemExit(status)
 
 
 class _Pipe(io.FileIO):

@@ -10,7 +10,6 @@ was interrupted. Written are REPORT.csv (a line per run), REPORT.md, REPORT.json
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import signal
@@ -23,7 +22,7 @@ from typing import Any
 
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
-from ..common.files import require_place_for, require_writable, write_json
+from ..common.files import read_json, require_place_for, require_writable, write_sealed
 from ..configuration.command_line import parse_command_line
 from ..configuration.overrides import is_override
 from ..configuration.phases import total_steps
@@ -97,6 +96,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="compare.py",
         description="Compare optimizers on the BERT recipe with several learning rates each. Other options and "
         "overrides are passed on to bert.py.",
+        examples=(
+            "python recipes/compare.py --optimizers lamb,lans,adamw --lrs 3 --output runs/comparison",
+            "python recipes/compare.py --optimizers lamb,adamw --lrs lamb=0.01,0.02,0.04 adamw=0.001,0.002,0.004",
+        ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="preset of all runs")
     parser.add_argument("--optimizers", required=True, metavar="A,B,...", help="names, separated by commas")
@@ -136,9 +139,9 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     path = output / "settings.json"
-    if path.exists() and (saved := json.loads(path.read_text())) != settings:
+    if path.exists() and (saved := read_json(path)) != settings:
         raise RecipeError(f"{output} holds a comparison with other settings, {saved}; choose another --output")
-    write_json(path, settings)
+    write_sealed(path, settings)
 
 
 def compare(arguments: Sequence[str]) -> str:
@@ -180,7 +183,7 @@ def compare(arguments: Sequence[str]) -> str:
 
 def _of_first_run(folder: Path) -> dict[str, Any]:
     entropies = [r["unigram_entropy"] for r in read_metrics(folder) if "unigram_entropy" in r]
-    environment = json.loads((folder / ENVIRONMENT).read_text())
+    environment = read_json(folder / ENVIRONMENT)
     return {"unigram_entropy": entropies[-1] if entropies else None, "environment": environment}
 
 

@@ -12,8 +12,6 @@ the command is given again. `--dry_run` prints what would be run.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import shlex
@@ -31,7 +29,7 @@ import torch
 
 from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
-from ..common.files import write_json
+from ..common.files import read_json, write_json
 from ..common.machine import describe_machine
 from ..common.script import command_file
 from ..configuration.config import ModelConfig
@@ -90,6 +88,7 @@ class Evidence:
             "training.zero_stage": 0,
             "run.validate_every": max(1, steps // 5),
             "run.checkpoint_every": max(1, steps // 2),
+            "run.noise_scale": "null",
         }
         return [
             *(text for flag, value in flags.items() for text in (flag, str(value))),
@@ -174,7 +173,7 @@ def sweep_rates(output: Path) -> dict[str, float]:
     if not path.exists():
         raise RecipeError(f"the learning rates come from {path}: run `python recipes/gpu_evidence.py sweep` first")
     rates: dict[str, float] = {}
-    for result in json.loads(path.read_text())["results"]:
+    for result in read_json(path, "results")["results"]:
         for optimizer in {run["optimizer"] for run in result["runs"]}:
             runs = [run for run in result["runs"] if run["optimizer"] == optimizer]
             best = best_rate({run["lr"]: math.nan if run["loss"] is None else run["loss"] for run in runs})
@@ -245,7 +244,7 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
         status = run_within(line, evidence.budget - (time.monotonic() - began))
         folder = work / f"{name}-{batch}"
         report = folder / "comparison.json"
-        known = json.loads(report.read_text()) if report.exists() else {"runs": []}
+        known = read_json(report, "runs") if report.exists() else {"runs": []}
         results.append({**known, "global_batch": batch, "systems": systems_numbers(folder)})
         if status:
             print(f"ended with exit status {status}; the same command goes on from here", file=sys.stderr)
@@ -270,9 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="gpu_evidence.py",
         description="BERT at 64K and 128K sequences per update on one GPU. Other options go to compare.py.",
         epilog="\n".join(f"{name}: {evidence.purpose}" for name, evidence in EVIDENCE.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=("python recipes/gpu_evidence.py sweep", "python recipes/gpu_evidence.py main --dry_run"),
     )
-    parser.add_argument("name", choices=list(EVIDENCE))
+    parser.add_argument("name", choices=list(EVIDENCE), help="which comparison")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the JSON files")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--dry_run", action="store_true", help="print the commands")

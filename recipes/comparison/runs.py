@@ -72,10 +72,10 @@ def outcome(folder: Path, run: Run, last_step: int) -> Outcome | None:
         **asdict(run),
         status="diverged" if diverged else "finished",
         loss=math.nan if diverged else validation[-1]["validation_loss"],
-        accuracy=math.nan if diverged else validation[-1]["validation_accuracy"],
+        accuracy=math.nan if diverged else validation[-1].get("validation_accuracy", math.nan),
         steps=train[-1]["step"],
-        sequences=train[-1]["sequences"],
-        sequences_per_second=mean(r["sequences_per_second"] for r in train),
+        sequences=train[-1].get("sequences", 0),
+        sequences_per_second=mean(r["sequences_per_second"] for r in train if "sequences_per_second" in r),
         validation=[(r["step"], r["validation_loss"]) for r in validation],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ _FLAGS: dict[str, tuple[str, str, type, str]] = {
     "seed": ("training", "seed", int, "seed of weights, data order, masks and dropout"),
 }
 
+_PLACEHOLDERS = {int: "N", float: "X", str: "NAME"}
 
 AUTO = "auto"
 """Value of --resume: begin the run in the output folder, continue it, or end at once if it is finished."""
@@ -96,11 +98,11 @@ class Invocation:
     verbose: bool = False
 
 
-def parse_command_line(arguments: Sequence[str], say: Callable[[str], None] = print) -> Invocation:
+def parse_command_line(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> Invocation:
     """Parse and resolve a command line; `--resume auto` waits for a run that still writes into the folder.
 
     Args:
-        arguments: without the program's name.
+        arguments: without the program's name; None: this process's.
         say: is told of such waiting.
 
     Raises:
@@ -109,7 +111,7 @@ def parse_command_line(arguments: Sequence[str], say: Callable[[str], None] = pr
     """
     # Overrides may stand anywhere, which argparse's positional arguments may not: they are what it does not know.
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     parser.refuse([text for text in rest if text.startswith("-")], _ALSO_CALLED)
     # `--data a.txt optimizer.lr=0.01`: argparse gives a list flag all that follows it.
     sources = [text for text in options.data or [] if not is_override(text)]
@@ -169,6 +171,7 @@ def _base(preset: str | None, checkpoint: Path | None) -> RecipeConfig:
 def _parser() -> CommandParser:
     shown = {name: preset for name, preset in PRESETS.items() if preset.twin_of is None}
     presets = "\n".join(f"  {name}: {preset.description}" for name, preset in shown.items())
+    usual = get_preset(DEFAULT_PRESET)
     sizes = ", ".join(f"-{size} ({scale.runs_on})" for size, scale in TWIN_SIZES.items())
     parser = CommandParser(
         prog="deepspeed [--num_gpus N] recipes/bert.py",
@@ -177,14 +180,27 @@ def _parser() -> CommandParser:
         epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\nScaled-down twins of the published ones: append "
         f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 2 for "
         "bad input; 3 when training could not go on (NaN, full disk).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=(
+            "deepspeed --num_gpus 2 recipes/bert.py",
+            "deepspeed --num_gpus 8 recipes/bert.py --preset lamb-64k-32k --data 'text/*.jsonl.zst' --output runs/lamb",
+            "deepspeed --num_gpus 8 recipes/bert.py --preset lamb-64k-32k --output runs/lamb --resume auto",
+            "torchrun --nproc_per_node 2 recipes/bert.py --optimizer lans --lr 0.01 model.layers=4 schedule.warmup=50",
+        ),
     )
-    parser.add_argument("--preset", help="named configuration")
+    parser.add_argument("--preset", metavar="NAME", help=f"named configuration (default: {DEFAULT_PRESET})")
     parser.add_argument("--list_presets", action="store_true", help="print all presets with their sources, and stop")
     parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
-    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT]")
-    for flag, (_, _, kind, text) in _FLAGS.items():
-        parser.add_argument(f"--{flag}", type=kind, help=text)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SOURCE",
+        help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT], or a folder of prepare.py (default: the documentation of "
+        "the installed packages)",
+    )
+    for flag, (section, name, kind, text) in _FLAGS.items():
+        value = getattr(getattr(usual, section), name)
+        shown_value = "" if value is None else f" ({usual.preset}: {value})"
+        parser.add_argument(f"--{flag}", type=kind, metavar=_PLACEHOLDERS[kind], help=text + shown_value)
     parser.add_argument("--max_steps", type=int, metavar="N", help="stop after N updates, keeping the schedule")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; batch sizes may be left out")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (default: a fresh runs/PRESET-N)")
@@ -196,5 +212,5 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--dry_run", action="store_true", help="check and print the configuration, train nothing")
     parser.add_argument("--verbose", action="store_true", help="print the whole configuration")
-    parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # of launchers
     return parser

@@ -53,6 +53,7 @@ class DataConfig:
     `tokenizer` is a local path or a hub name; None trains a WordPiece vocabulary of `vocabulary` tokens on the text.
     `workers` processes per rank read and mask ahead; None: up to two where there is an accelerator, none on a CPU.
     `validation_fraction` is a share of the documents, `validation_sequences` the most rows that a validation reads.
+    `verify` reads every byte of the prepared files once before training and compares their hashes.
     """
 
     sources: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     validation_sequences: int = 2048
     workers: int | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ class RunConfig:
     "tensorboard" and "wandb", besides metrics.jsonl. `noise_scale` measures the gradient noise scale; None: where that
     is possible. `for_any_ranks` writes, beside the files of a checkpoint that ZeRO has cut up, one as large again that
     other numbers of ranks continue from. `peak_tflops` is what one device can do at most, for the utilisation; None:
-    from a table of devices.
+    from a table of devices. `hang_seconds` is how long all ranks may stand still before the run ends with a message,
+    which names the one that holds it up; 0 or None: for ever. `most_skipped_updates` in a row may be skipped because
+    gradients overflow in fp16: even a loss scale that begins at 2^32 has been halved to 1 by then.
     """
 
     log_every: int = 10
@@ -166,6 +170,8 @@ class RunConfig:
     noise_scale: bool | None = None
     for_any_ranks: bool = True
     peak_tflops: float | None = None
+    hang_seconds: float | None = 1800.0
+    most_skipped_updates: int = 40
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import types
 import typing
@@ -11,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import RecipeError, unknown_name
+from ..common.errors import RecipeError, shown, unknown_name
+from ..common.files import parse_json, read_sealed
 from .config import MODEL_SIZES, RecipeConfig
 
 _FLAGS_OF_SECTIONS = {"model": "--model SIZE", "optimizer": "--optimizer NAME", "data": "--data SOURCE"}
@@ -54,7 +54,7 @@ def apply_overrides(config: RecipeConfig, overrides: Iterable[str]) -> RecipeCon
         if equals and not name and section in section_names():
             raise _section_error(section)
         if not (equals and dot and name):
-            raise RecipeError(f"override {text!r} is not of the form section.field=value, e.g. optimizer.lr=0.01")
+            raise RecipeError(f"override {shown(text)} is not of the form section.field=value, e.g. optimizer.lr=0.01")
         if section not in section_names():
             raise unknown_name("configuration section", section, section_names())
         config = set_field(config, section, name, _read_value(value))
@@ -107,12 +107,11 @@ def load_config(path: Path) -> RecipeConfig:
         RecipeError: the file is missing, unreadable or no configuration.
     """
     try:
-        values = json.loads(path.read_text())
+        return from_dict(read_sealed(path))
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read the run's configuration {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a run's configuration: expected a JSON object")
-    return from_dict(values)
 
 
 def _section_error(section: str) -> RecipeError:
@@ -128,7 +127,7 @@ def _read_value(text: str) -> Any:
     if re.fullmatch(r"\[\s*[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*\s*\]", text):  # a list of words needs no quotes
         return [word.strip() for word in text[1:-1].split(",")]
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
 
@@ -155,9 +154,7 @@ def _coerce(key: str, value: Any, expected: Any) -> Any:
         return int(value)  # 3.0 and 1e4 too; the remainder of inf and NaN is NaN
     if expected is str and isinstance(value, str | int | float):
         return str(value)
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    raise RecipeError(f"{key} takes {_IN_WORDS[origin or expected]}, given was {shown}")
+    raise RecipeError(f"{key} takes {_IN_WORDS[origin or expected]}, given was {shown(value)}")
 
 
 def _as_float(key: str, value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,15 +174,24 @@ def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
         lines.append(head + phase.plan(ranks).describe(phase.sequence_length))
         if not config.phase_two.steps:
             continue
-        rates = [learning_rate(config, step) for step in range(phase.first, phase.last)]
-        peak = max(range(phase.steps), key=rates.__getitem__)
+        peak = _peak(config, phase)
+        first, highest, last = (learning_rate(config, step) for step in (phase.first, peak, phase.last - 1))
         lines.append(
-            f"  updates {phase.first + 1:,} to {phase.last:,}; learning rate {rates[0]:.3g}, "
-            f"highest {rates[peak]:.3g} at update {phase.first + peak + 1:,}, {rates[-1]:.3g} at the end"
+            f"  updates {phase.first + 1:,} to {phase.last:,}; learning rate {first:.3g}, "
+            f"highest {highest:.3g} at update {peak + 1:,}, {last:.3g} at the end"
         )
     if config.phase_two.steps:
         lines.append(f"  from phase 1 to 2: {_carried(config)}")
     return lines
+
+
+def _peak(config: RecipeConfig, phase: Phase) -> int:
+    """Return the update of the highest rate: the first that is not followed by a higher one, in any number of them."""
+
+    def is_over(step: int) -> bool:
+        return learning_rate(config, step + 1) <= learning_rate(config, step)
+
+    return phase.first + bisect.bisect_left(range(phase.first, phase.last - 1), True, key=is_over)
 
 
 def _carried(config: RecipeConfig) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..common.command import MOST, MOST_SEED
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, shown
 from .config import PRECISIONS, SHAPES, RecipeConfig
 
 
@@ -42,6 +42,7 @@ def check_ranges(config: RecipeConfig) -> None:
     _require(config, "training.zero_stage", lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3")
     _require(config, "training.gradient_clipping", _finite, "finite, 0 (no clipping) or more")
     _require(config, "training.precision", lambda v: v in PRECISIONS, ", ".join(PRECISIONS))
+    _require(config, "run.hang_seconds", _is_patience, "0 or null (for ever), or a finite number from 1")
     _require(config, "run.peak_tflops", lambda v: v is None or 0 < v < math.inf, "above 0, or null: a table's")
     if config.model.hidden % config.model.heads:
         raise RecipeError(
@@ -73,6 +74,7 @@ def _check_whole_numbers(config: RecipeConfig) -> None:
         "run.validate_every": (0, MOST),
         "run.checkpoint_every": (0, MOST),
         "run.keep_checkpoints": (1, MOST),
+        "run.most_skipped_updates": (1, MOST),
     }
     for key, (least, most) in bounds.items():
         _require(config, key, partial(_between, least, most), f"{least} to {most}")
@@ -80,6 +82,10 @@ def _check_whole_numbers(config: RecipeConfig) -> None:
 
 def _between(least: int, most: int, value: int | None) -> bool:
     return value is None or least <= value <= most
+
+
+def _is_patience(seconds: float | None) -> bool:
+    return not seconds or 1 <= seconds < math.inf
 
 
 def _finite(value: float) -> bool:
@@ -104,4 +110,4 @@ def _require(config: RecipeConfig, key: str, allowed: Any, description: str) -> 
     if not allowed(value):
         if isinstance(value, float) and not math.isfinite(value) and "finite" not in description:
             description = f"a finite number, {description}"
-        raise RecipeError(f"{key}={value!r} is out of range: allowed is {description}")
+        raise RecipeError(f"{key}={shown(value)} is out of range: allowed is {description}")

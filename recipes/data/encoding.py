@@ -73,10 +73,11 @@ class StreamEncoder:
         return _gather(self._ids, self._starts, numbers)
 
     def _learn(self, words: Sequence[str]) -> None:
-        unknown = list(dict.fromkeys(word for word in words if word not in self._numbers))
+        distinct = dict.fromkeys(words)
+        unknown = [word for word in distinct if word not in self._numbers]
         if len(self._numbers) + len(unknown) > self.most_words:
             self._forget()
-            unknown = [word for word in dict.fromkeys(words) if word != _SEPARATOR]
+            unknown = [word for word in distinct if word != _SEPARATOR]
         if not unknown:
             return
         encoded = [np.asarray(ids, self.dtype) for ids in self.tokenizer.encode(unknown)]

@@ -103,10 +103,12 @@ class BatchFeed:
         return batches
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, also one that is stuck: it takes no SIGTERM, and this process would wait for it."""
         shutdown = getattr(self._steps, "_shutdown_workers", None)
         if shutdown is not None:
             shutdown()
+            for worker in getattr(self._steps, "_workers", ()):
+                worker.kill()
 
     def _fetch(self) -> None:
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import zipfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
 from ..common.files import whole_file
+from ..common.progress import PROGRESS
 from .documents import read_source
 
 REPEATED, TRAINING, VALIDATION = 0, 1, 2
@@ -111,15 +115,26 @@ class DocumentIndex:
 
     @classmethod
     def load(cls, path: Path) -> DocumentIndex:
-        """Read what `save` wrote."""
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in ("ends", "digests", "characters", "roles")}
-            return cls(sources=tuple(stored["sources"].tolist()), **arrays)
+        """Read what `save` wrote; nothing is unpickled.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in ("ends", "digests", "characters", "roles")}
+                return cls(sources=tuple(stored["sources"].tolist()), **arrays)
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"is damaged ({error})") from error
+        except (zipfile.BadZipFile, zlib.error, struct.error) as error:
+            raise ValueError(f"is damaged ({error})") from error
 
 
 def stripped_documents(source: str, text_column: str) -> Iterator[str]:
     """Yield the non-empty documents of a source without surrounding white space."""
     for document in read_source(source, text_column):
+        PROGRESS.move()
         text = document.strip()
         if text:
             yield text

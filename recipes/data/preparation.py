@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from ..common.files import require_writable, whole_file, write_json, write_text
+from ..common.files import read_sealed, require_writable, whole_file, write_sealed, write_text
+from ..common.marks import Share
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
 from .docstrings import corpus_key, harvest, missing_packages, package_folders, require_text
@@ -26,6 +28,7 @@ from .documents import HUB_PREFIX, expand_sources, read_source
 from .encoding import Block, encode_blocks, stream_dtype
 from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
 from .prepared import (
+    FILES,
     FORMAT,
     INDEX,
     SETTINGS,
@@ -47,12 +50,13 @@ from .shards import (
     unigram_entropy,
     write_shard,
 )
+from .verification import damaged_files, expected_hashes, hash_files
 from .wordpiece import TextTokenizer, load_tokenizer, train_wordpiece
 
 SHARD_CHARACTERS = 64_000_000
 _BLOCK_CHARACTERS = 2_000_000  # handed to a worker at once
 _ALONE = 16_000_000  # characters that are tokenized before worker processes would have started
-_VOCABULARY_CHARACTERS = 64_000_000  # a vocabulary is trained on a sample of this size
+_CHARACTERS_PER_TOKEN = 1024  # of the sample that a vocabulary is trained on; more change the text's length by 1 %
 _ROLES = (TRAINING, VALIDATION)  # of the splits, in their order
 _Array = NDArray[np.unsignedinteger]
 
@@ -97,6 +101,29 @@ def prepare(config: DataConfig, reporter: Reporter) -> PreparedData:
     return open_prepared(folder, config.sequence_length)
 
 
+def mended(config: DataConfig, data: PreparedData, damaged: Sequence[str], reporter: Reporter) -> PreparedData:
+    """Return a run's data, written anew where files in the cache are damaged.
+
+    Args:
+        config: of the run.
+        data: what `prepare` returned for it.
+        damaged: names of the files of its folder that are not what was written.
+        reporter: says what is done.
+
+    Raises:
+        BrokenShard: names the damaged files of a folder that the user prepared.
+    """
+    if not damaged:
+        return data
+    folder = Path(data.folder)
+    what = f"{', '.join(damaged)} in {folder} was changed or cut short after it was written"
+    if any(map(is_prepared, config.sources)):
+        raise BrokenShard(f"{what}: copy the folder anew, or run `prepare` again with the same arguments")
+    reporter.line(f"warning: {what}; writing it anew")
+    prepare_into(folder, config, Preparation(), reporter)
+    return open_prepared(folder, config.sequence_length)
+
+
 def prepare_into(output: Path | None, config: DataConfig, how: Preparation, reporter: Reporter) -> Path:
     """Write the token shards of a configuration's text; shards that a former run finished are kept.
 
@@ -128,11 +155,12 @@ def prepare_into(output: Path | None, config: DataConfig, how: Preparation, repo
         "shard_characters": how.shard_characters,
         "skip_broken": how.skip_broken,
     }
-    folder = output or cache_folder() / f"tokens-{_hash(settings)}"
+    in_cache = cache_folder() / f"tokens-{_hash(settings)}"
+    folder = output or in_cache
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_one(folder, reporter):
-            _claim(folder, settings)
+            _claim(folder, settings, of_cache=folder == in_cache)
             _Preparer(folder, column, config, how, reporter).run(sources, tokenizer, verify=output is not None)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -158,6 +186,7 @@ class _Preparer:
         if (self.folder / MANIFEST).exists() and not verify:
             self._remove_streamed()
             return
+        self._discard_damaged()
         # A data set of the hub is streamed once, into a file that every pass reads.
         self.hub = {
             str(self.folder / f"hub-{_hash(source)}.jsonl"): source
@@ -178,14 +207,33 @@ class _Preparer:
         if 0 < len(todo) < count:
             self.reporter.line(f"{count - len(todo)} of {count} shards are there already")
         remove_other_shards(self.folder, count)
-        for shard in self._write(index, shard_of, todo, tokenizer):
-            shards[shard.number] = shard
+        with self.reporter.stages("tokenizing"):
+            for shard in self._write(index, shard_of, todo, tokenizer):
+                shards[shard.number] = shard
         skipped = [source for source in sources if files.get(source, source) not in index.sources]
         self._finish(index, tokenizer, dtype, [shards[number] for number in range(count)], skipped)
 
+    def _discard_damaged(self) -> None:
+        """Remove what a finished folder holds besides tokens, and is not what was written, so that it is made anew."""
+        try:
+            expected = expected_hashes(self.folder) if (self.folder / MANIFEST).exists() else {}
+        except RecipeError as error:
+            self.reporter.line(f"warning: {error}; writing it anew")
+            (self.folder / MANIFEST).unlink()
+            return
+        others = {name: hash for name, hash in expected.items() if not name.endswith(".bin")}
+        damaged = damaged_files(self.folder, others, Share())
+        for name in damaged:
+            self.reporter.line(f"warning: {self.folder / name} is not what was written; writing it anew")
+            (self.folder / name).unlink(missing_ok=True)
+        if damaged:
+            (self.folder / MANIFEST).unlink()
+        if TOKENIZER in damaged:  # the tokens are of a vocabulary that is not known any more
+            remove_other_shards(self.folder, 0)
+
     def _index(self, sources: Sequence[str]) -> DocumentIndex:
         path = self.folder / INDEX
-        index = DocumentIndex.load(path) if path.exists() else None
+        index = self._known_index(path) if path.exists() else None
         for file in index.sources if index else sources:
             if file in self.hub and not Path(file).exists():
                 self.reporter.line(f"streaming {self.hub[file]}")
@@ -194,9 +242,17 @@ class _Preparer:
         if index is None:
             visited = self.reporter.progress(sources, len(sources), "reading sources")
             skipped = self._skip if self.how.skip_broken else None
-            index = index_documents(visited, self.column, self.config.validation_fraction, skipped)
+            with self.reporter.stages("indexing"):
+                index = index_documents(visited, self.column, self.config.validation_fraction, skipped)
             index.save(path)
         return index
+
+    def _known_index(self, path: Path) -> DocumentIndex | None:
+        try:
+            return DocumentIndex.load(path)
+        except ValueError as error:
+            self.reporter.line(f"warning: {path} {error}; reading the sources again")
+            return None
 
     def _skip(self, source: str, error: RecipeError) -> None:
         self.reporter.line(f"warning: left out {self.hub.get(source, source)}: {error}")
@@ -207,14 +263,15 @@ class _Preparer:
             write_text(path, ready.tokenizer.to_str())
             return ready
         if not path.exists():
-            chosen = index.sample(_VOCABULARY_CHARACTERS)
+            chosen = index.sample(_CHARACTERS_PER_TOKEN * self.config.vocabulary)
             characters = int(index.characters[chosen].sum(dtype=np.int64))
             self.reporter.line(
                 f"training a WordPiece vocabulary of {self.config.vocabulary:,} tokens on {characters / 1e6:.1f} "
                 f"million of {index.kept_characters() / 1e6:.1f} million characters"
             )
             texts = (text for _, text in index.read(chosen, self.column))
-            write_text(path, train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str())
+            with self.reporter.stages("vocabulary"):
+                write_text(path, train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str())
         return load_tokenizer(str(path))
 
     def _write(
@@ -251,6 +308,7 @@ class _Preparer:
             return write_shard(self.folder, number, pieces, documents, kept)
 
         for block, ids in encoded:
+            PROGRESS.move()
             if previous is not None and block.shard != previous:
                 yield written(previous)
                 pieces = {split: [] for split in SPLITS}
@@ -285,11 +343,12 @@ class _Preparer:
             "tokenizer": tokenizer.fingerprint,
             "skipped_sources": skipped,
             "shards": [asdict(shard) for shard in shards],
+            FILES: hash_files(self.folder),
         }
         counts = rows_of(self.folder, manifest, "train", 3).counts()
         counts[list(tokenizer.special_ids)] = 0
         manifest["unigram_entropy"] = unigram_entropy(counts) if counts.any() else 0.0
-        write_json(self.folder / MANIFEST, manifest, indent=1)
+        write_sealed(self.folder / MANIFEST, manifest, indent=1)
         self._remove_streamed()
 
     def _remove_streamed(self) -> None:
@@ -324,7 +383,8 @@ def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], st
     path = cache_folder() / f"documentation-{corpus_key(folders)}.jsonl"
     if not path.exists():
         reporter.line(f"harvesting the documentation of {', '.join(folders)} (once; cached in {path})")
-        documents = list(harvest(folders, reporter.progress))
+        with reporter.stages("harvest"):
+            documents = list(harvest(folders, reporter.progress))
         require_text(folders, sum(map(len, documents)))
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json_lines(path, "text", documents)
@@ -339,15 +399,21 @@ def _identity(source: str) -> list[Any]:
     return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _claim(folder: Path, settings: dict[str, Any], of_cache: bool) -> None:
     path = folder / SETTINGS
     others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p != path]
     if not path.exists() or not others:  # settings alone: a run that stopped at bad data, which may have been mended
         if others:
             raise RecipeError(f"{folder} holds {others[0]!r} and no prepared data; give an empty or a new folder")
-        write_json(path, settings, indent=1)
+        write_sealed(path, settings, indent=1)
         return
-    stored = json.loads(path.read_text())
+    try:
+        stored = read_sealed(path)
+    except ValueError as error:
+        if not of_cache:  # whose folders are named by their settings
+            raise RecipeError(f"cannot read {path}: {error}; or remove {folder} to start again") from error
+        write_sealed(path, settings, indent=1)
+        return
     changed = [name for name in settings if stored.get(name) != settings[name]]
     if changed:
         raise RecipeError(

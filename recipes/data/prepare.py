@@ -7,7 +7,6 @@ shards are written anew.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ..common.errors import INTERRUPTED, RecipeError
 from ..common.reporter import Reporter, clock
 from ..configuration.config import DataConfig
 from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
-from .shards import MANIFEST
+from .prepared import read_manifest
 
 _MOST_WORKERS = 4096
 
@@ -63,7 +62,7 @@ def _config(options: argparse.Namespace) -> DataConfig:
 
 
 def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_manifest(folder)
     tokens = manifest["tokens"]
     rows = ", ".join(f"{tokens['train'] // (length - 2):,} of {length}" for length in lengths)
     return [
@@ -80,6 +79,10 @@ def _parser() -> CommandParser:
         prog="python -m trustratio.recipes.prepare",
         description="Tokenize text once into shards. Documents are joined in the order of the sources; repeated ones "
         "are dropped, and the held-out ones are chosen by their content. The shards serve every sequence length.",
+        examples=(
+            "python -m trustratio.recipes.prepare --output tokens",
+            "python -m trustratio.recipes.prepare --data 'wiki/*.jsonl' a.parquet --vocabulary 30522 --output tokens",
+        ),
     )
     parser.add_argument(
         "--data",
@@ -93,7 +96,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--text_column", default=defaults.text_column, help="of .jsonl, .parquet and data sets")
     parser.add_argument("--tokenizer", help="tokenizer.json, folder or hub name (default: train WordPiece on the text)")
     parser.add_argument("--vocabulary", type=int, default=defaults.vocabulary, help="size of a trained vocabulary")
-    parser.add_argument("--validation_fraction", type=float, default=defaults.validation_fraction)
+    parser.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=defaults.validation_fraction,
+        help="share of the documents that is held out",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that tokenize (default: one per core)")
     parser.add_argument(
         "--shard_megabytes",

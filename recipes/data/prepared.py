@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..common.errors import RecipeError, kind_of
+from ..common.errors import RecipeError
+from ..common.files import read_sealed
+from ..common.marks import hash_of
 from .documents import expand_sources
-from .shards import MANIFEST, SPLITS, TokenFile, TokenRows
+from .shards import MANIFEST, SPLITS, BrokenShard, TokenFile, TokenRows
 from .wordpiece import Vocabulary
 
 FORMAT = 3
@@ -31,6 +32,9 @@ _IN_MANIFEST: dict[str, type | UnionType] = {
 
 SETTINGS, INDEX, TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
 """Files of a prepared folder besides the shards and their manifest: what it was made with, and on the way."""
+
+FILES = "files"
+"""In the manifest: the hashes of all files but the tokens'; earlier releases wrote none."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,11 @@ def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
     """Return the data of a prepared folder in rows of `sequence_length` tokens.
 
     Raises:
-        RecipeError: the folder is unfinished, has too little text for one row of each split, or has lost its tokenizer.
-        BrokenShard: a token file is missing or has the wrong size.
+        RecipeError: the folder is unfinished, or has too little text for one row of each split.
+        BrokenShard: a token file is missing or has the wrong size, or the tokenizer is not the one that was written.
     """
     manifest = read_manifest(folder)
-    _require_tokenizer(folder / TOKENIZER, manifest["vocabulary_size"])
+    _require_tokenizer(folder / TOKENIZER, manifest)
     rows = {split: rows_of(folder, manifest, split, sequence_length) for split in SPLITS}
     for split in SPLITS:
         rows[split].check()
@@ -150,20 +154,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_sealed(path)
     except FileNotFoundError as error:
         raise RecipeError(
             f"{folder} is not prepared to its end ({MANIFEST} is missing); run `prepare` again, it continues"
         ) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
-    if not isinstance(manifest, dict):
-        raise RecipeError(f"cannot read {path}: expected a JSON object, found {kind_of(manifest)}")
     if manifest.get("format") != FORMAT:
         raise RecipeError(
             f"{folder} was prepared in format {manifest.get('format')}, this version reads {FORMAT}; prepare it again"
         )
     wrong = [name for name, kind in _IN_MANIFEST.items() if not isinstance(manifest.get(name), kind)]
+    wrong += [FILES] if not isinstance(manifest.get(FILES, {}), dict) else []
     try:
         for split in () if wrong else SPLITS:
             rows_of(folder, manifest, split, 3)
@@ -176,18 +179,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _require_tokenizer(path: Path, size: int) -> None:
+def _require_tokenizer(path: Path, manifest: dict[str, Any]) -> None:
     """Check the file that training copies beside the model, where its loss would show only when the model is used."""
+    size, written = manifest["vocabulary_size"], manifest.get(FILES, {}).get(TOKENIZER)
     try:
         tokens = Tokenizer.from_file(str(path)).get_vocab_size()
-        if tokens == size:
+        if tokens == size and written in (None, hash_of(path)):
             return
-        found = f"has {tokens:,} tokens instead of {size:,}"
+        found = f"has {tokens:,} tokens instead of {size:,}" if tokens != size else "is not what was written"
     except Exception as error:  # tokenizers raises bare Exception
         found = f"cannot be read ({error})"
-    raise RecipeError(
-        f"{path} {found}: the folder was prepared with another tokenizer; copy the folder anew, or remove it and "
-        "run `prepare` again"
+    raise BrokenShard(
+        f"{path} {found}: the folder was prepared with another tokenizer, or the file was damaged; copy the folder "
+        "anew, or run `prepare` again with the same arguments"
     )
 
 

@@ -8,7 +8,6 @@ sequence length needs no other files. `manifest.json` names the files with their
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from ..common.files import WRITING, whole_file, write_json
+from ..common.files import WRITING, read_sealed, whole_file, write_sealed
+from ..common.marks import hash_of
+from ..common.progress import PROGRESS
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-_HASHED_AT_ONCE = 1 << 24  # bytes
 _COUNTED_AT_ONCE = 1 << 20  # tokens, of which counting makes 64-bit copies
 
 
 class BrokenShard(RecipeError):
-    """A token file is missing, cut short or holds what are no tokens; the message names it."""
+    """A file of a prepared folder is missing, cut short or not what was written; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TokenFile:
             size = path.stat().st_size
             if size != expected:
                 raise _broken(path, f"has {size:,} bytes instead of {expected:,}")
-            if contents and _hash_of(path) != self.sha256:
+            if contents and hash_of(path) != self.sha256:
                 raise _broken(path, "does not have the content that was written")
         except OSError as error:
             raise _broken(path, f"cannot be read ({error.strerror})") from error
@@ -91,6 +91,7 @@ class TokenRows:
         self.cls_id, self.sep_id, self.vocabulary_size = cls_id, sep_id, vocabulary_size
         self._ends = np.cumsum([file.tokens for file in self.files], dtype=np.int64)
         self._mapped: dict[int, NDArray[np.unsignedinteger]] = {}
+        self._written: list[int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,6 +128,10 @@ class TokenRows:
         for file in self.files:
             file.check(self.folder, self.dtype)
 
+    def pin(self) -> None:
+        """From now on refuse files that are written anew; raises BrokenShard if one is missing."""
+        self._written = [self._time_of(number) for number in range(len(self.files))]
+
     def counts(self) -> NDArray[np.int64]:
         """Count every id of the stream."""
         counts = np.zeros(self.vocabulary_size, dtype=np.int64)
@@ -134,11 +139,19 @@ class TokenRows:
             for start in range(0, file.tokens, _COUNTED_AT_ONCE):
                 piece = self._checked(number, self._tokens(number)[start : start + _COUNTED_AT_ONCE])
                 counts += np.bincount(piece, minlength=self.vocabulary_size)
+                PROGRESS.move()
             self._mapped.pop(number, None)  # its pages would stay part of this process's memory
         return counts
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}}  # a worker process maps the files itself
+
+    def _time_of(self, number: int) -> int:
+        path = self.folder / self.files[number].name
+        try:
+            return path.stat().st_mtime_ns
+        except OSError as error:
+            raise _broken(path, f"cannot be read ({error.strerror})") from error
 
     def _begin(self, number: int) -> int:
         return int(self._ends[number]) - self.files[number].tokens
@@ -157,6 +170,8 @@ class TokenRows:
     def _tokens(self, number: int) -> NDArray[np.unsignedinteger]:
         # The size is looked at on every read: touching a mapped page that a file no longer has kills the process.
         self.files[number].check(self.folder, self.dtype)
+        if self._written is not None and self._time_of(number) != self._written[number]:
+            raise _broken(self.folder / self.files[number].name, "was written anew while it was in use")
         if number not in self._mapped:
             self._mapped[number] = np.memmap(self.folder / self.files[number].name, dtype=self.dtype, mode="r")
         return self._mapped[number]
@@ -178,7 +193,7 @@ def write_shard(
     """Write the files of one shard and, last, its description; each appears under its name when it is complete."""
     files = {split: _write_tokens(folder, f"{split}-{number:05d}.bin", pieces) for split, pieces in streams.items()}
     shard = Shard(number, files, dict(documents), characters)
-    write_json(folder / f"shard-{number:05d}.json", asdict(shard), indent=1)
+    write_sealed(folder / f"shard-{number:05d}.json", asdict(shard), indent=1)
     return shard
 
 
@@ -187,7 +202,7 @@ def finished_shards(folder: Path, dtype: np.dtype) -> dict[int, Shard]:
     finished = {}
     for path in sorted(folder.glob("shard-*.json")):
         try:
-            values = json.loads(path.read_text())
+            values = read_sealed(path)
             files = {split: TokenFile(**file) for split, file in values["files"].items()}
             for file in files.values():
                 file.check(folder, dtype, contents=True)
@@ -220,14 +235,6 @@ def _write_tokens(folder: Path, name: str, pieces: Iterable[NDArray[np.unsignedi
             digest.update(piece.data)
             tokens += len(piece)
     return TokenFile(name, tokens, digest.hexdigest())
-
-
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _broken(path: Path, what: str) -> BrokenShard:

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import importlib.util
 import io
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RecipeError, unknown_name
+from ..common.files import parse_json
 
 ROTTEN_TOMATOES = "rotten-tomatoes"
 SQUAD = "squad"
@@ -171,7 +171,7 @@ def _squad_files(folder: Path) -> Questions:
     splits = []
     for file in ("train-v1.1.json", "dev-v1.1.json"):
         try:
-            articles = json.loads((folder / file).read_text(encoding="utf-8"))["data"]
+            articles = parse_json((folder / file).read_bytes())["data"]
             splits.append(
                 [
                     Question(
@@ -228,7 +228,7 @@ def _hub(repository: str, configuration: str | None, name: str) -> Any:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise RecipeError(
             f"cannot read {path}: {error.strerror}; --data_folder needs train.jsonl and validation.jsonl"

@@ -31,6 +31,7 @@ from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.files import require_place_for, require_writable, write_json
 from ..common.machine import describe_machine
+from ..common.marks import require_unchanged
 from ..common.reporter import Reporter
 from ..training.export import export_checkpoint, is_exported
 from .data import LabelledTexts, Questions, data_names, load_data
@@ -121,6 +122,7 @@ def pretrained_folder(checkpoint: str, output: Path, reporter: Reporter) -> str:
     path = Path(checkpoint)
     for folder in (path, path / "model"):
         if is_exported(folder):
+            require_unchanged(folder)
             return str(folder)
     if path.exists():
         return str(export_checkpoint(path, output, reporter))
@@ -209,7 +211,11 @@ def _question_answering(
 def _build(kind: Any, model: str, random_start: bool, **shape: Any) -> Any:
     if random_start:
         return kind.from_config(AutoConfig.from_pretrained(model, **shape))
-    return kind.from_pretrained(model, **shape)
+    try:
+        return kind.from_pretrained(model, trust_remote_code=False, **shape)
+    except Exception as error:  # of many classes: the weights are damaged, foreign, or of another kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"the model in {model} cannot be read: {reason}") from error
 
 
 def _train(
@@ -291,7 +297,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python recipes/fine_tune.py", description=__doc__)
+    parser = CommandParser(
+        prog="python recipes/fine_tune.py",
+        description=__doc__,
+        examples=("python recipes/fine_tune.py --checkpoint runs/lamb-tiny-1 --data rotten-tomatoes --length 32",),
+    )
     defaults = Options()
     parser.add_argument(
         "--checkpoint", required=True, help="run's folder, checkpoint, folder of save_pretrained, or name"

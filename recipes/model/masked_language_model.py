@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM
 
 from ..common.errors import RecipeError
+from ..common.marks import require_unchanged
 from ..configuration.config import ModelConfig
 
 
@@ -72,10 +73,15 @@ def _load_weights(model: GatheredBertForMaskedLM, folder: str) -> None:
     """Copy the weights of a folder that `save_pretrained` wrote, all of them."""
     if not Path(folder).is_dir():
         raise RecipeError(f"model.initial_weights={folder!r} is not a folder; give one in transformers' format")
+    require_unchanged(Path(folder))
     try:
-        saved = BertForMaskedLM.from_pretrained(folder).state_dict()
+        saved = BertForMaskedLM.from_pretrained(folder, trust_remote_code=False).state_dict()
+    except Exception as error:  # of many classes: it is damaged, foreign, or of another kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"model.initial_weights={folder!r} cannot be read: {reason}") from error
+    try:
         model.load_state_dict(saved)
-    except (OSError, ValueError, RuntimeError) as error:
+    except RuntimeError as error:
         raise RecipeError(
             f"model.initial_weights={folder!r} does not fit the model of this run (layers, sizes, positions and the "
             f"padded vocabulary must agree): {error}"

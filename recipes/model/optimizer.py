@@ -11,7 +11,7 @@ from torch import nn
 
 from trustratio.optimizers.registry import OPTIMIZERS, create_optimizer
 
-from ..common.errors import RecipeError, unknown_name
+from ..common.errors import RecipeError, cut, shown, unknown_name
 from ..configuration.config import OptimizerConfig
 
 
@@ -72,4 +72,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
             return BASELINES[name].optimizer_class(groups, lr=config.lr, **options)
         return create_optimizer(name, groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"optimizer {config.name!r} refused its options {config.options}: {error}") from error
+        given = shown(config.options, 300)
+        raise RecipeError(
+            f"optimizer {shown(config.name)} refused its options {given}: {cut(str(error), 500)}"
+        ) from error

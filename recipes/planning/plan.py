@@ -191,6 +191,10 @@ def _parser() -> CommandParser:
         description="Micro-batch and accumulation that fit, memory by part, traffic, collectives and step time, at one "
         "number of GPUs and growing to many. Any number of overrides section.field=value may follow.",
         epilog="Exit status: 0 if every phase fits and its batch can be divided, 1 if not, 2 for bad input.",
+        examples=(
+            "python recipes/plan.py --preset lamb-64k-32k --gpus 8 --memory 80",
+            "python recipes/plan.py --preset lamb-64k-32k --gpus 64 --peak 989 --zero_stage 2 --json",
+        ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"named configuration (default {DEFAULT_PRESET})")
     parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
@@ -201,7 +205,7 @@ def _parser() -> CommandParser:
         parser.add_argument(f"--{flag}", type=kind, help=f"instead of the preset's {section}.{name}")
     for name, (_, default) in _ASSUMPTIONS.items():
         parser.add_argument(f"--{name}", type=float, default=default, help=f"{_HELP[name]} (default {default:g})")
-    parser.add_argument("--gpus_per_node", type=int, default=8)
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="ranks that the link connects")
     parser.add_argument("--most_gpus", type=int, default=1024, help="end of the table 1, 2, 4, ... (default 1024)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import RecipeError, TrainingFailure
-from ..common.files import finish_folder, remove_folder, remove_unfinished, write_json, write_text
-from .folder import CHECKPOINTS, CONFIG
+from ..common.errors import RecipeError, TrainingFailure, sentence
+from ..common.files import finish_folder, read_sealed, remove_folder, remove_unfinished, write_sealed, write_text
+from ..common.marks import Share, differing_files, mark_files
+from .folder import CHECKPOINTS, CONFIG, require_in_place
 
 RANKS = "ranks"
 """In a checkpoint's identity: how many wrote it."""
 
+WRITE_ERRORS = (OSError, RuntimeError, MemoryError)
+"""What fails where a part of a checkpoint cannot be written; torch.save makes a RuntimeError of a full disk."""
+
+_LEAST_FREE = 2**16  # bytes, of a disk that is not full
 _DESCRIPTION = "checkpoint.json"
 _LATEST = "latest"
 _FILES = "files"  # in it: the mark of every other file of the checkpoint
-_MARKED = 2**20  # bytes at a file's end; what torch.save writes ends with the checksums of all its tensors
 _PARTIAL = ".partial"  # what the name of a checkpoint's folder ends with until it is whole
 
 
@@ -97,42 +101,75 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
         RecipeError: it is unreadable.
     """
     try:
-        values = json.loads((checkpoint / _DESCRIPTION).read_text())
+        values = read_sealed(checkpoint / _DESCRIPTION)
         step = int(values["step"])
         if step < 0 or (_has_name(checkpoint) and step != _step_of(checkpoint)):
             raise ValueError(f"step is {step}")
         return {"step": step, "identity": dict(values["identity"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {error!r}") from error
+        raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {_reason(error)}") from error
 
 
-def require_whole(checkpoint: Path, is_read: Callable[[str], bool] = lambda name: True) -> None:
-    """Check that the files of a checkpoint are those that were written with it.
+def require_whole(
+    checkpoint: Path, is_read: Callable[[str], bool] = lambda name: True, share: Share | None = None
+) -> None:
+    """Check that the files of a checkpoint are those that were written with it, and no others (collective).
 
-    Tells files that are missing, were cut short, emptied, or come from another checkpoint, by their length and their
-    end. A checkpoint that does not list its files passes.
+    Every byte of them is read before anything is loaded. A checkpoint of an earlier release may list the length and the
+    end of its files alone, or not list them: that is then all that is compared.
 
     Args:
         checkpoint: the folder.
         is_read: whether a file will be read, by its path in the folder; one that will not may be missing.
+        share: who reads the files together; None: this process alone.
 
     Raises:
-        RecipeError: lists the files that are not; or one cannot be read.
+        RecipeError: lists the files that are not; or one cannot be read. Raised in all who share.
     """
+    share = share or Share()
+    marks = share.of_first(lambda: _marks_in(checkpoint))
+    if marks is None:
+        return
     try:
-        marks = dict(json.loads((checkpoint / _DESCRIPTION).read_text()).get(_FILES, {}))
-        missing = [name for name in marks if is_read(name) and not (checkpoint / name).exists()]
-        present = [name for name in marks if (checkpoint / name).is_file()]
-        others = [name for name in present if _mark(checkpoint / name) != marks[name]]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        missing, unknown = share.of_first(lambda: _missing_and_unknown(checkpoint, marks))
+        present = {name: mark for name, mark in marks.items() if name not in missing}
+        others = differing_files(checkpoint, present, share)
+    except OSError as error:
         raise RecipeError(f"cannot read {checkpoint}: {error}") from error
+    missing = [name for name in missing if is_read(name)]
     damage = [f"{', '.join(missing)} is missing"] if missing else []
-    damage += [f"{', '.join(others)} was cut short or replaced after the checkpoint was written"] if others else []
+    damage += [f"{', '.join(others)} was changed, cut short or replaced after it was written"] if others else []
+    damage += [f"{', '.join(unknown)} was put there later: remove it"] if unknown else []
     if damage:
         raise RecipeError(
             f"{checkpoint} is damaged: {'; '.join(damage)}; copy the checkpoint's folder anew, or use another "
             "checkpoint of the run"
         )
+
+
+def _marks_in(checkpoint: Path) -> dict[str, str] | None:
+    """Return the marks of a checkpoint's files by their path in it; None if it has none."""
+    try:
+        marks = read_sealed(checkpoint / _DESCRIPTION).get(_FILES)
+        return None if marks is None else {str(name): str(mark) for name, mark in marks.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(f"cannot read {checkpoint / _DESCRIPTION}: {_reason(error)}") from error
+
+
+def _missing_and_unknown(checkpoint: Path, marks: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return which files of a checkpoint are not there, and which are there besides."""
+    there = _files_of(checkpoint)
+    return [name for name in marks if name not in there], [name for name in there if name not in (*marks, _DESCRIPTION)]
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Return the paths in a folder of all files in it; hidden ones, such as those of network disks, are nobody's."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [str(path) for path in paths if not any(part.startswith(".") for part in path.parts)]
+
+
+def _reason(error: Exception) -> str:
+    return sentence(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -168,6 +205,7 @@ class CheckpointFolder:
         save: Callable[[Path], None],
         agree: Callable[[BaseException | None], list[str]],
         first: bool,
+        share: Share | None = None,
     ) -> Path:
         """Write the checkpoint of `step` (collective over all ranks).
 
@@ -176,6 +214,7 @@ class CheckpointFolder:
             save: writes this rank's part into a folder.
             agree: waits for all ranks and returns what went wrong on any of them, given what went wrong on this one.
             first: this is the rank that creates, renames and deletes folders.
+            share: how the ranks divide the reading of what they wrote; None: there is one rank.
 
         Raises:
             TrainingFailure: a part could not be written, on any rank. What was written is deleted; earlier
@@ -183,18 +222,24 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{step:08d}"
         partial = final.with_name(final.name + _PARTIAL)
+        marks: dict[str, str] = {}
         parts: list[Callable[[], None] | None] = [
-            (lambda: _empty_folder(partial)) if first else None,
+            (lambda: self._begin(partial)) if first else None,
             lambda: save(partial),
-            (lambda: self._complete(partial, final, step)) if first else None,
+            lambda: marks.update(_mark_all(partial, share or Share())),
+            (lambda: self._complete(partial, final, step, marks)) if first else None,
         ]
         for part in parts:
-            failures = agree(_failure_of(part))
+            failures = agree(_failure_of(part, self.folder))
             if failures:
                 if first:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise TrainingFailure(f"the checkpoint of step {step} could not be written ({'; '.join(failures)})")
         return final
+
+    def _begin(self, partial: Path) -> None:
+        require_in_place(self.folder.parent)
+        _empty_folder(partial)
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint."""
@@ -203,9 +248,8 @@ class CheckpointFolder:
         except RecipeError:
             return None
 
-    def _complete(self, partial: Path, final: Path, step: int) -> None:
-        files = {str(p.relative_to(partial)): _mark(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-        write_json(partial / _DESCRIPTION, {"step": step, "identity": self.identity, _FILES: files})
+    def _complete(self, partial: Path, final: Path, step: int, marks: dict[str, str]) -> None:
+        write_sealed(partial / _DESCRIPTION, {"step": step, "identity": self.identity, _FILES: marks})
         finish_folder(partial, final)
         write_text(self.folder / _LATEST, final.name + "\n")
         self._drop_old(final)
@@ -216,12 +260,8 @@ class CheckpointFolder:
             remove_folder(old)
 
 
-def _mark(file: Path) -> str:
-    """Return the length of a file and a hash of its end."""
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        content.seek(max(0, size - _MARKED))
-        return f"{size} {hashlib.sha256(content.read()).hexdigest()}"
+def _mark_all(folder: Path, share: Share) -> dict[str, str]:
+    return mark_files(folder, share.of_first(lambda: _files_of(folder)), share)
 
 
 def _empty_folder(path: Path) -> None:
@@ -229,14 +269,23 @@ def _empty_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _failure_of(work: Callable[[], None] | None) -> Exception | None:
-    """Run `work`, if any; return what a full or broken disk makes of it. torch.save raises RuntimeError then."""
+def _failure_of(work: Callable[[], None] | None, folder: Path) -> Exception | None:
+    """Run `work`, if any, which writes into `folder`; return what a full disk or a full memory makes of it."""
     try:
         if work is not None:
             work()
-    except (OSError, RuntimeError) as error:
-        return error
+    except WRITE_ERRORS as error:
+        return _full_disk(folder) or error
     return None
+
+
+def _full_disk(folder: Path) -> OSError | None:
+    """Return the error that a full disk is, if it is full: torch.save tells of an unexpected position instead."""
+    try:
+        full = shutil.disk_usage(folder).free < _LEAST_FREE
+    except OSError:
+        return None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) if full else None
 
 
 def _complete_ones(folder: Path) -> list[Path]:

@@ -13,11 +13,12 @@ tensorboard/, wandb/    of these loggers, if asked for; wandb_id.txt is the run 
 .writing-lock           locked, and names the process, while a run writes into the folder
 checkpoints/latest      name of the newest complete checkpoint, for other programs: here, the highest step-N is
 checkpoints/step-N/     DeepSpeed's files, engine_state.safetensors for other numbers of ranks, and checkpoint.json,
-                        which lists them
+                        which lists them with their hashes
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -148,6 +149,22 @@ def let_go(folder: Path) -> None:
     file = _held.pop(folder.resolve(), None)
     if file is not None:
         file.close()
+
+
+def require_in_place(folder: Path) -> None:
+    """Check that `folder` is still the one that this process holds; where disks have no locks, that it is there.
+
+    Raises:
+        FileNotFoundError: it was removed, renamed or replaced; what is written under its name now would be lost.
+    """
+    held = _held.get(folder.resolve())
+    try:
+        now = os.stat(folder if held is None else folder / _LOCK)
+        if held is None or os.path.samestat(now, os.fstat(held.fileno())):
+            return
+    except OSError:
+        pass
+    raise FileNotFoundError(errno.ENOENT, "the run's folder was removed, renamed or replaced", str(folder))
 
 
 def require_free(folder: Path) -> None:

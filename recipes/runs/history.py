@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
+from ..common.files import read_sealed
 from .folder import CONFIG, ENVIRONMENT, METRICS
 from .metrics import NAMES, metric_lines
 
@@ -80,8 +80,8 @@ def load_history(folder: Path) -> RunHistory:
         name=folder.resolve().name,
         config=_read_json(folder / CONFIG),
         environment=_read_json(folder / ENVIRONMENT),
-        train=_series(scalars["train"]),
-        validation=_series(scalars["validation"]),
+        train=_series(scalars["train"], "loss", "sequences"),
+        validation=_series(scalars["validation"], "validation_loss", "validation_accuracy"),
         layers=[layers[i] for i in adapted],
         ratios=table[:, adapted],
         ratio_steps=np.asarray(steps, dtype=np.float64),
@@ -125,10 +125,12 @@ def short_name(layer: str) -> str:
     return layer.removesuffix(".weight").replace(".", " ")
 
 
-def _series(records: dict[int, dict[str, Any]]) -> Series:
+def _series(records: dict[int, dict[str, Any]], *needed: str) -> Series:
+    """Return the numbers of records by name; those that are `needed` are there, if only as NaN."""
     steps = sorted(records)
     names = {name for record in records.values() for name, value in record.items() if isinstance(value, int | float)}
-    return {name: np.array([_number(records[step].get(name)) for step in steps]) for name in sorted(names | {"step"})}
+    columns = sorted({*names, *needed, "step"})
+    return {name: np.array([_number(records[step].get(name)) for step in steps]) for name in columns}
 
 
 def _number(value: Any) -> float:
@@ -137,7 +139,6 @@ def _number(value: Any) -> float:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        return read_sealed(path)
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}

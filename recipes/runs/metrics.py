@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common.files import whole_file
+from ..common.files import parse_json, whole_file
 from .folder import METRICS
 
 NAMES = "names"
@@ -20,6 +20,8 @@ class MetricsLog:
     def __init__(self, folder: Path, active: bool) -> None:
         """Open the log of a run folder; one that goes on keeps the names that it has."""
         self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1) if active else None
+        if self._file is not None and _ends_in_a_line(folder / METRICS):
+            self._file.write("\n")  # of a run that was killed
         self._names: dict[str, list[str]] = {}
         for line in metric_lines(folder) if active else ():
             if line["kind"] == NAMES:
@@ -57,10 +59,10 @@ def metric_lines(folder: Path) -> Iterator[dict[str, Any]]:
 def _values(line: bytes) -> dict[str, Any] | None:
     """Return a line's values; None of half a line, which a run that was killed may have left."""
     try:
-        values = json.loads(line.decode(errors="replace"))
+        values = parse_json(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and "kind" in values and isinstance(values.get("step"), int) else None
+    return values if isinstance(values, dict) and _is_line(values) else None
 
 
 def drop_records_after(folder: Path, step: int) -> None:
@@ -77,6 +79,22 @@ def drop_records_after(folder: Path, step: int) -> None:
                 new.write(line)
 
 
+_NEEDED = {"train": "loss", "validation": "validation_loss"}  # what the lines of a kind are read for
+
+
+def _is_line(values: dict[str, Any]) -> bool:
+    """Tell whether an object has the form of a line: what a broken disk left of one may be anything."""
+    kind, step = values.get("kind"), values.get("step")
+    if not isinstance(kind, str) or not isinstance(step, int):
+        return False
+    lists = [value for value in values.values() if isinstance(value, list)]
+    if kind == NAMES:
+        return all(isinstance(name, str) for names in lists for name in names)
+    plain = all(isinstance(value, int | float | str | list | None) for value in values.values())
+    numbers = all(isinstance(value, int | float) for of_layers in lists for value in of_layers)
+    return plain and numbers and isinstance(values.get(_NEEDED.get(kind, "step")), int | float)
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the records in step order; where a resumed run repeated a step, its own record is the one returned."""
     records: dict[tuple[str, int], dict[str, Any]] = {}
@@ -85,9 +103,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if line["kind"] == NAMES:
             names = line
             continue
+        if any(len(line[key]) != len(names.get(key, ())) for key in _lists(line)):
+            continue  # the names before it are lost
         by_layer = {key: dict(zip(names[key], line[key], strict=True)) for key in _lists(line)}
         records[line["kind"], line["step"]] = {**line, **by_layer}
     return sorted(records.values(), key=lambda record: (record["step"], record["kind"]))
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return file.read() not in (b"", b"\n")
 
 
 def _lists(line: dict[str, Any]) -> list[str]:

@@ -51,10 +51,10 @@ def make_report(folder: Path) -> None:
     """
     history = load_history(folder)
     page = _PAGE.read_text(encoding="utf-8").replace(_PLACE, _script_json(page_data(history)))
-    write_text(folder / REPORT, page)
     draw_curves(history, title(history), folder / CURVES)
     if history.layers:
         draw_ratios(history, title(history), folder / RATIOS)
+    write_text(folder / REPORT, page)  # last: a page newer than the metrics says that the pictures are, too
 
 
 def title(history: RunHistory) -> str:
@@ -68,6 +68,23 @@ def title(history: RunHistory) -> str:
         f"ranks: {history.environment['ranks']}" if "ranks" in history.environment else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def stage_table(folder: Path) -> Iterator[str]:
+    """Yield the lines of a Markdown table: how long each stage of a run took, on its first rank.
+
+    Raises:
+        RecipeError: the run has not come to its end.
+    """
+    stages = load_history(folder).environment.get("stages")
+    if not stages:
+        raise RecipeError(f"{str(folder)!r} does not say how long its stages took: the run has not come to its end")
+    yield "| stage | seconds | of processor time |"
+    yield "|---|---|---|"
+    for name, stage in stages.items():
+        yield f"| {name} | {stage['seconds']:.1f} | {stage['cpu_seconds']:.1f} |"
+    seconds, cpu_seconds = (sum(stage[kind] for stage in stages.values()) for kind in ("seconds", "cpu_seconds"))
+    yield f"| together | {seconds:.1f} | {cpu_seconds:.1f} |"
 
 
 def page_data(history: RunHistory) -> dict[str, Any]:
@@ -209,9 +226,19 @@ def _script_json(values: dict[str, Any]) -> str:
 @ends_with_message("report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = CommandParser(prog="report.py", description="Make the report of a run, finished or not.")
+    parser = CommandParser(
+        prog="report.py",
+        description="Make the report of a run, finished or not.",
+        examples=("python recipes/report.py runs/lamb-tiny-1", "python recipes/report.py runs/lamb-tiny-1 --stages"),
+    )
     parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("--stages", action="store_true", help="print how long each stage took, as a table, and stop")
+    options = parser.parse_args(arguments)
+    folder = options.folder
+    if options.stages:
+        for line in stage_table(folder):
+            print(line)
+        return 0
     make_report(folder)
     print(folder / REPORT)
     return 0

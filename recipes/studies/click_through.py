@@ -239,10 +239,12 @@ def methods() -> list[Method]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = CommandParser(
-        prog="click_through.py", description="CowClip and Adam at growing batches on MovieLens-100k."
+        prog="click_through.py",
+        description="CowClip and Adam at growing batches on MovieLens-100k.",
+        examples=("python recipes/click_through.py --batches 512 8192 --seeds 1 --output runs/click_through",),
     )
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="the first is the base of the scaling")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the data")
     parser.add_argument("--seeds", type=int, default=2, help="runs per method and batch")
     parser.add_argument("--output", type=Path, default=Path("click_through"), help="path without suffix")
     options = parser.parse_args(arguments)

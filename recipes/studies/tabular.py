@@ -12,7 +12,6 @@ Written are OUTPUT.json (all numbers; runs found there are not repeated), OUTPUT
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
-from ..common.files import require_place_for, write_json, write_text
+from ..common.files import read_json, require_place_for, write_json, write_text
 from ..common.machine import describe_machine
 from ..comparison.rate_grids import best_rate, edge, next_rate
 from ..rules.schedules import warmup_polynomial
@@ -152,7 +151,7 @@ class Results:
         self.header = header
         self.runs: list[dict[str, Any]] = []
         if path.exists():
-            saved = json.loads(path.read_text())
+            saved = read_json(path, "settings", "runs")
             if saved["settings"] != header["settings"]:
                 raise RecipeError(
                     f"{path} holds runs with other settings, {saved['settings']}: choose another --output"
@@ -273,11 +272,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     names = list(candidates())
     parser = CommandParser(
-        prog="tabular.py", description="Optimizers at batches of up to 128K samples on KDD Cup 2004."
+        prog="tabular.py",
+        description="Optimizers at batches of up to 128K samples on KDD Cup 2004.",
+        examples=(
+            "python recipes/tabular.py --optimizers lamb adamw --batches 1024 65536 --seeds 1 --output runs/tabular",
+        ),
     )
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="samples per update")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the data")
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate, besides seed 0's search")
     parser.add_argument("--output", type=Path, default=Path("tabular"), help="path without suffix")
     options = parser.parse_args(arguments)

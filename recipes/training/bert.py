@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.phases import carry_over
 from ..data.prepared import PreparedData
@@ -16,7 +16,7 @@ from .engines import TrainingEngine
 from .launchers import Launcher
 from .loop import TrainingLoop
 from .phase_data import phases_with_data
-from .ranks import collect_failures, start
+from .ranks import collect_failures, share_of_all
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .step_metrics import StepMetrics
@@ -40,18 +40,18 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         RecipeError: bad data, a checkpoint of other data, an output folder in use, refused optimizer options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
-    began = time.perf_counter()
-    start()
     data, identity = prepare_run(run, reporter)
-    engine = build_engine(run, data[0].vocabulary_size)
-    folder, checkpoints = open_output(run, identity, reporter, began)
-    with reported(folder, checkpoints, reporter):
-        step = train(run, data, engine, folder, checkpoints, reporter)
-    announce_end(run, step, folder, reporter, began)
+    with reporter.stages("engine"):
+        engine = build_engine(run, data[0].vocabulary_size)
+    folder, checkpoints = open_output(run, identity, reporter)
+    with StopRequests() as stop, reported(folder, checkpoints, reporter), reporter.stages("steps"):
+        step = train(run, data, engine, folder, checkpoints, reporter, stop)
+    announce_end(run, step, folder, reporter)
 
 
 def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:
     """Build model, optimizer and schedule, and wrap them (collective); load the checkpoint to resume, if any."""
+    PROGRESS.begin("while building the model")
     parts = build_parts(run.config, vocabulary_size)
     engine = run.launcher.engine(parts, run.config.training, run.plans[0], run.settings)
     if run.invocation.resume is not None:
@@ -66,6 +66,7 @@ def train(
     folder: Path,
     checkpoints: CheckpointFolder,
     reporter: Reporter,
+    stop: StopRequests,
 ) -> int:
     """Train the phases between run.first and run.last (collective).
 
@@ -83,11 +84,11 @@ def train(
         step_metrics.save(folder)
 
     def checkpoint(step: int) -> None:
-        path = checkpoints.write(step, save, collect_failures, first=engine.rank == 0)
+        path = checkpoints.write(step, save, collect_failures, engine.rank == 0, share_of_all())
         reporter.line(f"step {step}: checkpoint {path}")
 
     step = run.first
-    with StopRequests() as stop, open_records(run, folder, reporter) as records:
+    with open_records(run, folder, reporter) as records:
         for phase_data in phases_with_data(run, data, engine.device):
             phase, last = phase_data.phase, min(phase_data.phase.last, run.last)
             if step >= last:  # done before the checkpoint that the run goes on from, or beyond --max_steps

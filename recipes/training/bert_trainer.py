@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from ..common.errors import RecipeError, TrainingFailure
+from ..common.errors import TrainingFailure
 from ..common.files import WRITING, finish_folder
+from ..common.marks import write_checksums
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
 from ..data.prepared import TOKENIZER, PreparedData
 from ..model.build import RecipeParts, build_parts
 from ..runs.checkpoints import CheckpointFolder
-from ..runs.folder import ENVIRONMENT, MODEL
+from ..runs.folder import MODEL
 from .checks import CheckedRun, check_run
 from .launchers import launcher_of_this_process
-from .ranks import collect_failures, start
+from .ranks import collect_failures
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
 from .stop_requests import StopRequests
 from .trainer import RecipeTrainer, save_weights, trainers_part
+from .unpickling import tensors_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,15 +50,14 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         RecipeError: bad data, a checkpoint of other data or versions, an output folder in use, refused options.
         TrainingFailure: training could not go on; the report is drawn, and the message names the last good checkpoint.
     """
-    began = time.perf_counter()
-    start()
     data, identity = prepare_run(run, reporter)
+    PROGRESS.begin("while building the model")
     parts = build_parts(run.config, data[0].vocabulary_size)
-    folder, checkpoints = open_output(run, identity, reporter, began)
-    with reported(folder, checkpoints, reporter):
-        trainer = _train(run, data, parts, folder, checkpoints, reporter)
+    folder, checkpoints = open_output(run, identity, reporter)
+    with StopRequests() as stop, reported(folder, checkpoints, reporter), reporter.stages("steps"):
+        trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
         _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
-    announce_end(run, trainer.state.global_step, folder, reporter, began)
+    announce_end(run, trainer.state.global_step, folder, reporter)
 
 
 def _train(
@@ -67,20 +66,19 @@ def _train(
     parts: RecipeParts,
     folder: Path,
     checkpoints: CheckpointFolder,
+    stop: StopRequests,
     reporter: Reporter,
 ) -> RecipeTrainer:
     """Train from run.first to run.last (collective); return the Trainer."""
     resume = run.invocation.resume
-    with open_records(run, folder, reporter) as records, StopRequests() as stop:
-        trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
-        try:
-            trainer.train(None if resume is None else str(trainers_part(resume)))
-        except UnpicklingError as error:
-            unknown = re.search(r"GLOBAL (\S+)", str(error))
-            raise RecipeError(
-                f"{resume} holds what these versions of torch, NumPy and transformers do not read"
-                f"{f' ({unknown[1]})' if unknown else ''}; continue it with those that {ENVIRONMENT} of its run names"
-            ) from error
+    with open_records(run, folder, reporter) as records:
+        with reporter.stages("engine"):
+            trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
+        if resume is None:
+            trainer.train()
+        else:
+            with tensors_only(resume):
+                trainer.train(str(trainers_part(resume)))
         trainer.updates.require_data()
         records.require_written()
     return trainer
@@ -92,12 +90,14 @@ def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
     Raises:
         TrainingFailure: they could not be written; the last checkpoint has all of them.
     """
+    PROGRESS.begin("while writing the model")
     failure = None
     unfinished = folder / (WRITING + MODEL)
     try:
         save_weights(trainer, unfinished)
         if trainer.args.should_save:
             (unfinished / TOKENIZER).write_bytes(tokenizer.read_bytes())
+            write_checksums(unfinished)
             finish_folder(unfinished, folder / MODEL)
     except (OSError, SafetensorError) as error:
         failure = error

@@ -6,6 +6,7 @@ run than its user thinks. What is not listed here is refused by name.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
@@ -16,13 +17,13 @@ from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.profiling import constants as profiling
 from deepspeed.runtime.activation_checkpointing import config as activation_checkpointing
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.swap_tensor import aio_config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from ..common.errors import RecipeError, nearest_names
+from ..common.errors import RecipeError, nearest_names, shown
 from ..rules.global_batch import BatchPlan
 
 AUTO = "auto"
@@ -40,10 +41,15 @@ def _one_of(*names: str) -> Kind:
     return " or ".join(f'"{name}"' for name in names), lambda value: value in names
 
 
+def _is_tag_validation(value: Any) -> bool:
+    return isinstance(value, str) and value.upper() in ("IGNORE", "WARN", "FAIL")
+
+
 _FLAG: Kind = ("true or false", lambda value: isinstance(value, bool))
 _COUNT: Kind = ("a whole number above 0", lambda value: _is_number(value) and value == int(value) and value > 0)
 _POSITIVE: Kind = ("a finite number above 0", lambda value: _is_number(value) and value > 0)
 _NOT_NEGATIVE: Kind = ("a finite number, 0 or more", lambda value: _is_number(value) and value >= 0)
+_NUMBER: Kind = ("a finite number", _is_number)
 _DTYPE = _one_of("fp32", "bf16", "fp16")
 
 VALUES: dict[str, Kind] = {
@@ -77,16 +83,34 @@ MODELS: dict[str, type[BaseModel]] = {
 }
 """Sections that DeepSpeed has a model of."""
 
-SECTIONS: dict[str, frozenset[str]] = {
-    "data_types": frozenset({"grad_accum_dtype"}),
-    "aio": frozenset(aio_config.AIO_DEFAULT_DICT),
-    "activation_checkpointing": frozenset(activation_checkpointing.ACT_CHKPT_DEFAULT),
-    "flops_profiler": frozenset(
-        value
-        for name, value in vars(profiling).items()
-        if name.startswith("FLOPS_PROFILER_") and not name.endswith(("_DEFAULT", "_FORMAT"))
-    ),
-    "checkpoint": frozenset({"tag_validation"}),
+
+def _like(default: Any) -> Kind:
+    """Return what a key takes whose default this is."""
+    if isinstance(default, bool):
+        return _FLAG
+    return (
+        _NUMBER if isinstance(default, int | float) else ("text or null", lambda value: isinstance(value, str | None))
+    )
+
+
+_FLOPS = {
+    value: getattr(profiling, f"{name}_DEFAULT")
+    for name, value in vars(profiling).items()
+    if name.startswith("FLOPS_PROFILER_") and hasattr(profiling, f"{name}_DEFAULT")
+}
+
+SECTIONS: dict[str, dict[str, Kind]] = {
+    "data_types": {"grad_accum_dtype": (f'{_DTYPE[0]}, or "auto"', lambda v: v in (None, AUTO) or _DTYPE[1](v))},
+    "aio": {key: _like(default) for key, default in aio_config.AIO_DEFAULT_DICT.items()},
+    "activation_checkpointing": {
+        **dict.fromkeys(activation_checkpointing.ACT_CHKPT_DEFAULT, _FLAG),
+        activation_checkpointing.ACT_CHKPT_NUMBER_CHECKPOINTS: (
+            "a whole number above 0, or null",
+            lambda value: value is None or _COUNT[1](value),
+        ),
+    },
+    "flops_profiler": {key: _like(default) for key, default in _FLOPS.items()},
+    "checkpoint": {"tag_validation": ('"Ignore", "Warn" or "Fail"', _is_tag_validation)},
 }
 """Sections that DeepSpeed reads key by key."""
 
@@ -151,7 +175,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if key not in known:
             raise _unknown(key, known)
         if key in VALUES:
-            _check_value(key, value)
+            if value is not None and value != AUTO:
+                _check_value(key, value, VALUES[key])
         elif key in MODELS:
             _check_model(key, value, MODELS[key])
         else:
@@ -170,20 +195,22 @@ def check_complete(settings: Mapping[str, Any], plan: BatchPlan) -> None:
     sizes = (plan.micro * plan.accumulation * ranks, plan.micro, plan.accumulation)
     try:
         DeepSpeedConfig({**settings, **dict(zip(BATCH_KEYS, sizes, strict=True))})
-    except (DeepSpeedConfigError, AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise RecipeError(f"DeepSpeed refuses {WHAT}: {str(error).strip() or type(error).__name__}") from error
+    except Exception as error:  # of any class, depending on what DeepSpeed first does with a value
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(f"DeepSpeed refuses {WHAT}: {reason}") from error
 
 
-def _check_value(key: str, value: Any) -> None:
-    allowed, fits = VALUES[key]
-    if value is not None and value != AUTO and not fits(value):
-        raise RecipeError(f"{WHAT} has {key}={_shown(value)}: allowed is {allowed}")
+def _check_value(path: str, value: Any, kind: Kind) -> None:
+    allowed, fits = kind
+    if not fits(value):
+        raise RecipeError(f"{WHAT} has {path}={shown(value)}: allowed is {allowed}")
 
 
-def _check_keys(name: str, values: Any, known: frozenset[str]) -> None:
-    for key in _object(name, values):
+def _check_keys(name: str, values: Any, known: Mapping[str, Kind]) -> None:
+    for key, value in _object(name, values).items():
         if key not in known:
             raise _unknown(f"{name}.{key}", [f"{name}.{other}" for other in known])
+        _check_value(f"{name}.{key}", value, known[key])
 
 
 def _check_model(name: str, values: Any, model: type[BaseModel]) -> None:
@@ -214,9 +241,9 @@ def _check_flags(path: str, values: Mapping[str, Any], parsed: BaseModel) -> Non
         if isinstance(value, Mapping) and isinstance(read, BaseModel):
             _check_flags(f"{path}.{key}", value, read)
         elif isinstance(read, bool) and not isinstance(value, bool):
-            raise RecipeError(f"{WHAT} has {path}.{key}={_shown(value)}: allowed is true or false")
+            raise RecipeError(f"{WHAT} has {path}.{key}={shown(value)}: allowed is true or false")
         elif isinstance(read, int | float) and not isinstance(read, bool) and isinstance(value, bool | str):
-            raise RecipeError(f"{WHAT} has {path}.{key}={_shown(value)}: allowed is a number")
+            raise RecipeError(f"{WHAT} has {path}.{key}={shown(value)}: allowed is a number")
 
 
 def _of_validation(name: str, error: ValidationError, model: type[BaseModel]) -> RecipeError:
@@ -228,7 +255,7 @@ def _of_validation(name: str, error: ValidationError, model: type[BaseModel]) ->
     if first["type"] == "extra_forbidden":
         known = _field_names(_model_at(model, place[1:]))
         return _unknown(".".join([*place, last]), [".".join([*place, field]) for field in known])
-    return RecipeError(f"{WHAT} has {'.'.join([*place, last])}={_shown(first.get('input'))}: {first['msg']}")
+    return RecipeError(f"{WHAT} has {'.'.join([*place, last])}={shown(first.get('input'))}: {first['msg']}")
 
 
 def _model_at(model: type[BaseModel] | None, place: list[str]) -> type[BaseModel] | None:
@@ -252,13 +279,8 @@ def _unknown(path: str, known: Iterable[str]) -> RecipeError:
 
 def _object(name: str, values: Any) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise RecipeError(f"{WHAT} has {name}={_shown(values)}: allowed is an object {{...}} of settings")
+        raise RecipeError(f"{WHAT} has {name}={shown(values)}: allowed is an object {{...}} of settings")
     return values
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_other_optimizers(settings: Mapping[str, Any]) -> None:
@@ -290,6 +312,11 @@ def _refuse_without_effect(settings: Mapping[str, Any]) -> None:
     ):
         if zero.get(key):
             raise RecipeError(f"zero_optimization.{key} is not supported: remove it; {instead}")
+    for name, instead in (("wandb", "run.loggers=[wandb]"), ("comet", "metrics.jsonl, or run.loggers=[wandb]")):
+        if section(settings, name).get("enabled") is True:  # where it fails on the first rank, the others would wait
+            raise RecipeError(f"{name}.enabled is not supported: remove it, and use {instead}")
+    if section(settings, "tensorboard").get("enabled") is True and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("tensorboard.enabled needs the package tensorboard: pip install tensorboard, or remove it")
     if zero.get("compute_grad_norm") is False:
         raise RecipeError("zero_optimization.compute_grad_norm=false is not supported: the norm is logged; remove it")
     for precision in ("bf16", "fp16"):
@@ -304,9 +331,6 @@ def _refuse_without_effect(settings: Mapping[str, Any]) -> None:
             f"activation_checkpointing.{switched_on[0]} has no effect here: remove the section and use "
             "training.activation_checkpointing=true"
         )
-    accumulated = section(settings, "data_types").get("grad_accum_dtype")
-    if accumulated not in (None, AUTO) and not _DTYPE[1](accumulated):
-        raise RecipeError(f"{WHAT} has data_types.grad_accum_dtype={_shown(accumulated)}: allowed is {_DTYPE[0]}")
 
 
 def check_device(settings: Mapping[str, Any], ranks: int) -> None:
@@ -323,6 +347,8 @@ def check_device(settings: Mapping[str, Any], ranks: int) -> None:
     size = zero.get("zero_hpz_partition_size", 1)
     if isinstance(size, int) and size > 1 and ranks % size:
         raise RecipeError(f"zero_optimization.zero_hpz_partition_size={size} does not divide {ranks} ranks")
+    if section(settings, "aio").get("use_gds") and on_cpu:
+        raise RecipeError("aio.use_gds needs a GPU (GPUDirect Storage); remove it")
     for precision, supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
         if section(settings, precision).get("enabled") is True and not supported():
             raise RecipeError(

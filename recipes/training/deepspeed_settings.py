@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.errors import RecipeError, kind_of
 from ..rules.global_batch import BatchPlan
-from .deepspeed_schema import AUTO, BATCH_KEYS, WHAT, check_complete, check_device, check_settings, section
+from .deepspeed_schema import AUTO, BATCH_KEYS, VALUES, WHAT, check_complete, check_device, check_settings, section
 
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines; the recipe prints its own
 
@@ -65,7 +65,7 @@ def merge(
         RecipeError: contradictions, with both values; what `check_settings` or DeepSpeed refuse.
     """
     check_settings(settings)
-    merged = json.loads(json.dumps(settings))
+    merged = {key: value for key, value in json.loads(json.dumps(settings)).items() if not _is_left_open(key, value)}
     for key, value in zip(BATCH_KEYS, (plan.sequences, plan.micro, plan.accumulation), strict=True):
         if merged.get(key, AUTO) not in (AUTO, value):
             raise RecipeError(
@@ -87,10 +87,16 @@ def merge(
         merged.setdefault(precision, {})["enabled"] = True
     _choose_sums(merged, zero_stage, precision, saved)
     _check_offload(zero, zero_stage)
+    _check_scaling(merged, zero_stage)
     merged.setdefault("steps_per_print", _QUIET)
     check_device(merged, plan.ranks)
     check_complete(merged, plan)
     return merged
+
+
+def _is_left_open(key: str, value: Any) -> bool:
+    """Tell whether a key is left to the recipe or to DeepSpeed, which itself takes "auto" inside its models alone."""
+    return key in VALUES and value in (None, AUTO)
 
 
 def _choose_sums(merged: dict[str, Any], zero_stage: int, precision: str, saved: bool) -> None:
@@ -145,6 +151,18 @@ def _check_offload(zero: Mapping[str, Any], zero_stage: int) -> None:
             raise RecipeError(
                 f"zero_optimization.{key} has no effect at stage {zero_stage}: remove it, or use --zero_stage "
                 f"{stages[-1]}"
+            )
+
+
+def _check_scaling(merged: Mapping[str, Any], zero_stage: int) -> None:
+    """Refuse what DeepSpeed's reduce-scatter, the default of stages 2 and 3, cannot scale gradients by."""
+    if zero_stage < 2 or section(merged, "zero_optimization").get("reduce_scatter", True) is False:
+        return
+    for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if merged.get(key, usual) != usual:
+            raise RecipeError(
+                f"{WHAT} has {key}={merged[key]}, which DeepSpeed cannot do at stage {zero_stage} with "
+                "zero_optimization.reduce_scatter: remove it, or set reduce_scatter to false"
             )
 
 

@@ -25,7 +25,9 @@ from ..common.errors import RecipeError
 from ..data.masking import MaskedBatch
 from ..rules.global_batch import BatchPlan
 from ..rules.schedules import FactorLR
-from ..runs.checkpoints import RANKS, describe_checkpoint
+from ..runs.checkpoints import RANKS, WRITE_ERRORS, describe_checkpoint
+from .loss_scale import SkippedUpdates
+from .unpickling import tensors_only
 
 TRAINING_STATE = "training_state.pt"
 """The file of a checkpoint without DeepSpeed: model, optimizer, and number of updates."""
@@ -57,6 +59,9 @@ class Observed(Protocol):
     def gradient_norm(self) -> float | None:
         """Return the global gradient norm of the last update before clipping, if the wrapper tells."""
 
+    def require_updates(self, most_skipped: int) -> None:
+        """Check after an update that the wrapper does not skip them all; raises TrainingFailure, on all ranks alike."""
+
 
 class TrainingEngine(Observed, Protocol):
     """What the recipe's own loop trains: a wrapped model with its optimizer and learning-rate schedule.
@@ -86,8 +91,8 @@ class TrainingEngine(Observed, Protocol):
             for_any_ranks: what is cut up among the ranks is also written so that another number of ranks can read it.
 
         Raises:
-            OSError, RuntimeError: This rank's part could not be written. The collective part is over by then: no
-                other rank waits for this one.
+            OSError, RuntimeError, MemoryError: This rank's part could not be written. The collective part is over by
+                then: no other rank waits for this one.
         """
 
     def load(self, folder: Path) -> None:
@@ -113,6 +118,9 @@ class DistributedTraining:
     def learning_rate(self) -> float:
         """Return the learning rate of the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def require_updates(self, most_skipped: int) -> None:
+        """Skip no update: without DeepSpeed there is no fp16."""
 
     def continue_schedule(self, updates: int) -> None:
         """Set the schedule to where it is after this many updates."""
@@ -142,14 +150,14 @@ def postponed_failures(writer: Any, method: str) -> Iterator[None]:
         method: its name.
 
     Raises:
-        OSError, RuntimeError: the first failure.
+        OSError, RuntimeError, MemoryError: the first failure.
     """
     write, failures = getattr(writer, method), []
 
     def write_or_remember(*arguments: Any, **options: Any) -> Any:
         try:
             return write(*arguments, **options)
-        except (OSError, RuntimeError) as error:
+        except WRITE_ERRORS as error:
             failures.append(error)
         except SafetensorError as error:  # what safetensors makes of a full disk
             failures.append(OSError(str(error)))
@@ -157,7 +165,7 @@ def postponed_failures(writer: Any, method: str) -> Iterator[None]:
     setattr(writer, method, write_or_remember)
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except WRITE_ERRORS as error:
         failures.append(error)
     finally:
         setattr(writer, method, write)
@@ -192,6 +200,7 @@ class DeepSpeedTraining(DistributedTraining):
             )
         super().__init__(optimizer, scheduler(optimizer), torch.device(engine.device))
         self.engine = engine
+        self.skipped = SkippedUpdates(engine)
         self._last = True
 
     @classmethod
@@ -235,9 +244,14 @@ class DeepSpeedTraining(DistributedTraining):
 
     def step(self) -> None:
         """End a micro-batch; an update that DeepSpeed skips (fp16 overflow) does not advance the schedule."""
-        self.engine.step()
-        if self._last and self.engine.was_step_applied():
+        with self.skipped.updating():
+            self.engine.step()
+        if self._last and self.skipped.count():
             self.scheduler.step()
+
+    def require_updates(self, most_skipped: int) -> None:
+        """Check that DeepSpeed has not skipped so many updates in a row; see `SkippedUpdates`."""
+        self.skipped.require_fewer(most_skipped)
 
     def train(self, training: bool) -> None:
         """Switch between training and evaluation mode."""
@@ -254,7 +268,7 @@ class DeepSpeedTraining(DistributedTraining):
         try:
             with postponed_failures(self.engine.checkpoint_engine, "save"):
                 self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        except (OSError, RuntimeError) as error:
+        except WRITE_ERRORS as error:
             failure = error
         cut_up = self.engine.zero_optimization_stage() > 0
         if for_any_ranks and cut_up and isinstance(self.optimizer, LayerwiseOptimizer):
@@ -288,12 +302,14 @@ class DeepSpeedTraining(DistributedTraining):
 
     def _load_engine_state(self, file: Path) -> None:
         try:
-            load_engine_state(self.engine, file)
+            load_engine_state(self.engine, file, verify=False)  # as a file of the checkpoint it was
         except OptimizerStateError as error:
             raise RecipeError(f"{file} cannot be continued: {error}") from error
 
     def _load_own(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        options = {"tag": folder.name, "load_lr_scheduler_states": False}
+        with tensors_only(folder):
+            loaded, _ = self.engine.load_checkpoint(str(folder.parent), **options)
         if loaded is None:
             raise RecipeError(f"{folder} holds no DeepSpeed checkpoint")
 
@@ -379,7 +395,8 @@ class DataParallelTraining(DistributedTraining):
         """
         if not (folder / TRAINING_STATE).is_file():
             raise RecipeError(f"{folder} holds no {TRAINING_STATE}: it was written by a run with another wrapper")
-        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+        with tensors_only(folder):
+            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         self._bare_model().load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._updates = state["updates"]

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from ..common.errors import RecipeError
+from ..common.files import parse_json
+from ..common.marks import write_checksums
 from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
 from ..data.preparation import prepare
@@ -29,16 +23,15 @@ from ..model.masked_language_model import build_model, padded_vocabulary
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
 from .engines import ENGINE_STATE, TRAINING_STATE
+from .unpickling import tensors_only
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
-# What DeepSpeed 0.19.8 pickles besides tensors and plain values.
-_OF_DEEPSPEED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 
 
 def is_exported(path: Path) -> bool:
     """Tell whether transformers loads the folder as it is."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
+        return "model_type" in parse_json((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
 
@@ -78,6 +71,7 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
     model.tie_weights()
     model.save_pretrained(output)
     save_tokenizer(data, config.model.max_positions, output)
+    write_checksums(output)
     return output
 
 
@@ -107,13 +101,8 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     Raises:
         RecipeError: no known file, or one that would unpickle more than tensors.
     """
-    try:
-        with _tensors_only():
-            return _read_weights(checkpoint)
-    except UnpicklingError as error:
-        raise RecipeError(
-            f"{checkpoint} holds more than tensors and DeepSpeed's own data, not loaded: {error}"
-        ) from None
+    with tensors_only(checkpoint):
+        return _read_weights(checkpoint)
 
 
 def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -125,20 +114,3 @@ def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if (checkpoint / _MODEL_FILE).is_file():
         return torch.load(checkpoint / _MODEL_FILE, weights_only=True, map_location="cpu")["module"]
     raise RecipeError(f"{checkpoint} holds neither DeepSpeed's files nor {TRAINING_STATE}")
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Let torch.load unpickle nothing else, DeepSpeed's own calls with `weights_only=False` included."""
-    variables = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        with torch.serialization.safe_globals(list(_OF_DEEPSPEED)):
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

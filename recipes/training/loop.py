@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..common.errors import TrainingFailure
+from ..common.progress import PROGRESS
 from ..configuration.config import RunConfig
 from ..data.feed import BatchFeed
 from ..data.masking import MaskedBatch
@@ -60,6 +61,7 @@ def accumulate_step(
         loss_sum += loss.detach()
         engine.backward(loss)
         engine.step()
+        PROGRESS.move()
     if arrived is not None:
         arrived.synchronize()
     return loss_sum, totals_on_host
@@ -67,12 +69,14 @@ def accumulate_step(
 
 def validate(engine: Observed, batches: list[MaskedBatch]) -> tuple[float, float]:
     """Return the mean cross-entropy in nats and the accuracy on the masked tokens of all ranks' batches."""
+    PROGRESS.begin(f"while validating after update {PROGRESS.update}")
     engine.train(False)
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         for batch in batches:
             loss, correct = engine.loss(batch.to(engine.device))
             sums += torch.stack([loss.double(), correct.double(), loss.new_tensor(len(batch.labels)).double()])
+            PROGRESS.move()
     engine.train(True)
     loss_total, correct_total, tokens = engine.sum_over_ranks(sums).tolist()
     return loss_total / max(tokens, 1.0), correct_total / max(tokens, 1.0)
@@ -144,6 +148,7 @@ class TrainingLoop:
         while step < last and not stopped:
             stopped = self._update(step, feed)
             step += 1
+            self.engine.require_updates(self.config.most_skipped_updates)
             if step == last or stopped or step % self.config.log_every == 0:
                 self._log(last)
             if step == last or due(step, self.config.validate_every):
@@ -157,6 +162,7 @@ class TrainingLoop:
 
     def _update(self, step: int, feed: BatchFeed) -> bool:
         """Do the update after the first `step`; return whether any rank was asked to stop."""
+        PROGRESS.begin(f"in update {step + 1}", update=step + 1)
         seed_step(self.seed, step, self.engine.rank)
         batches = feed.take()
         learning_rate = self.engine.learning_rate()
@@ -181,15 +187,16 @@ class TrainingLoop:
         self.records.updates(self.step_metrics.fetch(), last)
 
     def _validate(self, step: int) -> None:
-        with self.step_metrics.not_training():
+        with self.step_metrics.not_training(), self.records.stage("validation"):
             loss, accuracy = validate(self.engine, self.data.validation_batches)
         self.records.validation(step, loss, accuracy, self.data.unigram_entropy)
 
     def _checkpoint(self, step: int, last: int) -> None:
         """Write a checkpoint, of a state that can be continued only."""
         self._log(last)  # raises if a loss since the last log was not finite
-        with self.step_metrics.not_training():
+        with self.step_metrics.not_training(), self.records.stage("checkpoints"):
             require_sound_weights(self.engine, self.data, step)
+            PROGRESS.begin(f"while writing the checkpoint of step {step}")
             self.checkpoint(step)
 
     def _require_data(self, feed: BatchFeed) -> None:

@@ -12,6 +12,7 @@ from ..data.feed import BatchFeed, default_workers
 from ..data.masking import MaskedBatch
 from ..data.prepared import PreparedData
 from ..data.rows import MaskedRows
+from ..data.shards import TokenRows
 from ..rules.global_batch import BatchPlan
 from .checks import CheckedRun
 from .ranks import rank, ranks_on_machine
@@ -61,6 +62,8 @@ def phases_with_data(run: CheckedRun, data: Sequence[PreparedData], device: torc
             MaskedRows(prepared.rows(part), vocabulary, config.data.mask_probability, config.training.seed)
             for part in ("train", "validation")
         )
+        if isinstance(training_rows.rows, TokenRows):
+            training_rows.rows.pin()
         validation_batches = validation_rows.validation_batches(
             plan.micro, rank(), plan.ranks, config.data.validation_sequences
         )

@@ -8,19 +8,21 @@ import warnings
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from transformers.utils.logging import disable_progress_bar
 
 _SHARED_MEMORY = "deepspeed_shm_comm"
 _BUILD = "DS_BUILD_SHM_COMM"
 
 
 def quieten() -> None:
-    """Leave out DeepSpeed's progress lines, warnings about collectives that it calls, and an extension on CPUs.
+    """Leave out DeepSpeed's and transformers' progress, warnings about collectives, and an extension on CPUs.
 
     DeepSpeed 0.19 compiles the extension, an all-reduce through shared memory, when it joins a process group on a
     CPU: a minute, or many under load, while all ranks wait for one lock. Only its inference engine uses it; gloo does
     what training needs. It is left as it is where DeepSpeed was installed with it, or DS_BUILD_SHM_COMM=1 asks for it.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    disable_progress_bar()  # of a model that is written or read in a moment
     # Under their old names; DeepSpeed calls them through torch's logging wrapper, which counts as the caller.
     warnings.filterwarnings(
         "ignore",

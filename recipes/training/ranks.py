@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import RecipeError, sentence
+from ..common.marks import Share, cores_each
 
 T = TypeVar("T")
 
@@ -163,6 +164,17 @@ def collect(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def share_of_all() -> Share:
+    """Return this rank's part of what all ranks read together."""
+    return Share(rank(), world_size(), collect, cores_each(ranks_on_machine()))
+
+
+def share_of_machine() -> Share:
+    """Return this rank's part of what the ranks of each machine read together; all machines do so at the same time."""
+    here = slice(rank() - local_rank(), rank() - local_rank() + ranks_on_machine())
+    return Share(local_rank(), ranks_on_machine(), lambda value: collect(value)[here], cores_each(ranks_on_machine()))
 
 
 def collect_failures(failure: BaseException | None) -> list[str]:

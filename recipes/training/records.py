@@ -34,7 +34,7 @@ class Records:
 
     metrics: MetricLogger
     display: TrainingBar
-    failure: OSError | None = None
+    failure: Exception | None = None
     _first: int = 0
     _began: float = 0.0
 
@@ -83,7 +83,7 @@ class Records:
         if self.failure is None:
             try:
                 self.metrics.write(record)
-            except OSError as error:
+            except Exception as error:  # of whatever class a logger raises
                 self.failure = error
 
     def require_written(self) -> None:
@@ -95,6 +95,10 @@ class Records:
         failures = collect_failures(self.failure)
         if failures:
             raise TrainingFailure(f"the metrics could not be written ({'; '.join(failures)})")
+
+    def stage(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Count the time of a block as a stage of the run, see `Stages`."""
+        return self.display.reporter.stages(name)
 
     def line(self, text: str) -> None:
         """Print a line beside the display."""
@@ -109,10 +113,11 @@ def open_records(run: CheckedRun, folder: Path, reporter: Reporter) -> Iterator[
         RecipeError: the first rank cannot write the run's folder.
     """
     config = run.config
-    metrics, failure = None, None
+    metrics: MetricLoggers | None = None
+    failure: Exception | None = None
     try:
         metrics = MetricLoggers(folder, config.run.loggers, config.to_dict(), reporter.active, run.first)
-    except OSError as error:
+    except Exception as error:  # a logger may raise anything, here alone, while the other ranks wait
         failure = error
     failures = collect_failures(failure)
     if metrics is None or failures:

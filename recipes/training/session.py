@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeError, TrainingFailure, sentence
-from ..common.files import remove_unfinished, write_json
+from ..common.files import remove_unfinished, write_json, write_sealed
 from ..common.machine import describe_machine
+from ..common.progress import PROGRESS
 from ..common.reporter import Reporter, clock, folded
+from ..common.stages import cpu_seconds
 from ..configuration.command_line import Invocation, parse_command_line
 from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
 from ..configuration.presets import PRESETS, list_presets
-from ..data.preparation import prepare
+from ..data.preparation import mended, prepare
 from ..data.prepared import PreparedData
+from ..data.verification import damaged_files, expected_hashes
 from ..runs.checkpoints import (
     RANKS,
     CheckpointFolder,
@@ -45,12 +48,22 @@ from ..runs.folder import (
     mark_ended,
 )
 from ..runs.metrics import drop_records_after
-from ..runs.report import write_report
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .other_ranks import is_read
 from .quiet import quieten
-from .ranks import LauncherError, collect, on_each_machine, on_first_rank, rank, world_size
+from .ranks import (
+    LauncherError,
+    collect,
+    on_each_machine,
+    on_first_rank,
+    rank,
+    share_of_all,
+    share_of_machine,
+    start,
+    world_size,
+)
+from .watchdog import RankFailure, Watchdog, leave
 
 
 def run_command(
@@ -74,16 +87,23 @@ def run_command(
     reporter = Reporter()
     try:
         reporter = Reporter(active=rank() == 0)
+        if arguments is None:  # this process is the command
+            reporter.stages.add_start()
         quieten()
-        invocation = parse_command_line(sys.argv[1:] if arguments is None else arguments, reporter.line)
+        invocation = parse_command_line(arguments, reporter.line)
         if invocation.list_presets:
             for line in list_presets():
                 reporter.line(line)
             return 0
-        run = check(invocation)
+        with reporter.stages("checks"):
+            run = check(invocation)
         announce(run, reporter)
         if not invocation.dry_run:
-            train(run, reporter)
+            with Watchdog(rank(), world_size(), run.config.run.hang_seconds) as watchdog:
+                with reporter.stages("joining"):
+                    start()
+                watchdog.meet()
+                train(run, reporter)
     except NothingToDo as done:
         reporter.line(str(done))
         return 0
@@ -93,8 +113,15 @@ def run_command(
     except (RecipeError, TrainingFailure) as error:
         reporter.error(f"error: {error}")
         return FAILED if isinstance(error, TrainingFailure) else BAD_INPUT
-    except OSError as error:  # on this rank alone, which the others do not know: so it speaks, whichever it is
+    except OSError as error:  # before the ranks have met, on this one alone
         print(f"error: rank {rank()}: {sentence(error)}", file=sys.stderr, flush=True)
+        return FAILED
+    except RankFailure as failure:  # of one rank, which speaks, whichever it is; the others end with it
+        if failure.unsaid:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            watchdog.let_hear()
+            leave(FAILED)
         return FAILED
     except KeyboardInterrupt:
         reporter.error("interrupted before training began; nothing was written")
@@ -149,9 +176,11 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     resume = run.invocation.resume
     _require_one_beginning(resume)
     if resume is not None:
+        PROGRESS.begin("while checking the checkpoint")
         saved = (run.saved_identity or {}).get(RANKS)
-        on_first_rank(lambda: require_whole(resume, is_read(resume, saved, world_size())))
-    data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
+        require_whole(resume, is_read(resume, saved, world_size()), share_of_all())
+    with reporter.stages("data"):
+        data = [_prepare_phase(run.config.data, phase, reporter) for phase in run.phases]
     for prepared, plan in zip(data, run.plans, strict=True):
         for line in prepared.describe(plan.sequences):
             reporter.line(folded(line))
@@ -180,8 +209,11 @@ def _require_one_beginning(resume: Path | None) -> None:
 
 def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> PreparedData:
     """Return the data packed to the phase's sequence length (collective)."""
+    PROGRESS.begin("while preparing the data")
     packed = dataclasses.replace(config, sequence_length=phase.sequence_length)
     data = on_each_machine(lambda: prepare(packed, reporter))
+    if config.verify and phase.number == 1:  # a second phase reads the same files
+        data = _verified(packed, data, reporter)
     if len(set(collect(data.fingerprint))) > 1:
         raise RecipeError(
             "the machines have prepared different data: files differ, or each has trained a vocabulary of its own, "
@@ -191,9 +223,21 @@ def _prepare_phase(config: DataConfig, phase: Phase, reporter: Reporter) -> Prep
     return data
 
 
-def open_output(
-    run: CheckedRun, identity: dict[str, Any], reporter: Reporter, began: float
-) -> tuple[Path, CheckpointFolder]:
+def _verified(config: DataConfig, data: PreparedData, reporter: Reporter) -> PreparedData:
+    """Return data whose files hold what was written, to the last byte (collective).
+
+    The ranks of a machine share the reading of its files.
+
+    Raises:
+        RecipeError: files of a prepared folder do not. Those in the cache are written anew.
+    """
+    folder = Path(data.folder)
+    expected = on_each_machine(lambda: expected_hashes(folder))
+    damaged = damaged_files(folder, expected, share_of_machine())
+    return on_each_machine(lambda: mended(config, data, damaged, reporter))
+
+
+def open_output(run: CheckedRun, identity: dict[str, Any], reporter: Reporter) -> tuple[Path, CheckpointFolder]:
     """Create or reopen the output folder, one for all ranks; return it and its checkpoints (collective).
 
     Called once nothing but training can fail, so that bad data leave no empty run behind.
@@ -202,13 +246,12 @@ def open_output(
         run: that will write into it.
         identity: what a run that continues this one must agree with.
         reporter: says which folder it is.
-        began: when the run began, by `time.perf_counter`.
 
     Raises:
         RecipeError: the folder is in use, or cannot be created.
     """
     folder = on_first_rank(lambda: _claim_output(run))
-    reporter.line(f"output folder: {folder}; {clock(time.perf_counter() - began)} until here")
+    reporter.line(f"output folder: {folder}; {clock(reporter.stages.seconds())} until here")
     return folder, CheckpointFolder(folder, run.config.run.keep_checkpoints, identity)
 
 
@@ -225,7 +268,7 @@ def _claim_output(run: CheckedRun) -> Path:
     else:
         folder = fresh_folder(RUNS, config.preset)
         hold(folder)
-    write_json(folder / CONFIG, config.to_dict())
+    write_sealed(folder / CONFIG, config.to_dict())
     if run.settings is not None:
         write_json(folder / DEEPSPEED_CONFIG, run.settings)
     write_json(folder / ENVIRONMENT, _environment(run))
@@ -264,6 +307,7 @@ def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) ->
         TrainingFailure: that of the block, with the last good checkpoint added.
     """
     trained = False
+    PROGRESS.where_to_go_on = lambda: _where_to_go_on(checkpoints)
     try:
         yield
         trained = True
@@ -271,7 +315,9 @@ def reported(folder: Path, checkpoints: CheckpointFolder, reporter: Reporter) ->
         raise TrainingFailure(f"{failure}; {_where_to_go_on(checkpoints)}") from failure
     finally:
         if reporter.active:
-            _report(folder, checkpoints.newest() if trained else None, reporter)
+            with reporter.stages("report"):
+                _report(folder, checkpoints.newest() if trained else None, reporter)
+            _keep_stages(folder, reporter)
         let_go(folder)
 
 
@@ -283,6 +329,9 @@ def _where_to_go_on(checkpoints: CheckpointFolder) -> str:
 
 
 def _report(folder: Path, ended_at: Path | None, reporter: Reporter) -> None:
+    from ..runs.report import write_report  # with matplotlib, which takes a second that nobody should wait for earlier
+
+    PROGRESS.alone = True
     try:
         reporter.line(write_report(folder))
         if ended_at is not None:
@@ -291,16 +340,26 @@ def _report(folder: Path, ended_at: Path | None, reporter: Reporter) -> None:
         reporter.line(f"the report could not be written: {error}")
 
 
-def announce_end(run: CheckedRun, step: int, folder: Path, reporter: Reporter, began: float) -> None:
-    """Print how many updates were done, and how to go on if a request to stop came before the last one.
+def _keep_stages(folder: Path, reporter: Reporter) -> None:
+    """Add how long each stage took to what the folder says of the machine."""
+    stages = {name: dataclasses.asdict(stage) for name, stage in reporter.stages.all().items()}
+    with contextlib.suppress(OSError, ValueError):  # a full disk, of which the report has spoken
+        write_json(folder / ENVIRONMENT, {**json.loads((folder / ENVIRONMENT).read_text()), "stages": stages})
+
+
+def announce_end(run: CheckedRun, step: int, folder: Path, reporter: Reporter) -> None:
+    """Print how many updates were done, how long it all took, and how to go on after a request to stop (collective).
 
     Args:
         run: that was trained.
         step: updates done in all.
         folder: of the run.
         reporter: prints.
-        began: when the run began, by `time.perf_counter`.
     """
+    spent = sum(collect(cpu_seconds()))
     if step < run.last:
         reporter.line(f"stopped on request after step {step} of {run.last}; continue with --resume {folder}")
-    reporter.line(f"{step - run.first} steps done; {clock(time.perf_counter() - began)} in all")
+    reporter.line(folded(reporter.stages.describe()))
+    reporter.line(
+        f"{step - run.first} steps done; {clock(reporter.stages.seconds())} in all, {spent:,.0f} s of processor time"
+    )

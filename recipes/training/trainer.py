@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..common.errors import RecipeError, TrainingFailure
+from ..common.progress import PROGRESS
 from ..configuration.phases import carry_over
 from ..data.masking import MaskedBatch
 from ..data.prepared import PreparedData
@@ -32,8 +33,9 @@ from .checks import CheckedRun
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
 from .launchers import without_variable
 from .loop import due, require_sound_weights, seed_step, validate
+from .loss_scale import SkippedUpdates
 from .phase_data import PhaseData, phases_with_data
-from .ranks import collect_failures, rank
+from .ranks import collect_failures, rank, share_of_all
 from .records import Records
 from .step_metrics import StepMetrics, Update
 from .stop_requests import StopRequests
@@ -139,7 +141,9 @@ class RecipeTrainer(Trainer):
                 loss = loss / normaliser
                 self.loss += loss.detach()
                 # DeepSpeed and DDP average over the ranks; DeepSpeed, unless told otherwise, over the accumulation too.
-                self.accelerator.backward(loss * ranks, **({"scale_wrt_gas": False} if by_deepspeed else {}))
+                with self.progress.observed.updating():  # DeepSpeed does the update there
+                    self.accelerator.backward(loss * ranks, **({"scale_wrt_gas": False} if by_deepspeed else {}))
+                PROGRESS.move()
         masked, stopping = totals.tolist()
         self.masked, self.stopping = int(masked), stopping > 0
         return self.loss * ranks
@@ -155,7 +159,7 @@ class RecipeTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return cross-entropy in nats and accuracy on the phase's validation rows, over all ranks."""
-        with self.progress.step_metrics.not_training():
+        with self.progress.step_metrics.not_training(), self.records.stage("validation"):
             loss, accuracy = validate(self.progress.observed, self.data.validation_batches)
         self.records.validation(self.state.global_step, loss, accuracy, self.data.unigram_entropy)
         metrics = {"eval_loss": loss, "eval_accuracy": accuracy}
@@ -169,10 +173,11 @@ class RecipeTrainer(Trainer):
             TrainingFailure: it could not be written, or the last update broke the weights.
         """
         step = self.state.global_step
-        with self.progress.step_metrics.not_training():
+        with self.progress.step_metrics.not_training(), self.records.stage("checkpoints"):
             require_sound_weights(self.progress.observed, self.data, step)
+            PROGRESS.begin(f"while writing the checkpoint of step {step}")
             save = functools.partial(self._save_into, model, trial)
-            path = self.checkpoints.write(step, save, collect_failures, first=rank() == 0)
+            path = self.checkpoints.write(step, save, collect_failures, rank() == 0, share_of_all())
         self.records.line(f"step {step}: checkpoint {path}")
 
     def _save_into(self, model: Any, trial: Any, folder: Path) -> None:
@@ -292,6 +297,7 @@ class _Progress(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step
+        PROGRESS.begin(f"in update {self.step + 1}", update=self.step + 1)
         phase, second = self.trainer.data.phase, self.config.phase_two
         if phase.number == 2 and self.step == phase.first:
             self._begin_phase()
@@ -312,6 +318,7 @@ class _Progress(TrainerCallback):
                 data_wait=trainer.updates.wait_seconds,
             )
         )
+        self.observed.require_updates(often.most_skipped_updates)
         # The Trainer itself does nothing at any interval: what happens after this update is said here.
         ends = step in (trainer.data.phase.last, self.run.last)
         control.should_training_stop |= trainer.stopping
@@ -332,6 +339,18 @@ class _WrappedByTrainer(DistributedTraining):
     def __init__(self, trainer: RecipeTrainer) -> None:
         super().__init__(trainer.parts.optimizer, trainer.lr_scheduler, trainer.args.device)
         self.trainer = trainer
+        engine = trainer.model_wrapped
+        self.skipped = SkippedUpdates(engine) if isinstance(engine, DeepSpeedEngine) else None
+
+    def updating(self) -> contextlib.AbstractContextManager[None]:
+        """Return what the last micro-batch of an update is done in; see `SkippedUpdates`."""
+        return contextlib.nullcontext() if self.skipped is None else self.skipped.updating()
+
+    def require_updates(self, most_skipped: int) -> None:
+        """Check that DeepSpeed, if it is used, has not skipped so many updates in a row."""
+        if self.skipped is not None:
+            self.skipped.count()
+            self.skipped.require_fewer(most_skipped)
 
     def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the model's summed loss and number of right predictions."""

@@ -194,8 +194,8 @@ def fail(what: str, path: str) -> None:
         ("replicas", "ranks hold different weights of layer weight"),
         ("twice", "two layers are called weight"),
         ("one rank's file", "nowhere cannot be read"),
-        ("one rank's strict", "ranks were given different weights= or strict=: give all"),
-        ("one rank's weights", "ranks were given different weights= or strict=: give all"),
+        ("one rank's strict", "ranks were given different weights=, strict= or verify=: give all"),
+        ("one rank's weights", "ranks were given different weights=, strict= or verify=: give all"),
         ("one rank's extra", "extra cannot be written as JSON: a object is neither"),
     ],
 )

@@ -63,9 +63,11 @@ def test_a_command_is_a_dozen_lines_and_its_body_has_a_main(name):
         ("trustratio.recipes.common.script", 0)
     ]
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
-    (body,) = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("trustratio")]
-    path = RECIPES.joinpath(*body.split(".")[2:]).with_suffix(".py")
-    assert "main" in [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    bodies = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("trustratio")]
+    assert len(bodies) == (2 if name.startswith("bert") else 1)  # what takes seconds to import has an opening
+    for body in bodies:
+        path = RECIPES.joinpath(*body.split(".")[2:]).with_suffix(".py")
+        assert "main" in [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,6 @@ def test_the_reader_of_a_command_may_leave(tmp_path, how):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("docstrings", ("torch", "deepspeed", "transformers", "numpy")),
         ("encoding", ("torch", "deepspeed", "transformers")),
         ("feed", ("deepspeed", "transformers", "datasets", "pyarrow")),
     ],
@@ -283,3 +284,22 @@ def test_a_place_that_refuses_is_one_sentence(capsys, number, advice):
     assert shown.startswith("command: 'some/file': ")
     assert advice in shown
     assert shown.count("\n") == 1
+
+
+def test_help_says_defaults_and_keeps_examples_on_one_line(capsys):
+    example = "python command.py --steps 3 " + "--output a-long-name " * 8
+    parser = CommandParser(prog="command", description="A sentence that is folded. " * 6, examples=(example,))
+    parser.add_argument("--steps", type=int, default=100_000, help="updates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.1], help="a share of 5%% or more")
+    parser.add_argument("--output", default="runs", help="folder (default: where the command is)")
+    parser.add_argument("--quick", action="store_true", help="less work")
+    parser.add_argument("--seed", type=int, help="of the run")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert "updates (default: 100000)" in words
+    assert "5% or more (default: 0.01 0.1)" in words
+    assert words.count("(default: ") == 3
+    assert f"examples:\n  {example}\n" in shown
+    assert max(len(line) for line in shown.splitlines() if "python" not in line) <= 80

@@ -83,9 +83,9 @@ def test_the_batch_line():
         (("--optimizer", "lamd"), r"unknown optimizer 'lamd'; nearest: lamb.*known: adamw, "),
         (("optimizer.betaz=[0.9,0.99]",), r"optimizer 'lamb' refused its options .*betaz"),
         (("optimizer.name=Adam",), r"unknown optimizer 'Adam'; nearest: adamw"),
-        (("--global_batch", "1000"), r"1000 is not divisible by .* 64 x 1 = 64; nearest possible .* 960 and 1024"),
-        (("--global_batch", "1000"), r"keep 1000 with --micro_batch 50"),
-        (("--global_batch", "10"), r"nearest possible global batches: 64; or keep 10 with --micro_batch 10"),
+        (("--global_batch", "1000"), r"1000 is not divisible by .* 32 x 1 = 32; nearest possible .* 992 and 1024"),
+        (("--global_batch", "1000"), r"keep 1000 with --micro_batch 25"),
+        (("--global_batch", "10"), r"nearest possible global batches: 32; or keep 10 with --micro_batch 10"),
         (("--data", "/no/such/file.txt"), r"'/no/such/file.txt' does not exist"),
         (("--data", "optimizer.lr=0.1"), r"--data names no file"),
         (("model.layer=3",), r"unknown field of model 'layer'; nearest: layers"),
@@ -277,7 +277,10 @@ def saved_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     file = write(tmp_path / "ds.json", {"gradient_clipping": 0.25, "zero_optimization": {"stage": 2}})
-    run = check("--preset", "adamw-tiny", "--steps", "20", "--deepspeed_config", file)
+    run = check(
+        *("--preset", "adamw-tiny", "--global_batch", "512", "--micro_batch", "64"),
+        *("--steps", "20", "--deepspeed_config", file),
+    )
     write(folder / "config.json", run.config.to_dict())
     write(folder / "deepspeed_config.json", run.settings)
     CheckpointFolder(folder, 3, early_identity(run)).write(5, lambda path: None, lambda failure: [], first=True)
@@ -345,7 +348,8 @@ def test_other_numbers_of_ranks_share_the_same_batch_out(saved_run, monkeypatch)
 
 def test_resume_auto_begins_or_continues(saved_run, tmp_path):
     def auto(folder, *arguments):
-        return check("--preset", "adamw-tiny", "--steps", "20", "--resume", "auto", "--output", str(folder), *arguments)
+        begun = ("--preset", "adamw-tiny", "--global_batch", "512", "--micro_batch", "64", "--steps", "20")
+        return check(*begun, "--resume", "auto", "--output", str(folder), *arguments)
 
     file = ("--deepspeed_config", str(tmp_path / "ds.json"))
     assert auto(saved_run, *file).first == 5
@@ -402,7 +406,7 @@ def test_the_first_screen_has_what_is_special_and_short_lines(capsys):
 def test_dry_run_prints_the_plan_and_stops(capsys):
     assert main(["--dry_run", "--global_batch", "128", "schedule.degree=0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "global = micro x accum x ranks = 64 x 2 x 1 = 128 sequences" in printed
+    assert "global = micro x accum x ranks = 32 x 4 x 1 = 128 sequences" in printed
 
 
 def test_overrides_leave_the_original_alone():
@@ -434,7 +438,7 @@ def test_accelerates_stage_is_used_and_its_batch_sizes_are_not(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     run = under_accelerate(accelerate_use_deepspeed="true", accelerate_mixed_precision="bf16")
     assert run.settings["zero_optimization"]["stage"] == run.config.training.zero_stage == 3
-    assert run.settings["gradient_accumulation_steps"] == 8
+    assert run.settings["gradient_accumulation_steps"] == 4
     assert run.settings["bf16"] == {"enabled": True}
     assert run.config.training.precision == "bf16"
     assert "offload_optimizer" not in run.settings["zero_optimization"]
@@ -448,8 +452,8 @@ def test_offload_through_accelerate_keeps_our_optimizer(monkeypatch):
 
 
 def test_accelerates_deepspeed_file_is_checked_like_ours(tmp_path):
-    file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4})
-    with pytest.raises(RecipeError, match="gradient_accumulation_steps=4, the recipe 8"):
+    file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 8})
+    with pytest.raises(RecipeError, match="gradient_accumulation_steps=8, the recipe 4"):
         under_accelerate(accelerate_use_deepspeed="true", accelerate_deepspeed_config_file=file)
     file = write(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}})
     with pytest.raises(RecipeError, match="its own `optimizer`; remove that section"):

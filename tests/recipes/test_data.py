@@ -1,3 +1,4 @@
+import ast
 import bz2
 import gzip
 import importlib
@@ -35,20 +36,49 @@ def package(tmp_path):
         f'    class Inner:\n        """{LONG} Inner."""\n'
     )
     (folder / "a.py").write_text(f'"""{LONG * 3} Of module a."""\n\nclass C:\n    """{LONG * 3} Of f."""\n')
-    (folder / "broken.py").write_text(f'"""{LONG * 3}"""\ndef (:\n')
+    (folder / "broken.py").write_bytes(f'"""{LONG * 3} \xe9"""\n'.encode("latin-1"))  # not UTF-8
+    (folder / "no_text.py").write_text(f'TEMPLATE = """{LONG * 3}"""\nf(\n    """{LONG * 3}"""\n)\n')
     (folder / "raises.py").write_text(f'"""{LONG * 3} Raises."""\nraise SystemExit("imported")\n')
     (folder / "tests" / "test_a.py").write_text(f'"""{LONG * 3} A test."""\n')
     return folder
 
 
-def test_harvest_parses_without_importing_and_drops_repeated_docstrings(package):
+def test_harvest_reads_without_importing_and_drops_repeated_docstrings(package):
     documents = list(docstrings.harvest({"package": package}, QUIET.progress))
-    assert len(documents) == 3  # a.py, b.py, raises.py in order; neither the broken file nor the tests
+    assert len(documents) == 3  # a.py, b.py, raises.py in order; no broken file, no other text in quotes, no tests
     assert documents[0].endswith("Of f.")
     assert "Of module b." in documents[1]
     assert "Inner." in documents[1]
     assert "Of f." not in documents[1]
     assert list(docstrings.harvest({"package": package}, QUIET.progress)) == documents
+
+
+def test_docstrings_are_those_that_python_finds(tmp_path):
+    text = "A sentence of sixty characters or more, which is what the harvest takes for {}."
+    source = f"""# A comment.
+r'''{text.format("a module")} Raw: \\d.'''
+
+class A(B):  # a comment behind the colon
+    '''
+    {text.format("a class")}
+
+        An example.
+    '''
+    NAME = '''{text.format("no docstring")}'''
+
+    def f(
+        self,
+    ) -> None:
+        '''{text.format("a function")} An escape: \\u00e9; a quote: ".'''
+        return "# no comment"
+""".replace("'''", '"' * 3)
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    tree = ast.parse(source)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    assert docstrings.docstrings(path) == [ast.get_docstring(node) for node in nodes]
+    assert len(nodes) == 3
+    assert docstrings.docstrings(tmp_path / "none.py") == []
 
 
 def test_harvest_key_follows_the_versions(monkeypatch):

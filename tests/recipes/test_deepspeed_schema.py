@@ -82,7 +82,12 @@ def test_a_mistyped_key_is_answered_with_the_nearest_at_every_level(tmp_path, se
         ({"communication_data_type": "fp8"}, r"communication_data_type='fp8'"),
         ({"gradient_allreduce_op": "sum"}, r"gradient_allreduce_op='sum'"),
         ({"data_types": {"grad_accum_dtype": "fp64"}}, r"grad_accum_dtype='fp64'"),
-        ({"checkpoint": {"tag_validation": "loud"}}, r"DeepSpeed refuses .*LOUD"),
+        ({"checkpoint": {"tag_validation": "loud"}}, r"checkpoint\.tag_validation='loud': allowed is \"Ignore\", "),
+        ({"checkpoint": {"tag_validation": None}}, r"checkpoint\.tag_validation=None: allowed is"),
+        ({"aio": {"block_size": False}}, r"aio\.block_size=False: allowed is a finite number"),
+        ({"aio": {"use_gds": 1}}, r"aio\.use_gds=1: allowed is true or false"),
+        ({"aio": {"use_gds": True}}, r"aio\.use_gds needs a GPU"),
+        ({"flops_profiler": {"enabled": "auto"}}, r"flops_profiler\.enabled='auto': allowed is true or false"),
         ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', r"gradient_clipping is there twice"),
         ('{"bf16": {"enabled": true, "enabled": false}}', r"enabled is there twice"),
         ("[" * 100_000, r"cannot be read as JSON"),
@@ -117,7 +122,17 @@ def test_what_the_recipe_cannot_do_is_refused_by_name(key, value):
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "has no effect at stage 0"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm=false is not supported"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "needs DeepSpeed's CPU Adam"),
+        ({"wandb": {"enabled": True}}, r"wandb\.enabled is not supported: .*run\.loggers=\[wandb\]"),
+        ({"comet": {"enabled": True}}, r"comet\.enabled is not supported: .*metrics\.jsonl"),
         ({"zero_force_ds_cpu_optimizer": True}, "DeepSpeed's CPU Adam"),
+        (
+            {"prescale_gradients": True, "zero_optimization": STAGE_2},
+            "prescale_gradients=True, which .* at stage 2 with",
+        ),
+        (
+            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3}},
+            r"gradient_predivide_factor=2\.0, .*: remove it, or set reduce_scatter to false",
+        ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "enables both bf16 and fp16"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use training.activation_checkpointing=true"),
     ],
@@ -162,6 +177,18 @@ def test_ordinary_files_are_taken(tmp_path):
     run = checked(tmp_path, settings)
     assert run.config.training.zero_stage == 3
     assert run.settings["zero_optimization"]["sub_group_size"] == 1e9
+
+
+@pytest.mark.parametrize("value", ["auto", None])
+def test_what_is_left_open_is_not_taken_for_true(value):
+    """DeepSpeed knows "auto" in the sections that it has models of; elsewhere it is a text, which passes for true."""
+    merged = merge(dict.fromkeys(VALUES, value), BatchPlan(4, 2, 2), 1, "fp32", 0.5, False)
+    kept = {key: merged[key] for key in VALUES if key in merged}
+    assert kept.pop("steps_per_print") == 10**9
+    assert kept == {
+        **{"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+        "gradient_clipping": 0.5,
+    }
 
 
 def test_no_key_is_both_taken_and_refused():

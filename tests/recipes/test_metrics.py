@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trustratio.optimizers import LAMB, OPTIMIZERS
 from trustratio.optimizers.noise_scale import RunningNoise, gradient_noise
-from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.common.errors import RecipeError, TrainingFailure
+from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig, RecipeConfig, RunConfig
 from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.configuration.phases import Phase
@@ -30,7 +32,7 @@ from trustratio.recipes.runs.metrics import read_metrics
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.loop import TrainingLoop
 from trustratio.recipes.training.phase_data import PhaseData
-from trustratio.recipes.training.records import Records
+from trustratio.recipes.training.records import Records, open_records
 from trustratio.recipes.training.step_metrics import StepMetrics, Update, check_noise_scale, measures_noise
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, intermediate=40, max_positions=16)
@@ -96,7 +98,7 @@ def make_loop(rows, vocabulary, noise=False, log_every=10):
     model = build_model(SHAPE, 104)
     engine = OneProcess(model, LAMB(list(model.named_parameters()), lr=0.01))
     flops = ModelFlops(SHAPE.layers, SHAPE.hidden, SHAPE.intermediate, 104)
-    display = SimpleNamespace(update=lambda record, left: None, reporter=SimpleNamespace(line=lambda text: None))
+    display = SimpleNamespace(update=lambda record, left: None, reporter=Reporter(active=False))
     return TrainingLoop(
         engine=engine,
         data=PhaseData(PHASE, PLAN, MaskedRows(rows, vocabulary, 0.15, 1), validation_batches=[], unigram_entropy=4.0),
@@ -368,6 +370,33 @@ def test_wandb_writes_offline_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
     assert b"train/loss" in written
     assert b"trust_ratios/w" in written
     assert len(read_metrics(tmp_path)) == len(RECORDS)
+
+
+class Refusing:
+    """A logger whose service refuses at a step, or at once."""
+
+    def __init__(self, *arguments):
+        if arguments:
+            raise RuntimeError("no key")
+
+    def write(self, record):
+        raise KeyError("gone")
+
+
+def test_whatever_a_logger_raises_all_ranks_are_told(tmp_path, monkeypatch):
+    """It is raised on the first rank alone, while the others wait for what it has to say."""
+    monkeypatch.setitem(metric_loggers.LOGGERS, "tensorboard", ("tensorboard", Refusing))
+    config = dataclasses.replace(RecipeConfig(), run=RunConfig(loggers=("tensorboard",)))
+    run = SimpleNamespace(config=config, first=0, last=1)
+    with (
+        pytest.raises(RecipeError, match=r"the metrics cannot be written \(rank 0: RuntimeError: no key\)"),
+        open_records(run, tmp_path, Reporter()),
+    ):
+        pass
+    records = Records(Refusing(), Reporter().training_bar(0, 1, 1))
+    records.validation(1, 2.0, 0.5, 3.0)
+    with pytest.raises(TrainingFailure, match=r"the metrics could not be written \(rank 0: KeyError: 'gone'\)"):
+        records.require_written()
 
 
 def test_other_ranks_log_nothing(tmp_path, monkeypatch):

@@ -220,6 +220,20 @@ def test_a_resumed_run_is_read_once(tmp_path):
     assert history.train["loss"].tolist()[:4] == [1.0] * 4
 
 
+def test_the_table_of_stages(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", 4, 2)
+    assert report.main([str(folder), "--stages"]) == 2
+    assert "the run has not come to its end" in capsys.readouterr().err
+    stages = {"imports": {"seconds": 5.0, "cpu_seconds": 4.0}, "steps": {"seconds": 120.25, "cpu_seconds": 110.0}}
+    write_json(folder / "environment.json", {"ranks": 2, "stages": stages})
+    assert report.main([str(folder), "--stages"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| imports | 5.0 | 4.0 |",
+        "| steps | 120.2 | 110.0 |",
+        "| together | 125.2 | 114.0 |",
+    ]
+
+
 def test_other_folders_are_refused(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "it has no metrics.jsonl" in capsys.readouterr().err

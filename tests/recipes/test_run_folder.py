@@ -134,7 +134,7 @@ def test_files_that_are_not_the_checkpoints_are_named(tmp_path, damage):
     other, good = write(checkpoints, 1), write(checkpoints, 2)
     require_whole(good)
     damage(good, other)
-    with pytest.raises(RecipeError, match="step-00000002 is damaged: weights was cut short or replaced"):
+    with pytest.raises(RecipeError, match="step-00000002 is damaged: weights was changed, cut short or replaced"):
         require_whole(good)
     require_whole(other)
 

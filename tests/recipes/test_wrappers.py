@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from trustratio.recipes.common.files import read_sealed, write_sealed
+from trustratio.recipes.common.marks import Share, mark_files
 from trustratio.recipes.configuration.presets import get_preset
 
 from .recipe_runs import TWO_PHASES, losses, recipe, records, train, trained_tensors
+from .test_unpickling import exploit
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,mixed_precision"}
 DDP = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
@@ -197,6 +201,55 @@ def test_a_place_that_cannot_be_written_ends_all_ranks_with_one_sentence(launch,
     assert endings[0].startswith(failure)
     if sabotage == "metrics":  # noticed at the step after the one whose record was lost
         assert (folder / "checkpoints" / "latest").read_text() > "step-00000007"
+
+
+def replaced_by_pickles(run: Path, folder: Path, trace: Path, *, listed: bool) -> Path:
+    """Copy a run, with every file of its checkpoint that is unpickled replaced by one that would run code."""
+    shutil.copytree(run, folder)
+    checkpoint = folder / "checkpoints" / "step-00000005"
+    pickles = [path for path in checkpoint.rglob("*") if path.suffix in (".pt", ".pth", ".bin")]
+    assert pickles
+    for path in pickles:
+        exploit(path, trace)
+    if listed:  # as somebody who gives the checkpoint away would
+        description = read_sealed(checkpoint / "checkpoint.json")
+        names = [str(path.relative_to(checkpoint)) for path in pickles]
+        description["files"] |= mark_files(checkpoint, names, Share())
+        write_sealed(checkpoint / "checkpoint.json", description)
+    return checkpoint
+
+
+@pytest.mark.parametrize("wrapper", [REFERENCE, "accelerate-ddp", "trainer-ddp", "trainer-zero-1"])
+def test_a_foreign_checkpoint_is_not_unpickled(runs, launch, tmp_path, wrapper):
+    trace = tmp_path / "it ran"
+    for listed, said in (
+        (False, "was changed, cut short or replaced"),
+        (True, "holds more than tensors and DeepSpeed's"),
+    ):
+        checkpoint = replaced_by_pickles(runs(wrapper, NO_DROPOUT), tmp_path / f"listed-{listed}", trace, listed=listed)
+        arguments = (NO_DROPOUT, "--resume", str(checkpoint), "--overwrite")
+        _, endings = launch(f"{wrapper}-foreign-{listed}", wrapper, *arguments)
+        assert len(set(endings)) == 1
+        assert endings[0].startswith(f"RecipeError: {checkpoint}")
+        assert said in endings[0]
+        assert not trace.exists()
+
+
+@pytest.mark.parametrize("wrapper", [REFERENCE, "trainer-zero-1"])
+def test_a_checkpoint_that_lost_a_bit_or_got_a_file_is_refused_on_all_ranks(runs, launch, tmp_path, wrapper):
+    shutil.copytree(runs(wrapper, NO_DROPOUT), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000005"
+    largest = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 3] ^= 4
+    largest.write_bytes(content)
+    (largest.parent / "mp_rank_00_more.pt").write_bytes(b"")
+    arguments = (NO_DROPOUT, "--resume", str(checkpoint), "--overwrite")
+    _, endings = launch(f"{wrapper}-bit", wrapper, *arguments)
+    assert len(set(endings)) == 1
+    name = largest.relative_to(checkpoint)
+    assert f"{checkpoint} is damaged: {name} was changed, cut short or replaced after it was written; " in endings[0]
+    assert "mp_rank_00_more.pt was put there later: remove it" in endings[0]
 
 
 TWINS = ("lamb-64k-32k-tiny", "lans-96k-33k-tiny", "vr-lamb-64k-32k-tiny", "adamw-64k-tiny")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from trustratio.integrations.checkpoints import content as content_file
 from trustratio.integrations.checkpoints import load_optimizer_state, save_optimizer_state
-from trustratio.integrations.checkpoints.consolidated import OptimizerStateError
+from trustratio.integrations.checkpoints.consolidated import OptimizerStateError, _open
 
 from .test_consolidated_state import SHAPES, make, train
 
@@ -36,14 +37,56 @@ def assert_refused(content: bytes, path: Path) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-@pytest.mark.parametrize("bit", [0, 3, 5])
-def test_every_damaged_byte_of_the_header_is_noticed(content: bytes, tmp_path: Path, bit: int) -> None:
+def flipped(content: bytes, position: int, bit: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
+
+
+def is_noticed(path: Path) -> bool:
+    """Whether a file is refused before any of its tensors is used."""
+    stored, problems = _open(path)
+    return bool(problems) or (stored is not None and not stored.is_whole())
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_every_damaged_byte_is_noticed(content: bytes, tmp_path: Path, bit: int) -> None:
+    path = tmp_path / "damaged"
     end = 8 + int.from_bytes(content[:8], "little")
-    text = len(content[:end].rstrip(b" "))
-    for position in (*range(8), *range(8 + bit, text, 11)):
-        damaged = bytearray(content)
-        damaged[position] ^= 1 << bit
-        assert_refused(bytes(damaged), tmp_path / "damaged")
+    padding = range(len(content[:end].rstrip(b" ")), end)  # means nothing, whatever of it JSON takes
+    path.write_bytes(content)
+    assert not is_noticed(path)
+    for position in range(len(content)):
+        if position not in padding:
+            path.write_bytes(flipped(content, position, bit))
+            assert is_noticed(path), position
+
+
+@pytest.mark.parametrize("length", [64, 100, 1 << 20])
+def test_the_pieces_of_a_large_file_are_each_read(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(content_file, "PIECE", length)
+    monkeypatch.setattr(content_file, "READ_AT_ONCE", 48)
+    layers, optimizer = make(shapes={"dense": (4, 6), "bias": (4,)})
+    train(layers, optimizer, 1)
+    path = tmp_path / "state"
+    save_optimizer_state(optimizer, path)
+    written = path.read_bytes()
+    assert not is_noticed(path)
+    for position in range(8 + int.from_bytes(written[:8], "little"), len(written), 7):
+        path.write_bytes(flipped(written, position, 4))
+        assert is_noticed(path)
+
+
+def test_a_damaged_file_changes_nothing(content: bytes, tmp_path: Path) -> None:
+    for position in (0, 20, len(content) // 2, len(content) - 1):
+        assert_refused(flipped(content, position, 2), tmp_path / "damaged")
+
+
+def test_a_damaged_tensor_is_loaded_if_that_is_asked_for(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged"
+    path.write_bytes(flipped(content, len(content) - 1, 2))
+    _, optimizer = make(shapes={"dense": (4, 6), "bias": (4,)}, seed=4)
+    assert load_optimizer_state(optimizer, path, verify=False) == {"epoch": 3}
 
 
 def test_a_file_that_was_cut_is_noticed(content: bytes, tmp_path: Path) -> None:
