@@ -254,7 +254,6 @@ def test_streamed_text_goes_after_the_data_are_there(text_folder):
 _POOL = """
 import multiprocessing, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from trustratio.recipes.data import docstrings, encoding
 from trustratio.recipes.data.encoding import Block, encode_blocks
 from trustratio.recipes.data.wordpiece import load_tokenizer
 
@@ -268,26 +267,16 @@ def blocks():
             time.sleep(300)
 
 if __name__ == "__main__":
-    if sys.argv[1] == "encoding":
-        list(encode_blocks(blocks(), load_tokenizer(sys.argv[2]), 2))
-    else:
-        def progress(items, total, label):
-            for number, item in enumerate(items):
-                yield item
-                if number == 0:
-                    print(flush=True)
-                    time.sleep(300)
-        list(docstrings.harvest(docstrings.package_folders(), progress))
+    list(encode_blocks(blocks(), load_tokenizer(sys.argv[1]), 2))
 """
 
 
-@pytest.mark.parametrize("pool", ["encoding", "docstrings"])
-def test_workers_end_with_the_process_that_started_them(text_folder, tmp_path, pool):
+def test_workers_end_with_the_process_that_started_them(text_folder, tmp_path):
     config = DataConfig(sources=(f"{text_folder}/*.txt",), vocabulary=200, sequence_length=16)
     tokenizer = Path(prepare(config, Reporter(active=False)).folder, "tokenizer.json")
     script = tmp_path / "pool.py"
     script.write_text(_POOL)
-    with subprocess.Popen([sys.executable, str(script), pool, str(tokenizer)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, str(script), str(tokenizer)], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 2
