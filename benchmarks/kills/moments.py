@@ -118,6 +118,8 @@ class Kill:
             return life.seen("data: ") is not None
         if self.moment == "data":
             return any(run.cache.glob("tokens-*/manifest.json"))
+        if self.moment == "resume":
+            return life.seen(f"/{LAST}: loss") is not None
         return self.moment == "report" and life.seen(" steps done; ") is not None
 
     def strike(self, run: Run, life: Life) -> list[str]:

@@ -32,6 +32,7 @@ from trustratio.recipes.runs.checkpoints import (
 from trustratio.recipes.runs.folder import claim_folder, has_ended, hold, let_go, mark_ended, wait_until_free
 from trustratio.recipes.runs.loggers import MetricLoggers
 from trustratio.recipes.runs.metrics import MetricsLog, drop_records_after, read_metrics
+from trustratio.recipes.training import session
 
 
 class Killed(BaseException):
@@ -398,3 +399,15 @@ def test_a_finished_run_is_not_begun_again(tmp_path):
 )
 def test_launchers_are_told_by_their_script(command, launches):
     assert launcher_watch._is_launcher(command.split()) == launches
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"), [(["step-00000004", None], "rank 0: step-00000004, rank 1: none"), (["a"] * 2, None)]
+)
+def test_ranks_that_found_different_checkpoints_are_told(monkeypatch, found, shown):
+    monkeypatch.setattr(session, "collect", lambda name: found)
+    if shown is None:
+        session._require_one_beginning(Path(found[0]))
+        return
+    with pytest.raises(RecipeError, match=f"different checkpoints to go on from .{shown}.*start again"):
+        session._require_one_beginning(Path(found[0]))
