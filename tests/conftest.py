@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,11 +42,16 @@ def _young_objects_again() -> None:
     search_young_objects_alone()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Let `-n` alone mean the groups too; without them every worker process would start pools of its own."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist in ("no", "load"):
-        config.option.dist = "loadgroup"
+class _ByPools(LoadScopeScheduling):
+    """Of `-n 2`, one process runs all that shares pools of workers, and the other one beside it file by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "pools" if nodeid.startswith("tests/distributed/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByPools:
+    """Whatever `--dist` says: otherwise every process would start pools of its own."""
+    return _ByPools(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,11 +60,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` takes its choice
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide tests into quick and slow, and into groups for `-n 2 --dist loadgroup`.
-
-    A file stays together, and so does whatever shares pools of workers.
-    """
     leave_the_fewest_quick(items)
-    for item in items:
-        shares_pools = "distributed" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else str(item.path)))

@@ -57,6 +57,9 @@ class OneProcess:
     def begin_micro_batch(self, last):
         pass
 
+    def require_updates(self, most_skipped):
+        pass
+
     def loss(self, batch):
         return self.model(batch.input_ids, batch.positions, batch.labels)
 
