@@ -16,7 +16,7 @@ import torch.distributed as dist
 SMALL = (
     *("--sequence_length", "16", "--global_batch", "16", "--micro_batch", "4"),
     *("data.vocabulary=200", "data.validation_fraction=0.2", "data.validation_sequences=10"),
-    *("model.hidden=32", "model.intermediate=64", "run.validate_every=5"),
+    *("model.hidden=32", "model.intermediate=64", "run.validate_every=5", "run.noise_scale=true"),
 )
 """Updates of 2 ranks x 2 x 4 sequences of 16 tokens."""
 
@@ -50,13 +50,14 @@ def train(
     from trustratio.recipes.common.errors import RecipeError, TrainingFailure
     from trustratio.recipes.common.reporter import Reporter
     from trustratio.recipes.configuration.command_line import parse_command_line
-    from trustratio.recipes.training import bert, bert_trainer, session
+    from trustratio.recipes.runs import report as reports
+    from trustratio.recipes.training import bert, bert_trainer
     from trustratio.recipes.training.checks import check_run
     from trustratio.recipes.training.launchers import AccelerateLauncher, DeepSpeedLauncher
 
     reporter = Reporter(active=dist.get_rank() == 0)
     drawn = report or bool(sabotage)
-    pictures = contextlib.nullcontext() if drawn else mock.patch.object(session, "write_report", return_value="")
+    pictures = contextlib.nullcontext() if drawn else mock.patch.object(reports, "write_report", return_value="")
     with mock.patch.dict(os.environ, {**environment, "TRUSTRATIO_CACHE": cache}), _sabotaged(sabotage), pictures:
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
