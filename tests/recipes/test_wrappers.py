@@ -102,7 +102,7 @@ def test_the_phases_follow_their_plan(runs):
     steps = records(folder)
     assert [r["sequences"] for r in steps] == [16, 32, 48, 64, 80, 96, 104, 112, 120, 128]
     # One step of warm-up of six (10 %) and none of four; then linear decay, begun anew at update 7.
-    rates = [0.01 * (6 - max(k, 1)) / 5 if k else 0.01 for k in range(6)] + [0.005 * (4 - k) / 4 for k in range(4)]
+    rates = [0.01 * (6 - max(k, 1)) / 5 if k else 0.01 for k in range(6)] + [0.01 * (4 - k) / 4 for k in range(4)]
     assert [r["lr"] for r in steps] == pytest.approx(rates)
     assert (folder / "checkpoints" / "step-00000006").is_dir()  # at the border
     assert all("noise_scale" in r for r in steps)  # four micro-batches per update in both phases
