@@ -15,7 +15,7 @@ WRAPPERS = {
     "zero-1": ({}, "bert.py", ("--zero_stage", "1")),
     "zero-2": ({}, "bert.py", ("--zero_stage", "2", "--precision", "bf16")),
     "zero-3": ({}, "bert.py", ("--zero_stage", "3", "optimizer.name=vrlamb", "phase_two.micro_batch=2")),
-    "zero-0": ({}, "bert.py", ("--zero_stage", "0", "optimizer.name=adamw")),
+    "zero-0": ({}, "bert.py", ("--zero_stage", "0", "optimizer.name=adamw", "run.noise_scale=false")),
     "ddp": ({}, "bert_accelerate.py", ()),
 }
 
