@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 from .ranks import of_all_ranks, rank
@@ -48,20 +49,30 @@ class ContentHash:
 
 
 def has_content(path: str | os.PathLike[str], expected: str) -> bool:
-    """Whether this machine's file has the content with this hash. All ranks of the machine must call it."""
+    """Whether this machine's file has the content with this hash. All ranks must call it.
+
+    Raises:
+        OSError: a rank of this machine cannot read the file; raised by all of the machine.
+    """
     name = socket.gethostname()
     here = [number for number, host in enumerate(of_all_ranks(name)) if host == name]
-    file = Path(path)
-    begin, end = 8 + _header_length(file), file.stat().st_size
-    starts = range(begin, end, PIECE)
-    threads = min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // len(here)))
-    with ThreadPoolExecutor(threads) as pool:
-        mine = list(pool.map(lambda start: _hash(file, start), starts[here.index(rank()) :: len(here)]))
+    try:
+        mine: list[str] | OSError = _hashes(Path(path), here.index(rank()), len(here))
+    except OSError as error:  # told to those that wait for the hashes
+        mine = error
     of_ranks = of_all_ranks(mine)
-    pieces = [""] * len(starts)
-    for number, one in enumerate(here):
-        pieces[number :: len(here)] = of_ranks[one]
-    return _of_pieces(pieces) == expected
+    parts = [of_ranks[number] for number in here]
+    for part in parts:
+        if isinstance(part, OSError):
+            raise part
+    return _of_pieces([piece for row in zip_longest(*parts) for piece in row if piece]) == expected
+
+
+def _hashes(file: Path, number: int, of: int) -> list[str]:
+    """The hashes of every `of`-th piece, from the one with this number on."""
+    starts = range(8 + _header_length(file), file.stat().st_size, PIECE)[number::of]
+    with ThreadPoolExecutor(min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // of))) as pool:
+        return list(pool.map(lambda start: _hash(file, start), starts))
 
 
 def _header_length(file: Path) -> int:

@@ -20,7 +20,7 @@ class MetricsLog:
     def __init__(self, folder: Path, active: bool) -> None:
         """Open the log of a run folder; one that goes on keeps the names that it has."""
         self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1) if active else None
-        if self._file is not None and _ends_in_a_line(folder / METRICS):
+        if self._file is not None and _ends_in_half_a_line(folder / METRICS):
             self._file.write("\n")  # of a run that was killed
         self._names: dict[str, list[str]] = {}
         for line in metric_lines(folder) if active else ():
@@ -110,7 +110,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return sorted(records.values(), key=lambda record: (record["step"], record["kind"]))
 
 
-def _ends_in_a_line(path: Path) -> bool:
+def _ends_in_half_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 1))

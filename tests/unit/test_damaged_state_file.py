@@ -176,3 +176,24 @@ def test_state_of_others_is_not_left_behind_in_silence(tmp_path: Path) -> None:
         save_optimizer_state(optimizer, tmp_path / "state")
     load_optimizer_state(optimizer, tmp_path / "state")
     assert "lookahead_slow_buff" in optimizer.state[layers["dense"]]
+
+
+def test_a_rank_that_cannot_read_the_tensors_tells_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of leaving them waiting for its hashes; what it gives them is recorded."""
+    layers, optimizer = make()
+    train(layers, optimizer, 1)
+    save_optimizer_state(optimizer, tmp_path / "state")
+    given: list[Any] = []
+
+    def of_all_ranks(mine: Any) -> list[Any]:
+        given.append(mine)
+        return [mine]
+
+    def broken(file: Path, start: int) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(content_file, "of_all_ranks", of_all_ranks)
+    monkeypatch.setattr(content_file, "_hash", broken)
+    with pytest.raises(OptimizerStateError, match=r"cannot be read as an optimizer's state: .*Input/output error"):
+        load_optimizer_state(make()[1], tmp_path / "state")
+    assert isinstance(given[-1], OSError)
