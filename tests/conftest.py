@@ -49,6 +49,7 @@ class _ByPools(LoadScopeScheduling):
         return "pools" if nodeid.startswith("tests/distributed/") else nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)  # with -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByPools:
     """Whatever `--dist` says: otherwise every process would start pools of its own."""
     return _ByPools(config, log)

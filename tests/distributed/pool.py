@@ -142,7 +142,9 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         deepspeed.init_distributed("gloo", verbose=False)
 
         from ..young_objects import search_young_objects_alone
+        from .reused_groups import reuse_groups
 
+        reuse_groups()
         pipe.send((True, None))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
