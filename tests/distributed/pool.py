@@ -11,10 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 ANSWER_SECONDS = 300
-MOST_THREADS = 160
 
 
 class CaseFailed(AssertionError):
@@ -48,13 +45,6 @@ class WorkerPool:
             self._pipes.append(ours)
             self._processes.append(process)
         self._collect()
-
-    def is_worn(self) -> bool:
-        """Whether so many process groups are left of earlier cases that their threads slow down the next ones.
-
-        Nobody can destroy them: DeepSpeed and DTensor keep groups for later use.
-        """
-        return psutil.Process(self._processes[0].pid).num_threads() > MOST_THREADS
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in self._pipes:
@@ -103,9 +93,6 @@ class Pools:
 
     def get(self, world_size: int) -> WorkerPool:
         pool = self._pools.pop(world_size, None)
-        if pool is not None and pool.is_worn():
-            pool.close()
-            pool = None
         while len(self._pools) >= self.at_once:
             self._pools.pop(next(iter(self._pools))).close()
         self._pools[world_size] = pool = pool or WorkerPool(world_size)

@@ -64,9 +64,6 @@ def test_what_is_taken_trains_exactly(
     sent = merged.get("communication_data_type", "fp32")
     case = Case("lamb", MODEL, stage, two_groups("lamb"), steps=2, accumulation=2, dtype=precision, spread=0.0)
     case = replace(case, config=merged, clipping=merged["gradient_clipping"])
-    if engines[ranks].is_worn():
-        engines[ranks].close()
-        engines[ranks] = WorkerPool(ranks)
     answers = engines[ranks].run(run_in, str(tmp_path_factory.getbasetemp()), case)
     if sent in ("fp32", precision):
         assert_exact(case, answers)
