@@ -126,6 +126,9 @@ def open_records(run: CheckedRun, folder: Path, reporter: Reporter) -> Iterator[
     try:
         with contextlib.closing(display):
             yield Records(metrics, display)
-    finally:
-        with contextlib.suppress(OSError):  # what a full disk did not take has been told
+    except BaseException:
+        with contextlib.suppress(Exception):  # what ended the training is to be told, not what a logger makes of it
             metrics.close()
+        raise
+    with contextlib.suppress(OSError):  # what a full disk did not take has been told
+        metrics.close()

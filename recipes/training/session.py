@@ -329,14 +329,17 @@ def _where_to_go_on(checkpoints: CheckpointFolder) -> str:
 
 
 def _report(folder: Path, ended_at: Path | None, reporter: Reporter) -> None:
-    from ..runs.report import write_report  # with matplotlib, which takes a second that nobody should wait for earlier
-
     PROGRESS.alone = True
+    # The disk that was too full for a checkpoint may be too full for a report. After training broke down nothing that
+    # the report lacks may hide what broke it: out of memory, not even the import succeeds.
+    harmless = OSError if ended_at is not None else Exception
     try:
+        from ..runs.report import write_report  # takes a second, for matplotlib, that nobody should wait for earlier
+
         reporter.line(write_report(folder))
         if ended_at is not None:
             mark_ended(folder, ended_at.name)
-    except OSError as error:  # the disk that was too full for a checkpoint may be too full for it
+    except harmless as error:
         reporter.line(f"the report could not be written: {error}")
 
 

@@ -189,12 +189,14 @@ class Watchdog:
             time.sleep(_SURE * self.period)
 
     def _listen(self) -> RankFailure | None:
-        """Leave a beat; return what another rank has told."""
+        """Leave a beat; return what another rank has told, after which nobody looks at beats and the store may end."""
+        if self.heard is not None:
+            return self.heard
         self._beats += 1
         beat = json.dumps(vars(self._own()))
         with contextlib.suppress(*_NO_STORE):
             told = self._ask(lambda store: _exchanged(store, self.rank, beat))
-            if told is not None and self.heard is None:
+            if told is not None:
                 self.heard = RankFailure(told["text"], unsaid=self.rank == 0 and not told["said"])
         return self.heard
 

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tests.faults.sleepy_steps import SleepySteps
@@ -159,6 +161,16 @@ def _memory(here: bool, update: int) -> None:
     before_update(here, update, lambda: torch.empty(2**60))  # torch's own error, whatever the machine has
 
 
+def _address_space(here: bool, update: int) -> None:
+    """From this update on the system gives this process no more memory than it has."""
+
+    def limit() -> None:
+        has = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (has, has))
+
+    before_update(here, update, limit)
+
+
 def _memory_in_the_optimizer(here: bool, update: int) -> None:
     step, calls = LAMB.step, itertools.count(1)
 
@@ -269,6 +281,7 @@ FAULTS: dict[str, Callable[[bool, int], None]] = {
     "long-preparation": _long_preparation,
     "bug": _bug,
     "memory": _memory,
+    "address-space": _address_space,
     "memory-in-the-optimizer": _memory_in_the_optimizer,
     "memory-at-a-checkpoint": _memory_at_a_checkpoint,
     "refusal": _refusal,

@@ -17,11 +17,13 @@ KILLED = "rank {rank} ended without a word: killed, or on a machine that is gone
     [
         ("memory", 0, ALLOCATOR),
         ("memory", 1, ALLOCATOR),
+        ("address-space", 0, ALLOCATOR),
+        ("address-space", 1, ALLOCATOR),
         ("memory-in-the-optimizer", 1, r"rank {rank} failed in update 6: out of memory \(MemoryError\); use a smaller"),
         ("bug", 0, BUG),
         ("bug", 1, BUG),
     ],
-    ids=["memory-0", "memory-1", "optimizer-1", "bug-0", "bug-1"],
+    ids=["memory-0", "memory-1", "address-space-0", "address-space-1", "optimizer-1", "bug-0", "bug-1"],
 )
 def test_what_fails_on_one_rank_ends_the_others(data, undisturbed, tmp_path, fault, rank, sentence):
     with started(data, tmp_path / "run", fault=f"{fault} {rank} 6") as job:
