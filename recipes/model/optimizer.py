@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..common.errors import RecipeError, cut, shown, unknown_name
 from ..configuration.config import OptimizerConfig
 
 
+_Constructor = Callable[..., torch.optim.Optimizer]
+
+
 @dataclass(frozen=True)
 class Baseline:
     """One of torch's optimizers.
@@ -24,7 +28,7 @@ class Baseline:
         starting_rate: as in trustratio's registry.
     """
 
-    optimizer_class: Callable[..., torch.optim.Optimizer]
+    optimizer_class: _Constructor
     starting_rate: float
 
 
@@ -69,6 +73,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     try:
         if name in BASELINES:
+            _require_kinds(BASELINES[name].optimizer_class, options)
             return BASELINES[name].optimizer_class(groups, lr=config.lr, **options)
         return create_optimizer(name, groups, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
@@ -76,3 +81,27 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         raise RecipeError(
             f"optimizer {shown(config.name)} refused its options {given}: {cut(str(error), 500)}"
         ) from error
+
+
+def _require_kinds(constructor: _Constructor, options: Mapping[str, Any]) -> None:
+    """Check that options are of the kinds of their defaults: torch takes any text for True.
+
+    Raises:
+        ValueError: names the option, what it has to be and what was given.
+    """
+    parameters = inspect.signature(constructor).parameters
+    for name in options.keys() & parameters.keys():
+        value, default = options[name], parameters[name].default
+        if default is None or isinstance(default, bool):
+            allowed, right = "True or False", isinstance(value, bool) or value is default
+        elif isinstance(default, tuple):
+            allowed = f"{len(default)} numbers"
+            right = isinstance(value, tuple) and len(value) == len(default) and all(map(_is_number, value))
+        else:
+            allowed, right = "a number", _is_number(value)
+        if not right:
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
