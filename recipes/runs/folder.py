@@ -82,10 +82,7 @@ def hold(folder: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
-        raise RecipeError(
-            f"another run ({_holder(folder)}) is writing into output folder {str(folder)!r}; wait until it has ended "
-            "or stop it, or give this run its own --output"
-        ) from None
+        raise _in_use(folder) from None
     except OSError:
         file.close()
         return
@@ -137,6 +134,13 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
+def _in_use(folder: Path) -> RecipeError:
+    return RecipeError(
+        f"another run ({_holder(folder)}) is writing into output folder {str(folder)!r}; wait until it has ended "
+        "or stop it, or give this run its own --output"
+    )
+
+
 def _holder(folder: Path) -> str:
     try:
         return (folder / _LOCK).read_text(errors="replace").strip() or "another process"
@@ -171,7 +175,7 @@ def require_free(folder: Path) -> None:
     """Check that a new run may use `folder`.
 
     Raises:
-        RecipeError: it is not empty, or cannot be written.
+        RecipeError: another run writes into it, it is not empty, or cannot be written.
     """
     require_writable(folder)
     try:
@@ -179,6 +183,8 @@ def require_free(folder: Path) -> None:
         occupied = folder.exists() and any(not path.name.startswith(WRITING) for path in folder.iterdir())
     except OSError as error:
         raise RecipeError(f"cannot use output folder {str(folder)!r}: {sentence(error)}") from error
+    if occupied and _is_held(folder):
+        raise _in_use(folder)
     if occupied:
         raise RecipeError(
             f"output folder {str(folder)!r} is not empty; choose another --output, continue the run in it with "

@@ -245,13 +245,15 @@ def open_output(run: CheckedRun, identity: dict[str, Any], reporter: Reporter) -
     Args:
         run: that will write into it.
         identity: what a run that continues this one must agree with.
-        reporter: says which folder it is.
+        reporter: says which folder it is, and where a run goes on.
 
     Raises:
         RecipeError: the folder is in use, or cannot be created.
     """
     folder = on_first_rank(lambda: _claim_output(run))
     reporter.line(f"output folder: {folder}; {clock(reporter.stages.seconds())} until here")
+    if run.first:
+        reporter.line(f"going on from {run.invocation.resume}, after step {run.first} of {run.last}")
     return folder, CheckpointFolder(folder, run.config.run.keep_checkpoints, identity)
 
 

@@ -380,6 +380,25 @@ def test_a_finished_run_is_not_begun_again(tmp_path):
         check_run(parse_command_line(["--resume", str(tmp_path), "--output", str(tmp_path / "other")]))
 
 
+def test_a_run_that_goes_on_says_from_where(tmp_path, capsys, monkeypatch):
+    """The same line begins a run and continues it: what it prints tells one from the other."""
+    from trustratio.recipes.configuration.command_line import parse_command_line
+    from trustratio.recipes.training.checks import check_run, early_identity
+
+    monkeypatch.setattr(session, "on_first_rank", lambda work: work())
+    arguments = ["--output", str(tmp_path), "--resume", "auto", "--steps", "5"]
+    run = check_run(parse_command_line(arguments))
+    session.open_output(run, early_identity(run), Reporter())
+    assert "going on" not in capsys.readouterr().out
+    CheckpointFolder(tmp_path, 3, early_identity(run)).write(2, lambda path: None, lambda failure: [], first=True)
+    let_go(tmp_path)
+    run = check_run(parse_command_line(arguments))
+    session.open_output(run, early_identity(run), Reporter())
+    checkpoint = tmp_path.resolve() / "checkpoints" / "step-00000002"
+    assert f"going on from {checkpoint}, after step 2 of 5\n" in capsys.readouterr().out
+    let_go(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("command", "launches"),
     [

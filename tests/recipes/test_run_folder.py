@@ -14,7 +14,7 @@ from trustratio.recipes.runs.checkpoints import (
     require_whole,
     run_of,
 )
-from trustratio.recipes.runs.folder import claim_folder, fresh_folder, hold, let_go
+from trustratio.recipes.runs.folder import claim_folder, fresh_folder, hold, let_go, require_free
 from trustratio.recipes.runs.metrics import MetricsLog, read_metrics
 from trustratio.recipes.training.engines import ENGINE_STATE
 from trustratio.recipes.training.other_ranks import is_read
@@ -64,7 +64,7 @@ def test_a_folder_that_a_run_writes_into_is_not_taken_from_it(tmp_path):
     holder = [sys.executable, "-c", _HOLDER, str(tmp_path)]
     with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        for take in (hold, lambda folder: claim_folder(folder, overwrite=True)):
+        for take in (hold, lambda folder: claim_folder(folder, overwrite=True), require_free):
             with pytest.raises(RecipeError, match=rf"another run \(process {other.pid} on .*\) is writing into"):
                 take(tmp_path)
         assert (tmp_path / "metrics.jsonl").read_text() == "of the run"
