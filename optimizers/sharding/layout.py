@@ -52,8 +52,16 @@ class Layer:
     @property
     def gradient_resolution(self) -> float:
         """Of the dtype in which gradients are added up: the relative distance of its neighbouring numbers."""
-        dtype = self.gradient_dtype or (torch.float32 if self.parameter is None else self.parameter.dtype)
-        return float(torch.finfo(dtype).eps)
+        return float(self._gradient_numbers.eps)
+
+    @property
+    def smallest_gradient(self) -> float:
+        """Of the same dtype: its smallest positive number, the distance of neighbouring numbers around zero."""
+        return float(self._gradient_numbers.smallest_normal * self._gradient_numbers.eps)
+
+    @property
+    def _gradient_numbers(self) -> torch.finfo:
+        return torch.finfo(self.gradient_dtype or (torch.float32 if self.parameter is None else self.parameter.dtype))
 
 
 @dataclass(frozen=True)

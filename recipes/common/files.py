@@ -93,15 +93,23 @@ def remove_folder(folder: Path) -> None:
     unfinished = folder.with_name(f"{WRITING}{secrets.token_hex(_TOKEN)}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, unfinished)
-        shutil.rmtree(unfinished)
+        _remove(unfinished)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes had begun to write or to remove, folders too; nobody else may write there now."""
     remove_abandoned(folder)
     for path in folder.glob(f"{WRITING}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir() or path.is_symlink():
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; of a link to one the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def require_writable(folder: Path) -> None:

@@ -26,6 +26,7 @@ def run(module: str, opening: str | None = None) -> NoReturn:
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(script)):
         del sys.path[0]
+    _open_what_is_closed()
     sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
     import importlib
 
@@ -37,6 +38,18 @@ def run(module: str, opening: str | None = None) -> NoReturn:
         if status is not None:
             break
     raise SystemExit(status)
+
+
+def _open_what_is_closed() -> None:
+    """Let what was closed, as by `command >&-`, be the null device: a file of the run may not get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 class _Pipe(io.FileIO):

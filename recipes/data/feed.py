@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -80,7 +83,8 @@ class BatchFeed:
             multiprocessing_context="spawn" if workers else None,
             generator=torch.Generator(),  # the global one belongs to dropout
         )
-        self._steps = iter(loader)
+        with _signals_held():
+            self._steps = iter(loader)
         self._upcoming: list[_Arrays] | None = None
         self._fetch()
 
@@ -155,6 +159,17 @@ class _Steps(Dataset):
 
 def _as_is(sample: Any) -> Any:
     return sample
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Start workers that no signal ends before `_ignore_signals`, which comes after seconds of imports, is called."""
+    resource_tracker.ensure_running()  # its start would let them pass again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -65,7 +65,10 @@ def find_or_begin(folder: Path) -> tuple[Path | None, bool]:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the run folder that a checkpoint lies in."""
+    """Return the run folder that a checkpoint lies in; it may lie there as a link to another disk."""
+    for path in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
+        if (path.parents[1] / CONFIG).is_file():
+            return path.parents[1].resolve()
     return checkpoint.resolve().parent.parent
 
 
@@ -75,7 +78,8 @@ def require_newest(checkpoint: Path, overwrite: bool) -> None:
     Raises:
         RecipeError: the run has later ones and `overwrite` is false.
     """
-    later = [path.name for path in _complete_ones(checkpoint.resolve().parent) if path.name > checkpoint.name]
+    step = describe_checkpoint(checkpoint)["step"]
+    later = [path.name for path in _complete_ones(run_of(checkpoint) / CHECKPOINTS) if _step_of(path) > step]
     if later and not overwrite:
         raise RecipeError(
             f"{checkpoint} is followed by {', '.join(later)}, which continuing it would replace; give the "

@@ -99,6 +99,25 @@ def test_files_beside_a_command_stand_in_for_no_package(tmp_path, inside):
     assert (done.returncode, done.stdout) == (7, "0.5 0.25\n"), done.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(tmp_path, closed):
+    """And no file of the command gets their numbers, which libraries write to."""
+    (tmp_path / "body.py").write_text(
+        "import pathlib, sys\ndef main():\n    print('line')\n    print('line', file=sys.stderr)\n"
+        "    sys.stdout.flush()\n    sys.stderr.isatty()\n    sys.stdin.read()\n"
+        "    return 7 if open(pathlib.Path(__file__)).fileno() > 2 else 1\n"
+    )
+    (tmp_path / "command.py").write_text("from trustratio.recipes.common.script import run\nrun('body')\n")
+    process = subprocess.run(
+        f"exec {sys.executable} command.py {closed}",
+        shell=True,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.returncode == 7
+
+
 @pytest.mark.parametrize(
     "how", ["print(LINES)", "sys.stdout.write(LINES)", "argparse.ArgumentParser(epilog=LINES).print_help()"]
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +98,29 @@ def test_a_broken_file_and_a_killed_worker_are_named(data, masked):
     os.truncate(Path(data.folder) / "train-00000.bin", 10)
     with pytest.raises(RecipeError, match=r"train-00000\.bin has 10 bytes"):
         exhaust(feed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_that_still_start_ignore_what_reaches_the_whole_group(masked, number):
+    """For the seconds of their imports nobody has told them to."""
+    others = set(multiprocessing.active_children())
+
+    def reach() -> None:
+        while not (new := set(multiprocessing.active_children()) - others):
+            time.sleep(0.01)
+        for _ in range(20):
+            for worker in new:
+                os.kill(worker.pid, number)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=reach, daemon=True)
+    thread.start()
+    feed = BatchFeed(masked, PLAN, 0, 0, 1000, workers=1)
+    thread.join(60)
+    assert feed.failure is None
+    feed.take()
+    feed.close()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
 
 
 def test_waiting_is_measured(masked, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 from trustratio.optimizers.noise_scale import NoiseScale, RunningNoise
 from trustratio.recipes.common import files, launcher_watch
 from trustratio.recipes.common.errors import NothingToDo, RecipeError
-from trustratio.recipes.common.files import WRITING, remove_folder, whole_file, write_text
+from trustratio.recipes.common.files import WRITING, remove_folder, remove_unfinished, whole_file, write_text
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig
 from trustratio.recipes.data.preparation import prepare
@@ -28,6 +28,7 @@ from trustratio.recipes.runs.checkpoints import (
     find_checkpoint,
     find_or_begin,
     require_newest,
+    run_of,
 )
 from trustratio.recipes.runs.folder import claim_folder, has_ended, hold, let_go, mark_ended, wait_until_free
 from trustratio.recipes.runs.loggers import MetricLoggers
@@ -71,6 +72,41 @@ def test_the_newest_checkpoint_is_the_last_that_got_its_name(tmp_path, latest):
     assert find_checkpoint(tmp_path) == newest
     assert find_or_begin(tmp_path) == (newest, False)
     require_newest(newest, overwrite=False)
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step-00000001"])
+def test_checkpoints_may_be_links_to_another_disk(tmp_path, linked):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    first, newest = (write_checkpoint(run, step) for step in (1, 2))
+    (run / "config.json").touch()
+    (run / linked).rename(elsewhere)
+    (run / linked).symlink_to(elsewhere)
+    assert find_checkpoint(run) == newest
+    assert run_of(first) == run_of(newest) == run
+    with pytest.raises(RecipeError, match="step-00000001 is followed by step-00000002, which continuing it would"):
+        require_newest(first, overwrite=False)
+    write_checkpoint(run, 3, keep=2)
+    assert not first.exists()
+    assert elsewhere.exists()
+
+
+def test_of_links_to_folders_the_links_alone_are_removed(tmp_path):
+    for name in ("gone", "there"):
+        (tmp_path / f"{WRITING}0123456789abcde{len(name)}").symlink_to(tmp_path / name)
+    (tmp_path / "there").mkdir()
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_a_checkpoint_of_another_name_is_followed_by_later_ones_alone(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    kept = write_checkpoint(tmp_path, 2).rename(tmp_path / "checkpoints" / "kept")
+    (tmp_path / "config.json").touch()
+    require_newest(kept, overwrite=False)
+    write_checkpoint(tmp_path, 3)
+    with pytest.raises(RecipeError, match="kept is followed by step-00000003, which"):
+        require_newest(kept, overwrite=False)
 
 
 def test_a_checkpoint_that_was_being_removed_is_none(tmp_path, monkeypatch):

@@ -316,6 +316,22 @@ def test_what_is_no_factor_is_refused(name: str, dtype: torch.dtype, change: Any
     assert not torch.equal(before[0], next(model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["clars", "vrsgd"])
+def test_numbers_below_the_normal_ones_round_to_more_than_their_resolution(name: str) -> None:
+    """As those of keys' biases, which would be zero but for rounding, when ranks are averaged in fp16."""
+    usual, tiny = (torch.nn.Parameter(torch.ones(64, dtype=torch.float16)) for _ in range(2))
+    optimizer = SPECS[name]([("usual", usual), ("tiny", tiny)], lr=0.1)
+    numbers = torch.tensor([3, -1, -1, -1], dtype=torch.float16).repeat_interleave(4).repeat(4) * 2.0**-24
+    for _ in range(7):
+        ((usual * 0.25).sum() + (tiny * numbers).sum()).backward()
+    with torch.no_grad():
+        for parameter in (usual, tiny):
+            assert parameter.grad is not None
+            parameter.grad /= 2  # of what is odd, it is rounded
+    optimizer.step()
+    assert optimizer.statistics.norms()["usual"].mean_norm == pytest.approx(14.0)  # as before a clipping
+
+
 def test_layers_whose_gradient_is_taken_away_take_no_part() -> None:
     model, optimizer = make()
     batch(model, 0)
