@@ -15,7 +15,6 @@ from trustratio.optimizers.registry import OPTIMIZERS, create_optimizer
 from ..common.errors import RecipeError, cut, shown, unknown_name
 from ..configuration.config import OptimizerConfig
 
-
 _Constructor = Callable[..., torch.optim.Optimizer]
 
 
