@@ -120,7 +120,7 @@ def _tiles(history: RunHistory) -> Iterator[dict[str, Any]]:
         return {"label": label, "value": _json_number(value), "kind": kind, "more": more}
 
     train, validation = history.train, history.validation
-    yield tile("steps", train["step"][-1], "plain", f"{int(train['sequences'][-1]):,} sequences")
+    yield tile("steps", train["step"][-1], "plain", f"{train['sequences'][-1]:,.0f} sequences")
     yield tile("training loss", train["loss"][-1], "plain", "nats, last step")
     if validation["step"].size:
         best = (

@@ -44,7 +44,11 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     with reporter.stages("engine"):
         engine = build_engine(run, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
-    with StopRequests() as stop, reported(folder, checkpoints, reporter), reporter.stages("steps"):
+    with (
+        StopRequests(reporter.active) as stop,
+        reported(folder, checkpoints, reporter),
+        reporter.stages("steps"),
+    ):
         step = train(run, data, engine, folder, checkpoints, reporter, stop)
     announce_end(run, step, folder, reporter)
 

@@ -54,7 +54,11 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     PROGRESS.begin("while building the model")
     parts = build_parts(run.config, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
-    with StopRequests() as stop, reported(folder, checkpoints, reporter), reporter.stages("steps"):
+    with (
+        StopRequests(reporter.active) as stop,
+        reported(folder, checkpoints, reporter),
+        reporter.stages("steps"),
+    ):
         trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
         _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
     announce_end(run, trainer.state.global_step, folder, reporter)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
+
+from ..common.progress import PROGRESS
 
 
 class StopRequests:
@@ -13,9 +16,13 @@ class StopRequests:
     Ranks see a signal at different moments, or not at all, so the loop adds the flags up over the ranks before it acts.
     """
 
-    def __init__(self) -> None:
-        """Watch nothing yet; enter the context to start."""
-        self._signalled = False
+    def __init__(self, speaks: bool) -> None:
+        """Watch nothing yet; enter the context to start.
+
+        Args:
+            speaks: this rank says that it has heard, since what is under way, a validation above all, may take long.
+        """
+        self._speaks, self._signalled = speaks, False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -38,4 +45,7 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A single Ctrl-C reaches a rank twice (from the terminal and from the launcher), so repeats mean nothing.
+        if self._speaks and not self._signalled:
+            text = f"asked to stop {PROGRESS.doing}: this is finished, then a checkpoint is written\n"
+            os.write(2, text.encode())  # unlike print, not in the middle of another print of this thread
         self._signalled = True

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from tests.fuzzing import examples
@@ -63,6 +63,7 @@ OVERRIDES = st.one_of(
 
 
 @examples(200)
+@example(["optimizer.betas="], "adamw-64k")
 @given(OVERRIDES, st.sampled_from(sorted(PRESETS)))
 def test_overrides_end_in_a_valid_configuration_or_a_sentence(overrides, preset):
     refusal = ""

@@ -162,6 +162,32 @@ def test_refused_optimizer_options_are_named():
         build_optimizer(OptimizerConfig(name="adamw", options={"trust_clip": 1}), model)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("adamw", {"betas": ""}, "betas must be 2 numbers, got ''"),
+        ("adamw", {"betas": [0.9]}, r"betas must be 2 numbers, got \(0.9,\)"),
+        ("adamw", {"betas": {"a": 1}}, "betas must be 2 numbers, got {'a': 1}"),
+        ("adamw", {"betas": ["a", "b"]}, "betas must be 2 numbers"),
+        ("adamw", {"eps": True}, "eps must be a number, got True"),
+        ("adamw", {"maximize": "no"}, "maximize must be True or False, got 'no'"),
+        ("adamw", {"fused": "x"}, "fused must be True or False, got 'x'"),
+        ("sgd", {"momentum": "x"}, "momentum must be a number, got 'x'"),
+        ("sgd", {"momentum": 0.9, "nesterov": "no"}, "nesterov must be True or False, got 'no'"),
+    ],
+)
+def test_options_of_the_baselines_are_of_the_kinds_of_their_defaults(name, options, named):
+    """Torch would take any text for True."""
+    with pytest.raises(RecipeError, match=f"optimizer '{name}' refused its options .*: {named}"):
+        build_optimizer(OptimizerConfig(name=name, options=options), build_model(TINY, 104))
+
+
+def test_options_of_the_baselines_are_passed_on():
+    options = {"betas": [0.8, 0.9], "eps": 1, "fused": None, "foreach": True, "amsgrad": True}
+    built = build_optimizer(OptimizerConfig(name="adamw", options=options), build_model(TINY, 104))
+    assert {name: built.param_groups[0][name] for name in options} == {**options, "betas": (0.8, 0.9)}
+
+
 def parts_of(*overrides):
     config = apply_overrides(RecipeConfig(), ["model.hidden=16", "model.intermediate=32", *overrides])
     return build_parts(config, 104)
