@@ -87,6 +87,7 @@ def merge(
         merged.setdefault(precision, {})["enabled"] = True
     _choose_sums(merged, zero_stage, precision, saved)
     _check_offload(zero, zero_stage)
+    _check_buckets(zero, zero_stage)
     _check_scaling(merged, zero_stage)
     merged.setdefault("steps_per_print", _QUIET)
     check_device(merged, plan.ranks)
@@ -152,6 +153,16 @@ def _check_offload(zero: Mapping[str, Any], zero_stage: int) -> None:
                 f"zero_optimization.{key} has no effect at stage {zero_stage}: remove it, or use --zero_stage "
                 f"{stages[-1]}"
             )
+
+
+def _check_buckets(zero: Mapping[str, Any], zero_stage: int) -> None:
+    """Refuse what DeepSpeed's stages 1 and 2 assert when the engine is built, after the data were prepared."""
+    size = zero.get("allgather_bucket_size", AUTO)
+    if zero_stage in (1, 2) and size != AUTO and size % 2:
+        raise RecipeError(
+            f"{WHAT} has zero_optimization.allgather_bucket_size={size}: at stages 1 and 2 DeepSpeed takes even numbers "
+            "of elements only"
+        )
 
 
 def _check_scaling(merged: Mapping[str, Any], zero_stage: int) -> None:
