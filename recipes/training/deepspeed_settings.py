@@ -160,8 +160,8 @@ def _check_buckets(zero: Mapping[str, Any], zero_stage: int) -> None:
     size = zero.get("allgather_bucket_size", AUTO)
     if zero_stage in (1, 2) and size != AUTO and size % 2:
         raise RecipeError(
-            f"{WHAT} has zero_optimization.allgather_bucket_size={size}: at stages 1 and 2 DeepSpeed takes even numbers "
-            "of elements only"
+            f"{WHAT} has zero_optimization.allgather_bucket_size={size}: at stages 1 and 2 DeepSpeed takes even "
+            "numbers of elements only"
         )
 
 
