@@ -309,6 +309,7 @@ def _refuse_without_effect(settings: Mapping[str, Any]) -> None:
         ("cpu_offload_param", 'write "offload_param": {"device": "cpu"}'),
         ("elastic_checkpoint", "a run continues on other numbers of ranks without it"),
         ("legacy_stage1", "this DeepSpeed has one stage 1 only"),
+        ("stage3_module_granularity_threshold", "DeepSpeed 0.19 fails in backward() where all of BERT is below it"),
     ):
         if zero.get(key):
             raise RecipeError(f"zero_optimization.{key} is not supported: remove it; {instead}")

@@ -205,6 +205,7 @@ def test_a_saved_configuration_whose_section_is_no_mapping_is_named():
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8, the recipe 4"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1, the recipe 2"),
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow is not supported"),
+        ({"zero_optimization": {"stage3_module_granularity_threshold": 9}}, "granularity_threshold is not supported"),
         ({"zero_optimization": {"allgather_bucket_size": 501}}, "allgather_bucket_size=501: at stages 1 and 2"),
         ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload is not supported"),
         (
