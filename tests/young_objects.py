@@ -25,7 +25,8 @@ def search_young_objects_alone() -> None:
     """
     global _youngest
     objects = gc.get_objects()
-    if gc.get_freeze_count() and len(objects) < _MANY and _is_listed(objects):
+    # Not asked of gc.get_freeze_count(), which counts all that is frozen, one by one: a twentieth of a second.
+    if len(objects) < _MANY and _is_listed(objects):
         return
     del objects
     gc.unfreeze()

@@ -55,9 +55,14 @@ def find_or_begin(folder: Path) -> tuple[Path | None, bool]:
         ended before its first checkpoint, in the place of which a new one begins.
 
     Raises:
-        RecipeError: there are checkpoints, and none is complete.
+        RecipeError: there are checkpoints, and none is complete, or the run's configuration is missing.
     """
     if not (folder / CONFIG).is_file():
+        if _complete_ones(folder / CHECKPOINTS):
+            raise RecipeError(
+                f"--resume auto: {str(folder)!r} has checkpoints, but not the {CONFIG} that their run is continued with; "
+                "put it back, or choose another --output"
+            )
         return None, False
     if not any((folder / CHECKPOINTS).glob("step-*[0-9]")):
         return None, True

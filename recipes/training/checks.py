@@ -170,10 +170,11 @@ def _require_agreement(
 ) -> None:
     """Refuse a field of the command line that the file sets to something else."""
     if f"training.{name}" in invocation.given and asked not in (in_file, "auto"):
-        raise RecipeError(
-            f"--{name} {asked} contradicts the {'DDP' if settings is None else 'DeepSpeed'} configuration, which has "
-            f"{in_file}; give it in one place"
-        )
+        kind = "DDP" if settings is None else "DeepSpeed"
+        where, instead = f"the {kind} configuration", "give it in one place"
+        if invocation.resume is not None:
+            where, instead = f"{where} of the run that is continued", "leave it out"
+        raise RecipeError(f"--{name} {asked} contradicts {where}, which has {in_file}; {instead}")
 
 
 def _best_precision() -> str:
