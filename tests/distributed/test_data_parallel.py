@@ -95,7 +95,7 @@ def assert_same(found: list[Weights], wanted: Weights) -> None:
 HABITS = ("dry run", "two wrappers", "bucket views", "told too", "frozen", "made anew")
 
 
-@pytest.mark.parametrize("name", ["clars", "vrlamb"])
+@pytest.mark.parametrize("name", ["clars", pytest.param("vrlamb", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world_size", [2])
 def test_habits_of_programs_with_ddp(pool: WorkerPool, name: str, world_size: int) -> None:
     wanted = pool.run(train, name)[0]

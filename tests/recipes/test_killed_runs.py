@@ -76,7 +76,9 @@ def test_the_newest_checkpoint_is_the_last_that_got_its_name(tmp_path, latest):
 
 def test_checkpoints_without_their_runs_configuration_are_told(tmp_path):
     write_checkpoint(tmp_path, 1)
-    with pytest.raises(RecipeError, match=r"has checkpoints, but not the config\.json that their run is continued with"):
+    with pytest.raises(
+        RecipeError, match=r"has checkpoints, but not the config\.json that their run is continued with"
+    ):
         find_or_begin(tmp_path)
 
 
@@ -439,7 +441,9 @@ def test_a_run_that_goes_on_says_from_where(tmp_path, capsys, monkeypatch):
     checkpoint = tmp_path.resolve() / "checkpoints" / "step-00000002"
     assert f"going on from {checkpoint}, after step 2 of 5\n" in capsys.readouterr().out
     let_go(tmp_path)
-    with pytest.raises(RecipeError, match=r"--zero_stage 3 contradicts .* of the run that is continued, which has 1; leave"):
+    with pytest.raises(
+        RecipeError, match=r"--zero_stage 3 contradicts .* of the run that is continued, which has 1; leave"
+    ):
         check_run(parse_command_line([*arguments, "--zero_stage", "3"]))
 
 

@@ -307,7 +307,9 @@ def computed(folder: Path) -> list[float]:
     return [number for value in found for number in (value if isinstance(value, list) else [value])]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", ["zero-1", *(pytest.param(run, marks=pytest.mark.slow) for run in RUNS if run != "zero-1")]
+)
 def test_a_run_is_continued(run: str, runs: Path, tmp_path: Path) -> None:
     if run == "trainer" and np.lib.NumpyVersion(np.__version__) < "2.0.0":
         pytest.skip("the Trainer has kept the random state of NumPy 2, which 1 cannot read")
