@@ -60,8 +60,8 @@ def find_or_begin(folder: Path) -> tuple[Path | None, bool]:
     if not (folder / CONFIG).is_file():
         if _complete_ones(folder / CHECKPOINTS):
             raise RecipeError(
-                f"--resume auto: {str(folder)!r} has checkpoints, but not the {CONFIG} that their run is continued with; "
-                "put it back, or choose another --output"
+                f"--resume auto: {str(folder)!r} has checkpoints, but not the {CONFIG} that their run is continued "
+                "with; put it back, or choose another --output"
             )
         return None, False
     if not any((folder / CHECKPOINTS).glob("step-*[0-9]")):
