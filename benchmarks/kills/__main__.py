@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results["kills"] += map(asdict, struck)
         results["ends"].append(asdict(end))
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        # Without where this machine had the runs, which their last lines name.
+        options.output.write_text(json.dumps(results, indent=1).replace(f"{folder}/", "") + "\n")
     print(f"\n{kills_table(results)}\n\n{options.output}")
     differ = [end for end in results["ends"] if end["differences"]]
     if differ:
