@@ -26,7 +26,8 @@ from benchmarks.kills.runs import CONFIGURATIONS, write_data
 from benchmarks.machine import describe_machine
 from benchmarks.tables import kills_table
 
-OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "results" / "kills.json"
+_ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = _ROOT / "docs" / "results" / "kills.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results["kills"] += map(asdict, struck)
         results["ends"].append(asdict(end))
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        # Without where this machine had the runs, which their last lines name.
-        options.output.write_text(json.dumps(results, indent=1).replace(f"{folder}/", "") + "\n")
+        text = json.dumps(results, indent=1)
+        for where in (folder, sys.prefix, _ROOT):  # of this machine, in the last lines of what was killed
+            text = text.replace(f"{where}/", "")
+        options.output.write_text(text + "\n")
     print(f"\n{kills_table(results)}\n\n{options.output}")
     differ = [end for end in results["ends"] if end["differences"]]
     if differ:
