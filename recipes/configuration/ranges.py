@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,8 @@ def check_ranges(config: RecipeConfig) -> None:
             "each head takes an equal share of the hidden size"
         )
     _require(config, "phase_two.steps", lambda v: 0 <= v <= MOST, f"0 (no second phase) to {MOST}")
+    for field in fields(config.phase_two):  # of no phase, too: the file that keeps them has no infinite numbers
+        _require(config, f"phase_two.{field.name}", lambda v: not isinstance(v, float) or math.isfinite(v), "finite")
     if config.phase_two.steps:
         _check_phase_two(config)
 

@@ -64,6 +64,7 @@ OVERRIDES = st.one_of(
 
 @examples(200)
 @example(["optimizer.betas="], "adamw-64k")
+@example(["phase_two.lr=1e400"], "lamb-tiny")  # of no phase
 @given(OVERRIDES, st.sampled_from(sorted(PRESETS)))
 def test_overrides_end_in_a_valid_configuration_or_a_sentence(overrides, preset):
     refusal = ""
