@@ -29,7 +29,7 @@ def reuse_groups() -> None:
         return made[key]
 
     def keep(group: Any = None) -> None:
-        if not any(group is one for one in made.values()):
+        if group is None or not any(group is one for one in made.values()):  # None: the group of all
             destroy(group)
 
     distributed_c10d._new_group_with_tag = reuse
