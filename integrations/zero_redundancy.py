@@ -20,6 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from trustratio.optimizers.sharding.backends import Backend, register_backend
 from trustratio.optimizers.sharding.layout import Layout
 from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.observed import held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import whole_parameters
 
@@ -40,7 +41,8 @@ class ZeroRedundancyBackend(Backend):
         Raises:
             LayoutError: If the optimizer needs more than the layers that this rank steps.
         """
-        if not any(vars(wrapper).get("optim") is optimizer for wrapper in living(ZeroRedundancyOptimizer)):
+        inner = held_by_wrappers(optimizer)
+        if not any(vars(wrapper).get("optim") is inner for wrapper in living(ZeroRedundancyOptimizer)):
             return None
         refuse_statistics(optimizer, ONLY_SOME, INSTEAD)
         refuse_rows(optimizer, f"which are counted on all ranks, but {ONLY_SOME}", f"use {INSTEAD}")

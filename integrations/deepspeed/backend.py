@@ -32,6 +32,7 @@ from trustratio.optimizers.sharding.gradient_flow import GradientFlow, Slice
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, listing
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.observed import held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
@@ -198,8 +199,8 @@ def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
     DeepSpeed leaves no reference to it on the optimizer, and on a model's parameters only for those that have elements
     on this rank. This runs once per flat tensor.
     """
-    wrappers = living(DeepSpeedOptimizer)
-    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is optimizer), None)
+    wrappers, inner = living(DeepSpeedOptimizer), held_by_wrappers(optimizer)
+    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is inner), None)
 
 
 def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]:

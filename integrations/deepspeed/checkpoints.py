@@ -21,11 +21,13 @@ INSTEAD = (
 
 
 def refuse_lossy_checkpoints(wrapper: DeepSpeedOptimizer, optimizer: Any) -> None:
-    """Raise LayoutError if the engine's checkpoints are of a kind that loses state per layer.
+    """Raise LayoutError if the engine's checkpoints are of a kind that loses state per layer, and it has any.
 
     Elastic ones give every rank the first rank's numbers of layers. Of universal ones ZeRO-3 reads Adam's moments, one
     step for all layers and one group's options; ZeRO-1 and 2 no numbers of layers.
     """
+    if not optimizer.layer_state:
+        return
     if isinstance(wrapper, DeepSpeedZeroOptimizer) and wrapper.elastic_checkpoint:
         raise LayoutError(f"zero_optimization.elastic_checkpoint keeps no state per layer of other ranks, {INSTEAD}")
     engine = find_engine(optimizer)

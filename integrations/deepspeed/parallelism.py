@@ -24,6 +24,7 @@ from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
 
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.observed import held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_statistics
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
 
@@ -47,7 +48,8 @@ OF_EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
 def find_engine(optimizer: Any) -> DeepSpeedEngine | None:
     """The engine that steps this optimizer, directly or through a wrapper; found as the wrapper is."""
-    return next((engine for engine in living(DeepSpeedEngine) if _steps_with(engine, optimizer)), None)
+    inner = held_by_wrappers(optimizer)
+    return next((engine for engine in living(DeepSpeedEngine) if _steps_with(engine, inner)), None)
 
 
 def _steps_with(engine: DeepSpeedEngine, optimizer: Any) -> bool:

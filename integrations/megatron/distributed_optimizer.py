@@ -36,6 +36,7 @@ from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import reduction_device
+from trustratio.optimizers.sharding.observed import held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 
@@ -112,8 +113,8 @@ def find_wrapper(optimizer: Any) -> Any:
     wrapper_class = getattr(sys.modules.get(MODULE), "DistributedOptimizer", None)
     if wrapper_class is None:
         return None
-    wrappers = living(wrapper_class)
-    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is optimizer), None)
+    wrappers, inner = living(wrapper_class), held_by_wrappers(optimizer)
+    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is inner), None)
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,10 @@ _stand_ins: weakref.WeakKeyDictionary[Any, _StandIns] = weakref.WeakKeyDictionar
 
 
 def _stand_ins_of(optimizer: Any) -> _StandIns:
-    if optimizer not in _stand_ins:
-        _stand_ins[optimizer] = _StandIns(optimizer)
-    return _stand_ins[optimizer]
+    inner = held_by_wrappers(optimizer)
+    if inner not in _stand_ins:
+        _stand_ins[inner] = _StandIns(inner)
+    return _stand_ins[inner]
 
 
 # After the optimizer's weights were changed between steps -------------------------------------------------------------

@@ -23,6 +23,7 @@ from .data_parallel import DataParallel, ddp_ranks, processes, reconcile
 from .gradient_flow import GradientFlow
 from .layout import Layout
 from .local_tensors import may_be_trained
+from .observed import ObservedOptimizer
 
 __all__ = [
     "Backend",
@@ -187,9 +188,10 @@ def before_group(optimizer: Any) -> None:
 
 def explain(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
     """Return the layout of one `step()` call's tensors from the wrapper that made them; None if none did."""
-    for parameter in list(_known.given):
-        if optimizer.was_given(parameter):
-            del _known.given[parameter]
+    if not isinstance(optimizer, ObservedOptimizer):  # who is observed has not stepped in the place of one of ours
+        for parameter in list(_known.given):
+            if optimizer.was_given(parameter):
+                del _known.given[parameter]
     return _first(backend.explain(optimizer, tensors) for backend in _known.load())
 
 
