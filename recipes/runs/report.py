@@ -7,7 +7,6 @@ makes it for an existing run, finished or not; runs write their own when they en
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from trustratio.integrations.pages.template import filled_page, json_number, levels
 
 from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
@@ -25,10 +27,8 @@ from .history import RunHistory, binned, bins, load_history, short_name
 from .plots import draw_curves, draw_ratios
 
 _PAGE = Path(__file__).with_name("report_page.html")
-_PLACE = "/*RUN-DATA*/"
 _MOST_POINTS = 1000
 _MOST_COLUMNS = 500
-_DIGITS = 6
 
 
 def write_report(folder: Path) -> str:
@@ -50,7 +50,7 @@ def make_report(folder: Path) -> None:
         RecipeError: not a run's folder, or nothing was logged.
     """
     history = load_history(folder)
-    page = _PAGE.read_text(encoding="utf-8").replace(_PLACE, _script_json(page_data(history)))
+    page = filled_page(_PAGE, page_data(history))
     draw_curves(history, title(history), folder / CURVES)
     if history.layers:
         draw_ratios(history, title(history), folder / RATIOS)
@@ -96,7 +96,7 @@ def page_data(history: RunHistory) -> dict[str, Any]:
         "tiles": list(_tiles(history)),
         "series": _train_series(history),
         "validation": _validation_series(history),
-        "unigram": _json_number(history.unigram_entropy),
+        "unigram": json_number(history.unigram_entropy),
         "ratios": _ratio_table(history),
         "tables": _tables(history),
         "footer": "Long runs are summed up: curves are means, with a band from the smallest to the largest value; "
@@ -117,7 +117,7 @@ def notices(history: RunHistory) -> Iterator[str]:
 
 def _tiles(history: RunHistory) -> Iterator[dict[str, Any]]:
     def tile(label: str, value: float, kind: str = "plain", more: str = "") -> dict[str, Any]:
-        return {"label": label, "value": _json_number(value), "kind": kind, "more": more}
+        return {"label": label, "value": json_number(value), "kind": kind, "more": more}
 
     train, validation = history.train, history.validation
     yield tile("steps", train["step"][-1], "plain", f"{train['sequences'][-1]:,.0f} sequences")
@@ -176,23 +176,16 @@ def _validation_series(history: RunHistory) -> dict[str, list[float | None]]:
 
 
 def _ratio_table(history: RunHistory) -> dict[str, Any] | None:
-    """Return the ratios as 16-bit levels of a logarithmic scale, layer by layer, or None without any."""
+    """Return what the page's map of layers shows, None without any ratio."""
     pieces = bins(len(history.ratio_steps), _MOST_COLUMNS)
-    table = binned(history.ratios, pieces, np.median).T
-    valid = np.isfinite(table) & (table > 0)
-    if not valid.any():
+    scale = levels(torch.from_numpy(binned(history.ratios, pieces, np.median).T))
+    if scale is None:
         return None
-    low, high = float(table[valid].min()), float(table[valid].max())
-    span = math.log(high / low) or 1.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        levels = np.where(valid, 1 + np.round(65534 * np.log(table / low) / span), 0)
     return {
         "layers": history.layers,
         "names": [short_name(layer) for layer in history.layers],
         "steps": _json_list(binned(history.ratio_steps, pieces, np.max)),
-        "low": low,
-        "high": high,
-        "data": base64.b64encode(levels.astype("<u2").tobytes()).decode("ascii"),
+        "measures": [{"title": "trust ratio", **scale}],
     }
 
 
@@ -207,20 +200,7 @@ def _shown(value: Any) -> str:
 
 
 def _json_list(values: NDArray[np.float64]) -> list[float | None]:
-    return [_json_number(value) for value in values.tolist()]
-
-
-def _json_number(value: float) -> float | None:
-    """Return a number as strict JSON has it: no NaN, and no more digits than a picture shows."""
-    if not math.isfinite(value):
-        return None
-    return int(value) if value == int(value) and abs(value) < 2**53 else float(f"{value:.{_DIGITS}g}")
-
-
-def _script_json(values: dict[str, Any]) -> str:
-    """Return JSON that may stand in a <script>: nothing in it ends the element."""
-    text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
+    return [json_number(value) for value in values.tolist()]
 
 
 @ends_with_message("report")

@@ -168,8 +168,9 @@ def test_the_heat_map_has_the_ratios_to_a_thousandth(tmp_path):
     folder = write_run(tmp_path / "run", steps=30, layers=4)
     data, history = data_of(page(folder))["ratios"], load_history(folder)
     assert data["layers"] == history.layers == [f"bert.encoder.layer.{i}.output.dense.weight" for i in range(4)]
-    levels = np.frombuffer(base64.b64decode(data["data"]), dtype="<u2").reshape(4, 30)
-    shown = data["low"] * np.exp((levels - 1.0) / 65534 * math.log(data["high"] / data["low"]))
+    [measure] = data["measures"]
+    levels = np.frombuffer(base64.b64decode(measure["data"]), dtype="<u2").reshape(4, 30)
+    shown = measure["low"] * np.exp((levels - 1.0) / 65534 * math.log(measure["high"] / measure["low"]))
     np.testing.assert_allclose(shown, history.ratios.T, rtol=1e-3)
     assert data["names"][0] == short_name(data["layers"][0]) == "layer 0 feed-forward out"
 

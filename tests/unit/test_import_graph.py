@@ -27,7 +27,7 @@ FLOORS = {
         *("", "fine_tuning", "studies", "training", "comparison", "planning", "model", "data", "configuration"),
         *("runs", "rules", "common"),
     ),
-    "integrations": ("", "audits", "norms", "checkpoints", "deepspeed", "fsdp2", "megatron", "guards"),
+    "integrations": ("", "audits", "norms", "pages", "checkpoints", "deepspeed", "fsdp2", "megatron", "guards"),
     "optimizers": ("", "stepping", "options", "kernels", "formulas", "gradient_statistics", "sharding"),
 }
 """The folders of each package, its front ("") first. Each may import those after it and none before."""
