@@ -1,0 +1,92 @@
+"""Where measured steps go: a file, TensorBoard, Weights & Biases, or whoever takes numbers by name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from .file import NormsFile
+from .records import MeasuredNorms
+from .scalars import Scalars
+
+__all__ = ["Log", "Writer", "is_first_rank", "make_writer"]
+
+Log = Callable[[dict[str, float], int], Any]
+"""Takes numbers by name, and the step: ``accelerator.log``, a Lightning logger's ``log_metrics``, a function."""
+
+Writer = Callable[[MeasuredNorms, int], Any]
+"""Takes what was measured, and the step."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def make_writer(
+    scalars: Scalars,
+    steps_done: int,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    tensorboard: Any = None,
+    wandb: Any = None,
+    log: Log | None = None,
+) -> Writer:
+    """Return what writes to all of the targets that are given. See `LayerNorms.write_to`.
+
+    A target that fails while training goes on is left out from then on, with a warning.
+    """
+    writers: dict[str, Writer] = {}
+    if file is not None:
+        writers[f"the file {os.fspath(file)!r}"] = NormsFile(file, steps_done).write
+    logs = {
+        "TensorBoard": None if tensorboard is None else _tensorboard(tensorboard, steps_done),
+        "Weights & Biases": None if wandb is None else _wandb(wandb),
+        f"log={log!r}": log,
+    }
+    for name, one in logs.items():
+        if one is not None:
+            writers[name] = _by_name(scalars, one)
+
+    def write(measured: MeasuredNorms, step: int) -> None:
+        for name, writer in list(writers.items()):
+            try:
+                writer(measured, step)
+            except Exception as error:
+                del writers[name]
+                warnings.warn(f"layer norms no longer go to {name}: {type(error).__name__}: {error}", stacklevel=2)
+
+    return write
+
+
+def _by_name(scalars: Scalars, log: Log) -> Writer:
+    return lambda measured, step: log(scalars.of(measured), step)
+
+
+def _tensorboard(writer: Any, steps_done: int) -> Log:
+    if isinstance(writer, (str, os.PathLike)):
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(os.fspath(writer), purge_step=steps_done + 1)
+    if not hasattr(writer, "add_scalar"):
+        raise TypeError(f"tensorboard takes a folder or a SummaryWriter, and was given {type(writer).__name__}")
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def _wandb(run: Any) -> Log:
+    if not (hasattr(run, "log") and hasattr(run, "define_metric")):
+        raise TypeError(f"wandb takes a run, which wandb.init() returns, and was given {type(run).__name__}")
+    # wandb's own count of steps goes up with every call of log, also with the program's own: ours is a number beside.
+    run.define_metric("layer_norms/step")
+    run.define_metric("layer_norms/*", step_metric="layer_norms/step")
+    return lambda values, step: run.log({**values, "layer_norms/step": step})
