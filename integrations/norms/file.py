@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .records import MeasuredNorms
 
-__all__ = ["NormsFile", "read_lines"]
+__all__ = ["NormsFile", "read_lines", "replace_text"]
+
+_LONGEST = 2**28
+"""Bytes of a line: 200,000 layers take less. A file without any line ends is not read into memory whole."""
+
+_MOST_STEPS = 2**53
 
 
 class NormsFile:
@@ -38,7 +43,7 @@ class NormsFile:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if steps_done and self._path.exists():
-            _cut(self._path, steps_done)
+            replace_text(self._path, _continued(self._path, steps_done))
         elif self._path.exists() and self._path.stat().st_size:
             self._path.replace(self._path.with_name(f"{self._path.name}.old"))
         self._file = self._path.open("a", encoding="utf-8")
@@ -50,8 +55,7 @@ class NormsFile:
             measured: What was measured.
             step: Its number in the training, which may have begun before the measuring.
         """
-        record = {**measured.record(), "step": step}
-        self._file.write(json.dumps(_strict(record), allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.write(_line({**measured.record(), "step": step}))
         self._file.flush()
 
     def close(self) -> None:
@@ -59,30 +63,43 @@ class NormsFile:
         self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file as they are read; a last line that was cut off is left out.
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield number and record of each line; None for one that is no record, e.g. the last if it was cut off.
 
     Raises:
-        ValueError: If a line is no record of a measured step; names it.
         OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            record = _record(line)
-            if record is not None:
-                yield record
-            elif line.endswith(b"\n") and line.strip():
-                raise ValueError(f"{str(path)!r} is no file of layer norms: line {number} is {_shown(line)}")
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), 1):
+            if line.strip():
+                yield number, _record(line)
 
 
-def _cut(path: Path, steps_done: int) -> None:
-    """Leave the steps up to `steps_done` in a file; it is the old one or the new one at any time."""
-    shortened = path.with_name(f"{path.name}.new")
-    with shortened.open("w", encoding="utf-8") as file:
-        for record in read_lines(path):
-            if record["step"] <= steps_done:
-                file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
-    shortened.replace(path)
+def replace_text(path: Path, texts: Iterable[str]) -> None:
+    """Write a UTF-8 file that is either the old one or the new one at any time."""
+    unfinished = path.with_name(f"{path.name}.new")
+    with unfinished.open("w", encoding="utf-8", errors="replace") as file:
+        file.writelines(texts)
+    unfinished.replace(path)
+
+
+def _continued(path: Path, steps_done: int) -> Iterator[str]:
+    """Yield the lines of a file up to a step."""
+    unread = None
+    for number, record in read_lines(path):
+        if unread is not None:
+            raise ValueError(
+                f"{str(path)!r} cannot be continued: its line {unread} is no measured step. Give another file, or "
+                "remove that line if the rest is wanted"
+            )
+        if record is None:
+            unread = number
+        elif record["step"] <= steps_done:
+            yield _line(record)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_strict(record), allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -95,14 +112,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_record(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("layers"), dict) or type(value.get("step")) is not int:
+    if not isinstance(value, dict) or not isinstance(value.get("layers"), dict):
         return False
-    return all(isinstance(norms, dict) for norms in (value.get("model") or {}, *value["layers"].values()))
-
-
-def _shown(line: bytes) -> str:
-    text = line.decode("utf-8", "replace").strip()
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+    step, norms = value.get("step"), (value.get("model") or {}, *value["layers"].values())
+    return type(step) is int and 0 <= step < _MOST_STEPS and all(isinstance(one, dict) for one in norms)
 
 
 def _strict(value: Any) -> Any:

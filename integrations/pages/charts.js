@@ -45,7 +45,8 @@ function logTicks(low, high) {
 
 // Charts -------------------------------------------------------------------------------------------------------
 const redraws = [];
-/* options: title, unit, xName, format, tick, log, canLog, zero, height, lines: [{name, x, y, low, high, colour, dash, dots, hidden}] */
+/* options: title, unit, xName, format, tick, log, canLog, zero, height,
+   lines: [{name, x, y, low, high, colour, dash, dots, bare (dots alone), hidden}] */
 function chart(parent, options) {
   const card = make("div", { class: "card chart" }, parent);
   const head = make("h3", {}, card, options.title);
@@ -113,7 +114,7 @@ function chart(parent, options) {
       }
       let d = "", open = false, marks = 0;
       line.x.forEach((x, i) => { if (usable(line.y[i])) { d += (open ? "L" : "M") + sx(x).toFixed(1) + " " + sy(line.y[i]).toFixed(1); open = true; marks++; } else if (!line.sparse) open = false; });
-      make("path", { class: "curve", d, fill: "none", stroke: line.colour, "stroke-width": line.width || 1.7, "stroke-linejoin": "round", ...(line.dash ? { "stroke-dasharray": "6 4" } : {}) }, svg);
+      if (!line.bare) make("path", { class: "curve", d, fill: "none", stroke: line.colour, "stroke-width": line.width || 1.7, "stroke-linejoin": "round", ...(line.dash ? { "stroke-dasharray": "6 4" } : {}) }, svg);
       if (line.dots || marks === 1) line.x.forEach((x, i) => { if (usable(line.y[i])) make("circle", { cx: sx(x), cy: sy(line.y[i]), r: marks > 60 ? 1.8 : 3, fill: line.colour }, svg); });
     }
     const cross = make("line", { class: "cross", y1: top, y2: height - bottom, visibility: "hidden" }, svg);
