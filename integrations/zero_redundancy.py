@@ -18,6 +18,7 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from trustratio.optimizers.sharding.backends import Backend, register_backend
+from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import Layout
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.observed import held_by_wrappers
@@ -27,6 +28,7 @@ from trustratio.optimizers.sharding.unsharded import whole_parameters
 __all__ = ["ZeroRedundancyBackend"]
 
 BACKEND = "ZeroRedundancyOptimizer"
+INTERNALS = Internals(BACKEND, "torch", "2.9 to 2.14")
 ONLY_SOME = f"under {BACKEND} a rank steps some layers only"
 INSTEAD = "DDP alone, FSDP2 (fully_shard) or DeepSpeed ZeRO"
 CLIPPING = "max_norm of torch.nn.utils.clip_grad_norm_, called on all parameters before step(),"
@@ -42,13 +44,15 @@ class ZeroRedundancyBackend(Backend):
             LayoutError: If the optimizer needs more than the layers that this rank steps.
         """
         inner = held_by_wrappers(optimizer)
-        if not any(vars(wrapper).get("optim") is inner for wrapper in living(ZeroRedundancyOptimizer)):
+        wrapper = next((one for one in living(ZeroRedundancyOptimizer) if vars(one).get("optim") is inner), None)
+        if wrapper is None:
             return None
         refuse_statistics(optimizer, ONLY_SOME, INSTEAD)
         refuse_rows(optimizer, f"which are counted on all ranks, but {ONLY_SOME}", f"use {INSTEAD}")
         norm = partial(refuse_model_norm, f"{ONLY_SOME}. Use {INSTEAD}")
+        others = INTERNALS.read(wrapper, "process_group")
         return whole_parameters(
-            optimizer, tensors, backend=BACKEND, clips_with=CLIPPING, gradient_norm=norm, steps_other_layers=True
+            optimizer, tensors, backend=BACKEND, clips_with=CLIPPING, gradient_norm=norm, others=others
         )
 
 

@@ -154,11 +154,12 @@ class DeepSpeedBackend(Backend):
         return _layout(kind, wrapper, optimizer, described)
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
-        """Return all flat tensors with their groups where `param_groups` lack them between steps (ZeRO-3)."""
+        """Return all flat tensors with their groups: `param_groups` lack them between steps (ZeRO-3), or in them (1, 2)."""
         wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
-        if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        if not isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
             return None
-        if wrapper.swap_optimizer or wrapper.params_in_nvme_and_cpu:
+        on_disk = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
+        if on_disk and (wrapper.swap_optimizer or wrapper.params_in_nvme_and_cpu):
             raise LayoutError(
                 "the optimizer's state lies on NVMe, where only DeepSpeed finds it: use engine.save_checkpoint and "
                 "engine.load_checkpoint, or set offload_optimizer.device and offload_param.device to cpu"
@@ -274,7 +275,14 @@ def _layout(
     return builder.layout(
         clips_with=CLIPPING if sharded or part_of_model else None,
         gradient_norm=_gradient_norm(kind, wrapper, part_of_model),
+        clipped=partial(_has_clipped, weakref.ref(wrapper)),
     )
+
+
+def _has_clipped(wrapper: weakref.ref[Any]) -> bool | torch.Tensor:
+    """Whether the wrapper's own clipping makes this step's gradient smaller; it clips nothing without a norm."""
+    norm, limit = _unclipped_norm(wrapper()), largest_norm(wrapper())
+    return limit > 0 and norm is not None and norm + 1e-6 > limit
 
 
 def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) -> Callable[[], torch.Tensor] | None:
@@ -296,14 +304,22 @@ def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) 
 
 def _norm_at_step(kind: str, wrapper: Any) -> torch.Tensor:
     """The norm as it reaches `step()`: what ZeRO reports, which is before clipping, clipped by ZeRO's formula."""
-    norm = global_norm(wrapper)
+    norm = _unclipped_norm(wrapper)
     if norm is None:
         refuse_model_norm(f"{kind} does not compute it: set zero_optimization.compute_grad_norm to true")
-    if not isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3) and loss_scale_just_grew(wrapper):
-        # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
-        norm = norm / wrapper.loss_scaler.scale_factor
     clip = largest_norm(wrapper)
     return norm / ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else norm
+
+
+def _unclipped_norm(wrapper: Any) -> torch.Tensor | None:
+    """What the wrapper reports, by the scale of the gradient that it clips; None if it was told not to compute it."""
+    norm = global_norm(wrapper)
+    if norm is not None and isinstance(wrapper, DeepSpeedZeroOptimizer) and loss_scale_just_grew(wrapper):
+        # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
+        return norm / wrapper.loss_scaler.scale_factor
+    if norm is not None and isinstance(wrapper, FP16_UnfusedOptimizer):
+        return norm / wrapper.loss_scale
+    return norm
 
 
 _backend = DeepSpeedBackend()

@@ -38,6 +38,7 @@ __all__ = [
     "register_backend",
     "stepped_tensors",
     "tensor_parallel_groups",
+    "whole_step",
 ]
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Backend:
         return ()
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
-        """Return all tensors of a whole step with their groups where `param_groups` lack them between steps."""
+        """Return all tensors of a whole step with their groups where `param_groups` lack some, between or in steps."""
         return None
 
     def publish_weights(self, optimizer: Any) -> None:
@@ -248,11 +249,16 @@ def find_sources(optimizer: Any, module: torch.nn.Module) -> list[tuple[torch.Te
 
 def stepped_tensors(optimizer: Any) -> list[tuple[int, torch.Tensor]]:
     """All (group index, local tensor) pairs of a whole step, from the wrapper if it hides them between steps."""
-    answer = _first(backend.stepped_tensors(optimizer) for backend in _known.load())
+    answer = whole_step(optimizer)
     if answer is not None:
         return answer
     tensors = [(index, tensor) for index, group in enumerate(optimizer.param_groups) for tensor in group["params"]]
     return [(index, tensor) for index, tensor in tensors if tensor.requires_grad or may_be_trained(tensor)]
+
+
+def whole_step(optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
+    """The same where a wrapper knows them that may step them in several calls; None where one call has them all."""
+    return _first(backend.stepped_tensors(optimizer) for backend in _known.load())
 
 
 def publish_weights(optimizer: Any) -> None:

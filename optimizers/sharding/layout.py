@@ -119,7 +119,8 @@ class Layout:
         placed: Whether the shards' offsets and spans are positions in the whole layer, so that the proof checks them.
         replicas: Process groups whose ranks hold the same of some layers, each with the layers' indices; as far as the
             wrapper that made the layout says so.
-        steps_other_layers: Whether other data-parallel ranks step other layers than this one.
+        others: Set where every layer is whole on one of several ranks, which step other layers each: those ranks.
+        clipped: Set where the wrapper says at a step, without waiting for the device, whether it has clipped gradients.
     """
 
     backend: str
@@ -132,7 +133,8 @@ class Layout:
     gradient_norm: Callable[[], torch.Tensor] | None = None
     placed: bool = False
     replicas: tuple[tuple[dist.ProcessGroup, tuple[int, ...]], ...] = ()
-    steps_other_layers: bool = False
+    others: dist.ProcessGroup | None = None
+    clipped: Callable[[], bool | torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:

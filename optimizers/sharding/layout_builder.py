@@ -98,7 +98,7 @@ class LayoutBuilder:
         """Make the layout.
 
         Args:
-            options: Its attributes `clips_with`, `gradient_norm` and `steps_other_layers`.
+            options: Its attributes `clips_with`, `gradient_norm`, `others` and `clipped`.
         """
         return Layout(
             backend=self._backend,

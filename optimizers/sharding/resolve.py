@@ -9,6 +9,7 @@ import torch
 
 from .backends import explain
 from .layout import Layout, LayoutError
+from .observed import ObservedOptimizer
 from .segments import in_segments
 from .unsharded import whole_parameters
 
@@ -28,7 +29,8 @@ def resolve_layout(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) 
     """
     layout = explain(optimizer, tensors) or whole_parameters(optimizer, tensors)
     _refuse_several_devices(layout)
-    layout = in_segments(layout, optimizer.param_groups)
+    if not isinstance(optimizer, ObservedOptimizer):  # of which parameters are the layers
+        layout = in_segments(layout, optimizer.param_groups)
     layout.prove()
     return layout
 

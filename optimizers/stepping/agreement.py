@@ -114,7 +114,7 @@ def _sharing(optimizer: Any, layout: Layout) -> Iterator[tuple[dist.ProcessGroup
         names_there.update({index: layout.layers[index].name for index in layers})
     yield from by_ranks.values()
     covered = {index for _, names_there in by_ranks.values() for index in names_there}
-    if layout.steps_other_layers or (layout.layers and len(covered) == len(layout.layers)):
+    if layout.others is not None or (layout.layers and len(covered) == len(layout.layers)):
         return
     data_parallel = _data_parallel(optimizer)
     names = _names(optimizer, layout) if data_parallel else {}

@@ -1,0 +1,126 @@
+"""Exact norms of every layer, before and after any optimizer's step, and clipping by them, under every sharding.
+
+    norms = LayerNorms(optimizer, model)      # torch's, DeepSpeed's, accelerate's, ours; before or after wrapping
+    ...
+    optimizer.step()
+    norms.latest()["encoder.layer.0.attention.self.query.weight"].ratio
+
+A wrapper that shards a model leaves each rank with parts of layers, whose norms say nothing. Here the parts' sums are
+added up: every number is that of the whole layer, and the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .norms.chain import innermost_optimizers
+from .norms.clipping import clip
+from .norms.kept_layout import KeptLayout
+from .norms.measured_step import fetch
+from .norms.names import observed
+from .norms.observation import Observation
+from .norms.records import LayerNorm, MeasuredNorms
+
+__all__ = ["LayerNorm", "LayerNorms", "MeasuredNorms", "clip_grad_norm_"]
+
+
+class LayerNorms:
+    """Measures, in every n-th step, the norms of all layers' weights, gradients and updates.
+
+    Of each layer ‖w‖ before the step, ‖g‖ as the optimizer sees it, ‖Δw‖ of what the step has really changed, and
+    ‖Δw‖/‖w‖; RMS, largest element and share of zeros of the three. A layer is one parameter of the model.
+
+    Any torch.optim.Optimizer, alone or in DDP, DeepSpeed ZeRO 0 to 3 and its 16-bit optimizers, FSDP1
+    (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
+    A measured step takes one all-reduce of (6 + 3 · ranks) numbers per layer in fp64 (one per process group, where
+    layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
+    squares are in fp64. Nothing waits for the device until `latest()`. Under pipeline parallelism each stage has
+    its own layers.
+
+    Args:
+        optimizer: The optimizer, or whatever wraps it: accelerate's, DeepSpeed's (the engine too), Lightning's,
+            Megatron's. It may be wrapped later.
+        model: The model, wrapped or not, whose names the layers get. By default names come from the optimizer's
+            named parameters, from the modules that live in the process, or are "group.index".
+        every: Steps 1·every, 2·every, ... are measured.
+
+    Raises:
+        TypeError: If `optimizer` is none of torch's, and wraps none.
+        ValueError: If `every` is no positive integer; at the first measured step, if a parameter is complex.
+        LayoutError: At the first measured step, if nobody can say where the layers are.
+    """
+
+    def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int = 1):
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+        _check_model(model)
+        self.every = every
+        self._callbacks: list[Callable[[LayerNorms], Any]] = []
+        self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
+        find = partial(observed, model=model)
+        self._observations = [
+            Observation(KeptLayout(inner, find), every, self._was_measured)
+            for inner in innermost_optimizers(optimizer, "LayerNorms")
+        ]
+
+    def latest(self) -> MeasuredNorms:
+        """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
+        reduced = [one.reduced for one in self._observations if one.reduced is not None]
+        if self._fetched[0] != reduced:
+            self._fetched = reduced, fetch(reduced)
+        return self._fetched[1]
+
+    def on_measure(self, callback: Callable[[LayerNorms], Any]) -> None:
+        """Have ``callback(norms)`` called, on every rank, after each measured step, before the device has finished."""
+        self._callbacks.append(callback)
+
+    def remove(self) -> None:
+        """Measure no more; `latest()` keeps what it has."""
+        for observation in self._observations:
+            observation.remove()
+
+    def _was_measured(self) -> None:
+        steps = {one.reduced.number if one.reduced else 0 for one in self._observations if one.steps}
+        if len(steps) == 1:  # of a chain, all optimizers have been stepped
+            for callback in self._callbacks:
+                callback(self)
+
+
+def clip_grad_norm_(
+    optimizer: Any, max_norm: float, per_layer: bool | str = False, model: torch.nn.Module | None = None
+) -> torch.Tensor:
+    """Clip gradients like torch.nn.utils.clip_grad_norm_, by norms of whole layers under every sharding.
+
+    With the coefficient min(1, max_norm / (norm + 1e-6)); between backward and step, after unscaling. Call it on all
+    ranks, it takes one all-reduce where layers are sharded. Where a wrapper holds gradients back until its step
+    (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when the next step begins.
+
+    Args:
+        optimizer: As in `LayerNorms`.
+        max_norm: The largest norm (L2), at least 0. For ``per_layer="rows"`` as a multiple of the rows' weights' norm.
+        per_layer: False clips by the whole model's norm, True each layer by its own, and "rows" each row of a layer
+            (index of its first dimension; a bias or norm as a whole) such that ‖g_row‖ ≤ max_norm · max(‖w_row‖, 1e-3):
+            adaptive gradient clipping, Brock et al. 2021, arXiv:2102.06171.
+        model: As in `LayerNorms`.
+
+    Returns:
+        The norm before clipping, fp64: of the whole model, 0-d; for ``per_layer=True`` of each layer, shape (layers,),
+        in the order of the parameter groups. Where the wrapper holds gradients back, it is NaN until the step.
+
+    Raises:
+        TypeError: If `optimizer` is none of torch's, and wraps none.
+        ValueError: If `max_norm` is negative or no number, or `per_layer` another value.
+        LayoutError: If the norms cannot be exact here; the message says what to set instead.
+    """
+    _check_model(model)
+    inner = innermost_optimizers(optimizer, "clip_grad_norm_")
+    return clip(inner, max_norm, per_layer, partial(observed, model=model))
+
+
+def _check_model(model: Any) -> None:
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")

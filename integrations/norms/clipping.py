@@ -1,0 +1,5 @@
+"""Stub."""
+
+
+def clip(*args):
+    raise NotImplementedError

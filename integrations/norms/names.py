@@ -1,0 +1,84 @@
+"""Which tensors are the model's own parameters, and what their layers are called in the unwrapped model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.sharding.living import living
+from trustratio.optimizers.sharding.observed import ObservedOptimizer
+
+__all__ = ["observed", "unwrapped_names"]
+
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+LEADING = "module."
+
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+def observed(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> ObservedOptimizer:
+    """An optimizer in the words in which backends are asked, with the model's own parameters as they are now.
+
+    Args:
+        optimizer: The innermost one.
+        model: Wrapped or not; None to look for the modules of this process.
+    """
+    if model is not None:
+        return ObservedOptimizer(optimizer, unwrapped_names(model.named_parameters()))
+    in_modules = _of_living_modules(optimizer)
+    parameters = {**in_modules, **{id(p): (None, p) for p in _known_to_be_own(optimizer) if id(p) not in in_modules}}
+    given = _given_names(optimizer)
+    return ObservedOptimizer(optimizer, ((given(p) or name, p) for name, p in parameters.values()))  # type: ignore[misc]
+
+
+def unwrapped_names(named_parameters: Named) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters by the names that they had before DDP, FSDP1, checkpointing, compiling or an engine."""
+    named = [(WRAPPERS.sub("", name), parameter) for name, parameter in named_parameters]
+    while named and all(name.startswith(LEADING) for name, _ in named):
+        named = [(name.removeprefix(LEADING), parameter) for name, parameter in named]
+    yield from named
+
+
+def _of_living_modules(optimizer: torch.optim.Optimizer) -> dict[int, tuple[str | None, torch.Tensor]]:
+    """All parameters of all modules, by id; the names are those in the outermost module that has them.
+
+    Of several such modules, that one counts which has the most of the optimizer's parameters.
+    """
+    modules = [module for module in living(torch.nn.Module) if "_modules" in vars(module)]
+    inside = {id(child) for module in modules for child in module.children()}
+    stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    of_roots = [list(unwrapped_names(m.named_parameters())) for m in modules if id(m) not in inside]
+    of_roots.sort(key=lambda named: sum(id(p) in stepped for _, p in named))
+    return {id(parameter): (name, parameter) for named in of_roots for name, parameter in named}
+
+
+def _known_to_be_own(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Parameters that are the model's though no module has them."""
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            # Without other processes there is no wrapper that puts tensors in the parameters' place.
+            alone = not (dist.is_available() and dist.is_initialized())
+            if alone or (isinstance(optimizer, LayerwiseOptimizer) and optimizer.was_given(tensor)):
+                yield tensor
+
+
+def _given_names(optimizer: torch.optim.Optimizer) -> Any:
+    """A function from a parameter to the name that the optimizer was given with it, if any."""
+    if isinstance(optimizer, LayerwiseOptimizer):
+        return optimizer.parameter_name
+    named = {
+        id(tensor): name
+        for group in optimizer.param_groups
+        if len(group.get("param_names") or ()) == len(group["params"])
+        for tensor, name in unwrapped_names(_pairs(group))
+    }
+    return lambda parameter: named.get(id(parameter))
+
+
+def _pairs(group: dict[str, Any]) -> Any:
+    return zip(group["param_names"], group["params"], strict=True)
