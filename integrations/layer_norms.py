@@ -4,6 +4,7 @@
     ...
     optimizer.step()
     norms.latest()["encoder.layer.0.attention.self.query.weight"].ratio
+    norms.write_to(file="norms.jsonl")          # python -m trustratio.integrations.layer_norms report norms.jsonl
 
 A wrapper that shards a model leaves each rank with parts of layers, whose norms say nothing. Here the parts' sums are
 added up: every number is that of the whole layer, and the same on every rank.
@@ -11,7 +12,9 @@ added up: every number is that of the whole layer, and the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,11 +22,14 @@ import torch
 
 from .norms.chain import innermost_optimizers
 from .norms.clipping import clip
+from .norms.command import main
 from .norms.kept_layout import KeptLayout
 from .norms.measured_step import fetch
 from .norms.names import observed
 from .norms.observation import Observation
 from .norms.records import LayerNorm, MeasuredNorms
+from .norms.scalars import SHOWN, Scalars
+from .norms.targets import Log, check_targets, is_first_rank, make_writer
 
 __all__ = ["LayerNorm", "LayerNorms", "MeasuredNorms", "clip_grad_norm_"]
 
@@ -46,24 +52,25 @@ class LayerNorms:
             Megatron's. It may be wrapped later.
         model: The model, wrapped or not, whose names the layers get. By default names come from the optimizer's
             named parameters, from the modules that live in the process, or are "group.index".
-        every: Steps 1·every, 2·every, ... are measured.
+        every: Steps 1·every, 2·every, ... are measured; or a function that is asked when a step begins, by the step's
+            number from 1, whether it is, and answers alike on all ranks.
 
     Raises:
         TypeError: If `optimizer` is none of torch's, and wraps none.
-        ValueError: If `every` is no positive integer; at the first measured step, if a parameter is complex.
+        ValueError: If `every` is neither a positive integer nor a function; at the first measured step, if a parameter
+            is complex.
         LayoutError: At the first measured step, if nobody can say where the layers are.
     """
 
-    def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int = 1):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer of at least 1, got {every!r}")
+    def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int | Callable[[int], bool] = 1):
+        wanted = _wanted(every)
         _check_model(model)
         self.every = every
         self._callbacks: list[Callable[[LayerNorms], Any]] = []
         self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
         find = partial(observed, model=model)
         self._observations = [
-            Observation(KeptLayout(inner, find), every, self._was_measured)
+            Observation(KeptLayout(inner, find), wanted, self._was_measured)
             for inner in innermost_optimizers(optimizer, "LayerNorms")
         ]
 
@@ -77,6 +84,49 @@ class LayerNorms:
     def on_measure(self, callback: Callable[[LayerNorms], Any]) -> None:
         """Have ``callback(norms)`` called, on every rank, after each measured step, before the device has finished."""
         self._callbacks.append(callback)
+
+    def write_to(
+        self,
+        file: str | os.PathLike[str] | None = None,
+        tensorboard: Any = None,
+        wandb: Any = None,
+        log: Log | None = None,
+        *,
+        layers: str | Iterable[str] = "*",
+        numbers: Iterable[str] = SHOWN,
+        steps_done: int = 0,
+    ) -> None:
+        """Write each measured step, from now on, to one or several places.
+
+        The first rank writes, and waits for the device to do so; on others this does nothing. A file gets all numbers
+        of all layers. The others get the whole model's numbers, as `layer_norms/model/NUMBER`, and those that are
+        chosen here as `layer_norms/NUMBER/LAYER`. A place that fails while training goes on gets no more, with a
+        warning.
+
+        Args:
+            file: One JSON object per line and measured step: `MeasuredNorms.record()`, where numbers that are not
+                finite are "NaN", "Infinity" and "-Infinity". If training goes on (`steps_done`), so does the file,
+                without the steps after those; else one that is there is kept as ``FILE.old``.
+            tensorboard: A folder, or a SummaryWriter.
+            wandb: The run of Weights & Biases, which ``wandb.init()`` has returned.
+            log: Called with a dict of numbers and the step: ``accelerator.log``, the ``log_metrics`` of Lightning's
+                loggers.
+            layers: Which layers: names or patterns such as ``"encoder.*.weight"``, one or several; ``()`` for none.
+            numbers: Which numbers of each, names as in `LayerNorm`.
+            steps_done: Steps that training had taken when the measuring began, e.g. those of a checkpoint; they are
+                added to the step's number.
+
+        Raises:
+            ValueError: If no place is given, `numbers` has an unknown name, `steps_done` is negative, or the file that
+                should be continued holds anything but measured steps.
+            TypeError: If `tensorboard`, `wandb`, `log` or `layers` is of another kind.
+            OSError: If the file cannot be written; on the first rank.
+        """
+        scalars = Scalars(layers, numbers)
+        check_targets(tensorboard, wandb, log, steps_done)
+        if is_first_rank():
+            write = make_writer(scalars, steps_done, file=file, tensorboard=tensorboard, wandb=wandb, log=log)
+            self.on_measure(lambda norms: write(norms.latest(), steps_done + norms.latest().step))
 
     def remove(self) -> None:
         """Measure no more; `latest()` keeps what it has."""
@@ -121,6 +171,18 @@ def clip_grad_norm_(
     return clip(inner, max_norm, per_layer, partial(observed, model=model))
 
 
+def _wanted(every: int | Callable[[int], bool]) -> Callable[[int], bool]:
+    if callable(every):
+        return every
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, or a function of the step's number, got {every!r}")
+    return lambda step: step % every == 0
+
+
 def _check_model(model: Any) -> None:
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

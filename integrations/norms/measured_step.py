@@ -8,7 +8,6 @@ from math import inf, sqrt
 
 import torch
 
-from trustratio.optimizers.sharding.layout import Layout
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.stepping.gradients import read_gradients
 

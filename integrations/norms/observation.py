@@ -1,4 +1,4 @@
-"""Watches the steps of one optimizer, in one call or several each, and has every n-th measured."""
+"""Watches the steps of one optimizer, in one call or several each, and has those measured that are wanted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Observation:
 
     Args:
         kept: The optimizer and the layout of its steps.
-        every: Every how many steps one is measured.
+        wanted: Whether a step is measured, by its number; asked when it begins, and answers alike on all ranks.
         on_reduced: Called after a measured step has been reduced.
 
     Attributes:
@@ -34,11 +34,12 @@ class Observation:
         reduced: The last measured step, None before the first.
     """
 
-    def __init__(self, kept: KeptLayout, every: int, on_reduced: Callable[[], None]):
+    def __init__(self, kept: KeptLayout, wanted: Callable[[int], bool], on_reduced: Callable[[], None]):
         self.steps = 0
         self.reduced: Reduced | None = None
         self._kept = kept
-        self._every = every
+        self._wanted = wanted
+        self._measuring = False
         self._on_reduced = on_reduced
         self._stepped: set[int] = set()  # ids of the tensors of the step under way
         self._sums: ShardSums | None = None
@@ -63,7 +64,7 @@ class Observation:
         if not tensors or not self._stepped or not self._stepped.isdisjoint(tensors):
             self._begin()
         self._stepped |= tensors
-        if self.steps % self._every:
+        if not self._measuring:
             return
         clipped = clip_now(optimizer)  # before the gradient is measured, which it may change
         self._resolve()
@@ -103,6 +104,7 @@ class Observation:
             )
         self._step = None
         self.steps += 1
+        self._measuring = self._wanted(self.steps)
         self._stepped = set()
 
     def _resolve(self) -> None:

@@ -13,7 +13,7 @@ from .file import NormsFile
 from .records import MeasuredNorms
 from .scalars import Scalars
 
-__all__ = ["Log", "Writer", "is_first_rank", "make_writer"]
+__all__ = ["Log", "Writer", "check_targets", "is_first_rank", "make_writer"]
 
 Log = Callable[[dict[str, float], int], Any]
 """Takes numbers by name, and the step: ``accelerator.log``, a Lightning logger's ``log_metrics``, a function."""
@@ -25,6 +25,20 @@ Writer = Callable[[MeasuredNorms, int], Any]
 def is_first_rank() -> bool:
     """Whether this process is the one that writes."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def check_targets(tensorboard: Any, wandb: Any, log: Any, steps_done: int) -> None:
+    """Raise TypeError or ValueError, on all ranks alike, for what `make_writer` cannot write to; None is nothing."""
+    if tensorboard is not None and not (
+        isinstance(tensorboard, (str, os.PathLike)) or hasattr(tensorboard, "add_scalar")
+    ):
+        raise TypeError(f"tensorboard takes a folder or a SummaryWriter, and was given {type(tensorboard).__name__}")
+    if wandb is not None and not (hasattr(wandb, "log") and hasattr(wandb, "define_metric")):
+        raise TypeError(f"wandb takes a run, which wandb.init() returns, and was given {type(wandb).__name__}")
+    if log is not None and not callable(log):
+        raise TypeError(f"log takes a function of a dict of numbers and the step, and was given {type(log).__name__}")
+    if isinstance(steps_done, bool) or not isinstance(steps_done, int) or steps_done < 0:
+        raise ValueError(f"steps_done must be an integer of at least 0, got {steps_done!r}")
 
 
 def make_writer(
@@ -39,6 +53,9 @@ def make_writer(
     """Return what writes to all of the targets that are given. See `LayerNorms.write_to`.
 
     A target that fails while training goes on is left out from then on, with a warning.
+
+    Raises:
+        ValueError: If none is given.
     """
     writers: dict[str, Writer] = {}
     if file is not None:
@@ -51,6 +68,9 @@ def make_writer(
     for name, one in logs.items():
         if one is not None:
             writers[name] = _by_name(scalars, one)
+
+    if not writers:
+        raise ValueError("layer norms were given nowhere to go: give file=, tensorboard=, wandb= or log=")
 
     def write(measured: MeasuredNorms, step: int) -> None:
         for name, writer in list(writers.items()):
@@ -72,8 +92,6 @@ def _tensorboard(writer: Any, steps_done: int) -> Log:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(os.fspath(writer), purge_step=steps_done + 1)
-    if not hasattr(writer, "add_scalar"):
-        raise TypeError(f"tensorboard takes a folder or a SummaryWriter, and was given {type(writer).__name__}")
 
     def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -84,8 +102,6 @@ def _tensorboard(writer: Any, steps_done: int) -> Log:
 
 
 def _wandb(run: Any) -> Log:
-    if not (hasattr(run, "log") and hasattr(run, "define_metric")):
-        raise TypeError(f"wandb takes a run, which wandb.init() returns, and was given {type(run).__name__}")
     # wandb's own count of steps goes up with every call of log, also with the program's own: ours is a number beside.
     run.define_metric("layer_norms/step")
     run.define_metric("layer_norms/*", step_metric="layer_norms/step")
