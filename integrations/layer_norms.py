@@ -29,7 +29,7 @@ from .norms.names import observed
 from .norms.observation import Observation
 from .norms.records import LayerNorm, MeasuredNorms
 from .norms.scalars import SHOWN, Scalars
-from .norms.targets import Log, check_targets, is_first_rank, make_writer
+from .norms.targets import Log, check_every, check_targets, is_first_rank, make_writer
 
 __all__ = ["LayerNorm", "LayerNorms", "MeasuredNorms", "clip_grad_norm_"]
 
@@ -174,8 +174,7 @@ def clip_grad_norm_(
 def _wanted(every: int | Callable[[int], bool]) -> Callable[[int], bool]:
     if callable(every):
         return every
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, or a function of the step's number, got {every!r}")
+    check_every(every)
     return lambda step: step % every == 0
 
 

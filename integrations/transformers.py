@@ -7,12 +7,13 @@
     )
     trainer.add_callback(TrustRatioCallback(trainer))
 
-Read from transformers 5.23.0.
+`LayerNormsCallback` is for any optimizer. Read from transformers 5.23.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import transformers
 import transformers.trainer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from trustratio.optimizers import CowClip, LayerwiseOptimizer, create_optimizer
 from trustratio.optimizers.noise_scale import RunningNoise, adascale, gradient_noise, sum_of_layers
@@ -37,9 +39,13 @@ from .guards.trainer import (
     refuse_unread_arguments,
     warn_of_lost_clipping,
 )
+from .layer_norms import LayerNorms
 from .named_layers import named_layers
+from .norms.scalars import SHOWN, Scalars
+from .norms.targets import Writer, begin_file, check_every
 
 __all__ = [
+    "LayerNormsCallback",
     "OptimizerFactory",
     "TrainerBackend",
     "TrustRatioCallback",
@@ -250,6 +256,115 @@ def _check_groups(args: TrainingArguments) -> None:
             f"(gradient_accumulation_steps={args.gradient_accumulation_steps} x {args.world_size} rank): halve "
             "per_device_train_batch_size and double gradient_accumulation_steps, or leave out noise=True"
         )
+
+
+class LayerNormsCallback(TrainerCallback):
+    """Logs exact norms of weights, gradients and updates to wherever the Trainer reports, and writes them to a file.
+
+    For every Trainer, whatever its optimizer and sharding: see `LayerNorms`. The steps that are logged are measured,
+    and every n-th if asked for; others cost nothing. (Under ``logging_strategy="epoch"`` all are measured, since nobody
+    knows which is the last.) Keys: `layer_norms/model/NUMBER` of the whole model, and of layers that are chosen
+    `layer_norms/NUMBER/LAYER`.
+
+    Args:
+        trainer: The one it is added to; by default the one that calls it. Goes into ``Trainer(callbacks=[...])`` too.
+        every: Measure every how many steps, besides those that are logged; they go to the file.
+        file: All numbers of all layers in each measured step, as in `LayerNorms.write_to`, written by the first rank.
+            When training goes on from a checkpoint, so does the file.
+        layers: Layers whose numbers are logged: names or patterns such as ``"*"`` or ``"*.attention.*"``, one or
+            several. None by default: they are many, and the Trainer prints what it logs.
+        numbers: Which numbers of each of these layers, names as in `LayerNorm`.
+
+    Raises:
+        TypeError: If `trainer` is none, or a pattern no text.
+        ValueError: If `every` is no positive integer, or a number has an unknown name; on all ranks when training
+            begins, if the file cannot be written, or should be continued and holds anything but measured steps.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer | None = None,
+        *,
+        every: int | None = None,
+        file: str | os.PathLike[str] | None = None,
+        layers: str | Iterable[str] = (),
+        numbers: Iterable[str] = SHOWN,
+    ):
+        if not (trainer is None or isinstance(trainer, Trainer)):
+            raise TypeError(f"LayerNormsCallback takes a Trainer or nothing, and was given {type(trainer).__name__}")
+        if every is not None:
+            check_every(every)
+        self.trainer = trainer
+        self.every = every
+        self.file = file
+        self._scalars = Scalars(layers, numbers)
+        self._norms: LayerNorms | None = None
+        self._write: Writer | None = None
+        self._wanted = self._measured = False
+        self._written = self._logged = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the optimizer, and open the file."""
+        self.on_train_end(args, state, control)  # of a training that was broken off
+        self.trainer = self.trainer or calling_trainer()
+        self._norms = LayerNorms(kwargs["optimizer"], kwargs["model"], every=lambda step: self._wanted)
+        self._norms.on_measure(self._was_measured)
+        self._written = self._logged = state.global_step
+        if self.file is not None:
+            self._write = begin_file(self.file, state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say whether the step that begins is measured: DeepSpeed takes it before any other event comes."""
+        step = state.global_step + 1
+        self._measured = False
+        self._wanted = self._is_regular(step) or _is_logged(args, state, step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what was measured, and log it if the Trainer is about to log."""
+        step = state.global_step
+        if not self._measured or not (control.should_log or self._is_regular(step)):
+            return
+        assert self._norms is not None
+        assert self.trainer is not None
+        if self._write is not None and step > self._written:
+            self._written = step
+            self._write(self._norms.latest(), step)
+        if control.should_log and step > self._logged:
+            self._logged = step
+            self.trainer.log(self._scalars.of(self._norms.latest()))
+            control.should_log = True  # which log() has reset, and the Trainer has yet to log its loss
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the epoch's last step under ``logging_strategy="epoch"``."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure no more."""
+        if self._norms is not None:
+            self._norms.remove()
+        self._norms = self._write = None
+        self._measured = False
+
+    def _was_measured(self, norms: LayerNorms) -> None:
+        self._measured = True
+
+    def _is_regular(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
+
+
+def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
+    """Whether the Trainer will log a step, or may, which has not begun."""
+    if args.logging_strategy == IntervalStrategy.EPOCH or (args.logging_first_step and step == 1):
+        return True
+    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
 
 
 class DroppedOptimizerGuard(TrainerCallback):

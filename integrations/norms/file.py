@@ -24,7 +24,7 @@ _MOST_STEPS = 2**53
 
 
 class NormsFile:
-    """Takes measured steps, and has each on the disk when `write` returns.
+    """Takes measured steps, and appends each to the file when it comes.
 
     A file that is there is continued where `steps_done` says that steps were taken before: lines of later steps, which
     will be taken again, and a line that was cut off are removed. With 0 it begins anew, and the file that was there is
@@ -46,7 +46,7 @@ class NormsFile:
             replace_text(self._path, _continued(self._path, steps_done))
         elif self._path.exists() and self._path.stat().st_size:
             self._path.replace(self._path.with_name(f"{self._path.name}.old"))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._append("")
 
     def write(self, measured: MeasuredNorms, step: int) -> None:
         """Append the record of a step.
@@ -55,12 +55,11 @@ class NormsFile:
             measured: What was measured.
             step: Its number in the training, which may have begun before the measuring.
         """
-        self._file.write(_line({**measured.record(), "step": step}))
-        self._file.flush()
+        self._append(_line({**measured.record(), "step": step}))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _append(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(text)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:

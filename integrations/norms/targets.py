@@ -9,11 +9,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..checkpoints.ranks import raise_together
 from .file import NormsFile
 from .records import MeasuredNorms
 from .scalars import Scalars
 
-__all__ = ["Log", "Writer", "check_targets", "is_first_rank", "make_writer"]
+__all__ = ["Log", "Writer", "begin_file", "check_every", "check_targets", "is_first_rank", "make_writer"]
 
 Log = Callable[[dict[str, float], int], Any]
 """Takes numbers by name, and the step: ``accelerator.log``, a Lightning logger's ``log_metrics``, a function."""
@@ -25,6 +26,12 @@ Writer = Callable[[MeasuredNorms, int], Any]
 def is_first_rank() -> bool:
     """Whether this process is the one that writes."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def check_every(every: Any) -> None:
+    """Raise ValueError if it does not say every how many steps."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}")
 
 
 def check_targets(tensorboard: Any, wandb: Any, log: Any, steps_done: int) -> None:
@@ -59,18 +66,40 @@ def make_writer(
     """
     writers: dict[str, Writer] = {}
     if file is not None:
-        writers[f"the file {os.fspath(file)!r}"] = NormsFile(file, steps_done).write
+        writers[_name(file)] = NormsFile(file, steps_done).write
     logs = {
         "TensorBoard": None if tensorboard is None else _tensorboard(tensorboard, steps_done),
         "Weights & Biases": None if wandb is None else _wandb(wandb),
         f"log={log!r}": log,
     }
-    for name, one in logs.items():
-        if one is not None:
-            writers[name] = _by_name(scalars, one)
-
+    writers |= {name: _by_name(scalars, one) for name, one in logs.items() if one is not None}
     if not writers:
         raise ValueError("layer norms were given nowhere to go: give file=, tensorboard=, wandb= or log=")
+    return _lasting(writers)
+
+
+def begin_file(file: str | os.PathLike[str], steps_done: int) -> Writer | None:
+    """Return what writes to a file, on the first rank; all ranks call this, and fail together.
+
+    Raises:
+        ValueError: If the file cannot be written, or not be continued.
+    """
+    writer, problems = None, []
+    if is_first_rank():
+        try:
+            writer = _lasting({_name(file): NormsFile(file, steps_done).write})
+        except (OSError, ValueError) as error:
+            problems.append(f"layer norms cannot go to {_name(file)}: {error}")
+    raise_together(problems, ValueError)
+    return writer
+
+
+def _name(file: str | os.PathLike[str]) -> str:
+    return f"the file {os.fspath(file)!r}"
+
+
+def _lasting(writers: dict[str, Writer]) -> Writer:
+    """Return what writes to all of them, and leaves out those that have failed."""
 
     def write(measured: MeasuredNorms, step: int) -> None:
         for name, writer in list(writers.items()):

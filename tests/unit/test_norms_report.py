@@ -42,7 +42,6 @@ def write(path: Path, steps: int = 12, layers: int = 4, **more: list[LayerNorm])
         found = {f"layer.{i}.weight": numbers(0.01 * (1 + i) * math.exp(step / steps)) for i in range(layers)}
         found |= {name.replace("_", "."): of_steps[step - 1] for name, of_steps in more.items()}
         file.write(MeasuredNorms(found, step=step, model=numbers(0.03 / step), clipped=step % 4 == 0), step)
-    file.close()
     return path
 
 
