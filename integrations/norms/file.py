@@ -6,6 +6,7 @@ and JavaScript's `Number` both read.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -41,6 +42,8 @@ class NormsFile:
 
     def __init__(self, path: str | os.PathLike[str], steps_done: int = 0):
         self._path = Path(path)
+        if self._path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder: give the name of a file", str(self._path))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if steps_done and self._path.exists():
             replace_text(self._path, _continued(self._path, steps_done))

@@ -89,7 +89,7 @@ def begin_file(file: str | os.PathLike[str], steps_done: int) -> Writer | None:
         try:
             writer = _lasting({_name(file): NormsFile(file, steps_done).write})
         except (OSError, ValueError) as error:
-            problems.append(f"layer norms cannot go to {_name(file)}: {error}")
+            problems.append(f"layer norms cannot go to {_name(file)}: {getattr(error, 'strerror', None) or error}")
     raise_together(problems, ValueError)
     return writer
 

@@ -252,3 +252,5 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Training().norms.write_to(file=tmp_path / "file" / "norms.jsonl")
+    with pytest.raises(IsADirectoryError, match="it is a folder: give the name of a file"):
+        Training().norms.write_to(file=tmp_path)
