@@ -116,6 +116,6 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(error, match=said):
             LayerNormsCallback(**wrong)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="layer norms cannot go to the file .*: it is a folder: give the name of a file"
+        ValueError, match=r"layer norms cannot go to the file .*: it is a folder: give the name of a file"
     ):
         trained(tmp_path, callback=lambda trainer: LayerNormsCallback(file=tmp_path))
