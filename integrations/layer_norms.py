@@ -36,7 +36,7 @@ class LayerNorms:
 
     Any torch.optim.Optimizer, alone or in DDP, DeepSpeed ZeRO 0 to 3 and its 16-bit optimizers, FSDP1
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
-    A measured step takes one all-reduce of (6 + 3 · ranks) numbers per layer in fp64 (one per process group, where
+    A measured step takes one all-reduce of (7 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
     squares are in fp64. Nothing waits for the device until `latest()`. Under pipeline parallelism each stage has
     its own layers.
@@ -118,7 +118,7 @@ def clip_grad_norm_(
     """
     _check_model(model)
     inner = innermost_optimizers(optimizer, "clip_grad_norm_")
-    return clip(inner, max_norm, per_layer, partial(observed, model=model))
+    return clip(inner, max_norm, per_layer, model)
 
 
 def _check_model(model: Any) -> None:
