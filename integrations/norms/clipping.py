@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trustratio.optimizers.formulas.chunks import Flattened, squares
 from trustratio.optimizers.formulas.rows import Rows
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
-from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part
+from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
 from trustratio.optimizers.stepping.gradients import read_gradients
 
 from .kept_layout import KeptLayout
@@ -227,8 +227,8 @@ class Measured:
         views, factors = [], []
         for index in self._present.intersection(shards_in):
             gradient, shards = self._source(index), shards_in[index]
-            if len({shard.layer for shard in shards}) == 1 and gradient.dim() != 1:
-                # As it lies, which may be cut in another way than the weights.
+            if placements_of(self.layout.tensors[index]) is not None or not gradient.is_contiguous():
+                # One layer, as its gradient lies, which may be cut in another way than the weights.
                 views.append(gradient)
                 factors.append(of_layers[shards[0].layer])
                 continue
