@@ -74,11 +74,6 @@ def _given_names(optimizer: torch.optim.Optimizer) -> Any:
     named = {
         id(tensor): name
         for group in optimizer.param_groups
-        if len(group.get("param_names") or ()) == len(group["params"])
-        for tensor, name in unwrapped_names(_pairs(group))
+        for name, tensor in unwrapped_names(zip(group.get("param_names") or (), group["params"], strict=False))
     }
     return lambda parameter: named.get(id(parameter))
-
-
-def _pairs(group: dict[str, Any]) -> Any:
-    return zip(group["param_names"], group["params"], strict=True)

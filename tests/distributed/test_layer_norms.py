@@ -11,7 +11,7 @@ from .exactness import MODEL, two_groups
 from .megatron_distributed_runs import CUT_MODEL
 from .norms_runs import Wrapped, assert_measured, expected_norms, measure
 from .pool import WorkerPool
-from .test_exactness import BF16, OFFLOAD, OWN_OPTIMIZER
+from .test_exactness import OFFLOAD, OWN_OPTIMIZER
 
 TORCH = ({"lr": 0.05, "weight_decay": 0.1}, {"lr": 0.05, "weight_decay": 0.0})
 OPTIMIZERS = ("torch.AdamW", "torch.SGD", "lamb")
