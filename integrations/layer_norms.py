@@ -24,6 +24,7 @@ from .norms.measured_step import fetch
 from .norms.names import observed
 from .norms.observation import Observation
 from .norms.records import LayerNorm, MeasuredNorms
+from .norms.replacement import ReplacementWatch
 
 __all__ = ["LayerNorm", "LayerNorms", "MeasuredNorms", "clip_grad_norm_"]
 
@@ -61,11 +62,10 @@ class LayerNorms:
         self.every = every
         self._callbacks: list[Callable[[LayerNorms], Any]] = []
         self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
-        find = partial(observed, model=model)
-        self._observations = [
-            Observation(KeptLayout(inner, find), every, self._was_measured)
-            for inner in innermost_optimizers(optimizer, "LayerNorms")
-        ]
+        observe = partial(observed, model=model)
+        inner = innermost_optimizers(optimizer, "LayerNorms")
+        self._observations = [Observation(KeptLayout(one, observe), every, self._was_measured) for one in inner]
+        self._replacement = ReplacementWatch(inner, observe)
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
@@ -80,6 +80,7 @@ class LayerNorms:
 
     def remove(self) -> None:
         """Measure no more; `latest()` keeps what it has."""
+        self._replacement.remove()
         for observation in self._observations:
             observation.remove()
 
