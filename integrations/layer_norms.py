@@ -28,6 +28,7 @@ from .norms.measured_step import fetch
 from .norms.names import observed
 from .norms.observation import Observation
 from .norms.records import LayerNorm, MeasuredNorms
+from .norms.replacement import ReplacementWatch
 from .norms.scalars import SHOWN, Scalars
 from .norms.targets import Log, check_every, check_targets, is_first_rank, make_writer
 
@@ -42,7 +43,7 @@ class LayerNorms:
 
     Any torch.optim.Optimizer, alone or in DDP, DeepSpeed ZeRO 0 to 3 and its 16-bit optimizers, FSDP1
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
-    A measured step takes one all-reduce of (6 + 3 · ranks) numbers per layer in fp64 (one per process group, where
+    A measured step takes one all-reduce of (7 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
     squares are in fp64. Nothing waits for the device until `latest()`. Under pipeline parallelism each stage has
     its own layers.
@@ -68,11 +69,10 @@ class LayerNorms:
         self.every = every
         self._callbacks: list[Callable[[LayerNorms], Any]] = []
         self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
-        find = partial(observed, model=model)
-        self._observations = [
-            Observation(KeptLayout(inner, find), wanted, self._was_measured)
-            for inner in innermost_optimizers(optimizer, "LayerNorms")
-        ]
+        observe = partial(observed, model=model)
+        inner = innermost_optimizers(optimizer, "LayerNorms")
+        self._observations = [Observation(KeptLayout(one, observe), wanted, self._was_measured) for one in inner]
+        self._replacement = ReplacementWatch(inner, observe)
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
@@ -130,6 +130,7 @@ class LayerNorms:
 
     def remove(self) -> None:
         """Measure no more; `latest()` keeps what it has."""
+        self._replacement.remove()
         for observation in self._observations:
             observation.remove()
 
@@ -168,7 +169,7 @@ def clip_grad_norm_(
     """
     _check_model(model)
     inner = innermost_optimizers(optimizer, "clip_grad_norm_")
-    return clip(inner, max_norm, per_layer, partial(observed, model=model))
+    return clip(inner, max_norm, per_layer, model)
 
 
 def _wanted(every: int | Callable[[int], bool]) -> Callable[[int], bool]:

@@ -42,6 +42,7 @@ from ..guards.first_step import FirstStepCheck
 from .checkpoints import refuse_lossy_checkpoints
 from .gradients import describe_gradient_flow
 from .internals import (
+    INTERNALS,
     BF16_Optimizer,
     DeepSpeedOptimizer,
     DeepSpeedZeroOptimizer,
@@ -154,7 +155,7 @@ class DeepSpeedBackend(Backend):
         return _layout(kind, wrapper, optimizer, described)
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
-        """Return all flat tensors with their groups: `param_groups` lack them between steps (ZeRO-3), or in them (1, 2)."""
+        """Return all flat tensors with their groups: `param_groups` lack them between steps (ZeRO-3) or in them."""
         wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
         if not isinstance(wrapper, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
             return None
@@ -318,7 +319,7 @@ def _unclipped_norm(wrapper: Any) -> torch.Tensor | None:
         # ZeRO-1/2 reports the norm by the loss scale of the backward pass, but divides the gradient by the new one.
         return norm / wrapper.loss_scaler.scale_factor
     if norm is not None and isinstance(wrapper, FP16_UnfusedOptimizer):
-        return norm / wrapper.loss_scale
+        return norm / INTERNALS.read(wrapper, "loss_scale")
     return norm
 
 

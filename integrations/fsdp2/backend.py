@@ -29,6 +29,7 @@ from trustratio.optimizers.sharding.gradient_flow import GradientFlow
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.local_tensors import is_plain, local_part
+from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
@@ -94,7 +95,8 @@ class DTensorBackend(Backend):
 def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[int, str]:
     """Each parameter's name by id; where it was put in place of another, that one's."""
     names = dict(name_layers(optimizer, tensors))
-    for group in optimizer.param_groups:
+    # Of another optimizer than ours the names are known, those of DTensors too.
+    for group in () if isinstance(optimizer, ObservedOptimizer) else optimizer.param_groups:
         names_before = group.get("param_names") or ()
         if len(names_before) == len(group["params"]):
             names.update({id(p): name for p, name in zip(group["params"], names_before, strict=True)})

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["innermost_optimizers"]
+__all__ = ["innermost_of", "innermost_optimizers"]
 
 NAMES = ("chained_optimizers", "optimizer", "optim")
 """By which wrappers call what they step: Megatron's chain; accelerate, DeepSpeed, Lightning and Megatron; torch."""
@@ -23,7 +23,7 @@ def innermost_optimizers(optimizer: Any, user: str) -> list[torch.optim.Optimize
     Raises:
         TypeError: If it is none of torch's optimizers and wraps none.
     """
-    found = list(_innermost(optimizer, set()))
+    found = innermost_of(optimizer)
     wrong = next((one for one in found if not isinstance(one, torch.optim.Optimizer)), None)
     if wrong is not None or not found:
         name = type(optimizer if wrong is None else wrong).__name__
@@ -33,6 +33,11 @@ def innermost_optimizers(optimizer: Any, user: str) -> list[torch.optim.Optimize
             f"{name}{inside}"
         )
     return found
+
+
+def innermost_of(optimizer: Any) -> list[Any]:
+    """The same, whatever they are."""
+    return list(_innermost(optimizer, set()))
 
 
 def _innermost(optimizer: Any, seen: set[int]) -> Iterator[Any]:

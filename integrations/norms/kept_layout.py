@@ -43,7 +43,7 @@ class KeptLayout:
         self._observed: ObservedOptimizer | None = None
         self._looked_at: set[int] = set()
         self._cuts: dict[int, Any] = {}
-        self._in_parts = False
+        self.in_parts = False
 
     def has_own_parameters(self) -> bool:
         """Whether the optimizer is stepped with the model's own parameters, so that their gradients can be seen."""
@@ -52,7 +52,7 @@ class KeptLayout:
     def is_current(self) -> bool:
         """Whether the layout is of the tensors that `step()` is, or would be, called with now."""
         _, tensors = self._taking_part()
-        complete = self._in_parts or len(tensors) == len(self._cuts)
+        complete = self.in_parts or len(tensors) == len(self._cuts)
         return (
             self.layout is not None
             and complete
@@ -78,7 +78,7 @@ class KeptLayout:
         """
         groups, tensors = self._taking_part()
         whole = _whole_step(self._look())
-        self._in_parts = whole is not None
+        self.in_parts = whole is not None
         pairs = list(zip(groups, tensors, strict=True)) if whole is None else whole
         self._refuse_complex([tensor for _, tensor in pairs])
         self.layout = with_layers_of_others(resolve_layout(self._look(), pairs))

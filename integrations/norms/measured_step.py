@@ -81,13 +81,21 @@ class MeasuredStep:
             limit: To which norm the optimizer itself clips the whole model's gradient, if it does.
         """
         sums = self._numbers[:, :LARGEST].flatten(0, 1)  # squares and counts, of weight, gradient and update
-        packed = torch.cat([sums, slots.spread(self._numbers[:, LARGEST])])
+        packed = torch.cat([sums, self._clipped_here(), slots.spread(self._numbers[:, LARGEST])])
         reduced = self.layout.reduce(packed)
-        added_up, largest = reduced.split([len(sums), len(packed) - len(sums)])
+        added_up, clipped, largest = reduced.split([len(sums), 1, len(packed) - len(sums) - 1])
         numbers = torch.cat([added_up.view(3, LARGEST, -1), slots.gather(largest).unsqueeze(1)], dim=1)
         layers = [(layer.name, layer.numel) for layer in self.layout.layers]
+        said = [clipped.any()] if self.clipped else []
         by_optimizer = [] if limit is None else [numbers[GRADIENT, SQUARES].sum().sqrt() > limit]
-        return Reduced(self.number, layers, numbers, [*self.clipped, *by_optimizer])
+        return Reduced(self.number, layers, numbers, [*said, *by_optimizer])
+
+    def _clipped_here(self) -> torch.Tensor:
+        """Whether any clip has made gradients smaller, those of rows on this rank perhaps: shape (1, layers)."""
+        flags = self._numbers.new_zeros(1, self._numbers.shape[-1])
+        for clipped in self.clipped:
+            flags += clipped.to(flags.device) if isinstance(clipped, torch.Tensor) else clipped
+        return flags
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,10 +29,12 @@ def observed(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) ->
     """
     if model is not None:
         return ObservedOptimizer(optimizer, unwrapped_names(model.named_parameters()))
-    in_modules = _of_living_modules(optimizer)
-    parameters = {**in_modules, **{id(p): (None, p) for p in _known_to_be_own(optimizer) if id(p) not in in_modules}}
-    given = _given_names(optimizer)
-    return ObservedOptimizer(optimizer, ((given(p) or name, p) for name, p in parameters.values()))  # type: ignore[misc]
+    found = _of_living_modules(optimizer)
+    parameters = {**{id(p): p for p in _known_to_be_own(optimizer)}, **{key: p for key, (_, p) in found.items()}}
+    in_modules = {key: name for key, (name, _) in found.items()}
+    given = {id(p): name for name, p in unwrapped_names(_given_names(optimizer, parameters.values()))}
+    names = {**dict.fromkeys(parameters), **in_modules, **given}
+    return ObservedOptimizer(optimizer, ((names[key], p) for key, p in parameters.items()))
 
 
 def unwrapped_names(named_parameters: Named) -> Iterator[tuple[str, torch.Tensor]]:
@@ -44,7 +45,7 @@ def unwrapped_names(named_parameters: Named) -> Iterator[tuple[str, torch.Tensor
     yield from named
 
 
-def _of_living_modules(optimizer: torch.optim.Optimizer) -> dict[int, tuple[str | None, torch.Tensor]]:
+def _of_living_modules(optimizer: torch.optim.Optimizer) -> dict[int, tuple[str, torch.Tensor]]:
     """All parameters of all modules, by id; the names are those in the outermost module that has them.
 
     Of several such modules, that one counts which has the most of the optimizer's parameters.
@@ -67,18 +68,12 @@ def _known_to_be_own(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]
                 yield tensor
 
 
-def _given_names(optimizer: torch.optim.Optimizer) -> Any:
-    """A function from a parameter to the name that the optimizer was given with it, if any."""
+def _given_names(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters that the optimizer was given with a name."""
     if isinstance(optimizer, LayerwiseOptimizer):
-        return optimizer.parameter_name
-    named = {
-        id(tensor): name
-        for group in optimizer.param_groups
-        if len(group.get("param_names") or ()) == len(group["params"])
-        for tensor, name in unwrapped_names(_pairs(group))
-    }
-    return lambda parameter: named.get(id(parameter))
-
-
-def _pairs(group: dict[str, Any]) -> Any:
-    return zip(group["param_names"], group["params"], strict=True)
+        yield from ((name, p) for p in parameters if (name := optimizer.parameter_name(p)))
+        return
+    for group in optimizer.param_groups:
+        yield from zip(group.get("param_names") or (), group["params"], strict=False)

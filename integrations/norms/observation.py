@@ -11,9 +11,9 @@ import torch
 from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.layout import LayoutError
 
+from .clipping import clip_now
 from .kept_layout import KeptLayout
 from .measured_step import MeasuredStep, Reduced
-from .pending_clips import clip_now
 from .shard_sums import ShardSums, Slots
 
 __all__ = ["Observation"]
@@ -66,14 +66,14 @@ class Observation:
         self._stepped |= tensors
         if not self._measuring:
             return
-        clipped = clip_now(optimizer)  # before the gradient is measured, which it may change
+        clipped = clip_now(optimizer)  # first, as it changes the gradients
         self._resolve()
         assert self._sums is not None
-        if self._sums.layout.clipped is not None:
-            clipped.append(self._sums.layout.clipped())
         if self._step is None:
             self._step = MeasuredStep(self.steps, self._sums)
-        self._step.clipped += clipped
+        by_wrapper = self._sums.layout.clipped
+        said = [clipped, None if by_wrapper is None else by_wrapper()]
+        self._step.clipped += [one for one in said if one is not None]
         self._call = frozenset(self._kept.of_call())
         self._step.before(self._call)
         if _closure(args, kwargs) is None:
@@ -100,7 +100,7 @@ class Observation:
             warnings.warn(
                 f"step {self._step.number} of {type(self._kept.optimizer).__name__} was not measured: a wrapper has "
                 "stepped a part of its tensors only, and begun the next step",
-                stepacklevel=4,
+                stacklevel=4,
             )
         self._step = None
         self.steps += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -62,12 +63,12 @@ class Rows:
 
         Args:
             layout: Where the shards are.
-            layers: Indices of two-dimensional layers, the same on all ranks.
+            layers: Indices of layers, the same on all ranks.
         """
         self.runs: dict[int, RowRun] = {}
         self.count = 0
         for layer in layers:
-            width = layout.layers[layer].shape[1]
+            width = row_width(layout.layers[layer].shape)
             held = [shard for shard in layout.shards if shard.layer == layer]
             first = min((shard.offset // width for shard in held), default=0)
             end = max((-(-(shard.offset + shard.length) // width) for shard in held), default=0)
@@ -111,11 +112,16 @@ class Rows:
         totals[self._positions] = reduced[self._slots]
 
 
+def row_width(shape: Sequence[int]) -> int:
+    """Elements per row: of one index of the first dimension; a layer of fewer than two dimensions is one row."""
+    return prod(shape[1:]) if len(shape) > 1 else prod(shape)
+
+
 def _cut_rows(layout: Layout, layers: Sequence[int]) -> set[tuple[int, int]]:
     """(layer, row) pairs that a shard boundary of any rank cuts: each rank knows those in which its shards begin."""
     cut: set[tuple[int, int]] = set()
     for process_group, sharded in layout.reductions:
-        wanted = {layer: layout.layers[layer].shape[1] for layer in set(layers).intersection(sharded)}
+        wanted = {layer: row_width(layout.layers[layer].shape) for layer in set(layers).intersection(sharded)}
         if not wanted:
             continue
         shards = [shard for shard in layout.shards if shard.layer in wanted and shard.offset % wanted[shard.layer]]

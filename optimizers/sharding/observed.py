@@ -24,8 +24,8 @@ class ObservedOptimizer:
 
     Args:
         optimizer: The one that is stepped with the local tensors, the innermost of its wrappers.
-        named_parameters: The model's own parameters, wrapped or not, with their layers' names. No other tensor passes
-            for a whole layer.
+        named_parameters: The model's own parameters, wrapped or not, with their layers' names, None where one
+            has none. No other tensor passes for a whole layer.
     """
 
     statistics = None
@@ -33,7 +33,7 @@ class ObservedOptimizer:
     layer_state: tuple[str, ...] = ()
     element_state: tuple[str, ...] = ()
 
-    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]]):
+    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str | None, torch.Tensor]]):
         self.observed = optimizer
         self._names = WeakIdKeyDictionary({parameter: name for name, parameter in named_parameters})
 

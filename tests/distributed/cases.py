@@ -55,7 +55,7 @@ class Case:
     """One run: which model, which optimizer, how it is sharded, for how many steps.
 
     Attributes:
-        optimizer: Registered name, or "naive".
+        optimizer: Registered name, "naive", or one of torch's as "torch.AdamW".
         layers: The model.
         stage: "dense", "ddp", "by hand" (gradients averaged between backward and step) or a ZeRO stage 0 to 3.
         groups: Options of each parameter group, with at least the optimizer's lr.
@@ -241,6 +241,9 @@ def make_optimizer(case: Case, model: Model) -> torch.optim.Optimizer:
         return NaiveLAMB(
             [{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups], lr=case.groups[0]["lr"]
         )
+    if case.optimizer.startswith("torch."):
+        torch_class = getattr(torch.optim, case.optimizer.removeprefix("torch."))
+        return torch_class(groups, lr=case.groups[0]["lr"], **case.constructor)  # type: ignore[no-any-return]
     optimizer = create_optimizer(case.optimizer, groups, lr=case.groups[0]["lr"], **case.constructor)
     if case.regroup:
         first, second = optimizer.param_groups
@@ -261,7 +264,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     }
     if case.dtype == "bf16":
         config.setdefault("bf16", {"enabled": True})
-    if case.optimizer == "naive":
+    if case.optimizer == "naive" or case.optimizer.startswith("torch."):
         config["zero_allow_untested_optimizer"] = True
     return config
 

@@ -136,7 +136,7 @@ class Run:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.setup.clipping)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.ratios.append(self.optimizer.trust_ratios())
+            self.ratios.append(self.optimizer.trust_ratios() if hasattr(self.optimizer, "trust_ratios") else {})
 
     def save(self, folder: str) -> None:
         state = {"model": self.model.state_dict(), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}

@@ -117,11 +117,8 @@ class Run:
         self.part = Part(state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size())
         self.model = self._model(1.0 if perturbed else 0.0)
         self.ddp = data_parallel(self.model, **(ddp or {}))
-        if case.optimizer == "naive":
-            from .cases import NaiveLAMB
-
-            accept(NaiveLAMB)
         self.inner: Any = make_optimizer(case, self.model)
+        accept(type(self.inner))  # of others than ours as well
         self.wrapper = wrap(
             self.inner,
             self.ddp,

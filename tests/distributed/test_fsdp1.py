@@ -93,7 +93,7 @@ class Run:
                 (self.wrapped(given) / self.case.accumulation).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.ratios.append(self.optimizer.trust_ratios())
+            self.ratios.append(self.optimizer.trust_ratios() if hasattr(self.optimizer, "trust_ratios") else {})
 
     def result(self) -> dict[str, Any]:
         local = {layer.name: self.model.leaves[layer.name].weight for layer in self.case.layers}

@@ -1,0 +1,80 @@
+"""A warning where the optimizer that is to be measured is not the one that trains its parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from trustratio.optimizers.sharding.backends import explain
+from trustratio.optimizers.sharding.layout import LayoutError
+from trustratio.optimizers.sharding.observed import ObservedOptimizer
+from trustratio.optimizers.stepping.taking_part import taking_part
+
+from .chain import innermost_of
+
+__all__ = ["ReplacementWatch"]
+
+
+class ReplacementWatch:
+    """Looks at the first step of every other optimizer, until one of those that are measured steps.
+
+    Args:
+        optimizers: Those that are measured.
+        observe: Makes of an optimizer what backends are asked about.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        observe: Callable[[torch.optim.Optimizer], ObservedOptimizer],
+    ):
+        self._measured: WeakSet[torch.optim.Optimizer] = WeakSet(optimizers)
+        self._observe = observe
+        self._seen: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self._parameters = WeakIdKeyDictionary(
+            {tensor: None for one in optimizers for group in one.param_groups for tensor in group["params"]}
+        )
+        self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._look))
+
+    def remove(self) -> None:
+        """Look no more."""
+        self._handle.remove()
+
+    def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer in self._measured or not self._measured:
+            self.remove()
+        elif optimizer not in self._seen:
+            self._seen.add(optimizer)
+            is_wrapper = any(one in self._measured for one in innermost_of(optimizer))
+            if not is_wrapper and self._steps(optimizer):
+                self._warn(type(optimizer).__name__)
+
+    def _warn(self, stepped: str) -> None:
+        given = " and ".join(type(one).__name__ for one in self._measured)
+        warnings.warn(
+            f"LayerNorms was given {given}, but {stepped} steps its parameters, and nothing is measured: give "
+            "LayerNorms what the wrapper has returned (deepspeed.initialize, accelerator.prepare), or train with your "
+            'own optimizer: leave the "optimizer" section out of the DeepSpeed config, and set '
+            '"zero_force_ds_cpu_optimizer" to false in it',
+            stacklevel=5,
+        )
+
+    def _steps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether another optimizer steps any parameters of those that are measured, or what a wrapper made of them."""
+        observed = self._observe(optimizer)
+        groups, tensors = taking_part(optimizer.param_groups, observed.was_given)
+        if any(tensor in self._parameters for tensor in tensors):
+            return True
+        if all(map(observed.was_given, tensors)):
+            return False
+        try:
+            layout = explain(observed, list(zip(groups, tensors, strict=True)))
+        except LayoutError:
+            return False
+        return layout is not None and any(layer.parameter in self._parameters for layer in layout.layers)
