@@ -41,15 +41,19 @@ class ReplacementWatch:
             {tensor: None for one in optimizers for group in one.param_groups for tensor in group["params"]}
         )
         self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._look))
+        # After a step, since torch goes through the hooks of all optimizers before it.
+        self._settling = [one.register_step_post_hook(torch.compiler.disable(self._settle)) for one in optimizers]
 
     def remove(self) -> None:
         """Look no more."""
+        for handle in (self._handle, *self._settling):
+            handle.remove()
+
+    def _settle(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._handle.remove()
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer in self._measured or not self._measured:
-            self.remove()
-        elif optimizer not in self._seen:
+        if optimizer not in self._measured and optimizer not in self._seen:
             self._seen.add(optimizer)
             is_wrapper = any(one in self._measured for one in innermost_of(optimizer))
             if not is_wrapper and self._steps(optimizer):

@@ -254,3 +254,10 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         Training().norms.write_to(file=tmp_path / "file" / "norms.jsonl")
     with pytest.raises(IsADirectoryError, match="it is a folder: give the name of a file"):
         Training().norms.write_to(file=tmp_path)
+
+
+def test_several_norms_that_have_not_stepped_yet() -> None:
+    trainings = [Training() for _ in range(3)]
+    for training in trainings:
+        training.take(1)
+    assert [training.norms.latest().step for training in trainings] == [1, 1, 1]
