@@ -11,8 +11,12 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, DeepSpeedPlugin
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.models.bert.modeling_bert import BertLayer
 
 from trustratio.integrations.guards.replaced import innermost
 from trustratio.integrations.layer_norms import LayerNorms
@@ -38,15 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero-3": {"stage": 3},
     "zero-1, its optimizer": {"stage": 1, "config": SECTION},
     "zero-3, its optimizer": {"stage": 3, "config": SECTION},
-    "fsdp1": {
-        "stage": "fsdp",
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {"version": 1, "sync_module_states": False},
-    },
-    "fsdp2": {"stage": "fsdp", "fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}},
+    "fsdp1": {"stage": "fsdp1", "remove_unused_columns": False},  # the wrapper hides which the model knows
+    "fsdp2": {"stage": "fsdp2"},
 }
-
-WRAPPED = {"fsdp_transformer_layer_cls_to_wrap": ["BertLayer"]}
 
 
 class _Weights(TrainerCallback):
@@ -63,8 +61,6 @@ class _Weights(TrainerCallback):
 
 
 def _whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     summon = contextlib.nullcontext()
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         summon = FullyShardedDataParallel.summon_full_params(model, writeback=False)
@@ -77,6 +73,14 @@ def _whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def _sharded(model: torch.nn.Module, stage: str | int) -> torch.nn.Module:
+    if stage == "fsdp1":
+        policy = ModuleWrapPolicy({BertLayer})
+        cpu = torch.device("cpu")
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu, auto_wrap_policy=policy)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),))) if stage == "fsdp2" else model
+
+
 def _here(tensor: torch.Tensor) -> int:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
 
@@ -85,8 +89,6 @@ def show(setting: str, optimizer: str, folder: str, steps: int, resume: bool = F
     """Train with the Trainer; all weights at each step, what was logged, and the file's records."""
     options = dict(SETTINGS[setting])
     stage = options.pop("stage")
-    if "fsdp_config" in options:
-        options["fsdp_config"] = {**WRAPPED, **options["fsdp_config"]}
     options |= {**OPTIMIZERS[optimizer], "max_steps": steps, "learning_rate": 0.01, **changes}
     callback = options.pop("callback", {})
     with fresh_accelerate(False):
@@ -94,12 +96,14 @@ def show(setting: str, optimizer: str, folder: str, steps: int, resume: bool = F
         torch.manual_seed(0)
         weights = _Weights()
         trainer = Trainer(
-            model=BertForMaskedLM(config()),
+            model=_sharded(BertForMaskedLM(config()), stage),
             args=args,
             train_dataset=rows(),  # type: ignore[arg-type]
             optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", lr=0.01) if optimizer == "lamb" else None,
             callbacks=[LayerNormsCallback(file=f"{folder}/norms.jsonl", **callback), weights],
         )
+        if "fsdp" in str(stage):  # accelerate shards so on GPUs only; on a CPU it would put the model into DDP
+            trainer.accelerator.prepare_model = lambda model, **options: model
         with contextlib.redirect_stdout(None):
             trainer.train(resume_from_checkpoint=resume or None)
         elements = sum(_here(p) for group in innermost(trainer.optimizer).param_groups for p in group["params"])
