@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from trustratio.integrations.layer_norms import main
 from trustratio.optimizers import LAMB
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "docs" / "examples").glob("*.py"))
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+OF_WRAPPERS = sorted(FOLDER.glob("with_*.py"))
 COMMAND = re.compile(r"(?:DS_ACCELERATOR=cpu deepspeed|torchrun|accelerate launch) .*docs/examples/\w+\.py")
 PORT = {"deepspeed": "--master_port", "torchrun": "--master_port", "accelerate": "--main_process_port"}
 STEPS = 20
@@ -63,12 +66,16 @@ def printed_steps(text: str) -> tuple[list[float], list[dict[str, float]]]:
     return losses, ratios
 
 
+def model_and_samples() -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    return model, torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture(scope="module")
 def expected() -> list[dict[str, float]]:
     """The trust ratios of one process that has all samples."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
-    x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
+    model, x = model_and_samples()
     optimizer = LAMB(model.named_parameters(), lr=0.02, weight_decay=0.0)
     ratios = []
     for _ in range(STEPS):
@@ -81,7 +88,7 @@ def expected() -> list[dict[str, float]]:
 
 
 def test_every_wrapper_has_its_example() -> None:
-    assert [path.stem for path in EXAMPLES] == [f"with_{n}" for n in ("accelerate", "deepspeed", "fsdp2", "trainer")]
+    assert [path.stem for path in OF_WRAPPERS] == [f"with_{n}" for n in ("accelerate", "deepspeed", "fsdp2", "trainer")]
 
 
 @each_example
@@ -92,8 +99,8 @@ def test_an_example_is_short(example: Path) -> None:
 # One is quick; the others start other launchers, and DeepSpeed may compile its extension first.
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(path, marks=() if path.stem == "with_fsdp2" else pytest.mark.slow) for path in EXAMPLES],
-    ids=[path.stem for path in EXAMPLES],
+    [pytest.param(path, marks=() if path.stem == "with_fsdp2" else pytest.mark.slow) for path in OF_WRAPPERS],
+    ids=[path.stem for path in OF_WRAPPERS],
 )
 def test_two_ranks_print_the_ratios_of_one(example: Path, tmp_path: Path, expected: list[dict[str, float]]) -> None:
     losses, ratios = printed_steps(run(command(example), tmp_path))
@@ -101,3 +108,21 @@ def test_two_ranks_print_the_ratios_of_one(example: Path, tmp_path: Path, expect
     assert losses[-1] < 0.6 * losses[0]
     for printed, alone in zip(ratios, expected, strict=True):
         assert printed == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_print_the_norms_of_one_and_leave_a_file(tmp_path: Path) -> None:
+    losses, ratios = printed_steps(run(command(FOLDER / "layer_norms.py"), tmp_path))
+    assert len(losses) == len(ratios) == STEPS
+    assert losses[-1] < 0.6 * losses[0]
+    model, x = model_and_samples()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for printed in ratios:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.nn.functional.mse_loss(model(x), x.sin().sum(1, keepdim=True)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {name: ((p - before[name]).norm() / before[name].norm()).item() for name, p in model.named_parameters()}
+        assert printed == pytest.approx(moved, rel=1e-3)
+    assert main(["report", str(tmp_path / "layer_norms.jsonl")]) == 0
+    assert "20 measured steps up to step 20; 4 layers" in (tmp_path / "layer_norms.html").read_text()
