@@ -64,8 +64,9 @@ class LayerNorms:
         self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
         observe = partial(observed, model=model)
         inner = innermost_optimizers(optimizer, "LayerNorms")
-        self._observations = [Observation(KeptLayout(one, observe), every, self._was_measured) for one in inner]
         self._replacement = ReplacementWatch(inner, observe)
+        then = self._was_measured, self._replacement.remove
+        self._observations = [Observation(KeptLayout(one, observe), every, *then) for one in inner]
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""

@@ -28,18 +28,20 @@ class Observation:
         kept: The optimizer and the layout of its steps.
         every: Every how many steps one is measured.
         on_reduced: Called after a measured step has been reduced.
+        on_stepped: Called after every step.
 
     Attributes:
         steps: How many have begun.
         reduced: The last measured step, None before the first.
     """
 
-    def __init__(self, kept: KeptLayout, every: int, on_reduced: Callable[[], None]):
+    def __init__(self, kept: KeptLayout, every: int, on_reduced: Callable[[], None], on_stepped: Callable[[], None]):
         self.steps = 0
         self.reduced: Reduced | None = None
         self._kept = kept
         self._every = every
         self._on_reduced = on_reduced
+        self._on_stepped = on_stepped
         self._stepped: set[int] = set()  # ids of the tensors of the step under way
         self._sums: ShardSums | None = None
         self._slots: Slots | None = None
@@ -80,6 +82,7 @@ class Observation:
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._on_stepped()
         step, call = self._step, self._call
         if step is None or call is None:
             return

@@ -22,7 +22,7 @@ __all__ = ["ReplacementWatch"]
 
 
 class ReplacementWatch:
-    """Looks at the first step of every other optimizer, until one of those that are measured steps.
+    """Looks at the first step of every other optimizer, until it is removed: when one that is measured has stepped.
 
     Args:
         optimizers: Those that are measured.
@@ -47,9 +47,7 @@ class ReplacementWatch:
         self._handle.remove()
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer in self._measured or not self._measured:
-            self.remove()
-        elif optimizer not in self._seen:
+        if optimizer not in self._measured and optimizer not in self._seen:
             self._seen.add(optimizer)
             is_wrapper = any(one in self._measured for one in innermost_of(optimizer))
             if not is_wrapper and self._steps(optimizer):

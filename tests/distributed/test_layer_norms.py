@@ -121,7 +121,7 @@ SIXTEEN_BITS: dict[str, tuple[int, dict[str, Any]]] = {
     "BF16_Optimizer": (1, {"dtype": "bf16", "config": {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}}),
     "ZeRO-2 fp16": (2, {"dtype": "fp16", "config": {"fp16": {"enabled": True, "loss_scale": 128}}}),
     "ZeRO-3 bf16": (3, {"dtype": "bf16"}),
-    "ZeRO-0 fp16": (0, {"dtype": "fp16", "config": {"fp16": {"enabled": True, "initial_scale_power": 4}}}),
+    "ZeRO-0 fp16": (0, {"dtype": "fp16", "config": {"fp16": {"enabled": True, "loss_scale": 1}}}),
 }
 
 
@@ -169,7 +169,8 @@ def test_layers_without_gradient_frozen_tied_and_empty(pool: WorkerPool, stage: 
         LayerSpec("frozen", (4, 4), frozen=True),
         *([LayerSpec("empty", (0, 5))] if stage != 3 else []),  # which DeepSpeed cannot gather
     )
-    skipped = {0: ("dense",), 1: ("dense", "norm"), 2: ("scale",)}
+    # ZeRO-3 keeps the last gradient of a layer that has none in a later step.
+    skipped = {0: ("dense",), 1: ("dense", "norm") if stage != 3 else ("dense",)}
     case = make_case("lamb", stage, layers, skipped=skipped, accumulation=2)
     answers = measured(pool, case, Wrapped())
     for record, wanted in zip(answers[0]["records"], expected_norms(case), strict=True):
