@@ -86,7 +86,7 @@ class LayerNorms:
             observation.remove()
 
     def _was_measured(self) -> None:
-        steps = {one.reduced.number if one.reduced else 0 for one in self._observations if one.steps}
+        steps = {one.reduced.number if one.reduced else 0 for one in self._observations if one.has_tensors()}
         if len(steps) == 1:  # of a chain, all optimizers have been stepped
             for callback in self._callbacks:
                 callback(self)

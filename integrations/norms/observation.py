@@ -58,6 +58,10 @@ class Observation:
             handle.remove()
         self._step = self._sums = self._call = None
 
+    def has_tensors(self) -> bool:
+        """Whether it will be stepped: a chain may have optimizers of nothing, which are not."""
+        return any(group["params"] for group in self._kept.optimizer.param_groups)
+
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._call = None
