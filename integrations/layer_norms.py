@@ -71,8 +71,9 @@ class LayerNorms:
         self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
         observe = partial(observed, model=model)
         inner = innermost_optimizers(optimizer, "LayerNorms")
-        self._observations = [Observation(KeptLayout(one, observe), wanted, self._was_measured) for one in inner]
         self._replacement = ReplacementWatch(inner, observe)
+        then = self._was_measured, self._replacement.remove
+        self._observations = [Observation(KeptLayout(one, observe), wanted, *then) for one in inner]
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
@@ -135,7 +136,7 @@ class LayerNorms:
             observation.remove()
 
     def _was_measured(self) -> None:
-        steps = {one.reduced.number if one.reduced else 0 for one in self._observations if one.steps}
+        steps = {one.reduced.number if one.reduced else 0 for one in self._observations if one.has_tensors()}
         if len(steps) == 1:  # of a chain, all optimizers have been stepped
             for callback in self._callbacks:
                 callback(self)

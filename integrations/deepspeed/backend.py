@@ -32,7 +32,7 @@ from trustratio.optimizers.sharding.gradient_flow import GradientFlow, Slice
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, listing
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
-from trustratio.optimizers.sharding.observed import held_by_wrappers
+from trustratio.optimizers.sharding.observed import ObservedOptimizer, held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
@@ -150,8 +150,9 @@ class DeepSpeedBackend(Backend):
         # Of the whole model, so that no group is stepped before another is refused.
         parameters = [layer.parameter for flat in held.values() for layer in flat.layers]
         refuse_model_parallelism(kind, optimizer, getattr(wrapper, "mpu", None), parameters)
-        self._left_out[optimizer] = _left_out(optimizer, parameters)
-        self.before_step(optimizer)
+        if not isinstance(optimizer, ObservedOptimizer):  # nobody asked us how that one is to train
+            self._left_out[optimizer] = _left_out(optimizer, parameters)
+            self.before_step(optimizer)
         return _layout(kind, wrapper, optimizer, described)
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
@@ -192,7 +193,8 @@ def _left_out(optimizer: Any, held: Sequence[torch.Tensor]) -> WeakIdKeyDictiona
     engine = find_engine(optimizer)
     known = set(map(id, held))
     named = () if engine is None else engine.module.named_parameters()
-    return WeakIdKeyDictionary({p: name for name, p in named if optimizer.was_given(p) and id(p) not in known})
+    left_out = {p: name for name, p in named if optimizer.was_given(p) and id(p) not in known}
+    return WeakIdKeyDictionary({p: name for p, name in left_out.items() if getattr(p, "ds_numel", p.numel())})
 
 
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:

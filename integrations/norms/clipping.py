@@ -79,10 +79,7 @@ class Clipper:
         self._pending: tuple[float, bool | str, torch.Tensor] | None = None
         self._waiting: set[int] = set()  # ids of tensors that are to be stepped before the pending clip is done
         self._in_call = False
-        self.handles = [
-            optimizer.register_step_pre_hook(lambda *_: self.clip_pending()),
-            optimizer.register_step_post_hook(self._after_call),
-        ]
+        self.handles = [optimizer.register_step_post_hook(self._after_call)]
 
     @property
     def all_tensors(self) -> range:
@@ -108,6 +105,8 @@ class Clipper:
         layout = self._known.layout
         shape = (len(layout.layers),) if per_layer is True else ()
         norms = torch.full(shape, float("nan"), dtype=torch.float64, device=layout.numbers_device)
+        if len(self.handles) == 1:  # not before, as a clip at once may be made by another such hook
+            self.handles.append(self.kept.optimizer.register_step_pre_hook(lambda *_: self.clip_pending()))
         self._pending, self._waiting = (max_norm, per_layer, norms), set(self.kept.stepped)
         return norms
 
@@ -204,7 +203,10 @@ class Measured:
 
     @functools.cached_property
     def norms(self) -> torch.Tensor:
-        """Of all layers, shape (layers,), fp64; zero for those of other tensors. One all-reduce."""
+        """Of all layers, shape (layers,), fp64; zero for those of other tensors.
+
+        One all-reduce, which completes the sums of rows that are cut, too.
+        """
         local = self._sums.squares(lambda chunk: self._sums.read(self._gradients, chunk), self._present)
         return self._reduce(local).sqrt()
 
@@ -270,6 +272,7 @@ class Measured:
 
     def _clip_rows(self, max_norm: float) -> torch.Tensor:
         assert self._rows is not None
+        _ = self.norms
         gradients, weights = (sums.sqrt() for sums in self._of_rows)
         limits = max_norm * weights.clamp(min=SMALLEST_ROW)
         coefficients = torch.where(gradients > limits, limits / gradients, torch.ones_like(gradients))

@@ -28,19 +28,27 @@ class Observation:
         kept: The optimizer and the layout of its steps.
         wanted: Whether a step is measured, by its number; asked when it begins, and answers alike on all ranks.
         on_reduced: Called after a measured step has been reduced.
+        on_stepped: Called after every step.
 
     Attributes:
         steps: How many have begun.
         reduced: The last measured step, None before the first.
     """
 
-    def __init__(self, kept: KeptLayout, wanted: Callable[[int], bool], on_reduced: Callable[[], None]):
+    def __init__(
+        self,
+        kept: KeptLayout,
+        wanted: Callable[[int], bool],
+        on_reduced: Callable[[], None],
+        on_stepped: Callable[[], None],
+    ):
         self.steps = 0
         self.reduced: Reduced | None = None
         self._kept = kept
         self._wanted = wanted
         self._measuring = False
         self._on_reduced = on_reduced
+        self._on_stepped = on_stepped
         self._stepped: set[int] = set()  # ids of the tensors of the step under way
         self._sums: ShardSums | None = None
         self._slots: Slots | None = None
@@ -56,6 +64,10 @@ class Observation:
         for handle in self._handles:
             handle.remove()
         self._step = self._sums = self._call = None
+
+    def has_tensors(self) -> bool:
+        """Whether it will be stepped: a chain may have optimizers of nothing, which are not."""
+        return any(group["params"] for group in self._kept.optimizer.param_groups)
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -81,6 +93,7 @@ class Observation:
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._on_stepped()
         step, call = self._step, self._call
         if step is None or call is None:
             return

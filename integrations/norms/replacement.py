@@ -22,7 +22,7 @@ __all__ = ["ReplacementWatch"]
 
 
 class ReplacementWatch:
-    """Looks at the first step of every other optimizer, until one of those that are measured steps.
+    """Looks at the first step of every other optimizer, until it is removed: when one that is measured has stepped.
 
     Args:
         optimizers: Those that are measured.
@@ -41,15 +41,9 @@ class ReplacementWatch:
             {tensor: None for one in optimizers for group in one.param_groups for tensor in group["params"]}
         )
         self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._look))
-        # After a step, since torch goes through the hooks of all optimizers before it.
-        self._settling = [one.register_step_post_hook(torch.compiler.disable(self._settle)) for one in optimizers]
 
     def remove(self) -> None:
         """Look no more."""
-        for handle in (self._handle, *self._settling):
-            handle.remove()
-
-    def _settle(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._handle.remove()
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -14,6 +14,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+from trustratio.integrations.norms.measured_step import MeasuredStep
+from trustratio.integrations.norms.shard_sums import Slots
 
 from . import fsdp_runs, megatron_distributed_runs, test_fsdp1
 from .cases import Case, CaseRun, CollectiveCounter, group_gradients, initial_weights, make_optimizer, mean_gradients
@@ -119,41 +121,82 @@ def redundancy(case: Case) -> Run:
 
 
 def measure(case: Case, wrapped: Wrapped, every: int = 1, clip: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train the case, and measure every step of it.
+    """Train the case, and measure its steps.
 
     Args:
         case: The case.
         wrapped: How it is trained.
         every: Of LayerNorms.
-        clip: Arguments of clip_grad_norm_, to be called before every step of the inner optimizer where gradients are
-            there, and else before the step of the wrapper.
+        clip: Arguments of clip_grad_norm_, which is called before each step of the wrapper, or where the gradients are
+            on the model's parameters, when the optimizer's own step begins.
 
     Returns:
         records: What `latest()` had after each step.
         collectives: In each step, those of the inner optimizer's calls and of what is measured.
         norms: What clip_grad_norm_ returned.
-        weights: The dense model's weights around each step, where every rank has whole layers.
+        clips: Collectives of each clip that was made at once.
+        weights: The model's weights around each step, where every rank has whole layers.
     """
     with running(case, wrapped) as run:
         optimizer = run.outermost if wrapped.outermost else run.optimizer
         model = run.model if wrapped.with_model else None
+        returned: list[torch.Tensor] = []
+        clips: list[int] = []
+        held_back = wrapped.kind == "megatron" or (isinstance(case.stage, int) and bool(case.stage))
+        if clip is not None and not held_back:
+            run.optimizer.register_step_pre_hook(
+                lambda *_: returned.append(counted(clips, lambda: clip_grad_norm_(optimizer, model=model, **clip)))
+            )
         norms = LayerNorms(optimizer, model, every=every)
         seen: list[int] = []
         norms.on_measure(lambda measured: seen.append(measured.latest().step))
         counter = CollectiveCounter(run.optimizer)
-        answer: dict[str, Any] = {"records": [], "collectives": [], "norms": [], "weights": [whole_weights(run)]}
+        answer: dict[str, Any] = {"records": [], "collectives": [], "weights": [whole_weights(run)]}
         try:
             for step in range(case.steps):
                 begun = len(counter.per_call)
-                if clip is not None:
-                    answer["norms"].append(clip_grad_norm_(optimizer, model=model, **clip))
+                if clip is not None and held_back:
+                    returned.append(clip_grad_norm_(optimizer, model=model, **clip))
+                    assert returned[-1].isnan().all()
                 run.train(step, step + 1)
                 answer["records"].append(norms.latest().record())
                 answer["collectives"].append(sum(counter.per_call[begun:]))
                 answer["weights"].append(whole_weights(run))
         finally:
             counter.close()
-        return {**answer, "norms": [norm.tolist() for norm in answer["norms"]], "measured": seen}
+        return {**answer, "norms": [norm.tolist() for norm in returned], "clips": clips, "measured": seen}
+
+
+def counted(into: list[int], call: Callable[[], Any]) -> Any:
+    """Note how many all-reduces a call makes."""
+    all_reduce, count = dist.all_reduce, 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        return call()
+    finally:
+        dist.all_reduce = all_reduce
+        into.append(count)
+
+
+def measure_local_parts(case: Case, wrapped: Wrapped) -> dict[str, Any]:
+    """What everybody else does: norms of what is here."""
+    reduce = MeasuredStep.reduce
+
+    def local(step: Any, *args: Any) -> Any:
+        step.layout = replace(step.layout, reductions=())
+        return reduce(step, Slots(step.layout), *args[1:])
+
+    MeasuredStep.reduce = local  # type: ignore[method-assign]
+    try:
+        return measure(case, wrapped)
+    finally:
+        MeasuredStep.reduce = reduce  # type: ignore[method-assign]
 
 
 def whole_weights(run: Run) -> dict[str, torch.Tensor]:
@@ -178,7 +221,11 @@ def combined_gradients(case: Case) -> list[dict[str, torch.Tensor]]:
     return steps
 
 
-def weights_of_steps(case: Case, gradients: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+Clip = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
+"""Clips gradients in place, given the weights before the step and the gradients."""
+
+
+def weights_of_steps(case: Case, gradients: list[dict[str, torch.Tensor]], clip: Clip) -> list[dict[str, torch.Tensor]]:
     """The weights before each step, and after the last one, in float64."""
     if not case.optimizer.startswith("torch."):
         return [expected(replace(case, steps=steps, overflow=()))[0] for steps in range(case.steps + 1)]
@@ -191,6 +238,7 @@ def weights_of_steps(case: Case, gradients: list[dict[str, torch.Tensor]]) -> li
     optimizer = torch_class(members, lr=case.groups[0]["lr"], **case.constructor)
     steps = [{name: w.detach().clone() for name, w in weights.items()}]
     for of_step in gradients:
+        clip(steps[-1], of_step)
         for name, w in weights.items():
             w.grad = of_step.get(name)
         optimizer.step()
@@ -210,24 +258,17 @@ def numbers_of(w: torch.Tensor, g: torch.Tensor, change: torch.Tensor) -> dict[s
     return numbers
 
 
-def expected_norms(
-    case: Case, scale: Callable[[dict[str, torch.Tensor]], Any] = lambda g: None
-) -> list[dict[str, Any]]:
-    """Per step, the numbers of each layer, and of the model under "".
-
-    Args:
-        case: The case.
-        scale: What clips a step's gradients, in place, before the optimizer sees them.
-    """
+def expected_norms(case: Case, clip: Clip = lambda w, g: None) -> list[dict[str, Any]]:
+    """Per step, the numbers of each layer that is trained, and of the model under ""."""
     gradients = combined_gradients(case)
-    for of_step in gradients:
-        scale(of_step)
+    weights = weights_of_steps(case, gradients, clip)
+    trained = [x.name for x in case.layers if not x.frozen and x.tied_to is None and 0 not in x.shape]
     expected_steps = []
-    for (before, after), of_step in zip(pairwise(weights_of_steps(case, gradients)), gradients, strict=True):
-        triples = {
-            name: (w.double(), of_step.get(name, torch.zeros_like(w)).double(), after[name].double() - w.double())
-            for name, w in before.items()
-        }
+    for (before, after), of_step in zip(pairwise(weights), gradients, strict=False):
+        triples = {}
+        for name in trained:
+            w = before[name].double()
+            triples[name] = w, of_step.get(name, torch.zeros_like(w)).double(), after[name].double() - w
         whole = [torch.cat([triple[index].reshape(-1) for triple in triples.values()]) for index in range(3)]
         expected_steps.append({name: numbers_of(*of_layer) for name, of_layer in {**triples, "": whole}.items()})
     return expected_steps
