@@ -79,9 +79,9 @@ def _notices(history: NormsHistory) -> Iterator[str]:
         named = [f"{layer} (step {step:,})" for layer, step in history.not_finite.items()]
         yield f"Not finite from step {first:,} on: {_some(named)}."
     if history.still:
-        yield f"Never moved, though there was a gradient: {_some(history.still)}."
+        yield f"Not moved in any measured step, though there was a gradient: {_some(history.still)}."
     if history.without_gradient:
-        yield f"Never had a gradient: {_some(history.without_gradient)}."
+        yield f"Without a gradient in any measured step: {_some(history.without_gradient)}."
     if history.clipped:
         yield f"The gradient was clipped in {history.clipped:,} of {_count(history.measured, 'measured step')}."
     if history.unread:

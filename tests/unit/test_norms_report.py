@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trustratio.integrations.norms.command import main
 from trustratio.integrations.norms.file import NormsFile
@@ -21,6 +23,8 @@ from trustratio.integrations.norms.records import LayerNorm, MeasuredNorms
 from trustratio.integrations.norms.report import write_report
 from trustratio.integrations.norms.scalars import NUMBERS
 
+from ..fuzzing import examples
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -28,6 +32,9 @@ FLAGS = (
     *("--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"),
 )
 PROBE = Path(__file__).with_name("norms_report_probe.js").read_text()
+DAMAGE = st.binary(max_size=2) | st.sampled_from(
+    (b"null", b"{}", b"[]", b'"x"', b"-1", b"1e999", b'"NaN"', b"\n", b"9" * 400, b'"\\ud800"')
+)
 EVIL = "</script><script>console.error('broken out')</script><b>"
 
 
@@ -143,8 +150,8 @@ def test_what_a_reader_must_know_first(tmp_path: Path) -> None:
         file.write('{"step": 13, "lay')
     assert data_of(write_report(path))["notices"] == [
         "Not finite from step 8 on: bad (step 8).",
-        "Never moved, though there was a gradient: still.",
-        "Never had a gradient: frozen.",
+        "Not moved in any measured step, though there was a gradient: still.",
+        "Without a gradient in any measured step: frozen.",
         "The gradient was clipped in 3 of 12 measured steps.",
         "1 line of the file could not be read and is left out: line 13.",
     ]
@@ -221,6 +228,26 @@ def test_records_that_lack_something_are_reported(line: str, tmp_path: Path) -> 
     path = tmp_path / "norms.jsonl"
     path.write_text(f"{line}\n")
     assert data_of(write_report(path))["subtitle"].startswith("1 measured step up to step ")
+
+
+@examples(60)
+@given(st.data())
+def test_damaged_files_end_in_a_page_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = write(tmp_path_factory.mktemp("damaged") / "norms.jsonl", steps=3, layers=1)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        content[start : start + data.draw(st.sampled_from((0, 1, 5, 60)))] = data.draw(DAMAGE)
+    path.write_bytes(content)
+    said = []
+    for use in (lambda: write_report(path), lambda: NormsFile(path, steps_done=2)):
+        try:
+            use()
+        except ValueError as error:
+            said.append(str(error))
+    assert all(re.search("is no file of layer norms|cannot be continued", sentence) for sentence in said)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
