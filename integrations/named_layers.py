@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["NamedLayer", "named_layers"]
+from .norms.names import unwrapped_names
 
-FSDP1_PREFIX = "_fsdp_wrapped_module."
+__all__ = ["NamedLayer", "named_layers"]
 
 
 class NamedLayer(NamedTuple):
@@ -43,9 +43,9 @@ def named_layers(model: torch.nn.Module) -> Iterator[NamedLayer]:
             left, which are yielded with their flat shape; optimizers refuse them.
     """
     flattened = _flattened_shapes(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in unwrapped_names(model.named_parameters()):
         shape = flattened.get(id(parameter), getattr(parameter, "ds_shape", parameter.shape))
-        yield NamedLayer(name.replace(FSDP1_PREFIX, ""), parameter, tuple(shape))
+        yield NamedLayer(name, parameter, tuple(shape))
 
 
 def _flattened_shapes(model: torch.nn.Module) -> dict[int, torch.Size]:

@@ -81,11 +81,20 @@ class KeptLayout:
         self.in_parts = whole is not None
         pairs = list(zip(groups, tensors, strict=True)) if whole is None else whole
         self._refuse_complex([tensor for _, tensor in pairs])
-        self.layout = with_layers_of_others(resolve_layout(self._look(), pairs))
+        try:
+            layout = resolve_layout(self._look(), pairs)
+        except LayoutError as error:
+            if all(self._look().was_given(tensor) for _, tensor in pairs):
+                raise
+            raise LayoutError(
+                f"{error} Of {type(self.optimizer).__name__} only parameters of modules pass for layers: give "
+                "LayerNorms the model, or a torch.nn.ParameterList of parameters that are in no module"
+            ) from error
+        self.layout = layout = with_layers_of_others(layout)
         self._cuts = {id(tensor): cut_of(tensor) for _, tensor in pairs}
         self.stepped = frozenset(self._cuts)
         self._looked_at |= self.stepped
-        return self.layout
+        return layout
 
     def _look(self) -> ObservedOptimizer:
         """The optimizer in the words of backends; made anew when it has other tensors, as the model may have too."""

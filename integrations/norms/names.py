@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ __all__ = ["observed", "unwrapped_names"]
 WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 LEADING = "module."
 
-Named = Iterable[tuple[str, torch.Tensor]]
+Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
 
 def observed(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> ObservedOptimizer:
@@ -37,7 +38,7 @@ def observed(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) ->
     return ObservedOptimizer(optimizer, ((names[key], p) for key, p in parameters.items()))
 
 
-def unwrapped_names(named_parameters: Named) -> Iterator[tuple[str, torch.Tensor]]:
+def unwrapped_names(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters by the names that they had before DDP, FSDP1, checkpointing, compiling or an engine."""
     named = [(WRAPPERS.sub("", name), parameter) for name, parameter in named_parameters]
     while named and all(name.startswith(LEADING) for name, _ in named):

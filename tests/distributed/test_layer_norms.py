@@ -201,12 +201,8 @@ REPLICAS = {
 @pytest.mark.parametrize("sharding", REPLICAS)
 @pytest.mark.parametrize("world_size", [4])
 def test_replicas_of_shards(pool: WorkerPool, sharding: str, world_size: int) -> None:
-    hybrid = {
-        "hsdp": Wrapped("fsdp2", {"mesh": (2, 2)}),
-        "fsdp1 hybrid": Wrapped("fsdp1", {"strategy": "HYBRID_SHARD"}),
-    }
     case = make_case("torch.AdamW", "fsdp")
-    answers = measured(pool, case, hybrid[sharding])
+    answers = measured(pool, case, REPLICAS[sharding])
     assert answers[0]["collectives"] == [1, 1, 1]
     for record, wanted in zip(answers[0]["records"], expected_norms(case), strict=True):
         assert_measured(record, wanted)

@@ -1,0 +1,161 @@
+"""Measured norms of real layers under tensor parallelism, beside accumulation, and where another optimizer steps."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+
+from . import test_dtensor_parallel
+from .pool import WorkerPool
+from .test_megatron import Network, OlderUnit, megatron
+
+
+def clip_layers(optimizer: Any) -> None:
+    clip_grad_norm_(optimizer, 0.3, per_layer=True)
+
+
+def train_dtensors(mesh: tuple[int, ...] | None, clip: bool) -> list[dict[str, Any]]:
+    """The records of AdamW on layers that DTensor cuts, some of whose gradients are sums over ranks."""
+
+    def make(name: str, groups: Any, lr: float) -> Any:
+        optimizer: Any = torch.optim.AdamW(groups, lr=lr)
+        norms = LayerNorms(optimizer)
+        if clip:
+            optimizer.register_step_pre_hook(lambda *_: clip_layers(optimizer))
+            norms = LayerNorms(optimizer)  # after the clip
+        optimizer.trust_ratios = lambda: norms.latest().record()
+        return optimizer
+
+    original = test_dtensor_parallel.create_optimizer
+    test_dtensor_parallel.create_optimizer = make  # type: ignore[assignment]
+    try:
+        return list(test_dtensor_parallel.train("adamw", mesh)["ratios"])
+    finally:
+        test_dtensor_parallel.create_optimizer = original
+
+
+def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]], rel: float) -> None:
+    for record, reference in zip(found, wanted, strict=True):
+        assert record["layers"].keys() == reference["layers"].keys()
+        for name, numbers in reference["layers"].items():
+            assert record["layers"][name] == pytest.approx(numbers, rel=rel), name
+        assert record["model"] == pytest.approx(reference["model"], rel=rel)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "mesh"), [(2, (2,)), (3, (3,)), (4, (2, 2)), pytest.param(8, (2, 2, 2), id="replicas of shards")]
+)
+def test_layers_that_dtensor_cuts(pool: WorkerPool, mesh: tuple[int, ...], world_size: int) -> None:
+    for clip in (False, True):
+        wanted = pool.run(train_dtensors, None, clip)[0]
+        for found in pool.run(train_dtensors, mesh, clip):
+            assert_same(found, wanted, 1e-9)
+
+
+def train_megatron(wrapper: str | int | None, tensor_parallel: int) -> list[dict[str, Any]]:
+    """The records of AdamW on Megatron's layers, in float64 where no wrapper has fp32 copies."""
+    with megatron(tensor_parallel) as state:
+        torch.manual_seed(0)
+        model = Network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        norms = LayerNorms(optimizer, model)
+        trained: Any = model
+        if isinstance(wrapper, int):
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": 0.0,
+                "zero_optimization": {"stage": wrapper},
+                "zero_allow_untested_optimizer": True,
+            }
+            trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=OlderUnit(state))
+        elif wrapper == "ddp":
+            trained = DistributedDataParallel(model, process_group=state.get_data_parallel_group())
+        records = []
+        for step in range(3):
+            loss = trained(torch.randint(24, (6,), generator=torch.Generator().manual_seed(step)))
+            if isinstance(wrapper, int):
+                trained.backward(loss)
+                trained.step()
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            records.append(norms.latest().record())
+        return records
+
+
+@pytest.mark.parametrize("wrapper", [None, "ddp", 0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [4])
+def test_layers_of_megatron_under_data_parallelism(pool: WorkerPool, wrapper: Any, world_size: int) -> None:
+    """All ranks are fed the same, so that every one of these set-ups takes the steps of the first."""
+    answers = pool.run(train_megatron, wrapper, 2)
+    assert all(answer == answers[0] for answer in answers)
+    assert_same(answers[0], pool.run(train_megatron, None, 2)[0], 1e-5)
+    embedding = answers[0][0]["layers"]["embedding.weight"]
+    # AdamW's first step moves every element with a gradient by the learning rate.
+    moved = round((1 - embedding["zero_updates"]) * 24 * 8)
+    assert moved > 24 * 8 // 2
+
+
+def train_another_optimizer(stage: int, given: str) -> tuple[list[str], int]:
+    """Warnings about the optimizer of the config, which steps in ours' place, and the number of the measured step."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(own, model) if given == "own" else None
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    norms = norms or LayerNorms(engine)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            engine.backward(engine(torch.ones(2, 4)).sum())
+            engine.step()
+    engine.destroy()
+    norms.remove()
+    return [str(warning.message) for warning in caught if "LayerNorms" in str(warning.message)], norms.latest().step
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_the_optimizer_of_a_config_is_named(pool: WorkerPool, stage: int, world_size: int) -> None:
+    for said, steps in pool.run(train_another_optimizer, stage, "own"):
+        assert len(said) == 1
+        assert "was given SGD, but AdamW steps its parameters" in said[0]
+        assert steps == 0
+    assert pool.run(train_another_optimizer, stage, "engine") == [([], 2)] * world_size
+
+
+def train_one_part() -> str:
+    """An optimizer that DeepSpeed has made of flat tensors, and no model: what the error says."""
+    model = torch.nn.Linear(4, 3)
+    flat = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    LayerNorms(optimizer)
+    flat.grad = torch.ones_like(flat)
+    before = flat.detach().clone()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert torch.equal(flat, before)
+        return str(error)
+    return "" if dist.is_initialized() else "alone"
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_flat_tensor_is_no_layer(pool: WorkerPool, world_size: int) -> None:
+    for said in pool.run(train_one_part):
+        assert "shape (15,)" in said
+        assert "give LayerNorms the model" in said
