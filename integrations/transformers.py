@@ -295,6 +295,7 @@ class LayerNormsCallback(TrainerCallback):
         if every is not None:
             check_every(every)
         self.trainer = trainer
+        self._calling: Trainer | None = None
         self.every = every
         self.file = file
         self._scalars = Scalars(layers, numbers)
@@ -308,7 +309,7 @@ class LayerNormsCallback(TrainerCallback):
     ) -> None:
         """Find the optimizer, and open the file."""
         self.on_train_end(args, state, control)  # of a training that was broken off
-        self.trainer = self.trainer or calling_trainer()
+        self._calling = self.trainer or calling_trainer()
         self._norms = LayerNorms(kwargs["optimizer"], kwargs["model"], every=lambda step: self._wanted)
         self._norms.on_measure(self._was_measured)
         self._written = self._logged = state.global_step
@@ -329,13 +330,13 @@ class LayerNormsCallback(TrainerCallback):
         if not self._measured or not (control.should_log or self._is_regular(step)):
             return
         assert self._norms is not None
-        assert self.trainer is not None
+        assert self._calling is not None
         if self._write is not None and step > self._written:
             self._written = step
             self._write(self._norms.latest(), step)
         if control.should_log and step > self._logged:
             self._logged = step
-            self.trainer.log(self._scalars.of(self._norms.latest()))
+            self._calling.log(self._scalars.of(self._norms.latest()))
             control.should_log = True  # which log() has reset, and the Trainer has yet to log its loss
 
     def on_epoch_end(
@@ -350,7 +351,7 @@ class LayerNormsCallback(TrainerCallback):
         """Measure no more."""
         if self._norms is not None:
             self._norms.remove()
-        self._norms = self._write = None
+        self._norms = self._write = self._calling = None
         self._measured = False
 
     def _was_measured(self, norms: LayerNorms) -> None:
