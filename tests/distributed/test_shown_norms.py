@@ -100,11 +100,11 @@ def test_a_file_that_cannot_be_written_is_refused_on_all_ranks(
         assert answer.startswith(f"layer norms cannot go to the file '{tmp_path}/norms.jsonl': ")
 
 
-@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("stage", ["ddp", 1, 3])
 def test_accelerate_logs_them(pool: WorkerPool, stage: str | int, world_size: int) -> None:
-    first, second = pool.run(log_with_accelerate, stage)
-    assert second["logged"] == []
+    first, *others = pool.run(log_with_accelerate, stage)
+    assert [other["logged"] for other in others] == [[]] * (world_size - 1)
     assert [step for step, _ in first["logged"]] == [2, 4]
     for step, values in first["logged"]:
         expected = norms_of(*first["weights"][step - 1 : step + 1])
