@@ -147,7 +147,7 @@ def train_16_bits(stage: int) -> tuple[int, dict[str, Any], float]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": "fp32"} if stage else {},
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
     }
