@@ -149,7 +149,8 @@ def clip_grad_norm_(
 
     With the coefficient min(1, max_norm / (norm + 1e-6)); between backward and step, after unscaling. Call it on all
     ranks, it takes one all-reduce where layers are sharded. Where a wrapper holds gradients back until its step
-    (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when the next step begins.
+    (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when its next step begins, after its own
+    clipping; a call before each step takes the place of the one before.
 
     Args:
         optimizer: As in `LayerNorms`.

@@ -120,8 +120,8 @@ class KeptLayout:
 def _whole_step(optimizer: ObservedOptimizer) -> list[tuple[int, torch.Tensor]] | None:
     try:
         return whole_step(optimizer)
-    except LayoutError:  # a part of them is on disk; then each call stands for itself
-        return None
+    except LayoutError as error:
+        raise LayoutError(f"norms of layers need all tensors of a step, but {error}") from error
 
 
 def with_layers_of_others(layout: Layout) -> Layout:

@@ -120,7 +120,9 @@ def redundancy(case: Case) -> Run:
     return Run(case, parallel, optimizer.optim, optimizer, train)
 
 
-def measure(case: Case, wrapped: Wrapped, every: int = 1, clip: dict[str, Any] | None = None) -> dict[str, Any]:
+def measure(
+    case: Case, wrapped: Wrapped, every: int = 1, clip: dict[str, Any] | None = None, clips_until: int = 99
+) -> dict[str, Any]:
     """Train the case, and measure its steps.
 
     Args:
@@ -129,6 +131,8 @@ def measure(case: Case, wrapped: Wrapped, every: int = 1, clip: dict[str, Any] |
         every: Of LayerNorms.
         clip: Arguments of clip_grad_norm_, which is called before each step of the wrapper, or where the gradients are
             on the model's parameters, when the optimizer's own step begins.
+
+        clips_until: The first step before which it is not called, of those of a wrapper.
 
     Returns:
         records: What `latest()` had after each step.
@@ -155,7 +159,7 @@ def measure(case: Case, wrapped: Wrapped, every: int = 1, clip: dict[str, Any] |
         try:
             for step in range(case.steps):
                 begun = len(counter.per_call)
-                if clip is not None and held_back:
+                if clip is not None and held_back and step < clips_until:
                     returned.append(clip_grad_norm_(optimizer, model=model, **clip))
                     assert returned[-1].isnan().all()
                 run.train(step, step + 1)

@@ -87,6 +87,21 @@ def test_a_limit_that_nothing_reaches(pool: WorkerPool, sharding: str, world_siz
         assert_clipped(pool, make_case("torch.SGD", stage, **changes), wrapped, mode, limit=1e6)
 
 
+@pytest.mark.parametrize("sharding", ["ZeRO-1", "ZeRO-3 sub-groups", "megatron"])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_clip_is_of_one_step(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("torch.SGD", stage, **changes)
+    clip = reference(True, 0.5, norms := [])
+    wanted = expected_norms(case, lambda w, g: None if norms else clip(w, g))
+    options = {"max_norm": 0.5, "per_layer": True}
+    for answer in pool.run(measure, case, wrapped, clip=options, clips_until=1):
+        for record, of_step in zip(answer["records"], wanted, strict=True):
+            assert_measured(record, of_step)
+        clipped = [record["clipped"] for record in answer["records"]]
+        assert clipped == [True, *[None if sharding == "megatron" else False] * (case.steps - 1)]
+
+
 @pytest.mark.parametrize("mode", [False, True, "rows"])
 @pytest.mark.parametrize("world_size", [2])
 def test_bf16_optimizer(pool: WorkerPool, mode: Any, world_size: int) -> None:

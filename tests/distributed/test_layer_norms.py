@@ -130,7 +130,7 @@ SIXTEEN_BITS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_master_weights_after_a_clip_of_deepspeed(pool: WorkerPool, sixteen_bits: str, world_size: int) -> None:
     stage, changes = SIXTEEN_BITS[sixteen_bits]
     for limit in (0.0, 0.5, 1e4):
-        # BF16_Optimizer steps once with zeros to make the state, so decay would count twice.
+        # FP16_UnfusedOptimizer steps once with zeros to make the state, so decay would count twice.
         case = replace(make_case("torch.SGD", stage, spread=0.0, clipping=limit, **changes), groups=({"lr": 0.5},) * 2)
         answers = measured(pool, case, Wrapped(outermost=True))
         wanted = expected_norms(case, lambda w, g, limit=limit: scale_to(g, limit) if limit else None)

@@ -138,6 +138,41 @@ def test_the_optimizer_of_a_config_is_named(pool: WorkerPool, stage: int, world_
     assert pool.run(train_another_optimizer, stage, "engine") == [([], 2)] * world_size
 
 
+def train_16_bits(stage: int) -> tuple[int, dict[str, Any], float]:
+    """Norms that are asked for before BF16_Optimizer (1) or FP16_UnfusedOptimizer (0) is made."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    norms = LayerNorms(optimizer)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"} if stage else {},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    begun = norms.latest().step
+    engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16)).sum())
+    engine.step()
+    record = norms.latest().record()
+    engine.destroy()
+    return begun, record, float(norms.latest()["weight"].update)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("world_size", [2])
+def test_norms_before_the_16_bit_wrappers(pool: WorkerPool, stage: int, world_size: int) -> None:
+    # FP16_UnfusedOptimizer makes the state by a step with zeros, which counts like any other.
+    before = 1 - stage
+    # Of Adam's second step, whose first had no gradient, and of its first one.
+    size = (0.1 / 0.19) / (0.001 / 0.001999) ** 0.5 if before else 1.0
+    for begun, record, update in pool.run(train_16_bits, stage):
+        assert (begun, record["step"]) == (before, before + 1)
+        assert set(record["layers"]) == {"weight", "bias"}
+        assert update == pytest.approx(12**0.5 * 0.1 * size, rel=1e-4)
+
+
 def train_one_part() -> str:
     """An optimizer that DeepSpeed has made of flat tensors, and no model: what the error says."""
     model = torch.nn.Linear(4, 3)
