@@ -1,0 +1,54 @@
+"""What cannot be exact with somebody's optimizer as the base, one sentence for each."""
+
+from __future__ import annotations
+
+import torch
+
+from ..sharding.layout import Layout, LayoutError
+from ..sharding.local_tensors import local_part
+from .nature import Nature
+
+__all__ = ["refuse_layout"]
+
+WHOLE = "Keep layers whole (DistributedDataParallel)"
+
+
+def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
+    """Raise LayoutError if a base cannot step the layout's tensors exactly.
+
+    Args:
+        name: The base class's.
+        nature: Its nature.
+        layout: Of a `step()` call.
+    """
+    if not nature.is_element_wise and _cuts(layout):
+        raise LayoutError(
+            f"{name} {_why(nature)}, so it is not exact under {layout.backend}, which cuts layers or steps several as "
+            f"one. {WHOLE}, or take a base that treats every element by itself, such as AdamW, RMSprop, SGD or Lion"
+        )
+    if not nature.is_layer_wise and (layout.clips_with or layout.steps_other_layers):
+        raise LayoutError(
+            f"a layer's step of {name} depends on other layers, of which {layout.backend} does not show it all: leave "
+            "out what makes it so, such as clipping by the norm of the whole gradient, or use DistributedDataParallel"
+        )
+    dtypes = {local_part(tensor).dtype for tensor in layout.tensors}
+    if torch.float16 in dtypes or (torch.bfloat16 in dtypes and not nature.is_proportional):
+        raise LayoutError(
+            f"the step of {name} cannot be told from what it makes of fp16 or bf16 weights, which round it away: keep "
+            "the parameters in fp32 and compute under torch.autocast, or let DeepSpeed or FSDP keep fp32 master weights"
+        )
+
+
+def _cuts(layout: Layout) -> bool:
+    """Whether any local tensor is not one whole parameter."""
+    shapes = [tuple(local_part(tensor).shape) for tensor in layout.tensors]
+    parameters = [(shapes[layer.tensor], layer.parameter) for layer in layout.layers]
+    return bool(layout.reductions) or any(p is None or tuple(p.shape) != shape for shape, p in parameters)
+
+
+def _why(nature: Nature) -> str:
+    if nature.is_random:
+        return "draws random numbers"
+    if nature.failure:
+        return f"fails on flat pieces of layers ({nature.failure})"
+    return "makes other steps of pieces of a layer than of the whole"
