@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .proposals.base import (
     propose,
     refuse_unknown_options,
 )
+from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import LARGE_RATE, Nature, nature_of, options_of_base
 from .proposals.refusals import refuse_layout
 from .sharding.layout import Layout
@@ -122,6 +124,7 @@ class TrustRatio(LayerwiseOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._makes_state_when_made = False  # as Adagrad does
+        self._made_of_zeros = MadeOfZeros()
         self._natures: dict[str, Nature] = {}
         self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
         self._takes_large_rate = False
@@ -183,23 +186,19 @@ class TrustRatio(LayerwiseOptimizer):
         self, layout: Layout, gradients: Sequence[torch.Tensor | None], *, is_first: bool
     ) -> dict[str, Sequence[torch.Tensor]]:
         parts = [local_part(tensor).detach() for tensor in layout.tensors]
-        # Some wrappers step once with zeros; a base would count that, and its bias correction would be of a later step.
+        moving = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        step = partial(propose, [parts[index] for index in moving], partial(self._step_base, layout, gradients))
         if is_first and not _any_gradient(layout, gradients):
+            self._made_of_zeros.make(self.param_groups, self.state, layout.tensors, step)
             return {"proposed": parts}
-        self._takes_large_rate = self._proportional[layout]
-        self._make_state(layout)
-        moving = [index for index, tensor in enumerate(layout.tensors) if gradients[index] is not None]
-        proposed = dict(
-            zip(
-                moving,
-                propose((parts[index] for index in moving), lambda: self._step_base(layout, gradients)),
-                strict=True,
-            )
-        )
+        self._made_of_zeros.drop(self.state, layout.tensors)
+        proposed = dict(zip(moving, step(), strict=True))
         return {"proposed": [proposed.get(index, part) for index, part in enumerate(parts)]}
 
     def _step_base(self, layout: Layout, gradients: Sequence[torch.Tensor | None]) -> None:
         self._share()
+        self._make_state(layout)
+        self._takes_large_rate = self._proportional[layout]
         own_rates = [(group, group["lr"]) for group in self.param_groups] if self._takes_large_rate else []
         own_gradients = [*_complete(layout, gradients)]
         for group, _ in own_rates:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trustratio.optimizers import LayerwiseOptimizer, TrustRatio, create_optimizer
+
 from .reference import REFERENCES, Tensor, is_adapted
 
 
@@ -175,3 +177,11 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], Callable[...
 """Names of optimizers for tests: the base, its options, and its direction in float64."""
 
 REFERENCES.update({name: partial(scaled, direction) for name, (_, _, direction) in BASES.items()})
+
+
+def create(name: str, params: Any, **options: Any) -> LayerwiseOptimizer:
+    """An optimizer by its registered name, or by one of `BASES`."""
+    if name not in BASES:
+        return create_optimizer(name, params, **options)
+    base, of_base, _ = BASES[name]
+    return TrustRatio(base, params, **{**of_base, **options})

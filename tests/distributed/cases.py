@@ -12,9 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers import TrustRatio, create_optimizer
-
-from ..base_optimizers import BASES, NaiveTrustRatio
+from ..base_optimizers import NaiveTrustRatio, create
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVES = (
@@ -243,12 +241,7 @@ def make_optimizer(case: Case, model: Model) -> torch.optim.Optimizer:
     if case.optimizer.startswith("naive"):
         kind = NaiveLAMB if case.optimizer == "naive" else NaiveTrustRatio
         return kind([{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups], lr=lr)
-    optimizer: Any
-    if case.optimizer in BASES:
-        base, options, _ = BASES[case.optimizer]
-        optimizer = TrustRatio(base, groups, lr=lr, **{**options, **case.constructor})
-    else:
-        optimizer = create_optimizer(case.optimizer, groups, lr=lr, **case.constructor)
+    optimizer = create(case.optimizer, groups, lr=lr, **case.constructor)
     if case.regroup:
         first, second = optimizer.param_groups
         second["params"].insert(0, first["params"].pop())

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ..base_optimizers import BASES
-from . import fsdp_runs
-from .cases import Case, run_case
+from . import fsdp_runs, megatron_distributed_runs, test_dtensor_parallel, test_fsdp1
+from .cases import Case, initial_weights, run_case
 from .exactness import MODEL, assert_exact, two_groups, worst_error
 from .fsdp_runs import Setup
 from .pool import WorkerPool
+from .test_exactness import OFFLOAD, OWN_OPTIMIZER
 
 STAGES: tuple[str | int, ...] = ("ddp", 0, 1, 2, 3)
 
@@ -39,3 +40,148 @@ def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage
         expected = 1 if stage in (1, 2, 3) and world_size > 1 else 0
         assert set(answer["all_reduces"][calls:]) == {expected}
         assert answer["collectives"] == answer["all_reduces"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_harness_catches_ratios_of_local_parts(pool: WorkerPool, stage: int, world_size: int) -> None:
+    unsharded, sharded = make_case("naive trust ratio", "ddp"), make_case("naive trust ratio", stage)
+    weights = pool.run(run_case, unsharded)[0]["weights"]
+    assert worst_error(unsharded, weights)[0] < 1e-5
+    error, _ = worst_error(sharded, pool.run(run_case, sharded)[0]["weights"])
+    assert not error < 0.05
+
+
+# Other set-ups ------------------------------------------------------------------------------------------------------
+
+ZERO: dict[str, tuple[int, dict[str, Any]]] = {
+    "round robin": (2, {"zero": {"round_robin_gradients": True}}),
+    "sub-groups": (3, {"zero": {"sub_group_size": 100}}),
+    "offload": (3, {"zero": OFFLOAD, "config": OWN_OPTIMIZER}),
+    "zero.Init": (3, {"zero_init": True}),
+    "padding": (2, {"poison": True}),
+    "accumulation": (1, {"accumulation": 3}),
+    "nameless": (1, {"named": False}),
+}
+
+
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:sgd"])
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("setup", ZERO)
+def test_options_of_zero(pool: WorkerPool, name: str, setup: str, world_size: int) -> None:
+    stage, changes = ZERO[setup]
+    answers = pool.run(run_case, make_case(name, stage, **changes))
+    if setup == "nameless":
+        assert "leaves.conv.weight" in answers[0]["ratios"][0]
+    else:
+        assert_exact(make_case(name, stage, **changes), answers)
+    assert all(answer["padding_is_nan"] for answer in answers) or setup != "padding"
+
+
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:lion", "trust_ratio:adagrad"])
+@pytest.mark.parametrize(
+    ("stage", "config"), [(0, {}), (1, {}), (2, {}), (3, {}), (1, {"data_types": {"grad_accum_dtype": "fp32"}})]
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_fp32_masters_of_16_bit_weights(
+    pool: WorkerPool, name: str, stage: int, config: dict[str, Any], world_size: int
+) -> None:
+    """Some wrappers step once with zeros, which is no step of the base's."""
+    run_exact(pool, make_case(name, stage, dtype="bf16", spread=0.0, config={"bf16": {"enabled": True}, **config}))
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_overflow_skips_the_step(pool: WorkerPool, stage: int, world_size: int) -> None:
+    config = {"fp16": {"enabled": True, "loss_scale": 16}}
+    run_exact(pool, make_case("trust_ratio:adamw", stage, dtype="fp16", spread=0.0, overflow=(1,), config=config))
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_without_gradient_are_untouched(pool: WorkerPool, stage: str | int, world_size: int) -> None:
+    case = make_case("trust_ratio:adamw", stage, skipped=dict.fromkeys(range(5), ("dense", "norm")))
+    answers = run_exact(pool, case)
+    assert torch.equal(answers[0]["weights"]["dense"], initial_weights(case)["dense"])
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_continues_bit_for_bit(
+    pool: WorkerPool, name: str, stage: int, world_size: int, tmp_path: Any
+) -> None:
+    straight = make_case(name, stage, steps=6)
+    resumed = replace(straight, save_after=3, folder=str(tmp_path))
+    one, other = pool.run(run_case, straight), pool.run(run_case, resumed)
+    for a, b in zip(one, other, strict=True):
+        assert all(torch.equal(weights, b["weights"][layer]) for layer, weights in a["weights"].items())
+        assert a["ratios"][3:] == b["ratios"]
+        assert a["groups"] == b["groups"]
+
+
+FSDP = {
+    "fsdp": Setup(),
+    "units": Setup(units=True),
+    "swapped parameters": Setup(wrap="swap"),
+    "accelerate": Setup(wrap="accelerate"),
+    "checkpoint": Setup(checkpoint=""),
+}
+
+
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:rmsprop", "trust_ratio:lion"])
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("setup", FSDP)
+def test_fsdp2(pool: WorkerPool, name: str, setup: str, world_size: int, tmp_path: Any) -> None:
+    used = replace(FSDP[setup], checkpoint=None if setup != "checkpoint" else str(tmp_path))
+    answers = pool.run(fsdp_runs.run_case, case := replace(make_case(name, 1), stage="fsdp"), used)
+    if setup == "checkpoint":
+        case = replace(case, save_after=3)
+    assert_exact(case, answers)
+    assert set(answers[0]["all_reduces"][2 if setup == "checkpoint" else 1 :]) == {1}
+
+
+@pytest.mark.parametrize("world_size", [4])
+def test_hybrid_sharding(pool: WorkerPool, world_size: int) -> None:
+    fsdp_runs.run_exact(pool, replace(make_case("trust_ratio:adamw", 1), stage="fsdp"), Setup(mesh=(2, 2)))
+
+
+FSDP1 = {
+    "late": test_fsdp1.Setup(),
+    "units, early": test_fsdp1.Setup(units=True, early=True),
+    "whole": test_fsdp1.Setup(strategy="NO_SHARD"),
+    "checkpoint": test_fsdp1.Setup(checkpoint=True),
+}
+
+
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:sgd"])
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("setup", FSDP1)
+def test_fsdp1_with_original_parameters(pool: WorkerPool, name: str, setup: str, world_size: int) -> None:
+    case = replace(make_case(name, 1), stage="fsdp1")
+    answers = pool.run(test_fsdp1.run_case, case, FSDP1[setup])
+    assert_exact(replace(case, save_after=3) if setup == "checkpoint" else case, answers)
+    assert answers[0]["collectives"][1:] == [setup != "whole"] * (len(answers[0]["collectives"]) - 1)
+
+
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:rmsprop"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_megatrons_distributed_optimizer(pool: WorkerPool, name: str, world_size: int) -> None:
+    case = make_case(name, "ddp")
+    answers = pool.run(megatron_distributed_runs.train, case)
+    assert_exact(case, answers)
+    assert answers[0]["all_reduces"][1:] == [1] * 4
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_megatrons_tensor_parallelism(pool: WorkerPool, world_size: int) -> None:
+    case = Case("trust_ratio:adamw", megatron_distributed_runs.CUT_MODEL, "ddp", two_groups("trust_ratio:adamw"))
+    assert_exact(case, pool.run(megatron_distributed_runs.train, case, 2))
+
+
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:lion"])
+@pytest.mark.parametrize(("world_size", "mesh"), [(2, (2,)), (3, (3,)), (4, (2, 2))])
+def test_dtensors_of_tensor_parallelism(pool: WorkerPool, name: str, mesh: tuple[int, ...], world_size: int) -> None:
+    """Gradients of norms are sums over ranks, which the base gets complete."""
+    wanted = pool.run(test_dtensor_parallel.train, name, None)[0]
+    test_dtensor_parallel.assert_same(pool.run(test_dtensor_parallel.train, name, mesh), wanted)
