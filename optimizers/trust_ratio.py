@@ -21,12 +21,12 @@ from .proposals.base import (
     as_groups,
     check_base_class,
     check_options,
-    needs_closure,
+    known_at_first,
     propose,
     refuse_unknown_options,
 )
 from .proposals.made_of_zeros import MadeOfZeros
-from .proposals.nature import LARGE_RATE, Nature, nature_of, options_of_base
+from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base
 from .proposals.refusals import refuse_layout
 from .sharding.layout import Layout
 from .sharding.local_tensors import local_part, placements_of
@@ -49,10 +49,10 @@ class TrustRatio(LayerwiseOptimizer):
         optimizer = TrustRatio(torch.optim.RMSprop, model.named_parameters(), lr=1e-3, trust_bounds=(0, 10), alpha=0.95)
 
     The base, ``optimizer.base``, shares groups and state with this optimizer: options, state and checkpoints are its
-    own. On layers that are cut it must treat every element by itself, which is found out by trying it (AdamW, RMSprop,
-    SGD, Lion do; Muon, Shampoo, Adafactor do not, and are refused there). Where its direction and state do not depend on
-    the learning rate, which is found out too, it steps at the rate 65536 and the direction is taken from that: in
-    w - w_after at small rates most digits are lost. Else it steps at the group's own, and ‖u‖ is relative to that.
+    own. Before the first step it is tried on two small matrices (`nature_of`), for two things. Is it element-wise? If
+    not (Muon, Shampoo, Adafactor, LAMB), it is refused where layers are cut. Do direction and state depend on the
+    learning rate? If not (AdamW, SGD, RMSprop, Lion and most), it steps at the rate 65536 and u is taken from that: at
+    small rates w - w_after has few digits of it. Else it steps at the group's own rate, with those digits.
 
     Args:
         base_class: An optimizer class of torch's kind with an option ``lr``.
@@ -61,17 +61,17 @@ class TrustRatio(LayerwiseOptimizer):
         trust_bounds: (low, high) of the ratio of an adapted layer.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
         segments: Into how many equal parts along dimension 0 a layer is cut for the ratio; see `CommonOptions`.
-        base_options: The base's own options. ``maximize``, ``foreach``, ``fused``, ``capturable`` are among them.
+        base_options: The base's own options; ``maximize``, ``foreach``, ``fused``, ``capturable`` are the base's too.
 
     Raises:
         TypeError: If the class is none, or lacks an option; the nearest is named.
         ValueError: If an option is out of range: what the base says of its own.
-        LayoutError: At the first step, if layers are cut and the base is not element-wise, or if weights of 16 bits would
-            swallow its step.
+        LayoutError: At the first step, if layers are cut and the base is not element-wise, or if weights of 16 bits
+            would swallow its step.
 
-    State: the base's. Sums per step: ‖w‖², ‖w - w_after‖², ‖g‖², one all-reduce if sharded. Memory: one copy of the local
-    weights during the step. A layer whose gradient is zero on all ranks keeps its weights; what becomes of its state is
-    the base's business. Of layers without gradient (None) the base keeps its hands off.
+    State: the base's. Sums per step: ‖w‖², ‖w - w_after‖², ‖g‖², one all-reduce if sharded. Memory: one copy of the
+    local weights during the step. A layer whose gradient is zero on all ranks keeps its weights; what becomes of its
+    state is the base's business.
 
     Source: the wrapping is apex's LARC, the ratio LAMB's (arXiv 1904.00962, with φ the identity).
     """
@@ -90,6 +90,8 @@ class TrustRatio(LayerwiseOptimizer):
         **base_options: Any,
     ):
         check_base_class(base_class)
+        if issubclass(base_class, LayerwiseOptimizer):
+            raise TypeError(f"{base_class.__name__} has a ratio of its own, or needs none: use it by itself")
         refuse_unknown_options(base_class, base_options, ("lr", *OWN_OPTIONS))
         self.base_class = base_class
         self.base_options = base_options
@@ -105,17 +107,19 @@ class TrustRatio(LayerwiseOptimizer):
         for group, of_base in zip(self.param_groups, self.base.param_groups, strict=True):
             for name, value in of_base.items():
                 group.setdefault(name, value)
+        for key, value in self.base.state.items():
+            if not isinstance(key, torch.Tensor):  # of the whole optimizer
+                self.state.setdefault(key, value)
         self._share()
 
     # The base -------------------------------------------------------------------------------------------------------
 
     def _make_base(self, groups: Sequence[Mapping[str, Any]], lr: Any) -> torch.optim.Optimizer:
-        rate = {} if lr is None else {"lr": lr}
         of_base = [{name: value for name, value in group.items() if name not in OWN_OPTIONS} for group in groups]
-        return self.base_class(of_base, **rate, **self.base_options)
+        return make_base(self.base_class, of_base, lr, self.base_options)
 
     def _share(self) -> None:
-        """Have the base see the groups, options and state, which wrappers and loading replace, of this optimizer."""
+        """Have the base see this optimizer's groups, options and state, which wrappers and loading replace."""
         self._makes_state_when_made |= bool(self.base.state) and self.base.state is not self.state
         self.base.param_groups = self.param_groups
         self.base.defaults = self.defaults
@@ -125,7 +129,6 @@ class TrustRatio(LayerwiseOptimizer):
         super()._forget()
         self._makes_state_when_made = False  # as Adagrad does
         self._made_of_zeros = MadeOfZeros()
-        self._natures: dict[str, Nature] = {}
         self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
         self._takes_large_rate = False
         self._closure: Callable[[], Any] | None = None
@@ -150,8 +153,7 @@ class TrustRatio(LayerwiseOptimizer):
 
     def check_layout(self, layout: Layout) -> None:
         natures = [
-            nature_of(self.base_class, self._options_of_base(group), layout.device, self._natures)
-            for group in self.param_groups
+            nature_of(self.base_class, self._options_of_base(group), layout.device) for group in self.param_groups
         ]
         for index in dict.fromkeys(layout.groups):
             refuse_layout(self.base_class.__name__, natures[index], layout)
@@ -171,14 +173,17 @@ class TrustRatio(LayerwiseOptimizer):
 
         Raises:
             LayoutError: As `LayerwiseOptimizer.step`; if the base cannot be exact on what it is stepped with.
-            TypeError: If the base needs a closure and there is none.
         """
-        if needs_closure(self.base_class):
-            if closure is None:
-                raise TypeError(f"{self.base_class.__name__} evaluates the model in a step: call step(closure)")
-            self._closure = closure
+        if closure is None:
+            return super().step()
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._closure = known_at_first(closure, loss)
+            return loss
+
         try:
-            return super().step(closure)
+            return super().step(evaluate)
         finally:
             self._closure = None
 
@@ -216,8 +221,8 @@ class TrustRatio(LayerwiseOptimizer):
         if self._makes_state_when_made:
             for group, tensor in zip(layout.groups, layout.tensors, strict=True):
                 if not self.state[tensor]:
-                    options = self._options_of_base(self.param_groups[group])
-                    fresh = self.base_class([tensor], lr=self.param_groups[group]["lr"], **options)
+                    options, lr = self._options_of_base(self.param_groups[group]), self.param_groups[group]["lr"]
+                    fresh = make_base(self.base_class, [tensor], lr, options)
                     self.state[tensor].update(fresh.state[tensor])
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
@@ -270,8 +275,12 @@ class TrustRatio(LayerwiseOptimizer):
         super().load_state_dict({**state_dict, "param_groups": saved})
 
     def _as_loaded(self, parameter: torch.Tensor, name: str, value: Any) -> Any:
-        # What torch has made of it; but of text torch makes something else.
-        return self.state[parameter][name] if name != "layers" else super()._as_loaded(parameter, name, value)
+        # As torch loads it, for the base expects that. But torch makes floats of masks and counts, and nothing of text.
+        made_of_it = self.state[parameter][name]
+        if not isinstance(value, torch.Tensor):
+            return super()._as_loaded(parameter, name, value)
+        kept = made_of_it if value.is_floating_point() else value.to(made_of_it.device)
+        return kept.detach().clone()
 
 
 def _any_gradient(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> bool:
@@ -284,7 +293,7 @@ def _any_gradient(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> b
 def _complete(
     layout: Layout, gradients: Sequence[torch.Tensor | None]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Put complete gradients in the place of DTensors' that are sums over ranks; yield the tensors and what they had."""
+    """Put complete gradients where DTensors have sums over ranks; yield the tensors and what they had."""
     for tensor, gradient in zip(layout.tensors, gradients, strict=True):
         placements, own = placements_of(tensor), tensor.grad
         if placements is not None and gradient is not None and (own is None or placements_of(own) != placements):

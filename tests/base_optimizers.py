@@ -32,7 +32,9 @@ class _Base(torch.optim.Optimizer):
 
 
 class Lion(_Base):
-    def __init__(self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0):
+    def __init__(
+        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0
+    ):
         if not 0.0 <= betas[0] < 1.0:
             raise ValueError(f"Invalid beta parameter: {betas[0]}")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -155,7 +157,7 @@ def scaled(
     trust_bounds: tuple[float, float] = (0.0, math.inf),
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, float]:
-    """w - lr · ratio · u with ratio = ‖w‖ / ‖u‖ within the bounds, of a whole layer."""
+    """W - lr · ratio · u with ratio = ‖w‖ / ‖u‖ within the bounds, of a whole layer."""
     u = direction(w, g, state, weight_decay=weight_decay)
     ratio = 1.0
     if is_adapted(w, adapt):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..options.unknown import nearest
-from .nature import options_of_base
+from .nature import make_base, options_of_base
 
-__all__ = ["as_groups", "check_base_class", "check_options", "needs_closure", "propose", "refuse_unknown_options"]
+__all__ = ["as_groups", "check_base_class", "check_options", "known_at_first", "propose", "refuse_unknown_options"]
 
 PIECE = 1 << 22
 """Elements that are exchanged at once."""
@@ -19,11 +18,14 @@ PIECE = 1 << 22
 
 def check_base_class(base_class: Any) -> None:
     """Raise TypeError unless it is an optimizer class of torch's kind that has a learning rate."""
+    if isinstance(base_class, torch.optim.Optimizer):
+        name = type(base_class).__name__
+        raise TypeError(f"base_class must be a class, got an object of {name}: TrustRatio({name}, params, lr, ...)")
     if not (isinstance(base_class, type) and issubclass(base_class, torch.optim.Optimizer)):
-        given = f"an {type(base_class).__name__} object" if isinstance(base_class, torch.optim.Optimizer) else "it is not"
+        raise TypeError(f"base_class must be an optimizer class such as torch.optim.AdamW, got {base_class!r}")
+    if isinstance(getattr(base_class, "param_groups", None), property):
         raise TypeError(
-            f"base_class must be a subclass of torch.optim.Optimizer such as torch.optim.AdamW, got {base_class!r}"
-            + (f", {given}: pass the class, and its options to TrustRatio" if "object" in given else "")
+            f"base_class must step by itself, and {base_class.__name__} wraps another: give that one's class"
         )
     names, takes_others = options_of_base(base_class)
     if "lr" not in names and not takes_others:
@@ -35,7 +37,9 @@ def _has(base_class: type[torch.optim.Optimizer]) -> str:
     return f"{base_class.__name__} has {', '.join(names) or 'no options'}"
 
 
-def refuse_unknown_options(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], own: Sequence[str]) -> None:
+def refuse_unknown_options(
+    base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], own: Sequence[str]
+) -> None:
     """Raise TypeError, as Python does, if the class has not all of these options; the nearest is named."""
     names, takes_others = options_of_base(base_class)
     for name in options:
@@ -67,13 +71,13 @@ def check_options(base_class: type[torch.optim.Optimizer], lr: Any, options: Map
     """Have the class check options, as its constructor does: raise what it raises."""
     any_parameter = torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))
     device_options = {"fused": None} if options.get("fused") else {}
-    base_class([any_parameter], lr=lr, **{**options, **device_options})
+    make_base(base_class, [any_parameter], lr, {**options, **device_options})
 
 
-def needs_closure(base_class: type[torch.optim.Optimizer]) -> bool:
-    """Whether a step evaluates the model by itself."""
-    closure = inspect.signature(base_class.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+def known_at_first(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
+    """A closure that has been evaluated: it returns that loss the first time, and evaluates again after that."""
+    known = [loss]
+    return lambda: known.pop() if known else closure()
 
 
 def propose(tensors: Iterable[torch.Tensor], step: Callable[[], Any]) -> list[torch.Tensor]:

@@ -1,8 +1,8 @@
 """State that a base makes in a step whose gradients are all zero, before the first that has any.
 
-Some wrappers and torch's distributed checkpoints take such a step to have the state made. A base counts it, and the bias
-corrections of all further steps would be those of later ones. So the state stands until a gradient comes, and is then
-made anew; what was loaded into it in between stays.
+Some wrappers and torch's distributed checkpoints take such a step to have the state made. A base counts it, and the
+bias corrections of all further steps would be those of later ones. So the state stands until a gradient comes, and is
+then made anew; what was loaded into it in between stays.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What kind of optimizer somebody's class is, found out by trying it on two tiny matrices; no list has its name.
 
-A step is *element-wise* if an element's change depends on the weight, gradients and state of that element alone: then it
-does not matter how layers are cut. It is *layer-wise* if it depends on nothing outside the layer. And its direction
-(change / learning rate) may or may not depend on the learning rate.
+A step is *element-wise* if an element's change depends on the weight, gradients and state of that element alone: then
+it does not matter how layers are cut. No optimizer is whose state is neither a number nor like the layer. A step is
+*layer-wise* if it depends on nothing outside the layer. And its direction (change / learning rate) may or may not
+depend on the learning rate.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-__all__ = ["LARGE_RATE", "Nature", "nature_of", "options_of_base"]
+__all__ = ["LARGE_RATE", "Nature", "make_base", "nature_of", "options_of_base"]
 
 LARGE_RATE = float(2**16)
 """A rate at which a direction shows in w - w_after with all its digits, however small it is beside the weight."""
 
-SHAPES = ((5, 4), (3, 7))
-CUT = 26
-"""Where the elements of both matrices are cut in two: in the middle of a row of the second."""
+SHAPES = ((130, 129), (3, 7))
+"""One is so large that nobody takes it for a vector, or leaves a second moment of it as it is."""
+CUT = 7001
+"""Where the elements of both matrices are cut in two: in the middle of a row."""
+STEPS = 30
+"""Some wait for a while before they do what they are for."""
 RATES = (0.1, 0.03, 0.2, 0.05, 0.1, 0.4, 0.02, 0.1, 0.3, 0.07, 0.1, 0.15)
 SIZES = (1.0, 0.01, 30.0, 1.0, 0.1, 3.0, 1000.0, 0.3, 1.0, 0.003, 10.0, 1.0)
 """Of the gradients, step by step: limits of a norm hold in some and not in others."""
@@ -61,33 +66,44 @@ class Nature:
     failure: str = ""
 
 
-@functools.cache
-def _parameters(base_class: type[torch.optim.Optimizer]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(base_class).parameters
-
-
 def options_of_base(base_class: type[torch.optim.Optimizer]) -> tuple[list[str], bool]:
     """The names of a class's options, and whether its constructor takes others besides."""
-    parameters = [*_parameters(base_class).values()][1:]
+    key: Any = base_class
+    return _options_of_base(key)
+
+
+@functools.cache
+def _options_of_base(base_class: type[torch.optim.Optimizer]) -> tuple[list[str], bool]:
+    parameters = [*inspect.signature(base_class).parameters.values()][1:]
     variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return [p.name for p in parameters if p.kind not in variadic], any(p.kind is variadic[1] for p in parameters)
 
 
-def nature_of(
-    base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], device: torch.device, known: dict[str, Nature]
-) -> Nature:
-    """Find out what kind of optimizer a class is, with these options: a dozen steps each of a few fresh instances.
+def make_base(
+    base_class: type[torch.optim.Optimizer], params: Any, lr: Any, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """An instance; with lr None, at the class's default rate."""
+    constructor: Callable[..., torch.optim.Optimizer] = base_class
+    rate = {} if lr is None else {"lr": lr}
+    return constructor(params, **rate, **options)
+
+
+def nature_of(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], device: torch.device) -> Nature:
+    """Find out what kind of optimizer a class is, with these options: a few fresh instances take some steps, once.
 
     Args:
         base_class: The class.
         options: Of its constructor, without params and lr.
         device: Where it is tried if it does not work on a CPU.
-        known: What was found out before, by options; what is found out now is put there.
     """
-    key = repr(sorted(options.items()))
+    known = _known.setdefault(base_class, {})
+    key = device.type, repr(sorted(options.items()))
     if key not in known:
         known[key] = _try(base_class, {**options, **_as_it_suits(options)}, device)
     return known[key]
+
+
+_known: WeakKeyDictionary[type, dict[Any, Nature]] = WeakKeyDictionary()
 
 
 def _as_it_suits(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,12 +123,14 @@ def _try(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], de
 
 
 def _nature(trial: _Trial, whole: _Outcome) -> Nature:
-    is_random = not trial.same(whole, trial.run(_ALL))
+    is_random = not trial.same(whole, trial.run(_ALL, seed=1))
     cut, failure = trial.attempt(_CUT)
     apart, _ = trial.attempt(_APART)
     faster, _ = trial.attempt(_ALL, LARGE_RATE)
     return Nature(
-        is_element_wise=not is_random and cut is not None and trial.same_directions(whole, cut),
+        is_element_wise=(
+            not is_random and whole.is_like_layers and cut is not None and trial.same_directions(whole, cut)
+        ),
         is_layer_wise=is_random or (apart is not None and trial.same_directions(whole, apart)),
         is_random=is_random,
         is_proportional=not is_random and faster is not None and trial.same(whole, faster),
@@ -127,10 +145,12 @@ class _Outcome:
     Attributes:
         directions: (w - w_after) / rate of each step, over all elements.
         state: All tensors of the state after the last step, in their order.
+        is_like_layers: Whether each of them is a number or has the shape of its parameter.
     """
 
     directions: list[torch.Tensor]
     state: list[torch.Tensor]
+    is_like_layers: bool
 
 
 @dataclass(frozen=True)
@@ -149,19 +169,25 @@ class _Trial:
         except Exception as error:  # whatever it may raise
             return None, f"{type(error).__name__}: {error}"
 
-    def run(self, instances: Sequence[Sequence[Part]], rate: float | None = None) -> _Outcome:
+    def run(self, instances: Sequence[Sequence[Part]], rate: float | None = None, seed: int = 0) -> _Outcome:
         """Take some steps with fresh instances, each over parts of the two matrices; always at `rate` if given."""
-        directions = [torch.zeros(sum(_SIZES), device=self.device, dtype=self.dtype) for _ in RATES]
+        directions = [torch.zeros(sum(_SIZES), device=self.device, dtype=self.dtype) for _ in range(STEPS)]
         state: list[torch.Tensor] = []
-        with torch.enable_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings():
+        is_like_layers = True
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.enable_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.default_generator.manual_seed(seed)
             for parts in instances:
                 parameters = [torch.nn.Parameter(self._numbers(0)[at].view(shape)) for at, shape in parts]
-                optimizer = self.base_class(parameters, lr=RATES[0], **self.options)
-                for step, usual in enumerate(RATES):
-                    self._take(optimizer, parts, parameters, step, rate or usual, directions[step])
+                optimizer = make_base(self.base_class, parameters, RATES[0], self.options)
+                for step, direction in enumerate(directions):
+                    self._take(optimizer, parts, parameters, step, rate or RATES[step % len(RATES)], direction)
                 state += [value.detach() for value in _tensors(optimizer.state)]
-        return _Outcome(directions, state)
+                for parameter in parameters:
+                    of_layer = _tensors(optimizer.state[parameter])
+                    is_like_layers &= all(value.numel() <= 1 or value.shape == parameter.shape for value in of_layer)
+        return _Outcome(directions, state, is_like_layers)
 
     def _take(
         self,
@@ -173,7 +199,7 @@ class _Trial:
         direction: torch.Tensor,
     ) -> None:
         """Take one step from weights that do not depend on the steps before."""
-        weights, gradient = self._numbers(step), SIZES[step] * self._numbers(100 + step)
+        weights, gradient = self._numbers(step), SIZES[step % len(SIZES)] * self._numbers(100 + step)
         gradient[CUT:] *= 0.1
         for parameter, (at, shape) in zip(parameters, parts, strict=True):
             parameter.data.copy_(weights[at].view(shape))
@@ -186,9 +212,8 @@ class _Trial:
 
     def _numbers(self, seed: int) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(sum(_SIZES), generator=generator, dtype=torch.float64, device="cpu").to(
-            self.device, self.dtype
-        )
+        numbers = torch.randn(sum(_SIZES), generator=generator, dtype=torch.float32, device="cpu")
+        return numbers.to(self.device, self.dtype)
 
     def same(self, one: _Outcome, other: _Outcome) -> bool:
         """Whether directions and state are the same, but for rounding."""
@@ -212,13 +237,13 @@ class _Trial:
         return bool(difference <= TOLERANCES[self.dtype] * size)
 
 
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    """Yield all tensors of a state, in its order."""
+def _tensors(state: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """Yield all tensors of a state, in its order, also those in objects of the optimizer's own."""
+    seen = set() if seen is None else seen
     if isinstance(state, torch.Tensor):
         yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)
+    elif id(state) not in seen and not isinstance(state, str | type):
+        seen.add(id(state))
+        inner = state.values() if isinstance(state, Mapping) else state if isinstance(state, Iterable) else ()
+        for value in (*inner, *vars(state).values()) if hasattr(state, "__dict__") else inner:
+            yield from _tensors(value, seen)

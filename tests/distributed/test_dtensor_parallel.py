@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
+from trustratio.optimizers import LAMB, OPTIMIZERS
 
 from ..base_optimizers import create
 from .exactness import BASE_OPTIONS
