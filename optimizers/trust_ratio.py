@@ -27,7 +27,7 @@ from .proposals.base import (
 )
 from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base
-from .proposals.refusals import refuse_layout
+from .proposals.refusals import refuse_layout, warn_of_lost_digits
 from .sharding.layout import Layout
 from .sharding.local_tensors import local_part, placements_of
 
@@ -52,7 +52,8 @@ class TrustRatio(LayerwiseOptimizer):
     own. Before the first step it is tried on two small matrices (`nature_of`), for two things. Is it element-wise? If
     not (Muon, Shampoo, Adafactor, LAMB), it is refused where layers are cut. Do direction and state depend on the
     learning rate? If not (AdamW, SGD, RMSprop, Lion and most), it steps at the rate 65536 and u is taken from that: at
-    small rates w - w_after has few digits of it. Else it steps at the group's own rate, with those digits.
+    small rates w - w_after has few digits of it. Else it steps at the group's own rate, with those digits; where they
+    are too few in the first step, a warning says so.
 
     Args:
         base_class: An optimizer class of torch's kind with an option ``lr``.
@@ -131,6 +132,7 @@ class TrustRatio(LayerwiseOptimizer):
         self._made_of_zeros = MadeOfZeros()
         self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
         self._takes_large_rate = False
+        self._looks_at_digits = False
         self._closure: Callable[[], Any] | None = None
         self._checked_options: dict[int, Any] = {}
 
@@ -197,6 +199,7 @@ class TrustRatio(LayerwiseOptimizer):
             self._made_of_zeros.make(self.param_groups, self.state, layout.tensors, step)
             return {"proposed": parts}
         self._made_of_zeros.drop(self.state, layout.tensors)
+        self._looks_at_digits = is_first
         proposed = dict(zip(moving, step(), strict=True))
         return {"proposed": [proposed.get(index, part) for index, part in enumerate(parts)]}
 
@@ -236,6 +239,8 @@ class TrustRatio(LayerwiseOptimizer):
             bounds=group["trust_bounds"],
         )
         layers.trust_ratio = rule(layers)
+        if self._looks_at_digits and not self._takes_large_rate:
+            warn_of_lost_digits(self.base_class.__name__, group, layers)
 
     @sums_over_layers("w", "d", "g")
     def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:

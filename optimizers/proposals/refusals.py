@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from ..sharding.layout import Layout, LayoutError
+from ..formulas.layer_table import LayerTable
+from ..sharding.layout import Layout, LayoutError, listing
 from ..sharding.local_tensors import local_part
 from .nature import Nature
 
-__all__ = ["refuse_layout"]
+__all__ = ["refuse_layout", "warn_of_lost_digits"]
 
+MOST_ROUNDING = 0.01
+"""The largest share of a direction that may be rounding without a word."""
 WHOLE = "Keep layers whole (DistributedDataParallel)"
 
 
@@ -36,6 +43,29 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
         raise LayoutError(
             f"the step of {name} cannot be told from what it makes of fp16 or bf16 weights, which round it away: keep "
             "the parameters in fp32 and compute under torch.autocast, or let DeepSpeed or FSDP keep fp32 master weights"
+        )
+
+
+def warn_of_lost_digits(name: str, group: Mapping[str, Any], layers: LayerTable) -> None:
+    """Warn where w - w_after, at the group's own rate, is so small beside w that it is rounding to a good part.
+
+    Waits for the device.
+
+    Args:
+        name: The base class's.
+        group: Whose step it is.
+        layers: With the norms of "w" and of "d", which is w - w_after.
+    """
+    # A number's rounding is spread over ±eps/2 of it, at most: its root mean square is about a fifth of eps.
+    rounding = 0.2 * torch.finfo(group["params"][0].dtype).eps * layers.norm("w") / layers.norm("d")
+    shares = zip(layers.layers, rounding.tolist(), strict=True)
+    lost = {layer.name: share for layer, share in shares if MOST_ROUNDING < share < float("inf")}
+    if lost:
+        warnings.warn(
+            f"{name} steps at the learning rate itself, and its step is so small beside the weights that up to "
+            f"{min(1.0, max(lost.values())):.0%} of its direction is rounding, in {listing(list(lost))}: raise lr, or "
+            "take a base whose direction does not depend on lr, such as AdamW, which is free of that",
+            stacklevel=8,
         )
 
 

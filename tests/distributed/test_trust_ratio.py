@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from trustratio.optimizers import LayoutError, TrustRatio
 
 from ..base_optimizers import BASES
+from ..unit import test_proposals
 from . import fsdp_runs, megatron_distributed_runs, test_dtensor_parallel, test_fsdp1
 from .cases import Case, initial_weights, run_case
 from .exactness import MODEL, assert_exact, two_groups, worst_error
@@ -185,3 +194,104 @@ def test_dtensors_of_tensor_parallelism(pool: WorkerPool, name: str, mesh: tuple
     """Gradients of norms are sums over ranks, which the base gets complete."""
     wanted = pool.run(test_dtensor_parallel.train, name, None)[0]
     test_dtensor_parallel.assert_same(pool.run(test_dtensor_parallel.train, name, mesh), wanted)
+
+
+def train_under_zero_redundancy(base: str, wrapped: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Tanh(), torch.nn.Linear(6, 3, bias=False))
+    parallel = DistributedDataParallel(model)
+    make = partial(TrustRatio, getattr(torch.optim, base))
+    optimizer: Any = make(parallel.parameters(), lr=0.1)
+    if wrapped:
+        optimizer = ZeroRedundancyOptimizer(parallel.parameters(), optimizer_class=make, lr=0.1)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
+    for _ in range(3):
+        parallel(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("base", ["AdamW", "Muon"])
+@pytest.mark.parametrize("world_size", [2])
+def test_zero_redundancy_optimizer(pool: WorkerPool, base: str, world_size: int) -> None:
+    """Layers are whole, so that a base that needs whole ones is exact, too."""
+    wanted = pool.run(train_under_zero_redundancy, base, False)
+    for found, expected in zip(pool.run(train_under_zero_redundancy, base, True), wanted, strict=True):
+        assert all(torch.equal(found[layer], weights) for layer, weights in expected.items())
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def step_with(base_name: str, wrapper: str) -> str:
+    """Take a step under a wrapper, and return what was raised."""
+    base: Any = getattr(torch.optim, base_name, None) or getattr(test_proposals, base_name)
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 3, bias=False))
+    if wrapper == "fsdp":
+        fully_shard(model)
+    optimizer: Any = TrustRatio(base, model.named_parameters(), lr=0.01)
+    stepping, trained, engine = optimizer, model, None
+    if wrapper == "ddp":
+        trained = DistributedDataParallel(model)
+    elif wrapper == "zero redundancy":
+        trained = DistributedDataParallel(model)
+        stepping = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=partial(TrustRatio, base), lr=0.01)
+    elif wrapper.isdigit():
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": int(wrapper)}}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        trained = engine
+    try:
+        loss = trained(torch.randn(2, 4, generator=torch.Generator().manual_seed(1))).square().sum()
+        if engine is None:
+            loss.backward()
+            stepping.step()
+        else:
+            engine.backward(loss)
+            engine.step()
+    except LayoutError as error:
+        return str(error)
+    finally:
+        if engine is not None:
+            engine.destroy()
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        ("Muon", r"Muon fails on flat pieces of layers \(ValueError: Muon only supports 2D"),
+        ("Adafactor", "Adafactor makes other steps of pieces of a layer than of the whole"),
+        ("ClipsTheModel", "ClipsTheModel makes other steps of pieces"),
+        ("WarmsUp", "WarmsUp makes other steps"),
+        ("Noisy", "Noisy draws random numbers"),
+    ],
+)
+@pytest.mark.parametrize("wrapper", ["1", "2", "3", "fsdp"])
+def test_what_is_not_element_wise_is_refused_on_cut_layers(
+    pool: WorkerPool, base: str, why: str, wrapper: str, world_size: int
+) -> None:
+    for raised in pool.run(step_with, base, wrapper):
+        assert re.match(why, raised), raised
+        assert "Keep layers whole (DistributedDataParallel), or take a base" in raised
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("base", ["Muon", "Adafactor", "ClipsTheModel", "AdamW"])
+def test_it_is_accepted_on_whole_layers(pool: WorkerPool, base: str, world_size: int) -> None:
+    assert pool.run(step_with, base, "ddp") == ["", ""]
+    assert pool.run(step_with, base, "0") == ["", ""]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_what_needs_all_layers_is_refused_where_ranks_step_some(pool: WorkerPool, world_size: int) -> None:
+    for raised in pool.run(step_with, "ClipsTheModel", "zero redundancy"):
+        assert re.match("a layer's step of ClipsTheModel depends on other layers, of which .* use Distributed", raised)
+
+
+@pytest.mark.parametrize("world_size", [1])
+def test_one_flat_tensor_of_several_layers_is_cut_too(pool: WorkerPool, world_size: int) -> None:
+    (raised,) = pool.run(step_with, "Adafactor", "1")
+    assert "which cuts layers or steps several as one" in raised
