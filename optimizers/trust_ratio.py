@@ -137,8 +137,10 @@ class TrustRatio(LayerwiseOptimizer):
         self._checked_options: dict[int, Any] = {}
 
     def _options_of_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        names = dict.fromkeys([*options_of_base(self.base_class)[0], *self.base_options])
-        return {name: group[name] for name in names if name in group and name != "lr"}
+        """A group's options of the base; some classes keep what they were given to themselves."""
+        names, _ = options_of_base(self.base_class)
+        options = {**self.base_options, **{name: group[name] for name in names if name in group}}
+        return {name: value for name, value in options.items() if name != "lr"}
 
     # Options --------------------------------------------------------------------------------------------------------
 

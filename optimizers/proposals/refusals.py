@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..formulas.layer_table import LayerTable
 from ..sharding.layout import Layout, LayoutError, listing
@@ -73,7 +74,8 @@ def _cuts(layout: Layout) -> bool:
     """Whether any local tensor is not one whole parameter."""
     shapes = [tuple(local_part(tensor).shape) for tensor in layout.tensors]
     parameters = [(shapes[layer.tensor], layer.parameter) for layer in layout.layers]
-    return bool(layout.reductions) or any(p is None or tuple(p.shape) != shape for shape, p in parameters)
+    shared = any(dist.get_world_size(process_group) > 1 for process_group, _ in layout.reductions)
+    return shared or any(p is None or tuple(p.shape) != shape for shape, p in parameters)
 
 
 def _why(nature: Nature) -> str:

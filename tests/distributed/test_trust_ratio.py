@@ -18,7 +18,7 @@ from trustratio.optimizers import LayoutError, TrustRatio
 
 from ..base_optimizers import BASES
 from ..unit import test_proposals
-from . import fsdp_runs, megatron_distributed_runs, test_dtensor_parallel, test_fsdp1
+from . import fsdp_runs, megatron_distributed_runs, test_dtensor_parallel, test_fsdp1, test_megatron
 from .cases import Case, initial_weights, run_case
 from .exactness import MODEL, assert_exact, two_groups, worst_error
 from .fsdp_runs import Setup
@@ -193,7 +193,10 @@ def test_megatrons_tensor_parallelism(pool: WorkerPool, world_size: int) -> None
 def test_dtensors_of_tensor_parallelism(pool: WorkerPool, name: str, mesh: tuple[int, ...], world_size: int) -> None:
     """Gradients of norms are sums over ranks, which the base gets complete."""
     wanted = pool.run(test_dtensor_parallel.train, name, None)[0]
-    test_dtensor_parallel.assert_same(pool.run(test_dtensor_parallel.train, name, mesh), wanted)
+    found = pool.run(test_dtensor_parallel.train, name, mesh)
+    test_dtensor_parallel.assert_same(found, wanted)
+    # One per dimension that cuts a layer; one more adds up the norms' gradients, and the base sends nothing.
+    assert set(found[0]["collectives"][1:]) == {min(2, len(mesh)) + (len(mesh) == 1)}
 
 
 def train_under_zero_redundancy(base: str, wrapped: bool) -> dict[str, torch.Tensor]:
@@ -295,3 +298,22 @@ def test_what_needs_all_layers_is_refused_where_ranks_step_some(pool: WorkerPool
 def test_one_flat_tensor_of_several_layers_is_cut_too(pool: WorkerPool, world_size: int) -> None:
     (raised,) = pool.run(step_with, "Adafactor", "1")
     assert "which cuts layers or steps several as one" in raised
+
+
+def step_a_part_of_a_layer(base_name: str) -> str:
+    with test_megatron.megatron(2):
+        part: Any = torch.nn.Parameter(torch.ones(3, 4))
+        part.tensor_model_parallel, part.partition_dim, part.partition_stride = True, 0, 1
+        part.grad = torch.ones(3, 4)
+        try:
+            TrustRatio(getattr(torch.optim, base_name), [("part", part)], lr=0.1).step()
+        except LayoutError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_parts_of_tensor_parallel_layers_are_cut_too(pool: WorkerPool, world_size: int) -> None:
+    assert pool.run(step_a_part_of_a_layer, "AdamW") == ["", ""]
+    for raised in pool.run(step_a_part_of_a_layer, "Adafactor"):
+        assert raised.startswith("Adafactor makes other steps of pieces of a layer")

@@ -231,6 +231,32 @@ def test_a_base_that_keeps_state_of_the_whole() -> None:
     assert optimizer.state["steps"] == [3]
 
 
+def test_state_that_a_base_makes_when_it_is_constructed() -> None:
+    """Older torch's Adagrad did; wrappers put other tensors into the groups afterwards."""
+
+    class Early(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1, start: float = 2.0):
+            super().__init__(params, lr=lr)
+            self.start = start
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["scale"] = torch.full_like(p, start)
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad * self.state[p]["scale"])
+
+    named = parameters()
+    optimizer = TrustRatio(Early, named[:3], lr=0.1, adapt=False, start=3.0)
+    optimizer.add_param_group({"params": named[3:]})
+    before = values(named)
+    train(optimizer, named, range(1))
+    for name, g in gradients(0, named).items():
+        torch.testing.assert_close(dict(named)[name].detach(), before[name] - 0.3 * g)
+
+
 # Edges --------------------------------------------------------------------------------------------------------------
 
 
