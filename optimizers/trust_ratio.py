@@ -26,7 +26,7 @@ from .proposals.base import (
     refuse_unknown_options,
 )
 from .proposals.made_of_zeros import MadeOfZeros
-from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base
+from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base, step_without_hooks
 from .proposals.refusals import refuse_layout, warn_of_lost_digits
 from .sharding.layout import Layout
 from .sharding.local_tensors import local_part, placements_of
@@ -214,7 +214,7 @@ class TrustRatio(LayerwiseOptimizer):
         for group, _ in own_rates:
             group["lr"] = LARGE_RATE
         try:
-            self.base.step(*(() if self._closure is None else (self._closure,)))
+            step_without_hooks(self.base, *(() if self._closure is None else (self._closure,)))
         finally:
             for group, rate in own_rates:
                 group["lr"] = rate

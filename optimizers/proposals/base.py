@@ -54,7 +54,7 @@ def refuse_unknown_options(
 def as_groups(params: Any) -> list[dict[str, Any]]:
     """Parameters, named parameters or groups as groups, so that they can be gone over twice."""
     if isinstance(params, torch.Tensor):
-        raise TypeError("params must be an iterable of parameters, named parameters or groups, got one tensor")
+        raise TypeError("params must be an iterable of Tensors or dicts, got one tensor")
     given = list(params)
     if not given or not isinstance(given[0], dict):
         return [{"params": given}] if given else []

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-__all__ = ["LARGE_RATE", "Nature", "make_base", "nature_of", "options_of_base"]
+__all__ = ["LARGE_RATE", "Nature", "make_base", "nature_of", "options_of_base", "step_without_hooks"]
 
 LARGE_RATE = float(2**16)
 """A rate at which a direction shows in w - w_after with all its digits, however small it is beside the weight."""
@@ -86,6 +86,17 @@ def make_base(
     constructor: Callable[..., torch.optim.Optimizer] = base_class
     rate = {} if lr is None else {"lr": lr}
     return constructor(params, **rate, **options)
+
+
+def step_without_hooks(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+    """Take a step that the hooks around every optimizer's step do not see; those around ours do."""
+    step: Any = type(optimizer).step
+    if "step" in vars(optimizer):  # somebody has put his own there, e.g. what torch.compile has made of it
+        vars(optimizer)["step"](*arguments)
+    elif getattr(step, "hooked", False):
+        step.__wrapped__(optimizer, *arguments)
+    else:
+        step(optimizer, *arguments)
 
 
 def nature_of(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], device: torch.device) -> Nature:
@@ -206,7 +217,7 @@ class _Trial:
             parameter.grad = gradient[at].view(shape).clone()
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        step_without_hooks(optimizer)
         for parameter, (at, _) in zip(parameters, parts, strict=True):
             direction[at] = (weights[at] - parameter.detach().reshape(-1)) / rate
 
