@@ -91,7 +91,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         defaults = {**defaults, **common}
         for name, default in COMMON_DEFAULTS.items():
             defaults.setdefault(name, default)
-        make_plain(defaults, tuple(defaults), floats_of(type(self)))
+        make_plain(defaults, self.plain_options or tuple(defaults), floats_of(type(self)))
         check_choice("implementation", defaults["implementation"], (None, *IMPLEMENTATIONS))
         self._forget()
         super().__init__(params, defaults)

@@ -79,6 +79,7 @@ class TrustRatio(LayerwiseOptimizer):
 
     layer_state = ()
     counts_steps = False
+    plain_options = ("lr", *OWN_OPTIONS)
 
     def __init__(
         self,
@@ -152,7 +153,7 @@ class TrustRatio(LayerwiseOptimizer):
             raise ValueError(f"maximize must be False: {self.base_class.__name__} has no such option")
         known = repr(options)
         if self._checked_options.get(id(group)) != known:
-            check_options(self.base_class, group["lr"], options)
+            check_options(self.base_class, options)
             self._checked_options[id(group)] = known
 
     def check_layout(self, layout: Layout) -> None:

@@ -41,6 +41,9 @@ class Algorithm:
     plan_options: ClassVar[tuple[str, ...]] = ("adapt", "segments")
     """Group options that `check_layout` and `has_rows` ask for, and the base's: setting one makes a new plan."""
 
+    plain_options: ClassVar[tuple[str, ...] | None] = None
+    """Options in which numbers of other kinds become Python's; None for all."""
+
     # What torch.optim.Optimizer and the base keep for it
 
     param_groups: list[dict[str, Any]]

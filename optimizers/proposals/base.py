@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..options.unknown import nearest
-from .nature import make_base, options_of_base
+from .nature import copied, make_base, options_of_base
 
 __all__ = ["as_groups", "check_base_class", "check_options", "known_at_first", "propose", "refuse_unknown_options"]
 
+ANY_RATE = 1e-3
 PIECE = 1 << 22
 """Elements that are exchanged at once."""
 
@@ -67,11 +68,16 @@ def _as_list(params: Any) -> Any:
     return params if isinstance(params, set) else list(params)  # torch refuses sets, which have no order
 
 
-def check_options(base_class: type[torch.optim.Optimizer], lr: Any, options: Mapping[str, Any]) -> None:
-    """Have the class check options, as its constructor does: raise what it raises."""
+def check_options(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    """Have the class check options, as its constructor does: raise what it raises.
+
+    Args:
+        base_class: The class.
+        options: Without lr, which schedulers set to 0 where constructors may not like it.
+    """
     any_parameter = torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))
     device_options = {"fused": None} if options.get("fused") else {}
-    make_base(base_class, [any_parameter], lr, {**options, **device_options})
+    make_base(base_class, [any_parameter], ANY_RATE, copied({**options, **device_options}))
 
 
 def known_at_first(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ depend on the learning rate.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-__all__ = ["LARGE_RATE", "Nature", "make_base", "nature_of", "options_of_base", "step_without_hooks"]
+__all__ = ["LARGE_RATE", "Nature", "copied", "make_base", "nature_of", "options_of_base", "step_without_hooks"]
 
 LARGE_RATE = float(2**16)
 """A rate at which a direction shows in w - w_after with all its digits, however small it is beside the weight."""
@@ -86,6 +87,18 @@ def make_base(
     constructor: Callable[..., torch.optim.Optimizer] = base_class
     rate = {} if lr is None else {"lr": lr}
     return constructor(params, **rate, **options)
+
+
+def copied(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for an instance that must not change anybody's: objects that cannot be copied are shared."""
+    return {name: _copied(value) for name, value in options.items()}
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever it may raise, as for process groups
+        return value
 
 
 def step_without_hooks(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
@@ -191,7 +204,7 @@ class _Trial:
             torch.default_generator.manual_seed(seed)
             for parts in instances:
                 parameters = [torch.nn.Parameter(self._numbers(0)[at].view(shape)) for at, shape in parts]
-                optimizer = make_base(self.base_class, parameters, RATES[0], self.options)
+                optimizer = make_base(self.base_class, parameters, RATES[0], copied(self.options))
                 for step, direction in enumerate(directions):
                     self._take(optimizer, parts, parameters, step, rate or RATES[step % len(RATES)], direction)
                 state += [value.detach() for value in _tensors(optimizer.state)]

@@ -185,7 +185,7 @@ def test_a_base_may_evaluate_again() -> None:
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(6)]
+    losses = [optimizer.step(closure).item() for _ in range(6)]
     assert 6 < evaluations <= 6 * 4
     assert losses[-1] < 0.05 * losses[0]
     with pytest.raises(TypeError, match="closure"):
@@ -214,6 +214,31 @@ def test_a_group_key_step_of_the_base_survives() -> None:
     assert [group["step"] for group in optimizer.param_groups] == [3]
     train(adamw := TrustRatio(torch.optim.AdamW, named, lr=0.01), named, range(3))
     assert "step" not in adamw.param_groups[0]
+
+
+def test_what_a_base_writes_into_its_groups_stays() -> None:
+    """Tensors too, and a rate that it does not want to be 0 when it is made."""
+
+    class Writing(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1, factor: Any = None):
+            if lr <= 0:
+                raise ValueError("lr must be positive")
+            super().__init__(params, lr=lr)
+            for group in self.param_groups:
+                group["factor"] = torch.tensor(1.0) if factor is None else factor
+
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["factor"].add_(1.0)
+            return super().step()
+
+    named = parameters()
+    factor = torch.tensor(5.0)
+    optimizer = TrustRatio(Writing, named, lr=0.01, factor=factor)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, named, range(3))
+    assert optimizer.param_groups[0]["factor"] is factor
+    assert factor == 8.0
 
 
 def test_a_base_that_keeps_state_of_the_whole() -> None:
