@@ -12,6 +12,7 @@ from .novograd import NovoGrad
 from .registry import OPTIMIZERS, OptimizerEntry, create_optimizer, register_optimizer
 from .sharding.layout import LayoutError
 from .sngm import SNGM
+from .trust_ratio import TrustRatio
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
@@ -34,6 +35,7 @@ __all__ = [
     "NovoGrad",
     "OptimizerEntry",
     "StatisticsError",
+    "TrustRatio",
     "VRAdam",
     "create_optimizer",
     "register_optimizer",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .formulas.hyperparameters import check_flag, check_range, is_number
+from .formulas.hyperparameters import check_bounds, check_flag, check_range, is_number
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
@@ -102,13 +102,7 @@ class LAMB(LayerwiseAdam):
 
     def check_bounds(self, group: dict[str, Any]) -> None:
         """Raise ValueError if the options that bound the ratio are out of range."""
-        bounds = group["trust_bounds"]
-        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-            raise ValueError(f"trust_bounds must be (low, high), got {bounds!r}")
-        low, high = bounds
-        check_range("trust_bounds[0]", low, 0.0)
-        if not (is_number(high) and low <= high):
-            raise ValueError(f"trust_bounds[1] must be in [{low:g}, inf], got {high!r}")
+        check_bounds("trust_bounds", group["trust_bounds"])
 
     def bounds(self, group: dict[str, Any]) -> tuple[float, float]:
         """The least and the largest ratio of an adapted layer."""

@@ -91,7 +91,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         defaults = {**defaults, **common}
         for name, default in COMMON_DEFAULTS.items():
             defaults.setdefault(name, default)
-        make_plain(defaults, tuple(defaults), floats_of(type(self)))
+        make_plain(defaults, self.plain_options or tuple(defaults), floats_of(type(self)))
         check_choice("implementation", defaults["implementation"], (None, *IMPLEMENTATIONS))
         self._forget()
         super().__init__(params, defaults)
@@ -134,7 +134,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             if rounded is not None:
                 self._warn_of(rounded.describe(step.groups))
             self._plans.end(plan, ratios)
-            if step.changed_something():
+            if step.changed_something() and self.counts_steps:
                 self._count.add(self.param_groups, self._plans.steps_begun)
         if plan.agreement.steps_left:
             plan.agreement.check(self, plan.layout, ratios, gradient_squares)
@@ -240,7 +240,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         for name in OF_THE_WHOLE:
             del group[name]
         try:
-            group["step"] = whole_steps(group.get("step", most_steps(self.param_groups[:-1])))
+            if self.counts_steps:
+                group["step"] = whole_steps(group.get("step", most_steps(self.param_groups[:-1])))
             self._options.check(self, group)
             names = group.get("param_names") or [None] * len(group["params"])
             for parameter, name in zip(group["params"], names, strict=False):
@@ -312,7 +313,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             self.modernize(group)
             fill_in(group)
-            if not group.get("step"):  # as in a file of an older version
+            if self.counts_steps and not group.get("step"):  # as in a file of an older version
                 group["step"] = steps_of(self.state)
             # A copy of a wrapped optimizer holds flat tensors, which must not pass for layers.
             if are_parameters is not None and all(are_parameters[index]):
@@ -358,16 +359,18 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         """Set the state again, which torch has cast to the parameters' dtype."""
         current = [p for group in self.param_groups for p in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = self.element_state
         for parameter, index in zip(current, saved, strict=True):
             if self.state.get(parameter, {}) is None:  # as some files say that there is none yet
                 del self.state[parameter]
             for name, value in (state_dict["state"].get(index) or {}).items():
-                kept = on_device(value, parameter.device)
-                self.state[parameter][name] = as_kept(parameter, name, kept) if name in own else kept
+                self.state[parameter][name] = self._as_loaded(parameter, name, value)
         self._plans.clear()
         self._count.restart()
         self._loaded = LoadedState(self, state_dict)
+
+    def _as_loaded(self, parameter: torch.Tensor, name: str, value: Any) -> Any:
+        kept = on_device(value, parameter.device)
+        return as_kept(parameter, name, kept) if name in self.element_state else kept
 
     def _warn_of(self, lost_updates: str | None) -> None:
         if lost_updates is not None:

@@ -17,10 +17,14 @@ from .novograd import NovoGrad
 from .options.common import options_of
 from .options.unknown import nearest
 from .sngm import SNGM
+from .trust_ratio import TrustRatio
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = ["OPTIMIZERS", "OptimizerEntry", "create_optimizer", "register_optimizer"]
+
+WITH_A_BASE = "trust_ratio"
+"""Made by name too, but no entry: what it computes is said by the class that it is given."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
     """Construct an optimizer by its registered name.
 
     Args:
-        name: A key of `OPTIMIZERS`, in any case.
+        name: A key of `OPTIMIZERS`, in any case, or "trust_ratio", which needs the option ``base_class``.
         params: Parameters, named parameters or groups.
         options: The class's own options, e.g. ``lr``.
 
@@ -230,6 +234,8 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
         ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range.
     """
     entry = OPTIMIZERS.get(name.lower())
+    if name.lower() == WITH_A_BASE:
+        return _with_a_base(params, options)
     if entry is None:
         raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), OPTIMIZERS)}")
     allowed = options_of(entry.optimizer_class)
@@ -237,3 +243,12 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
         if option not in allowed:
             raise ValueError(f"{name} has no option {option!r}; {nearest(option, allowed)}")
     return entry.optimizer_class(params, **options)
+
+
+def _with_a_base(params: Any, options: dict[str, Any]) -> TrustRatio:
+    if "base_class" not in options:
+        raise ValueError(f"{WITH_A_BASE} needs the option base_class: an optimizer class such as torch.optim.AdamW")
+    try:
+        return TrustRatio(params=params, **options)
+    except TypeError as error:
+        raise ValueError(str(error)) from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trustratio.optimizers import TrustRatio
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.sharding.backends import publish_weights, stepped_tensors
 from trustratio.optimizers.sharding.local_tensors import local_part
@@ -147,7 +148,7 @@ def unwrapped(optimizer: Any) -> LayerwiseOptimizer:
     """The optimizer of this package inside what wraps it.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If there is none, or it keeps somebody else's state.
     """
     inner = optimizer
     while inner is not None and not isinstance(inner, LayerwiseOptimizer):
@@ -155,5 +156,11 @@ def unwrapped(optimizer: Any) -> LayerwiseOptimizer:
     if inner is None:
         raise TypeError(
             f"expected an optimizer of trustratio.optimizers or what wraps one, got {type(optimizer).__name__}"
+        )
+    if isinstance(inner, TrustRatio):
+        raise TypeError(
+            f"the state of TrustRatio is {inner.base_class.__name__}'s, of which nobody here knows what it means: "
+            "save and load it as the wrapper does any optimizer's (engine.save_checkpoint, "
+            "torch.distributed.checkpoint.state_dict, FullyShardedDataParallel.optim_state_dict), or by state_dict()"
         )
     return inner

@@ -6,7 +6,7 @@ The first file to read for whoever writes one; docs/adding-an-optimizer.md goes 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,11 +32,17 @@ class Algorithm:
     layer_state: ClassVar[tuple[str, ...]] = ("step",)
     """State with one number per layer, zero at first. `step` counts the updates of the layer."""
 
+    counts_steps: ClassVar[bool] = True
+    """Whether each group's `step` is the number of steps taken. If not, that key is somebody else's."""
+
     group_statistics: ClassVar[str | None] = None
     """What is kept of the groups' gradients: None, "norms" per layer, or "squares" per element besides."""
 
     plan_options: ClassVar[tuple[str, ...]] = ("adapt", "segments")
     """Group options that `check_layout` and `has_rows` ask for, and the base's: setting one makes a new plan."""
+
+    plain_options: ClassVar[tuple[str, ...] | None] = None
+    """Options in which numbers of other kinds become Python's; None for all."""
 
     # What torch.optim.Optimizer and the base keep for it
 
@@ -86,6 +92,18 @@ class Algorithm:
 
     def before_stages(self, layout: Layout) -> None:
         """Do what precedes the stages of one `step()` call, e.g. a reduction that cannot ride in theirs."""
+
+    def inputs(
+        self, layout: Layout, gradients: Sequence[torch.Tensor | None], *, is_first: bool
+    ) -> Mapping[str, Sequence[torch.Tensor]]:
+        """Return further tensors by name, each list with one like every local part, that chunks show: read only.
+
+        Args:
+            layout: Of the `step()` call.
+            gradients: Of its local tensors, complete; None where there is none.
+            is_first: Whether no step with these local tensors has found a gradient so far.
+        """
+        return {}
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         """Yield the stages whose sums the update needs; after each, its reduced sums are in `layers`.

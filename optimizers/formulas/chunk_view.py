@@ -13,7 +13,10 @@ from .chunks import Chunk
 if TYPE_CHECKING:
     from .rows import Rows
 
-__all__ = ["ChunkView"]
+__all__ = ["ChunkView", "Input"]
+
+Input = tuple[Sequence[torch.Tensor], torch.Tensor | None]
+"""Tensors like the local ones, and the number that multiplies them; None for 1."""
 
 
 class ChunkView:
@@ -33,7 +36,7 @@ class ChunkView:
         state: Mapping[str, Sequence[torch.Tensor]],
         first_layer: int,
         rows: Rows | None = None,
-        inputs: Mapping[str, tuple[Sequence[torch.Tensor], torch.Tensor]] | None = None,
+        inputs: Mapping[str, Input] | None = None,
         *,
         in_place: bool,
     ):
@@ -46,7 +49,7 @@ class ChunkView:
             state: Flat element-wise state by name.
             first_layer: Index of the group's first layer in the layout.
             rows: The group's rows, where they are measured.
-            inputs: Further flat tensors by name, which are read only, each with a factor.
+            inputs: Further flat tensors by name, which are read only.
             in_place: Update state where it lies if no conversion or packing is needed, instead of in a scratch copy.
         """
         self._chunk = chunk
@@ -79,9 +82,11 @@ class ChunkView:
         state, inputs = self.__dict__.get("_state", {}), self.__dict__.get("_inputs", {})
         if name in inputs:
             flats, factor = inputs[name]
-            scaled: torch.Tensor = self._chunk.read(flats, self.dtype)[0] * self._beside_elements(factor.to(self.dtype))
-            self.__dict__[name] = scaled
-            return scaled
+            given, _ = self._chunk.read(flats, self.dtype)
+            if factor is not None:
+                given = given * self._beside_elements(factor.to(self.dtype))
+            self.__dict__[name] = given
+            return given
         if name not in state:
             raise AttributeError(f"a chunk has w, g, {list(inputs)} and the state {list(state)}, not {name}")
         elements, is_view = self._chunk.read(state[name], self.dtype)

@@ -72,6 +72,16 @@ def check_betas(betas: Any, name: str = "betas") -> None:
         check_range(f"{name}[{index}]", beta, 0.0, 1.0, high_open=True)
 
 
+def check_bounds(name: str, bounds: Any) -> None:
+    """Raise ValueError unless `bounds` are (low, high) with 0 ≤ low ≤ high; high may be infinite."""
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise ValueError(f"{name} must be (low, high), got {bounds!r}")
+    low, high = bounds
+    check_range(f"{name}[0]", low, 0.0)
+    if not (is_number(high) and low <= high):
+        raise ValueError(f"{name}[1] must be in [{low:g}, inf], got {high!r}")
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise ValueError unless `value` is one of `allowed`; 1 is not True."""
     if not any(value is choice or (_same_kind(value, choice) and value == choice) for choice in allowed):

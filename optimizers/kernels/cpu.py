@@ -358,8 +358,8 @@ class CpuSweeps:
         return sweep
 
     def _mean_square(self, sweep: _Sweep) -> None:
-        assert self.operands.mean_square is not None
-        squares, factor = self.operands.mean_square
+        squares, factor = self.operands.inputs["mean_square"]
+        assert factor is not None
         if self.mean_square is None:
             self.mean_square = _pointers(squares)
         sweep.mean_square, sweep.mean_square_factor = _address(self.mean_square), float(factor)

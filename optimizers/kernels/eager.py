@@ -82,10 +82,9 @@ class EagerSweeps:
         view.store(update.change(view), None if all_change else view.of(changing))
 
     def _view(self, operands: GroupOperands, chunk: Chunk, *, in_place: bool) -> ChunkView:
-        mean_square = self.operands.mean_square
-        inputs = {} if mean_square is None else {"mean_square": mean_square}
+        flat = {name: (Flattened(tensors), factor) for name, (tensors, factor) in self.operands.inputs.items()}
         rows, first = operands.table.rows, operands.layers.start
-        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, inputs, in_place=in_place)
+        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, flat, in_place=in_place)
 
     def _zero_row_sums(self, operands: GroupOperands, stage: Stage) -> dict[str, torch.Tensor]:
         return {name: self._zeros(operands.rows.count) for name in stage.row_names}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..formulas.chunk_view import ChunkView
+from ..formulas.chunk_view import ChunkView, Input
 from ..formulas.layer_table import LayerTable
 from ..formulas.rows import Rows
 from ..formulas.stages import Stage
@@ -90,7 +90,8 @@ class Operands:
         gradients: None counts as zero.
         state: Element-wise state by name.
         groups: The parameter groups by their index.
-        mean_square: Mean squares of the groups' gradients and their factor, where they are wanted.
+        inputs: What chunks show besides, by name: `mean_square`, of the groups' gradients, where it is wanted, and what
+            the algorithm's `inputs` returns.
     """
 
     layout: Layout
@@ -98,7 +99,7 @@ class Operands:
     gradients: Sequence[torch.Tensor | None]
     state: Mapping[str, Sequence[torch.Tensor]]
     groups: Mapping[int, GroupOperands] = field(default_factory=dict)
-    mean_square: tuple[Sequence[torch.Tensor], torch.Tensor] | None = None
+    inputs: dict[str, Input] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,10 @@ class TritonSweeps:
         state += [weights] * (3 - len(state))
         mean_square, factor = weights, some
         if form.kind.has_gsnr:
-            assert self.operands.mean_square is not None
-            mean_square = self._pointers("mean_square", self.operands.mean_square[0])
-            factor = self.operands.mean_square[1].to(torch.float32).reshape(1)
+            squares, given = self.operands.inputs["mean_square"]
+            assert given is not None
+            mean_square = self._pointers("mean_square", squares)
+            factor = given.to(torch.float32).reshape(1)
         results = []
         for index, blocks in enumerate(all_blocks):
             count = len(blocks.rows)

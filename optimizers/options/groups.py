@@ -26,7 +26,7 @@ class GroupOptions:
     def check(self, algorithm: Algorithm, group: dict[str, Any]) -> None:
         """Make the group's numbers plain, and raise ValueError if an option is missing or out of range."""
         fill_in(group)
-        make_plain(group, algorithm.defaults, floats_of(type(algorithm)))
+        make_plain(group, algorithm.plain_options or algorithm.defaults, floats_of(type(algorithm)))
         if "lr" in algorithm.defaults and group.get("lr") is None:
             raise ValueError("lr must be given, to the constructor or to every group: a learning rate such as lr=0.1")
         missing = [name for name in algorithm.defaults if name not in group and name not in OF_THE_WHOLE]

@@ -33,6 +33,8 @@ ROUNDING = 1e-5
 RATIO, GRADIENT = "trust ratio", "norm of the gradient"
 POSITION = re.compile(r"\d+\.\d+(\[\d+\])?")
 """The name of a layer that was given none."""
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of an option that is a function: another one on every rank."""
 
 Quantities = dict[str, Any]
 """What ranks compare of a layer: its ratio and the norm of its gradient as numbers, and options as texts."""
@@ -185,7 +187,7 @@ def _quantities(
 
 
 def _plain(option: Any) -> str:
-    return repr(option.tolist() if isinstance(option, torch.Tensor) else option)
+    return ADDRESS.sub("", repr(option.tolist() if isinstance(option, torch.Tensor) else option))
 
 
 def _tolerance(layer: Layer) -> float:

@@ -39,7 +39,7 @@ def with_layer_names(
     described = {id(tensor): layers for layout in layouts for tensor, layers in _layers_by_tensor(layout)}
     state = dict(state_dict["state"])
     for index, (tensor, whole) in enumerate(zip(tensors, given, strict=True)):
-        if not whole and index in state and id(tensor) in described:
+        if not whole and state.get(index) and id(tensor) in described:
             of_layers = {**state[index].get("layers", {}), **described[id(tensor)]}
             state[index] = {**state[index], "layers": of_layers}
     return {**state_dict, "state": state}

@@ -76,6 +76,7 @@ class Step:
         """Take the step and return the trust ratio of each layer, in the order of `Plan.names`."""
         self.algorithm.before_stages(self.layout)
         self._take_group_statistics()
+        self._take_inputs()
         programs = {index: self.algorithm.stages(group.options, group.table) for index, group in self.groups.items()}
         while stages := {index: stage for index, program in programs.items() if (stage := next(program, None))}:
             local_sums = {index: self._measure(index, stage) for index, stage in stages.items()}
@@ -100,7 +101,18 @@ class Step:
         if self.algorithm.statistics is not None:
             statistics = self.algorithm.statistics.for_step(self.layout, Flattened(self.gradients))
             self.contributions = statistics.contributions
-            self.operands.mean_square = statistics.mean_square
+            if statistics.mean_square is not None:
+                self.operands.inputs["mean_square"] = statistics.mean_square
+
+    def _take_inputs(self) -> None:
+        """Take what the algorithm adds of its own, in the order in which weights are gone over."""
+        gradients, is_first = self.gradients, not self.plan.has_stepped
+        for name, given in self.algorithm.inputs(self.layout, gradients, is_first=is_first).items():
+            in_order = [
+                as_it_lies(in_the_order_of(tensor, like)) if index in self.plan.as_they_lie else _contiguous(tensor)
+                for index, (tensor, like) in enumerate(zip(given, self.locals, strict=True))
+            ]
+            self.operands.inputs[name] = in_order, None
 
     def _descending(self) -> list[torch.Tensor | None]:
         """The gradients whose descent is wanted: negated, so copied, in groups that maximize."""

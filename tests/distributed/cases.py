@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers import create_optimizer
+from ..base_optimizers import NaiveTrustRatio, create
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLLECTIVES = (
@@ -55,7 +55,7 @@ class Case:
     """One run: which model, which optimizer, how it is sharded, for how many steps.
 
     Attributes:
-        optimizer: Registered name, "naive", or one of torch's as "torch.AdamW".
+        optimizer: Registered name, one of `BASES`, "naive", "naive trust ratio", or one of torch's as "torch.AdamW".
         layers: The model.
         stage: "dense", "ddp", "by hand" (gradients averaged between backward and step) or a ZeRO stage 0 to 3.
         groups: Options of each parameter group, with at least the optimizer's lr.
@@ -237,14 +237,14 @@ def make_optimizer(case: Case, model: Model) -> torch.optim.Optimizer:
             if layer.group == index and layer.tied_to is None
         ]
         groups.append({"params": members if case.named else [p for _, p in members], **options})
-    if case.optimizer == "naive":
-        return NaiveLAMB(
-            [{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups], lr=case.groups[0]["lr"]
-        )
+    lr = case.groups[0]["lr"]
+    if case.optimizer.startswith("naive"):
+        kind = NaiveLAMB if case.optimizer == "naive" else NaiveTrustRatio
+        return kind([{"params": [p for _, p in g["params"]], "lr": g["lr"]} for g in groups], lr=lr)
     if case.optimizer.startswith("torch."):
         torch_class = getattr(torch.optim, case.optimizer.removeprefix("torch."))
-        return torch_class(groups, lr=case.groups[0]["lr"], **case.constructor)  # type: ignore[no-any-return]
-    optimizer = create_optimizer(case.optimizer, groups, lr=case.groups[0]["lr"], **case.constructor)
+        return torch_class(groups, lr=lr, **case.constructor)  # type: ignore[no-any-return]
+    optimizer = create(case.optimizer, groups, lr=lr, **case.constructor)
     if case.regroup:
         first, second = optimizer.param_groups
         second["params"].insert(0, first["params"].pop())
@@ -264,7 +264,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     }
     if case.dtype == "bf16":
         config.setdefault("bf16", {"enabled": True})
-    if case.optimizer == "naive" or case.optimizer.startswith("torch."):
+    if case.optimizer.startswith(("naive", "torch.")):
         config["zero_allow_untested_optimizer"] = True
     return config
 
@@ -476,7 +476,7 @@ def step_counts(optimizer: Any) -> dict[str, float]:
     for plan in getattr(optimizer, "_plans", {}).values():
         for tensor, layers in zip(plan.layout.tensors, plan.tensor_layers, strict=True):
             state = optimizer.state.get(tensor, {})
-            values = state.get("layers", {}).get("step", state.get("step", torch.tensor(0.0)))
+            values = torch.as_tensor(state.get("layers", {}).get("step", state.get("step", 0.0)))
             for index, value in zip(layers, values.expand(len(layers)).tolist(), strict=True):
                 counts[plan.layout.layers[index].name] = value
     return counts

@@ -49,15 +49,15 @@ NOISE = {
 
 def two_groups(name: str, **options: Any) -> tuple[dict[str, Any], ...]:
     """The options of both groups of `MODEL`: decay, and none for biases and norms."""
-    if name == "naive":
-        return ({"lr": 0.05, "weight_decay": 0.01, "adapt": True},) * 2
+    if name.startswith("naive"):
+        return ({"lr": 0.05, "weight_decay": 0.01 if name == "naive" else 0.1, "adapt": True},) * 2
     base = {"lr": 0.05, "weight_decay": 0.1, **BASE_OPTIONS.get(name, {}), **options}
     return base, {**base, "weight_decay": 0.0}
 
 
 def expected(case: Case, ranks: int = 1) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The reference's weights and ratios. The number of ranks matters where statistics of their gradients do."""
-    name = "lamb" if case.optimizer == "naive" else case.optimizer
+    name = {"naive": "lamb", "naive trust ratio": "trust_ratio:adamw"}.get(case.optimizer, case.optimizer)
     options = {layer.name: case.groups[layer.group] for layer in case.layers}
     gradients = []
     for step, given in enumerate(mean_gradients(case)):

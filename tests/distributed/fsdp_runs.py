@@ -156,7 +156,7 @@ class Run:
             "ratios": self.ratios,
             "collectives": self.counter.per_call,
             "all_reduces": self.counter.all_reduces,
-            "step_counts": {name: float(state[p]["step"]) for name, p in weights.items()},
+            "step_counts": {name: float(state[p].get("step", 0)) for name, p in weights.items()},
             "local_elements": {name: p.to_local().numel() for name, p in weights.items()},
             "cut_alike": all(
                 isinstance(value, DTensor) and value.placements == p.placements and value.shape == p.shape

@@ -20,8 +20,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
+from trustratio.optimizers import LAMB, OPTIMIZERS
 
+from ..base_optimizers import create
 from .exactness import BASE_OPTIONS
 from .pool import CaseFailed, WorkerPool
 
@@ -80,7 +81,7 @@ def train(name: str, mesh_shape: tuple[int, ...] | None) -> dict[str, Any]:
     vectors = [(n, p) for n, p in model.named_parameters() if p.dim() == 1]
     options = {"lr": 0.05, "weight_decay": 0.1, **BASE_OPTIONS.get(name, {})}
     groups = [{"params": matrices, **options}, {"params": vectors, **options, "weight_decay": 0.0}]
-    optimizer = create_optimizer(name, groups, lr=options["lr"])
+    optimizer = create(name, groups, lr=options["lr"])
     collectives, ratios = [], []
     for step in range(STEPS):
         ids = torch.randint(24, (samples, 6), generator=torch.Generator().manual_seed(step))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, LARS
+from trustratio.optimizers import LAMB, LARS, TrustRatio
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "coming-from.md").read_text()
 RATES = (0.1, 0.04, 0.2, 0.15)
@@ -76,7 +76,7 @@ def as_on_the_page(
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]
     decayed, undecayed = parameters[: len(shapes[0])], parameters[len(shapes[0]) :]
     given = {"decayed": decayed, "undecayed": undecayed, "lr": 1.0, "momentum": MOMENTUM, "weight_decay": DECAY}
-    given |= {"LAMB": LAMB, "LARS": LARS}
+    given |= {"LAMB": LAMB, "LARS": LARS, "TrustRatio": TrustRatio, "torch": torch}
     code = code_under(heading)
     assert edit[0] in code
     exec(code.replace(*edit), given)
@@ -153,6 +153,22 @@ def test_defaults_are_not_lightlys() -> None:
 def test_wrappers_of_sgd_adapt_all_layers(heading: str, coefficient: float) -> None:
     found = as_on_the_page(heading, BY_GROUP)
     assert_same(found, lars_reference(BY_GROUP, by_sum_of_norms(coefficient, adapts=lambda decayed: True)))
+
+
+def test_larc_that_clips() -> None:
+    """At a rate that some layers' η‖w‖/‖g‖ are above, and some below."""
+    coefficient, lr = 0.02, 0.018
+    heading, edit = "apex `LARC` with `clip=True`", ("lr / 0.02", f"{lr} / 0.02")
+    found = as_on_the_page(heading, BY_GROUP, edit=edit, factor=lambda step: coefficient / RATES[step - 1])
+    weights, gradients = start(BY_GROUP)
+    clipped = set()
+    for of_layers in gradients:
+        for index, g in enumerate(of_layers):
+            adaptive = ratio(coefficient, weights[index], g.norm(), g.norm())
+            clipped.add(bool(adaptive > lr))
+            weights[index] = weights[index] - lr * min(adaptive / lr, 1.0) * g
+    assert clipped == {True, False}
+    assert_same(found, weights)
 
 
 def test_simclr() -> None:

@@ -28,7 +28,7 @@ FLOORS = {
         *("runs", "rules", "common"),
     ),
     "integrations": ("", "audits", "norms", "pages", "checkpoints", "deepspeed", "fsdp2", "megatron", "guards"),
-    "optimizers": ("", "stepping", "options", "kernels", "formulas", "gradient_statistics", "sharding"),
+    "optimizers": ("", "proposals", "stepping", "options", "kernels", "formulas", "gradient_statistics", "sharding"),
 }
 """The folders of each package, its front ("") first. Each may import those after it and none before."""
 

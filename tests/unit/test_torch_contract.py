@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers import OPTIMIZERS, TrustRatio
 
 Tensor = torch.Tensor
 Make = Callable[..., torch.optim.Optimizer]
@@ -34,14 +35,21 @@ def row(check: Callable[[Make], None]) -> Callable[[Make], None]:
 NOT_ADAMW = ("a_copy_is_made_of_class_and_defaults",)
 """AdamW has an option that its constructor does not take; SGD and others of torch have not."""
 
+OF_THE_BASE = ("a_copy_is_made_of_class_and_defaults", "the_representation_names_class_and_options")
+"""What `TrustRatio` does otherwise: its class needs another one, and it names that."""
 
-@pytest.mark.parametrize("name", ["adamw", *OPTIMIZERS])
+
+@pytest.mark.parametrize("name", ["adamw", "trust_ratio:SGD", "trust_ratio:AdamW", *OPTIMIZERS])
 @pytest.mark.parametrize("check", ROWS, ids=lambda check: check.__name__)
 def test_contract(check: Callable[[Make], None], name: str) -> None:
+    if name.startswith("trust_ratio") and check.__name__ in OF_THE_BASE:
+        return
     check(torch.optim.SGD if name == "adamw" and check.__name__ in NOT_ADAMW else class_of(name))
 
 
 def class_of(name: str) -> Any:
+    if name.startswith("trust_ratio"):
+        return partial(TrustRatio, getattr(torch.optim, name.partition(":")[2]))
     return torch.optim.AdamW if name == "adamw" else OPTIMIZERS[name].optimizer_class
 
 

@@ -1,0 +1,76 @@
+"""State that a base makes in a step whose gradients are all zero, before the first that has any.
+
+Some wrappers and torch's distributed checkpoints take such a step to have the state made. A base counts it, and the
+bias corrections of all further steps would be those of later ones. So the state stands until a gradient comes, and is
+then made anew; what was loaded into it in between stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..sharding.local_tensors import local_part
+
+__all__ = ["MadeOfZeros"]
+
+
+class MadeOfZeros:
+    """Knows the tensors whose state was made so, and what the state was then."""
+
+    def __init__(self) -> None:
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def make(
+        self,
+        groups: Sequence[dict[str, Any]],
+        states: MutableMapping[torch.Tensor, Any],
+        tensors: Sequence[torch.Tensor],
+        step: Callable[[], Any],
+    ) -> None:
+        """Take such a step if any of the tensors has no state yet; the groups keep what they have.
+
+        Args:
+            groups: Of the optimizer.
+            states: Of the optimizer.
+            tensors: Of the step.
+            step: Takes it, and leaves the tensors as they are.
+        """
+        new = [tensor for tensor in tensors if not states[tensor]]
+        if len(new) < len(tensors):
+            return  # a second step with those that have some would be counted
+        options = [dict(group) for group in groups]
+        step()
+        for group, before in zip(groups, options, strict=True):
+            group.clear()
+            group.update(before)
+        self._made.update({tensor: _marks(states[tensor]) for tensor in new})
+
+    def drop(self, states: Mapping[torch.Tensor, dict[str, Any]], tensors: Sequence[torch.Tensor]) -> None:
+        """Give up the state of these tensors that is still what such a step has made."""
+        for tensor in tensors if self._made else ():
+            if self._made.pop(tensor, None) == _marks(states[tensor]):
+                states[tensor].clear()
+
+
+def _marks(state: Any) -> list[Any]:
+    """What tells whether anybody has written into a state. Waits for the device."""
+    return [*_of_values(state)]
+
+
+def _of_values(value: Any) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor):
+        elements = local_part(value).detach().float()
+        yield elements.shape, elements.sum().item(), elements.norm().item()
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _of_values(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _of_values(inner)
+    else:
+        yield value

@@ -1,0 +1,86 @@
+"""What cannot be exact with somebody's optimizer as the base, one sentence for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..formulas.layer_table import LayerTable
+from ..sharding.layout import Layout, LayoutError, listing
+from ..sharding.local_tensors import local_part
+from .nature import Nature
+
+__all__ = ["refuse_layout", "warn_of_lost_digits"]
+
+MOST_ROUNDING = 0.01
+"""The largest share of a direction that may be rounding without a word."""
+WHOLE = "Keep layers whole (DistributedDataParallel)"
+
+
+def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
+    """Raise LayoutError if a base cannot step the layout's tensors exactly.
+
+    Args:
+        name: The base class's.
+        nature: Its nature.
+        layout: Of a `step()` call.
+    """
+    if not nature.is_element_wise and _cuts(layout):
+        raise LayoutError(
+            f"{name} {_why(nature)}, so it is not exact under {layout.backend}, which cuts layers or steps several as "
+            f"one. {WHOLE}, or take a base that treats every element by itself, such as AdamW, RMSprop, SGD or Lion"
+        )
+    if not nature.is_layer_wise and (layout.clips_with or layout.others is not None):
+        raise LayoutError(
+            f"a layer's step of {name} depends on other layers, of which {layout.backend} does not show it all: leave "
+            "out what makes it so, such as clipping by the norm of the whole gradient, or use DistributedDataParallel"
+        )
+    dtypes = {local_part(tensor).dtype for tensor in layout.tensors}
+    if torch.float16 in dtypes or (torch.bfloat16 in dtypes and not nature.is_proportional):
+        raise LayoutError(
+            f"the step of {name} cannot be told from what it makes of fp16 or bf16 weights, which round it away: keep "
+            "the parameters in fp32 and compute under torch.autocast, or let DeepSpeed or FSDP keep fp32 master weights"
+        )
+
+
+def warn_of_lost_digits(name: str, group: Mapping[str, Any], layers: LayerTable) -> None:
+    """Warn where w - w_after, at the group's own rate, is so small beside w that it is rounding to a good part.
+
+    Waits for the device.
+
+    Args:
+        name: The base class's.
+        group: Whose step it is.
+        layers: With the norms of "w" and of "d", which is w - w_after.
+    """
+    # A number's rounding is spread over ±eps/2 of it, at most: its root mean square is about a fifth of eps.
+    rounding = 0.2 * torch.finfo(group["params"][0].dtype).eps * layers.norm("w") / layers.norm("d")
+    shares = zip(layers.layers, rounding.tolist(), strict=True)
+    lost = {layer.name: share for layer, share in shares if MOST_ROUNDING < share < float("inf")}
+    if lost:
+        warnings.warn(
+            f"{name} steps at the learning rate itself, and its step is so small beside the weights that up to "
+            f"{min(1.0, max(lost.values())):.0%} of its direction is rounding, in {listing(list(lost))}: raise lr, or "
+            "take a base whose direction does not depend on lr, such as AdamW, which is free of that",
+            stacklevel=8,
+        )
+
+
+def _cuts(layout: Layout) -> bool:
+    """Whether any local tensor is not one whole parameter."""
+    shapes = [tuple(local_part(tensor).shape) for tensor in layout.tensors]
+    parameters = [(shapes[layer.tensor], layer.parameter) for layer in layout.layers]
+    shared = any(dist.get_world_size(process_group) > 1 for process_group, _ in layout.reductions)
+    return shared or any(p is None or tuple(p.shape) != shape for shape, p in parameters)
+
+
+def _why(nature: Nature) -> str:
+    if nature.is_random:
+        return "draws random numbers"
+    if nature.failure:
+        return f"fails on flat pieces of layers ({nature.failure})"
+    return "makes other steps of pieces of a layer than of the whole"

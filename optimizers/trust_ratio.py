@@ -1,0 +1,313 @@
+"""TrustRatio: a trust ratio per layer around anybody's optimizer, exact under every sharding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .formulas.chunk_view import ChunkView
+from .formulas.chunks import Summand, squares
+from .formulas.hyperparameters import check_bounds, check_range
+from .formulas.layer_table import LayerTable
+from .formulas.stages import Stage, sums_over_layers
+from .formulas.updates import TrustRule
+from .layerwise import LayerwiseOptimizer
+from .proposals.base import (
+    as_groups,
+    check_base_class,
+    check_options,
+    known_at_first,
+    propose,
+    refuse_unknown_options,
+)
+from .proposals.made_of_zeros import MadeOfZeros
+from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base, step_without_hooks
+from .proposals.refusals import refuse_layout, warn_of_lost_digits
+from .sharding.layout import Layout
+from .sharding.local_tensors import local_part, placements_of
+
+__all__ = ["TrustRatio"]
+
+OWN_OPTIONS = ("adapt", "segments", "trust_bounds")
+
+
+class TrustRatio(LayerwiseOptimizer):
+    r"""Another optimizer's step, scaled per layer by ‖w‖ / ‖u‖.
+
+    With u the direction that the base proposes, its weight decay included:
+
+        u = (w - w_after) / lr        ratio = clamp(‖w‖ / ‖u‖, trust_bounds)        w ← w - lr · ratio · u
+
+    Around AdamW this is LAMB, around RMSprop or Lion what has no name. The norms are of whole layers, however a wrapper
+    cuts them. The ratio is 1 where ‖w‖ or ‖u‖ is zero and for layers that are not adapted; then the step is the base's.
+
+        optimizer = TrustRatio(torch.optim.RMSprop, model.named_parameters(), lr=1e-3, trust_bounds=(0, 10), alpha=0.95)
+
+    The base, ``optimizer.base``, shares groups and state with this optimizer: options, state and checkpoints are its
+    own. Before the first step it is tried on two small matrices (`nature_of`), for two things. Is it element-wise? If
+    not (Muon, Shampoo, Adafactor, LAMB), it is refused where layers are cut. Do direction and state depend on the
+    learning rate? If not (AdamW, SGD, RMSprop, Lion and most), it steps at the rate 65536 and u is taken from that: at
+    small rates w - w_after has few digits of it. Else it steps at the group's own rate, with those digits; where they
+    are too few in the first step, a warning says so.
+
+    Args:
+        base_class: An optimizer class of torch's kind with an option ``lr``.
+        params: Parameters, named parameters or groups; groups may have the base's options, and those here.
+        lr: Learning rate ≥ 0; a float or a tensor. None for the base's default.
+        trust_bounds: (low, high) of the ratio of an adapted layer.
+        adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
+        segments: Into how many equal parts along dimension 0 a layer is cut for the ratio; see `CommonOptions`.
+        base_options: The base's own options; ``maximize``, ``foreach``, ``fused``, ``capturable`` are the base's too.
+
+    Raises:
+        TypeError: If the class is none, or lacks an option; the nearest is named.
+        ValueError: If an option is out of range: what the base says of its own.
+        LayoutError: At the first step, if layers are cut and the base is not element-wise, or if weights of 16 bits
+            would swallow its step.
+
+    State: the base's. Sums per step: ‖w‖², ‖w - w_after‖², ‖g‖², one all-reduce if sharded. Memory: one copy of the
+    local weights during the step. A layer whose gradient is zero on all ranks keeps its weights; what becomes of its
+    state is the base's business.
+
+    Source: the wrapping is apex's LARC, the ratio LAMB's (arXiv 1904.00962, with φ the identity).
+    """
+
+    layer_state = ()
+    counts_steps = False
+    plain_options = ("lr", *OWN_OPTIONS)
+
+    def __init__(
+        self,
+        base_class: type[torch.optim.Optimizer],
+        params: Any,
+        lr: float | torch.Tensor | None = None,
+        trust_bounds: tuple[float, float] = (0.0, math.inf),
+        adapt: bool | None = None,
+        segments: int | Mapping[str, int] | None = None,
+        **base_options: Any,
+    ):
+        check_base_class(base_class)
+        if issubclass(base_class, LayerwiseOptimizer):
+            raise TypeError(f"{base_class.__name__} has a ratio of its own, or needs none: use it by itself")
+        refuse_unknown_options(base_class, base_options, ("lr", *OWN_OPTIONS))
+        self.base_class = base_class
+        self.base_options = base_options
+        groups = as_groups(params)
+        self.base = self._make_base(groups, lr)
+        lr = self.base.defaults.get("lr") if lr is None else lr
+        if lr is None:
+            raise ValueError(
+                f"lr must be given: {base_class.__name__} chooses its own, and a direction is a step divided by lr"
+            )
+        own = {"lr": lr, "trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
+        super().__init__(groups, {**self.base.defaults, **own})
+        for group, of_base in zip(self.param_groups, self.base.param_groups, strict=True):
+            for name, value in of_base.items():
+                group.setdefault(name, value)
+        for key, value in self.base.state.items():
+            if not isinstance(key, torch.Tensor):  # of the whole optimizer
+                self.state.setdefault(key, value)
+        self._share()
+
+    # The base -------------------------------------------------------------------------------------------------------
+
+    def _make_base(self, groups: Sequence[Mapping[str, Any]], lr: Any) -> torch.optim.Optimizer:
+        of_base = [{name: value for name, value in group.items() if name not in OWN_OPTIONS} for group in groups]
+        return make_base(self.base_class, of_base, lr, self.base_options)
+
+    def _share(self) -> None:
+        """Have the base see this optimizer's groups, options and state, which wrappers and loading replace."""
+        self._makes_state_when_made |= bool(self.base.state) and self.base.state is not self.state
+        self.base.param_groups = self.param_groups
+        self.base.defaults = self.defaults
+        self.base.state = self.state
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._makes_state_when_made = False  # as Adagrad does
+        self._made_of_zeros = MadeOfZeros()
+        self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
+        self._takes_large_rate = False
+        self._looks_at_digits = False
+        self._closure: Callable[[], Any] | None = None
+        self._checked_options: dict[int, Any] = {}
+
+    def _options_of_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group's options of the base; some classes keep what they were given to themselves."""
+        names, _ = options_of_base(self.base_class)
+        options = {**self.base_options, **{name: group[name] for name in names if name in group}}
+        return {name: value for name, value in options.items() if name != "lr"}
+
+    # Options --------------------------------------------------------------------------------------------------------
+
+    def check(self, group: dict[str, Any]) -> None:
+        check_range("lr", group["lr"], 0.0)
+        check_bounds("trust_bounds", group["trust_bounds"])
+        options = self._options_of_base(group)
+        if group["maximize"] and "maximize" not in options:
+            raise ValueError(f"maximize must be False: {self.base_class.__name__} has no such option")
+        known = repr(options)
+        if self._checked_options.get(id(group)) != known:
+            check_options(self.base_class, options)
+            self._checked_options[id(group)] = known
+
+    def check_layout(self, layout: Layout) -> None:
+        natures = [
+            nature_of(self.base_class, self._options_of_base(group), layout.device) for group in self.param_groups
+        ]
+        for index in dict.fromkeys(layout.groups):
+            refuse_layout(self.base_class.__name__, natures[index], layout)
+        self._proportional[layout] = all(nature.is_proportional for nature in natures)
+
+    # The step -------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss, as in torch.optim: once, and again as often as a base
+                that steps by evaluations, such as LBFGS, asks for it.
+
+        Returns:
+            The closure's loss before the step, or None.
+
+        Raises:
+            LayoutError: As `LayerwiseOptimizer.step`; if the base cannot be exact on what it is stepped with.
+        """
+        if closure is None:
+            return super().step()
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._closure = known_at_first(closure, loss)
+            return loss
+
+        try:
+            return super().step(evaluate)
+        finally:
+            self._closure = None
+
+    def inputs(
+        self, layout: Layout, gradients: Sequence[torch.Tensor | None], *, is_first: bool
+    ) -> dict[str, Sequence[torch.Tensor]]:
+        parts = [local_part(tensor).detach() for tensor in layout.tensors]
+        moving = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        step = partial(propose, [parts[index] for index in moving], partial(self._step_base, layout, gradients))
+        if is_first and not _any_gradient(layout, gradients):
+            self._made_of_zeros.make(self.param_groups, self.state, layout.tensors, step)
+            return {"proposed": parts}
+        self._made_of_zeros.drop(self.state, layout.tensors)
+        self._looks_at_digits = is_first
+        proposed = dict(zip(moving, step(), strict=True))
+        return {"proposed": [proposed.get(index, part) for index, part in enumerate(parts)]}
+
+    def _step_base(self, layout: Layout, gradients: Sequence[torch.Tensor | None]) -> None:
+        self._share()
+        self._make_state(layout)
+        self._takes_large_rate = self._proportional[layout]
+        own_rates = [(group, group["lr"]) for group in self.param_groups] if self._takes_large_rate else []
+        own_gradients = [*_complete(layout, gradients)]
+        for group, _ in own_rates:
+            group["lr"] = LARGE_RATE
+        try:
+            step_without_hooks(self.base, *(() if self._closure is None else (self._closure,)))
+        finally:
+            for group, rate in own_rates:
+                group["lr"] = rate
+            for tensor, gradient in own_gradients:
+                tensor.grad = gradient
+
+    def _make_state(self, layout: Layout) -> None:
+        """Give new tensors the state that the base makes when it is constructed."""
+        if self._makes_state_when_made:
+            for group, tensor in zip(layout.groups, layout.tensors, strict=True):
+                if not self.state[tensor]:
+                    options, lr = self._options_of_base(self.param_groups[group]), self.param_groups[group]["lr"]
+                    fresh = make_base(self.base_class, [tensor], lr, options)
+                    self.state[tensor].update(fresh.state[tensor])
+
+    def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
+        yield self.norms
+        # ‖w‖ / (‖w - w_after‖ / rate)
+        rule = TrustRule(
+            layers.adapt,
+            coefficient=LARGE_RATE if self._takes_large_rate else group["lr"],
+            direction=1.0,
+            direction_name="d",
+            bounds=group["trust_bounds"],
+        )
+        layers.trust_ratio = rule(layers)
+        if self._looks_at_digits and not self._takes_large_rate:
+            warn_of_lost_digits(self.base_class.__name__, group, layers)
+
+    @sums_over_layers("w", "d", "g")
+    def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        return squares(x.w), squares(x.w - x.proposed), squares(x.g)
+
+    def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
+        scale = group["lr"] / LARGE_RATE if self._takes_large_rate else 1.0
+        return x.of(scale * layers.trust_ratio) * (x.w - x.proposed)
+
+    # Copies and files -----------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(type(self).__name__, f"{type(self).__name__}({self.base_class.__name__})", 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "base_class": self.base_class, "base_options": self.base_options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch calls this from load_state_dict too, on an optimizer that has its base.
+        is_copy = "base_class" in state
+        super().__setstate__(state)
+        if is_copy:
+            groups = [{**self._options_of_base(group), "params": [*group["params"]]} for group in self.param_groups]
+            self.base = self._make_base(groups, self.defaults["lr"])
+        self._share()
+        self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as `LayerwiseOptimizer` does, a ``state_dict()`` of the base alone too: then the own options stay.
+
+        State gets the dtypes that the base's own ``load_state_dict`` gives it.
+        """
+        saved, current = state_dict["param_groups"], self.param_groups
+        if len(saved) == len(current):
+            pairs = zip(saved, current, strict=True)
+            saved = [{**{name: mine[name] for name in OWN_OPTIONS}, **theirs} for theirs, mine in pairs]
+        super().load_state_dict({**state_dict, "param_groups": saved})
+
+    def _as_loaded(self, parameter: torch.Tensor, name: str, value: Any) -> Any:
+        # As torch loads it, for the base expects that. But torch makes floats of masks and counts, and nothing of text.
+        made_of_it = self.state[parameter][name]
+        if not isinstance(value, torch.Tensor):
+            return super()._as_loaded(parameter, name, value)
+        kept = made_of_it if value.is_floating_point() else value.to(made_of_it.device)
+        return kept.detach().clone()
+
+
+def _any_gradient(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> bool:
+    """Whether any rank has a gradient that is not zero. Waits for the device; one small all-reduce if sharded."""
+    here = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+    of_layers = [[float(here[layer.tensor]) for layer in layout.layers]]
+    return bool(layout.reduce(torch.tensor(of_layers, dtype=torch.float64, device="cpu")).any())
+
+
+def _complete(
+    layout: Layout, gradients: Sequence[torch.Tensor | None]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Put complete gradients where DTensors have sums over ranks; yield the tensors and what they had."""
+    for tensor, gradient in zip(layout.tensors, gradients, strict=True):
+        placements, own = placements_of(tensor), tensor.grad
+        if placements is not None and gradient is not None and (own is None or placements_of(own) != placements):
+            kind: Any = type(tensor)
+            local = gradient.view(local_part(tensor).shape)
+            whole = {"shape": tensor.shape, "stride": tensor.stride()}
+            mesh = tensor.device_mesh  # type: ignore[attr-defined]
+            tensor.grad = kind.from_local(local, mesh, placements, run_check=False, **whole)
+            yield tensor, own
