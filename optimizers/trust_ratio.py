@@ -17,6 +17,7 @@ from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import TrustRule
 from .layerwise import LayerwiseOptimizer
+from .options.common import COMMON_DEFAULTS
 from .proposals.base import (
     as_groups,
     check_base_class,
@@ -105,7 +106,9 @@ class TrustRatio(LayerwiseOptimizer):
                 f"lr must be given: {base_class.__name__} chooses its own, and a direction is a step divided by lr"
             )
         own = {"lr": lr, "trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
-        super().__init__(groups, {**self.base.defaults, **own})
+        # Else groups would get defaults in the place of what a base keeps to itself.
+        common = {name: value for name, value in base_options.items() if name in COMMON_DEFAULTS}
+        super().__init__(groups, {**common, **self.base.defaults, **own})
         for group, of_base in zip(self.param_groups, self.base.param_groups, strict=True):
             for name, value in of_base.items():
                 group.setdefault(name, value)

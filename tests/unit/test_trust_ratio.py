@@ -241,6 +241,38 @@ def test_what_a_base_writes_into_its_groups_stays() -> None:
     assert factor == 8.0
 
 
+def test_an_option_that_a_base_keeps_to_itself() -> None:
+    class Ascending(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1, maximize: bool = False):
+            super().__init__(params, lr=lr, maximize=maximize)
+            self.sign = -1.0 if maximize else 1.0
+            del self.defaults["maximize"]
+            for group in self.param_groups:
+                del group["maximize"]
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * self.sign * p.grad)
+
+    one, other = parameters(), parameters()
+    optimizer = TrustRatio(Ascending, one, lr=0.1, maximize=True)
+    assert optimizer.param_groups[0]["maximize"] is True
+    optimizer = copy_of(optimizer, one)
+    train(optimizer, one, range(2))
+    train(TrustRatio(torch.optim.SGD, other, lr=0.1, maximize=True), other, range(2))
+    for name, weights in values(other).items():
+        torch.testing.assert_close(dict(one)[name].detach(), weights)
+
+
+def copy_of(optimizer: Any, named: Named) -> Any:
+    """A copy, whose parameters take the others' places."""
+    copied = copy.deepcopy(optimizer)
+    named[:] = [(name, p) for (name, _), p in zip(named, copied.param_groups[0]["params"], strict=True)]
+    return copied
+
+
 def test_a_base_that_keeps_state_of_the_whole() -> None:
     class Counting(torch.optim.SGD):
         def __init__(self, *args: Any, **options: Any):
