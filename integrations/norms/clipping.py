@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trustratio.optimizers.formulas.chunks import Flattened, squares
+from trustratio.optimizers.formulas.chunks import Flattened, multiply, squares
 from trustratio.optimizers.formulas.rows import Rows
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
@@ -236,8 +236,7 @@ class Measured:
                 continue
             views += [gradient.view(-1).narrow(0, shard.start, shard.length) for shard in shards]
             factors += [of_layers[shard.layer] for shard in shards]
-        if views:
-            torch._foreach_mul_(views, factors)
+        multiply(views, factors)
 
     def _source(self, index: int) -> torch.Tensor:
         """Where a gradient came from: the local part of it, as the optimizer sees it."""

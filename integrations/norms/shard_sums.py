@@ -47,10 +47,10 @@ class ShardSums:
         of_pieces: tuple[list[Any], ...] = ([], [], [])
         for part in parts:
             values = elements(part)
-            pieces = list(values.split(part.lengths))
+            nonzero, largest = part.extent(values)
             of_pieces[SQUARES].extend(part.sums(squares(values)))
-            of_pieces[NONZERO].extend(torch._foreach_norm(pieces, 0))
-            of_pieces[LARGEST].extend(torch._foreach_norm(pieces, float("inf")))
+            of_pieces[NONZERO].extend(nonzero)
+            of_pieces[LARGEST].extend(largest)
         layers = tuple(chain.from_iterable(part.layers for part in parts))
         return torch.stack(
             [

@@ -19,7 +19,7 @@ from ..sharding.layout import Layout
 from ..sharding.local_tensors import has_fp64, summable
 from .block_sums import sums_in_blocks
 
-__all__ = ["Chunk", "Flattened", "Summand", "counts", "cut_into_chunks", "squares", "values"]
+__all__ = ["Chunk", "Flattened", "Summand", "counts", "cut_into_chunks", "multiply", "squares", "values"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 17}
 LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel costs more than missing the cache
@@ -138,6 +138,14 @@ class Chunk:
             return [norm.square_() for norm in torch._foreach_norm(list(parts), 2, torch.float64)]
         return [part.sum(dtype=torch.float64) for part in parts]
 
+    def extent(self, elements: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Each piece's count of elements that are not zero, and its largest absolute value, as 0-d tensors.
+
+        A chunk has no more elements than fp32 can count.
+        """
+        parts = list(elements.split(self.lengths))
+        return list(torch._foreach_norm(parts, 0)), list(torch._foreach_norm(parts, float("inf")))
+
     def _histograms(self, bin_of_element: torch.Tensor, bins: int) -> list[torch.Tensor]:
         device = bin_of_element.device
         # A chunk has no more elements than fp32 can count.
@@ -163,6 +171,12 @@ class Chunk:
 
     def _views(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [flats[piece.tensor].narrow(0, piece.start, piece.length) for piece in self.pieces]
+
+
+def multiply(tensors: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> None:
+    """Multiply each tensor, in place, by its 0-d factor."""
+    if tensors:
+        torch._foreach_mul_(list(tensors), list(factors))
 
 
 def cut_into_chunks(layout: Layout) -> list[Chunk]:
