@@ -51,11 +51,11 @@ def examine(subject: Subject, configuration: Configuration, ranks: Runner, devic
     dtype = torch.float32 if is_deepspeed else None
     micro_batches = ranks.world_size * configuration.accumulation
 
-    def alone(clipping: float, rates: Sequence[Sequence[float]] | None = None) -> Alone:
-        return train_alone(subject, micro_batches, clipping, dtype, torch.device(device), rates)
+    def alone(clipping: float, rates: Sequence[Sequence[float]] | None = None, chance: int = 0) -> Alone:
+        return train_alone(subject, micro_batches, clipping, dtype, torch.device(device), rates, chance)
 
     first = alone(configuration.clipping or 0.0)
-    _refuse_chance(subject, first, alone(configuration.clipping or 0.0))
+    _refuse_chance(subject, first, alone(configuration.clipping or 0.0, chance=1))
     with tempfile.TemporaryDirectory() as folder:
         answers = ranks.run(train_on_this_rank, subject, configuration, folder, device)
     refused = [answer for answer in answers if isinstance(answer, str)]
@@ -99,7 +99,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def audited_device(ranks: int) -> str:
-    """ "cuda" where there is a GPU for each rank, and DeepSpeed is not told to leave them alone; else "cpu"."""
+    """Say "cuda" where there is a GPU for each rank, and DeepSpeed is not told to leave them alone; else "cpu"."""
     wanted = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     return "cuda" if wanted and torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "cpu"
 

@@ -99,9 +99,7 @@ class Injection:
                 children.append(name)
         module.forward = self._forward(module, uses[id(module)], children)
 
-    def _forward(
-        self, module: nn.Module, uses: list[tuple[str, str, int]], children: list[str]
-    ) -> Callable[..., Any]:
+    def _forward(self, module: nn.Module, uses: list[tuple[str, str, int]], children: list[str]) -> Callable[..., Any]:
         def forward(*given: Any, **options: Any) -> torch.Tensor:
             total: Any = 0.0
             for attribute, name, use in uses:

@@ -39,7 +39,7 @@ class Shards:
         return filled
 
     def values(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[tuple[int, torch.Tensor]]] | None:
-        """This rank's parts of the layers, as (first element, values); None if they are not runs of all `wanted`."""
+        """Return the parts of the layers here, as (first element, values); None if not runs of all `wanted`."""
         if not all(shard.is_run for shard in self.layout.shards):
             return None
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {layer.name: [] for layer in self.layout.layers}

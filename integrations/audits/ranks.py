@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -13,35 +14,33 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 from .errors import CannotAudit
 
-__all__ = ["Ranks", "started_ranks"]
+__all__ = ["Ranks", "end_started_ranks", "started_ranks"]
 
 AFTER_A_FAILURE = 20.0  # seconds that other ranks get: they may wait for the one that failed
 
 
 class Ranks:
-    """`world_size` processes, one thread each.
+    """`world_size` processes, one thread each, that start when they are first asked for something.
 
     Args:
         world_size: How many.
         device: "cpu" or "cuda", of which each gets one.
         timeout: Seconds after which an answer that has not come is none.
-
-    Raises:
-        CannotAudit: If they do not start.
     """
 
     def __init__(self, world_size: int, device: str = "cpu", timeout: float = 600.0):
         self.world_size, self.device, self.timeout = world_size, device, timeout
+        self._port = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         # DeepSpeed prints much, which nobody wants to read before something breaks.
-        self._log = tempfile.NamedTemporaryFile(prefix="audit-", suffix=".log")
-        self._start()
+        self._log = tempfile.NamedTemporaryFile(prefix="audit-", suffix=".log")  # noqa: SIM115  # until it is collected
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call a module-level function on all ranks.
@@ -50,21 +49,20 @@ class Ranks:
             What they returned, in the order of ranks.
 
         Raises:
-            CannotAudit: If one died, raised or did not answer in time. Then no process is left.
+            CannotAudit: If one did not start, died, raised or did not answer in time. Then no process is left.
         """
+        try:
+            task = ForkingPickler.dumps((function, arguments))
+        except Exception as error:
+            raise CannotAudit(
+                f"model and optimizer have to be made in other processes, which cannot be told how: {error}. Give "
+                "functions at the top of a module, not lambdas or functions within functions"
+            ) from error
         if not self._processes:
             self._start()
         for pipe in self._pipes:
-            try:
-                pipe.send((function, arguments))
-            except (OSError, ValueError):
-                pass  # a rank that died since: collecting says so
-            except Exception as error:
-                self.close()
-                raise CannotAudit(
-                    f"model and optimizer have to be made in other processes, which cannot be told how: {error}. Give "
-                    "functions at the top of a module, not lambdas or functions within functions"
-                ) from error
+            with contextlib.suppress(OSError):  # of a rank that has died since: collecting says so
+                pipe.send_bytes(task)
         return self._collect()
 
     def close(self) -> None:
@@ -82,7 +80,7 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            self._port: int = listener.getsockname()[1]
+            self._port = listener.getsockname()[1]
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             arguments = (rank, self.world_size, self._port, self.device, self.timeout, self._log.name, theirs)
@@ -131,14 +129,21 @@ class Ranks:
 _started: dict[tuple[int, str], Ranks] = {}
 
 
+def end_started_ranks() -> None:
+    """End those that `started_ranks` has started."""
+    while _started:
+        _started.popitem()[1].close()
+
+
+atexit.register(end_started_ranks)
+
+
 def started_ranks(world_size: int, device: str, timeout: float) -> Ranks:
     """As many ranks, which stay for the next audit of this process, until it ends; no others."""
     key = world_size, device
-    for other in [other for other in _started if other != key]:
-        _started.pop(other).close()
     if key not in _started:
+        end_started_ranks()
         _started[key] = Ranks(world_size, device, timeout)
-        atexit.register(_started[key].close)
     _started[key].timeout = timeout
     return _started[key]
 

@@ -48,6 +48,7 @@ def train_alone(
     dtype: torch.dtype | None,
     device: torch.device,
     rates: Sequence[Sequence[float]] | None = None,
+    chance: int = 0,
 ) -> Alone:
     """Train in this process.
 
@@ -58,11 +59,13 @@ def train_alone(
         dtype: Of the weights; None: as the user made them.
         device: Where.
         rates: Learning rates of each step and each group, from a scheduler; None: the optimizer's own.
+        chance: Seed of torch's random numbers, which an optimizer may draw.
 
     Raises:
         CannotAudit: If model or optimizer cannot be made, or the optimizer cannot step the model at all.
     """
     run = _Run(subject, micro_batches, clipping, dtype, device, SEED)
+    torch.manual_seed(chance)
     before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
     after = before
     for step in range(STEPS):

@@ -14,11 +14,11 @@ import torch
 from .collectives import CollectiveCount
 from .configurations import Configuration
 from .errors import CannotAudit
-from .padding import Shards, find_shards
+from .padding import find_shards
 from .subject import Subject
-from .wrappers import Wrapped, wrap
+from .wrappers import Wrapped, rates, wrap
 
-__all__ = ["OTHER_SEED", "SAVED_AFTER", "SEED", "STEPS", "Recorded", "rates", "state_bytes", "train_on_this_rank"]
+__all__ = ["OTHER_SEED", "SAVED_AFTER", "SEED", "STEPS", "Recorded", "state_bytes", "train_on_this_rank"]
 
 STEPS = 5
 SAVED_AFTER = 3
@@ -27,7 +27,7 @@ SEED, OTHER_SEED = 1, 2  # of the weights; what a checkpoint fails to restore mu
 
 
 Weights = dict[str, list[tuple[int, torch.Tensor]]]
-"""What this rank tells of each layer, as (first element, values): of 16-bit models the fp32 weights that are stepped."""
+"""What this rank tells of each layer, as (first element, values): of 16-bit models the fp32 weights it steps."""
 
 
 @dataclass
@@ -106,9 +106,10 @@ def _running(subject: Subject, configuration: Configuration, seed: int, where: t
 
 
 def _first_run(run: Wrapped, folder: Path | None) -> tuple[Recorded, list[dict[str, Any]]]:
-    given_rates = rates(run.given)
     replaced = None if run.optimizer is run.given else type(run.optimizer).__name__
     error, of_steps, count = None, [], CollectiveCount()
+    # What a wrapper has allocated and not written holds anything; whether it is read, the second run shows.
+    _fill_padding(run, 0.0)
     for step in range(STEPS):
         run.injection.step = step
         of_steps.append(rates(run.optimizer))
@@ -121,7 +122,7 @@ def _first_run(run: Wrapped, folder: Path | None) -> tuple[Recorded, list[dict[s
         weights=_weights(run),
         clipping=run.clipping,
         rates=of_steps,
-        given_rates=given_rates,
+        given_rates=run.given_rates,
         has_scheduler=run.scheduler is not None,
         peak_rates=None if peaks is None else [float(peak) for peak in peaks],
         collectives=count.total,
@@ -133,8 +134,7 @@ def _first_run(run: Wrapped, folder: Path | None) -> tuple[Recorded, list[dict[s
 
 
 def _second_run(run: Wrapped, folder: Path, recorded: Recorded, options: list[dict[str, Any]]) -> None:
-    shards = find_shards(run.optimizer, run.model)
-    recorded.padding = _poison(shards)
+    recorded.padding = _fill_padding(run, float("nan"))
     run.injection.step, run.injection.silent = 0, True
     run.update()
     recorded.after_silence = _weights(run)
@@ -142,7 +142,7 @@ def _second_run(run: Wrapped, folder: Path, recorded: Recorded, options: list[di
     recorded.checkpoint_error = _try(lambda: run.load(folder))
     if recorded.checkpoint_error is not None:
         return
-    _poison(find_shards(run.optimizer, run.model))
+    _fill_padding(run, float("nan"))
     for step in range(SAVED_AFTER, STEPS):
         run.injection.step = step
         run.update()
@@ -160,8 +160,9 @@ def _weights(run: Wrapped) -> Weights:
     return {name: [(0, weights.view(-1))] for name, weights in whole.items()} if run.rank == 0 else {}
 
 
-def _poison(shards: Shards | None) -> int | None:
-    return None if shards is None else shards.fill_padding(float("nan"))
+def _fill_padding(run: Wrapped, value: float) -> int | None:
+    shards = find_shards(run.optimizer, run.model)
+    return None if shards is None else shards.fill_padding(value)
 
 
 def _try(action: Any) -> str | None:
@@ -202,11 +203,6 @@ def _counting(optimizer: torch.optim.Optimizer, count: CollectiveCount, wanted: 
 
 
 # What is recorded ---------------------------------------------------------------------------------------------------
-
-
-def rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of each group; NaN where there is none."""
-    return [float(group.get("lr", float("nan"))) for group in optimizer.param_groups]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

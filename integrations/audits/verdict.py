@@ -231,7 +231,7 @@ def _rates(recorded: Recorded) -> Iterator[Finding]:
 def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]:
     stuck = [one.name for one in layers if one.has_gradient and one.change == 0 and one.change_alone > 0]
     if stuck:
-        yield Finding("never moved", f"has a gradient and never moved: {listing(stuck)}")
+        yield Finding("never moved", f"these have a gradient and never moved: {listing(stuck)}")
     left_out = [one.name for one in layers if one.name in alone.left_out]
     if left_out:
         yield Finding("left out", f"the optimizer was not given {listing(left_out)}", is_wrong=False)
@@ -241,13 +241,13 @@ def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]
         if one.has_gradient and one.change == one.change_alone == 0 and one.name not in alone.left_out
     ]
     if idle:
-        yield Finding("idle", f"does not move in one process either: {listing(idle)}", is_wrong=False)
+        yield Finding("idle", f"these do not move in one process either: {listing(idle)}", is_wrong=False)
     drifted = [one.name for one in layers if not one.has_gradient and one.change != one.change_alone]
     if drifted:
         yield Finding(
             "without gradient",
-            f"{listing(drifted)} has no gradient: one process leaves it as it is, and here it moved, as the wrapper "
-            "hands the optimizer zeros, which decay the weights",
+            f"no gradient reaches {listing(drifted)}, which one process leaves as it is; here it moved, as the wrapper "
+            "hands the optimizer zeros, and weights decay all the same",
             is_wrong=False,
         )
 

@@ -1,4 +1,4 @@
-"""A model under a wrapper, with its optimizer: made, stepped, looked into, saved and loaded as the wrapper's users do."""
+"""A model under a wrapper, with its optimizer: made, stepped, saved and loaded as the wrapper's users do it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .configurations import Configuration
 from .errors import CannotAudit
 from .subject import Subject
 
-__all__ = ["Wrapped", "wrap"]
+__all__ = ["Wrapped", "rates", "wrap"]
 
 MOST_OVERFLOWS = 40
 CHECKPOINT = "checkpoint"
@@ -32,6 +32,7 @@ class Wrapped(ABC):
         model: The user's module; its parameters may be the wrapper's by now.
         injection: Makes its gradients.
         given: The optimizer that was made.
+        given_rates: Its groups' learning rates when it was made.
         optimizer: The one that is stepped in the end.
         scheduler: What drives its learning rates, if the wrapper brought that.
         clipping: Norm to which the wrapper clips the whole model's gradient; 0: not.
@@ -48,12 +49,18 @@ class Wrapped(ABC):
         dtype = torch.float32 if configuration.wrapper == "deepspeed" else None
         self.model, self.injection = subject.make_model(self.ranks * configuration.accumulation, dtype, seed)
         self.given: torch.optim.Optimizer
+        self.given_rates: list[float]
         self.optimizer: torch.optim.Optimizer
         self.wrap()
 
     @abstractmethod
     def wrap(self) -> None:
         """Make optimizer and wrapper."""
+
+    def make_optimizer(self, model: nn.Module) -> None:
+        """Make the user's, of the model as it is now."""
+        self.given = self.optimizer = self.subject.make_optimizer(model)
+        self.given_rates = rates(self.given)
 
     def update(self) -> None:
         """All micro-batches of one step, and the step."""
@@ -100,6 +107,11 @@ def whole_copy(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.detach() if full is None else full()).cpu().clone()
 
 
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group; NaN where there is none."""
+    return [float(group.get("lr", float("nan"))) for group in optimizer.param_groups]
+
+
 def wrap(subject: Subject, configuration: Configuration, seed: int, device: torch.device) -> Wrapped:
     """Make the model and wrap it, on this rank of the process group."""
     return WRAPPERS[configuration.wrapper](subject, configuration, seed, device)
@@ -110,7 +122,7 @@ class _DistributedDataParallel(Wrapped):
         self.model.to(self.device)
         options = {"find_unused_parameters": True, **self.configuration.options}
         self.trained = nn.parallel.DistributedDataParallel(self.model, **options)
-        self.given = self.optimizer = self.subject.make_optimizer(self.model)
+        self.make_optimizer(self.model)
 
     def save(self, folder: Path) -> None:
         if self.rank == 0:
@@ -134,7 +146,7 @@ class _FSDP2(Wrapped):
         for part in (*repeated_parts(self.model), self.model):
             fully_shard(part, mesh=mesh, **self.configuration.options)
         self.trained = self.model
-        self.given = self.optimizer = self.subject.make_optimizer(self.model)
+        self.make_optimizer(self.model)
 
     def save(self, folder: Path) -> None:
         import torch.distributed.checkpoint as dcp
@@ -176,7 +188,7 @@ class _FSDP1(Wrapped):
             **options,
         )
         # With flat parameters, the optimizer's are the wrapper's.
-        self.given = self.optimizer = self.subject.make_optimizer(self.trained)
+        self.make_optimizer(self.trained)
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -229,7 +241,7 @@ class _DeepSpeed(Wrapped):
         from ..deepspeed.building import leave_out_shared_memory
 
         leave_out_shared_memory()
-        self.given = self.subject.make_optimizer(self.model)
+        self.make_optimizer(self.model)
         if self.configuration.accelerate is None:
             config = self.configuration.options
             self.trained, *_ = deepspeed.initialize(model=self.model, optimizer=self.given, config=config)
@@ -279,7 +291,7 @@ WRAPPERS: dict[str, type[Wrapped]] = {
 
 
 def repeated_parts(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model's outermost lists, each sharded on its own; not those that share parameters with others."""
+    """The modules of the outermost lists, to be sharded one by one; not those that share parameters with others."""
     parts: list[nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
