@@ -110,6 +110,7 @@ ROWS = [
     Row("bitsandbytes LAMB", "bitsandbytes.optim.LAMB", {"lr": 0.05, **DECAY}),
     Row("bitsandbytes AdamW", "bitsandbytes.optim.AdamW", {"lr": 0.01, **DECAY}),
     Row("DeepSpeed CPUAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam", {"lr": 0.01, **DECAY}),
+    Row("DeepSpeed FusedAdam", "deepspeed.ops.adam.FusedAdam", {"lr": 0.01, **DECAY}),
     Row("DeepSpeed FusedLamb", "deepspeed.ops.lamb.FusedLamb", {"lr": 0.05, **DECAY}),
     *(
         Row(f"trustratio {entry.optimizer_class.__name__}", name, {"lr": entry.starting_rate})
@@ -173,16 +174,17 @@ def measure(rows: list[Row], result: dict[str, Any]) -> None:
 
 
 def cell_text(cell: dict[str, Any]) -> str:
-    """What stands in the table: "exact", "refuses", or how wrong it is."""
+    """What stands in the table: "exact", "refuses" and its like, or how wrong it is."""
     if cell["verdict"] == REFUSED:
-        return "refuses"
+        sentence = cell["sentence"]
+        return "crashes" if " died " in sentence else "not here" if "could not be made" in sentence else "refuses"
     if cell["verdict"] != WRONG:
         return "exact"
     factor = cell["factor"]
     if isinstance(factor, str):
         return factor
     if factor is not None and factor >= 1.1:
-        return f"{factor:.3g}×" if factor < 1e4 else f"{factor:.0e}×"
+        return f"{factor:.3g}×" if factor < 100 else f"{factor:,.0f}×"
     if cell["wrong_layers"]:
         return f"{100 * cell['error']:.2g} %" if cell["error"] >= 1e-4 else f"{cell['error']:.0e}"
     return next(found["kind"] for found in cell["findings"] if found["is_wrong"])
@@ -192,25 +194,30 @@ def table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [f"| optimizer | {' | '.join(SHARDINGS)} |", "|---" * (len(SHARDINGS) + 1) + "|"]
     for name, row in result["rows"].items():
-        cells = (cell_text(row["cells"][sharding]) for sharding in SHARDINGS)
-        lines.append(f"| {name} | {' | '.join(t if t in ('exact', 'refuses') else f'**{t}**' for t in cells)} |")
+        cells = [row["cells"][sharding] for sharding in SHARDINGS]
+        texts = (f"**{cell_text(cell)}**" if cell["verdict"] == WRONG else cell_text(cell) for cell in cells)
+        lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
+COLORS = {"exact": "#bfe5c7", WRONG: "#f2a3a0", REFUSED: "#dcdfe5"}
+ROUNDED = "#f7dfa5"
+OURS = "trustratio "
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A grid of cells: green exact, red wrong, grey refused."""
+    """A grid of cells: green exact, red wrong, yellow off by less than a tenth, grey refused."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = result["rows"]
-    figure, axes = plt.subplots(figsize=(8, 0.27 * len(rows) + 0.9), dpi=150)
-    colors = {"exact": "#bfe5c7", WRONG: "#f2a3a0", REFUSED: "#dcdfe5"}
-    for y, row in enumerate(rows.values()):
+    rows = _drawn_rows(result)
+    figure, axes = plt.subplots(figsize=(8, 0.29 * len(rows) + 0.9), dpi=150)
+    for y, cells in enumerate(rows.values()):
         for x, sharding in enumerate(SHARDINGS):
-            cell = row["cells"][sharding]
-            axes.add_patch(plt.Rectangle((x, y), 0.97, 0.92, color=colors[cell["verdict"]], linewidth=0))
+            cell = cells[sharding]
+            axes.add_patch(plt.Rectangle((x, y), 0.97, 0.92, color=_color(cell), linewidth=0))
             weight = "bold" if cell["verdict"] == WRONG else "normal"
             axes.text(x + 0.485, y + 0.48, cell_text(cell), ha="center", va="center", fontsize=9, fontweight=weight)
     axes.set(xlim=(0, len(SHARDINGS)), ylim=(len(rows), 0), yticks=[y + 0.46 for y in range(len(rows))])
@@ -220,11 +227,26 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    title = "The step of one process? How far the worst layer is off, on two ranks"
-    axes.set_title(title, fontsize=11, loc="left", x=-0.33, pad=10)
+    figure.suptitle("Five steps on two ranks, beside one process: how far the worst layer is off", fontsize=11)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _drawn_rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows' cells; this package's optimizers in one row where they are all the same."""
+    rows = {name: row["cells"] for name, row in result["rows"].items()}
+    ours = [name for name in rows if name.startswith(OURS)]
+    texts = {tuple(cell_text(rows[name][sharding]) for sharding in SHARDINGS) for name in ours}
+    if len(texts) != 1:
+        return rows
+    kept = {name: cells for name, cells in rows.items() if name not in ours}
+    return {**kept, f"all {len(ours)} of trustratio": rows[ours[0]]}
+
+
+def _color(cell: dict[str, Any]) -> str:
+    is_small = cell["verdict"] == WRONG and isinstance(cell["factor"], float) and cell["error"] < 0.1
+    return ROUNDED if is_small else COLORS[cell["verdict"]]
 
 
 def write_page(result: dict[str, Any]) -> None:

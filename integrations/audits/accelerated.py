@@ -75,18 +75,16 @@ def _of_fsdp(content: dict[str, Any]) -> Configuration:
 
 def prepared_engine(configuration: Configuration, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """The DeepSpeed engine that `Accelerator.prepare` makes of model and optimizer."""
-    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
     from accelerate.state import AcceleratorState, GradientState
-
-    from ..accelerate import count_ranks_on_cpu
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     try:
-        if not torch.cuda.is_available():
-            count_ranks_on_cpu()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not torch.cuda.is_available():
+            PartialState(backend="gloo")  # else it takes every rank for the only one
         plugin = DeepSpeedPlugin(hf_ds_config=dict(configuration.options))
         accelerator = Accelerator(deepspeed_plugin=plugin)
         engine, _ = accelerator.prepare(model, optimizer)

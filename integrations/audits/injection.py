@@ -52,7 +52,8 @@ class Injection:
         self._odd = groups
         while self._odd % 2 == 0:
             self._odd //= 2
-        self._largest = max(2, min(24, LARGEST_IN_16_BITS // (2 * self._odd) - 2))
+        # Half as much again by the deviation, and twice that in the first module of a tied layer.
+        self._largest = max(2, min(24, LARGEST_IN_16_BITS // (3 * self._odd)))
         self._replace(model, dict(self._uses(model)), set())
 
     def gradient(self, name: str) -> torch.Tensor:
@@ -60,13 +61,15 @@ class Injection:
         generator = torch.Generator().manual_seed(10_007 * self.step + self._numbers[name] + 1)
         shape = self.shapes[name]
         mean = (8 * torch.randn(shape, generator=generator)).round().clamp(-self._largest, self._largest)
-        deviation = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+        mean = torch.where(mean == 0, torch.ones(()), mean)  # a layer of one element has a gradient, too
+        # Not small beside the mean: else a variance between groups would be the difference of nearly equal numbers.
+        deviation = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0) * (self._largest // 2)
         exponent = -float(torch.randint(3, 10, (), generator=generator))
         size = 0.0 if self.silent else 2.0**exponent
         return size * self._odd * (mean + self._level() * deviation)
 
     def _level(self) -> float:
-        """By how much the group's gradient differs from the mean: +1, -1, +1, ..., and 0 if one is left over."""
+        """To which side the group's gradient differs from the mean: +1, -1, +1, ..., and 0 if one is left over."""
         if self.groups % 2 and self.group == self.groups - 1:
             return 0.0
         return 1.0 - 2.0 * (self.group % 2)

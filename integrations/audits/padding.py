@@ -12,9 +12,9 @@ from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.sharding.resolve import resolve_layout
 
-from ..named_layers import FSDP1_PREFIX
+__all__ = ["Shards", "find_shards", "layers_of"]
 
-__all__ = ["Shards", "find_shards"]
+FSDP1_PREFIX = "_fsdp_wrapped_module."
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,14 @@ class Shards:
         return parts if wanted.keys() <= parts.keys() else None
 
 
+def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The model's parameters by the names that they had before it was wrapped."""
+    return {name.replace(FSDP1_PREFIX, ""): parameter for name, parameter in model.named_parameters()}
+
+
 def find_shards(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Shards | None:
     """Ask the backends what the optimizer is stepped with; None if none of them explains it. On all ranks alike."""
-    named = [(name.replace(FSDP1_PREFIX, ""), parameter) for name, parameter in model.named_parameters()]
-    observed = ObservedOptimizer(optimizer, named)
+    observed = ObservedOptimizer(optimizer, layers_of(model).items())
     try:
         return Shards(resolve_layout(observed, stepped_tensors(observed)))
     except LayoutError:

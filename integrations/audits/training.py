@@ -45,8 +45,9 @@ class Recorded:
         state_bytes: Of the optimizer's state on this rank.
         replaced_by: Name of another optimizer that stepped; None: it was the given one.
         after_silence: Those that began with `OTHER_SEED`, after a first step without gradients; None: not tried.
-        padding: Number of elements on this rank that no layer owns, and that were filled with NaN; None: not known.
+        padding: Number of elements on this rank that no layer owns; None: not known.
         resumed: Those at the end of a second run that went on from a checkpoint of the first.
+        poisoned: The same once more, with NaN in the padding; None: there is none.
         resumed_options: Options of the groups, that differ after that, as (name, first run, second run).
         checkpoint_error: Why there was no second run.
     """
@@ -63,6 +64,7 @@ class Recorded:
     after_silence: Weights | None = None
     padding: int | None = None
     resumed: Weights | None = None
+    poisoned: Weights | None = None
     resumed_options: list[tuple[str, str, str]] = field(default_factory=list)
     checkpoint_error: str | None = None
 
@@ -70,7 +72,7 @@ class Recorded:
 def train_on_this_rank(
     subject: Subject, configuration: Configuration, folder: str, device: str, checkpoint: bool = True
 ) -> Recorded | str:
-    """Train, save after three steps, go on; then begin anew, without gradients, load, and go on.
+    """Train, save after three steps, go on; then begin anew, without gradients, load, and go on, twice.
 
     Args:
         subject: What is trained.
@@ -108,7 +110,7 @@ def _running(subject: Subject, configuration: Configuration, seed: int, where: t
 def _first_run(run: Wrapped, folder: Path | None) -> tuple[Recorded, list[dict[str, Any]]]:
     replaced = None if run.optimizer is run.given else type(run.optimizer).__name__
     error, of_steps, count = None, [], CollectiveCount()
-    # What a wrapper has allocated and not written holds anything; whether it is read, the second run shows.
+    # What a wrapper has allocated and not written may hold anything; whether it is read, the second run shows.
     _fill_padding(run, 0.0)
     for step in range(STEPS):
         run.injection.step = step
@@ -134,7 +136,7 @@ def _first_run(run: Wrapped, folder: Path | None) -> tuple[Recorded, list[dict[s
 
 
 def _second_run(run: Wrapped, folder: Path, recorded: Recorded, options: list[dict[str, Any]]) -> None:
-    recorded.padding = _fill_padding(run, float("nan"))
+    recorded.padding = _fill_padding(run, 0.0)
     run.injection.step, run.injection.silent = 0, True
     run.update()
     recorded.after_silence = _weights(run)
@@ -142,12 +144,20 @@ def _second_run(run: Wrapped, folder: Path, recorded: Recorded, options: list[di
     recorded.checkpoint_error = _try(lambda: run.load(folder))
     if recorded.checkpoint_error is not None:
         return
-    _fill_padding(run, float("nan"))
+    recorded.resumed = _go_on(run, padding=0.0)
+    recorded.resumed_options = _differences(options, _options(run.optimizer))
+    if run.sum_over_ranks(recorded.padding or 0):
+        run.load(folder)
+        recorded.poisoned = _go_on(run, padding=float("nan"))
+
+
+def _go_on(run: Wrapped, padding: float) -> Weights:
+    """The steps after a checkpoint."""
+    _fill_padding(run, padding)
     for step in range(SAVED_AFTER, STEPS):
         run.injection.step = step
         run.update()
-    recorded.resumed = _weights(run)
-    recorded.resumed_options = _differences(options, _options(run.optimizer))
+    return _weights(run)
 
 
 def _weights(run: Wrapped) -> Weights:

@@ -180,7 +180,9 @@ def _layer(name: str, alone: Alone, weights: torch.Tensor) -> AuditedLayer:
 
 
 def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.Tensor]:
-    """The layers, put together from what the ranks tell of them."""
+    """The layers, put together from what the ranks tell of them; none, if they have not come so far."""
+    if any(told is None for told in of_ranks):
+        return {}
     parts = [(n, part) for told in of_ranks for n, of_layer in (told or {}).items() for part in of_layer]
     dtypes = {name: values.dtype for name, (_, values) in parts}
     whole = {n: torch.full((w.numel(),), math.nan, dtype=dtypes.get(n)) for n, w in alone.weights.items()}
@@ -204,17 +206,10 @@ def _findings(
     if broken:
         yield Finding("not finite", f"NaN or infinite: {listing(broken)}")
     yield from _movement(alone, layers)
-    silent = _whole(alone, [a.after_silence for a in answers]) if recorded.after_silence is not None else {}
-    resumed = _whole(alone, [a.resumed for a in answers]) if recorded.resumed is not None else {}
-    reads_padding = not broken and not all(bool(w.isfinite().all()) for w in (*silent.values(), *resumed.values()))
-    if reads_padding:
-        yield Finding(
-            "padding read",
-            "layers became NaN once elements that no layer owns were NaN: norms, or whatever is taken over whole "
-            "tensors, include padding, which may hold anything",
-        )
-    elif not broken:
-        yield from _silence(alone, silent)
+    if not broken:
+        resumed = _whole(alone, [answer.resumed for answer in answers])
+        yield from _padding(alone, resumed, _whole(alone, [answer.poisoned for answer in answers]))
+        yield from _silence(alone, _whole(alone, [answer.after_silence for answer in answers]))
         yield from _checkpoint(alone, recorded, weights, resumed)
 
 
@@ -252,6 +247,27 @@ def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]
         )
 
 
+def _padding(alone: Alone, clean: dict[str, torch.Tensor], poisoned: dict[str, torch.Tensor]) -> Iterator[Finding]:
+    """The same steps from the same checkpoint, once with zeros and once with NaN in the padding."""
+    if _differing(alone, clean, poisoned):
+        yield Finding(
+            "padding read",
+            "steps change once elements that no layer owns are NaN: norms, or whatever is taken over whole tensors, "
+            "include padding, which may hold anything",
+        )
+
+
+def _differing(alone: Alone, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Layers that two runs of the same steps leave elsewhere."""
+    differing = []
+    for name in one.keys() & other.keys() - alone.without_gradient:
+        distance = float((one[name].double() - other[name].double()).norm())
+        rounding = torch.finfo(torch.float32).eps * float(one[name].double().norm())
+        if not distance <= BOUND * alone.paths[name] + rounding:
+            differing.append(name)
+    return sorted(differing)
+
+
 def _silence(alone: Alone, silent: dict[str, torch.Tensor]) -> Iterator[Finding]:
     """Decay alone moves layers in a step whose gradients are zero."""
     lost, unasked = [], []
@@ -277,12 +293,7 @@ def _checkpoint(
     if recorded.checkpoint_error is not None:
         yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {recorded.checkpoint_error}")
         return
-    lost = []
-    for name, again in resumed.items():
-        error = float((again.double() - weights[name].double()).norm())
-        rounding = torch.finfo(torch.float32).eps * float(again.double().norm())
-        if name not in alone.without_gradient and error > BOUND * alone.paths[name] + rounding:
-            lost.append(name)
+    lost = _differing(alone, weights, resumed)
     if lost:
         yield Finding(
             "checkpoint loses state",

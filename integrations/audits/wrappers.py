@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..named_layers import FSDP1_PREFIX
 from .accelerated import prepared_engine
 from .configurations import Configuration
 from .errors import CannotAudit
+from .padding import layers_of
 from .subject import Subject
 
 __all__ = ["Wrapped", "rates", "wrap"]
@@ -79,7 +79,7 @@ class Wrapped(ABC):
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's trainable layers, whole, on the CPU."""
         with self.whole_parameters():
-            named = {n.replace(FSDP1_PREFIX, ""): p for n, p in self.model.named_parameters()}
+            named = layers_of(self.model)
             return {name: whole_copy(named[name]) for name in self.injection.shapes}
 
     @contextmanager
@@ -94,6 +94,12 @@ class Wrapped(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Read it again."""
+
+    def sum_over_ranks(self, number: int) -> int:
+        """The sum of what all ranks say."""
+        total = torch.tensor(number, device=self.device)
+        dist.all_reduce(total)
+        return int(total)
 
     def close(self) -> None:
         """Let go of everything."""
