@@ -149,7 +149,8 @@ def _factor(report: Report) -> float | str | None:
         return "NaN"
     if any(layer.change == 0 for layer in wrong):
         return "stuck"
-    return max((layer.factor for layer in wrong), default=None)
+    factor = max((layer.factor for layer in wrong), default=None)
+    return "∞" if factor == math.inf else factor
 
 
 def _largest(errors: list[float]) -> float | str | None:

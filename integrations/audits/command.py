@@ -6,7 +6,6 @@ import argparse
 import ast
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,8 +49,6 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def _audit(given: argparse.Namespace) -> Report:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     subject = Subject(given.optimizer, given.model, _options(given.options))
     configuration = _configuration(given)
     check_ranks(given.ranks, configuration)

@@ -22,7 +22,8 @@ from .errors import CannotAudit
 
 __all__ = ["Ranks", "end_started_ranks", "started_ranks"]
 
-AFTER_A_FAILURE = 20.0  # seconds that other ranks get: they may wait for the one that failed
+AFTER_THE_FIRST = 60.0
+"""Seconds that the other ranks get once one has answered: they work in step, or wait for one that gave up."""
 
 
 class Ranks:
@@ -99,13 +100,11 @@ class Ranks:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
             ready = wait(waiting, max(0.0, ends - time.monotonic()))
             if not ready:
-                failures.append(f"no answer from rank {self._pipes.index(waiting[0])} for {self.timeout:g} s")
-                break
-            for pipe in ready:
-                failure = self._take(self._pipes.index(pipe), answers)  # type: ignore[arg-type]
-                if failure:
-                    failures.append(failure)
-                    ends = min(ends, time.monotonic() + AFTER_A_FAILURE)
+                said = (f", where rank {rank} says: {one}" for rank, one in answers.items() if isinstance(one, str))
+                failures.append(f"no answer from rank {self._pipes.index(waiting[0])} in time{''.join(said)}")
+            ends = min(ends, time.monotonic() + AFTER_THE_FIRST)
+            taken = [self._take(rank, answers) for rank, pipe in enumerate(self._pipes) if pipe in ready]
+            failures += filter(None, taken)
             if failures:
                 break
         if failures:
@@ -118,7 +117,7 @@ class Ranks:
         try:
             succeeded, answer = self._pipes[rank].recv()
         except (EOFError, OSError):
-            self._processes[rank].join(AFTER_A_FAILURE)
+            self._processes[rank].join(AFTER_THE_FIRST)
             lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()
             last = f", and the last that was printed is: {lines[-1].strip()}" if lines else ""
             return f"rank {rank} died (exit status {self._processes[rank].exitcode}){last}"

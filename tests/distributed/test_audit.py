@@ -175,6 +175,13 @@ def test_an_accelerate_file(pool: WorkerPool, offload: bool, world_size: int, tm
 
 
 @pytest.mark.parametrize("world_size", [2])
+def test_flat_parameters_of_fsdp1(pool: WorkerPool, world_size: int) -> None:
+    flat = {"fsdp": 1, "use_orig_params": False}
+    assert audit(pool, audited.adamw, flat).verdict == EXACT
+    assert audit(pool, NaiveLAMB, flat, lr=0.05).verdict == WRONG
+
+
+@pytest.mark.parametrize("world_size", [2])
 def test_a_model_and_an_optimizer_of_the_users(pool: WorkerPool, world_size: int) -> None:
     report = audit(pool, audited.of_the_model, zero(1), audited.two_layers)
     assert report.verdict == EXACT, report.sentence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -328,6 +329,22 @@ def test_a_rank_that_dies_or_hangs_leaves_no_process(maker: str, seconds: float,
     with pytest.raises(CannotAudit, match=message):
         examine(Subject(getattr(audited, maker)), configuration_of("ddp"), ranks)
     assert not any(process.is_alive() for process in processes)
+
+
+def gives_up(seconds: float) -> str:
+    if os.environ["RANK"] == "0":
+        return "the reason"
+    time.sleep(seconds)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_rank_that_gives_up_alone_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(2, timeout=60.0)
+    ranks.run(gives_up, 0.0)
+    monkeypatch.setattr("trustratio.integrations.audits.ranks.AFTER_THE_FIRST", 1.0)
+    with pytest.raises(CannotAudit, match="no answer from rank 1 in time, where rank 0 says: the reason"):
+        ranks.run(gives_up, 100.0)
 
 
 def test_functions_within_functions_are_refused() -> None:
