@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.collectives import CollectiveCount
 from benchmarks.contenders import ADAM_DECAY, LARS_DECAY, timm_optimizer
 from benchmarks.ranks import run_on_ranks
 from benchmarks.timing import alternate
+from trustratio.integrations.audits.collectives import CollectiveCount
 
 __all__ = [
     "BERT",

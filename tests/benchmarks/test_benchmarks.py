@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
 
 from benchmarks.__main__ import main
-from benchmarks.collectives import CollectiveCount
 from benchmarks.contenders import BASELINE, COPY, Contender, dense_contenders
 from benchmarks.dense import measure_dense, time_steps
 from benchmarks.memory import step_memory
@@ -20,6 +19,7 @@ from benchmarks.shapes import SHAPES, equal_layers, make_parameters
 from benchmarks.tables import PARTS, dense_table, markdown
 from benchmarks.targets import BLOCK_BYTES, ratio, targets_section
 from benchmarks.timing import Timing, alternate
+from trustratio.integrations.audits.collectives import CollectiveCount
 
 
 def test_smoke_run_measures_this_package_and_torch(capsys: pytest.CaptureFixture[str]) -> None:

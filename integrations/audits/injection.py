@@ -1,0 +1,129 @@
+"""Gradients that are the same in every process, put into any model in the place of those that its data would make.
+
+A module's forward becomes the sum, over its own parameters, of <parameter, gradient of this step>, and over its
+children, called one after the other. So hooks of wrappers run as in training, whichever modules they wrap.
+
+The gradients are small integers times a power of two, such that sums and means over ranks and micro-batches are exact
+in 16 bits too: what differs afterwards is the optimizer's doing. Ranks and micro-batches get different ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Injection", "seeded_weights"]
+
+LARGEST_IN_16_BITS = 256  # bf16 has every whole number up to here
+SHARES = (2.0, -1.0)
+"""Of the gradient of a parameter that several modules have: the first one's and the second one's. They add up to 1."""
+
+
+class Injection:
+    """Has a model's backward make known gradients.
+
+    Args:
+        model: Not wrapped yet. Its modules' forwards are replaced.
+        groups: Ranks times micro-batches of one step.
+
+    Attributes:
+        shapes: Of the trainable layers with elements, by name, in the order of `named_parameters`.
+        without_gradient: Names of those that get none, as the model says.
+        step: Number of the step, from 0, whose gradients backward is to make.
+        group: Whose gradients of that step, from 0.
+        silent: Make gradients of zeros.
+
+    Raises:
+        ValueError: If the model has nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, groups: int):
+        self.groups = groups
+        self.step = self.group = 0
+        self.silent = False
+        self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+        if not self.shapes:
+            raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to audit")
+        self.without_gradient = frozenset(getattr(model, "without_gradient", ())) & set(self.shapes)
+        self._numbers = {name: number for number, name in enumerate(self.shapes)}
+        self._odd = groups
+        while self._odd % 2 == 0:
+            self._odd //= 2
+        # Half as much again by the deviation, and twice that in the first module of a tied layer.
+        self._largest = max(2, min(24, LARGEST_IN_16_BITS // (3 * self._odd)))
+        self._replace(model, dict(self._uses(model)), set())
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """Of this step and this group, fp32, on the CPU."""
+        generator = torch.Generator().manual_seed(10_007 * self.step + self._numbers[name] + 1)
+        shape = self.shapes[name]
+        mean = (8 * torch.randn(shape, generator=generator)).round().clamp(-self._largest, self._largest)
+        mean = torch.where(mean == 0, torch.ones(()), mean)  # a layer of one element has a gradient, too
+        # Not small beside the mean: else a variance between groups would be the difference of nearly equal numbers.
+        deviation = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0) * (self._largest // 2)
+        exponent = -float(torch.randint(3, 10, (), generator=generator))
+        size = 0.0 if self.silent else 2.0**exponent
+        return size * self._odd * (mean + self._level() * deviation)
+
+    def _level(self) -> float:
+        """To which side the group's gradient differs from the mean: +1, -1, +1, ..., and 0 if one is left over."""
+        if self.groups % 2 and self.group == self.groups - 1:
+            return 0.0
+        return 1.0 - 2.0 * (self.group % 2)
+
+    def _uses(self, model: nn.Module) -> Iterator[tuple[int, list[tuple[str, str, int]]]]:
+        """Yield each module's id with (attribute, layer, number of the use) of its own parameters."""
+        name_of = {id(p): name for name, p in model.named_parameters() if name in self.shapes}
+        times: dict[str, int] = dict.fromkeys(self.shapes, 0)
+        for module in model.modules():
+            uses = []
+            for attribute, parameter in module.named_parameters(recurse=False):
+                name = name_of.get(id(parameter))
+                if name is not None and name not in self.without_gradient:
+                    uses.append((attribute, name, times[name]))
+                    times[name] += 1
+            yield id(module), uses
+        self._times = times
+
+    def _share(self, name: str, use: int) -> float:
+        if self._times[name] == 1:
+            return 1.0
+        return SHARES[use] if use < len(SHARES) else 0.0
+
+    def _replace(self, module: nn.Module, uses: dict[int, Any], done: set[int]) -> None:
+        done.add(id(module))
+        children = []
+        for name, child in module.named_children():
+            if id(child) not in done and next(child.parameters(), None) is not None:
+                self._replace(child, uses, done)
+                children.append(name)
+        module.forward = self._forward(module, uses[id(module)], children)
+
+    def _forward(self, module: nn.Module, uses: list[tuple[str, str, int]], children: list[str]) -> Callable[..., Any]:
+        def forward(*given: Any, **options: Any) -> torch.Tensor:
+            total: Any = 0.0
+            for attribute, name, use in uses:
+                parameter = getattr(module, attribute)
+                wide = parameter.double() if parameter.dtype == torch.float64 else parameter.float()
+                gradient = self._share(name, use) * self.gradient(name).to(wide)
+                total = total + (wide * gradient).sum()
+            for child in children:  # by name: wrappers put others in their place
+                total = total + module.get_submodule(child)()
+            return total if torch.is_tensor(total) else torch.zeros(())
+
+        return forward
+
+
+def seeded_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """fp32 weights by name, of several magnitudes, none zero, that 16 bits represent; the same in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        steps = (64 * torch.randn(shape, generator=generator)).round().clamp(-255, 255)
+        # Layers of one size would hide from one another that a norm is taken over all of them.
+        size = 2.0 ** -float(torch.randint(8, 14, (), generator=generator))
+        weights[name] = size * torch.where(steps == 0, torch.ones(()), steps)
+    return weights

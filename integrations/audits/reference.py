@@ -1,0 +1,144 @@
+"""The same training in one process: plain torch, the same micro-batches one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CannotAudit
+from .subject import Subject
+from .training import OTHER_SEED, SEED, STEPS, state_bytes
+
+__all__ = ["Alone", "train_alone"]
+
+
+@dataclass
+class Alone:
+    """What one process does.
+
+    Attributes:
+        before: The weights at the beginning, by layer.
+        weights: After the last step.
+        paths: Of each layer, the sum of the norms of its steps.
+        without_gradient: Layers that get none.
+        before_silence: The weights of another beginning, `OTHER_SEED`.
+        after_silence: Those after a first step in which all gradients are zero.
+        state_bytes: Of the optimizer's state.
+        parameters: Number of trainable elements.
+        left_out: Layers that the optimizer was not given.
+    """
+
+    before: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    paths: dict[str, float]
+    without_gradient: frozenset[str]
+    before_silence: dict[str, torch.Tensor]
+    after_silence: dict[str, torch.Tensor]
+    state_bytes: int
+    parameters: int
+    left_out: frozenset[str]
+
+
+def train_alone(
+    subject: Subject,
+    micro_batches: int,
+    clipping: float,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    rates: Sequence[Sequence[float]] | None = None,
+    chance: int = 0,
+) -> Alone:
+    """Train in this process.
+
+    Args:
+        subject: What is trained.
+        micro_batches: Of all ranks in one step.
+        clipping: Norm to which the whole model's gradient is clipped; 0: not.
+        dtype: Of the weights; None: as the user made them.
+        device: Where.
+        rates: Learning rates of each step and each group, from a scheduler; None: the optimizer's own.
+        chance: Seed of torch's random numbers, which an optimizer may draw.
+
+    Raises:
+        CannotAudit: If model or optimizer cannot be made, or the optimizer cannot step the model at all.
+    """
+    run = _Run(subject, micro_batches, clipping, dtype, device, SEED)
+    torch.manual_seed(chance)
+    before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
+    after = before
+    for step in range(STEPS):
+        previous = after
+        run.step(step, None if rates is None else rates[step])
+        after = run.weights()
+        for name in paths:
+            paths[name] += _distance(after[name], previous[name])
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    named = dict(run.model.named_parameters())
+    silent = _Run(subject, micro_batches, clipping, dtype, device, OTHER_SEED)
+    silent.injection.silent = True
+    before_silence = silent.weights()
+    silent.step(0, None if rates is None else rates[0])
+    return Alone(
+        before=before,
+        weights=after,
+        paths=paths,
+        without_gradient=frozenset(run.injection.without_gradient),
+        before_silence=before_silence,
+        after_silence=silent.weights(),
+        state_bytes=state_bytes(run.optimizer),
+        parameters=sum(weights.numel() for weights in before.values()),
+        left_out=frozenset(name for name in paths if id(named[name]) not in trained),
+    )
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).norm())
+
+
+class _Run:
+    def __init__(
+        self,
+        subject: Subject,
+        micro_batches: int,
+        clipping: float,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        seed: int,
+    ):
+        self.micro_batches, self.clipping = micro_batches, clipping
+        self.model, self.injection = subject.make_model(micro_batches, dtype, seed)
+        self.model.to(device)
+        self.optimizer = subject.make_optimizer(self.model)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        named = dict(self.model.named_parameters())
+        return {name: named[name].detach().cpu().clone() for name in self.injection.shapes}
+
+    def step(self, step: int, rates: Sequence[float] | None) -> None:
+        self.injection.step = step
+        for group in range(self.micro_batches):
+            self.injection.group = group
+            (self.model() / self.micro_batches).backward()
+        if self.clipping:
+            self._clip()
+        if rates is not None:
+            for options, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                options["lr"] = rate
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise CannotAudit(
+                f"{type(self.optimizer).__name__} cannot step this model in one process either: "
+                f"{type(error).__name__}: {text}"
+            ) from error
+        self.optimizer.zero_grad()
+
+    def _clip(self) -> None:
+        """As DeepSpeed and torch do, but with the norm in fp64."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.stack([g.double().norm() for g in gradients]).norm()
+        for gradient in gradients:
+            gradient.mul_((self.clipping / (norm + 1e-6)).clamp(max=1.0).to(gradient))

@@ -1,0 +1,331 @@
+"""Compares what the ranks recorded with what one process does, and says what is wrong in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from trustratio.optimizers.sharding.layout import listing
+
+from .configurations import Configuration
+from .reference import Alone
+from .subject import Subject
+from .training import Recorded, Weights
+
+__all__ = ["BOUND", "EXACT", "REFUSED", "WRONG", "AuditedLayer", "Finding", "Report", "judge", "refusal"]
+
+BOUND = 2e-6
+"""Largest error of a layer's movement, relative to its path, beside the rounding of its weights."""
+
+EXACT, WRONG, REFUSED = "exact", "wrong", "refused"
+STATUSES = {EXACT: 0, WRONG: 1, REFUSED: 2}
+
+
+@dataclass(frozen=True)
+class AuditedLayer:
+    """One layer after the last step, sharded and in one process.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Its shape.
+        moved: ‖w - w0‖ sharded over the same in one process; 1 is right, NaN if nothing moved in one process.
+        error: ‖w sharded - w alone‖ over the length of the path of one process; NaN if anything is not finite.
+        bound: The largest error that rounding explains.
+        weight_norm: ‖w‖ (L2), sharded.
+        weight_norm_alone: The same in one process.
+        change: ‖w - w0‖, sharded.
+        change_alone: The same in one process.
+        has_gradient: Whether it gets one. Of others nothing is demanded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    moved: float
+    error: float
+    bound: float
+    weight_norm: float
+    weight_norm_alone: float
+    change: float
+    change_alone: float
+    has_gradient: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether one process moves the layer so, or nobody asks."""
+        return not self.has_gradient or self.error <= self.bound
+
+    @property
+    def factor(self) -> float:
+        """By how much too far or too little it moved, at least 1; infinite if it did not move, or not at all alone."""
+        if not self.moved > 0 or math.isinf(self.moved):
+            return math.nan if math.isnan(self.moved) and self.change_alone else math.inf
+        return max(self.moved, 1 / self.moved)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a check found.
+
+    Attributes:
+        kind: One word or two for programs, e.g. "padding read".
+        text: The sentence.
+        is_wrong: Whether training goes wrong by it; else it is good to know.
+    """
+
+    kind: str
+    text: str
+    is_wrong: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one audit.
+
+    Attributes:
+        optimizer: What was audited.
+        configuration: How it was sharded.
+        ranks: Over how many processes.
+        verdict: "exact", "wrong" or "refused".
+        sentence: The verdict for people.
+        layers: In the model's order.
+        findings: What the checks found.
+        collectives: In `optimizer.step` in one step.
+        state_bytes_per_parameter: Of all ranks.
+        state_bytes_per_parameter_alone: Of one process.
+        notes: What was filled in or left out of the configuration.
+        versions: Of the packages that took part.
+    """
+
+    optimizer: str
+    configuration: str
+    ranks: int
+    verdict: str
+    sentence: str
+    layers: tuple[AuditedLayer, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    collectives: int | None = None
+    state_bytes_per_parameter: float | None = None
+    state_bytes_per_parameter_alone: float | None = None
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def status(self) -> int:
+        """The command's exit status: 0 exact, 1 wrong, 2 could not be run."""
+        return STATUSES[self.verdict]
+
+    @property
+    def worst(self) -> AuditedLayer | None:
+        """The layer with the largest error, a NaN before all others; None if there is none with a gradient."""
+        layers = [layer for layer in self.layers if layer.has_gradient]
+        return max(layers, key=lambda layer: math.inf if math.isnan(layer.error) else layer.error, default=None)
+
+    def record(self) -> dict[str, Any]:
+        """As one JSON object, whose numbers are finite or null."""
+        return _finite({**asdict(self), "status": self.status})
+
+
+def refusal(subject: Subject, configuration: Configuration, ranks: int, reason: str) -> Report:
+    """The report of an audit that a wrapper or the optimizer refused."""
+    return Report(subject.title, configuration.title, ranks, REFUSED, reason, notes=configuration.notes)
+
+
+def judge(subject: Subject, configuration: Configuration, alone: Alone, answers: Sequence[Recorded]) -> Report:
+    """Compare, and say what is wrong."""
+    weights = _whole(alone, [answer.weights for answer in answers])
+    layers = tuple(_layer(name, alone, weights[name]) for name in alone.weights)
+    findings = tuple(_findings(alone, answers, layers, weights))
+    wrong = [layer for layer in layers if not layer.is_exact]
+    verdict = WRONG if wrong or any(finding.is_wrong for finding in findings) else EXACT
+    parameters = alone.parameters
+    return Report(
+        optimizer=subject.title,
+        configuration=configuration.title,
+        ranks=len(answers),
+        verdict=verdict,
+        sentence=_sentence(configuration, len(answers), layers, findings),
+        layers=layers,
+        findings=findings,
+        collectives=answers[0].collectives,
+        state_bytes_per_parameter=sum(answer.state_bytes for answer in answers) / parameters,
+        state_bytes_per_parameter_alone=alone.state_bytes / parameters,
+        notes=configuration.notes,
+    )
+
+
+def _layer(name: str, alone: Alone, weights: torch.Tensor) -> AuditedLayer:
+    before, reference, found = alone.before[name].double(), alone.weights[name].double(), weights.double()
+    change, change_alone = float((found - before).norm()), float((reference - before).norm())
+    path = alone.paths[name]
+    # Two ways to the same number may end in neighbours of it.
+    resolution = max(torch.finfo(one.dtype).eps for one in (weights, alone.weights[name]))
+    rounding = resolution * float(reference.norm())
+    distance = float((found - reference).norm())
+    return AuditedLayer(
+        name=name,
+        shape=tuple(reference.shape),
+        moved=change / change_alone if change_alone else (math.nan if change == 0 else math.inf),
+        error=distance / path if path else (0.0 if distance == 0 else math.inf),
+        bound=BOUND + (rounding / path if path else 0.0),
+        weight_norm=float(found.norm()),
+        weight_norm_alone=float(reference.norm()),
+        change=change,
+        change_alone=change_alone,
+        has_gradient=name not in alone.without_gradient,
+    )
+
+
+def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.Tensor]:
+    """The layers, put together from what the ranks tell of them; none, if they have not come so far."""
+    if any(told is None for told in of_ranks):
+        return {}
+    parts = [(n, part) for told in of_ranks for n, of_layer in (told or {}).items() for part in of_layer]
+    dtypes = {name: values.dtype for name, (_, values) in parts}
+    whole = {n: torch.full((w.numel(),), math.nan, dtype=dtypes.get(n)) for n, w in alone.weights.items()}
+    for name, (offset, values) in parts:
+        if name in whole:
+            whole[name][offset : offset + len(values)] = values
+    return {name: flat.view(alone.weights[name].shape) for name, flat in whole.items()}
+
+
+# The checks ---------------------------------------------------------------------------------------------------------
+
+
+def _findings(
+    alone: Alone, answers: Sequence[Recorded], layers: Sequence[AuditedLayer], weights: dict[str, torch.Tensor]
+) -> Iterator[Finding]:
+    recorded = answers[0]
+    if recorded.replaced_by is not None:
+        yield Finding("replaced", f"{recorded.replaced_by} stepped in the place of the optimizer that was given")
+    yield from _rates(recorded)
+    broken = [layer.name for layer in layers if not math.isfinite(layer.weight_norm)]
+    if broken:
+        yield Finding("not finite", f"NaN or infinite: {listing(broken)}")
+    yield from _movement(alone, layers)
+    if not broken:
+        resumed = _whole(alone, [answer.resumed for answer in answers])
+        lost = _differing(alone, weights, resumed)
+        # Whose checkpoint loses state does not take the same steps twice; then NaN alone tells.
+        yield from _padding(alone, {} if lost else resumed, _whole(alone, [answer.poisoned for answer in answers]))
+        yield from _silence(alone, _whole(alone, [answer.after_silence for answer in answers]))
+        yield from _checkpoint(recorded, lost)
+
+
+def _rates(recorded: Recorded) -> Iterator[Finding]:
+    given, peaks = recorded.given_rates, recorded.peak_rates
+    if peaks is not None and not all(any(math.isclose(peak, rate, rel_tol=1e-6) for rate in given) for peak in peaks):
+        yield Finding(
+            "rates overwritten",
+            f"the scheduler section trains with a peak learning rate of {peaks[0]:g}, and the optimizer was given "
+            f"{given[0]:g}: write the same in both, or remove the section",
+        )
+
+
+def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]:
+    stuck = [one.name for one in layers if one.has_gradient and one.change == 0 and one.change_alone > 0]
+    if stuck:
+        yield Finding("never moved", f"these have a gradient and never moved: {listing(stuck)}")
+    left_out = [one.name for one in layers if one.name in alone.left_out]
+    if left_out:
+        yield Finding("left out", f"the optimizer was not given {listing(left_out)}", is_wrong=False)
+    idle = [
+        one.name
+        for one in layers
+        if one.has_gradient and one.change == one.change_alone == 0 and one.name not in alone.left_out
+    ]
+    if idle:
+        yield Finding("idle", f"these do not move in one process either: {listing(idle)}", is_wrong=False)
+    drifted = [one.name for one in layers if not one.has_gradient and one.change != one.change_alone]
+    if drifted:
+        yield Finding(
+            "without gradient",
+            f"no gradient reaches {listing(drifted)}, which one process leaves as it is; here it moved, as the wrapper "
+            "hands the optimizer zeros, and weights decay all the same",
+            is_wrong=False,
+        )
+
+
+def _padding(alone: Alone, clean: dict[str, torch.Tensor], poisoned: dict[str, torch.Tensor]) -> Iterator[Finding]:
+    """The same steps from the same checkpoint, once with zeros and once with NaN in the padding."""
+    if _differing(alone, clean, poisoned) or not all(bool(weights.isfinite().all()) for weights in poisoned.values()):
+        yield Finding(
+            "padding read",
+            "steps change once elements that no layer owns are NaN: norms, or whatever is taken over whole tensors, "
+            "include padding, which may hold anything",
+        )
+
+
+def _differing(alone: Alone, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Layers that two runs of the same steps leave elsewhere."""
+    differing = []
+    for name in one.keys() & other.keys() - alone.without_gradient:
+        distance = float((one[name].double() - other[name].double()).norm())
+        rounding = torch.finfo(torch.float32).eps * float(one[name].double().norm())
+        if not distance <= BOUND * alone.paths[name] + rounding:
+            differing.append(name)
+    return sorted(differing)
+
+
+def _silence(alone: Alone, silent: dict[str, torch.Tensor]) -> Iterator[Finding]:
+    """Decay alone moves layers in a step whose gradients are zero."""
+    lost, unasked = [], []
+    for name, weights in silent.items():
+        before = alone.before_silence[name]
+        expected = not torch.equal(alone.after_silence[name].to(weights.dtype), before.to(weights.dtype))
+        moved = not torch.equal(weights, before.to(weights.dtype))
+        if expected and not moved:
+            lost.append(name)
+        elif moved and not expected and name not in alone.without_gradient:
+            unasked.append(name)
+    if lost:
+        yield Finding("decay lost", f"weight decay does not reach {listing(lost)}, which decays in one process")
+    if unasked:
+        yield Finding(
+            "decay added", f"without a gradient, {listing(unasked)} moves, and one process leaves it as it is"
+        )
+
+
+def _checkpoint(recorded: Recorded, lost: Sequence[str]) -> Iterator[Finding]:
+    if recorded.checkpoint_error is not None:
+        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {recorded.checkpoint_error}")
+        return
+    if lost:
+        yield Finding(
+            "checkpoint loses state",
+            f"training that goes on from a checkpoint goes elsewhere: {listing(lost)}",
+        )
+    if recorded.resumed_options:
+        changed = [f"{name} {before} became {after}" for name, before, after in recorded.resumed_options]
+        yield Finding("checkpoint changes options", f"after a checkpoint, options differ: {listing(changed)}")
+
+
+# The verdict --------------------------------------------------------------------------------------------------------
+
+
+def _sentence(
+    configuration: Configuration, ranks: int, layers: Sequence[AuditedLayer], findings: Sequence[Finding]
+) -> str:
+    where = f"{configuration.title} on {ranks} rank{'s' * (ranks > 1)}"
+    wrong = [layer for layer in layers if not layer.is_exact]
+    others = "; ".join(finding.text for finding in findings if finding.is_wrong)
+    if not wrong:
+        exact = f"under {where} every layer takes the steps that one process takes"
+        return f"Wrong: {exact}, but {others}." if others else f"Exact: {exact}."
+    worst = max(wrong, key=lambda layer: math.inf if math.isnan(layer.error) else layer.error)
+    how = f"{len(wrong)} of {len(layers)} layers do not take the steps of one process"
+    if math.isfinite(worst.moved) and worst.moved > 0:
+        how += f", {worst.name} moved {worst.moved:.4g} times as far as it should"
+        how += f" (error {worst.error:.2g})" if abs(worst.moved - 1) < 0.01 else ""
+    return f"Wrong: under {where} {how}" + (f"; {others}." if others else ".")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,145 @@
+"""Optimizers that are right in one process and each wrong in one way once something is sharded or saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Plain(torch.optim.Optimizer):
+    """SGD with decay and momentum, in the words that the others change."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.1, momentum: float = 0.9):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def decays(self, p: torch.Tensor) -> bool:
+        return True
+
+    def steps(self, p: torch.Tensor) -> bool:
+        return True
+
+    def scale(self, p: torch.Tensor) -> Any:
+        return 1.0
+
+    def kept(self, p: torch.Tensor) -> dict[str, Any]:
+        return self.state[p]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or not self.steps(p):
+                    continue
+                kept = self.kept(p)
+                direction = p.grad + group["weight_decay"] * p * self.decays(p)
+                kept["m"] = direction if "m" not in kept else group["momentum"] * kept["m"] + direction
+                p.sub_(group["lr"] * self.scale(p) * kept["m"])
+
+
+class ReadsPadding(Plain):
+    def scale(self, p: torch.Tensor) -> Any:
+        return 1.0 + 0.0 * p.sum()
+
+
+class DecaysMatrices(Plain):
+    def decays(self, p: torch.Tensor) -> bool:
+        return p.dim() > 1
+
+
+class DecaysVectors(Plain):
+    def decays(self, p: torch.Tensor) -> bool:
+        return p.dim() <= 1
+
+
+class StepsMatrices(Plain):
+    def steps(self, p: torch.Tensor) -> bool:
+        return p.dim() > 1
+
+
+class BreaksOnLarge(Plain):
+    """Divides by zero where a tensor is larger than any layer is."""
+
+    def scale(self, p: torch.Tensor) -> Any:
+        return torch.tensor(float("nan")) if p.numel() > 3000 else 1.0
+
+
+class ForgetsMomentum(Plain):
+    """Its state is nowhere that a checkpoint would look."""
+
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
+        self.momenta: dict[int, dict[str, Any]] = {}
+
+    def kept(self, p: torch.Tensor) -> dict[str, Any]:
+        return self.momenta.setdefault(id(p), {})
+
+
+class ChangesOptions(Plain):
+    """Comes back from a checkpoint with another momentum."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["momentum"] = 0.5
+
+
+class Chance(Plain):
+    def scale(self, p: torch.Tensor) -> Any:
+        return torch.rand(())
+
+
+class NeedsClosure(Plain):
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        closure()
+
+
+class RaisesWhenCut(Plain):
+    """As optimizers that want matrices do."""
+
+    def scale(self, p: torch.Tensor) -> Any:
+        if p.numel() > 3000:
+            raise ValueError("a tensor that is no layer")
+        return 1.0
+
+
+def dies(parameters: Any) -> Plain:
+    """An optimizer that ends every process but the first, which trains alone."""
+    import multiprocessing
+    import os
+
+    if multiprocessing.parent_process() is not None:
+        os._exit(7)
+    return Plain(parameters)
+
+
+def hangs(parameters: Any) -> Plain:
+    import multiprocessing
+    import time
+
+    if multiprocessing.parent_process() is not None:
+        time.sleep(1000)
+    return Plain(parameters)
+
+
+def of_the_model(model: torch.nn.Module) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def two_layers() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+
+
+def empty_model() -> torch.nn.Module:
+    return torch.nn.ReLU()
+
+
+def not_a_model() -> int:
+    return 3

@@ -1,0 +1,199 @@
+"""The audit: what is exact passes under every configuration, and every check has an optimizer that fails it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trustratio.integrations.audits.errors import CannotAudit
+from trustratio.integrations.audits.examination import examine
+from trustratio.integrations.audits.reading import configuration_of
+from trustratio.integrations.audits.subject import Subject
+from trustratio.integrations.audits.verdict import EXACT, REFUSED, WRONG, Report
+from trustratio.optimizers import OPTIMIZERS
+
+from . import audited
+from .accelerate_runs import unbuilt_cpu_adam
+from .cases import NaiveLAMB
+from .pool import WorkerPool
+
+
+def zero(stage: int, **others: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage}, **others}
+
+
+BF16 = {"bf16": {"enabled": True}}
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+CONFIGURATIONS: dict[str, Any] = {
+    "ddp": "ddp",
+    "fsdp1": {"fsdp": 1},
+    "fsdp2": {"fsdp": 2},
+    "zero 0": zero(0),
+    "zero 1": zero(1),
+    "zero 2, accumulation, no clipping": zero(2, gradient_accumulation_steps=3, gradient_clipping=0.0),
+    "zero 3": zero(3, gradient_clipping=0.5),
+    "zero 1, bf16": zero(1, **BF16),
+    "zero 1, BF16_Optimizer": zero(1, **BF16, data_types={"grad_accum_dtype": "fp32"}),
+    "zero 2, fp16": zero(2, fp16={"enabled": True}),
+    "zero 3, bf16": zero(3, **BF16),
+    "offload": {"zero_optimization": OFFLOAD, "zero_force_ds_cpu_optimizer": False},
+}
+UNDER_FSDP1 = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None]
+"""FSDP1 makes no gradients of single micro-batches."""
+
+
+def audit(pool: WorkerPool, optimizer: Any, configuration: Any, model: Any = None, **options: Any) -> Report:
+    return examine(Subject(optimizer, model, options), configuration_of(copy.deepcopy(configuration)), pool)
+
+
+def kinds(report: Report) -> set[str]:
+    return {found.kind for found in report.findings if found.is_wrong}
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "lamb"])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_exact_passes(pool: WorkerPool, configuration: str, optimizer: str, world_size: int) -> None:
+    report = audit(pool, optimizer, CONFIGURATIONS[configuration], lr=0.02, weight_decay=0.1)
+    assert report.verdict == EXACT, report.sentence
+    assert report.worst is not None
+    assert report.worst.error <= 2e-6
+    sharded = not configuration.startswith(("ddp", "zero 0"))
+    assert report.collectives == (1 if optimizer == "lamb" and sharded else 0)
+    copies = 1 if sharded else world_size
+    assert report.state_bytes_per_parameter == pytest.approx(8 * copies, rel=0.02)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("configuration", ["ddp", "fsdp1", "fsdp2", "zero 1", "zero 3"])
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.slow
+def test_all_of_ours_are_exact(pool: WorkerPool, configuration: str, optimizer: str, world_size: int) -> None:
+    report = audit(pool, optimizer, CONFIGURATIONS[configuration], lr=OPTIMIZERS[optimizer].starting_rate)
+    refused = configuration == "fsdp1" and optimizer not in UNDER_FSDP1
+    assert report.verdict == (REFUSED if refused else EXACT), report.sentence
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_norms_of_local_tensors_are_caught(pool: WorkerPool, stage: int, world_size: int) -> None:
+    report = audit(pool, NaiveLAMB, zero(stage), lr=0.05)
+    assert report.verdict == WRONG
+    wrong = [layer for layer in report.layers if not layer.is_exact]
+    assert len(wrong) == sum(layer.has_gradient for layer in report.layers)
+    assert report.worst is not None
+    assert report.worst.error > 1
+    assert max(layer.factor for layer in wrong) > 5
+    assert "padding read" in kinds(report)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_size: int) -> None:
+    assert audit(pool, NaiveLAMB, "ddp", lr=0.05).verdict == EXACT
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "configuration", "found"),
+    [
+        (audited.ReadsPadding, zero(1), {"padding read"}),
+        (audited.ReadsPadding, zero(3), {"padding read"}),
+        (audited.DecaysMatrices, zero(2), {"decay lost"}),
+        (audited.DecaysVectors, zero(1), {"decay added"}),
+        (audited.StepsMatrices, zero(1), {"never moved", "decay lost"}),
+        (audited.BreaksOnLarge, zero(1), {"not finite"}),
+        (audited.ForgetsMomentum, zero(1), {"checkpoint loses state"}),
+        (audited.ForgetsMomentum, "ddp", {"checkpoint loses state"}),
+        (audited.ForgetsMomentum, {"fsdp": 2}, {"checkpoint loses state"}),
+        (audited.ChangesOptions, "ddp", {"checkpoint changes options", "checkpoint loses state"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_every_check_has_an_optimizer_that_fails_it(
+    pool: WorkerPool, optimizer: Any, configuration: Any, found: set[str], world_size: int
+) -> None:
+    report = audit(pool, optimizer, configuration)
+    assert report.verdict == WRONG
+    assert kinds(report) == found
+    assert all(one.text in report.sentence for one in report.findings if one.is_wrong)
+
+
+@pytest.mark.parametrize("configuration", [zero(1), "ddp", {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_what_they_have_in_common_passes(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    """So it is what they change that is caught."""
+    report = audit(pool, audited.Plain, configuration)
+    assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("peak", [0.1, 0.3])
+@pytest.mark.parametrize("world_size", [2])
+def test_rates_of_a_scheduler_section(pool: WorkerPool, peak: float, world_size: int) -> None:
+    parameters = {"warmup_max_lr": peak, "warmup_num_steps": 4, "warmup_type": "linear"}
+    configuration = zero(1, scheduler={"type": "WarmupLR", "params": parameters})
+    report = audit(pool, audited.Plain, configuration)
+    assert kinds(report) == (set() if peak == 0.1 else {"rates overwritten"})
+    assert all(layer.is_exact for layer in report.layers)  # the one process takes the rates that were taken
+    assert report.verdict == (EXACT if peak == 0.1 else WRONG)
+
+
+class WithoutExtension:
+    """Workers that have DeepSpeed's CPU Adam without building it."""
+
+    def __init__(self, pool: WorkerPool):
+        self.pool, self.world_size = pool, pool.world_size
+
+    def run(self, function: Any, *arguments: Any) -> list[Any]:
+        return self.pool.run(call_without_extension, function, *arguments)
+
+
+def call_without_extension(function: Any, *arguments: Any) -> Any:
+    with unbuilt_cpu_adam():
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("world_size", [2])
+def test_an_accelerate_file(pool: WorkerPool, offload: bool, world_size: int, tmp_path: Path) -> None:
+    section = {"zero_stage": 2, "gradient_clipping": 0.5, "gradient_accumulation_steps": 2}
+    if offload:
+        section["offload_optimizer_device"] = "cpu"  # type: ignore[assignment]
+    path = tmp_path / "zero2.yaml"
+    path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
+    if offload:
+        report = examine(Subject(audited.Plain), configuration_of(path), WithoutExtension(pool))
+        assert report.verdict == WRONG
+        assert "DeepSpeedCPUAdam stepped in the place of the optimizer that was given" in report.sentence
+        return
+    report = audit(pool, "lamb", path, lr=0.05)
+    assert report.verdict == EXACT, report.sentence
+    assert report.configuration == "accelerate DeepSpeed ZeRO-2"
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_flat_parameters_of_fsdp1(pool: WorkerPool, world_size: int) -> None:
+    flat = {"fsdp": 1, "use_orig_params": False}
+    assert audit(pool, audited.adamw, flat).verdict == EXACT
+    assert audit(pool, NaiveLAMB, flat, lr=0.05).verdict == WRONG
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_model_and_an_optimizer_of_the_users(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.of_the_model, zero(1), audited.two_layers)
+    assert report.verdict == EXACT, report.sentence
+    assert [layer.name for layer in report.layers] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_refusals_and_what_cannot_be_audited(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.RaisesWhenCut, zero(1))
+    assert (report.verdict, report.status) == (REFUSED, 2)
+    assert report.sentence.startswith("ValueError: a tensor that is no layer")
+    with pytest.raises(CannotAudit, match="not deterministic"):
+        audit(pool, audited.Chance, "ddp")
+    with pytest.raises(CannotAudit, match="needs a closure"):
+        audit(pool, audited.NeedsClosure, "ddp")
