@@ -34,12 +34,15 @@ def innermost(optimizer: Any) -> Any:
 def refuse_replacement(optimizer: Any) -> None:
     """Raise if the optimizer was built from the groups of one of ours, whose place it has taken.
 
-    Our groups have a key that nobody else's have: `adapt`. A wrapper that holds our optimizer may show our groups.
+    Our groups have a key that nobody else's have: `adapt`. A wrapper that holds our optimizer may show our groups, and
+    so has one that has loaded our `state_dict()`, whose state came with it: what takes our place has none.
 
     Raises:
         ReplacedOptimizerError: If so.
     """
     if isinstance(optimizer, LayerwiseOptimizer) or not any("adapt" in group for group in optimizer.param_groups):
+        return
+    if getattr(optimizer, "state", None):
         return
     wraps = any(isinstance(value, Optimizer) for value in vars(optimizer).values())
     if wraps or "adapt" in getattr(optimizer, "defaults", {}):

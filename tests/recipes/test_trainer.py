@@ -246,6 +246,18 @@ def test_groups_in_another_optimizer_are_told_from_wrappers():
     assert torch.equal(lamb.param_groups[0]["params"][0].detach(), torch.ones(2, 2))
 
 
+def test_an_optimizer_that_has_loaded_our_state_has_not_taken_our_place():
+    weights = torch.nn.Parameter(torch.ones(2, 2))
+    weights.grad = torch.ones(2, 2)
+    lamb = LAMB([weights], lr=0.1)
+    lamb.step()
+    adam = torch.optim.Adam([weights], lr=0.1)
+    adam.load_state_dict(lamb.state_dict())
+    before = weights.detach().clone()
+    adam.step()
+    assert not torch.equal(weights, before)
+
+
 LATE_IMPORT = """
 import sys
 import torch
