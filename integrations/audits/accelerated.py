@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from trustratio.optimizers.sharding.internals import Internals
+
 from .configurations import Configuration, configuration_of_mapping, read_json
 from .errors import CannotAudit
 
 __all__ = ["configuration_of_yaml", "prepared_engine"]
+
+INTERNALS = Internals("accelerate", "accelerate", "1.10.0 to 1.15.0")
 
 WITHOUT_SHARDING = ("MULTI_GPU", "MULTI_CPU", "NO")
 
@@ -76,10 +80,8 @@ def _of_fsdp(content: dict[str, Any]) -> Configuration:
 def prepared_engine(configuration: Configuration, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """The DeepSpeed engine that `Accelerator.prepare` makes of model and optimizer."""
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
-    from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    _forget_accelerators()
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     try:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -92,5 +94,12 @@ def prepared_engine(configuration: Configuration, model: nn.Module, optimizer: t
     finally:
         if asked is None:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        _forget_accelerators()
+
+
+def _forget_accelerators() -> None:
+    """Accelerate keeps what the first Accelerator of a process was, which the next one must not find."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    INTERNALS.read(AcceleratorState, "_reset_state")(reset_partial_state=True)
+    INTERNALS.read(GradientState, "_reset_state")()

@@ -37,9 +37,10 @@ class CollectiveCount(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor takes it apart and calls again, collectives among the parts
-        operation = function._schema.name.partition("::")
-        if operation[0] in NAMESPACES and operation[2] not in NO_DATA:
-            self.calls[operation[2]] += 1
+        namespace, _, operation = function.name().partition("::")
+        operation = operation.partition(".")[0]  # without its overload
+        if namespace in NAMESPACES and operation not in NO_DATA:
+            self.calls[operation] += 1
             self.bytes += _bytes(args[0])
         return function(*args, **(kwargs or {}))
 

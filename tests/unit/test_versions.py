@@ -143,6 +143,7 @@ def test_private_attributes_are_read_by_internals() -> None:
     for path in sorted((ROOT / "integrations").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             private = isinstance(node, ast.Attribute) and UNDOCUMENTED.match(node.attr)
-            if private and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            owner = ast.unparse(node.value) if private else ""
+            if private and owner not in ("self", "cls") and f"{owner}.{node.attr}" != "os._exit":  # which is documented
                 found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
     assert found == []
