@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,10 +59,10 @@ STYLES = {
 }
 
 
-def train(name: str, mesh_shape: tuple[int, ...] | None) -> dict[str, Any]:
+def train(name: str, mesh_shape: tuple[int, ...] | None, make: Callable[..., Any] = create) -> dict[str, Any]:
     """Train in float64; the last dimension of the mesh is tensor-parallel, those before it are FSDP's.
 
-    Without a mesh, this process trains alone on all samples.
+    Without a mesh, this process trains alone on all samples. `make` makes the optimizer of that name.
     """
     torch.manual_seed(0)
     model = Network().double()
@@ -81,7 +82,7 @@ def train(name: str, mesh_shape: tuple[int, ...] | None) -> dict[str, Any]:
     vectors = [(n, p) for n, p in model.named_parameters() if p.dim() == 1]
     options = {"lr": 0.05, "weight_decay": 0.1, **BASE_OPTIONS.get(name, {})}
     groups = [{"params": matrices, **options}, {"params": vectors, **options, "weight_decay": 0.0}]
-    optimizer = create(name, groups, lr=options["lr"])
+    optimizer = make(name, groups, lr=options["lr"])
     collectives, ratios = [], []
     for step in range(STEPS):
         ids = torch.randint(24, (samples, 6), generator=torch.Generator().manual_seed(step))

@@ -34,12 +34,7 @@ def train_dtensors(mesh: tuple[int, ...] | None, clip: bool) -> list[dict[str, A
         optimizer.trust_ratios = lambda: norms.latest().record()
         return optimizer
 
-    original = test_dtensor_parallel.create_optimizer
-    test_dtensor_parallel.create_optimizer = make  # type: ignore[assignment]
-    try:
-        return list(test_dtensor_parallel.train("adamw", mesh)["ratios"])
-    finally:
-        test_dtensor_parallel.create_optimizer = original
+    return list(test_dtensor_parallel.train("adamw", mesh, make)["ratios"])
 
 
 def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]], rel: float) -> None:
