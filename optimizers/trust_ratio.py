@@ -30,7 +30,7 @@ from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base, step_without_hooks
 from .proposals.refusals import refuse_layout, warn_of_lost_digits
 from .sharding.layout import Layout
-from .sharding.local_tensors import local_part, placements_of
+from .sharding.local_tensors import is_plain, local_part, placements_of
 
 __all__ = ["TrustRatio"]
 
@@ -215,6 +215,7 @@ class TrustRatio(LayerwiseOptimizer):
         self._takes_large_rate = self._proportional[layout]
         own_rates = [(group, group["lr"]) for group in self.param_groups] if self._takes_large_rate else []
         own_gradients = [*_complete(layout, gradients)]
+        own_data = [(tensor, tensor.detach()) for tensor in layout.tensors if is_plain(tensor)]
         for group, _ in own_rates:
             group["lr"] = LARGE_RATE
         try:
@@ -224,6 +225,10 @@ class TrustRatio(LayerwiseOptimizer):
                 group["lr"] = rate
             for tensor, gradient in own_gradients:
                 tensor.grad = gradient
+            for tensor, data in own_data:
+                if tensor.data_ptr() != data.data_ptr():  # the base has put another one in its place
+                    data.copy_(tensor.detach())
+                    tensor.data = data
 
     def _make_state(self, layout: Layout) -> None:
         """Give new tensors the state that the base makes when it is constructed."""
@@ -253,7 +258,8 @@ class TrustRatio(LayerwiseOptimizer):
         return squares(x.w), squares(x.w - x.proposed), squares(x.g)
 
     def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        scale = group["lr"] / LARGE_RATE if self._takes_large_rate else 1.0
+        # At its own rate of 0, a base may move all the same.
+        scale = group["lr"] / LARGE_RATE if self._takes_large_rate else 1.0 * (group["lr"] != 0)
         return x.of(scale * layers.trust_ratio) * (x.w - x.proposed)
 
     # Copies and files -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from trustratio.optimizers import LAMB, TrustRatio
+from trustratio.optimizers.proposals.nature import nature_of
 
 from ..base_optimizers import BASES, AdaBelief, Lion, SophiaLike, create
 from ..reference import REFERENCES, relative_error
@@ -490,3 +491,43 @@ def test_groups_schedulers_and_added_groups() -> None:
 
 def test_repr_names_the_base() -> None:
     assert repr(TrustRatio(torch.optim.AdamW, parameters(), lr=0.1)).startswith("TrustRatio(AdamW) (")
+
+
+class Replacing(torch.optim.SGD):
+    """Gives its parameters new data, as older classes do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = p.data - group["lr"] * p.grad
+
+
+@pytest.mark.parametrize("adapt", [None, False])
+def test_a_base_that_puts_other_data_in_place(adapt: bool | None) -> None:
+    named, wanted = parameters(), parameters()
+    addresses = [p.data_ptr() for _, p in named]
+    train(TrustRatio(Replacing, named, lr=0.1, adapt=adapt), named)
+    train(TrustRatio(torch.optim.SGD, wanted, lr=0.1, adapt=adapt), wanted)
+    assert [p.data_ptr() for _, p in named] == addresses
+    for name, value in values(wanted).items():
+        torch.testing.assert_close(values(named)[name], value)
+
+
+@pytest.mark.parametrize("base", [torch.optim.Rprop, torch.optim.ASGD])
+@pytest.mark.parametrize("zero", [0, torch.tensor(0.0)])
+def test_a_rate_of_0_moves_nothing_whatever_the_base_makes_of_it(base: Any, zero: Any) -> None:
+    named = parameters()
+    optimizer = TrustRatio(base, named, lr=0.1)
+    train(optimizer, named)
+    before = copy.deepcopy(values(named))
+    optimizer.param_groups[0]["lr"] = zero
+    train(optimizer, named, range(5, 7))
+    for name, value in before.items():
+        assert torch.equal(values(named)[name], value)
+
+
+def test_who_puts_other_data_in_place_is_found_out() -> None:
+    cpu = torch.device("cpu")
+    assert nature_of(Replacing, {}, cpu).puts_others_in_place
+    assert not nature_of(torch.optim.SGD, {}, cpu).puts_others_in_place
