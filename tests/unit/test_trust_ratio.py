@@ -531,3 +531,39 @@ def test_who_puts_other_data_in_place_is_found_out() -> None:
     cpu = torch.device("cpu")
     assert nature_of(Replacing, {}, cpu).puts_others_in_place
     assert not nature_of(torch.optim.SGD, {}, cpu).puts_others_in_place
+
+
+class CountsInGroup(torch.optim.Optimizer):
+    """Adam with the count of steps in its groups, those without parameters too."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            t = group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p)).mul_(0.9).add_(p.grad, alpha=0.1)
+                v = self.state[p].setdefault("v", torch.zeros_like(p)).mul_(0.99).addcmul_(p.grad, p.grad, value=0.01)
+                p.sub_(group["lr"] * m / (1 - 0.9**t) / ((v / (1 - 0.99**t)).sqrt() + 1e-6))
+
+
+def test_steps_in_groups_are_counted_once_whatever_the_calls() -> None:
+    """As under ZeRO-3, which steps one sub-group after the other and leaves the other groups empty."""
+    named, wanted = parameters(), parameters()
+    groups = [{"params": named[:2]}, {"params": named[2:]}]
+    optimizer = TrustRatio(CountsInGroup, groups, lr=0.1)
+    whole = TrustRatio(CountsInGroup, [{"params": wanted[:2]}, {"params": wanted[2:]}], lr=0.1)
+    for step in range(4):
+        train(whole, wanted, range(step, step + 1))
+        for (_, p), g in zip(named, gradients(step, named).values(), strict=True):
+            p.grad = g.clone()
+        for number, (_, p) in enumerate(named):
+            for index, group in enumerate(optimizer.param_groups):
+                group["params"] = [p] if index == number // 2 else []
+            optimizer.step()
+    assert [group["step"] for group in optimizer.param_groups] == [4, 4]
+    for name, value in values(wanted).items():
+        torch.testing.assert_close(values(named)[name], value)
+    assert optimizer.trust_ratios() == pytest.approx(whole.trust_ratios(), rel=1e-6)
