@@ -137,7 +137,7 @@ class TrustRatio(LayerwiseOptimizer):
         self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
         self._takes_large_rate = False
         self._looks_at_digits = False
-        self._closure: Callable[[], Any] | None = None
+        self._closure: Callable[[Sequence[torch.Tensor]], Callable[[], Any]] | None = None
         self._checked_options: dict[int, Any] = {}
         self._groups_began: dict[int, tuple[int, dict[str, Any]]] = {}  # by id: of which step, and the options
 
@@ -188,7 +188,7 @@ class TrustRatio(LayerwiseOptimizer):
 
         def evaluate() -> Any:
             loss = closure()
-            self._closure = known_at_first(closure, loss)
+            self._closure = partial(known_at_first, closure, loss)
             return loss
 
         try:
@@ -224,7 +224,7 @@ class TrustRatio(LayerwiseOptimizer):
         for group, _ in own_rates:
             group["lr"] = LARGE_RATE
         try:
-            step_without_hooks(self.base, *(() if self._closure is None else (self._closure,)))
+            step_without_hooks(self.base, *(() if self._closure is None else (self._closure(layout.tensors),)))
         finally:
             self.base.param_groups = self.param_groups
             for group, rate in own_rates:

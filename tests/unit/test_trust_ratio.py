@@ -567,3 +567,35 @@ def test_steps_in_groups_are_counted_once_whatever_the_calls() -> None:
     for name, value in values(wanted).items():
         torch.testing.assert_close(values(named)[name], value)
     assert optimizer.trust_ratios() == pytest.approx(whole.trust_ratios(), rel=1e-6)
+
+
+class SharpnessAware(torch.optim.SGD):
+    """Takes SGD's step with the gradient at weights that it has moved uphill."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        before = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(0.1 * p.grad)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old - self.param_groups[0]["lr"] * p.grad)
+
+
+def test_a_base_that_moves_the_weights_and_evaluates_gets_the_gradient_there() -> None:
+    named = parameters()
+    optimizer = TrustRatio(SharpnessAware, named, lr=0.1, adapt=False)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for _, p in named) / 2
+        loss.backward()
+        return loss
+
+    before = copy.deepcopy(values(named))
+    optimizer.step(closure)
+    for name, value in before.items():  # of ‖w‖²/2 the gradient is w, and 1.1 w after the move
+        torch.testing.assert_close(values(named)[name], value - 0.1 * 1.1 * value)
