@@ -27,10 +27,10 @@ from .proposals.base import (
     refuse_unknown_options,
 )
 from .proposals.made_of_zeros import MadeOfZeros
-from .proposals.nature import LARGE_RATE, make_base, nature_of, options_of_base, step_without_hooks
+from .proposals.nature import LARGE_RATE, copied, make_base, nature_of, options_of_base, step_without_hooks
 from .proposals.refusals import refuse_layout, warn_of_lost_digits
 from .sharding.layout import Layout
-from .sharding.local_tensors import local_part, placements_of
+from .sharding.local_tensors import is_plain, local_part, placements_of
 
 __all__ = ["TrustRatio"]
 
@@ -137,8 +137,9 @@ class TrustRatio(LayerwiseOptimizer):
         self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
         self._takes_large_rate = False
         self._looks_at_digits = False
-        self._closure: Callable[[], Any] | None = None
+        self._closure: Callable[[Sequence[torch.Tensor]], Callable[[], Any]] | None = None
         self._checked_options: dict[int, Any] = {}
+        self._groups_began: dict[int, tuple[int, dict[str, Any]]] = {}  # by id: of which step, and the options
 
     def _options_of_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's options of the base; some classes keep what they were given to themselves."""
@@ -187,7 +188,7 @@ class TrustRatio(LayerwiseOptimizer):
 
         def evaluate() -> Any:
             loss = closure()
-            self._closure = known_at_first(closure, loss)
+            self._closure = partial(known_at_first, closure, loss)
             return loss
 
         try:
@@ -215,15 +216,41 @@ class TrustRatio(LayerwiseOptimizer):
         self._takes_large_rate = self._proportional[layout]
         own_rates = [(group, group["lr"]) for group in self.param_groups] if self._takes_large_rate else []
         own_gradients = [*_complete(layout, gradients)]
+        own_data = [(tensor, tensor.detach()) for tensor in layout.tensors if is_plain(tensor)]
+        # A base may count steps in its groups: only those that this call steps, and each once per step.
+        self.base.param_groups = [group for group in self.param_groups if group["params"]]
+        for group in self.base.param_groups:
+            self._as_the_step_began(group)
         for group, _ in own_rates:
             group["lr"] = LARGE_RATE
         try:
-            step_without_hooks(self.base, *(() if self._closure is None else (self._closure,)))
+            step_without_hooks(self.base, *(() if self._closure is None else (self._closure(layout.tensors),)))
         finally:
+            self.base.param_groups = self.param_groups
             for group, rate in own_rates:
                 group["lr"] = rate
             for tensor, gradient in own_gradients:
                 tensor.grad = gradient
+            for tensor, data in own_data:
+                if tensor.data_ptr() != data.data_ptr():  # the base has put another one in its place
+                    data.copy_(tensor.detach())
+                    tensor.data = data
+
+    def _as_the_step_began(self, group: dict[str, Any]) -> None:
+        """Give a group that is stepped in several calls what it had before the first of them."""
+        step, options = self._groups_began.get(id(group), (None, {}))
+        if step != self._plans.steps_begun:
+            kept = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            self._groups_began[id(group)] = self._plans.steps_begun, copied(kept)
+            return
+        for name in [*group]:
+            if name not in options and name not in ("params", "param_names"):
+                del group[name]
+        for name, value in copied(options).items():
+            if isinstance(value, torch.Tensor) and isinstance(group.get(name), torch.Tensor):
+                group[name].copy_(value)
+            else:
+                group[name] = value
 
     def _make_state(self, layout: Layout) -> None:
         """Give new tensors the state that the base makes when it is constructed."""
@@ -253,7 +280,8 @@ class TrustRatio(LayerwiseOptimizer):
         return squares(x.w), squares(x.w - x.proposed), squares(x.g)
 
     def change(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> torch.Tensor:
-        scale = group["lr"] / LARGE_RATE if self._takes_large_rate else 1.0
+        # At its own rate of 0, a base may move all the same.
+        scale = group["lr"] / LARGE_RATE if self._takes_large_rate else 1.0 * (group["lr"] != 0)
         return x.of(scale * layers.trust_ratio) * (x.w - x.proposed)
 
     # Copies and files -----------------------------------------------------------------------------------------------

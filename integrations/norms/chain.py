@@ -24,10 +24,10 @@ def innermost_optimizers(optimizer: Any, user: str) -> list[torch.optim.Optimize
         TypeError: If it is none of torch's optimizers and wraps none.
     """
     found = innermost_of(optimizer)
-    wrong = next((one for one in found if not isinstance(one, torch.optim.Optimizer)), None)
-    if wrong is not None or not found:
-        name = type(optimizer if wrong is None else wrong).__name__
-        inside = "" if wrong is None or wrong is optimizer else f" (inside {type(optimizer).__name__})"
+    wrong = [one for one in found if not isinstance(one, torch.optim.Optimizer)]
+    if wrong or not found:
+        name = type(wrong[0] if wrong else optimizer).__name__
+        inside = f" (inside {type(optimizer).__name__})" if wrong and wrong[0] is not optimizer else ""
         raise TypeError(
             f"{user} needs a torch.optim.Optimizer, or a wrapper that has one as `optimizer` or `optim`; got "
             f"{name}{inside}"

@@ -15,6 +15,7 @@ from .clipping import clip_now
 from .kept_layout import KeptLayout
 from .measured_step import MeasuredStep, Reduced
 from .shard_sums import ShardSums, Slots
+from .steps_under_way import is_inner_step
 
 __all__ = ["Observation"]
 
@@ -71,6 +72,8 @@ class Observation:
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
         self._call = None
         tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         if not tensors or not self._stepped or not self._stepped.isdisjoint(tensors):
@@ -93,6 +96,8 @@ class Observation:
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if is_inner_step(optimizer):
+            return
         self._on_stepped()
         step, call = self._step, self._call
         if step is None or call is None:

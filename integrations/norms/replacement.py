@@ -17,6 +17,7 @@ from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.stepping.taking_part import taking_part
 
 from .chain import innermost_of
+from .steps_under_way import steps_under_way
 
 __all__ = ["ReplacementWatch"]
 
@@ -50,7 +51,8 @@ class ReplacementWatch:
         if optimizer not in self._measured and optimizer not in self._seen:
             self._seen.add(optimizer)
             is_wrapper = any(one in self._measured for one in innermost_of(optimizer))
-            if not is_wrapper and self._steps(optimizer):
+            is_part = any(one in self._measured for one in steps_under_way())
+            if not is_wrapper and not is_part and self._steps(optimizer):
                 self._warn(type(optimizer).__name__)
 
     def _warn(self, stepped: str) -> None:

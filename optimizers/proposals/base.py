@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..options.unknown import nearest
+from ..sharding.local_tensors import local_part
 from .nature import copied, make_base, options_of_base
 
 __all__ = ["as_groups", "check_base_class", "check_options", "known_at_first", "propose", "refuse_unknown_options"]
@@ -80,10 +81,26 @@ def check_options(base_class: type[torch.optim.Optimizer], options: Mapping[str,
     make_base(base_class, [any_parameter], ANY_RATE, copied({**options, **device_options}))
 
 
-def known_at_first(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
-    """A closure that has been evaluated: it returns that loss the first time, and evaluates again after that."""
-    known = [loss]
-    return lambda: known.pop() if known else closure()
+def known_at_first(closure: Callable[[], Any], loss: Any, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """A closure that has been evaluated: it returns that loss the first time, and evaluates again after that.
+
+    Also the first time, if somebody has changed the tensors or their gradients by then, as sharpness-aware
+    minimization does.
+    """
+    known = [True]
+    before = _marks(tensors)
+
+    def evaluate() -> Any:
+        is_known = bool(known) and _marks(tensors) == before
+        known.clear()
+        return loss if is_known else closure()
+
+    return evaluate
+
+
+def _marks(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """What tells whether tensors were written, or have other data or gradients; waits for nothing."""
+    return [(id(tensor.grad), tensor._version, local_part(tensor).data_ptr()) for tensor in tensors]
 
 
 def propose(tensors: Iterable[torch.Tensor], step: Callable[[], Any]) -> list[torch.Tensor]:

@@ -57,6 +57,7 @@ class Nature:
         is_random: Whether it makes different steps of the same gradients.
         is_proportional: Whether neither the direction nor the state depends on the learning rate, so that a direction
             can be had at any rate.
+        puts_others_in_place: Whether it gives the parameters other tensors as their data, where most write into it.
         failure: What it raised on flat pieces of layers, "" if nothing.
     """
 
@@ -64,6 +65,7 @@ class Nature:
     is_layer_wise: bool
     is_random: bool
     is_proportional: bool
+    puts_others_in_place: bool = False
     failure: str = ""
 
 
@@ -158,6 +160,7 @@ def _nature(trial: _Trial, whole: _Outcome) -> Nature:
         is_layer_wise=is_random or (apart is not None and trial.same_directions(whole, apart)),
         is_random=is_random,
         is_proportional=not is_random and faster is not None and trial.same(whole, faster),
+        puts_others_in_place=whole.puts_others_in_place,
         failure=failure,
     )
 
@@ -170,11 +173,13 @@ class _Outcome:
         directions: (w - w_after) / rate of each step, over all elements.
         state: All tensors of the state after the last step, in their order.
         is_like_layers: Whether each of them is a number or has the shape of its parameter.
+        puts_others_in_place: Whether parameters have other data than before the steps.
     """
 
     directions: list[torch.Tensor]
     state: list[torch.Tensor]
     is_like_layers: bool
+    puts_others_in_place: bool
 
 
 @dataclass(frozen=True)
@@ -197,21 +202,23 @@ class _Trial:
         """Take some steps with fresh instances, each over parts of the two matrices; always at `rate` if given."""
         directions = [torch.zeros(sum(_SIZES), device=self.device, dtype=self.dtype) for _ in range(STEPS)]
         state: list[torch.Tensor] = []
-        is_like_layers = True
+        is_like_layers, puts_others_in_place = True, False
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(seed)
             for parts in instances:
                 parameters = [torch.nn.Parameter(self._numbers(0)[at].view(shape)) for at, shape in parts]
+                data = [parameter.detach() for parameter in parameters]
                 optimizer = make_base(self.base_class, parameters, RATES[0], copied(self.options))
                 for step, direction in enumerate(directions):
                     self._take(optimizer, parts, parameters, step, rate or RATES[step % len(RATES)], direction)
                 state += [value.detach() for value in _tensors(optimizer.state)]
-                for parameter in parameters:
+                for parameter, before in zip(parameters, data, strict=True):
+                    puts_others_in_place |= parameter.data_ptr() != before.data_ptr()
                     of_layer = _tensors(optimizer.state[parameter])
                     is_like_layers &= all(value.numel() <= 1 or value.shape == parameter.shape for value in of_layer)
-        return _Outcome(directions, state, is_like_layers)
+        return _Outcome(directions, state, is_like_layers, puts_others_in_place)
 
     def _take(
         self,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ..formulas.layer_table import LayerTable
 from ..sharding.layout import Layout, LayoutError, listing
-from ..sharding.local_tensors import local_part
+from ..sharding.local_tensors import local_part, placements_of
 from .nature import Nature
 
 __all__ = ["refuse_layout", "warn_of_lost_digits"]
@@ -38,6 +38,11 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
         raise LayoutError(
             f"a layer's step of {name} depends on other layers, of which {layout.backend} does not show it all: leave "
             "out what makes it so, such as clipping by the norm of the whole gradient, or use DistributedDataParallel"
+        )
+    if nature.puts_others_in_place and any(placements_of(tensor) is not None for tensor in layout.tensors):
+        raise LayoutError(
+            f"{name} puts other tensors in the weights' place (p.data = ...), and a DTensor, as {layout.backend} has, "
+            "keeps its own: have it write into the weights (p.copy_(...), p.sub_(...))"
         )
     dtypes = {local_part(tensor).dtype for tensor in layout.tensors}
     if torch.float16 in dtypes or (torch.bfloat16 in dtypes and not nature.is_proportional):

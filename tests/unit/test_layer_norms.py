@@ -382,3 +382,50 @@ def test_another_optimizer_that_steps_the_parameters_is_named() -> None:
         step_of(model, stepped)  # said once
         step_of(model, given)
     assert norms.latest().step == 1
+
+
+def test_a_step_that_takes_its_parent_s_is_one_step() -> None:
+    """Torch calls the hooks of both, once the parent's class has been used by itself."""
+    model = make_model()
+    torch.optim.SGD(model.parameters())
+
+    class Shrinking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(0.5)
+            return loss
+
+    optimizer = Shrinking(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in (1, 2, 3):
+            wanted = step_of(model, optimizer, step)
+            assert norms.latest().step == step
+            assert_measured(norms.latest(), wanted)
+
+
+def test_an_optimizer_within_the_measured_one_has_not_taken_its_place() -> None:
+    model = make_model()
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params: Any):
+            super().__init__(params, {"lr": 0.1})
+            self.inside = torch.optim.SGD(self.param_groups, lr=0.1)
+
+        def step(self, closure: Any = None) -> None:
+            self.inside.step()
+
+    optimizer = Outer(model.parameters())
+    norms = LayerNorms(optimizer, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = step_of(model, optimizer)
+    assert_measured(norms.latest(), wanted)
+
+
+def test_nothing_is_no_optimizer() -> None:
+    with pytest.raises(TypeError, match="needs a torch.optim.Optimizer, or a wrapper .* got NoneType"):
+        LayerNorms(None)
