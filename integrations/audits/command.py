@@ -38,13 +38,13 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         report = _audit(given)
+        print(described(report))
         for path, text in ((given.json, _json), (given.html, page_of)):
             if path is not None:
                 _write(path, text(report))
     except CannotAudit as error:
         print(f"Could not be run: {error}", file=sys.stderr)
         return 2
-    print(described(report))
     return report.status
 
 
@@ -55,6 +55,8 @@ def _audit(given: argparse.Namespace) -> Report:
     for path in filter(None, (given.json, given.html)):
         if not path.absolute().parent.is_dir():
             raise CannotAudit(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+        if path.is_dir():
+            raise CannotAudit(f"{path} cannot be written: it is a folder")
     device = audited_device(given.ranks)
     with contextlib.closing(Ranks(given.ranks, device, given.timeout)) as ranks:
         return examine(subject, configuration, ranks, device)
@@ -81,6 +83,10 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
+            if value.lower() in ("true", "false", "none", "null"):
+                raise CannotAudit(
+                    f"options are Python literals, as True, False and None are: {item!r} is a text"
+                ) from None
             options[name] = value
     return options
 
@@ -91,7 +97,7 @@ def _json(report: Report) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CannotAudit(f"{path} cannot be written: {error.strerror}") from error
 
@@ -110,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         help="package.module.Class, package.module:function of the parameters (or of the model, if its only "
         "required parameter is called model or module), or a name of this package, e.g. lamb",
     )
-    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of the optimizer, e.g. lr=0.01")
+    parser.add_argument(
+        "--options", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="of the optimizer, e.g. lr=0.01"
+    )
     parser.add_argument("--model", help="package.module:function without arguments (default: a small BERT-like model)")
     sharding = parser.add_mutually_exclusive_group(required=True)
     sharding.add_argument("--deepspeed", type=Path, metavar="JSON", help="a DeepSpeed configuration")

@@ -18,6 +18,7 @@ from torch import nn
 __all__ = ["Injection", "seeded_weights"]
 
 LARGEST_IN_16_BITS = 256  # bf16 has every whole number up to here
+NEVER_CALLED = (nn.ParameterList, nn.ParameterDict)
 SHARES = (2.0, -1.0)
 """Of the gradient of a parameter that several modules have: the first one's and the second one's. They add up to 1."""
 
@@ -111,7 +112,8 @@ class Injection:
                 gradient = self._share(name, use) * self.gradient(name).to(wide)
                 total = total + (wide * gradient).sum()
             for child in children:  # by name: wrappers put others in their place
-                total = total + module.get_submodule(child)()
+                part = module.get_submodule(child)
+                total = total + (part.forward() if isinstance(part, NEVER_CALLED) else part())
             return total if torch.is_tensor(total) else torch.zeros(())
 
         return forward

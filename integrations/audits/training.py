@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,8 +167,8 @@ def _weights(run: Wrapped) -> Weights:
         masters = None if shards is None else shards.values(run.injection.shapes)
         if masters is not None:
             return masters
-    whole = run.weights()
-    return {name: [(0, weights.view(-1))] for name, weights in whole.items()} if run.rank == 0 else {}
+    # From every rank: each may hold a copy of its own, which only the gradients keep the same.
+    return {name: [(0, weights.view(-1))] for name, weights in run.weights().items()}
 
 
 def _fill_padding(run: Wrapped, value: float) -> int | None:
@@ -239,7 +240,12 @@ def _differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> list
     found = []
     for before, after in zip(one, other, strict=True):
         for name in before.keys() | after.keys():
-            values = str(before.get(name, "missing")), str(after.get(name, "missing"))
+            values = _printed(before.get(name, "missing")), _printed(after.get(name, "missing"))
             if values[0] != values[1]:
                 found.append((name, *values))
     return sorted(set(found))
+
+
+def _printed(option: Any) -> str:
+    """The option without where in memory it is."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(option))

@@ -183,7 +183,8 @@ def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.
     """The layers, put together from what the ranks tell of them; none, if they have not come so far."""
     if any(told is None for told in of_ranks):
         return {}
-    parts = [(n, part) for told in of_ranks for n, of_layer in (told or {}).items() for part in of_layer]
+    # Of what several ranks hold, the first one's.
+    parts = [(n, part) for told in reversed(of_ranks) for n, of_layer in (told or {}).items() for part in of_layer]
     dtypes = {name: values.dtype for name, (_, values) in parts}
     whole = {n: torch.full((w.numel(),), math.nan, dtype=dtypes.get(n)) for n, w in alone.weights.items()}
     for name, (offset, values) in parts:
@@ -207,6 +208,8 @@ def _findings(
         yield Finding("not finite", f"NaN or infinite: {listing(broken)}")
     yield from _movement(alone, layers)
     if not broken:
+        yield from _copies(alone, [answer.weights for answer in answers], "in training")
+        yield from _copies(alone, [answer.resumed for answer in answers], "after a checkpoint")
         resumed = _whole(alone, [answer.resumed for answer in answers])
         lost = _differing(alone, weights, resumed)
         # Whose checkpoint loses state does not take the same steps twice; then NaN alone tells.
@@ -268,6 +271,20 @@ def _differing(alone: Alone, one: dict[str, torch.Tensor], other: dict[str, torc
         if not distance <= BOUND * alone.paths[name] + rounding:
             differing.append(name)
     return sorted(differing)
+
+
+def _copies(alone: Alone, of_ranks: Sequence[Weights | None], when: str) -> Iterator[Finding]:
+    """What several ranks hold has to be the same on all of them."""
+    whole = _whole(alone, of_ranks)
+    apart: set[str] = set()
+    for told in of_ranks if whole else ():
+        for name in (told or {}).keys() & whole.keys():
+            for offset, values in (told or {})[name]:
+                first = whole[name].reshape(-1)[offset : offset + len(values)]
+                if _differing(alone, {name: first}, {name: values}):
+                    apart.add(name)
+    if apart:
+        yield Finding("ranks differ", f"{when} the ranks' copies drift apart: {listing(sorted(apart))}")
 
 
 def _silence(alone: Alone, silent: dict[str, torch.Tensor]) -> Iterator[Finding]:

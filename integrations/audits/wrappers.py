@@ -115,7 +115,8 @@ def whole_copy(parameter: torch.Tensor) -> torch.Tensor:
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     """The learning rate of each group; NaN where there is none."""
-    return [float(group.get("lr", float("nan"))) for group in optimizer.param_groups]
+    given = [group.get("lr") for group in optimizer.param_groups]
+    return [float("nan") if rate is None else float(rate) for rate in given]
 
 
 def wrap(subject: Subject, configuration: Configuration, seed: int, device: torch.device) -> Wrapped:
@@ -303,8 +304,17 @@ def repeated_parts(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and id(module) not in inside and module is not model:
             inside.update(map(id, module.modules()))
-            parts += [part for part in module if next(part.parameters(), None) is not None]
+            parts += [part for part in _without_lists(module) if next(part.parameters(), None) is not None]
     return [part for part in parts if _keeps_to_itself(part, model)]
+
+
+def _without_lists(module: nn.Module) -> Iterator[nn.Module]:
+    """Its children; of lists among them, which are never called, theirs."""
+    for part in module.children():
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+            yield from _without_lists(part)
+        else:
+            yield part
 
 
 def _keeps_to_itself(part: nn.Module, model: nn.Module) -> bool:

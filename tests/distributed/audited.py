@@ -84,9 +84,48 @@ class ChangesOptions(Plain):
             group["momentum"] = 0.5
 
 
+class StepsOnTheFirstRank(Plain):
+    """Right on rank 0 alone."""
+
+    def steps(self, p: torch.Tensor) -> bool:
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+class LoadsOnTheFirstRank(Plain):
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        if torch.distributed.get_rank() > 0:
+            self.state.clear()
+
+
+class Rule:
+    """Prints as the place in memory where it is."""
+
+
+def with_a_rule(parameters: Any) -> Plain:
+    optimizer = Plain(parameters)
+    optimizer.param_groups[0]["rule"] = Rule()
+    return optimizer
+
+
+def without_rate(parameters: Any) -> Plain:
+    """As optimizers that find their rate themselves: it is None."""
+    optimizer = Relative(parameters)
+    optimizer.param_groups[0]["lr"] = None
+    return optimizer
+
+
 class Chance(Plain):
     def scale(self, p: torch.Tensor) -> Any:
         return torch.rand(())
+
+
+class Relative(Plain):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(0.1 * p.grad)
 
 
 class NeedsClosure(Plain):
@@ -135,6 +174,20 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
 
 def two_layers() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+
+
+def lists_in_lists() -> torch.nn.Module:
+    blocks = [torch.nn.ModuleList([torch.nn.Linear(6, 5), torch.nn.Linear(5, 6)]), torch.nn.Linear(6, 5)]
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList(blocks)
+    return model
+
+
+class ListsOfParameters(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed = torch.nn.ParameterList([torch.ones(3), torch.ones(4, 5)])
+        self.named = torch.nn.ParameterDict({"a": torch.ones(5)})
 
 
 def empty_model() -> torch.nn.Module:

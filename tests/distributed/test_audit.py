@@ -105,6 +105,9 @@ def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_siz
         (audited.DecaysVectors, zero(1), ("decay added",)),
         (audited.StepsMatrices, zero(1), ("never moved", "decay lost")),
         (audited.BreaksOnLarge, zero(1), ("not finite",)),
+        (audited.StepsOnTheFirstRank, "ddp", ("ranks differ",)),
+        (audited.StepsOnTheFirstRank, zero(0), ("ranks differ",)),
+        (audited.LoadsOnTheFirstRank, "ddp", ("ranks differ",)),
         (audited.ForgetsMomentum, zero(1), ("checkpoint loses state",)),
         (audited.ForgetsMomentum, "ddp", ("checkpoint loses state",)),
         (audited.ForgetsMomentum, {"fsdp": 2}, ("checkpoint loses state",)),
@@ -186,6 +189,12 @@ def test_a_model_and_an_optimizer_of_the_users(pool: WorkerPool, world_size: int
     report = audit(pool, audited.of_the_model, zero(1), audited.two_layers)
     assert report.verdict == EXACT, report.sentence
     assert [layer.name for layer in report.layers] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_lists_in_lists_are_sharded_by_their_members(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.Plain, {"fsdp": 2}, audited.lists_in_lists)
+    assert report.verdict == EXACT, report.sentence
 
 
 @pytest.mark.parametrize("world_size", [2])

@@ -54,6 +54,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("math.pi", [], "is a float, which cannot be called"),
         ("torch.optim.AdamW", ["lr=0.01", "beta=0.9"], "could not be made: TypeError"),
         ("torch.optim.AdamW", ["lr"], "options are written name=value"),
+        ("torch.optim.AdamW", ["amsgrad=false"], "options are Python literals"),
         ("lamb", ["lr=-1.0"], "could not be made: ValueError"),
         (f"{AUDITED}:not_a_model", [], "could not be made: TypeError"),
         (f"{AUDITED}.NeedsClosure", [], "NeedsClosure.step needs a closure"),
@@ -122,6 +123,7 @@ def test_ranks_and_files_that_cannot_be(
     assert "would take all memory" in said(capsys, "--optimizer", "lamb", "--ddp", "--ranks", "100000")
     away = str(tmp_path / "gone" / "report.json")
     assert "there is no folder" in said(capsys, "--optimizer", "lamb", *DDP, "--json", away)
+    assert "it is a folder" in said(capsys, "--optimizer", "lamb", *DDP, "--html", str(tmp_path))
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     with pytest.warns(UserWarning, match="2 ranks on 1 cores"):
         check_ranks(2, configuration_of("ddp"))
@@ -294,13 +296,15 @@ def test_layers_by_the_thousand_are_cut_short() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]
-    options = ["--options", "lr=0.01", "betas=(0.9, 0.95)"]
+    options = ["--options", "lr=0.01", "--options", "betas=(0.9, 0.95)"]
     assert run_command(["--optimizer", "torch.optim.AdamW", *options, *DDP, *files]) == 0
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("Exact: under DDP on 1 rank every layer")
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "lr=0.01 betas=(0.9, 0.95)" in lines[0]
+    assert lines[-1].startswith("Exact: under DDP on 1 rank every layer")
     record = json.loads((tmp_path / "a.json").read_text())
     assert (record["verdict"], record["ranks"], record["status"]) == ("exact", 1, 0)
     assert record["versions"]["torch"] == torch.__version__
-    assert "Exact: under DDP" in (tmp_path / "a.html").read_text()
+    assert "Exact: under DDP" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +318,8 @@ def test_assert_exact() -> None:
     assert_exact(audited.two_layers, audited.adamw, "ddp", ranks=1)
     with pytest.raises(AssertionError, match="goes on from a checkpoint goes elsewhere"):
         assert_exact(audited.two_layers, audited.ForgetsMomentum, "ddp", ranks=1)
+    for right in (audited.with_a_rule, audited.without_rate):
+        assert_exact(audited.ListsOfParameters, right, "ddp", ranks=1)
     report = audit(None, "lamb", "ddp", ranks=1)  # by the same process
     assert report.verdict == "exact", report.sentence
 

@@ -427,5 +427,5 @@ def test_an_optimizer_within_the_measured_one_has_not_taken_its_place() -> None:
 
 
 def test_nothing_is_no_optimizer() -> None:
-    with pytest.raises(TypeError, match="needs a torch.optim.Optimizer, or a wrapper .* got NoneType"):
+    with pytest.raises(TypeError, match=r"needs a torch.optim.Optimizer, or a wrapper .* got NoneType"):
         LayerNorms(None)
