@@ -237,7 +237,7 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
     if name.lower() == WITH_A_BASE:
         return _with_a_base(params, options)
     if entry is None:
-        raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), OPTIMIZERS)}")
+        raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), (*OPTIMIZERS, WITH_A_BASE))}")
     allowed = options_of(entry.optimizer_class)
     for option in options:
         if option not in allowed:

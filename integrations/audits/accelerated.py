@@ -56,7 +56,7 @@ def _deepspeed_config(content: dict[str, Any], section: dict[str, Any], path: Pa
             zero[of] = {"device": str(section[key])}
     config: dict[str, Any] = {
         "zero_optimization": zero,
-        "gradient_accumulation_steps": int(section.get("gradient_accumulation_steps", 1)),
+        "gradient_accumulation_steps": _number(section.get("gradient_accumulation_steps", 1)),
     }
     if str(section.get("gradient_clipping", "none")).lower() not in ("none", "auto"):
         config["gradient_clipping"] = float(section["gradient_clipping"])
@@ -64,6 +64,12 @@ def _deepspeed_config(content: dict[str, Any], section: dict[str, Any], path: Pa
     if precision in ("bf16", "fp16"):
         config[precision] = {"enabled": True}
     return config
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML may have as text; auto is the Trainer's default, 1, and what is none is refused later."""
+    text = str(value)
+    return 1 if text == "auto" else int(text) if text.isdecimal() else value
 
 
 def _of_fsdp(content: dict[str, Any]) -> Configuration:

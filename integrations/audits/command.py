@@ -7,6 +7,7 @@ import ast
 import contextlib
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
                 _write(path, text(report))
     except CannotAudit as error:
         print(f"Could not be run: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # 1 says that the optimizer is wrong, which nobody knows here
+        traceback.print_exc()
+        print(f"Could not be run: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return report.status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ __all__ = ["Configuration", "configuration_of_mapping", "read_json"]
 
 OF_THE_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "data_efficiency", "curriculum_learning")
 UNSUPPORTED = ("tensor_parallel", "pipeline", "sequence_parallel_size", "compression_training")
+SECTIONS = ("zero_optimization", "bf16", "fp16")
+OFFLOAD = ("offload_optimizer", "offload_param")
 CLIPPING_OF_THE_TRAINER = 1.0
 CLIPPING_OF_DEEPSPEED = 1.0  # where the JSON has no gradient_clipping
 
@@ -41,6 +44,12 @@ class Configuration:
     accelerate: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's, 0 under every other wrapper."""
+        stage: int = self.options.get("zero_optimization", {}).get("stage", 0) if self.wrapper == "deepspeed" else 0
+        return stage
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of settings.
@@ -68,7 +77,7 @@ def configuration_of_mapping(given: dict[str, Any]) -> Configuration:
     if "fsdp" not in given:
         return _of_deepspeed(given)
     version = given["fsdp"]
-    if version not in (1, 2):
+    if isinstance(version, bool) or not isinstance(version, int) or version not in (1, 2):
         raise CannotAudit(f"there are FSDP 1 (FullyShardedDataParallel) and 2 (fully_shard), not {version!r}")
     options = {key: value for key, value in given.items() if key != "fsdp"}
     return Configuration(f"fsdp{version}", f"FSDP{version}", options)
@@ -78,6 +87,7 @@ def configuration_of_mapping(given: dict[str, Any]) -> Configuration:
 
 
 def _of_deepspeed(given: dict[str, Any]) -> Configuration:
+    _refuse_kinds(given)
     notes: list[str] = []
     config = {key: value for key, value in given.items() if key not in OF_THE_BATCH}
     for section in UNSUPPORTED:
@@ -86,8 +96,8 @@ def _of_deepspeed(given: dict[str, Any]) -> Configuration:
     if "optimizer" in config:
         kind = config["optimizer"].get("type") if isinstance(config["optimizer"], dict) else config["optimizer"]
         raise CannotAudit(
-            f'the DeepSpeed configuration has an "optimizer" section ({kind}), and the audited optimizer is another: '
-            "remove the section, as training with an optimizer of one's own needs it too"
+            f'the DeepSpeed configuration has an "optimizer" section ({kind}), from which DeepSpeed would make its '
+            "own in place of the audited one: remove the section, as training with an optimizer object needs it too"
         )
     if config.get("gradient_clipping") == "auto":
         config["gradient_clipping"] = CLIPPING_OF_THE_TRAINER
@@ -111,6 +121,23 @@ def _of_deepspeed(given: dict[str, Any]) -> Configuration:
         dtype=dtypes[0] if dtypes else "fp32",
         notes=tuple(notes),
     )
+
+
+def _refuse_kinds(given: dict[str, Any]) -> None:
+    """Raise CannotAudit where sections are none, or where settings stand that DeepSpeed would pass over in silence."""
+    zero = given.get("zero_optimization", {})
+    of_zero = {f"zero_optimization.{key}": zero.get(key) for key in OFFLOAD} if isinstance(zero, dict) else {}
+    for key, section in {**{key: given.get(key) for key in SECTIONS if key in given}, **of_zero}.items():
+        if not isinstance(section, dict) and not (key in of_zero and section is None):
+            raise CannotAudit(f"{key} must be a section of settings, as in {{...}}, not {section!r}")
+    clipping = given.get("gradient_clipping", 0.0)
+    if clipping != "auto" and (isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0):
+        raise CannotAudit(f"gradient_clipping must be a number of at least 0, or auto, not {clipping!r}")
+    for key in given:
+        if key in ("stage", *OFFLOAD):
+            raise CannotAudit(f"{key} belongs into the section zero_optimization of a DeepSpeed configuration")
+        if key.startswith("fsdp") or (key not in SECTIONS and difflib.get_close_matches(key, SECTIONS, cutoff=0.8)):
+            raise CannotAudit(f"{key} is no setting of DeepSpeed: there are zero_optimization, bf16, fp16")
 
 
 def _title(stage: int, dtypes: list[str], config: dict[str, Any]) -> str:

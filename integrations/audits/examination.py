@@ -52,7 +52,16 @@ def examine(subject: Subject, configuration: Configuration, ranks: Runner, devic
     micro_batches = ranks.world_size * configuration.accumulation
 
     def alone(clipping: float, rates: Sequence[Sequence[float]] | None = None, chance: int = 0) -> Alone:
-        return train_alone(subject, micro_batches, clipping, dtype, torch.device(device), rates, chance)
+        return train_alone(
+            subject,
+            micro_batches,
+            clipping,
+            dtype,
+            torch.device(device),
+            rates,
+            chance,
+            clips_what_is_stepped=configuration.zero_stage > 0,
+        )
 
     first = alone(configuration.clipping or 0.0)
     _refuse_chance(subject, first, alone(configuration.clipping or 0.0, chance=1))

@@ -49,6 +49,8 @@ def train_alone(
     device: torch.device,
     rates: Sequence[Sequence[float]] | None = None,
     chance: int = 0,
+    *,
+    clips_what_is_stepped: bool = False,
 ) -> Alone:
     """Train in this process.
 
@@ -60,11 +62,13 @@ def train_alone(
         device: Where.
         rates: Learning rates of each step and each group, from a scheduler; None: the optimizer's own.
         chance: Seed of torch's random numbers, which an optimizer may draw.
+        clips_what_is_stepped: Whether the norm for clipping is of the optimizer's parameters alone, as ZeRO's is.
 
     Raises:
-        CannotAudit: If model or optimizer cannot be made, or the optimizer cannot step the model at all.
+        CannotAudit: If model or optimizer cannot be made, the optimizer cannot step the model at all, or there is
+            nothing to compare, as no layer moves or weights become NaN.
     """
-    run = _Run(subject, micro_batches, clipping, dtype, device, SEED)
+    run = _Run(subject, micro_batches, clipping, dtype, device, SEED, clips_what_is_stepped)
     torch.manual_seed(chance)
     before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
     after = before
@@ -74,9 +78,10 @@ def train_alone(
         after = run.weights()
         for name in paths:
             paths[name] += _distance(after[name], previous[name])
+    _refuse_what_says_nothing(subject, after, paths)
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     named = dict(run.model.named_parameters())
-    silent = _Run(subject, micro_batches, clipping, dtype, device, OTHER_SEED)
+    silent = _Run(subject, micro_batches, clipping, dtype, device, OTHER_SEED, clips_what_is_stepped)
     silent.injection.silent = True
     before_silence = silent.weights()
     silent.step(0, None if rates is None else rates[0])
@@ -93,6 +98,19 @@ def train_alone(
     )
 
 
+def _refuse_what_says_nothing(subject: Subject, after: dict[str, torch.Tensor], paths: dict[str, float]) -> None:
+    broken = [name for name, weights in after.items() if not bool(weights.isfinite().all())]
+    if broken:
+        raise CannotAudit(
+            f"with {subject.title} weights become NaN or infinite in one process already, of {broken[0]}: take a "
+            "smaller lr"
+        )
+    if not any(paths.values()):
+        raise CannotAudit(
+            f"{subject.title} moves no layer in one process, so there is nothing to compare: is its lr 0?"
+        )
+
+
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.double() - other.double()).norm())
 
@@ -106,7 +124,9 @@ class _Run:
         dtype: torch.dtype | None,
         device: torch.device,
         seed: int,
+        clips_what_is_stepped: bool,
     ):
+        self.clips_what_is_stepped = clips_what_is_stepped
         self.micro_batches, self.clipping = micro_batches, clipping
         self.model, self.injection = subject.make_model(micro_batches, dtype, seed)
         self.model.to(device)
@@ -134,11 +154,13 @@ class _Run:
                 f"{type(self.optimizer).__name__} cannot step this model in one process either: "
                 f"{type(error).__name__}: {text}"
             ) from error
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
 
     def _clip(self) -> None:
         """As DeepSpeed and torch do, but with the norm in fp64."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+        clipped = stepped if self.clips_what_is_stepped else self.model.parameters()
+        gradients = [p.grad for p in clipped if p.grad is not None]
         norm = torch.stack([g.double().norm() for g in gradients]).norm()
         for gradient in gradients:
             gradient.mul_((self.clipping / (norm + 1e-6)).clamp(max=1.0).to(gradient))

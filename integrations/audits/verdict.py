@@ -12,6 +12,7 @@ import torch
 from trustratio.optimizers.sharding.layout import listing
 
 from .configurations import Configuration
+from .errors import CannotAudit
 from .reference import Alone
 from .subject import Subject
 from .training import Recorded, Weights
@@ -20,6 +21,9 @@ __all__ = ["BOUND", "EXACT", "REFUSED", "WRONG", "AuditedLayer", "Finding", "Rep
 
 BOUND = 2e-6
 """Largest error of a layer's movement, relative to its path, beside the rounding of its weights."""
+
+COARSE = 0.01
+"""Where rounding explains a larger error than this, a layer that agrees says nothing."""
 
 EXACT, WRONG, REFUSED = "exact", "wrong", "refused"
 STATUSES = {EXACT: 0, WRONG: 1, REFUSED: 2}
@@ -135,11 +139,21 @@ def refusal(subject: Subject, configuration: Configuration, ranks: int, reason: 
 
 
 def judge(subject: Subject, configuration: Configuration, alone: Alone, answers: Sequence[Recorded]) -> Report:
-    """Compare, and say what is wrong."""
+    """Compare, and say what is wrong.
+
+    Raises:
+        CannotAudit: If rounding hides whatever there may be.
+    """
     weights = _whole(alone, [answer.weights for answer in answers])
     layers = tuple(_layer(name, alone, weights[name]) for name in alone.weights)
     findings = tuple(_findings(alone, answers, layers, weights))
     wrong = [layer for layer in layers if not layer.is_exact]
+    coarse = [layer.name for layer in layers if layer.has_gradient and layer.bound > COARSE]
+    if coarse and not wrong:
+        raise CannotAudit(
+            f"the weights are rounded so coarsely beside their movement ({listing(coarse)}) that it cannot be told "
+            "from that of one process: audit the model in fp32, or with a larger lr"
+        )
     verdict = WRONG if wrong or any(finding.is_wrong for finding in findings) else EXACT
     parameters = alone.parameters
     return Report(

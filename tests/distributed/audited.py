@@ -196,3 +196,13 @@ def empty_model() -> torch.nn.Module:
 
 def not_a_model() -> int:
     return 3
+
+
+def matrices_alone(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """AdamW that is not given biases and norms."""
+    return torch.optim.AdamW([p for p in parameters if p.dim() > 1], lr=0.01)
+
+
+def bf16_model() -> torch.nn.Module:
+    """A model whose weights no optimizer sees in fp32."""
+    return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Linear(12, 4)).to(torch.bfloat16)

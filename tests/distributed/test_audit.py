@@ -206,3 +206,16 @@ def test_refusals_and_what_cannot_be_audited(pool: WorkerPool, world_size: int) 
         audit(pool, audited.Chance, "ddp")
     with pytest.raises(CannotAudit, match="needs a closure"):
         audit(pool, audited.NeedsClosure, "ddp")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_that_are_left_out_take_no_part_in_zeros_clipping(pool: WorkerPool, stage: int, world_size: int) -> None:
+    report = audit(pool, audited.matrices_alone, zero(stage, gradient_clipping=0.5))
+    assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_what_rounding_hides_is_not_called_exact(pool: WorkerPool, world_size: int) -> None:
+    with pytest.raises(CannotAudit, match="rounded so coarsely beside their movement"):
+        audit(pool, "torch.optim.AdamW", "ddp", audited.bf16_model, lr=1e-3)

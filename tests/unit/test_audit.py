@@ -61,6 +61,8 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("torch.optim.LBFGS", [], "LBFGS.step needs a closure"),
         ("torch.optim.SparseAdam", [], "SparseAdam cannot step this model in one process either"),
         (f"{AUDITED}.Chance", [], "not deterministic"),
+        ("torch.optim.SGD", ["lr=0.0"], "moves no layer in one process"),
+        ("torch.optim.SGD", ["lr=1e38"], "become NaN or infinite in one process already"),
     ],
 )
 def test_optimizers_that_cannot_be_audited(
@@ -92,6 +94,14 @@ def test_models_that_cannot_be_audited(capsys: pytest.CaptureFixture[str], model
         ("tensor_parallel.json", '{"tensor_parallel": {"autotp_size": 2}}', 'not the section "tensor_parallel"'),
         ("accumulation.json", '{"gradient_accumulation_steps": 0}', "a whole number of at least 1, not 0"),
         ("config.toml", "", "does not end in .json"),
+        ("section.json", '{"zero_optimization": true}', "zero_optimization must be a section of settings"),
+        ("precision.json", '{"bf16": true}', "bf16 must be a section of settings"),
+        ("offload.json", '{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer must be a section"),
+        ("clipping.json", '{"gradient_clipping": "x"}', "gradient_clipping must be a number of at least 0"),
+        ("stage.json", '{"stage": 3}', "stage belongs into the section zero_optimization"),
+        ("fsdp2.json", '{"fsdp2": true}', "fsdp2 is no setting of DeepSpeed"),
+        ("typo.json", '{"zero_optimisation": {"stage": 2}}', "zero_optimisation is no setting of DeepSpeed"),
+        ("one.json", '{"fsdp": true}', "there are FSDP 1"),
     ],
 )
 def test_bad_deepspeed_files(
