@@ -168,6 +168,14 @@ class DeepSpeedBackend(Backend):
             )
         return [(flat.group, flat.partition) for flat in flat_tensors(wrapper)]
 
+    def parameters(self, optimizer: Any) -> list[torch.Tensor] | None:
+        """Return those of the optimizer's wrapper, None without one."""
+        wrapper = _find_wrapper(optimizer)
+        if wrapper is None:
+            return None
+        _, held = _describe(wrapper)
+        return [layer.parameter for flat in held.values() for layer in flat.layers]
+
     def publish_weights(self, optimizer: Any) -> None:
         """Bring the model's parameters up to date after the optimizer's own weights were changed between steps."""
         wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)

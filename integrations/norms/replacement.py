@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from trustratio.optimizers.sharding.backends import explain
+from trustratio.optimizers.sharding.backends import copied_parameters
 from trustratio.optimizers.sharding.layout import LayoutError
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.stepping.taking_part import taking_part
@@ -41,7 +41,7 @@ class ReplacementWatch:
         self._parameters = WeakIdKeyDictionary(
             {tensor: None for one in optimizers for group in one.param_groups for tensor in group["params"]}
         )
-        self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._look))
+        self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(_weakly(self._look)))
 
     def remove(self) -> None:
         """Look no more."""
@@ -68,13 +68,25 @@ class ReplacementWatch:
     def _steps(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether another optimizer steps any parameters of those that are measured, or what a wrapper made of them."""
         observed = self._observe(optimizer)
-        groups, tensors = taking_part(optimizer.param_groups, observed.was_given)
+        _, tensors = taking_part(optimizer.param_groups, observed.was_given)
         if any(tensor in self._parameters for tensor in tensors):
             return True
         if all(map(observed.was_given, tensors)):
             return False
         try:
-            layout = explain(observed, list(zip(groups, tensors, strict=True)))
+            copied = copied_parameters(observed)
         except LayoutError:
             return False
-        return layout is not None and any(layer.parameter in self._parameters for layer in layout.layers)
+        return any(parameter in self._parameters for parameter in copied)
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that keeps nothing alive: torch has it as long as the process lives, and a model goes before."""
+    reference = WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args)
+
+    return call

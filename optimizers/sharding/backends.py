@@ -28,6 +28,7 @@ from .observed import ObservedOptimizer
 __all__ = [
     "Backend",
     "admit",
+    "copied_parameters",
     "explain",
     "find_data_parallel",
     "find_gradient_flow",
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 
 class Backend:
-    """What a sharding wrapper's integration provides (one file or folder in integrations/): answers to ten questions.
+    """What a sharding wrapper's integration provides (a file or folder in integrations/): answers to eleven questions.
 
     Each answers "not mine" here. A subclass overrides those that its wrapper has something to say to, `explain` at
     least, and is made known by `register_backend`. An optimizer asks all backends until one answers.
@@ -104,6 +105,13 @@ class Backend:
 
     def stepped_tensors(self, optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
         """Return all tensors of a whole step with their groups where `param_groups` lack some, between or in steps."""
+        return None
+
+    def parameters(self, optimizer: Any) -> list[torch.Tensor] | None:
+        """Return the model's parameters of which this wrapper has the optimizer step copies, None if of none.
+
+        Asked on one rank and not on another, so it must communicate with nobody.
+        """
         return None
 
     def publish_weights(self, optimizer: Any) -> None:
@@ -259,6 +267,11 @@ def stepped_tensors(optimizer: Any) -> list[tuple[int, torch.Tensor]]:
 def whole_step(optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
     """The same where a wrapper knows them that may step them in several calls; None where one call has them all."""
     return _first(backend.stepped_tensors(optimizer) for backend in _known.load())
+
+
+def copied_parameters(optimizer: Any) -> list[torch.Tensor]:
+    """The model's parameters of which a wrapper has the optimizer step copies; needs no other rank."""
+    return _first(backend.parameters(optimizer) for backend in _known.load()) or []
 
 
 def publish_weights(optimizer: Any) -> None:

@@ -6,7 +6,9 @@ import copy
 import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from trustratio.integrations.layer_norms import LayerNorms, MeasuredNorms
 from trustratio.integrations.norms.names import unwrapped_names
 from trustratio.optimizers import LAMB, create_optimizer
+from trustratio.optimizers.sharding import backends
+from trustratio.optimizers.sharding.backends import Backend
 
 from .test_waiting import META, NothingFromTheHost
 
@@ -429,3 +433,30 @@ def test_an_optimizer_within_the_measured_one_has_not_taken_its_place() -> None:
 def test_nothing_is_no_optimizer() -> None:
     with pytest.raises(TypeError, match=r"needs a torch.optim.Optimizer, or a wrapper .* got NoneType"):
         LayerNorms(None)
+
+
+def test_watching_for_replacement_asks_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks may look at different moments: whatever explains a layout communicates, and would wait for ever."""
+    asked = []
+
+    class Explaining(Backend):
+        def explain(self, optimizer: Any, tensors: Any) -> None:
+            asked.append(optimizer)
+
+    monkeypatch.setattr(backends, "_known", replace(backends._known, registered=[Explaining()]))
+    model = torch.nn.Linear(2, 2)
+    norms = LayerNorms(torch.optim.AdamW(model.parameters()), model)
+    flat = torch.ones(3, requires_grad=True)  # as a wrapper makes, of which no module knows
+    flat.grad = torch.ones(3)
+    torch.optim.SGD([flat], lr=0.1).step()
+    norms.remove()
+    assert not asked
+
+
+def test_what_is_measured_lives_no_longer_for_it() -> None:
+    model = torch.nn.Linear(2, 2)
+    norms = LayerNorms(torch.optim.AdamW(model.parameters()), model)
+    weights = weakref.ref(model.weight)
+    del model, norms
+    gc.collect()
+    assert weights() is None
