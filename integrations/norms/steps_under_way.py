@@ -6,7 +6,7 @@ torch puts hooks around the `step` of every class, so those of one optimizer run
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Iterator
 from types import FrameType
 
@@ -19,7 +19,7 @@ TORCHS_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
 def steps_under_way() -> Iterator[torch.optim.Optimizer]:
     """Yield the optimizer of each `step()` that has hooks and has not returned, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == TORCHS_FILE:
             optimizer = frame.f_locals.get("self")
