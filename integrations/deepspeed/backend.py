@@ -168,7 +168,7 @@ class DeepSpeedBackend(Backend):
             )
         return [(flat.group, flat.partition) for flat in flat_tensors(wrapper)]
 
-    def parameters(self, optimizer: Any) -> list[torch.Tensor] | None:
+    def copied_parameters(self, optimizer: Any) -> list[torch.Tensor] | None:
         """Return those of the optimizer's wrapper, None without one."""
         wrapper = _find_wrapper(optimizer)
         if wrapper is None:

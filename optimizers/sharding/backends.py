@@ -107,7 +107,7 @@ class Backend:
         """Return all tensors of a whole step with their groups where `param_groups` lack some, between or in steps."""
         return None
 
-    def parameters(self, optimizer: Any) -> list[torch.Tensor] | None:
+    def copied_parameters(self, optimizer: Any) -> list[torch.Tensor] | None:
         """Return the model's parameters of which this wrapper has the optimizer step copies, None if of none.
 
         Asked on one rank and not on another, so it must communicate with nobody.
@@ -271,7 +271,7 @@ def whole_step(optimizer: Any) -> list[tuple[int, torch.Tensor]] | None:
 
 def copied_parameters(optimizer: Any) -> list[torch.Tensor]:
     """The model's parameters of which a wrapper has the optimizer step copies; needs no other rank."""
-    return _first(backend.parameters(optimizer) for backend in _known.load()) or []
+    return _first(backend.copied_parameters(optimizer) for backend in _known.load()) or []
 
 
 def publish_weights(optimizer: Any) -> None:

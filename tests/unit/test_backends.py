@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from trustratio.integrations.layer_norms import LayerNorms
 from trustratio.optimizers import LAMB, LayoutError
 from trustratio.optimizers.sharding import backends
 from trustratio.optimizers.sharding.backends import Backend, register_backend
@@ -94,6 +95,17 @@ def test_a_backend_of_ones_own_explains_tensors() -> None:
     optimizer.collect_group_norms()
     with pytest.raises(LayoutError, match=r"every single micro-batch of every layer, but it is flat: .*something else"):
         optimizer.step()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_backend_of_ones_own_steps_while_another_optimizer_is_measured() -> None:
+    model = torch.nn.Linear(2, 2)
+    norms = LayerNorms(torch.optim.SGD(model.parameters()), model=model)  # asks backends whose any stepped one is
+    optimizer, parameters = flat_optimizer()
+    register_backend(Flat(parameters))
+    optimizer.step()
+    assert list(optimizer.trust_ratios()) == ["one", "other"]
+    norms.remove()
 
 
 @pytest.mark.usefixtures("alone")
