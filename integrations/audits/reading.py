@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .accelerated import configuration_of_yaml
+from .accelerate_files import configuration_of_yaml
 from .configurations import Configuration, configuration_of_mapping, read_json
 from .errors import CannotAudit
 

@@ -192,7 +192,7 @@ def test_accelerate_files(tmp_path: Path) -> None:
     path.write_text("{distributed_type: FSDP, fsdp_config: {fsdp_version: 2}}")
     assert configuration_of(path).wrapper == "fsdp2"
     path.write_text("{distributed_type: FSDP, fsdp_config: {fsdp_use_orig_params: false}}")
-    assert configuration_of(path).options == {"use_orig_params": False}
+    assert configuration_of(path).options["use_orig_params"] is False
     path.write_text("distributed_type: MULTI_GPU")
     assert configuration_of(path).wrapper == "ddp"
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')

@@ -1,0 +1,36 @@
+"""The audit under what accelerate's files and DeepSpeed's sections ask for, on real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trustratio.integrations.audits.examination import examine
+from trustratio.integrations.audits.reading import configuration_of
+from trustratio.integrations.audits.subject import Subject
+from trustratio.integrations.audits.verdict import EXACT
+
+from .pool import WorkerPool
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"fsdp_version": 2, "fsdp_reshard_after_forward": False},
+        {"fsdp_version": 1, "fsdp_sharding_strategy": "SHARD_GRAD_OP"},
+        {"fsdp_version": 1, "fsdp_sharding_strategy": "NO_SHARD"},
+    ],
+    ids=lambda section: " ".join(map(str, section.values())),
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_accelerates_fsdp_in_16_bits(
+    pool: WorkerPool, section: dict[str, Any], world_size: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "fsdp.yaml"
+    path.write_text(yaml.safe_dump({"distributed_type": "FSDP", "mixed_precision": "bf16", "fsdp_config": section}))
+    report = examine(Subject("lamb", None, {"lr": 0.05}), configuration_of(path), pool)
+    assert report.verdict == EXACT, report.sentence
+    assert report.configuration == f"accelerate FSDP{section['fsdp_version']} bf16"
