@@ -15,6 +15,7 @@ import torch
 
 from .configurations import Configuration
 from .errors import CannotAudit
+from .group_of_one import group_of_one
 from .reference import Alone, train_alone
 from .subject import Subject
 from .training import Recorded, train_on_this_rank
@@ -52,16 +53,17 @@ def examine(subject: Subject, configuration: Configuration, ranks: Runner, devic
     micro_batches = ranks.world_size * configuration.accumulation
 
     def alone(clipping: float, rates: Sequence[Sequence[float]] | None = None, chance: int = 0) -> Alone:
-        return train_alone(
-            subject,
-            micro_batches,
-            clipping,
-            dtype,
-            torch.device(device),
-            rates,
-            chance,
-            clips_what_is_stepped=configuration.zero_stage > 0,
-        )
+        with group_of_one(device):
+            return train_alone(
+                subject,
+                micro_batches,
+                clipping,
+                dtype,
+                torch.device(device),
+                rates,
+                chance,
+                clips_what_is_stepped=configuration.zero_stage > 0,
+            )
 
     first = alone(configuration.clipping or 0.0)
     _refuse_chance(subject, first, alone(configuration.clipping or 0.0, chance=1))

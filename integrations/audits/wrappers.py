@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from .accelerated import prepared_engine
 from .configurations import Configuration
@@ -132,10 +133,14 @@ class _DistributedDataParallel(Wrapped):
         self.make_optimizer(self.model)
 
     def save(self, folder: Path) -> None:
-        if self.rank == 0:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / CHECKPOINT)
-        dist.barrier()
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.consolidate_state_dict(to=0)
+        try:
+            if self.rank == 0:
+                state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+                torch.save(state, folder / CHECKPOINT)
+        finally:  # the others wait
+            dist.barrier()
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / CHECKPOINT, weights_only=False)

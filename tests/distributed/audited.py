@@ -161,6 +161,28 @@ def hangs(parameters: Any) -> Plain:
     return Plain(parameters)
 
 
+def zero_redundancy(parameters: Any) -> torch.optim.Optimizer:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+
+
+def naive_zero_redundancy(parameters: Any) -> torch.optim.Optimizer:
+    """Each rank steps the parameters it has with a rate of its own."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.SGD, lr=0.01 * (1 + torch.distributed.get_rank()))
+
+
+class SumsInStep(Plain):
+    """Takes a sum over the ranks, as optimizers with collectives of their own do."""
+
+    def scale(self, p: torch.Tensor) -> Any:
+        total = torch.ones(())
+        torch.distributed.all_reduce(total)
+        return total / torch.distributed.get_world_size()
+
+
 def of_the_model(model: torch.nn.Module) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]

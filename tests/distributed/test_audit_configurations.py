@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from trustratio.integrations.audits.examination import examine
 from trustratio.integrations.audits.reading import configuration_of
 from trustratio.integrations.audits.subject import Subject
-from trustratio.integrations.audits.verdict import EXACT
+from trustratio.integrations.audits.verdict import EXACT, WRONG
 
+from . import audited
 from .pool import WorkerPool
 
 
@@ -34,3 +36,19 @@ def test_accelerates_fsdp_in_16_bits(
     report = examine(Subject("lamb", None, {"lr": 0.05}), configuration_of(path), pool)
     assert report.verdict == EXACT, report.sentence
     assert report.configuration == f"accelerate FSDP{section['fsdp_version']} bf16"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "verdict"),
+    [
+        (audited.zero_redundancy, EXACT),
+        (audited.naive_zero_redundancy, WRONG),
+        (audited.SumsInStep, EXACT),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_optimizers_that_use_process_groups(pool: WorkerPool, optimizer: Any, verdict: str, world_size: int) -> None:
+    report = examine(Subject(optimizer), configuration_of("ddp"), pool)
+    assert report.verdict == verdict, report.sentence
+    assert not torch.distributed.is_initialized()
