@@ -22,10 +22,10 @@ from .audits.command import run_command
 from .audits.configurations import Configuration
 from .audits.errors import CannotAudit
 from .audits.examination import audited_device, check_ranks, examine
+from .audits.optimizer_section import chosen_subject
 from .audits.printing import described
 from .audits.ranks import started_ranks
 from .audits.reading import configuration_of
-from .audits.subject import Subject
 from .audits.verdict import EXACT, AuditedLayer, Finding, Report
 
 __all__ = ["AuditedLayer", "CannotAudit", "Finding", "Report", "assert_exact", "audit"]
@@ -33,7 +33,7 @@ __all__ = ["AuditedLayer", "CannotAudit", "Finding", "Report", "assert_exact", "
 
 def audit(
     make_model: Callable[[], nn.Module] | str | None,
-    make_optimizer: Callable[..., Any] | str,
+    make_optimizer: Callable[..., Any] | str | None,
     config: dict[str, Any] | str | Path | Configuration,
     ranks: int = 2,
     timeout: float = 600.0,
@@ -49,7 +49,7 @@ def audit(
             may name parameters that get none in an attribute `without_gradient`.
         make_optimizer: Of a list of the model's trainable parameters; of the model, if its only required parameter is
             called `model` or `module`. At the top of a module, or "package.module.Class", or the name of one of this
-            package's.
+            package's. None: what the "optimizer" section of DeepSpeed's settings says.
         config: "ddp", {"fsdp": 1} or {"fsdp": 2} with further arguments of the wrapper, DeepSpeed's settings as a dict,
             or the path of a DeepSpeed JSON or an accelerate YAML.
         ranks: Number of processes: each gets a GPU if there are so many, else they share the CPU over gloo.
@@ -63,7 +63,7 @@ def audit(
         CannotAudit: If model, optimizer or configuration cannot be had, the optimizer needs a closure or is not
             deterministic, or a rank died or did not answer.
     """
-    subject, configuration = Subject(make_optimizer, make_model), configuration_of(config)
+    subject, configuration = chosen_subject(make_optimizer, make_model, {}, configuration_of(config))
     check_ranks(ranks, configuration)
     device = audited_device(ranks)
     return examine(subject, configuration, started_ranks(ranks, device, timeout), device)
@@ -71,7 +71,7 @@ def audit(
 
 def assert_exact(
     make_model: Callable[[], nn.Module] | str | None,
-    make_optimizer: Callable[..., Any] | str,
+    make_optimizer: Callable[..., Any] | str | None,
     config: dict[str, Any] | str | Path | Configuration,
     ranks: int = 2,
     timeout: float = 600.0,

@@ -17,9 +17,10 @@ __all__ = ["prepared_engine"]
 INTERNALS = Internals("accelerate", "accelerate", "1.10.0 to 1.15.0")
 
 
-def prepared_engine(configuration: Configuration, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """The DeepSpeed engine that `Accelerator.prepare` makes of model and optimizer."""
+def prepared_engine(configuration: Configuration, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Any:
+    """The DeepSpeed engine that `Accelerator.prepare` makes of model and optimizer; None: that of the section."""
     from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.utils import DummyOptim
 
     _forget_accelerators()
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED")
@@ -29,7 +30,8 @@ def prepared_engine(configuration: Configuration, model: nn.Module, optimizer: t
             PartialState(backend="gloo")  # else it takes every rank for the only one
         plugin = DeepSpeedPlugin(hf_ds_config=dict(configuration.options))
         accelerator = Accelerator(deepspeed_plugin=plugin)
-        engine, _ = accelerator.prepare(model, optimizer)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        engine, _ = accelerator.prepare(model, DummyOptim(trainable) if optimizer is None else optimizer)
         return engine
     finally:
         if asked is None:

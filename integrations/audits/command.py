@@ -15,11 +15,11 @@ from typing import Any
 from .configurations import Configuration
 from .errors import CannotAudit
 from .examination import audited_device, check_ranks, examine
+from .optimizer_section import chosen_subject
 from .page import page_of
 from .printing import described
 from .ranks import Ranks
 from .reading import configuration_of
-from .subject import Subject
 from .verdict import Report
 
 __all__ = ["run_command"]
@@ -54,8 +54,9 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def _audit(given: argparse.Namespace) -> Report:
-    subject = Subject(given.optimizer, given.model, _options(given.options))
-    configuration = _configuration(given)
+    subject, configuration = chosen_subject(
+        given.optimizer, given.model, _options(given.options), _configuration(given)
+    )
     check_ranks(given.ranks, configuration)
     for path in filter(None, (given.json, given.html)):
         if not path.absolute().parent.is_dir():
@@ -117,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--optimizer",
-        required=True,
         help="package.module.Class, package.module:function of the parameters (or of the model, if its only "
-        "required parameter is called model or module), or a name of this package, e.g. lamb",
+        "required parameter is called model or module), or a name of this package, e.g. lamb (default: the "
+        '"optimizer" section of the DeepSpeed configuration)',
     )
     parser.add_argument(
         "--options", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="of the optimizer, e.g. lr=0.01"

@@ -10,14 +10,40 @@ from typing import Any
 
 from .errors import CannotAudit
 
-__all__ = ["Configuration", "configuration_of_mapping", "read_json"]
+__all__ = ["FILLED", "Configuration", "configuration_of_mapping", "read_json"]
 
 OF_THE_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "data_efficiency", "curriculum_learning")
 UNSUPPORTED = ("tensor_parallel", "pipeline", "sequence_parallel_size", "compression_training")
-SECTIONS = ("zero_optimization", "bf16", "fp16")
+PRECISIONS = ("bf16", "fp16")
+SECTIONS = ("zero_optimization", *PRECISIONS)
 OFFLOAD = ("offload_optimizer", "offload_param")
-CLIPPING_OF_THE_TRAINER = 1.0
 CLIPPING_OF_DEEPSPEED = 1.0  # where the JSON has no gradient_clipping
+
+# What may be auto ----------------------------------------------------------------------------------------------------
+
+FILLED: dict[str, tuple[Any, str]] = {
+    "gradient_accumulation_steps": (1, "the Trainer's gradient_accumulation_steps"),
+    "gradient_clipping": (1.0, "the Trainer's max_grad_norm"),
+    "bf16.enabled": (False, "the Trainer's bf16"),
+    "fp16.enabled": (False, "the Trainer's fp16"),
+    "zero_optimization.stage": (2, "accelerate's zero_stage"),
+    "zero_optimization.offload_optimizer.device": ("none", "accelerate's offload_optimizer_device"),
+    "zero_optimization.offload_param.device": ("none", "accelerate's offload_param_device"),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (False, "accelerate's zero3_save_16bit_model"),
+    "optimizer.params.lr": (5e-5, "the Trainer's learning_rate"),
+    "optimizer.params.betas": ([0.9, 0.999], "the Trainer's adam_beta1 and adam_beta2"),
+    "optimizer.params.eps": (1e-8, "the Trainer's adam_epsilon"),
+    "optimizer.params.weight_decay": (0.0, "the Trainer's weight_decay"),
+}
+"""The value where nobody gives another, and whose default it is."""
+OF_THE_HIDDEN_SIZE = tuple(
+    f"zero_optimization.{key}"
+    for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+)
+LATER = tuple(
+    f"scheduler.params.{key}" for key in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
+)
+"""Of which the Trainer knows some alone, so that the whole section is left out."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,12 @@ class Configuration:
         """DeepSpeed's, 0 under every other wrapper."""
         stage: int = self.options.get("zero_optimization", {}).get("stage", 0) if self.wrapper == "deepspeed" else 0
         return stage
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether DeepSpeed keeps the optimizer's state elsewhere."""
+        section = self.options.get("zero_optimization", {}) if self.wrapper == "deepspeed" else {}
+        return _offloads(section)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -93,25 +125,20 @@ def _of_deepspeed(given: dict[str, Any]) -> Configuration:
     for section in UNSUPPORTED:
         if section in config:
             raise CannotAudit(f'the audit covers data parallelism, not the section "{section}": leave it out')
-    if "optimizer" in config:
-        kind = config["optimizer"].get("type") if isinstance(config["optimizer"], dict) else config["optimizer"]
-        raise CannotAudit(
-            f'the DeepSpeed configuration has an "optimizer" section ({kind}), from which DeepSpeed would make its '
-            "own in place of the audited one: remove the section, as training with an optimizer object needs it too"
-        )
-    if config.get("gradient_clipping") == "auto":
-        config["gradient_clipping"] = CLIPPING_OF_THE_TRAINER
-        notes.append(f"gradient_clipping: auto is read as the Trainer's default, {CLIPPING_OF_THE_TRAINER:g}")
     config = _without_auto(config, "", notes)
+    if "scheduler" in config and "auto" in str(config["scheduler"]):
+        del config["scheduler"]
+        notes.append("the scheduler section is left out: its auto values are known to the Trainer alone")
+    _refuse_values(config)
     accumulation = config.setdefault("gradient_accumulation_steps", 1)
-    if not isinstance(accumulation, int) or accumulation < 1:
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
         raise CannotAudit(f"gradient_accumulation_steps must be a whole number of at least 1, not {accumulation!r}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage and not config.get("zero_allow_untested_optimizer"):
         config["zero_allow_untested_optimizer"] = True
         notes.append("zero_allow_untested_optimizer was set, without which DeepSpeed refuses unknown optimizers")
     config.update(train_micro_batch_size_per_gpu=1, steps_per_print=10**9, wall_clock_breakdown=False)
-    dtypes = [dtype for dtype in ("bf16", "fp16") if config.get(dtype, {}).get("enabled")]
+    dtypes = [dtype for dtype in PRECISIONS if config.get(dtype, {}).get("enabled")]
     return Configuration(
         wrapper="deepspeed",
         title=_title(stage, dtypes, config),
@@ -140,19 +167,48 @@ def _refuse_kinds(given: dict[str, Any]) -> None:
             raise CannotAudit(f"{key} is no setting of DeepSpeed: there are zero_optimization, bf16, fp16")
 
 
+def _refuse_values(config: dict[str, Any]) -> None:
+    """Raise CannotAudit for what would be read otherwise here than by DeepSpeed."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
+        raise CannotAudit(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    for precision in PRECISIONS:
+        enabled = config.get(precision, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise CannotAudit(f"{precision}.enabled must be true or false, not {enabled!r}")
+
+
 def _title(stage: int, dtypes: list[str], config: dict[str, Any]) -> str:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = _offloads(config.get("zero_optimization", {}))
     return " ".join(["DeepSpeed", f"ZeRO-{stage}", *dtypes, *(["offload"] if offload else [])])
 
 
+def _offloads(zero: dict[str, Any]) -> bool:
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
 def _without_auto(section: dict[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
-    """The section without what the Trainer would fill in, so that DeepSpeed's defaults hold; named in the notes."""
-    kept = {}
+    """The section with what the Trainer fills in, by its defaults, or DeepSpeed's; named in the notes.
+
+    Raises:
+        CannotAudit: If it has an auto that the Trainer leaves, which DeepSpeed cannot read.
+    """
+    kept: dict[str, Any] = {}
     for key, value in section.items():
-        if value == "auto":
-            notes.append(f"{path}{key}: auto, which the Trainer fills in, is left to DeepSpeed's default")
-        elif key == "scheduler" and "auto" in str(value):
-            notes.append("the scheduler section is left out: its auto values are known to the Trainer alone")
+        name = f"{path}{key}"
+        if isinstance(value, dict):
+            kept[key] = _without_auto(value, f"{name}.", notes)
+        elif value != "auto" or name in LATER:
+            kept[key] = value
+        elif name in FILLED:
+            filled, of = FILLED[name]
+            kept[key] = filled
+            notes.append(f"{name}: auto is read as {json.dumps(filled)}, the default of {of}")
+        elif name in OF_THE_HIDDEN_SIZE:
+            notes.append(
+                f"{name}: auto is left to DeepSpeed's default, where the Trainer takes a number by the model's "
+                "config.hidden_size; steps do not depend on it"
+            )
         else:
-            kept[key] = _without_auto(value, f"{path}{key}.", notes) if isinstance(value, dict) else value
+            raise CannotAudit(f"{name}: auto is none of those that the Trainer or accelerate fill in: write a value")
     return kept

@@ -33,17 +33,19 @@ class Subject:
             called with a list of parameters; or with the model, if its only required parameter is called so.
         model: "pkg.mod:function" or a callable, without arguments; None: a small BERT-like model.
         options: Further arguments of the optimizer.
+        name: Of the optimizer, for people; empty: as it is written.
     """
 
     optimizer: str | Callable[..., Any]
     model: str | Callable[[], nn.Module] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def title(self) -> str:
         """The optimizer's name and options."""
         given = self.optimizer
-        name = given if isinstance(given, str) else getattr(given, "__qualname__", repr(given))
+        name = self.name or (given if isinstance(given, str) else getattr(given, "__qualname__", repr(given)))
         return " ".join([name, *(f"{key}={value}" for key, value in self.options.items())])
 
     def make_model(self, groups: int, dtype: torch.dtype | None, seed: int) -> tuple[nn.Module, Injection]:

@@ -32,7 +32,7 @@ class Wrapped(ABC):
     Attributes:
         model: The user's module; its parameters may be the wrapper's by now.
         injection: Makes its gradients.
-        given: The optimizer that was made.
+        given: The optimizer that was made, by the user or by DeepSpeed for its section.
         given_rates: Its groups' learning rates when it was made.
         optimizer: The one that is stepped in the end.
         scheduler: What drives its learning rates, if the wrapper brought that.
@@ -253,15 +253,26 @@ class _DeepSpeed(Wrapped):
         from ..deepspeed.building import leave_out_shared_memory
 
         leave_out_shared_memory()
-        self.make_optimizer(self.model)
+        config, given = self.configuration.options, None
+        if "optimizer" not in config:  # else DeepSpeed makes it
+            self.make_optimizer(self.model)
+            given = self.given
         if self.configuration.accelerate is None:
-            config = self.configuration.options
-            self.trained, *_ = deepspeed.initialize(model=self.model, optimizer=self.given, config=config)
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            self.trained, *_ = deepspeed.initialize(
+                model=self.model, optimizer=given, model_parameters=trainable, config=config
+            )
         else:
-            self.trained = prepared_engine(self.configuration, self.model, self.given)
+            self.trained = prepared_engine(self.configuration, self.model, given)
         self.optimizer = self.trained.basic_optimizer
+        if given is None:
+            self.given, self.given_rates = self.optimizer, self._rates_of_the_section()
         self.scheduler = self.trained.lr_scheduler
         self.clipping = float(self.trained.gradient_clipping() or 0.0)
+
+    def _rates_of_the_section(self) -> list[float]:
+        """Before a scheduler has set others."""
+        return [float(self.optimizer.defaults["lr"])] * len(self.optimizer.param_groups)
 
     def update(self) -> None:
         for _ in range(MOST_OVERFLOWS):

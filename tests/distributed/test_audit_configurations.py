@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from trustratio.integrations.audits.examination import examine
+from trustratio.integrations.audits.optimizer_section import chosen_subject
 from trustratio.integrations.audits.reading import configuration_of
 from trustratio.integrations.audits.subject import Subject
 from trustratio.integrations.audits.verdict import EXACT, WRONG
@@ -52,3 +54,24 @@ def test_optimizers_that_use_process_groups(pool: WorkerPool, optimizer: Any, ve
     report = examine(Subject(optimizer), configuration_of("ddp"), pool)
     assert report.verdict == verdict, report.sentence
     assert not torch.distributed.is_initialized()
+
+
+SECTION = {"type": "Adam", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}}
+SCHEDULER = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 3}}
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("world_size", [2])
+def test_the_optimizer_section_of_deepspeed(
+    pool: WorkerPool, accelerated: bool, world_size: int, tmp_path: Path
+) -> None:
+    """With a scheduler that begins at 0."""
+    settings: Any = {"zero_optimization": {"stage": 1}, "optimizer": SECTION, "scheduler": SCHEDULER}
+    if accelerated:
+        (tmp_path / "ds.json").write_text(json.dumps(settings))
+        settings = tmp_path / "ds.yaml"
+        section = {"deepspeed_config_file": "ds.json"}
+        settings.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "deepspeed_config": section}))
+    report = examine(*chosen_subject(None, None, {}, configuration_of(settings)), pool)
+    assert report.verdict == EXACT, report.sentence
+    assert report.optimizer.startswith("DeepSpeed's Adam")

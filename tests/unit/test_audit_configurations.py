@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 import yaml
 
-from trustratio.integrations.audits.configurations import Configuration
+from trustratio.integrations.audits.configurations import FILLED, Configuration
 from trustratio.integrations.audits.errors import CannotAudit
+from trustratio.integrations.audits.optimizer_section import chosen_subject
 from trustratio.integrations.audits.reading import configuration_of
+from trustratio.integrations.audits.subject import Subject
 
 
 def accelerate_file(folder: Path, **content: Any) -> Configuration:
@@ -118,3 +121,105 @@ def test_the_recipes_files() -> None:
     """As they are written for other programs."""
     for path in sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml")):
         assert configuration_of(path).wrapper in ("ddp", "deepspeed")
+
+
+# DeepSpeed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"zero_optimization": {"allgather_bucket_size": "auto"}},
+            "zero_optimization.allgather_bucket_size: auto is none",
+        ),
+        ({"steps_per_print": "auto"}, "steps_per_print: auto is none of those"),
+        ({"scheduler": {"type": "OneCycle", "params": {"cycle_max_lr": "auto"}}}, "cycle_max_lr: auto is none"),
+        ({"zero_optimization": {"stage": "2"}}, "stage must be 0, 1, 2 or 3, not '2'"),
+        ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3, not 4"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled must be true or false"),
+        ({"gradient_accumulation_steps": True}, "a whole number of at least 1, not True"),
+    ],
+)
+def test_values_that_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(CannotAudit, match=message):
+        configuration_of(given)
+
+
+def test_what_is_filled_in_is_what_the_trainer_fills_in(tmp_path: Path) -> None:
+    """By the Trainer's own configuration, from its defaults."""
+    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
+    training_arguments = pytest.importorskip("transformers").TrainingArguments
+    given: dict[str, Any] = {}
+    for name in FILLED:
+        if name.startswith("zero_optimization"):
+            continue  # accelerate's plugin fills these in
+        *sections, key = name.split(".")
+        place = given
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = "auto"
+    theirs = deepspeed.HfTrainerDeepSpeedConfig(given)
+    theirs.trainer_config_process(training_arguments(output_dir=str(tmp_path), use_cpu=True))
+    for name, (value, _) in FILLED.items():
+        if not name.startswith("zero_optimization"):
+            assert theirs.get_value(name) == value, name
+
+
+SECTION = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}}
+
+
+def chosen(optimizer: Any, section: Any, **options: Any) -> tuple[Subject, Configuration]:
+    return chosen_subject(optimizer, None, options, configuration_of({"optimizer": section}))
+
+
+def test_the_optimizer_section_is_audited() -> None:
+    pytest.importorskip("deepspeed")
+    subject, configuration = chosen(None, SECTION)
+    assert subject.title == "DeepSpeed's AdamW lr=0.01 weight_decay=0.1 adam_w_mode=True"
+    assert subject.optimizer == "deepspeed.ops.adam.FusedAdam"
+    assert configuration.options["optimizer"] == SECTION
+    assert 'the "optimizer" section is audited' in configuration.notes[-1]
+    coupled = {"type": "Adam", "params": {"adam_w_mode": False, "torch_adam": True}}
+    assert chosen(None, coupled)[0].optimizer == "torch.optim.Adam"
+    assert chosen(None, {"type": "SGD"})[0].optimizer == "torch.optim.SGD"
+    offload = {"optimizer": SECTION, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    subject, _ = chosen_subject(None, None, {}, configuration_of(offload))
+    assert subject.optimizer == "deepspeed.ops.adam.DeepSpeedCPUAdam"
+
+
+def test_the_optimizer_section_agrees() -> None:
+    pytest.importorskip("deepspeed")
+    subject, configuration = chosen("torch.optim.AdamW", SECTION, lr=0.01, weight_decay=0.1)
+    assert subject.title == "torch.optim.AdamW lr=0.01 weight_decay=0.1"
+    assert "optimizer" not in configuration.options
+    assert "says the same" in configuration.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "section", "options", "message"),
+    [
+        (None, None, {}, "no optimizer is given"),
+        (None, SECTION, {"lr": 1.0}, "options belong to an optimizer"),
+        (None, "Adam", {}, "is written"),
+        (None, {"type": "Adam", "params": 3}, {}, "is written"),
+        (None, {"type": "OneBitAdam"}, {}, "the audit knows Adam"),
+        ("lamb", SECTION, {}, r"section \(AdamW\), and lamb is another"),
+        ("torch.optim.Adam", SECTION, {}, "torch.optim.Adam is another"),
+        ("torch.optim.AdamW", SECTION, {"lr": 0.01}, "weight_decay 0.1 in the section, 0.01 in the optimizer given"),
+        ("torch.optim.AdamW", {"type": "AdamW"}, {}, "weight_decay 0.0 in the section, 0.01"),  # by their defaults
+    ],
+)
+def test_optimizer_sections_that_are_refused(optimizer: Any, section: Any, options: Any, message: str) -> None:
+    pytest.importorskip("deepspeed")
+    configuration = configuration_of({} if section is None else {"optimizer": section})
+    with pytest.raises(CannotAudit, match=message):
+        chosen_subject(optimizer, None, options, configuration)
+
+
+def test_accelerate_refuses_a_section_beside_an_optimizer(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": SECTION}))
+    section = {"deepspeed_config_file": "ds.json"}
+    configuration = accelerate_file(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=section)
+    with pytest.raises(CannotAudit, match="which accelerate refuses beside an optimizer"):
+        chosen_subject("torch.optim.AdamW", None, {}, configuration)
