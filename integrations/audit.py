@@ -24,7 +24,7 @@ from .audits.errors import CannotAudit
 from .audits.examination import audited_device, check_ranks, examine
 from .audits.optimizer_section import chosen_subject
 from .audits.printing import described
-from .audits.ranks import started_ranks
+from .audits.ranks import check_timeout, started_ranks
 from .audits.reading import configuration_of
 from .audits.verdict import EXACT, AuditedLayer, Finding, Report
 
@@ -65,8 +65,14 @@ def audit(
     """
     subject, configuration = chosen_subject(make_optimizer, make_model, {}, configuration_of(config))
     check_ranks(ranks, configuration)
+    check_timeout(timeout)
     device = audited_device(ranks)
-    return examine(subject, configuration, started_ranks(ranks, device, timeout), device)
+    try:
+        return examine(subject, configuration, started_ranks(ranks, device, timeout), device)
+    except CannotAudit:
+        raise
+    except Exception as error:
+        raise CannotAudit(f"{type(error).__name__}: {error}") from error
 
 
 def assert_exact(

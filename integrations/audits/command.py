@@ -18,7 +18,7 @@ from .examination import audited_device, check_ranks, examine
 from .optimizer_section import chosen_subject
 from .page import page_of
 from .printing import described
-from .ranks import Ranks
+from .ranks import Ranks, check_timeout
 from .reading import configuration_of
 from .verdict import Report
 
@@ -58,6 +58,7 @@ def _audit(given: argparse.Namespace) -> Report:
         given.optimizer, given.model, _options(given.options), _configuration(given)
     )
     check_ranks(given.ranks, configuration)
+    check_timeout(given.timeout)
     for path in filter(None, (given.json, given.html)):
         if not path.absolute().parent.is_dir():
             raise CannotAudit(f"{path} cannot be written: there is no folder {path.absolute().parent}")
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         '"optimizer" section of the DeepSpeed configuration)',
     )
     parser.add_argument(
-        "--options", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="of the optimizer, e.g. lr=0.01"
+        "--options", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the optimizer, e.g. lr=0.01"
     )
     parser.add_argument("--model", help="package.module:function without arguments (default: a small BERT-like model)")
     sharding = parser.add_mutually_exclusive_group(required=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Configuration:
     dtype: str = "fp32"
     accelerate: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    def noting(self, note: str) -> Configuration:
+        """The same with one more note."""
+        return replace(self, notes=(*self.notes, note))
 
     @property
     def zero_stage(self) -> int:
@@ -161,6 +165,8 @@ def _refuse_kinds(given: dict[str, Any]) -> None:
     if clipping != "auto" and (isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0):
         raise CannotAudit(f"gradient_clipping must be a number of at least 0, or auto, not {clipping!r}")
     for key in given:
+        if not isinstance(key, str):
+            raise CannotAudit(f"the names of settings are texts, not {key!r}")
         if key in ("stage", *OFFLOAD):
             raise CannotAudit(f"{key} belongs into the section zero_optimization of a DeepSpeed configuration")
         if key.startswith("fsdp") or (key not in SECTIONS and difflib.get_close_matches(key, SECTIONS, cutoff=0.8)):

@@ -48,6 +48,8 @@ def examine(subject: Subject, configuration: Configuration, ranks: Runner, devic
     Raises:
         CannotAudit: If there can be no verdict for a reason that is the user's to mend, before or while ranks train.
     """
+    if ranks.world_size == 1:
+        configuration = configuration.noting("one rank shards nothing: what goes wrong shows at 2 or more")
     is_deepspeed = configuration.wrapper == "deepspeed"
     dtype = torch.float32 if is_deepspeed else None
     micro_batches = ranks.world_size * configuration.accumulation
@@ -122,8 +124,8 @@ def check_ranks(ranks: int, configuration: Configuration) -> None:
         CannotAudit: If there are none or absurdly many, or the wrapper is not installed.
     """
     cores = os.cpu_count() or 1
-    if ranks < 1:
-        raise CannotAudit(f"ranks must be at least 1, not {ranks}")
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise CannotAudit(f"ranks must be a whole number of at least 1, not {ranks!r}")
     if ranks > MOST_RANKS_PER_CORE * cores:
         raise CannotAudit(
             f"{ranks} ranks on {cores} cores would take all memory and hours: what goes wrong shows at 2 to 4 ranks"

@@ -67,7 +67,7 @@ def chosen_subject(
     asked = _read(section, configuration)
     note = f'the "optimizer" section is audited, as DeepSpeed makes it, beside {asked.path} in one process'
     subject = Subject(asked.path, make_model, asked.params, name=f"DeepSpeed's {asked.kind}")
-    return subject, replace(configuration, notes=(*configuration.notes, note))
+    return subject, configuration.noting(note)
 
 
 def _read(section: Any, configuration: Configuration) -> _Asked:
@@ -125,7 +125,7 @@ def _without_section(given: Subject, section: Any, configuration: Configuration)
         )
     kept = {key: value for key, value in configuration.options.items() if key != "optimizer"}
     note = 'the "optimizer" section says the same as the optimizer given, which DeepSpeed takes'
-    return replace(configuration, options=kept, notes=(*configuration.notes, note))
+    return replace(configuration, options=kept).noting(note)
 
 
 def _like(made: torch.optim.Optimizer) -> str:

@@ -20,10 +20,20 @@ from typing import Any
 
 from .errors import CannotAudit
 
-__all__ = ["Ranks", "end_started_ranks", "started_ranks"]
+__all__ = ["Ranks", "check_timeout", "end_started_ranks", "started_ranks"]
 
 AFTER_THE_FIRST = 60.0
 """Seconds that the other ranks get once one has answered: they work in step, or wait for one that gave up."""
+
+
+MOST_SECONDS = 1e6  # more, and what waits overflows
+
+
+def check_timeout(timeout: Any) -> None:
+    """Raise CannotAudit if these are no seconds that somebody can wait."""
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not is_number or not 0 < timeout <= MOST_SECONDS:
+        raise CannotAudit(f"timeout must be seconds above 0, and at most a million, not {timeout!r}")
 
 
 class Ranks:
@@ -95,13 +105,15 @@ class Ranks:
     def _collect(self) -> list[Any]:
         answers: dict[int, Any] = {}
         failures: list[str] = []
-        ends = time.monotonic() + self.timeout
+        begun = time.monotonic()
+        ends = begun + self.timeout
         while len(answers) + len(failures) < self.world_size:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
             ready = wait(waiting, max(0.0, ends - time.monotonic()))
             if not ready:
                 said = (f", where rank {rank} says: {one}" for rank, one in answers.items() if isinstance(one, str))
-                failures.append(f"no answer from rank {self._pipes.index(waiting[0])} in time{''.join(said)}")
+                late = f"no answer from rank {self._pipes.index(waiting[0])} in {time.monotonic() - begun:.3g} seconds"
+                failures.append(f"{late}{''.join(said)}")
             ends = min(ends, time.monotonic() + AFTER_THE_FIRST)
             taken = [self._take(rank, answers) for rank, pipe in enumerate(self._pipes) if pipe in ready]
             failures += filter(None, taken)

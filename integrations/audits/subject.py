@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Subject:
     def title(self) -> str:
         """The optimizer's name and options."""
         given = self.optimizer
-        name = self.name or (given if isinstance(given, str) else getattr(given, "__qualname__", repr(given)))
+        name = self.name or (given if isinstance(given, str) else _name(given))
         return " ".join([name, *(f"{key}={value}" for key, value in self.options.items())])
 
     def make_model(self, groups: int, dtype: torch.dtype | None, seed: int) -> tuple[nn.Module, Injection]:
@@ -63,10 +63,11 @@ class Subject:
         torch.manual_seed(0)
         try:
             model = make()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CannotAudit(f"the model could not be made: {_described(error)}") from error
         if not isinstance(model, nn.Module):
-            raise CannotAudit(f"{self.model} returned a {type(model).__name__}, not a torch.nn.Module")
+            raise CannotAudit(f"{_name(make)} returned a {type(model).__name__}, not a torch.nn.Module")
+        _refuse_without_values(model)
         try:
             injection = Injection(model, groups)
         except ValueError as error:
@@ -90,8 +91,9 @@ class Subject:
         argument = model if takes_model else [p for p in model.parameters() if p.requires_grad]
         try:
             optimizer = make(argument, **self.options)
-        except Exception as error:
-            raise CannotAudit(f"{self.title} could not be made: {_described(error)}") from error
+        except (Exception, SystemExit) as error:
+            remark = _remark_on_texts(self.options)
+            raise CannotAudit(f"{self.title} could not be made: {_described(error)}{remark}") from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise CannotAudit(f"{self.title} made a {type(optimizer).__name__}, not a torch.optim.Optimizer")
         if "closure" in _required(optimizer.step):
@@ -110,12 +112,36 @@ class Subject:
         return made
 
 
+def _refuse_without_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise CannotAudit(
+                f"{name} of {type(model).__name__} has no shape before the model is called, as in LazyLinear: write "
+                "its size, or call the model in the function that makes it"
+            )
+        if tensor.is_meta:
+            raise CannotAudit(f"{name} of {type(model).__name__} is on the meta device: make the model on the CPU")
+
+
+def _remark_on_texts(options: dict[str, Any]) -> str:
+    """What may be the cause of an error: lr=1e-3x is no number."""
+    texts = [f"{name}={value}" for name, value in options.items() if isinstance(value, str)]
+    return f" ({', '.join(texts)} was read as a text, being no Python literal)" if texts else ""
+
+
 def _resolve(given: Any, what: str) -> Any:
     """The object that "pkg.mod:name" or "pkg.mod.name" stands for; others as they are."""
+    if isinstance(given, (nn.Module, torch.optim.Optimizer)):
+        raise CannotAudit(
+            f"the {what} is a {type(given).__name__} itself: give a function that makes it, as every rank makes its own"
+        )
     if callable(given):
         return given
-    module, _, name = str(given).partition(":") if ":" in str(given) else str(given).rpartition(".")
-    if not module:
+    if not isinstance(given, str):
+        raise CannotAudit(f"the {what} is a function, or its name in a text, not {given!r}")
+    _refuse_paths(given, what)
+    module, _, name = given.partition(":") if ":" in given else given.rpartition(".")
+    if not module or not name:
         known = f", or one of {', '.join(OPTIMIZERS)}" if what == "optimizer" else ""
         raise CannotAudit(f"the {what} is written package.module:name or package.module.Class{known}, not {given!r}")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -124,22 +150,40 @@ def _resolve(given: Any, what: str) -> Any:
         found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CannotAudit(f"the {what} {given} cannot be imported: {_described(error)}") from error
     if not callable(found):
         raise CannotAudit(f"the {what} {given} is a {type(found).__name__}, which cannot be called")
     return found
 
 
+def _refuse_paths(given: str, what: str) -> None:
+    path, _, name = given.partition(":")
+    if path.endswith(".py") or "/" in path or "\\" in path:
+        module = ".".join(path.replace("\\", "/").removesuffix(".py").strip("./").split("/"))
+        raise CannotAudit(
+            f"the {what} {given} is the path of a file, where a module is named: write {module}:{name or 'NAME'}, in "
+            "the folder from which it can be imported"
+        )
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", repr(function)))
+
+
 def _required(function: Callable[..., Any]) -> list[str]:
     """Names of the parameters without default."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return []
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = _parameters(function).values()
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in kinds]
 
 
-def _described(error: Exception) -> str:
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

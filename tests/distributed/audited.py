@@ -216,6 +216,22 @@ def empty_model() -> torch.nn.Module:
     return torch.nn.ReLU()
 
 
+def on_meta() -> torch.nn.Module:
+    return torch.nn.Linear(3, 4, device="meta")
+
+
+def lazy() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.LazyLinear(4))
+
+
+def no_optimizer(parameters: Any) -> None:
+    pass
+
+
+def exits(parameters: Any) -> None:
+    raise SystemExit(3)
+
+
 def not_a_model() -> int:
     return 3
 

@@ -53,6 +53,14 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("lamp", [], "written package.module:name or package.module.Class, or one of lars, lamb"),
         ("math.pi", [], "is a float, which cannot be called"),
         ("torch.optim.AdamW", ["lr=0.01", "beta=0.9"], "could not be made: TypeError"),
+        ("torch.optim.SGD", ["lr=1e-3x"], "lr=1e-3x was read as a text"),
+        (f"{AUDITED}:two_layers", [], "could not be made: TypeError"),
+        ("mine.py:Normed", [], "the path of a file, where a module is named: write mine:Normed"),
+        ("./mine.py", [], "write mine:NAME"),
+        ("package/mine.py:Normed", [], "write package.mine:Normed"),
+        ("package.mine:", [], "written package.module:name"),
+        (f"{AUDITED}:no_optimizer", [], "made a NoneType, not a torch.optim.Optimizer"),
+        (f"{AUDITED}:exits", [], "could not be made: SystemExit"),
         ("torch.optim.AdamW", ["lr"], "options are written name=value"),
         ("torch.optim.AdamW", ["amsgrad=false"], "options are Python literals"),
         ("lamb", ["lr=-1.0"], "could not be made: ValueError"),
@@ -68,13 +76,15 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_optimizers_that_cannot_be_audited(
     capsys: pytest.CaptureFixture[str], optimizer: str, options: list[str], message: str
 ) -> None:
-    assert message in said(capsys, "--optimizer", optimizer, "--options", *options, *DDP)
+    assert message in said(capsys, "--optimizer", optimizer, *(["--options", *options] if options else []), *DDP)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         ("empty_model", "ReLU has no parameter that requires a gradient"),
+        ("on_meta", "weight of Linear is on the meta device"),
+        ("lazy", "0.weight of Sequential has no shape before the model is called, as in LazyLinear"),
         ("not_a_model", "returned a int, not a torch.nn.Module"),
         ("missing", "cannot be imported: AttributeError"),
         ("Plain", "the model could not be made: TypeError"),
@@ -129,7 +139,7 @@ def test_bad_accelerate_files(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_ranks_and_files_that_cannot_be(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "ranks must be at least 1" in said(capsys, "--optimizer", "lamb", "--ddp", "--ranks", "0")
+    assert "ranks must be a whole number of at least 1" in said(capsys, "--optimizer", "lamb", "--ddp", "--ranks", "0")
     assert "would take all memory" in said(capsys, "--optimizer", "lamb", "--ddp", "--ranks", "100000")
     away = str(tmp_path / "gone" / "report.json")
     assert "there is no folder" in said(capsys, "--optimizer", "lamb", *DDP, "--json", away)
@@ -148,11 +158,53 @@ def test_configurations_that_are_none(given: Any) -> None:
         configuration_of(given)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--optimizer", "lamb"], ["--optimizer", "lamb", "--ddp", "--fsdp", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--optimizer", "lamb"],
+        ["--optimizer", "lamb", "--ddp", "--fsdp", "2"],
+        ["--optimizer", "lamb", "--fsdp", "3"],
+        ["--optimizer", "lamb", "--ddp", "--options"],
+    ],
+)
 def test_the_parser_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         run_command(arguments)
     assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.nn.Linear(3, 3), "lamb", "ddp"), "the model is a Linear itself: give a function"),
+        ((None, torch.optim.SGD([torch.ones(1)]), "ddp"), "the optimizer is a SGD itself: give a function"),
+        ((3, "lamb", "ddp"), "the model is a function, or its name in a text, not 3"),
+        ((audited.not_a_model, "lamb", "ddp"), "not_a_model returned a int"),
+        ((None, None, "ddp"), "no optimizer is given"),
+        ((None, "lamb", {1: 2}), "the names of settings are texts"),
+        ((None, "lamb", "ddp", "2"), "ranks must be a whole number of at least 1, not '2'"),
+        ((None, "lamb", "ddp", True), "ranks must be a whole number of at least 1, not True"),
+        ((None, "lamb", "ddp", 1, 0), "timeout must be seconds above 0"),
+        ((None, "lamb", "ddp", 1, math.nan), "timeout must be seconds above 0, and at most a million, not nan"),
+        ((None, "lamb", "ddp", 1, math.inf), "timeout must be seconds above 0"),
+        ((None, "lamb", "ddp", 1, "x"), "timeout must be seconds above 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_library_refuses(arguments: tuple[Any, ...], message: str) -> None:
+    for function in (audit, assert_exact):
+        with pytest.raises(CannotAudit, match=message):
+            function(*arguments)
+
+
+def test_what_nobody_thought_of_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr("trustratio.integrations.audit.examine", breaks)
+    with pytest.raises(CannotAudit, match="KeyError: 'gone'"):
+        audit(None, "lamb", "ddp", ranks=1)
 
 
 # Configurations -----------------------------------------------------------------------------------------------------
@@ -310,6 +362,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command(["--optimizer", "torch.optim.AdamW", *options, *DDP, *files]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert "lr=0.01 betas=(0.9, 0.95)" in lines[0]
+    assert "one rank shards nothing" in lines[1]
     assert lines[-1].startswith("Exact: under DDP on 1 rank every layer")
     record = json.loads((tmp_path / "a.json").read_text())
     assert (record["verdict"], record["ranks"], record["status"]) == ("exact", 1, 0)
@@ -335,7 +388,8 @@ def test_assert_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("maker", "seconds", "message"), [("dies", 60.0, "rank 0 died .exit status 7"), ("hangs", 2.0, "no answer")]
+    ("maker", "seconds", "message"),
+    [("dies", 60.0, "rank 0 died .exit status 7"), ("hangs", 2.0, "no answer from rank 0 in 2 seconds")],
 )
 def test_a_rank_that_dies_or_hangs_leaves_no_process(maker: str, seconds: float, message: str) -> None:
     ranks = Ranks(1, timeout=60.0)
@@ -359,7 +413,7 @@ def test_a_rank_that_gives_up_alone_is_heard(monkeypatch: pytest.MonkeyPatch) ->
     ranks = Ranks(2, timeout=60.0)
     ranks.run(gives_up, 0.0)
     monkeypatch.setattr("trustratio.integrations.audits.ranks.AFTER_THE_FIRST", 1.0)
-    with pytest.raises(CannotAudit, match="no answer from rank 1 in time, where rank 0 says: the reason"):
+    with pytest.raises(CannotAudit, match=r"no answer from rank 1 in .* seconds, where rank 0 says: the reason"):
         ranks.run(gives_up, 100.0)
 
 
