@@ -4,8 +4,11 @@
     python -m benchmarks.audit_table --only timm          # rows whose name has this in it; the others keep their cells
     python -m benchmarks.audit_table --page               # picture and table again, from the numbers there are
 
-Writes docs/results/audit.json and audit.png, and the table in docs/audit.md. Needs DeepSpeed and matplotlib, no GPU;
-other packages where they are installed: `pip install --no-deps timm pytorch_optimizer bitsandbytes`.
+Writes docs/results/audit.json and audit.png, and the table in docs/audit.md. Needs DeepSpeed, matplotlib, no GPU, and
+
+    pip install --no-deps timm==1.0.31 pytorch_optimizer==4.1.0 bitsandbytes==0.50.2
+
+Rows of a package that is not installed keep the cells that they had.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -39,6 +43,9 @@ OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "results"
 PAGE = OUTPUT.parent / "audit.md"
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
 PACKAGES = ("torch", "deepspeed", "timm", "pytorch_optimizer", "bitsandbytes", "trustratio")
+NEEDED = ("deepspeed", "matplotlib")
+COMPARED = {"timm": "1.0.31", "pytorch_optimizer": "4.1.0", "bitsandbytes": "0.50.2"}
+"""Packages whose optimizers are audited, with the versions of the stored table."""
 SECONDS = 300.0
 
 SHARDINGS: dict[str, Any] = {
@@ -63,6 +70,12 @@ class Row:
     optimizer: Any
     options: dict[str, Any] = field(default_factory=dict)
     model: Any = None
+
+    @property
+    def package(self) -> str | None:
+        """The package in `COMPARED` that it is from."""
+        first = self.name.split()[0]
+        return first if first in COMPARED else None
 
 
 def from_timm(file: str, name: str, parameters: Any, **options: Any) -> Any:
@@ -159,6 +172,22 @@ def _largest(errors: list[float]) -> float | str | None:
     return max(errors, default=None)
 
 
+def rows_to_measure(only: str | None) -> list[Row]:
+    """Return the rows whose name has `only` in it, without those whose package is missing, which is said."""
+    rows = [row for row in ROWS if only is None or only in row.name]
+    if not rows:
+        raise SystemExit(f"no row has {only!r} in its name: there are {', '.join(row.name for row in ROWS)}")
+    missing = {row.package for row in rows if row.package is not None and not _is_installed(row.package)}
+    for package in sorted(filter(None, missing)):
+        install = f"pip install --no-deps {package}=={COMPARED[package]}"
+        print(f"{package} is not installed, so its rows keep the cells that they had: {install}")
+    return [row for row in rows if row.package not in missing]
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def measure(rows: list[Row], result: dict[str, Any]) -> None:
     """Audit the rows, each under every sharding, and put their cells into the result."""
     configurations = {name: configuration_of(given) for name, given in SHARDINGS.items()}
@@ -178,7 +207,8 @@ def cell_text(cell: dict[str, Any]) -> str:
     """What stands in the table: "exact", "refuses" and its like, or how wrong it is."""
     if cell["verdict"] == REFUSED:
         sentence = cell["sentence"]
-        return "crashes" if " died " in sentence else "not here" if "could not be made" in sentence else "refuses"
+        is_here = not any(text in sentence for text in ("could not be made", "cannot be imported"))
+        return "crashes" if " died " in sentence else "refuses" if is_here else "not here"
     if cell["verdict"] != WRONG:
         return "exact"
     factor = cell["factor"]
@@ -264,13 +294,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="rows whose name has this in it; the others keep their cells")
     parser.add_argument("--page", action="store_true", help="no audits: picture and table again")
     given = parser.parse_args(arguments)
+    missing = [package for package in NEEDED if not _is_installed(package)]
+    if missing:
+        parser.error(f"this needs {', '.join(missing)}: pip install -c constraints.txt {' '.join(missing)}")
     path = OUTPUT / "audit.json"
     old = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    result = {"ranks": RANKS, "machine": describe_machine("cpu"), "versions": versions(PACKAGES), "rows": old["rows"]}
-    if given.page:
+    # Of a package that is not installed, the version is that of the cells that are kept.
+    of_packages = {**old.get("versions", {}), **versions(PACKAGES)}
+    result = {"ranks": RANKS, "machine": describe_machine("cpu"), "versions": of_packages, "rows": old["rows"]}
+    rows = [] if given.page else rows_to_measure(given.only)
+    if not rows:
         result = old
     else:
-        measure([row for row in ROWS if given.only is None or given.only in row.name], result)
+        measure(rows, result)
         result["rows"] = {row.name: result["rows"][row.name] for row in ROWS if row.name in result["rows"]}
         path.write_text(json.dumps(result, indent=1) + "\n")
     write_page(result)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["filled_page", "json_number", "levels"]
+__all__ = ["filled_page", "json_number", "levels", "with_shared_parts"]
 
 _PARTS = {"/*LOOK*/": "look.css", "/*CHARTS*/": "charts.js", "/*LAYERS*/": "layers.js"}
 _DATA = "/*PAGE-DATA*/"
@@ -28,11 +28,17 @@ def filled_page(template: Path, data: dict[str, Any]) -> str:
             ``/*PAGE-DATA*/`` in a script element.
         data: What is JSON, without numbers that are not finite.
     """
+    page = with_shared_parts(template)
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return page.replace(_DATA, text.replace("<", "\\u003c"))  # nothing in it ends the script element
+
+
+def with_shared_parts(template: Path) -> str:
+    """Return the text of a template with look and scripts in their places; see `filled_page`."""
     page = template.read_text(encoding="utf-8")
     for place, name in _PARTS.items():
         page = page.replace(place, Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip("\n"))
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return page.replace(_DATA, text.replace("<", "\\u003c"))  # nothing in it ends the script element
+    return page
 
 
 def json_number(value: float) -> float | None:

@@ -336,7 +336,9 @@ def test_a_report_in_every_form() -> None:
     assert "&lt;b&gt;Lamb&lt;/b&gt;" in page
     assert "<b>Lamb</b>" not in page
     assert page.count('<tr class="wrong">') == 2
-    assert "http" not in page  # one file, nothing else is fetched
+    assert "prefers-color-scheme: dark" in page
+    assert "/*" not in page
+    assert "://" not in page  # one file, nothing else is fetched
     record = json.loads(json.dumps(WRONG_REPORT.record(), allow_nan=False))
     assert record["layers"][1]["error"] is None
     assert record["status"] == 1
