@@ -27,8 +27,11 @@ __all__ = ["run_command"]
 EPILOG = """
 exit status: 0 exact, 1 wrong, 2 could not be run
 
+Modules are found from the folder in which the command runs: mine:make is the function make in ./mine.py.
+
 examples:
   python -m trustratio.integrations.audit --optimizer torch.optim.AdamW --options lr=0.01 --deepspeed ds_config.json
+  python -m trustratio.integrations.audit --deepspeed ds_config.json     # whose "optimizer" section is audited
   python -m trustratio.integrations.audit --optimizer mypackage.optim:make --fsdp 2 --model mypackage:build --ranks 4
   python -m trustratio.integrations.audit --optimizer lamb --options lr=0.01 --accelerate zero2.yaml --html audit.html
 """
@@ -86,7 +89,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
     for item in given:
         name, equals, value = item.partition("=")
         if not equals or not name.isidentifier():
-            raise CannotAudit(f"options are written name=value, as in lr=0.01 betas=(0.9,0.95), not {item!r}")
+            raise CannotAudit(f"options are written name=value, as in lr=0.01 'betas=(0.9, 0.95)', not {item!r}")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -124,17 +127,31 @@ def _parser() -> argparse.ArgumentParser:
         '"optimizer" section of the DeepSpeed configuration)',
     )
     parser.add_argument(
-        "--options", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of the optimizer, e.g. lr=0.01"
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the optimizer, as Python literals, e.g. lr=0.01 'betas=(0.9, 0.95)'",
     )
     parser.add_argument("--model", help="package.module:function without arguments (default: a small BERT-like model)")
     sharding = parser.add_mutually_exclusive_group(required=True)
-    sharding.add_argument("--deepspeed", type=Path, metavar="JSON", help="a DeepSpeed configuration")
+    sharding.add_argument(
+        "--deepspeed",
+        type=Path,
+        metavar="JSON",
+        help='a DeepSpeed configuration, e.g. {"zero_optimization": {"stage": 1}}',
+    )
     sharding.add_argument("--accelerate", type=Path, metavar="YAML", help="what `accelerate config` writes")
     sharding.add_argument("--fsdp", type=int, choices=(1, 2), help="FullyShardedDataParallel or fully_shard")
     sharding.add_argument("--ddp", action="store_true", help="DistributedDataParallel")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for everything that ranks do (default: 600)"
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="after which ranks that do not answer are ended (default: 600)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON too")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page too")

@@ -15,8 +15,8 @@ _PAGE = Path(__file__).with_name("report_page.html")
 HEADS = ("layer", "shape", "moved", "error", "bound", "‖w‖", "alone", "‖Δw‖", "alone")
 MEANINGS = (
     "<b>moved</b>: how far the layer moved, over how far one process moves it, 1 is right; <b>error</b>: of the "
-    "weights at the end, over the length of the layer's path; <b>bound</b>: what rounding explains; <b>alone</b>: the number "
-    "to its left in one process. Grey layers get no gradient."
+    "weights at the end, over the length of the layer's path; <b>bound</b>: what rounding explains; <b>alone</b>: the "
+    "number to its left in one process. Grey layers get no gradient."
 )
 
 
