@@ -53,7 +53,7 @@ def audit(
         config: "ddp", {"fsdp": 1} or {"fsdp": 2} with further arguments of the wrapper, DeepSpeed's settings as a dict,
             or the path of a DeepSpeed JSON or an accelerate YAML.
         ranks: Number of processes: each gets a GPU if there are so many, else they share the CPU over gloo.
-        timeout: Seconds after which ranks that do not answer are ended.
+        timeout: Seconds after which ranks that do not answer are ended, at most a million.
 
     Returns:
         Every layer's movement, what the checks found, and the verdict: "exact", "wrong", or "refused" where the wrapper
@@ -61,7 +61,7 @@ def audit(
 
     Raises:
         CannotAudit: If model, optimizer or configuration cannot be had, the optimizer needs a closure or is not
-            deterministic, or a rank died or did not answer.
+            deterministic, a rank died or did not answer, or anything else stops the audit.
     """
     subject, configuration = chosen_subject(make_optimizer, make_model, {}, configuration_of(config))
     check_ranks(ranks, configuration)

@@ -215,9 +215,11 @@ class _FSDP1(Wrapped):
         with self._whole_states():
             optimizer = FullyShardedDataParallel.optim_state_dict(self.trained, self.optimizer)
             state = {"model": self.trained.state_dict(), "optimizer": optimizer}
-        if self.rank == 0:
-            torch.save(state, folder / CHECKPOINT)
-        dist.barrier()
+        try:
+            if self.rank == 0:
+                torch.save(state, folder / CHECKPOINT)
+        finally:  # the others wait
+            dist.barrier()
 
     def load(self, folder: Path) -> None:
         from torch.distributed.fsdp import FullyShardedDataParallel
