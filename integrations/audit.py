@@ -63,9 +63,10 @@ def audit(
         CannotAudit: If model, optimizer or configuration cannot be had, the optimizer needs a closure or is not
             deterministic, a rank died or did not answer, or anything else stops the audit.
     """
-    subject, configuration = chosen_subject(make_optimizer, make_model, {}, configuration_of(config))
-    check_ranks(ranks, configuration)
+    given = configuration_of(config)
+    check_ranks(ranks, given)
     check_timeout(timeout)
+    subject, configuration = chosen_subject(make_optimizer, make_model, {}, given)
     device = audited_device(ranks)
     try:
         return examine(subject, configuration, started_ranks(ranks, device, timeout), device)

@@ -57,9 +57,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
 
 
 def _audit(given: argparse.Namespace) -> Report:
-    subject, configuration = chosen_subject(
-        given.optimizer, given.model, _options(given.options), _configuration(given)
-    )
+    options, configuration = _options(given.options), _configuration(given)
     check_ranks(given.ranks, configuration)
     check_timeout(given.timeout)
     for path in filter(None, (given.json, given.html)):
@@ -67,6 +65,7 @@ def _audit(given: argparse.Namespace) -> Report:
             raise CannotAudit(f"{path} cannot be written: there is no folder {path.absolute().parent}")
         if path.is_dir():
             raise CannotAudit(f"{path} cannot be written: it is a folder")
+    subject, configuration = chosen_subject(given.optimizer, given.model, options, configuration)
     device = audited_device(given.ranks)
     with contextlib.closing(Ranks(given.ranks, device, given.timeout)) as ranks:
         return examine(subject, configuration, ranks, device)

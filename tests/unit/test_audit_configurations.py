@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from trustratio.integrations.audit import audit
 from trustratio.integrations.audits.configurations import FILLED, Configuration
 from trustratio.integrations.audits.errors import CannotAudit
 from trustratio.integrations.audits.optimizer_section import chosen_subject
@@ -223,3 +226,11 @@ def test_accelerate_refuses_a_section_beside_an_optimizer(tmp_path: Path) -> Non
     configuration = accelerate_file(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=section)
     with pytest.raises(CannotAudit, match="which accelerate refuses beside an optimizer"):
         chosen_subject("torch.optim.AdamW", None, {}, configuration)
+
+
+def test_a_section_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else find(name))
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", None)
+    with pytest.raises(CannotAudit, match="needs deepspeed, which is not installed"):
+        audit(None, "torch.optim.AdamW", {"optimizer": SECTION}, ranks=1)
