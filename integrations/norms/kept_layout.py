@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers.sharding.backends import whole_step
+from trustratio.optimizers.sharding.backends import find_data_parallel, whole_step
 from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError
 from trustratio.optimizers.sharding.local_tensors import cut_of
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
@@ -68,6 +68,14 @@ class KeptLayout:
             for index, tensor in enumerate(self.layout.tensors)
             if id(tensor) in here or id(tensor) not in self.stepped  # stand-ins, which are in no group
         ]
+
+    def count_skipped_steps(self) -> Callable[[], int]:
+        """What counts the steps that the wrapper leaves out, as after an overflow: always 0 where no wrapper tells."""
+        try:
+            found = find_data_parallel(self._look())
+        except LayoutError:  # which only matters to who needs to know the ranks
+            found = None
+        return int if found is None else found.skipped_steps
 
     def resolve(self) -> Layout:
         """Find and prove the layout; a collective, so on all ranks alike.

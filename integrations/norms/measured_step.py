@@ -36,6 +36,7 @@ class MeasuredStep:
         self.stepped: set[int] = set()
         self._sums = sums
         self._old: list[torch.Tensor | None] = []
+        self._gradients: torch.Tensor | None = None
         device, layers = self.layout.numbers_device, len(self.layout.layers)
         self._numbers = torch.zeros(3, 3, layers, dtype=torch.float64, device=device)
 
@@ -47,7 +48,7 @@ class MeasuredStep:
         ]
 
     def see_gradients(self, call: Collection[int], scale: torch.Tensor | None) -> None:
-        """Measure the gradients that are there now.
+        """Measure the gradients that are there now; of a call, those that were seen last count.
 
         Args:
             call: As in `before`.
@@ -60,10 +61,15 @@ class MeasuredStep:
             divisor = scale.to(device=found.device, dtype=found.dtype)
             found[SQUARES] /= divisor.square()
             found[LARGEST] /= divisor
-        self._numbers[GRADIENT] += found
+        self._gradients = found
 
-    def after(self, call: Collection[int]) -> None:
-        """Measure the copied weights, and what has become of them."""
+    def after(self, call: Collection[int], clipped: Sequence[bool | torch.Tensor]) -> None:
+        """Measure the copied weights, and what has become of them.
+
+        Args:
+            call: As in `before`.
+            clipped: What each of those who clip says of the call.
+        """
         old, sums = self._old, self._sums
         new = [
             local_part(tensor).detach().contiguous() if index in call else None
@@ -71,7 +77,10 @@ class MeasuredStep:
         ]
         self._numbers[WEIGHT] += sums.numbers(lambda chunk: sums.read(old, chunk), call)
         self._numbers[UPDATE] += sums.numbers(lambda chunk: sums.read(new, chunk) - sums.read(old, chunk), call)
-        self._old = []
+        assert self._gradients is not None
+        self._numbers[GRADIENT] += self._gradients
+        self.clipped += clipped
+        self._old, self._gradients = [], None
 
     def reduce(self, slots: Slots, limit: float | None) -> Reduced:
         """Add up over all shards: one all-reduce per process group, and in most set-ups there is one.
