@@ -16,8 +16,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from trustratio.optimizers.formulas.chunks import Flattened, multiply, squares
 from trustratio.optimizers.formulas.rows import Rows
+from trustratio.optimizers.sharding.data_parallel import processes
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
+from trustratio.optimizers.stepping.agreement import GRADIENT
 from trustratio.optimizers.stepping.gradients import read_gradients, version_of
 
 from .kept_layout import KeptLayout
@@ -70,6 +72,7 @@ def _clip_seen(clippers: Sequence[Clipper], max_norm: float, per_layer: bool | s
     norms = torch.cat([one.norms.to(measured[0].norms.device) for one in measured])
     whole = torch.linalg.vector_norm(norms)
     for clipper, one in zip(clippers, measured, strict=True):
+        clipper.kept.agree({GRADIENT: one.norms})
         clipper.note(clipper.all_tensors, one.clip(max_norm, whole if per_layer is False else None))
     return norms if per_layer is True else whole
 
@@ -142,6 +145,8 @@ class Clipper:
         if per_layer == "rows" and self._rows is None:
             _refuse_rows(self._known.layout)
             self._rows = Rows(self._known.layout, range(len(self._known.layout.layers)))
+        if per_layer is False:
+            _refuse_own_layers(self._known.layout)
         if not self.kept.in_parts and per_layer is False and self._known.layout.gradient_norm is not None:
             self._norm_of_wrapper()
 
@@ -368,6 +373,16 @@ class Measured:
         assert clipped is not None
         if source.data_ptr() != clipped.data_ptr():
             source.copy_(clipped)
+
+
+def _refuse_own_layers(layout: Layout) -> None:
+    """Raise LayoutError if a rank has layers of its own, of which others would have to add up the norms, too."""
+    own = [layer.name for layer in layout.layers if not getattr(layer.parameter, "allreduce", True)]
+    if own and not layout.reductions and layout.gradient_norm is None and processes() > 1:
+        raise LayoutError(
+            f"clip_grad_norm_ by the norm of the whole model: each rank has layers of its own (allreduce = False), "
+            f"{listing(own)}, so that ranks would clip what they share differently. Use per_layer=True"
+        )
 
 
 def _refuse_rows(layout: Layout) -> None:

@@ -9,6 +9,7 @@ from math import inf, sqrt
 import torch
 
 from trustratio.optimizers.sharding.local_tensors import local_part
+from trustratio.optimizers.stepping.agreement import GRADIENT as GRADIENT_NORM
 from trustratio.optimizers.stepping.gradients import read_gradients
 
 from .records import LayerNorm, MeasuredNorms
@@ -123,6 +124,11 @@ class Reduced:
     layers: Sequence[tuple[str, int]]
     numbers: torch.Tensor
     clipped: Sequence[bool | torch.Tensor]
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Of weight, gradient and update of each layer, shape (layers,)."""
+        names = "norm of the weights", GRADIENT_NORM, "norm of the update"
+        return dict(zip(names, self.numbers[:, SQUARES].sqrt(), strict=True))
 
 
 def fetch(of_optimizers: Sequence[Reduced]) -> MeasuredNorms:

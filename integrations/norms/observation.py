@@ -159,6 +159,7 @@ class Observation:
             self._step = None
             assert self._slots is not None
             self.reduced = step.reduce(self._slots, _own_limit(self._kept.optimizer))
+            self._kept.agree(self.reduced.norms())
             self._on_reduced()
 
     def _begin_step(self) -> None:

@@ -189,3 +189,53 @@ def test_a_flat_tensor_is_no_layer(pool: WorkerPool, world_size: int) -> None:
     for said in pool.run(train_one_part):
         assert "shape (15,)" in said
         assert "give LayerNorms the model" in said
+
+
+class Experts(torch.nn.Module):
+    """A layer that all ranks share, and one that DDP leaves to each."""
+
+    def __init__(self, marked: bool) -> None:
+        super().__init__()
+        self.shared, self.own = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+        if marked:
+            self.own.weight.allreduce = False  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.own(self.shared(x))
+        return result
+
+
+def train_own_layers(marked: bool, differ: bool, clip: bool) -> tuple[str, dict[str, float]]:
+    """What is said of a layer that DDP does not average, and the norms of the gradients."""
+    torch.manual_seed(0)
+    model = Experts(marked)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["own.weight"])
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = None if clip else LayerNorms(optimizer, parallel)
+    parallel(torch.full((2, 4), float(1 + differ * dist.get_rank()))).sum().backward()
+    try:
+        if clip:
+            clip_grad_norm_(optimizer, 0.1, model=model)
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), {}
+    return "", {} if norms is None else {name: layer.gradient for name, layer in norms.latest().items()}
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_that_differ_between_ranks(pool: WorkerPool, clip: bool, world_size: int) -> None:
+    for said, _ in pool.run(train_own_layers, False, True, clip):
+        assert "ranks that train the same layers have taken different steps" in said
+        assert "own.weight: " in said
+        assert "norm of the gradient" in said
+        assert "allreduce = False" in said
+    assert [said for said, _ in pool.run(train_own_layers, False, False, clip)] == [""] * 2
+    of_ranks = pool.run(train_own_layers, True, True, clip)  # the program says that each rank has its own
+    if clip:
+        assert all("each rank has layers of its own (allreduce = False), own.weight" in said for said, _ in of_ranks)
+    else:
+        assert [said for said, _ in of_ranks] == [""] * 2
+        assert of_ranks[0][1]["shared.weight"] == of_ranks[1][1]["shared.weight"]
+        assert of_ranks[0][1]["own.weight"] != of_ranks[1][1]["own.weight"]
