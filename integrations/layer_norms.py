@@ -45,12 +45,14 @@ class LayerNorms:
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
     A measured step takes one all-reduce of (7 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
-    squares are in fp64. Nothing waits for the device until `latest()`. Under pipeline parallelism each stage has
+    squares are in fp64. After the first measured step nothing waits for the device
+    until `latest()`. Under pipeline parallelism each stage has
     its own layers.
 
     Args:
         optimizer: The optimizer, or whatever wraps it: accelerate's, DeepSpeed's (the engine too), Lightning's,
-            Megatron's. It may be wrapped later.
+            Megatron's. These may be made later. Another wrapper, which may move weights besides, is measured
+            as a whole.
         model: The model, wrapped or not, whose names the layers get. By default names come from the optimizer's
             named parameters, from the modules that live in the process, or are "group.index".
         every: Steps 1·every, 2·every, ... are measured; or a function that is asked when a step begins, by the step's
@@ -60,7 +62,8 @@ class LayerNorms:
         TypeError: If `optimizer` is none of torch's, and wraps none.
         ValueError: If `every` is neither a positive integer nor a function; at the first measured step, if a parameter
             is complex.
-        LayoutError: At the first measured step, if nobody can say where the layers are.
+        LayoutError: At the first measured step, if nobody can say where the layers are, or if data-parallel ranks have
+            different numbers of the same layers.
     """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int | Callable[[int], bool] = 1):
@@ -174,12 +177,14 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping, fp64: of the whole model, 0-d; for ``per_layer=True`` of each layer, shape (layers,),
-        in the order of the parameter groups. Where the wrapper holds gradients back, it is NaN until the step.
+        in the order of the parameter groups. Where the wrapper holds gradients back, nobody knows it yet: the tensor is
+        NaN, and the step writes the norm into it; it stays NaN if the step is skipped, and the clip is dropped.
 
     Raises:
         TypeError: If `optimizer` is none of torch's, and wraps none.
         ValueError: If `max_norm` is negative, NaN or no number, or `per_layer` another value.
-        LayoutError: If the norms cannot be exact here; the message says what to set instead.
+        LayoutError: If the norms cannot be exact here, or data-parallel ranks have different ones; the message says
+            what to set instead.
     """
     _check_model(model)
     stepped = [one.optimizer for one in stepped_by(optimizer, "clip_grad_norm_")]

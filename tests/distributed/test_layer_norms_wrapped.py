@@ -9,11 +9,13 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
 
 from . import test_dtensor_parallel
+from .accelerate_runs import fresh_accelerate, unbuilt_cpu_adam
 from .pool import WorkerPool
 from .test_megatron import Network, OlderUnit, megatron
 
@@ -131,6 +133,42 @@ def test_the_optimizer_of_a_config_is_named(pool: WorkerPool, stage: int, world_
         assert "was given SGD, but AdamW steps its parameters" in said[0]
         assert steps == 0
     assert pool.run(train_another_optimizer, stage, "engine") == [([], 2)] * world_size
+
+
+def train_offloaded(given: str) -> tuple[list[str], int, float]:
+    """Warnings about DeepSpeedCPUAdam in AdamW's place, which moves all weights by 1; the last step and its norm."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
+    with fresh_accelerate(deepspeed=True), unbuilt_cpu_adam():
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        model: Any = torch.nn.Linear(4, 3)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+        norms = LayerNorms(optimizer, model) if given == "own" else None
+        model, optimizer = accelerator.prepare(model, optimizer)
+        norms = norms or LayerNorms(optimizer, model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accelerator.backward(model(torch.ones(2, 4)).square().sum())
+            optimizer.step()
+        model.destroy()
+        norms.remove()
+    found = norms.latest()
+    said = [str(warning.message) for warning in caught if "LayerNorms" in str(warning.message)]
+    return said, found.step, 0.0 if found.model is None else found.model.update
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_optimizer_that_accelerate_puts_in_the_place_under_offload(pool: WorkerPool, world_size: int) -> None:
+    for said, step, _ in pool.run(train_offloaded, "own"):
+        assert len(said) == 1
+        assert "was given AdamW, but DeepSpeedCPUAdam steps its parameters" in said[0]
+        assert '"zero_force_ds_cpu_optimizer" to false' in said[0]
+        assert step == 0
+    for said, step, update in pool.run(train_offloaded, "prepared"):
+        assert (said, step) == ([], 1)
+        assert update == pytest.approx(15**0.5, rel=1e-6)
 
 
 def train_16_bits(stage: int) -> tuple[int, dict[str, Any], float]:
