@@ -14,7 +14,7 @@ from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, li
 from trustratio.optimizers.sharding.local_tensors import cut_of
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.sharding.resolve import resolve_layout
-from trustratio.optimizers.sharding.unsharded import NotWholeError, has_its_own_parameters
+from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 from trustratio.optimizers.stepping.agreement import Agreement
 from trustratio.optimizers.stepping.taking_part import taking_part
 
@@ -106,8 +106,10 @@ class KeptLayout:
         self._refuse_complex([tensor for _, tensor in pairs])
         try:
             layout = resolve_layout(self._look(), pairs)
-        except NotWholeError as error:
-            raise LayoutError(self._why_unknown([tensor for _, tensor in pairs], error.described)) from error
+        except LayoutError as error:
+            if not error.not_whole:
+                raise
+            raise LayoutError(self._why_unknown([tensor for _, tensor in pairs], error.not_whole)) from error
         self.layout = layout = with_layers_of_others(layout)
         self._agreement = Agreement()
         self._cuts = {id(tensor): cut_of(tensor) for _, tensor in pairs}

@@ -15,7 +15,6 @@ from .local_tensors import is_flattened, is_plain
 from .parts import Part
 
 __all__ = [
-    "NotWholeError",
     "has_its_own_parameters",
     "is_cut",
     "may_be_cut",
@@ -23,14 +22,6 @@ __all__ = [
     "refuse_strangers",
     "whole_parameters",
 ]
-
-
-class NotWholeError(LayoutError):
-    """Tensors that are not known to be whole layers; `described` says which, and why, of each."""
-
-    def __init__(self, described: Sequence[str], message: str):
-        super().__init__(message)
-        self.described = described
 
 
 def whole_parameters(
@@ -90,14 +81,14 @@ def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor], *, parts_a
     """
     strangers = [why for tensor in tensors for why in _why_not_whole(optimizer, tensor, parts_are_known)]
     if strangers:
-        raise NotWholeError(
-            strangers,
+        raise LayoutError(
             f"cannot compute exact trust ratios for {listing(strangers)}. Supported: parameters handed to the "
             "optimizer's constructor (also under DDP), DeepSpeed ZeRO stages 1, 2 and 3, FSDP1 with "
             "use_orig_params=True, FSDP2 (fully_shard), tensor parallelism by DTensor and by Megatron, and Megatron's "
             "DistributedOptimizer; one kind of wrapper per optimizer. Construct the optimizer with the model's own "
             "parameters and pass that object to the wrapper; one that takes another's place comes in by "
             "add_param_group, and its state after that.",
+            not_whole=strangers,
         )
 
 
