@@ -178,7 +178,7 @@ def clip_grad_norm_(
     Returns:
         The norm before clipping, fp64: of the whole model, 0-d; for ``per_layer=True`` of each layer, shape (layers,),
         in the order of the parameter groups. Where the wrapper holds gradients back, nobody knows it yet: the tensor is
-        NaN, and the step writes the norm into it; it stays NaN if the step is skipped, and the clip is dropped.
+        NaN, and the step writes the norm into it; it stays NaN if DeepSpeed skips the step, and the clip is dropped.
 
     Raises:
         TypeError: If `optimizer` is none of torch's, and wraps none.
