@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from .norms.chain import innermost_optimizers
+from .norms.chain import stepped_by
 from .norms.clipping import clip
 from .norms.command import main
 from .norms.kept_layout import KeptLayout
-from .norms.measured_step import fetch
+from .norms.measured_step import Reduced, fetch
 from .norms.names import observed
 from .norms.observation import Observation
 from .norms.records import LayerNorm, MeasuredNorms
@@ -45,12 +45,14 @@ class LayerNorms:
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
     A measured step takes one all-reduce of (7 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
-    squares are in fp64. Nothing waits for the device until `latest()`. Under pipeline parallelism each stage has
+    squares are in fp64. After the first measured step nothing waits for the device
+    until `latest()`. Under pipeline parallelism each stage has
     its own layers.
 
     Args:
         optimizer: The optimizer, or whatever wraps it: accelerate's, DeepSpeed's (the engine too), Lightning's,
-            Megatron's. It may be wrapped later.
+            Megatron's. These may be made later. Another wrapper, which may move weights besides, is measured
+            as a whole.
         model: The model, wrapped or not, whose names the layers get. By default names come from the optimizer's
             named parameters, from the modules that live in the process, or are "group.index".
         every: Steps 1·every, 2·every, ... are measured; or a function that is asked when a step begins, by the step's
@@ -60,7 +62,8 @@ class LayerNorms:
         TypeError: If `optimizer` is none of torch's, and wraps none.
         ValueError: If `every` is neither a positive integer nor a function; at the first measured step, if a parameter
             is complex.
-        LayoutError: At the first measured step, if nobody can say where the layers are.
+        LayoutError: At the first measured step, if nobody can say where the layers are, or if data-parallel ranks have
+            different numbers of the same layers.
     """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int | Callable[[int], bool] = 1):
@@ -70,14 +73,18 @@ class LayerNorms:
         self._callbacks: list[Callable[[LayerNorms], Any]] = []
         self._fetched: tuple[list[Any], MeasuredNorms] = ([], MeasuredNorms())
         observe = partial(observed, model=model)
-        inner = innermost_optimizers(optimizer, "LayerNorms")
-        self._replacement = ReplacementWatch(inner, observe)
-        then = self._was_measured, self._replacement.remove
-        self._observations = [Observation(KeptLayout(one, observe), wanted, *then) for one in inner]
+        stepped = stepped_by(optimizer, "LayerNorms")
+        replacement = ReplacementWatch([one.optimizer for one in stepped], observe, self._is_under_way)
+        then = self._was_measured, replacement.remove
+        self._last: list[Reduced] = []
+        self._observations = [
+            Observation(KeptLayout(one.optimizer, observe), one.around, wanted, *then) for one in stepped
+        ]
+        self._watching: list[ReplacementWatch | Observation] = [replacement, *self._observations]
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
-        reduced = [one.reduced for one in self._observations if one.reduced is not None]
+        reduced = self._reduced()
         if self._fetched[0] != reduced:
             self._fetched = reduced, fetch(reduced)
         return self._fetched[1]
@@ -118,22 +125,30 @@ class LayerNorms:
                 added to the step's number.
 
         Raises:
-            ValueError: If no place is given, `numbers` has an unknown name, `steps_done` is negative, or the file that
-                should be continued holds anything but measured steps.
-            TypeError: If `tensorboard`, `wandb`, `log` or `layers` is of another kind.
+            ValueError: If no place is given, `numbers` has an unknown name, `steps_done` is negative, the file that
+                should be continued holds anything but measured steps, or is already written to in this process.
+            TypeError: If an argument is of another kind.
+            ImportError: If `tensorboard` is a folder, and TensorBoard is not installed.
             OSError: If the file cannot be written; on the first rank.
         """
         scalars = Scalars(layers, numbers)
-        check_targets(tensorboard, wandb, log, steps_done)
+        check_targets(file, tensorboard, wandb, log, steps_done)
         if is_first_rank():
             write = make_writer(scalars, steps_done, file=file, tensorboard=tensorboard, wandb=wandb, log=log)
             self.on_measure(lambda norms: write(norms.latest(), steps_done + norms.latest().step))
 
     def remove(self) -> None:
-        """Measure no more; `latest()` keeps what it has."""
-        self._replacement.remove()
-        for observation in self._observations:
-            observation.remove()
+        """Measure no more, and forget optimizer and model; `latest()` keeps what it has."""
+        self._last = self._reduced()
+        for watching in self._watching:
+            watching.remove()
+        self._watching, self._observations, self._callbacks = [], [], []
+
+    def _reduced(self) -> list[Reduced]:
+        return [one.reduced for one in self._observations if one.reduced is not None] or self._last
+
+    def _is_under_way(self) -> bool:
+        return any(one.is_under_way() for one in self._observations)
 
     def _was_measured(self) -> None:
         steps = {one.reduced.number if one.reduced else 0 for one in self._observations if one.has_tensors()}
@@ -162,16 +177,18 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping, fp64: of the whole model, 0-d; for ``per_layer=True`` of each layer, shape (layers,),
-        in the order of the parameter groups. Where the wrapper holds gradients back, it is NaN until the step.
+        in the order of the parameter groups. Where the wrapper holds gradients back, nobody knows it yet: the tensor is
+        NaN, and the step writes the norm into it; it stays NaN if DeepSpeed skips the step, and the clip is dropped.
 
     Raises:
         TypeError: If `optimizer` is none of torch's, and wraps none.
-        ValueError: If `max_norm` is negative or no number, or `per_layer` another value.
-        LayoutError: If the norms cannot be exact here; the message says what to set instead.
+        ValueError: If `max_norm` is negative, NaN or no number, or `per_layer` another value.
+        LayoutError: If the norms cannot be exact here, or data-parallel ranks have different ones; the message says
+            what to set instead.
     """
     _check_model(model)
-    inner = innermost_optimizers(optimizer, "clip_grad_norm_")
-    return clip(inner, max_norm, per_layer, model)
+    stepped = [one.optimizer for one in stepped_by(optimizer, "clip_grad_norm_")]
+    return clip(stepped, max_norm, per_layer, model)
 
 
 def _wanted(every: int | Callable[[int], bool]) -> Callable[[int], bool]:

@@ -21,7 +21,7 @@ from .guards.first_step import FirstStepCheck
 from .guards.replaced import ConflictingSettingsError, innermost
 from .layer_norms import LayerNorms
 from .norms.scalars import SHOWN, Scalars
-from .norms.targets import Writer, begin_file, check_every
+from .norms.targets import Writer, begin_file, check_every, check_file
 
 __all__ = ["LayerNormsCallback", "LightningBackend"]
 
@@ -58,7 +58,7 @@ class LayerNormsCallback(Callback):
 
     Raises:
         ImportError: If Lightning is not installed.
-        TypeError: If a pattern is no text.
+        TypeError: If `file` is no path, or a pattern no text.
         ValueError: If `every` is no positive integer, or a number has an unknown name; on all ranks when training
             begins, if there is no such optimizer or several and none was chosen, if the file cannot be written, or
             should be continued and holds anything but measured steps.
@@ -77,6 +77,7 @@ class LayerNormsCallback(Callback):
             raise ImportError("LayerNormsCallback needs Lightning: pip install lightning")
         if every is not None:
             check_every(every)
+        check_file(file)
         self.every = every
         self.file = file
         self.optimizer = optimizer

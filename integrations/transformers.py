@@ -42,7 +42,7 @@ from .guards.trainer import (
 from .layer_norms import LayerNorms
 from .named_layers import named_layers
 from .norms.scalars import SHOWN, Scalars
-from .norms.targets import Writer, begin_file, check_every
+from .norms.targets import Writer, begin_file, check_every, check_file
 
 __all__ = [
     "LayerNormsCallback",
@@ -276,7 +276,7 @@ class LayerNormsCallback(TrainerCallback):
         numbers: Which numbers of each of these layers, names as in `LayerNorm`.
 
     Raises:
-        TypeError: If `trainer` is none, or a pattern no text.
+        TypeError: If `trainer` is none, `file` no path, or a pattern no text.
         ValueError: If `every` is no positive integer, or a number has an unknown name; on all ranks when training
             begins, if the file cannot be written, or should be continued and holds anything but measured steps.
     """
@@ -294,6 +294,7 @@ class LayerNormsCallback(TrainerCallback):
             raise TypeError(f"LayerNormsCallback takes a Trainer or nothing, and was given {type(trainer).__name__}")
         if every is not None:
             check_every(every)
+        check_file(file)
         self.trainer = trainer
         self._calling: Trainer | None = None
         self.every = every

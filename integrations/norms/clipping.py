@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,13 +16,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from trustratio.optimizers.formulas.chunks import Flattened, multiply, squares
 from trustratio.optimizers.formulas.rows import Rows
+from trustratio.optimizers.sharding.data_parallel import processes
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
-from trustratio.optimizers.stepping.gradients import read_gradients
+from trustratio.optimizers.stepping.agreement import GRADIENT
+from trustratio.optimizers.stepping.gradients import read_gradients, version_of
 
 from .kept_layout import KeptLayout
 from .names import observed
 from .shard_sums import ShardSums
+from .steps_under_way import is_inner_step, watch_steps
 
 __all__ = ["clip", "clip_now"]
 
@@ -31,9 +37,8 @@ def clip(
     optimizers: Sequence[torch.optim.Optimizer], max_norm: float, per_layer: bool | str, model: torch.nn.Module | None
 ) -> torch.Tensor:
     """As `clip_grad_norm_`, of the optimizers that are stepped."""
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0 <= max_norm <= inf:
-        raise ValueError(f"max_norm must be a number of at least 0, got {max_norm!r}")
-    if per_layer not in (False, True, "rows"):
+    limit = _limit(max_norm)
+    if not isinstance(per_layer, bool) and per_layer != "rows":
         raise ValueError(f'per_layer must be False, True or "rows", got {per_layer!r}')
     clippers = [_clipper(optimizer, model) for optimizer in optimizers]
     held_back = [clipper for clipper in clippers if not clipper.kept.has_own_parameters()]
@@ -45,7 +50,19 @@ def clip(
         )
     for clipper in clippers:
         clipper.prepare(per_layer)
-    return clippers[0].clip_at_step(max_norm, per_layer) if held_back else _clip_seen(clippers, max_norm, per_layer)
+    return clippers[0].clip_at_step(limit, per_layer) if held_back else _clip_seen(clippers, limit, per_layer)
+
+
+def _limit(max_norm: Any) -> float:
+    """A limit as a float, however large.
+
+    Raises:
+        ValueError: If it is negative or no number.
+    """
+    is_number = isinstance(max_norm, Real) and not isinstance(max_norm, bool)
+    if is_number and 0 <= max_norm <= inf:
+        return float(max_norm) if max_norm <= sys.float_info.max else inf
+    raise ValueError(f"max_norm must be a number of at least 0, got {max_norm!r}")
 
 
 @torch.no_grad()
@@ -55,8 +72,28 @@ def _clip_seen(clippers: Sequence[Clipper], max_norm: float, per_layer: bool | s
     norms = torch.cat([one.norms.to(measured[0].norms.device) for one in measured])
     whole = torch.linalg.vector_norm(norms)
     for clipper, one in zip(clippers, measured, strict=True):
-        clipper.noted = one.clip(max_norm, whole if per_layer is False else None)
+        clipper.kept.agree({GRADIENT: one.norms})
+        clipper.note(clipper.all_tensors, one.clip(max_norm, whole if per_layer is False else None))
     return norms if per_layer is True else whole
+
+
+@dataclass
+class _Pending:
+    """A clip that was arranged for the next step.
+
+    Attributes:
+        max_norm: As of `clip_grad_norm_`.
+        per_layer: Likewise.
+        norms: What it has returned.
+        waiting: Ids of the tensors that are to be stepped before it is done.
+        skipped: How many steps the wrapper had skipped by then.
+    """
+
+    max_norm: float
+    per_layer: bool | str
+    norms: torch.Tensor
+    waiting: set[int]
+    skipped: int
 
 
 class Clipper:
@@ -66,20 +103,34 @@ class Clipper:
 
     Attributes:
         kept: The optimizer, and the layout of its steps.
-        noted: Whether a clip has made gradients of the coming step smaller; None where there was no clip.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None):
         self.model = None if model is None else weakref.ref(model)
         self.kept = KeptLayout(optimizer, functools.partial(observed, model=model))
-        self.noted: bool | torch.Tensor | None = None
         self._sums: ShardSums | None = None
         self._rows: Rows | None = None
         self._masks: dict[frozenset[int], torch.Tensor] = {}
-        self._pending: tuple[float, bool | str, torch.Tensor] | None = None
-        self._waiting: set[int] = set()  # ids of tensors that are to be stepped before the pending clip is done
-        self._in_call = False
-        self.handles = [optimizer.register_step_post_hook(self._after_call)]
+        self._pending: _Pending | None = None
+        self._skipped: Callable[[], int] = int
+        self._call: Any = None  # the keywords of the step that has begun, which no other step shares
+        self._clipped: bool | torch.Tensor | None = None
+        self._versions = WeakIdKeyDictionary()  # of the gradients as the last clip has left them
+        self.handles = watch_steps(optimizer, after=self._after_call)
+        self._is_told = False
+
+    def note(self, call: Collection[int], clipped: bool | torch.Tensor) -> None:
+        """Remember whether the gradients of a call have become smaller, for as long as they stay as they are now."""
+        self._clipped = clipped
+        self._versions = WeakIdKeyDictionary({g: version_of(g) for g in self._gradients(call)})
+
+    def noted(self) -> bool | torch.Tensor | None:
+        """Whether a clip has made the gradients that are stepped smaller; None where they do not come from one."""
+        if self._sums is None or self._clipped is None:
+            return None
+        gradients = self._gradients(self.kept.of_call())
+        known = gradients and all(self._versions.get(g) == version_of(g) for g in gradients)
+        return self._clipped if known else None
 
     @property
     def all_tensors(self) -> range:
@@ -90,9 +141,12 @@ class Clipper:
         """Find the layout, and the rows that are cut, if they are not known or tensors have changed since."""
         if self._sums is None or not self.kept.is_current():
             self._sums, self._rows, self._masks = ShardSums(self.kept.resolve()), None, {}
+            self._skipped = self.kept.count_skipped_steps()
         if per_layer == "rows" and self._rows is None:
             _refuse_rows(self._known.layout)
             self._rows = Rows(self._known.layout, range(len(self._known.layout.layers)))
+        if per_layer is False:
+            _refuse_own_layers(self._known.layout)
         if not self.kept.in_parts and per_layer is False and self._known.layout.gradient_norm is not None:
             self._norm_of_wrapper()
 
@@ -105,29 +159,45 @@ class Clipper:
         layout = self._known.layout
         shape = (len(layout.layers),) if per_layer is True else ()
         norms = torch.full(shape, float("nan"), dtype=torch.float64, device=layout.numbers_device)
-        if len(self.handles) == 1:  # not before, as a clip at once may be made by another such hook
-            self.handles.append(self.kept.optimizer.register_step_pre_hook(lambda *_: self.clip_pending()))
-        self._pending, self._waiting = (max_norm, per_layer, norms), set(self.kept.stepped)
+        if not self._is_told:  # not before, as a clip at once may be made by another such hook
+            self.handles += watch_steps(self.kept.optimizer, before=self._before_call)
+            self._is_told = True
+        self._pending = _Pending(max_norm, per_layer, norms, set(self.kept.stepped), self._skipped())
         return norms
 
+    def _before_call(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_inner_step(optimizer):
+            self.clip_pending(kwargs)
+
     @torch.no_grad()
-    def clip_pending(self) -> None:
-        """Clip the gradients of the call that begins, once, if that was arranged."""
-        if self._pending is None or self._in_call:
+    def clip_pending(self, kwargs: Any) -> None:
+        """Clip the gradients of the call that begins, once, if that was arranged.
+
+        Args:
+            kwargs: The keywords of the call, by which it is known.
+        """
+        pending = self._pending
+        if pending is None or kwargs is self._call:
             return
-        self._in_call = True
-        max_norm, per_layer, norms = self._pending
-        self.prepare(per_layer)
+        self._call = kwargs
+        tensors = {id(tensor) for group in self.kept.optimizer.param_groups for tensor in group["params"]}
+        if pending.skipped != self._skipped() or (tensors and pending.waiting.isdisjoint(tensors)):
+            self._pending = None  # its step was skipped, or ended by an exception
+            return
+        pending.waiting -= tensors
+        if not pending.waiting or not self.kept.in_parts:
+            self._pending = None
+        self.prepare(pending.per_layer)
         call = self.kept.of_call()
         layout = self._known.layout
-        measured = self.measure(call, per_layer)
-        if per_layer is True:
+        norms, measured = pending.norms, self.measure(call, pending.per_layer)
+        if pending.per_layer is True:
             norms.copy_(torch.where(self._layers_of(call), measured.norms, norms))
         elif layout.gradient_norm is None:
             norms.copy_(torch.linalg.vector_norm(measured.norms))
         else:
             norms.copy_(self._norm_of_wrapper())
-        self.noted = measured.clip(max_norm, norms if per_layer is False else None)
+        self.note(call, measured.clip(pending.max_norm, norms if pending.per_layer is False else None))
 
     def _layers_of(self, call: Collection[int]) -> torch.Tensor:
         """Which layers are in a call's local tensors, shape (layers,), bool; sent to the device once, as that waits."""
@@ -138,10 +208,13 @@ class Clipper:
         return self._masks[key]
 
     def _after_call(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_call, self.noted = False, None
-        self._waiting -= {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        if not self._waiting:
-            self._pending = None
+        if not is_inner_step(optimizer):
+            self._call = None
+
+    def _gradients(self, call: Collection[int]) -> list[torch.Tensor]:
+        """Those that the optimizer sees, in a call's local tensors."""
+        gradients = [self._known.layout.tensors[index].grad for index in call]
+        return [gradient for gradient in gradients if gradient is not None]
 
     @property
     def _known(self) -> ShardSums:
@@ -173,13 +246,21 @@ def _clipper(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) ->
     return known
 
 
-def clip_now(optimizer: torch.optim.Optimizer) -> bool | torch.Tensor | None:
-    """Do the arranged clip of an optimizer whose step begins; whether any made its gradients smaller, None if none."""
+def clip_now(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool | torch.Tensor | None:
+    """Do the arranged clip of an optimizer whose step begins.
+
+    Args:
+        optimizer: The optimizer.
+        kwargs: The keywords of the step.
+
+    Returns:
+        Whether any clip has made the gradients smaller that it steps with; None if there was none.
+    """
     clipper: Clipper | None = _clippers[optimizer]() if optimizer in _clippers else None
     if clipper is None:
         return None
-    clipper.clip_pending()
-    return clipper.noted
+    clipper.clip_pending(kwargs)
+    return clipper.noted()
 
 
 class Measured:
@@ -292,6 +373,16 @@ class Measured:
         assert clipped is not None
         if source.data_ptr() != clipped.data_ptr():
             source.copy_(clipped)
+
+
+def _refuse_own_layers(layout: Layout) -> None:
+    """Raise LayoutError if a rank has layers of its own, of which others would have to add up the norms, too."""
+    own = [layer.name for layer in layout.layers if not getattr(layer.parameter, "allreduce", True)]
+    if own and not layout.reductions and layout.gradient_norm is None and processes() > 1:
+        raise LayoutError(
+            f"clip_grad_norm_ by the norm of the whole model: each rank has layers of its own (allreduce = False), "
+            f"{listing(own)}, so that ranks would clip what they share differently. Use per_layer=True"
+        )
 
 
 def _refuse_rows(layout: Layout) -> None:

@@ -7,12 +7,14 @@ and JavaScript's `Number` both read.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from .records import MeasuredNorms
 
@@ -22,6 +24,9 @@ _LONGEST = 2**28
 """Bytes of a line: 200,000 layers take less. A file without any line ends is not read into memory whole."""
 
 _MOST_STEPS = 2**53
+
+_in_use: WeakValueDictionary[str, NormsFile] = WeakValueDictionary()
+"""Files by their paths, each with what writes to it."""
 
 
 class NormsFile:
@@ -36,14 +41,15 @@ class NormsFile:
         steps_done: Steps that training has taken before.
 
     Raises:
-        ValueError: If what is there and should be continued holds anything but measured steps.
+        ValueError: If what is there and should be continued holds anything but measured steps, or another of these
+            writes to the file.
         OSError: If the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], steps_done: int = 0):
         self._path = Path(path)
-        if self._path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder: give the name of a file", str(self._path))
+        _refuse_folder(self._path)
+        self._claim()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if steps_done and self._path.exists():
             replace_text(self._path, _continued(self._path, steps_done))
@@ -59,6 +65,18 @@ class NormsFile:
             step: Its number in the training, which may have begun before the measuring.
         """
         self._append(_line({**measured.record(), "step": step}))
+
+    def _claim(self) -> None:
+        """Be the only one that writes to the file, for as long as this object is in use."""
+        file = str(self._path.resolve())
+        if file in _in_use:
+            gc.collect()  # the other may be garbage
+        if file in _in_use:
+            raise ValueError(
+                f"{str(self._path)!r} is already written to by another LayerNorms of this process: give another file, "
+                "or call remove() of that one"
+            )
+        _in_use[file] = self
 
     def _append(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8", errors="replace") as file:
@@ -78,11 +96,24 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
 
 
 def replace_text(path: Path, texts: Iterable[str]) -> None:
-    """Write a UTF-8 file that is either the old one or the new one at any time."""
+    """Write a UTF-8 file that is either the old one or the new one at any time.
+
+    Raises:
+        OSError: If it cannot be written; the error names the file.
+    """
+    _refuse_folder(path)
     unfinished = path.with_name(f"{path.name}.new")
-    with unfinished.open("w", encoding="utf-8", errors="replace") as file:
-        file.writelines(texts)
-    unfinished.replace(path)
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="replace") as file:
+            file.writelines(texts)
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder: give the name of a file", str(path))
 
 
 def _continued(path: Path, steps_done: int) -> Iterator[str]:

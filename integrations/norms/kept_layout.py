@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers.sharding.backends import whole_step
-from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError
+from trustratio.optimizers.sharding.backends import find_data_parallel, whole_step
+from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, listing
 from trustratio.optimizers.sharding.local_tensors import cut_of
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.sharding.resolve import resolve_layout
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
+from trustratio.optimizers.stepping.agreement import Agreement
 from trustratio.optimizers.stepping.taking_part import taking_part
+
+from .names import observed
 
 __all__ = ["KeptLayout"]
 
@@ -44,6 +47,7 @@ class KeptLayout:
         self._looked_at: set[int] = set()
         self._cuts: dict[int, Any] = {}
         self.in_parts = False
+        self._agreement = Agreement()
 
     def has_own_parameters(self) -> bool:
         """Whether the optimizer is stepped with the model's own parameters, so that their gradients can be seen."""
@@ -69,6 +73,25 @@ class KeptLayout:
             if id(tensor) in here or id(tensor) not in self.stepped  # stand-ins, which are in no group
         ]
 
+    def count_skipped_steps(self) -> Callable[[], int]:
+        """What counts the steps that the wrapper leaves out, as after an overflow: always 0 where no wrapper tells."""
+        try:
+            found = find_data_parallel(self._look())
+        except LayoutError:  # which only matters to who needs to know the ranks
+            found = None
+        return int if found is None else found.skipped_steps
+
+    def agree(self, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Compare the layers' numbers, of shape (layers,), with the other ranks that have the same layers.
+
+        Once for every layout, and a second time if no layer had a gradient at first. Waits for the device.
+
+        Raises:
+            LayoutError: On all ranks, if they differ by more than rounding.
+        """
+        if self._agreement.steps_left and self.layout is not None:
+            self._agreement.compare(self._look(), self.layout, numbers)
+
     def resolve(self) -> Layout:
         """Find and prove the layout; a collective, so on all ranks alike.
 
@@ -84,17 +107,33 @@ class KeptLayout:
         try:
             layout = resolve_layout(self._look(), pairs)
         except LayoutError as error:
-            if all(self._look().was_given(tensor) for _, tensor in pairs):
+            if not error.not_whole:
                 raise
-            raise LayoutError(
-                f"{error} Of {type(self.optimizer).__name__} only parameters of modules pass for layers: give "
-                "LayerNorms the model, or a torch.nn.ParameterList of parameters that are in no module"
-            ) from error
+            raise LayoutError(self._why_unknown([tensor for _, tensor in pairs], error.not_whole)) from error
         self.layout = layout = with_layers_of_others(layout)
+        self._agreement = Agreement()
         self._cuts = {id(tensor): cut_of(tensor) for _, tensor in pairs}
         self.stepped = frozenset(self._cuts)
         self._looked_at |= self.stepped
         return layout
+
+    def _why_unknown(self, tensors: Sequence[torch.Tensor], described: Sequence[str]) -> str:
+        """What to say where tensors are not known to be layers, the reason for each of which was given."""
+        strangers = [tensor for tensor in tensors if not self._look().was_given(tensor)]
+        if not strangers:
+            return f"norms of layers cannot be exact for {listing(described)}"
+        optimizer, anywhere = type(self.optimizer).__name__, observed(self.optimizer, None)
+        shapes = listing([f"shape {tuple(tensor.shape)}" for tensor in strangers], shown=3)
+        if all(map(anywhere.was_given, strangers)):
+            return (
+                f"norms of layers: the model that was given lacks {len(strangers)} of the {len(tensors)} parameters "
+                f"that {optimizer} steps, of {shapes}: give the model that the optimizer trains"
+            )
+        return (
+            f"norms of layers: {optimizer} steps {len(strangers)} tensors of {shapes} that are parameters of no "
+            "module, and no known wrapper has made: give LayerNorms the model, or a torch.nn.ParameterList of "
+            "parameters that are in no module"
+        )
 
     def _look(self) -> ObservedOptimizer:
         """The optimizer in the words of backends; made anew when it has other tensors, as the model may have too."""

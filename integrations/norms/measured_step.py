@@ -9,6 +9,7 @@ from math import inf, sqrt
 import torch
 
 from trustratio.optimizers.sharding.local_tensors import local_part
+from trustratio.optimizers.stepping.agreement import GRADIENT as GRADIENT_NORM
 from trustratio.optimizers.stepping.gradients import read_gradients
 
 from .records import LayerNorm, MeasuredNorms
@@ -36,6 +37,7 @@ class MeasuredStep:
         self.stepped: set[int] = set()
         self._sums = sums
         self._old: list[torch.Tensor | None] = []
+        self._gradients: torch.Tensor | None = None
         device, layers = self.layout.numbers_device, len(self.layout.layers)
         self._numbers = torch.zeros(3, 3, layers, dtype=torch.float64, device=device)
 
@@ -47,7 +49,7 @@ class MeasuredStep:
         ]
 
     def see_gradients(self, call: Collection[int], scale: torch.Tensor | None) -> None:
-        """Measure the gradients that are there now.
+        """Measure the gradients that are there now; of a call, those that were seen last count.
 
         Args:
             call: As in `before`.
@@ -60,10 +62,15 @@ class MeasuredStep:
             divisor = scale.to(device=found.device, dtype=found.dtype)
             found[SQUARES] /= divisor.square()
             found[LARGEST] /= divisor
-        self._numbers[GRADIENT] += found
+        self._gradients = found
 
-    def after(self, call: Collection[int]) -> None:
-        """Measure the copied weights, and what has become of them."""
+    def after(self, call: Collection[int], clipped: Sequence[bool | torch.Tensor]) -> None:
+        """Measure the copied weights, and what has become of them.
+
+        Args:
+            call: As in `before`.
+            clipped: What each of those who clip says of the call.
+        """
         old, sums = self._old, self._sums
         new = [
             local_part(tensor).detach().contiguous() if index in call else None
@@ -71,7 +78,10 @@ class MeasuredStep:
         ]
         self._numbers[WEIGHT] += sums.numbers(lambda chunk: sums.read(old, chunk), call)
         self._numbers[UPDATE] += sums.numbers(lambda chunk: sums.read(new, chunk) - sums.read(old, chunk), call)
-        self._old = []
+        assert self._gradients is not None
+        self._numbers[GRADIENT] += self._gradients
+        self.clipped += clipped
+        self._old, self._gradients = [], None
 
     def reduce(self, slots: Slots, limit: float | None) -> Reduced:
         """Add up over all shards: one all-reduce per process group, and in most set-ups there is one.
@@ -114,6 +124,11 @@ class Reduced:
     layers: Sequence[tuple[str, int]]
     numbers: torch.Tensor
     clipped: Sequence[bool | torch.Tensor]
+
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Of weight, gradient and update of each layer, shape (layers,)."""
+        names = "norm of the weights", GRADIENT_NORM, "norm of the update"
+        return dict(zip(names, self.numbers[:, SQUARES].sqrt(), strict=True))
 
 
 def fetch(of_optimizers: Sequence[Reduced]) -> MeasuredNorms:

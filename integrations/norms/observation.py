@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .clipping import clip_now
 from .kept_layout import KeptLayout
 from .measured_step import MeasuredStep, Reduced
 from .shard_sums import ShardSums, Slots
-from .steps_under_way import is_inner_step
+from .steps_under_way import is_inner_step, watch_steps
 
 __all__ = ["Observation"]
 
@@ -24,9 +25,11 @@ class Observation:
     """Steps of one optimizer, counted from now on.
 
     A step has ended when all tensors of it have been stepped; it was given up if one of them is stepped again before.
+    One that an exception ends does not count.
 
     Args:
         kept: The optimizer and the layout of its steps.
+        around: A wrapper whose `step()` is the whole step, and which runs no hooks; None if that is the optimizer's.
         wanted: Whether a step is measured, by its number; asked when it begins, and answers alike on all ranks.
         on_reduced: Called after a measured step has been reduced.
         on_stepped: Called after every step.
@@ -39,6 +42,7 @@ class Observation:
     def __init__(
         self,
         kept: KeptLayout,
+        around: Any,
         wanted: Callable[[int], bool],
         on_reduced: Callable[[], None],
         on_stepped: Callable[[], None],
@@ -54,11 +58,14 @@ class Observation:
         self._sums: ShardSums | None = None
         self._slots: Slots | None = None
         self._step: MeasuredStep | None = None
+        self._in_call = self._is_stepping = False
         self._call: frozenset[int] | None = None
-        self._handles = [
-            kept.optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            kept.optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
-        ]
+        self._said: Sequence[bool | torch.Tensor | None] = ()
+        uncompiled = torch.compiler.disable
+        whole, before = (kept.optimizer, self._begin_and_see) if around is None else (around, self._begin)
+        self._handles = watch_steps(whole, before=uncompiled(before), after=uncompiled(self._end))
+        if around is not None:
+            self._handles += watch_steps(kept.optimizer, before=uncompiled(self._before))
 
     def remove(self) -> None:
         """Watch no more."""
@@ -70,60 +77,107 @@ class Observation:
         """Whether it will be stepped: a chain may have optimizers of nothing, which are not."""
         return any(group["params"] for group in self._kept.optimizer.param_groups)
 
-    @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if is_inner_step(optimizer):
-            return
-        self._call = None
-        tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        if not tensors or not self._stepped or not self._stepped.isdisjoint(tensors):
-            self._begin()
-        self._stepped |= tensors
-        if not self._measuring:
-            return
-        clipped = clip_now(optimizer)  # first, as it changes the gradients
-        self._resolve()
-        assert self._sums is not None
-        if self._step is None:
-            self._step = MeasuredStep(self.steps, self._sums)
-        by_wrapper = self._sums.layout.clipped
-        said = [clipped, None if by_wrapper is None else by_wrapper()]
-        self._step.clipped += [one for one in said if one is not None]
-        self._call = frozenset(self._kept.of_call())
-        self._step.before(self._call)
-        if _closure(args, kwargs) is None:
-            self._step.see_gradients(self._call, _scale(optimizer))
+    def is_under_way(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._in_call
+
+    def _begin_and_see(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        self._begin(optimizer, args, kwargs)
+        return self._before(optimizer, args, kwargs)
 
     @torch.no_grad()
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if is_inner_step(optimizer):
+    def _begin(self, whole: Any, args: Any, kwargs: Any) -> None:
+        if is_inner_step(whole):
             return
+        if self._in_call:  # the call before was ended by an exception
+            self._give_up()
+        self._in_call, self._is_stepping, self._call = True, False, None
+        tensors = {id(tensor) for group in self._kept.optimizer.param_groups for tensor in group["params"]}
+        if not tensors or not self._stepped or not self._stepped.isdisjoint(tensors):
+            self._begin_step()
+        self._stepped |= tensors
+        if self._measuring:
+            self._resolve()
+            assert self._sums is not None
+            if self._step is None:
+                self._step = MeasuredStep(self.steps, self._sums)
+            self._call = frozenset(self._kept.of_call())
+            self._step.before(self._call)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if is_inner_step(optimizer) or not self._in_call:
+            return None
+        self._is_stepping = True
+        self._see(kwargs)
+        return self._watch_closure(args, kwargs)
+
+    def _see(self, kwargs: Any) -> None:
+        """Measure the gradients of the call as they are now, and ask who has clipped them."""
+        if self._call is None:
+            return
+        clipped = clip_now(self._kept.optimizer, kwargs)  # first, as it changes the gradients
+        assert self._step is not None
+        by_wrapper = self._step.layout.clipped
+        self._said = clipped, None if by_wrapper is None else by_wrapper()
+        self._step.see_gradients(self._call, _scale(self._kept.optimizer))
+
+    def _watch_closure(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """What `step` is called with, if a closure makes the gradients: it is measured what it has made at last."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if self._call is None or not callable(closure):
+            return None
+
+        @functools.wraps(closure)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            with torch.no_grad():
+                self._see(call)
+            return loss
+
+        call = kwargs
+        if "closure" in kwargs:
+            kwargs["closure"] = watched
+            return args, kwargs
+        return (args[0], watched, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _end(self, whole: Any, args: Any, kwargs: Any) -> None:
+        if is_inner_step(whole):
+            return
+        if not self._is_stepping:  # the wrapper has left this step out
+            self._give_up()
+            return
+        self._in_call = self._is_stepping = False
         self._on_stepped()
-        step, call = self._step, self._call
+        step, call, self._call = self._step, self._call, None
         if step is None or call is None:
             return
-        if _closure(args, kwargs) is not None:  # which has made the gradients
-            step.see_gradients(call, _scale(optimizer))
-        step.after(call)
+        step.after(call, [one for one in self._said if one is not None])
         step.stepped |= self._stepped
-        self._call = None
         if step.stepped >= self._kept.stepped:
             self._step = None
             assert self._slots is not None
-            self.reduced = step.reduce(self._slots, _own_limit(optimizer))
+            self.reduced = step.reduce(self._slots, _own_limit(self._kept.optimizer))
+            self._kept.agree(self.reduced.norms())
             self._on_reduced()
 
-    def _begin(self) -> None:
+    def _begin_step(self) -> None:
         if self._step is not None:
             warnings.warn(
                 f"step {self._step.number} of {type(self._kept.optimizer).__name__} was not measured: a wrapper has "
                 "stepped a part of its tensors only, and begun the next step",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._step = None
         self.steps += 1
-        self._measuring = self._wanted(self.steps)
         self._stepped = set()
+        self._measuring = self._wanted(self.steps)
+
+    def _give_up(self) -> None:
+        """Forget the step under way, as if it had not begun."""
+        self.steps -= 1
+        self._in_call, self._step, self._call, self._stepped = False, None, None, set()
 
     def _resolve(self) -> None:
         """Find the layout, if it is not known or tensors have changed since."""
@@ -136,12 +190,6 @@ class Observation:
             )
         self._sums = ShardSums(self._kept.resolve())
         self._slots = Slots(self._sums.layout)
-
-
-def _closure(args: Any, kwargs: Any) -> Any:
-    """The closure that `step` was called with, which hooks get with the optimizer before it."""
-    given = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    return given if callable(given) else None
 
 
 def _scale(optimizer: Any) -> torch.Tensor | None:

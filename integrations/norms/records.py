@@ -50,7 +50,8 @@ class MeasuredNorms(dict[str, LayerNorm]):
     Attributes:
         step: Number of the step since the measuring began, counted from 1; 0 where none was measured so far.
         model: The numbers of all layers together; None where none was measured.
-        clipped: Whether the gradient was clipped before the optimizer saw it; None where nobody knows.
+        clipped: Whether the gradient was clipped before the optimizer saw it, by `clip_grad_norm_` of this package,
+            by DeepSpeed or by our own optimizer; None where nobody knows, as after torch's own clipping.
     """
 
     def __init__(

@@ -16,8 +16,7 @@ from trustratio.optimizers.sharding.layout import LayoutError
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.stepping.taking_part import taking_part
 
-from .chain import innermost_of
-from .steps_under_way import steps_under_way
+from .chain import innermost_optimizers, stepped_by
 
 __all__ = ["ReplacementWatch"]
 
@@ -28,13 +27,16 @@ class ReplacementWatch:
     Args:
         optimizers: Those that are measured.
         observe: Makes of an optimizer what backends are asked about.
+        are_under_way: Whether one of those is within its step, of which other optimizers' steps may be parts.
     """
 
     def __init__(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         observe: Callable[[torch.optim.Optimizer], ObservedOptimizer],
+        are_under_way: Callable[[], bool],
     ):
+        self._are_under_way = are_under_way
         self._measured: WeakSet[torch.optim.Optimizer] = WeakSet(optimizers)
         self._observe = observe
         self._seen: WeakSet[torch.optim.Optimizer] = WeakSet()
@@ -50,10 +52,18 @@ class ReplacementWatch:
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer not in self._measured and optimizer not in self._seen:
             self._seen.add(optimizer)
-            is_wrapper = any(one in self._measured for one in innermost_of(optimizer))
-            is_part = any(one in self._measured for one in steps_under_way())
-            if not is_wrapper and not is_part and self._steps(optimizer):
+            inside = [one for one in innermost_optimizers(optimizer) if one in self._measured]
+            if inside and stepped_by(optimizer, "LayerNorms")[0].optimizer is optimizer:
+                self._warn_of_wrapper(type(optimizer).__name__, type(inside[0]).__name__)
+            elif not inside and not self._are_under_way() and self._steps(optimizer):
                 self._warn(type(optimizer).__name__)
+
+    def _warn_of_wrapper(self, wrapper: str, inside: str) -> None:
+        warnings.warn(
+            f"LayerNorms measures the steps of {inside}, which {wrapper} takes: if that moves the weights besides, "
+            f"give LayerNorms the {wrapper}",
+            stacklevel=5,
+        )
 
     def _warn(self, stepped: str) -> None:
         given = " and ".join(type(one).__name__ for one in self._measured)

@@ -6,6 +6,7 @@ import fnmatch
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from typing import Any
 
 from .records import LayerNorm, MeasuredNorms
 
@@ -28,15 +29,12 @@ class Scalars:
 
     Raises:
         ValueError: If a number has no such name.
-        TypeError: If a pattern is no text.
+        TypeError: If a pattern or a number's name is no text.
     """
 
     def __init__(self, layers: str | Iterable[str] = "*", numbers: Iterable[str] = SHOWN):
-        self._patterns = (layers,) if isinstance(layers, str) else tuple(layers)
-        for pattern in self._patterns:
-            if not isinstance(pattern, str):
-                raise TypeError(f'layers takes names or patterns such as "encoder.*", and was given {pattern!r}')
-        self._numbers = (numbers,) if isinstance(numbers, str) else tuple(numbers)
+        self._patterns = _texts(layers, 'layers takes names or patterns such as "encoder.*"')
+        self._numbers = _texts(numbers, 'numbers takes names such as "ratio"')
         for number in self._numbers:
             if number not in NUMBERS:
                 raise ValueError(f"numbers has {number!r}; there are: {', '.join(NUMBERS)}")
@@ -63,3 +61,12 @@ class Scalars:
             if not fnmatch.filter(self._matching, pattern):
                 some = ", ".join(list(self._matching)[:3])
                 warnings.warn(f"no layer has a name like {pattern!r}; there are {some}, ...", stacklevel=2)
+
+
+def _texts(given: Any, allowed: str) -> tuple[str, ...]:
+    """One text or several, as a tuple."""
+    texts = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{allowed}, one or several, and was given {text!r}")
+    return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from .file import NormsFile
 from .records import MeasuredNorms
 from .scalars import Scalars
 
-__all__ = ["Log", "Writer", "begin_file", "check_every", "check_targets", "is_first_rank", "make_writer"]
+__all__ = ["Log", "Writer", "begin_file", "check_every", "check_file", "check_targets", "is_first_rank", "make_writer"]
 
 Log = Callable[[dict[str, float], int], Any]
 """Takes numbers by name, and the step: ``accelerator.log``, a Lightning logger's ``log_metrics``, a function."""
@@ -34,12 +35,21 @@ def check_every(every: Any) -> None:
         raise ValueError(f"every must be an integer of at least 1, got {every!r}")
 
 
-def check_targets(tensorboard: Any, wandb: Any, log: Any, steps_done: int) -> None:
-    """Raise TypeError or ValueError, on all ranks alike, for what `make_writer` cannot write to; None is nothing."""
+def check_file(file: Any) -> None:
+    """Raise TypeError if it is no path; None is nothing."""
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f"file takes a path, and was given {file!r}")
+
+
+def check_targets(file: Any, tensorboard: Any, wandb: Any, log: Any, steps_done: int) -> None:
+    """Raise an error, on all ranks alike, for what `make_writer` cannot write to; None is nothing."""
+    check_file(file)
     if tensorboard is not None and not (
         isinstance(tensorboard, (str, os.PathLike)) or hasattr(tensorboard, "add_scalar")
     ):
         raise TypeError(f"tensorboard takes a folder or a SummaryWriter, and was given {type(tensorboard).__name__}")
+    if isinstance(tensorboard, (str, os.PathLike)) and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError('write_to(tensorboard=...) needs TensorBoard: pip install "trustratio[loggers]"')
     if wandb is not None and not (hasattr(wandb, "log") and hasattr(wandb, "define_metric")):
         raise TypeError(f"wandb takes a run, which wandb.init() returns, and was given {type(wandb).__name__}")
     if log is not None and not callable(log):

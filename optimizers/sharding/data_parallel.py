@@ -97,18 +97,22 @@ def processes() -> int:
 # DDP ----------------------------------------------------------------------------------------------------------------
 
 
-def ddp_ranks(optimizer: Any) -> DataParallel | None:
+def ddp_ranks(optimizer: Any, *, ignored_too: bool = False) -> DataParallel | None:
     """The ranks of the DDP modules that hold the parameters; None unless they hold all that are trained.
 
     DDP leaves no reference to itself on them.
 
+    Args:
+        optimizer: The optimizer.
+        ignored_too: Whether a module that does not average the gradients of a parameter holds it, too.
+
     Raises:
         LayoutError: If there are DDP modules of different ranks.
     """
-    found = _ddp_of_parameters(optimizer)
+    found = _ddp_of_parameters(optimizer, ignored_too)
     if len(found) > 1:
         gc.collect()  # one of them may be garbage
-        found = _ddp_of_parameters(optimizer)
+        found = _ddp_of_parameters(optimizer, ignored_too)
     told = optimizer.data_parallel_group
     if len(found) > 1 and (told is None or _ranks_of(told) not in found):
         raise LayoutError(
@@ -130,7 +134,7 @@ def _any_joins(modules: Iterable[DistributedDataParallel]) -> bool:
     return any(config.enable and not config.throw_on_early_termination for config in configs if config is not None)
 
 
-def _ddp_of_parameters(optimizer: Any) -> dict[tuple[int, ...], list[DistributedDataParallel]]:
+def _ddp_of_parameters(optimizer: Any, ignored_too: bool) -> dict[tuple[int, ...], list[DistributedDataParallel]]:
     """The living DDP modules that together average all trained parameters, by their ranks; none if any is left out.
 
     On a rank that trains nothing, where others do, those count that the optimizer was given.
@@ -143,16 +147,16 @@ def _ddp_of_parameters(optimizer: Any) -> dict[tuple[int, ...], list[Distributed
     found: dict[tuple[int, ...], list[DistributedDataParallel]] = {}
     for module in modules:
         ranks = _ranks_of(vars(module).get("process_group"))
-        averaged = wanted & _averaged_by(module) if ranks is not None else set()
+        averaged = wanted & _held_by(module, ignored_too) if ranks is not None else set()
         if ranks is not None and averaged:
             found.setdefault(ranks, []).append(module)
-    covered = {key for modules in found.values() for module in modules for key in _averaged_by(module)}
+    covered = {key for modules in found.values() for module in modules for key in _held_by(module, ignored_too)}
     return found if wanted <= covered else {}
 
 
-def _averaged_by(module: DistributedDataParallel) -> set[int]:
-    """The ids of the parameters that a DDP module averages the gradients of."""
-    ignored = vars(module).get("parameters_to_ignore", ())
+def _held_by(module: DistributedDataParallel, ignored_too: bool = False) -> set[int]:
+    """The ids of the parameters that a DDP module averages the gradients of, or of all."""
+    ignored = () if ignored_too else vars(module).get("parameters_to_ignore", ())
     inner = vars(module).get("_modules", {}).get("module")  # None under construction
     return {id(p) for name, p in inner.named_parameters() if name not in ignored} if inner is not None else set()
 
@@ -236,7 +240,7 @@ def unknown_ranks(optimizer: Any) -> LayoutError:
 
 def _outside_ddp(optimizer: Any) -> list[str]:
     """The trained parameters that no DDP module averages, where some have one."""
-    averaged = {key for module in living(DistributedDataParallel) for key in _averaged_by(module)}
+    averaged = {key for module in living(DistributedDataParallel) for key in _held_by(module)}
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     outside = [p for p in trained if id(p) not in averaged]
     named = [optimizer.parameter_name(p) or f"one of shape {tuple(p.shape)}" for p in outside]

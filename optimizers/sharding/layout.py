@@ -24,7 +24,15 @@ __all__ = ["Layer", "Layout", "LayoutError", "Shard", "listing"]
 
 
 class LayoutError(RuntimeError):
-    """Local tensors that no backend can explain, or a layout that does not cover its layers exactly once."""
+    """Local tensors that no backend can explain, or a layout that does not cover its layers exactly once.
+
+    Attributes:
+        not_whole: Descriptions of tensors that are not known to be whole layers, if that is the reason.
+    """
+
+    def __init__(self, message: str, not_whole: Sequence[str] = ()):
+        super().__init__(message)
+        self.not_whole = tuple(not_whole)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def refuse_strangers(optimizer: Any, tensors: Sequence[torch.Tensor], *, parts_a
             "use_orig_params=True, FSDP2 (fully_shard), tensor parallelism by DTensor and by Megatron, and Megatron's "
             "DistributedOptimizer; one kind of wrapper per optimizer. Construct the optimizer with the model's own "
             "parameters and pass that object to the wrapper; one that takes another's place comes in by "
-            "add_param_group, and its state after that."
+            "add_param_group, and its state after that.",
+            not_whole=strangers,
         )
 
 

@@ -19,12 +19,14 @@ import torch
 import torch.distributed as dist
 
 from ..sharding.backends import find_data_parallel
+from ..sharding.data_parallel import ddp_ranks
 from ..sharding.differences import digest
 from ..sharding.layout import Layer, Layout, LayoutError, listing
 from ..sharding.living import living
 from ..sharding.local_tensors import reduction_device
+from ..sharding.observed import ObservedOptimizer
 
-__all__ = ["Agreement"]
+__all__ = ["GRADIENT", "Agreement"]
 
 STEPS = 2
 """How often ranks compare at most: a second time if no layer had a gradient at first, as when a wrapper makes state."""
@@ -66,11 +68,21 @@ class Agreement:
         Raises:
             LayoutError: On all ranks of a process group, if its ranks differ by more than rounding.
         """
-        groups = [(group, names) for group, names in _sharing(optimizer, layout) if dist.get_world_size(group) > 1]
+        self.compare(optimizer, layout, {RATIO: ratios, GRADIENT: gradient_squares.sqrt()}, cut_too=True)
+
+    def compare(
+        self, optimizer: Any, layout: Layout, numbers: Mapping[str, torch.Tensor], *, cut_too: bool = False
+    ) -> None:
+        """The same for any optimizer, and numbers of layers by what they are, shape (layers,), `GRADIENT` among them.
+
+        Ranks over which a layer is cut have the same sums of it, and are asked about it only if `cut_too`.
+        """
+        sharing = _sharing(optimizer, layout, cut_too)
+        groups = [(group, names) for group, names in sharing if dist.get_world_size(group) > 1]
         self.steps_left = self.steps_left - 1 if groups else 0
         if not groups:
             return
-        quantities = _quantities(optimizer, layout, ratios, gradient_squares)
+        quantities = _quantities(optimizer, layout, numbers)
         differences: list[_Difference] = []
         for process_group, names in groups:
             of_layers = {name: quantities[index] for index, name in names.items()}
@@ -89,7 +101,7 @@ def _tell(beyond_rounding: Sequence[str], different: Sequence[str]) -> None:
             "ranks that train the same layers have taken different steps, so that their weights drift apart: "
             f"{listing(beyond_rounding, shown=3)}. Average the gradients of all these ranks before step() (under "
             "DistributedDataParallel, let the last backward run outside no_sync()), and give all of them the same "
-            "weights, state and options"
+            "weights, state and options. Layers that each rank has of its own say so: parameter.allreduce = False"
         )
     if different:
         warnings.warn(
@@ -103,19 +115,19 @@ def _tell(beyond_rounding: Sequence[str], different: Sequence[str]) -> None:
 # Who shares layers --------------------------------------------------------------------------------------------------
 
 
-def _sharing(optimizer: Any, layout: Layout) -> Iterator[tuple[dist.ProcessGroup, Mapping[int, str]]]:
+def _sharing(optimizer: Any, layout: Layout, cut_too: bool) -> Iterator[tuple[dist.ProcessGroup, Mapping[int, str]]]:
     """The process groups whose ranks have the same layers, or parts of them, as far as anybody knows.
 
     Each with these layers' indices, and names that are the same on all ranks.
     """
     # A group may cut some layers and repeat others.
     by_ranks: dict[tuple[int, ...], tuple[dist.ProcessGroup, dict[int, str]]] = {}
-    for process_group, layers in (*layout.reductions, *layout.replicas):
+    for process_group, layers in (*(layout.reductions if cut_too else ()), *layout.replicas):
         ranks = tuple(dist.get_process_group_ranks(process_group))
         names_there = by_ranks.setdefault(ranks, (process_group, {}))[1]
         names_there.update({index: layout.layers[index].name for index in layers})
     yield from by_ranks.values()
-    covered = {index for _, names_there in by_ranks.values() for index in names_there}
+    covered = {index for _, layers in (*layout.reductions, *layout.replicas) for index in layers}
     if layout.others is not None or (layout.layers and len(covered) == len(layout.layers)):
         return
     data_parallel = _data_parallel(optimizer)
@@ -134,6 +146,8 @@ def _data_parallel(optimizer: Any) -> list[dist.ProcessGroup]:
         found = find_data_parallel(optimizer)
     except LayoutError:
         return []
+    if found is None and isinstance(optimizer, ObservedOptimizer):
+        found = ddp_ranks(optimizer, ignored_too=True)
     groups = () if found is None or found.joins() else (found.process_group, found.replicas)
     return [group for group in groups if group is not None]
 
@@ -172,17 +186,18 @@ def _names_in_models(wanted: set[int]) -> dict[int, str]:
 # What they have -----------------------------------------------------------------------------------------------------
 
 
-def _quantities(
-    optimizer: Any, layout: Layout, ratios: torch.Tensor, gradient_squares: torch.Tensor
-) -> list[Quantities]:
+def _quantities(optimizer: Any, layout: Layout, numbers: Mapping[str, torch.Tensor]) -> list[Quantities]:
     """Of each layer of the layout."""
+    defaults = getattr(optimizer, "defaults", ())  # an observed one has none
     options = [
-        {name: _plain(group[name]) for name in optimizer.defaults if name in group} for group in optimizer.param_groups
+        {name: _plain(group[name]) for name in defaults if name in group}
+        for group in optimizer.param_groups
+        if defaults
     ]
-    rounded = torch.stack([ratios, gradient_squares.sqrt()]).to(torch.float32).tolist()
+    rounded = torch.stack(list(numbers.values())).to(torch.float32).T.tolist()
     return [
-        {RATIO: ratio, GRADIENT: norm, **options[layout.groups[layer.tensor]]}
-        for layer, ratio, norm in zip(layout.layers, *rounded, strict=True)
+        {**dict(zip(numbers, of_layer, strict=True)), **(options[layout.groups[layer.tensor]] if options else {})}
+        for layer, of_layer in zip(layout.layers, rounded, strict=True)
     ]
 
 

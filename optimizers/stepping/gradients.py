@@ -18,7 +18,12 @@ from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import is_plain, local_part, placements_of, reduction_device
 from .storage_order import as_it_lies, in_the_order_of
 
-__all__ = ["read_gradients"]
+__all__ = ["read_gradients", "version_of"]
+
+
+def version_of(gradient: torch.Tensor) -> int:
+    """How often torch has changed a tensor in place: what was known of it is of one version."""
+    return gradient._version
 
 
 def read_gradients(layout: Layout, as_they_lie: Collection[int] = ()) -> list[torch.Tensor | None]:

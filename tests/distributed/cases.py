@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -270,26 +270,29 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
 
 
 class CollectiveCounter:
-    """Counts the collectives issued inside each `optimizer.step()` call."""
+    """Counts the collectives issued inside each `optimizer.step()` call, until it is closed.
+
+    Several may count at once, and be closed in any order: torch.distributed has its own functions back after the last.
+    """
+
+    _open: ClassVar[list[CollectiveCounter]] = []
+    _originals: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.per_call: list[int] = []
         self.all_reduces: list[int] = []
         self._inside = False
-        self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
-        for name, original in self._originals.items():
-            setattr(dist, name, self._counting(name, original))
+        if not self._open:
+            self._originals.update({name: getattr(dist, name) for name in COLLECTIVES})
+            for name, original in self._originals.items():
+                setattr(dist, name, _counted(name, original))
+        self._open.append(self)
         optimizer.register_step_pre_hook(lambda *_: self._enter())
         optimizer.register_step_post_hook(lambda *_: self._leave())
 
-    def _counting(self, name: str, original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
-                self.per_call[-1] += 1
-                self.all_reduces[-1] += name == "all_reduce"
-            return original(*args, **kwargs)
-
-        return call
+    def count(self, name: str, process_group: Any) -> None:
+        self.per_call[-1] += 1
+        self.all_reduces[-1] += name == "all_reduce"
 
     def _enter(self) -> None:
         self._inside = True
@@ -300,8 +303,29 @@ class CollectiveCounter:
         self._inside = False
 
     def close(self) -> None:
-        for name, original in self._originals.items():
-            setattr(dist, name, original)
+        if self in self._open:
+            self._open.remove(self)
+            if not self._open:
+                for name, original in self._originals.items():
+                    setattr(dist, name, original)
+
+    @classmethod
+    def close_all(cls) -> int:
+        """Close those that are open; how many."""
+        left = list(cls._open)
+        for counter in left:
+            counter.close()
+        return len(left)
+
+
+def _counted(name: str, original: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for counter in CollectiveCounter._open:
+            if counter._inside:
+                counter.count(name, kwargs.get("group"))
+        return original(*args, **kwargs)
+
+    return call
 
 
 def run_case(case: Case) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+from trustratio.integrations.norms.kept_layout import KeptLayout
 from trustratio.integrations.norms.measured_step import MeasuredStep
 from trustratio.integrations.norms.shard_sums import Slots
 
@@ -196,11 +197,14 @@ def measure_local_parts(case: Case, wrapped: Wrapped) -> dict[str, Any]:
         step.layout = replace(step.layout, reductions=())
         return reduce(step, Slots(step.layout), *args[1:])
 
+    agree = KeptLayout.agree
     MeasuredStep.reduce = local  # type: ignore[method-assign]
+    KeptLayout.agree = lambda *_: None  # type: ignore[method-assign]
     try:
         return measure(case, wrapped)
     finally:
         MeasuredStep.reduce = reduce  # type: ignore[method-assign]
+        KeptLayout.agree = agree  # type: ignore[method-assign]
 
 
 def whole_weights(run: Run) -> dict[str, torch.Tensor]:

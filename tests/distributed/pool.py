@@ -129,6 +129,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         deepspeed.init_distributed("gloo", verbose=False)
 
         from ..young_objects import search_young_objects_alone
+        from .cases import CollectiveCounter
         from .reused_groups import reuse_groups
 
         reuse_groups()
@@ -143,6 +144,10 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             return
         try:
             search_young_objects_alone()
-            pipe.send((True, function(*args, **kwargs)))
+            answer = function(*args, **kwargs)
+            left = CollectiveCounter.close_all()
+            assert not left, f"{function.__name__} has left {left} CollectiveCounter open"
+            pipe.send((True, answer))
         except BaseException:
+            CollectiveCounter.close_all()
             pipe.send((False, traceback.format_exc()))

@@ -44,15 +44,9 @@ class GroupCounter(CollectiveCounter):
         self.ranks: list[list[list[int]]] = []
         super().__init__(optimizer)
 
-    def _counting(self, name: str, original: Any) -> Any:
-        counted = super()._counting(name, original)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
-                self.ranks[-1].append(dist.get_process_group_ranks(kwargs.get("group") or dist.group.WORLD))
-            return counted(*args, **kwargs)
-
-        return call
+    def count(self, name: str, process_group: Any) -> None:
+        super().count(name, process_group)
+        self.ranks[-1].append(dist.get_process_group_ranks(process_group or dist.group.WORLD))
 
     def _enter(self) -> None:
         super()._enter()

@@ -102,6 +102,20 @@ def test_a_clip_is_of_one_step(pool: WorkerPool, sharding: str, world_size: int)
         assert clipped == [True, *[None if sharding == "megatron" else False] * (case.steps - 1)]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_clip_of_a_step_that_was_skipped_is_none_of_the_next(pool: WorkerPool, stage: int, world_size: int) -> None:
+    scaler = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    case = make_case("torch.SGD", stage, dtype="fp16", spread=0.0, overflow=(0,), config={"fp16": scaler})
+    case = Case(**{**vars(case), "groups": ({"lr": 0.5},) * 2})
+    wanted = expected_norms(case)
+    for answer in pool.run(measure, case, Wrapped(outermost=True), clip={"max_norm": 0.1}, clips_until=1):
+        for record, of_step in zip(answer["records"][1:], wanted, strict=True):
+            assert_measured(record, of_step)
+            assert not record["clipped"]
+        assert all(norm != norm for norm in answer["norms"])
+
+
 @pytest.mark.parametrize("mode", [False, True, "rows"])
 @pytest.mark.parametrize("world_size", [2])
 def test_bf16_optimizer(pool: WorkerPool, mode: Any, world_size: int) -> None:

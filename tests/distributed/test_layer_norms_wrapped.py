@@ -9,11 +9,13 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
 
 from . import test_dtensor_parallel
+from .accelerate_runs import fresh_accelerate, unbuilt_cpu_adam
 from .pool import WorkerPool
 from .test_megatron import Network, OlderUnit, megatron
 
@@ -133,6 +135,42 @@ def test_the_optimizer_of_a_config_is_named(pool: WorkerPool, stage: int, world_
     assert pool.run(train_another_optimizer, stage, "engine") == [([], 2)] * world_size
 
 
+def train_offloaded(given: str) -> tuple[list[str], int, float]:
+    """Warnings about DeepSpeedCPUAdam in AdamW's place, which moves all weights by 1; the last step and its norm."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
+    with fresh_accelerate(deepspeed=True), unbuilt_cpu_adam():
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        model: Any = torch.nn.Linear(4, 3)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+        norms = LayerNorms(optimizer, model) if given == "own" else None
+        model, optimizer = accelerator.prepare(model, optimizer)
+        norms = norms or LayerNorms(optimizer, model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accelerator.backward(model(torch.ones(2, 4)).square().sum())
+            optimizer.step()
+        model.destroy()
+        norms.remove()
+    found = norms.latest()
+    said = [str(warning.message) for warning in caught if "LayerNorms" in str(warning.message)]
+    return said, found.step, 0.0 if found.model is None else found.model.update
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_optimizer_that_accelerate_puts_in_the_place_under_offload(pool: WorkerPool, world_size: int) -> None:
+    for said, step, _ in pool.run(train_offloaded, "own"):
+        assert len(said) == 1
+        assert "was given AdamW, but DeepSpeedCPUAdam steps its parameters" in said[0]
+        assert '"zero_force_ds_cpu_optimizer" to false' in said[0]
+        assert step == 0
+    for said, step, update in pool.run(train_offloaded, "prepared"):
+        assert (said, step) == ([], 1)
+        assert update == pytest.approx(15**0.5, rel=1e-6)
+
+
 def train_16_bits(stage: int) -> tuple[int, dict[str, Any], float]:
     """Norms that are asked for before BF16_Optimizer (1) or FP16_UnfusedOptimizer (0) is made."""
     torch.manual_seed(0)
@@ -189,3 +227,53 @@ def test_a_flat_tensor_is_no_layer(pool: WorkerPool, world_size: int) -> None:
     for said in pool.run(train_one_part):
         assert "shape (15,)" in said
         assert "give LayerNorms the model" in said
+
+
+class Experts(torch.nn.Module):
+    """A layer that all ranks share, and one that DDP leaves to each."""
+
+    def __init__(self, marked: bool) -> None:
+        super().__init__()
+        self.shared, self.own = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+        if marked:
+            self.own.weight.allreduce = False  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.own(self.shared(x))
+        return result
+
+
+def train_own_layers(marked: bool, differ: bool, clip: bool) -> tuple[str, dict[str, float]]:
+    """What is said of a layer that DDP does not average, and the norms of the gradients."""
+    torch.manual_seed(0)
+    model = Experts(marked)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["own.weight"])
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = None if clip else LayerNorms(optimizer, parallel)
+    parallel(torch.full((2, 4), float(1 + differ * dist.get_rank()))).sum().backward()
+    try:
+        if clip:
+            clip_grad_norm_(optimizer, 0.1, model=model)
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), {}
+    return "", {} if norms is None else {name: layer.gradient for name, layer in norms.latest().items()}
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_that_differ_between_ranks(pool: WorkerPool, clip: bool, world_size: int) -> None:
+    for said, _ in pool.run(train_own_layers, False, True, clip):
+        assert "ranks that train the same layers have taken different steps" in said
+        assert "own.weight: " in said
+        assert "norm of the gradient" in said
+        assert "allreduce = False" in said
+    assert [said for said, _ in pool.run(train_own_layers, False, False, clip)] == [""] * 2
+    of_ranks = pool.run(train_own_layers, True, True, clip)  # the program says that each rank has its own
+    if clip:
+        assert all("each rank has layers of its own (allreduce = False), own.weight" in said for said, _ in of_ranks)
+    else:
+        assert [said for said, _ in of_ranks] == [""] * 2
+        assert of_ranks[0][1]["shared.weight"] == of_ranks[1][1]["shared.weight"]
+        assert of_ranks[0][1]["own.weight"] != of_ranks[1][1]["own.weight"]

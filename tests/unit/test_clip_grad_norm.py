@@ -108,10 +108,20 @@ def test_bad_limits(limit: Any) -> None:
         clip_grad_norm_(torch.optim.SGD(make_model().parameters(), lr=0.1), limit)
 
 
+def test_a_limit_larger_than_any_float_clips_nothing() -> None:
+    model = make_model()
+    give_gradients(model)
+    before = gradients_of(model)
+    clip_grad_norm_(torch.optim.SGD(model.parameters(), lr=0.1), 10**400, model=model)
+    assert all(map(torch.equal, gradients_of(model), before))
+
+
 def test_bad_arguments() -> None:
     optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r'per_layer must be False, True or "rows", got \'columns\''):
         clip_grad_norm_(optimizer, 1.0, per_layer="columns")
+    with pytest.raises(ValueError, match=r'per_layer must be False, True or "rows", got 1'):
+        clip_grad_norm_(optimizer, 1.0, per_layer=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"clip_grad_norm_ needs a torch\.optim\.Optimizer.*got dict"):
         clip_grad_norm_({}, 1.0)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or None, got str"):

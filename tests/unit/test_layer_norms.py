@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.integrations.layer_norms import LayerNorms, MeasuredNorms
+from trustratio.integrations.layer_norms import LayerNorms, MeasuredNorms, clip_grad_norm_
 from trustratio.integrations.norms.names import unwrapped_names
 from trustratio.optimizers import LAMB, create_optimizer
 from trustratio.optimizers.sharding import backends
 from trustratio.optimizers.sharding.backends import Backend
+from trustratio.optimizers.sharding.layout import LayoutError
 
 from .test_waiting import META, NothingFromTheHost
 
@@ -428,6 +429,38 @@ def test_an_optimizer_within_the_measured_one_has_not_taken_its_place() -> None:
         warnings.simplefilter("error")
         wanted = step_of(model, optimizer)
     assert_measured(norms.latest(), wanted)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_that_the_optimizer_does_not_train(shared: bool) -> None:
+    trained, other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    model = trained[0] if shared else other
+    lacks = r"the model that was given lacks \d of the 4 parameters that SGD steps, of shape \([23], 2\)"
+    LayerNorms(optimizer, model)
+    give_gradients(trained)
+    for attempt in (optimizer.step, lambda: clip_grad_norm_(optimizer, 1.0, model=model)):
+        with pytest.raises(LayoutError, match=lacks + ".*give the model that the optimizer trains") as caught:
+            attempt()
+        assert "trust ratio" not in str(caught.value)
+        assert "constructor" not in str(caught.value)
+
+
+def test_what_was_removed_holds_neither_model_nor_hooks() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    norms.on_measure(lambda found, model=model: model.zero_grad())  # type: ignore[misc]
+    step_of(model, optimizer)
+    norms.remove()
+    norms.remove()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    weights, kept = weakref.ref(model[0].weight), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert (weights(), kept()) == (None, None)
+    assert norms.latest().step == 1
 
 
 def test_nothing_is_no_optimizer() -> None:

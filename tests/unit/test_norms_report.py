@@ -259,7 +259,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (str(tmp_path / "none.jsonl"),): "No such file or directory",
         (str(tmp_path),): "Is a directory",
         (str(path), "--output", str(path)): "the page would be written over",
-        (str(path), "--output", str(tmp_path / "none" / "page.html")): "No such file or directory",
+        (str(path), "--output", str(tmp_path / "none" / "page.html")): "page.html': No such file or directory",
+        (str(path), "--output", "."): "'.': it is a folder: give the name of a file",
     }
     for arguments, said in refused.items():
         assert main(["report", *arguments]) == 2

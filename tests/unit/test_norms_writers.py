@@ -261,3 +261,42 @@ def test_several_norms_that_have_not_stepped_yet() -> None:
     for training in trainings:
         training.take(1)
     assert [training.norms.latest().step for training in trainings] == [1, 1, 1]
+
+
+def test_two_writers_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = Training(), Training()
+    one.norms.write_to(file="norms.jsonl")
+    for training in (one, other):
+        with pytest.raises(ValueError, match=r"norms\.jsonl' is already written to by another LayerNorms"):
+            training.norms.write_to(file=tmp_path / "norms.jsonl")
+    one.take(1)
+    assert steps(tmp_path / "norms.jsonl") == [1]
+    one.norms.remove()
+    other.norms.write_to(file="norms.jsonl")
+    del other, training
+    Training().norms.write_to(file="norms.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        (
+            {"layers": 3},
+            TypeError,
+            r'layers takes names or patterns such as "encoder\.\*", one or several, and was given 3',
+        ),
+        ({"numbers": 3}, TypeError, 'numbers takes names such as "ratio", one or several, and was given 3'),
+        ({"numbers": [3]}, TypeError, "was given 3"),
+        ({"file": 3}, TypeError, "file takes a path, and was given 3"),
+    ],
+)
+def test_arguments_of_other_kinds(options: dict[str, Any], error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        Training().norms.write_to(**{"log": print, **options})
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'needs TensorBoard: pip install "trustratio\[loggers\]"'):
+        Training().norms.write_to(tensorboard=tmp_path)

@@ -1,0 +1,339 @@
+"""What belongs to a measured step: wrappers that move weights, closures, exceptions, and steps that are left out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.optim import PostLocalSGDOptimizer
+
+from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+
+from .test_layer_norms import assert_measured, give_gradients, make_model, step_of
+from .test_proxies import PROXIES
+
+# Wrappers -----------------------------------------------------------------------------------------------------------
+
+
+def shrink(optimizer: Any) -> None:
+    """What the wrappers here do besides: as Lookahead, they move the weights after the inner step."""
+    while not hasattr(optimizer, "param_groups"):
+        optimizer = optimizer.optimizer
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.mul_(0.5)
+
+
+class Plain:
+    """None of torch's."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.optimizer.step(closure)
+        shrink(self.optimizer)
+        return loss
+
+
+class Borrowing(torch.optim.Optimizer):
+    """Of torch's class, without its constructor, and so without hooks."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, {}
+
+    step = Plain.step  # type: ignore[assignment]
+
+
+class Genuine(torch.optim.Optimizer):
+    """With groups and hooks of its own."""
+
+    def __init__(self, optimizer: Any):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return Plain.step(self, closure)  # type: ignore[arg-type]
+
+
+class Averager:
+    def average_parameters(self, params: Any) -> None:
+        shrink(self)
+
+    param_groups: Any = None
+
+
+def averaging(optimizer: Any) -> Any:
+    """Torch's own, which averages parameters after the step."""
+    averager: Any = Averager()
+    averager.param_groups = optimizer.param_groups
+    return PostLocalSGDOptimizer(optimizer, averager)
+
+
+class Engine:
+    """Takes the backward pass into its step."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+    def step(self, backward: Callable[[], None]) -> None:
+        self.optimizer.zero_grad()
+        backward()
+        self.optimizer.step()
+
+
+WRAPPERS = (Plain, Borrowing, Genuine, averaging)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("inner", [lambda one: one, *PROXIES])
+def test_a_wrapper_that_moves_weights_is_measured_as_a_whole(wrap: Any, inner: Any) -> None:
+    model = make_model()
+    optimizer = wrap(inner(torch.optim.AdamW(model.parameters(), lr=0.1)))
+    norms = LayerNorms(optimizer, model)
+    for step in (1, 2):
+        wanted = step_of(model, optimizer, step)
+        assert norms.latest().step == step
+        assert_measured(norms.latest(), wanted)
+    norms.remove()
+    step_of(model, optimizer)
+    assert norms.latest().step == 2
+    assert "step" not in vars(optimizer)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_around_one_that_moves_weights(wrap: Any) -> None:
+    model = make_model()
+    optimizer = wrap(wrap(torch.optim.SGD(model.parameters(), lr=0.1)))
+    norms = LayerNorms(optimizer, model)
+    wanted = step_of(model, optimizer)
+    assert_measured(norms.latest(), wanted)
+
+
+def test_parameters_of_a_wrapper_beside_those_inside() -> None:
+    class Beside(torch.optim.SGD):
+        def __init__(self, own: Any, others: Any):
+            super().__init__(own, lr=0.1)
+            self.optim = torch.optim.AdamW(others, lr=0.1)
+
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.optim.step()
+
+    model = make_model()
+    own, *others = model.parameters()
+    optimizer = Beside([own], others)
+    norms = LayerNorms(optimizer, model)
+    wanted = step_of(model, optimizer)
+    assert_measured(norms.latest(), wanted)
+
+
+def test_one_of_torch_s_class_without_hooks() -> None:
+    class Bare(Borrowing):
+        def __init__(self, optimizer: Any):
+            super().__init__(optimizer)
+            self.base = vars(self).pop("optimizer")
+
+        def step(self, closure: Any = None) -> Any:
+            self.base.step(closure)
+            shrink(self)
+
+    model = make_model()
+    optimizer = Bare(torch.optim.SGD(model.parameters(), lr=0.1))
+    norms = LayerNorms(optimizer, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wanted = step_of(model, optimizer)
+    assert_measured(norms.latest(), wanted)
+    give_gradients(model)
+    clip_grad_norm_(optimizer, 0.25, model=model)
+    optimizer.step()
+    assert norms.latest().clipped is True
+
+
+def test_an_engine_whose_step_makes_the_gradients() -> None:
+    model = make_model()
+    engine = Engine(torch.optim.SGD(model.parameters(), lr=0.1))
+    norms = LayerNorms(engine, model)
+
+    class Stepping:
+        def step(self) -> None:
+            engine.step(lambda: give_gradients(model, 3))
+
+    wanted = step_of(model, Stepping(), 3)
+    assert_measured(norms.latest(), wanted)
+
+
+def test_a_step_that_the_wrapper_leaves_out_does_not_count() -> None:
+    class Skipping(Plain):
+        skips = True
+
+        def step(self, closure: Any = None) -> Any:
+            return None if self.skips else super().step(closure)
+
+    model = make_model()
+    optimizer = Skipping(torch.optim.SGD(model.parameters(), lr=0.1))
+    norms = LayerNorms(optimizer, model)
+    step_of(model, optimizer)
+    assert norms.latest().step == 0
+    optimizer.skips = False
+    wanted = step_of(model, optimizer)
+    assert norms.latest().step == 1
+    assert_measured(norms.latest(), wanted)
+
+
+def test_a_schedule_may_watch_the_same_wrapper() -> None:
+    model = make_model()
+    optimizer = Borrowing(torch.optim.SGD(model.parameters(), lr=0.1))
+    first = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    norms = LayerNorms(optimizer, model)
+    second = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in (1, 2):
+            wanted = step_of(model, optimizer, step)
+            first.step()
+            second.step()
+            assert norms.latest().step == step
+            assert_measured(norms.latest(), wanted)
+
+
+def test_a_wrapper_made_later_is_named() -> None:
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(inner, model)
+    with pytest.warns(UserWarning, match="measures the steps of SGD, which Genuine takes.*give LayerNorms the Genuine"):
+        step_of(model, Genuine(inner))
+    assert norms.latest().step == 1
+
+
+# Closures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.LBFGS])
+def test_gradients_of_a_closure_that_the_step_drops(make: Any, by_name: bool) -> None:
+    class Dropping(make):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            self.zero_grad()
+            return loss
+
+    model = make_model()
+    optimizer = Dropping(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        give_gradients(model, 3)
+        return torch.zeros(())
+
+    if by_name:
+        optimizer.step(closure=closure)
+    else:
+        optimizer.step(closure)
+    give_gradients(model, 3)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert norms.latest()[name].gradient == pytest.approx(p.grad.norm().item(), rel=1e-6)
+
+
+def test_a_clip_in_a_closure() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+
+    def closure() -> torch.Tensor:
+        give_gradients(model)
+        return clip_grad_norm_(optimizer, 0.25, model=model)
+
+    optimizer.step(closure)
+    assert norms.latest().clipped is True
+    assert norms.latest().model.gradient == pytest.approx(0.25, rel=1e-5)  # type: ignore[union-attr]
+
+
+# Exceptions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["closure", "callback", "every", "hook"])
+@pytest.mark.parametrize("wrap", [lambda one: one, Plain])
+def test_the_step_after_an_exception_is_measured(error: Any, where: str, wrap: Any) -> None:
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = wrap(inner)
+    breaks = {"now": False}
+
+    def may_break(at: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if breaks["now"] and at == where:
+                raise error
+            return True if at == "every" else None
+
+        return call
+
+    norms = LayerNorms(optimizer, model, every=may_break("every"))
+    norms.on_measure(may_break("callback"))
+    inner.register_step_pre_hook(may_break("hook"))
+
+    def step(seed: int) -> Any:
+        class Stepping:
+            def step(self) -> None:
+                optimizer.step(may_break("closure"))
+
+        return step_of(model, Stepping(), seed)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(0)
+        breaks["now"] = True
+        with pytest.raises(error):
+            step(1)
+        breaks["now"] = False
+        taken = 2 + (where == "callback")
+        for number in (taken, taken + 1):
+            wanted = step(number)
+            assert norms.latest().step == number
+            assert_measured(norms.latest(), wanted)
+
+
+# Steps that are left out, and clips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_a_clip_of_a_step_that_was_left_out_is_no_clip_of_the_next(to_none: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    model[0](torch.ones(3, 5)).sum().backward()
+    clip_grad_norm_(optimizer, 1e-3, model=model)
+    optimizer.zero_grad(set_to_none=to_none)  # and no step, as after an overflow
+    model[0](torch.ones(3, 5)).sum().backward()
+    optimizer.step()
+    assert norms.latest().clipped is None
+
+
+def test_a_clip_counts_for_a_step_that_is_taken_again() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    give_gradients(model)
+    clip_grad_norm_(optimizer, 0.25, model=model)
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError
+
+    handle = optimizer.register_step_pre_hook(stop)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert norms.latest().clipped is True
+    give_gradients(model)
+    optimizer.step()
+    assert norms.latest().clipped is None
