@@ -23,6 +23,7 @@ from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
 from .options.common import COMMON_DEFAULTS, OF_THE_WHOLE, CommonOptions, fill_in, floats_of, signature_of
 from .options.groups import GroupOptions
+from .options.parameters import listed
 from .options.plain import make_plain
 from .options.unknown import check_keys, refuse_unknown
 from .sharding.backends import admit, before_group
@@ -84,9 +85,10 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             common: See `CommonOptions`.
 
         Raises:
-            ValueError: If an option is out of range.
-            TypeError: If an option is unknown; the nearest is named.
+            ValueError: If an option is out of range, or there are no parameters.
+            TypeError: If an option is unknown; the nearest is named. If params are no parameters.
         """
+        params = listed(params)
         refuse_unknown(type(self), common)
         defaults = {**defaults, **common}
         for name, default in COMMON_DEFAULTS.items():

@@ -24,6 +24,7 @@ from .proposals.base import (
     check_options,
     known_at_first,
     propose,
+    refuse_hooks,
     refuse_unknown_options,
 )
 from .proposals.made_of_zeros import MadeOfZeros
@@ -50,11 +51,12 @@ class TrustRatio(LayerwiseOptimizer):
         optimizer = TrustRatio(torch.optim.RMSprop, model.named_parameters(), lr=1e-3, trust_bounds=(0, 10), alpha=0.95)
 
     The base, ``optimizer.base``, shares groups and state with this optimizer: options, state and checkpoints are its
-    own. Before the first step it is tried on two small matrices (`nature_of`), for two things. Is it element-wise? If
+    own. Before the first step it is tried on two small matrices (`nature_of`). Is it element-wise? If
     not (Muon, Shampoo, Adafactor, LAMB), it is refused where layers are cut. Do direction and state depend on the
-    learning rate? If not (AdamW, SGD, RMSprop, Lion and most), it steps at the rate 65536 and u is taken from that: at
+    learning rate? If not (AdamW, SGD, RMSprop, Lion and most), it steps at the rate 2⁴⁸ and u is taken from that: at
     small rates w - w_after has few digits of it. Else it steps at the group's own rate, with those digits; where they
-    are too few in the first step, a warning says so.
+    are too few in the first step, a warning says so. Bases are refused whose steps depend on anything outside of state
+    and groups, or that keep copies of the weights.
 
     Args:
         base_class: An optimizer class of torch's kind with an option ``lr``.
@@ -66,10 +68,12 @@ class TrustRatio(LayerwiseOptimizer):
         base_options: The base's own options; ``maximize``, ``foreach``, ``fused``, ``capturable`` are the base's too.
 
     Raises:
-        TypeError: If the class is none, or lacks an option; the nearest is named.
-        ValueError: If an option is out of range: what the base says of its own.
-        LayoutError: At the first step, if layers are cut and the base is not element-wise, or if weights of 16 bits
-            would swallow its step.
+        TypeError: If the class is none, lacks an option (the nearest is named), or registers hooks on itself; if params
+            are no parameters.
+        ValueError: If an option is out of range: what the base says of its own; if there are no parameters.
+        LayoutError: At the first step, if layers are cut and the base is not element-wise, if weights of 16 bits would
+            swallow its step, or if it keeps copies of the weights, or anything that its steps need outside of state
+            and groups.
 
     State: the base's. Sums per step: ‖w‖², ‖w - w_after‖², ‖g‖², one all-reduce if sharded. Memory: one copy of the
     local weights during the step. A layer whose gradient is zero on all ranks keeps its weights; what becomes of its
@@ -100,6 +104,7 @@ class TrustRatio(LayerwiseOptimizer):
         self.base_options = base_options
         groups = as_groups(params)
         self.base = self._make_base(groups, lr)
+        refuse_hooks(self.base)
         lr = self.base.defaults.get("lr") if lr is None else lr
         if lr is None:
             raise ValueError(
@@ -272,8 +277,8 @@ class TrustRatio(LayerwiseOptimizer):
             bounds=group["trust_bounds"],
         )
         layers.trust_ratio = rule(layers)
-        if self._looks_at_digits and not self._takes_large_rate:
-            warn_of_lost_digits(self.base_class.__name__, group, layers)
+        if self._looks_at_digits:
+            warn_of_lost_digits(self.base_class.__name__, group, layers, takes_large_rate=self._takes_large_rate)
 
     @sums_over_layers("w", "d", "g")
     def norms(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:

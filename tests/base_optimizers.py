@@ -48,7 +48,10 @@ class Lion(_Base):
 
 
 class SophiaLike(_Base):
-    """A clipped ratio of momentum and curvature, here g² in the curvature's place; counts steps in the group."""
+    """A clipped ratio of momentum and curvature, here g² in the curvature's place; counts steps in the group.
+
+    The 1 beside the curvature keeps most elements from being clipped, so that a wrong count shows.
+    """
 
     def __init__(self, params: Any, lr: float = 1e-3, rho: float = 0.04, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "rho": rho, "weight_decay": weight_decay})
@@ -63,7 +66,7 @@ class SophiaLike(_Base):
         h = state.setdefault("hessian", torch.zeros_like(p)).mul_(0.99).addcmul_(g, g, value=0.01)
         corrected = m / (1 - 0.9 ** group["step"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(group["lr"] * (corrected / (group["rho"] * h + 1e-6)).clamp(-1, 1))
+        p.sub_(group["lr"] * (corrected / (group["rho"] * h + 1)).clamp(-1, 1))
 
 
 class AdaBelief(_Base):
@@ -136,7 +139,7 @@ def sophia(w: Tensor, g: Tensor, state: dict[str, Any], *, weight_decay: float =
     t = state["t"] = state.get("t", 0) + 1
     m = state["m"] = 0.9 * state.get("m", 0) + 0.1 * g
     h = state["h"] = 0.99 * state.get("h", 0) + 0.01 * g * g
-    return ((m / (1 - 0.9**t)) / (0.04 * h + 1e-6)).clamp(-1, 1) + weight_decay * w
+    return ((m / (1 - 0.9**t)) / (0.04 * h + 1)).clamp(-1, 1) + weight_decay * w
 
 
 def adabelief(w: Tensor, g: Tensor, state: dict[str, Any], *, weight_decay: float = 0.0) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def check_range(
     name: str,
@@ -19,7 +21,7 @@ def check_range(
     low_open: bool = False,
     high_open: bool = False,
 ) -> None:
-    """Raise ValueError unless `value` is a number in the interval from `low` to `high`.
+    """Raise ValueError unless `value` is a number in the interval from `low` to `high`, and one that fp32 can hold.
 
     Args:
         name: The argument's name.
@@ -38,6 +40,8 @@ def check_range(
     below = number < high if high_open else number <= high
     if not (above and below):
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:.1e}, the largest number of fp32, got {value!r}")
 
 
 def is_number(value: Any) -> bool:
@@ -80,6 +84,8 @@ def check_bounds(name: str, bounds: Any) -> None:
     check_range(f"{name}[0]", low, 0.0)
     if not (is_number(high) and low <= high):
         raise ValueError(f"{name}[1] must be in [{low:g}, inf], got {high!r}")
+    if float(high) != math.inf:
+        check_range(f"{name}[1]", high, low)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

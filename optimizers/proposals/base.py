@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 
+from ..options.parameters import listed
 from ..options.unknown import nearest
 from ..sharding.local_tensors import local_part
 from .nature import copied, make_base, options_of_base
 
-__all__ = ["as_groups", "check_base_class", "check_options", "known_at_first", "propose", "refuse_unknown_options"]
+__all__ = [
+    "as_groups",
+    "check_base_class",
+    "check_options",
+    "known_at_first",
+    "propose",
+    "refuse_hooks",
+    "refuse_unknown_options",
+]
 
 ANY_RATE = 1e-3
 PIECE = 1 << 22
@@ -32,6 +41,17 @@ def check_base_class(base_class: Any) -> None:
     names, takes_others = options_of_base(base_class)
     if "lr" not in names and not takes_others:
         raise TypeError(f"base_class must have the option lr, against which its step is measured; {_has(base_class)}")
+
+
+def refuse_hooks(base: torch.optim.Optimizer) -> None:
+    """Raise TypeError if a base has registered hooks on itself when it was made: nothing would call them."""
+    of_base = vars(base).items()
+    kinds = [name.removeprefix("_optimizer_") for name, hooks in of_base if name.startswith("_optimizer_") and hooks]
+    if kinds:
+        raise TypeError(
+            f"{type(base).__name__} registers hooks on itself ({', '.join(kinds)}), which nothing would call: "
+            "do in its step() what they do, or register them on the TrustRatio"
+        )
 
 
 def _has(base_class: type[torch.optim.Optimizer]) -> str:
@@ -55,11 +75,9 @@ def refuse_unknown_options(
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
     """Parameters, named parameters or groups as groups, so that they can be gone over twice."""
-    if isinstance(params, torch.Tensor):
-        raise TypeError("params must be an iterable of Tensors or dicts, got one tensor")
-    given = list(params)
-    if not given or not isinstance(given[0], dict):
-        return [{"params": given}] if given else []
+    given = listed(params)
+    if not isinstance(given[0], dict):
+        return [{"params": given}]
     return [{**group, "params": _as_list(group["params"])} for group in given]
 
 

@@ -21,8 +21,11 @@ import torch
 
 __all__ = ["LARGE_RATE", "Nature", "copied", "make_base", "nature_of", "options_of_base", "step_without_hooks"]
 
-LARGE_RATE = float(2**16)
-"""A rate at which a direction shows in w - w_after with all its digits, however small it is beside the weight."""
+LARGE_RATE = float(2**48)
+"""A rate at which a direction shows in w - w_after with all its digits, however small it is beside the weight. In fp32
+it overflows at directions of 1e24 alone, and has all digits of those down to 1e-14 of the weights."""
+TINY_RATE = 1e-12
+"""At which weights stay what they are."""
 
 SHAPES = ((130, 129), (3, 7))
 """One is so large that nobody takes it for a vector, or leaves a second moment of it as it is."""
@@ -30,12 +33,16 @@ CUT = 7001
 """Where the elements of both matrices are cut in two: in the middle of a row."""
 STEPS = 30
 """Some wait for a while before they do what they are for."""
+HAND_OVER = 17
+"""The step before which another instance takes over; no multiple of the periods in which things are done."""
 RATES = (0.1, 0.03, 0.2, 0.05, 0.1, 0.4, 0.02, 0.1, 0.3, 0.07, 0.1, 0.15)
 SIZES = (1.0, 0.01, 30.0, 1.0, 0.1, 3.0, 1000.0, 0.3, 1.0, 0.003, 10.0, 1.0)
 """Of the gradients, step by step: limits of a norm hold in some and not in others."""
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
 HOW_IT_IS_COMPUTED = {"foreach": None, "fused": None, "capturable": False}
 """Options that say how a step is computed, not what: these suit every device."""
+PARALLEL = 1 - 1e-6
+"""A cosine above which a state tensor passes for a copy of the weights, or an average that began at zero."""
 
 Part = tuple[slice, tuple[int, ...]]
 """Elements of the two matrices, laid end to end, and the shape of the parameter that has them."""
@@ -57,6 +64,9 @@ class Nature:
         is_random: Whether it makes different steps of the same gradients.
         is_proportional: Whether neither the direction nor the state depends on the learning rate, so that a direction
             can be had at any rate.
+        follows_weights: Whether the state has copies or averages of weights, as its own steps make them.
+        hidden: Attributes of the optimizer among which must be something that its steps depend on, and that is neither
+            in the state nor in the groups; None if there is nothing of that kind.
         puts_others_in_place: Whether it gives the parameters other tensors as their data, where most write into it.
         failure: What it raised on flat pieces of layers, "" if nothing.
     """
@@ -65,6 +75,8 @@ class Nature:
     is_layer_wise: bool
     is_random: bool
     is_proportional: bool
+    follows_weights: bool = False
+    hidden: tuple[str, ...] | None = None
     puts_others_in_place: bool = False
     failure: str = ""
 
@@ -153,13 +165,18 @@ def _nature(trial: _Trial, whole: _Outcome) -> Nature:
     cut, failure = trial.attempt(_CUT)
     apart, _ = trial.attempt(_APART)
     faster, _ = trial.attempt(_ALL, LARGE_RATE)
+    is_proportional = not is_random and faster is not None and trial.same(whole, faster)
+    handed_over, _ = trial.attempt(_ALL, hand_over=True)
+    is_complete = is_random or (handed_over is not None and trial.same(whole, handed_over))
     return Nature(
         is_element_wise=(
             not is_random and whole.is_like_layers and cut is not None and trial.same_directions(whole, cut)
         ),
         is_layer_wise=is_random or (apart is not None and trial.same_directions(whole, apart)),
         is_random=is_random,
-        is_proportional=not is_random and faster is not None and trial.same(whole, faster),
+        is_proportional=is_proportional,
+        follows_weights=not is_proportional and trial.follows_weights(whole, faster),
+        hidden=None if is_complete else whole.attributes,
         puts_others_in_place=whole.puts_others_in_place,
         failure=failure,
     )
@@ -174,12 +191,14 @@ class _Outcome:
         state: All tensors of the state after the last step, in their order.
         is_like_layers: Whether each of them is a number or has the shape of its parameter.
         puts_others_in_place: Whether parameters have other data than before the steps.
+        attributes: What the optimizer has besides what every optimizer has.
     """
 
     directions: list[torch.Tensor]
     state: list[torch.Tensor]
     is_like_layers: bool
     puts_others_in_place: bool
+    attributes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -191,15 +210,34 @@ class _Trial:
     device: torch.device
     dtype: torch.dtype
 
-    def attempt(self, instances: Sequence[Sequence[Part]], rate: float | None = None) -> tuple[_Outcome | None, str]:
+    def attempt(
+        self, instances: Sequence[Sequence[Part]], rate: float | None = None, **how: bool
+    ) -> tuple[_Outcome | None, str]:
         """As `run`; or None and what was raised."""
         try:
-            return self.run(instances, rate), ""
+            return self.run(instances, rate, **how), ""
         except Exception as error:  # whatever it may raise
             return None, f"{type(error).__name__}: {error}"
 
-    def run(self, instances: Sequence[Sequence[Part]], rate: float | None = None, seed: int = 0) -> _Outcome:
-        """Take some steps with fresh instances, each over parts of the two matrices; always at `rate` if given."""
+    def run(
+        self,
+        instances: Sequence[Sequence[Part]],
+        rate: float | None = None,
+        seed: int = 0,
+        *,
+        hand_over: bool = False,
+        at_rest: bool = False,
+    ) -> _Outcome:
+        """Take some steps with fresh instances, each over parts of the two matrices.
+
+        Args:
+            instances: The parts of each.
+            rate: Of all steps; None for `RATES`.
+            seed: Of random numbers that the class may draw.
+            hand_over: Let other instances, which get groups and state, as from a file, take the steps from the middle
+                on.
+            at_rest: Have the same weights in every step.
+        """
         directions = [torch.zeros(sum(_SIZES), device=self.device, dtype=self.dtype) for _ in range(STEPS)]
         state: list[torch.Tensor] = []
         is_like_layers, puts_others_in_place = True, False
@@ -212,25 +250,38 @@ class _Trial:
                 data = [parameter.detach() for parameter in parameters]
                 optimizer = make_base(self.base_class, parameters, RATES[0], copied(self.options))
                 for step, direction in enumerate(directions):
-                    self._take(optimizer, parts, parameters, step, rate or RATES[step % len(RATES)], direction)
+                    if hand_over and step == HAND_OVER:
+                        optimizer = self._handed_over(optimizer, parameters)
+                    weights = self._numbers(0 if at_rest else step)
+                    self._take(optimizer, parts, parameters, weights, step, rate or RATES[step % len(RATES)], direction)
                 state += [value.detach() for value in _tensors(optimizer.state)]
                 for parameter, before in zip(parameters, data, strict=True):
                     puts_others_in_place |= parameter.data_ptr() != before.data_ptr()
                     of_layer = _tensors(optimizer.state[parameter])
                     is_like_layers &= all(value.numel() <= 1 or value.shape == parameter.shape for value in of_layer)
-        return _Outcome(directions, state, is_like_layers, puts_others_in_place)
+        attributes = tuple(name for name in vars(optimizer) if not hasattr(_any_optimizer(), name))
+        return _Outcome(directions, state, is_like_layers, puts_others_in_place, attributes)
+
+    def _handed_over(
+        self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
+    ) -> torch.optim.Optimizer:
+        """Another instance with the groups and the state of this one, and nothing else of it."""
+        other = make_base(self.base_class, parameters, RATES[0], copied(self.options))
+        other.param_groups, other.state, other.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+        return other
 
     def _take(
         self,
         optimizer: torch.optim.Optimizer,
         parts: Sequence[Part],
         parameters: Sequence[torch.nn.Parameter],
+        weights: torch.Tensor,
         step: int,
         rate: float,
         direction: torch.Tensor,
     ) -> None:
         """Take one step from weights that do not depend on the steps before."""
-        weights, gradient = self._numbers(step), SIZES[step % len(SIZES)] * self._numbers(100 + step)
+        gradient = SIZES[step % len(SIZES)] * self._numbers(100 + step)
         gradient[CUT:] *= 0.1
         for parameter, (at, shape) in zip(parameters, parts, strict=True):
             parameter.data.copy_(weights[at].view(shape))
@@ -245,6 +296,18 @@ class _Trial:
         generator = torch.Generator("cpu").manual_seed(seed)
         numbers = torch.randn(sum(_SIZES), generator=generator, dtype=torch.float32, device="cpu")
         return numbers.to(self.device, self.dtype)
+
+    def follows_weights(self, whole: _Outcome, faster: _Outcome | None) -> bool:
+        """Whether a state tensor is what the weights are while they rest, and another one if they take other steps."""
+        resting, _ = self.attempt(_ALL, TINY_RATE, at_rest=True)
+        if resting is None or faster is None or not len(resting.state) == len(whole.state) == len(faster.state):
+            return False
+        weights = [self._numbers(0)[at].view(shape) for at, shape in _MATRICES]
+        return any(
+            _are_parallel(rests, layer) and not self._near(slow, fast)
+            for rests, slow, fast in zip(resting.state, whole.state, faster.state, strict=True)
+            for layer in weights
+        )
 
     def same(self, one: _Outcome, other: _Outcome) -> bool:
         """Whether directions and state are the same, but for rounding."""
@@ -266,6 +329,17 @@ class _Trial:
             return True
         difference, size = (one - other).abs().max(), one.abs().max()
         return bool(difference <= TOLERANCES[self.dtype] * size)
+
+
+@functools.cache
+def _any_optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1, device="cpu")], lr=0.1)
+
+
+def _are_parallel(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return bool(torch.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0) > PARALLEL)
 
 
 def _tensors(state: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:

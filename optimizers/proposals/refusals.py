@@ -29,6 +29,17 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
         nature: Its nature.
         layout: Of a `step()` call.
     """
+    if nature.hidden is not None:
+        raise LayoutError(
+            f"steps of {name} depend on what is neither in its state nor in its groups, and would be lost in "
+            "checkpoints and wrong where a step has several calls: keep it in self.state[p] or in the groups, instead "
+            f"of one of the attributes {', '.join(nature.hidden) or '(it has none: perhaps outside of the class)'}"
+        )
+    if nature.follows_weights:
+        raise LayoutError(
+            f"{name} keeps copies of the weights in its state, as its own steps would make them, and a ratio makes "
+            "other ones: take a base without, and average with torch.optim.swa_utils.AveragedModel"
+        )
     if not nature.is_element_wise and _cuts(layout):
         raise LayoutError(
             f"{name} {_why(nature)}, so it is not exact under {layout.backend}, which cuts layers or steps several as "
@@ -52,8 +63,8 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
         )
 
 
-def warn_of_lost_digits(name: str, group: Mapping[str, Any], layers: LayerTable) -> None:
-    """Warn where w - w_after, at the group's own rate, is so small beside w that it is rounding to a good part.
+def warn_of_lost_digits(name: str, group: Mapping[str, Any], layers: LayerTable, *, takes_large_rate: bool) -> None:
+    """Warn where w - w_after is so small beside w that it is rounding to a good part.
 
     Waits for the device.
 
@@ -61,16 +72,24 @@ def warn_of_lost_digits(name: str, group: Mapping[str, Any], layers: LayerTable)
         name: The base class's.
         group: Whose step it is.
         layers: With the norms of "w" and of "d", which is w - w_after.
+        takes_large_rate: Whether the base stepped at the large rate, not at the group's own.
     """
     # A number's rounding is spread over ±eps/2 of it, at most: its root mean square is about a fifth of eps.
-    rounding = 0.2 * torch.finfo(group["params"][0].dtype).eps * layers.norm("w") / layers.norm("d")
+    dtypes = [local_part(tensor).dtype for tensor in group["params"] if tensor.grad is not None]
+    epsilon = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    rounding = 0.2 * epsilon * layers.norm("w") / layers.norm("d")
     shares = zip(layers.layers, rounding.tolist(), strict=True)
     lost = {layer.name: share for layer, share in shares if MOST_ROUNDING < share < float("inf")}
     if lost:
+        advice = (
+            "its direction is smaller than fp32 can tell beside the weights: scale the loss up, or the weights down"
+            if takes_large_rate
+            else "it steps at the learning rate itself: raise lr, or take a base whose direction does not depend on "
+            "lr, such as AdamW, which is free of that"
+        )
         warnings.warn(
-            f"{name} steps at the learning rate itself, and its step is so small beside the weights that up to "
-            f"{min(1.0, max(lost.values())):.0%} of its direction is rounding, in {listing(list(lost))}: raise lr, or "
-            "take a base whose direction does not depend on lr, such as AdamW, which is free of that",
+            f"the step of {name} is so small beside the weights that up to {min(1.0, max(lost.values())):.0%} of its "
+            f"direction is rounding, in {listing(list(lost))}: {advice}",
             stacklevel=8,
         )
 

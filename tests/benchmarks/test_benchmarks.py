@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
 
+from benchmarks import bases
 from benchmarks.__main__ import main
 from benchmarks.contenders import BASELINE, COPY, Contender, dense_contenders
 from benchmarks.dense import measure_dense, time_steps
@@ -187,3 +188,10 @@ def test_committed_page_belongs_to_its_numbers() -> None:
     docs = Path(__file__).parents[2] / "docs"
     results, kills = (json.loads((docs / "results" / f"{name}.json").read_text()) for name in ("benchmarks", "kills"))
     assert (docs / "benchmarks.md").read_text() == markdown(results, "results/benchmarks.json", kills)
+
+
+def test_bases_are_timed_and_sorted() -> None:
+    assert set(bases.processor_times([(4, 4)], 1)) == {"AdamW", "TrustRatio(AdamW)", "LAMB"}
+    kinds = [bases.kind_in_time(one) for one in (torch.optim.AdamW, torch.optim.ASGD, torch.optim.Muon)]
+    assert kinds == ["everywhere, any rate", "refused: copies of weights", "whole layers alone"]
+    assert torch.optim.AdamW in bases.classes_of("torch.optim")

@@ -74,7 +74,7 @@ ZERO: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:sgd"])
+@pytest.mark.parametrize("name", ["trust_ratio:adamw", "trust_ratio:sgd", "trust_ratio:sophia"])
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("setup", ZERO)
 def test_options_of_zero(pool: WorkerPool, name: str, setup: str, world_size: int) -> None:
@@ -279,6 +279,13 @@ def test_what_is_not_element_wise_is_refused_on_cut_layers(
     for raised in pool.run(step_with, base, wrapper):
         assert re.match(why, raised), raised
         assert "Keep layers whole (DistributedDataParallel), or take a base" in raised
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("wrapper", ["ddp", "1", "3", "fsdp"])
+def test_a_count_outside_of_state_and_groups_is_refused(pool: WorkerPool, wrapper: str, world_size: int) -> None:
+    for raised in pool.run(step_with, "ForgetsItsCount", wrapper):
+        assert re.match("steps of ForgetsItsCount depend on what is neither in its state nor in its groups", raised)
 
 
 @pytest.mark.parametrize("world_size", [2])

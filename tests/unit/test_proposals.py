@@ -16,13 +16,12 @@ class Plain(torch.optim.Optimizer):
     """SGD; subclasses make it something else."""
 
     def __init__(self, params: Any, lr: float = 0.1, limit: float = 1.0):
-        super().__init__(params, {"lr": lr, "limit": limit})
-        self.steps = 0
+        super().__init__(params, {"lr": lr, "limit": limit, "steps": 0})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.steps += 1
         for group in self.param_groups:
+            group["steps"] += 1
             for p in group["params"]:
                 self.change(p, p.grad, self.state[p], group["lr"], group["limit"])
 
@@ -49,7 +48,7 @@ class WarmsUp(Plain):
     """Looks at norms after 25 steps only."""
 
     def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
-        p.sub_(lr * g if self.steps < 25 else lr * g / g.norm())
+        p.sub_(lr * g if self.param_groups[0]["steps"] < 25 else lr * g / g.norm())
 
 
 class DecaysMatrices(Plain):
@@ -108,6 +107,76 @@ class AveragesWeights(Plain):
         state.setdefault("average", torch.zeros_like(p)).lerp_(p, 0.1)
 
 
+class ForgetsItsCount(Plain):
+    """Keeps in the optimizer object what neither files nor several calls of a step know."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr)
+        self.count = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        super().step()
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        p.sub_(lr * g / self.count)
+
+
+class KeepsBuffers(Plain):
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr)
+        self.buffers: dict[Any, torch.Tensor] = {}
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        p.sub_(lr * self.buffers.setdefault(p, torch.zeros_like(p)).mul_(0.9).add_(g))
+
+
+class WrapsAnother(Plain):
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr)
+        self.inner = torch.optim.Adam(self.param_groups, lr=lr)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+class EveryFifth(ForgetsItsCount):
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        p.sub_(lr * g * (2 if self.count % 5 == 0 else 1))
+
+
+class KeepsCaches(ForgetsItsCount):
+    """Counts as well, but no step depends on it."""
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        p.sub_(lr * g)
+
+
+class RateAndDecayInMomentum(Plain):
+    """State that depends on rate and weights, and is no copy."""
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        p.sub_(state.setdefault("v", torch.zeros_like(p)).mul_(0.9).add_(g + 0.1 * p, alpha=lr))
+
+
+class KeepsFirstWeights(Plain):
+    """A copy of what the weights were, whatever step they took."""
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        if "first" not in state:
+            state["first"] = p.clone()
+        p.sub_(min(lr, limit) * (g + 0.1 * (p - state["first"])))
+
+
+class LooksAhead(Plain):
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        slow = state.setdefault("slow", p.clone())
+        p.sub_(lr * g)
+        if self.param_groups[0]["steps"] % 5 == 0:
+            slow.lerp_(p, 0.5)
+            p.copy_(slow)
+
+
 def found(base_class: type[torch.optim.Optimizer], **options: Any) -> Nature:
     return nature_of(base_class, options, torch.device("cpu"))
 
@@ -146,6 +215,38 @@ def test_what_it_does_shows(
     nature = found(base_class)
     assert (nature.is_element_wise, nature.is_layer_wise) == (is_element_wise, is_layer_wise)
     assert (nature.is_proportional, nature.is_random) == (is_proportional, False)
+
+
+@pytest.mark.parametrize(
+    ("base_class", "hidden"),
+    [
+        (ForgetsItsCount, ("count",)),
+        (EveryFifth, ("count",)),
+        (KeepsBuffers, ("buffers",)),
+        (WrapsAnother, ("inner",)),
+        (KeepsCaches, None),
+        (Noisy, None),
+        (torch.optim.AdamW, None),
+    ],
+)
+def test_what_is_neither_in_state_nor_in_groups_is_found(base_class: Any, hidden: tuple[str, ...] | None) -> None:
+    assert found(base_class).hidden == hidden
+
+
+@pytest.mark.parametrize(
+    ("base_class", "follows"),
+    [
+        (AveragesWeights, True),
+        (LooksAhead, True),
+        (torch.optim.ASGD, True),
+        (RateInMomentum, False),
+        (RateAndDecayInMomentum, False),
+        (KeepsFirstWeights, False),
+        (torch.optim.Rprop, False),
+    ],
+)
+def test_copies_of_weights_are_found(base_class: Any, follows: bool) -> None:
+    assert found(base_class).follows_weights is follows
 
 
 def test_options_make_a_difference() -> None:

@@ -31,7 +31,6 @@ TORCHS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "foreach": (torch.optim.AdamW, {"foreach": True}),
     "fused": (torch.optim.AdamW, {"fused": True}),
     "Rprop": (torch.optim.Rprop, {}),
-    "ASGD": (torch.optim.ASGD, {}),
     "Adafactor": (torch.optim.Adafactor, {}),
     "Lion": (Lion, {"weight_decay": 0.1}),
     "SophiaLike": (SophiaLike, {}),

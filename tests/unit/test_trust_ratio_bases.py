@@ -11,6 +11,7 @@ import torch
 from trustratio.optimizers import TrustRatio
 from trustratio.optimizers.proposals.nature import nature_of
 
+from .test_proposals import DecaysByItself
 from .test_trust_ratio import gradients, parameters, train, values
 
 
@@ -35,7 +36,7 @@ def test_a_base_that_puts_other_data_in_place(adapt: bool | None) -> None:
         torch.testing.assert_close(values(named)[name], value)
 
 
-@pytest.mark.parametrize("base", [torch.optim.Rprop, torch.optim.ASGD])
+@pytest.mark.parametrize("base", [torch.optim.Rprop, DecaysByItself])
 @pytest.mark.parametrize("zero", [0, torch.tensor(0.0)])
 def test_a_rate_of_0_moves_nothing_whatever_the_base_makes_of_it(base: Any, zero: Any) -> None:
     named = parameters()

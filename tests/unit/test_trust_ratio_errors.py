@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from trustratio.integrations.checkpoints.consolidated import save_optimizer_stat
 from trustratio.optimizers import LAMB, LayoutError, TrustRatio, create_optimizer
 
 from ..base_optimizers import Lion
-from .test_proposals import LimitedRate
+from .test_proposals import ForgetsItsCount, LimitedRate, WrapsAnother
 from .test_trust_ratio import parameters, train
 
 
@@ -97,10 +98,51 @@ def test_a_step_that_is_rounding_is_told_once(size: float, warns: bool) -> None:
     messages = [str(w.message) for w in told]
     assert len(messages) == warns
     if warns:
-        assert "% of its direction is rounding, in matrix; conv; bias: raise lr, or take a base" in messages[0]
+        assert re.search("% of its direction is rounding, in matrix; conv; bias: .* raise lr, or take", messages[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(TrustRatio(torch.optim.SGD, named, lr=0.001), named, scale=1e-6)
+
+
+@pytest.mark.parametrize(("size", "warns"), [(1e-14, False), (1e-22, True)])
+def test_a_direction_is_known_to_the_last_digit_or_warned_of(size: float, warns: bool) -> None:
+    named, exact = parameters(), parameters(torch.float64)
+    optimizer, wanted = (TrustRatio(torch.optim.SGD, of, lr=0.1, adapt=True) for of in (named, exact))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train(optimizer, named, scale=size)
+    train(wanted, exact, scale=size)
+    if warns:
+        assert "fp32 can tell beside the weights" in str(told[0].message)
+    else:
+        assert not told
+        assert optimizer.trust_ratios() == pytest.approx(wanted.trust_ratios(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("base_class", "message"),
+    [
+        (ForgetsItsCount, r"ForgetsItsCount depend on what is neither .* one of the attributes count"),
+        (WrapsAnother, "one of the attributes inner"),
+        (torch.optim.ASGD, "ASGD keeps copies of the weights .*AveragedModel"),
+    ],
+)
+def test_bases_with_state_that_would_be_wrong_are_refused_at_the_first_step(base_class: Any, message: str) -> None:
+    named = parameters()
+    before = [p.detach().clone() for _, p in named]
+    with pytest.raises(LayoutError, match=message):
+        train(TrustRatio(base_class, named, lr=0.1), named)
+    assert all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
+
+
+def test_a_base_that_registers_hooks_on_itself_is_refused() -> None:
+    class Hooked(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1):
+            super().__init__(params, lr=lr)
+            self.register_step_pre_hook(lambda *_: None)
+
+    with pytest.raises(TypeError, match=r"Hooked registers hooks on itself \(step_pre_hooks\), which nothing would"):
+        TrustRatio(Hooked, parameters(), lr=0.1)
 
 
 def test_by_name() -> None:
