@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .configurations import Configuration
 from .errors import CannotAudit
 from .reference import Alone
 from .subject import Subject
-from .training import Recorded, Weights
+from .training import CHECKPOINT, PADDING, Recorded, Weights
 
 __all__ = ["BOUND", "EXACT", "REFUSED", "WRONG", "AuditedLayer", "Finding", "Report", "judge", "refusal"]
 
@@ -24,6 +24,8 @@ BOUND = 2e-6
 
 COARSE = 0.01
 """Where rounding explains a larger error than this, a layer that agrees says nothing."""
+
+PADDING_HOLDS = "elements that no layer owns are large or NaN"
 
 EXACT, WRONG, REFUSED = "exact", "wrong", "refused"
 STATUSES = {EXACT: 0, WRONG: 1, REFUSED: 2}
@@ -138,15 +140,21 @@ def refusal(subject: Subject, configuration: Configuration, ranks: int, reason: 
     return Report(subject.title, configuration.title, ranks, REFUSED, reason, notes=configuration.notes)
 
 
-def judge(subject: Subject, configuration: Configuration, alone: Alone, answers: Sequence[Recorded]) -> Report:
-    """Compare, and say what is wrong.
+def judge(
+    subject: Subject,
+    configuration: Configuration,
+    alone: Alone,
+    answers: Sequence[Recorded],
+    failed: Mapping[str, str],
+) -> Report:
+    """Compare, and say what is wrong, beside the errors of checks that `failed`.
 
     Raises:
         CannotAudit: If rounding hides whatever there may be.
     """
     weights = _whole(alone, [answer.weights for answer in answers])
     layers = tuple(_layer(name, alone, weights[name]) for name in alone.weights)
-    findings = tuple(_findings(alone, answers, layers, weights))
+    findings = tuple(_findings(alone, answers, failed, layers, weights))
     wrong = [layer for layer in layers if not layer.is_exact]
     coarse = [layer.name for layer in layers if layer.has_gradient and layer.bound > COARSE]
     if coarse and not wrong:
@@ -211,7 +219,11 @@ def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.
 
 
 def _findings(
-    alone: Alone, answers: Sequence[Recorded], layers: Sequence[AuditedLayer], weights: dict[str, torch.Tensor]
+    alone: Alone,
+    answers: Sequence[Recorded],
+    failed: Mapping[str, str],
+    layers: Sequence[AuditedLayer],
+    weights: dict[str, torch.Tensor],
 ) -> Iterator[Finding]:
     recorded = answers[0]
     if recorded.replaced_by is not None:
@@ -224,12 +236,18 @@ def _findings(
     if not broken:
         yield from _copies(alone, [answer.weights for answer in answers], "in training")
         yield from _copies(alone, [answer.resumed for answer in answers], "after a checkpoint")
+        continued = _whole(alone, [answer.continued for answer in answers])
         resumed = _whole(alone, [answer.resumed for answer in answers])
-        lost = _differing(alone, weights, resumed)
+        lost = _differing(alone, continued, resumed)
         # Whose checkpoint loses state does not take the same steps twice; then NaN alone tells.
-        yield from _padding(alone, {} if lost else resumed, _whole(alone, [answer.poisoned for answer in answers]))
+        poisoned = _whole(alone, [answer.poisoned for answer in answers])
+        yield from _padding(alone, {} if lost else resumed, poisoned)
         yield from _silence(alone, _whole(alone, [answer.after_silence for answer in answers]))
         yield from _checkpoint(recorded, lost)
+    if PADDING in failed:
+        yield Finding("padding read", f"steps fail once {PADDING_HOLDS}: {failed[PADDING]}")
+    if CHECKPOINT in failed:
+        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {failed[CHECKPOINT]}")
 
 
 def _rates(recorded: Recorded) -> Iterator[Finding]:
@@ -267,12 +285,12 @@ def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]
 
 
 def _padding(alone: Alone, clean: dict[str, torch.Tensor], poisoned: dict[str, torch.Tensor]) -> Iterator[Finding]:
-    """The same steps from the same checkpoint, once with zeros and once with NaN in the padding."""
+    """The same steps from the same checkpoint, once with zeros and once with something else in the padding."""
     if _differing(alone, clean, poisoned) or not all(bool(weights.isfinite().all()) for weights in poisoned.values()):
         yield Finding(
             "padding read",
-            "steps change once elements that no layer owns are NaN: norms, or whatever is taken over whole tensors, "
-            "include padding, which may hold anything",
+            f"steps change once {PADDING_HOLDS}: norms, or whatever is taken over whole tensors, include padding, "
+            "which may hold anything",
         )
 
 
@@ -321,17 +339,25 @@ def _silence(alone: Alone, silent: dict[str, torch.Tensor]) -> Iterator[Finding]
 
 
 def _checkpoint(recorded: Recorded, lost: Sequence[str]) -> Iterator[Finding]:
-    if recorded.checkpoint_error is not None:
-        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {recorded.checkpoint_error}")
-        return
     if lost:
         yield Finding(
             "checkpoint loses state",
             f"training that goes on from a checkpoint goes elsewhere: {listing(lost)}",
         )
     if recorded.resumed_options:
-        changed = [f"{name} {before} became {after}" for name, before, after in recorded.resumed_options]
-        yield Finding("checkpoint changes options", f"after a checkpoint, options differ: {listing(changed)}")
+        changed = _changes(recorded.resumed_options)
+        yield Finding("checkpoint changes options", f"after a checkpoint, options differ: {changed}")
+    if recorded.saved_options:
+        yield Finding(
+            "saving changes options",
+            f"writing a checkpoint changes options, as where the wrapper steps an optimizer without state to have "
+            f"some to write: {_changes(recorded.saved_options)}",
+            is_wrong=False,
+        )
+
+
+def _changes(options: Sequence[tuple[str, str, str]]) -> str:
+    return listing([f"{name} {before} became {after}" for name, before, after in options])
 
 
 # The verdict --------------------------------------------------------------------------------------------------------
