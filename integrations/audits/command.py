@@ -14,7 +14,7 @@ from typing import Any
 
 from .configurations import Configuration
 from .errors import CannotAudit
-from .examination import audited_device, check_ranks, examine
+from .examination import STEPS, audited_device, check_ranks, check_steps, examine
 from .page import page_of
 from .printing import described
 from .ranks import Ranks
@@ -57,6 +57,7 @@ def _audit(given: argparse.Namespace) -> Report:
     subject = Subject(given.optimizer, given.model, _options(given.options))
     configuration = _configuration(given)
     check_ranks(given.ranks, configuration)
+    check_steps(given.steps)
     for path in filter(None, (given.json, given.html)):
         if not path.absolute().parent.is_dir():
             raise CannotAudit(f"{path} cannot be written: there is no folder {path.absolute().parent}")
@@ -64,7 +65,7 @@ def _audit(given: argparse.Namespace) -> Report:
             raise CannotAudit(f"{path} cannot be written: it is a folder")
     device = audited_device(given.ranks)
     with contextlib.closing(Ranks(given.ranks, device, given.timeout)) as ranks:
-        return examine(subject, configuration, ranks, device)
+        return examine(subject, configuration, ranks, device, given.steps)
 
 
 def _configuration(given: argparse.Namespace) -> Configuration:
@@ -131,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     sharding.add_argument("--fsdp", type=int, choices=(1, 2), help="FullyShardedDataParallel or fully_shard")
     sharding.add_argument("--ddp", action="store_true", help="DistributedDataParallel")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"that are compared (default: {STEPS}; take more for what begins later, as a warm-up within the optimizer)",
+    )
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="for everything that ranks do (default: 600)"
     )

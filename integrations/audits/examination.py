@@ -21,7 +21,7 @@ from .subject import Subject
 from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Recorded, train_on_this_rank
 from .verdict import Report, judge, refusal
 
-__all__ = ["Runner", "audited_device", "check_ranks", "check_steps", "examine", "versions"]
+__all__ = ["STEPS", "Runner", "audited_device", "check_ranks", "check_steps", "examine", "versions"]
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "trustratio")
 MOST_RANKS_PER_CORE = 16
@@ -89,7 +89,8 @@ def examine(
     if not answers:
         return _dated(refusal(subject, configuration, ranks.world_size, *failed.values()))
     recorded = answers[0]
-    if recorded.has_scheduler or recorded.clipping != clipping:
+    if recorded.has_scheduler or recorded.clipping != clipping or recorded.early:
+        course = replace(course, early=recorded.early)
         first = alone(course, recorded.clipping, recorded.rates if recorded.has_scheduler else None)
     return _dated(judge(subject, configuration, first, answers, failed))
 

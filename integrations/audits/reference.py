@@ -72,6 +72,10 @@ def train_alone(
     """
     run = _Run(subject, course, micro_batches, clipping, dtype, device, SEED, clips_what_is_stepped)
     torch.manual_seed(chance)
+    run.injection.silent = True
+    for _ in range(course.early):
+        run.step(0, None)
+    run.injection.silent = False
     before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
     after = before
     for step in range(course.steps):

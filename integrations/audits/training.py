@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .collectives import CollectiveCount
 from .configurations import Configuration
@@ -53,11 +54,13 @@ class Course:
         steps: Number of steps that are compared.
         zeros: Whether some of their gradients are zero.
         checks: Those of `CHECKS` to make after them.
+        early: Steps with gradients of zeros that come before, in one process, as the wrapper takes them.
     """
 
     steps: int = STEPS
     zeros: bool = True
     checks: tuple[str, ...] = CHECKS
+    early: int = 0
 
     @property
     def afterwards(self) -> int:
@@ -82,6 +85,7 @@ class Recorded:
         peak_rates: What the wrapper's scheduler goes up to, where it says so.
         collectives: In `optimizer.step` of one step.
         state_bytes: Of the optimizer's state on this rank.
+        early: Steps that the wrapper took before the first one.
         replaced_by: Name of another optimizer that stepped; None: it was the given one.
         after_silence: Those that began with `OTHER_SEED`, after a first step without gradients; None: not tried.
         padding: Number of elements on this rank that no layer owns; None: not known.
@@ -100,6 +104,7 @@ class Recorded:
     peak_rates: list[float] | None
     collectives: int
     state_bytes: int
+    early: int
     replaced_by: str | None
     after_silence: Weights | None = None
     padding: int | None = None
@@ -143,7 +148,7 @@ class _Training:
     ):
         self.subject, self.configuration, self.course = subject, configuration, course
         self.folder, self.where = folder, where
-        self.stage = TRAINING
+        self.stage, self.early = TRAINING, 0
 
     def whole(self) -> Recorded:
         with self._running(SEED) as run:
@@ -154,7 +159,13 @@ class _Training:
 
     @contextmanager
     def _running(self, seed: int) -> Iterator[Wrapped]:
-        run = wrap(self.subject, self.configuration, seed, self.where)
+        stepped: list[torch.optim.Optimizer] = []
+        hook = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(optimizer))
+        try:
+            run = wrap(self.subject, self.configuration, seed, self.where)
+        finally:
+            hook.remove()
+        self.early = sum(optimizer is run.optimizer for optimizer in stepped)
         run.injection.zeros = self.course.zeros
         try:
             yield run
@@ -182,6 +193,7 @@ class _Training:
             peak_rates=None if peaks is None else [float(peak) for peak in peaks],
             collectives=count.total,
             state_bytes=state_bytes(run.optimizer),
+            early=self.early,
             replaced_by=replaced,
         )
         if CHECKPOINT in self.course.checks:
@@ -248,15 +260,21 @@ def _counting(optimizer: torch.optim.Optimizer, count: CollectiveCount, wanted: 
     if not wanted:
         yield
         return
-    hooks = (
-        optimizer.register_step_pre_hook(lambda *_: count.__enter__() and None),
-        optimizer.register_step_post_hook(lambda *_: count.__exit__(None, None, None)),
-    )
+    step, of_instance = optimizer.step, "step" in vars(optimizer)
+
+    def counted(*given: Any, **options: Any) -> Any:
+        with count:
+            return step(*given, **options)
+
+    # No hook: an optimizer around another one may have none, as it never called torch's own constructor.
+    optimizer.step = counted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        if of_instance:
+            optimizer.step = step  # type: ignore[method-assign]
+        else:
+            del optimizer.step
 
 
 # What is recorded ---------------------------------------------------------------------------------------------------
@@ -264,7 +282,7 @@ def _counting(optimizer: torch.optim.Optimizer, count: CollectiveCount, wanted: 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in the optimizer's state here."""
-    return sum(map(_bytes, optimizer.state.values()))
+    return sum(map(_bytes, getattr(optimizer, "state", {}).values()))
 
 
 def _bytes(value: Any) -> int:

@@ -38,8 +38,10 @@ class AuditedLayer:
     Attributes:
         name: Its name in the model.
         shape: Its shape.
-        moved: ‖w - w0‖ sharded over the same in one process; 1 is right, NaN if nothing moved in one process.
-        error: ‖w sharded - w alone‖ over the length of the path of one process; NaN if anything is not finite.
+        moved: ‖w - w0‖ sharded over the same in one process; 1 is right, NaN if neither moved, or if nothing moved in
+            one process and no gradient asked for it.
+        error: ‖w sharded - w alone‖ over the length of the path of one process; NaN if anything is not finite, or
+            where sharding alone moves a layer without gradient.
         bound: The largest error that rounding explains.
         weight_norm: ‖w‖ (L2), sharded.
         weight_norm_alone: The same in one process.
@@ -97,6 +99,7 @@ class Report:
         ranks: Over how many processes.
         verdict: "exact", "wrong" or "refused".
         sentence: The verdict for people.
+        steps: After how many of them layers were compared; None: none were.
         layers: In the model's order.
         findings: What the checks found.
         collectives: In `optimizer.step` in one step.
@@ -111,6 +114,7 @@ class Report:
     ranks: int
     verdict: str
     sentence: str
+    steps: int | None = None
     layers: tuple[AuditedLayer, ...] = ()
     findings: tuple[Finding, ...] = ()
     collectives: int | None = None
@@ -154,7 +158,7 @@ def judge(
     """
     weights = _whole(alone, [answer.weights for answer in answers])
     layers = tuple(_layer(name, alone, weights[name]) for name in alone.weights)
-    findings = tuple(_findings(alone, answers, failed, layers, weights))
+    findings = tuple(_findings(configuration, alone, answers, failed, layers, weights))
     wrong = [layer for layer in layers if not layer.is_exact]
     coarse = [layer.name for layer in layers if layer.has_gradient and layer.bound > COARSE]
     if coarse and not wrong:
@@ -163,13 +167,14 @@ def judge(
             "from that of one process: audit the model in fp32, or with a larger lr"
         )
     verdict = WRONG if wrong or any(finding.is_wrong for finding in findings) else EXACT
-    parameters = alone.parameters
+    parameters, steps = alone.parameters, len(answers[0].rates)
     return Report(
         optimizer=subject.title,
         configuration=configuration.title,
         ranks=len(answers),
         verdict=verdict,
-        sentence=_sentence(configuration, len(answers), layers, findings),
+        sentence=_sentence(configuration, len(answers), steps, layers, findings),
+        steps=steps,
         layers=layers,
         findings=findings,
         collectives=answers[0].collectives,
@@ -187,17 +192,18 @@ def _layer(name: str, alone: Alone, weights: torch.Tensor) -> AuditedLayer:
     resolution = max(torch.finfo(one.dtype).eps for one in (weights, alone.weights[name]))
     rounding = resolution * float(reference.norm())
     distance = float((found - reference).norm())
+    has_gradient = name not in alone.without_gradient
     return AuditedLayer(
         name=name,
         shape=tuple(reference.shape),
-        moved=change / change_alone if change_alone else (math.nan if change == 0 else math.inf),
-        error=distance / path if path else (0.0 if distance == 0 else math.inf),
+        moved=change / change_alone if change_alone else (math.inf if change and has_gradient else math.nan),
+        error=distance / path if path else (0.0 if distance == 0 else math.inf if has_gradient else math.nan),
         bound=BOUND + (rounding / path if path else 0.0),
         weight_norm=float(found.norm()),
         weight_norm_alone=float(reference.norm()),
         change=change,
         change_alone=change_alone,
-        has_gradient=name not in alone.without_gradient,
+        has_gradient=has_gradient,
     )
 
 
@@ -219,6 +225,7 @@ def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.
 
 
 def _findings(
+    configuration: Configuration,
     alone: Alone,
     answers: Sequence[Recorded],
     failed: Mapping[str, str],
@@ -228,6 +235,14 @@ def _findings(
     recorded = answers[0]
     if recorded.replaced_by is not None:
         yield Finding("replaced", f"{recorded.replaced_by} stepped in the place of the optimizer that was given")
+    if recorded.early:
+        yield Finding(
+            "stepped early",
+            f"{configuration.title} steps the optimizer with gradients of zeros {recorded.early} time"
+            f"{'s' * (recorded.early > 1)} as it is set up, which decays weights and puts step counts ahead; one process "
+            "did the same here",
+            is_wrong=False,
+        )
     yield from _rates(recorded)
     broken = [layer.name for layer in layers if not math.isfinite(layer.weight_norm)]
     if broken:
@@ -243,7 +258,7 @@ def _findings(
         poisoned = _whole(alone, [answer.poisoned for answer in answers])
         yield from _padding(alone, {} if lost else resumed, poisoned)
         yield from _silence(alone, _whole(alone, [answer.after_silence for answer in answers]))
-        yield from _checkpoint(recorded, lost)
+        yield from _checkpoint(configuration, alone, recorded, lost)
     if PADDING in failed:
         yield Finding("padding read", f"steps fail once {PADDING_HOLDS}: {failed[PADDING]}")
     if CHECKPOINT in failed:
@@ -338,7 +353,18 @@ def _silence(alone: Alone, silent: dict[str, torch.Tensor]) -> Iterator[Finding]
         )
 
 
-def _checkpoint(recorded: Recorded, lost: Sequence[str]) -> Iterator[Finding]:
+def _checkpoint(
+    configuration: Configuration, alone: Alone, recorded: Recorded, lost: Sequence[str]
+) -> Iterator[Finding]:
+    unsaved = [name for name in lost if name in alone.left_out and configuration.zero_stage == 3]
+    if unsaved:
+        yield Finding(
+            "checkpoint leaves out",
+            f"DeepSpeed's checkpoints of ZeRO-3 hold no trainable layer that the optimizer was not given: "
+            f"{listing(unsaved)} come back as the model is made. Freeze them (requires_grad_(False)), or give them to "
+            "the optimizer",
+        )
+    lost = [name for name in lost if name not in unsaved]
     if lost:
         yield Finding(
             "checkpoint loses state",
@@ -364,16 +390,20 @@ def _changes(options: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _sentence(
-    configuration: Configuration, ranks: int, layers: Sequence[AuditedLayer], findings: Sequence[Finding]
+    configuration: Configuration,
+    ranks: int,
+    steps: int,
+    layers: Sequence[AuditedLayer],
+    findings: Sequence[Finding],
 ) -> str:
     where = f"{configuration.title} on {ranks} rank{'s' * (ranks > 1)}"
     wrong = [layer for layer in layers if not layer.is_exact]
     others = "; ".join(finding.text for finding in findings if finding.is_wrong)
     if not wrong:
-        exact = f"under {where} every layer takes the steps that one process takes"
+        exact = f"under {where} every layer goes in {steps} steps where one process takes it"
         return f"Wrong: {exact}, but {others}." if others else f"Exact: {exact}."
     worst = max(wrong, key=lambda layer: math.inf if math.isnan(layer.error) else layer.error)
-    how = f"{len(wrong)} of {len(layers)} layers do not take the steps of one process"
+    how = f"{len(wrong)} of {len(layers)} layers do not go in {steps} steps where one process takes them"
     if math.isfinite(worst.moved) and worst.moved > 0:
         how += f", {worst.name} moved {worst.moved:.4g} times as far as it should"
         how += f" (error {worst.error:.2g})" if abs(worst.moved - 1) < 0.01 else ""
