@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         default=STEPS,
-        help=f"that are compared (default: {STEPS}; take more for what begins later, as a warm-up within the optimizer)",
+        help=f"that are compared (default: {STEPS}; take more for an optimizer that does something only later)",
     )
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="for everything that ranks do (default: 600)"

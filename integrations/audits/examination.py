@@ -21,7 +21,16 @@ from .subject import Subject
 from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Recorded, train_on_this_rank
 from .verdict import Report, judge, refusal
 
-__all__ = ["STEPS", "Runner", "audited_device", "check_ranks", "check_steps", "examine", "versions"]
+__all__ = [
+    "STEPS",
+    "Runner",
+    "audited_device",
+    "check_ranks",
+    "check_steps",
+    "examine",
+    "versions",
+    "with_few_micro_batches",
+]
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "trustratio")
 MOST_RANKS_PER_CORE = 16
@@ -56,7 +65,7 @@ def examine(
         CannotAudit: If there can be no verdict for a reason that is the user's to mend, before or while ranks train.
     """
     check_steps(steps)
-    configuration = _with_few_micro_batches(configuration, ranks.world_size)
+    configuration = with_few_micro_batches(configuration, ranks.world_size)
     is_deepspeed = configuration.wrapper == "deepspeed"
     dtype = torch.float32 if is_deepspeed else None
     micro_batches = ranks.world_size * configuration.accumulation
@@ -116,7 +125,7 @@ def _on_ranks(
         course = replace(course, checks=CHECKS[: CHECKS.index(failure.stage)])
 
 
-def _with_few_micro_batches(configuration: Configuration, ranks: int) -> Configuration:
+def with_few_micro_batches(configuration: Configuration, ranks: int) -> Configuration:
     """No more of them than take little time, and than 16 bits can add up without rounding."""
     given = few = configuration.accumulation
     while few > 1 and (few > MOST_MICRO_BATCHES or largest_mean(ranks * few) < LARGEST_MEAN // 6):

@@ -99,7 +99,6 @@ class Report:
         ranks: Over how many processes.
         verdict: "exact", "wrong" or "refused".
         sentence: The verdict for people.
-        steps: After how many of them layers were compared; None: none were.
         layers: In the model's order.
         findings: What the checks found.
         collectives: In `optimizer.step` in one step.
@@ -107,6 +106,7 @@ class Report:
         state_bytes_per_parameter_alone: Of one process.
         notes: What was filled in or left out of the configuration.
         versions: Of the packages that took part.
+        steps: After how many of them layers were compared; None: none were.
     """
 
     optimizer: str
@@ -114,7 +114,6 @@ class Report:
     ranks: int
     verdict: str
     sentence: str
-    steps: int | None = None
     layers: tuple[AuditedLayer, ...] = ()
     findings: tuple[Finding, ...] = ()
     collectives: int | None = None
@@ -122,6 +121,7 @@ class Report:
     state_bytes_per_parameter_alone: float | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
 
     @property
     def status(self) -> int:
@@ -239,8 +239,8 @@ def _findings(
         yield Finding(
             "stepped early",
             f"{configuration.title} steps the optimizer with gradients of zeros {recorded.early} time"
-            f"{'s' * (recorded.early > 1)} as it is set up, which decays weights and puts step counts ahead; one process "
-            "did the same here",
+            f"{'s' * (recorded.early > 1)} as it is set up, which decays weights and puts step counts ahead; one "
+            "process did the same here",
             is_wrong=False,
         )
     yield from _rates(recorded)
