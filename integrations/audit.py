@@ -5,7 +5,7 @@
     from trustratio.integrations.audit import assert_exact
     assert_exact(make_model, make_optimizer, "ds_config.json", ranks=2)
 
-It trains a model for five steps with injected gradients, in one process and sharded, and compares how far every layer
+It trains a model for some steps with injected gradients, in one process and sharded, and compares how far every layer
 has moved. docs/audit.md says how to read the outcome.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 from .audits.command import run_command
 from .audits.configurations import Configuration
 from .audits.errors import CannotAudit
-from .audits.examination import audited_device, check_ranks, examine
+from .audits.examination import STEPS, audited_device, check_ranks, check_steps, examine
 from .audits.optimizer_section import chosen_subject
 from .audits.printing import described
 from .audits.ranks import check_timeout, started_ranks
@@ -37,8 +37,9 @@ def audit(
     config: dict[str, Any] | str | Path | Configuration,
     ranks: int = 2,
     timeout: float = 600.0,
+    steps: int = STEPS,
 ) -> Report:
-    """Train five steps in one process and on several, and compare.
+    """Train some steps in one process and on several, and compare.
 
     The processes stay for the next audit, until this process ends or asks for another number of them. A script that
     calls this has to keep its own beginning under ``if __name__ == "__main__"``, since they import it.
@@ -54,6 +55,8 @@ def audit(
             or the path of a DeepSpeed JSON or an accelerate YAML.
         ranks: Number of processes: each gets a GPU if there are so many, else they share the CPU over gloo.
         timeout: Seconds after which ranks that do not answer are ended, at most a million.
+        steps: Number of steps that are compared, at least 3. Take more for an optimizer that does something later, as
+            after a warm-up of its own, or every tenth step: half as many again go on from a checkpoint.
 
     Returns:
         Every layer's movement, what the checks found, and the verdict: "exact", "wrong", or "refused" where the wrapper
@@ -66,10 +69,11 @@ def audit(
     given = configuration_of(config)
     check_ranks(ranks, given)
     check_timeout(timeout)
+    check_steps(steps)
     subject, configuration = chosen_subject(make_optimizer, make_model, {}, given)
     device = audited_device(ranks)
     try:
-        return examine(subject, configuration, started_ranks(ranks, device, timeout), device)
+        return examine(subject, configuration, started_ranks(ranks, device, timeout), device, steps)
     except CannotAudit:
         raise
     except Exception as error:
@@ -82,6 +86,7 @@ def assert_exact(
     config: dict[str, Any] | str | Path | Configuration,
     ranks: int = 2,
     timeout: float = 600.0,
+    steps: int = STEPS,
 ) -> None:
     """Fail, in a test, if the optimizer does not take the steps of one process; see `audit` for the arguments.
 
@@ -89,7 +94,7 @@ def assert_exact(
         AssertionError: If it does not, or the wrapper refuses it, with the table of layers.
         CannotAudit: As `audit`.
     """
-    report = audit(make_model, make_optimizer, config, ranks, timeout)
+    report = audit(make_model, make_optimizer, config, ranks, timeout, steps)
     if report.verdict != EXACT:
         raise AssertionError(described(report))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .configurations import Configuration
 from .errors import CannotAudit
-from .examination import audited_device, check_ranks, examine
+from .examination import STEPS, audited_device, check_ranks, check_steps, examine
 from .optimizer_section import chosen_subject
 from .page import page_of
 from .printing import described
@@ -60,6 +60,7 @@ def _audit(given: argparse.Namespace) -> Report:
     options, configuration = _options(given.options), _configuration(given)
     check_ranks(given.ranks, configuration)
     check_timeout(given.timeout)
+    check_steps(given.steps)
     for path in filter(None, (given.json, given.html)):
         if not path.absolute().parent.is_dir():
             raise CannotAudit(f"{path} cannot be written: there is no folder {path.absolute().parent}")
@@ -68,7 +69,7 @@ def _audit(given: argparse.Namespace) -> Report:
     subject, configuration = chosen_subject(given.optimizer, given.model, options, configuration)
     device = audited_device(given.ranks)
     with contextlib.closing(Ranks(given.ranks, device, given.timeout)) as ranks:
-        return examine(subject, configuration, ranks, device)
+        return examine(subject, configuration, ranks, device, given.steps)
 
 
 def _configuration(given: argparse.Namespace) -> Configuration:
@@ -145,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     sharding.add_argument("--fsdp", type=int, choices=(1, 2), help="FullyShardedDataParallel or fully_shard")
     sharding.add_argument("--ddp", action="store_true", help="DistributedDataParallel")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"that are compared (default: {STEPS}; take more for an optimizer that does something only later)",
+    )
     parser.add_argument(
         "--timeout",
         type=float,

@@ -14,17 +14,28 @@ from typing import Any, Protocol
 import torch
 
 from .configurations import Configuration
-from .errors import CannotAudit
+from .errors import CannotAudit, Failure
 from .group_of_one import group_of_one
+from .injection import LARGEST_MEAN, largest_mean
 from .reference import Alone, train_alone
 from .subject import Subject
-from .training import Recorded, train_on_this_rank
+from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Recorded, train_on_this_rank
 from .verdict import Report, judge, refusal
 
-__all__ = ["Runner", "audited_device", "check_ranks", "examine", "versions"]
+__all__ = [
+    "STEPS",
+    "Runner",
+    "audited_device",
+    "check_ranks",
+    "check_steps",
+    "examine",
+    "versions",
+    "with_few_micro_batches",
+]
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "trustratio")
 MOST_RANKS_PER_CORE = 16
+MOST_MICRO_BATCHES = 16
 NEEDED = {"deepspeed": "deepspeed"}  # by wrapper
 
 
@@ -38,26 +49,37 @@ class Runner(Protocol):
 
     @property
     def run(self) -> Callable[..., list[Any]]:
-        """Call a function on all of them, with arguments; returns what it returned, in the order of ranks."""
+        """Call a function on all of them, with arguments; returns what it returned, in the order of ranks.
+
+        Where one returns a `Failure`, the others may wait for it in a collective: they are given a few seconds, and
+        None stands for the answers that have not come by then.
+        """
         ...
 
 
-def examine(subject: Subject, configuration: Configuration, ranks: Runner, device: str = "cpu") -> Report:
-    """Train alone and on the ranks, and compare.
+def examine(
+    subject: Subject, configuration: Configuration, ranks: Runner, device: str = "cpu", steps: int = STEPS
+) -> Report:
+    """Train alone and on the ranks, and compare after `steps`.
 
     Raises:
         CannotAudit: If there can be no verdict for a reason that is the user's to mend, before or while ranks train.
     """
+    check_steps(steps)
     if ranks.world_size == 1:
         configuration = configuration.noting("one rank shards nothing: what goes wrong shows at 2 or more")
+    configuration = with_few_micro_batches(configuration, ranks.world_size)
     is_deepspeed = configuration.wrapper == "deepspeed"
     dtype = torch.float32 if is_deepspeed else None
     micro_batches = ranks.world_size * configuration.accumulation
 
-    def alone(clipping: float, rates: Sequence[Sequence[float]] | None = None, chance: int = 0) -> Alone:
+    def alone(
+        course: Course, clipping: float, rates: Sequence[Sequence[float]] | None = None, chance: int = 0
+    ) -> Alone:
         with group_of_one(device):
             return train_alone(
                 subject,
+                course,
                 micro_batches,
                 clipping,
                 dtype,
@@ -67,17 +89,56 @@ def examine(subject: Subject, configuration: Configuration, ranks: Runner, devic
                 clips_what_is_stepped=configuration.zero_stage > 0,
             )
 
-    first = alone(configuration.clipping or 0.0)
-    _refuse_chance(subject, first, alone(configuration.clipping or 0.0, chance=1))
-    with tempfile.TemporaryDirectory() as folder:
-        answers = ranks.run(train_on_this_rank, subject, configuration, folder, device)
-    refused = [answer for answer in answers if isinstance(answer, str)]
-    if refused:
-        return _dated(refusal(subject, configuration, ranks.world_size, refused[0]))
-    recorded: Recorded = answers[0]
-    if recorded.has_scheduler or recorded.clipping != (configuration.clipping or 0.0):
-        first = alone(recorded.clipping, recorded.rates if recorded.has_scheduler else None)
-    return _dated(judge(subject, configuration, first, answers))
+    course, clipping = Course(steps), configuration.clipping or 0.0
+    try:
+        first = alone(course, clipping)
+    except CannotAudit:
+        course = replace(course, zeros=False)
+        first = alone(course, clipping)
+        note = f"no gradients of zeros were tried, with which {subject.title} fails in one process already"
+        configuration = configuration.noting(note)
+    _refuse_chance(subject, first, alone(course, clipping, chance=1))
+    answers, failed = _on_ranks(ranks, subject, configuration, course, device)
+    if not answers:
+        return _dated(refusal(subject, configuration, ranks.world_size, *failed.values()))
+    recorded = answers[0]
+    if recorded.has_scheduler or recorded.clipping != clipping or recorded.early:
+        course = replace(course, early=recorded.early)
+        first = alone(course, recorded.clipping, recorded.rates if recorded.has_scheduler else None)
+    return _dated(judge(subject, configuration, first, answers, failed))
+
+
+def _on_ranks(
+    ranks: Runner, subject: Subject, configuration: Configuration, course: Course, device: str
+) -> tuple[list[Recorded], dict[str, str]]:
+    """What the ranks recorded, nothing if they cannot train; and why they failed, by what they were at.
+
+    Once a check has failed nothing is left of the run, so that it is made again without that check.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            answers = ranks.run(train_on_this_rank, subject, configuration, course, folder, device)
+        failures = {rank: answer for rank, answer in enumerate(answers) if isinstance(answer, Failure)}
+        if not failures:
+            return answers, failed
+        rank, failure = next(iter(failures.items()))
+        failed[failure.stage] = failure.reason if len(failures) == len(answers) else f"rank {rank}: {failure.reason}"
+        if failure.stage not in course.checks:
+            return [], {failure.stage: failed[failure.stage]}
+        course = replace(course, checks=CHECKS[: CHECKS.index(failure.stage)])
+
+
+def with_few_micro_batches(configuration: Configuration, ranks: int) -> Configuration:
+    """No more of them than take little time, and than 16 bits can add up without rounding."""
+    given = few = configuration.accumulation
+    while few > 1 and (few > MOST_MICRO_BATCHES or largest_mean(ranks * few) < LARGEST_MEAN // 6):
+        few //= 2
+    if few == given:
+        return configuration
+    note = f"gradient_accumulation_steps is {given}, of which {few} are made: more show nothing else"
+    options = {**configuration.options, "gradient_accumulation_steps": few}
+    return replace(configuration, options=options, accumulation=few, notes=(*configuration.notes, note))
 
 
 def _refuse_chance(subject: Subject, one: Alone, other: Alone) -> None:
@@ -115,6 +176,12 @@ def audited_device(ranks: int) -> str:
     """Say "cuda" where there is a GPU for each rank, and DeepSpeed is not told to leave them alone; else "cpu"."""
     wanted = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     return "cuda" if wanted and torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "cpu"
+
+
+def check_steps(steps: int) -> None:
+    """Raise CannotAudit unless it is a number of steps that can be compared."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < FEWEST_STEPS:
+        raise CannotAudit(f"steps must be a whole number of at least {FEWEST_STEPS}, not {steps!r}")
 
 
 def check_ranks(ranks: int, configuration: Configuration) -> None:

@@ -5,6 +5,9 @@ children, called one after the other. So hooks of wrappers run as in training, w
 
 The gradients are small integers times a power of two, such that sums and means over ranks and micro-batches are exact
 in 16 bits too: what differs afterwards is the optimizer's doing. Ranks and micro-batches get different ones.
+
+As in training, some are zero: in every step those of a third of the rows of each embedding, in every fifth step those
+of a whole layer.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Injection", "seeded_weights"]
+__all__ = ["Injection", "largest_mean", "seeded_weights"]
 
 LARGEST_IN_16_BITS = 256  # bf16 has every whole number up to here
+LARGEST_MEAN = 24
+RESTING = 3  # each row of an embedding has no gradient in one step of so many
 NEVER_CALLED = (nn.ParameterList, nn.ParameterDict)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 SHARES = (2.0, -1.0)
 """Of the gradient of a parameter that several modules have: the first one's and the second one's. They add up to 1."""
 
@@ -36,6 +42,7 @@ class Injection:
         step: Number of the step, from 0, whose gradients backward is to make.
         group: Whose gradients of that step, from 0.
         silent: Make gradients of zeros.
+        zeros: Let some gradients be zero in the other steps, too.
 
     Raises:
         ValueError: If the model has nothing to train.
@@ -44,17 +51,19 @@ class Injection:
     def __init__(self, model: nn.Module, groups: int):
         self.groups = groups
         self.step = self.group = 0
-        self.silent = False
+        self.silent, self.zeros = False, True
         self.shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad and p.numel()}
         if not self.shapes:
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to audit")
         self.without_gradient = frozenset(getattr(model, "without_gradient", ())) & set(self.shapes)
         self._numbers = {name: number for number, name in enumerate(self.shapes)}
-        self._odd = groups
-        while self._odd % 2 == 0:
-            self._odd //= 2
-        # Half as much again by the deviation, and twice that in the first module of a tied layer.
-        self._largest = max(2, min(24, LARGEST_IN_16_BITS // (3 * self._odd)))
+        self._odd = _odd_part(groups)
+        self._largest = max(2, largest_mean(groups))
+        self._embeddings = self._rows_at_rest(model)
+        with_gradient = [name for name in self.shapes if name not in self.without_gradient]
+        matrices = [name for name in with_gradient if len(self.shapes[name]) > 1]
+        # Never the only one: a step without any gradient is another matter.
+        self._at_rest = (matrices or with_gradient) if len(with_gradient) > 1 else []
         self._replace(model, dict(self._uses(model)), set())
 
     def gradient(self, name: str) -> torch.Tensor:
@@ -67,7 +76,25 @@ class Injection:
         deviation = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0) * (self._largest // 2)
         exponent = -float(torch.randint(3, 10, (), generator=generator))
         size = 0.0 if self.silent else 2.0**exponent
-        return size * self._odd * (mean + self._level() * deviation)
+        return self._with_zeros(name, size * self._odd * (mean + self._level() * deviation))
+
+    def _with_zeros(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        if not self.zeros:
+            return gradient
+        if name in self._embeddings:
+            gradient[(RESTING - self.step % RESTING) % RESTING :: RESTING] = 0.0
+        rests = self._at_rest and self.step % 5 == 2
+        if rests and name == self._at_rest[(len(self._at_rest) // 2 + self.step // 5) % len(self._at_rest)]:
+            gradient.zero_()
+        return gradient
+
+    def _rows_at_rest(self, model: nn.Module) -> frozenset[str]:
+        """Names of the embeddings, or of the first matrix where there are none."""
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        own = (p for m in model.modules() if isinstance(m, EMBEDDINGS) for p in m.parameters(recurse=False))
+        fit = {name for name, shape in self.shapes.items() if len(shape) > 1 and shape[0] >= RESTING}
+        found = fit & {name_of[id(p)] for p in own}
+        return frozenset(found or [name for name in self.shapes if name in fit][:1])
 
     def _level(self) -> float:
         """To which side the group's gradient differs from the mean: +1, -1, +1, ..., and 0 if one is left over."""
@@ -117,6 +144,20 @@ class Injection:
             return total if torch.is_tensor(total) else torch.zeros(())
 
         return forward
+
+
+def largest_mean(groups: int) -> int:
+    """Largest whole number whose gradients, and all sums of them on the way to the mean of `groups`, 16 bits hold.
+
+    A group's gradient is larger by half, for the deviation. Before groups are added it is that times the odd part of
+    their number, and twice as much in the first module of a tied layer.
+    """
+    alone = LARGEST_IN_16_BITS // (3 * _odd_part(groups))
+    return min(LARGEST_MEAN, alone, 2 * LARGEST_IN_16_BITS // (3 * groups))
+
+
+def _odd_part(number: int) -> int:
+    return number // (number & -number)
 
 
 def seeded_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:

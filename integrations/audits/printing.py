@@ -38,7 +38,8 @@ def _row(layer: AuditedLayer) -> str:
     numbers = "  ".join(f"{number:>9.4g}" for number in norms)
     mark = "" if layer.has_gradient and layer.is_exact else "  no gradient" if not layer.has_gradient else "  WRONG"
     moved = "-" if math.isnan(layer.moved) and not layer.change_alone else f"{layer.moved:.5g}"
-    return f"{moved:>9}  {layer.error:>9.2g}  {numbers}{mark}"
+    error = "-" if math.isnan(layer.error) and not layer.change_alone else f"{layer.error:.2g}"
+    return f"{moved:>9}  {error:>9}  {numbers}{mark}"
 
 
 def _numbers(report: Report) -> list[str]:

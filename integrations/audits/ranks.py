@@ -18,12 +18,15 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from .errors import CannotAudit
+from .errors import CannotAudit, Failure
 
 __all__ = ["Ranks", "check_timeout", "end_started_ranks", "started_ranks"]
 
 AFTER_THE_FIRST = 60.0
 """Seconds that the other ranks get once one has answered: they work in step, or wait for one that gave up."""
+
+AFTER_A_FAILURE = 5.0
+"""The same, once one has failed: by then the others have failed too, or wait for it."""
 
 
 MOST_SECONDS = 1e6  # more, and what waits overflows
@@ -57,7 +60,8 @@ class Ranks:
         """Call a module-level function on all ranks.
 
         Returns:
-            What they returned, in the order of ranks.
+            What they returned, in the order of ranks. Once one has returned a `Failure`, those that do not answer
+            soon are ended, and None stands for their answers.
 
         Raises:
             CannotAudit: If one did not start, died, raised or did not answer in time. Then no process is left.
@@ -104,25 +108,24 @@ class Ranks:
 
     def _collect(self) -> list[Any]:
         answers: dict[int, Any] = {}
-        failures: list[str] = []
         begun = time.monotonic()
         ends = begun + self.timeout
-        while len(answers) + len(failures) < self.world_size:
+        while len(answers) < self.world_size:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
             ready = wait(waiting, max(0.0, ends - time.monotonic()))
-            if not ready:
-                said = (f", where rank {rank} says: {one}" for rank, one in answers.items() if isinstance(one, str))
-                late = f"no answer from rank {self._pipes.index(waiting[0])} in {time.monotonic() - begun:.3g} seconds"
-                failures.append(f"{late}{''.join(said)}")
-            ends = min(ends, time.monotonic() + AFTER_THE_FIRST)
             taken = [self._take(rank, answers) for rank, pipe in enumerate(self._pipes) if pipe in ready]
-            failures += filter(None, taken)
-            if failures:
-                break
-        if failures:
-            self.close()
-            raise CannotAudit("; ".join(failures))
-        return [answers[rank] for rank in range(self.world_size)]
+            lost = list(filter(None, taken))
+            if not ready:
+                silent, waited = self._pipes.index(waiting[0]), time.monotonic() - begun
+                lost.append(f"no answer from rank {silent} in {waited:.3g} seconds")
+            has_failed = any(isinstance(answer, Failure) for answer in answers.values())
+            if lost:
+                self.close()
+                if has_failed:
+                    break
+                raise CannotAudit("; ".join(lost))
+            ends = min(ends, time.monotonic() + (AFTER_A_FAILURE if has_failed else AFTER_THE_FIRST))
+        return [answers.get(rank) for rank in range(self.world_size)]
 
     def _take(self, rank: int, answers: dict[int, Any]) -> str | None:
         """Read one rank's answer; returns what is wrong with it."""

@@ -9,7 +9,7 @@ import torch
 
 from .errors import CannotAudit
 from .subject import Subject
-from .training import OTHER_SEED, SEED, STEPS, state_bytes
+from .training import OTHER_SEED, SEED, Course, state_bytes
 
 __all__ = ["Alone", "train_alone"]
 
@@ -43,6 +43,7 @@ class Alone:
 
 def train_alone(
     subject: Subject,
+    course: Course,
     micro_batches: int,
     clipping: float,
     dtype: torch.dtype | None,
@@ -56,6 +57,7 @@ def train_alone(
 
     Args:
         subject: What is trained.
+        course: How long.
         micro_batches: Of all ranks in one step.
         clipping: Norm to which the whole model's gradient is clipped; 0: not.
         dtype: Of the weights; None: as the user made them.
@@ -68,11 +70,15 @@ def train_alone(
         CannotAudit: If model or optimizer cannot be made, the optimizer cannot step the model at all, or there is
             nothing to compare, as no layer moves or weights become NaN.
     """
-    run = _Run(subject, micro_batches, clipping, dtype, device, SEED, clips_what_is_stepped)
+    run = _Run(subject, course, micro_batches, clipping, dtype, device, SEED, clips_what_is_stepped)
     torch.manual_seed(chance)
+    run.injection.silent = True
+    for _ in range(course.early):
+        run.step(0, None)
+    run.injection.silent = False
     before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
     after = before
-    for step in range(STEPS):
+    for step in range(course.steps):
         previous = after
         run.step(step, None if rates is None else rates[step])
         after = run.weights()
@@ -81,7 +87,7 @@ def train_alone(
     _refuse_what_says_nothing(subject, after, paths)
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     named = dict(run.model.named_parameters())
-    silent = _Run(subject, micro_batches, clipping, dtype, device, OTHER_SEED, clips_what_is_stepped)
+    silent = _Run(subject, course, micro_batches, clipping, dtype, device, OTHER_SEED, clips_what_is_stepped)
     silent.injection.silent = True
     before_silence = silent.weights()
     silent.step(0, None if rates is None else rates[0])
@@ -119,6 +125,7 @@ class _Run:
     def __init__(
         self,
         subject: Subject,
+        course: Course,
         micro_batches: int,
         clipping: float,
         dtype: torch.dtype | None,
@@ -129,6 +136,7 @@ class _Run:
         self.clips_what_is_stepped = clips_what_is_stepped
         self.micro_batches, self.clipping = micro_batches, clipping
         self.model, self.injection = subject.make_model(micro_batches, dtype, seed)
+        self.injection.zeros = course.zeros
         self.model.to(device)
         self.optimizer = subject.make_optimizer(self.model)
 

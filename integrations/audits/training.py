@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
+import math
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .collectives import CollectiveCount
 from .configurations import Configuration
-from .errors import CannotAudit
-from .padding import find_shards
+from .errors import CannotAudit, Failure
+from .padding import Shards, find_shards
 from .subject import Subject
 from .wrappers import Wrapped, rates, wrap
 
-__all__ = ["OTHER_SEED", "SAVED_AFTER", "SEED", "STEPS", "Recorded", "state_bytes", "train_on_this_rank"]
+__all__ = [
+    "CHECKPOINT",
+    "CHECKS",
+    "FEWEST_STEPS",
+    "OTHER_SEED",
+    "PADDING",
+    "SEED",
+    "STEPS",
+    "Course",
+    "Recorded",
+    "state_bytes",
+    "train_on_this_rank",
+]
 
 STEPS = 5
-SAVED_AFTER = 3
+FEWEST_STEPS = 3
 COUNTED = 1  # the step, from 0, whose collectives are counted: the first one may set up
 SEED, OTHER_SEED = 1, 2  # of the weights; what a checkpoint fails to restore must show
+IN_PADDING = (1e4, math.nan)
+"""Step by step in turn: who masks NaN reads the number, and who multiplies by zero reads NaN."""
+
+TRAINING, CHECKPOINT, PADDING = "training", "checkpoint", "padding"
+CHECKS = (CHECKPOINT, PADDING)  # in the order in which they are made
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is trained through, alone and on the ranks.
+
+    Attributes:
+        steps: Number of steps that are compared.
+        zeros: Whether some of their gradients are zero.
+        checks: Those of `CHECKS` to make after them.
+        early: Steps with gradients of zeros that come before, in one process, as the wrapper takes them.
+    """
+
+    steps: int = STEPS
+    zeros: bool = True
+    checks: tuple[str, ...] = CHECKS
+    early: int = 0
+
+    @property
+    def afterwards(self) -> int:
+        """Number of the steps that go on from a checkpoint."""
+        return max(len(IN_PADDING), self.steps // 2)
 
 
 Weights = dict[str, list[tuple[int, torch.Tensor]]]
@@ -44,13 +85,15 @@ class Recorded:
         peak_rates: What the wrapper's scheduler goes up to, where it says so.
         collectives: In `optimizer.step` of one step.
         state_bytes: Of the optimizer's state on this rank.
+        early: Steps that the wrapper took before the first one.
         replaced_by: Name of another optimizer that stepped; None: it was the given one.
         after_silence: Those that began with `OTHER_SEED`, after a first step without gradients; None: not tried.
         padding: Number of elements on this rank that no layer owns; None: not known.
-        resumed: Those at the end of a second run that went on from a checkpoint of the first.
-        poisoned: The same once more, with NaN in the padding; None: there is none.
-        resumed_options: Options of the groups, that differ after that, as (name, first run, second run).
-        checkpoint_error: Why there was no second run.
+        continued: Those after some steps more, which follow the writing of a checkpoint.
+        resumed: Those of a second run, which went on from the checkpoint.
+        poisoned: The same once more, with `IN_PADDING`; None: there is none.
+        saved_options: Options of the groups that writing the checkpoint has changed, as (name, before, after).
+        resumed_options: Options of the groups that differ in the end, as (name, first run, second run).
     """
 
     weights: Weights
@@ -61,109 +104,136 @@ class Recorded:
     peak_rates: list[float] | None
     collectives: int
     state_bytes: int
+    early: int
     replaced_by: str | None
     after_silence: Weights | None = None
     padding: int | None = None
+    continued: Weights | None = None
     resumed: Weights | None = None
     poisoned: Weights | None = None
+    saved_options: list[tuple[str, str, str]] = field(default_factory=list)
     resumed_options: list[tuple[str, str, str]] = field(default_factory=list)
-    checkpoint_error: str | None = None
 
 
 def train_on_this_rank(
-    subject: Subject, configuration: Configuration, folder: str, device: str, checkpoint: bool = True
-) -> Recorded | str:
-    """Train, save after three steps, go on; then begin anew, without gradients, load, and go on, twice.
+    subject: Subject, configuration: Configuration, course: Course, folder: str, device: str
+) -> Recorded | Failure:
+    """Train, save, go on; then begin anew, without gradients, load, and go on, twice.
 
     Args:
         subject: What is trained.
         configuration: How.
+        course: How long, and what is done besides.
         folder: An empty one that all ranks see.
         device: Type of the device to train on.
-        checkpoint: Whether to make the second run.
 
     Returns:
-        What was recorded, or why the wrapper or the optimizer refused.
+        What was recorded, or what the wrapper or the optimizer raised, and when.
     """
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    training = _Training(subject, configuration, course, Path(folder), where)
     try:
-        with _running(subject, configuration, SEED, where) as run:
-            recorded, options = _first_run(run, Path(folder) if checkpoint else None)
-        if checkpoint and recorded.checkpoint_error is None:
-            with _running(subject, configuration, OTHER_SEED, where) as run:
-                _second_run(run, Path(folder), recorded, options)
-    except CannotAudit as error:
-        return str(error)
-    except Exception as error:
-        return _reason(error)
-    return recorded
+        return training.whole()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # torch.distributed.checkpoint's errors are no Exception
+        return Failure(str(error) if isinstance(error, CannotAudit) else _reason(error), training.stage)
 
 
-@contextmanager
-def _running(subject: Subject, configuration: Configuration, seed: int, where: torch.device) -> Iterator[Wrapped]:
-    run = wrap(subject, configuration, seed, where)
-    try:
-        yield run
-    finally:
-        run.close()
+class _Training:
+    """Both runs of one rank; `stage` says what is being done, should it raise."""
 
+    def __init__(
+        self, subject: Subject, configuration: Configuration, course: Course, folder: Path, where: torch.device
+    ):
+        self.subject, self.configuration, self.course = subject, configuration, course
+        self.folder, self.where = folder, where
+        self.stage, self.early = TRAINING, 0
 
-def _first_run(run: Wrapped, folder: Path | None) -> tuple[Recorded, list[dict[str, Any]]]:
-    replaced = None if run.optimizer is run.given else type(run.optimizer).__name__
-    error, of_steps, count = None, [], CollectiveCount()
-    # What a wrapper has allocated and not written may hold anything; whether it is read, the second run shows.
-    _fill_padding(run, 0.0)
-    for step in range(STEPS):
-        run.injection.step = step
-        of_steps.append(rates(run.optimizer))
-        with _counting(run.optimizer, count, step == COUNTED):
-            run.update()
-        if step == SAVED_AFTER - 1 and folder is not None:
-            error = _try(lambda: run.save(folder))
-    peaks = getattr(run.scheduler, "max_lrs", None)
-    recorded = Recorded(
-        weights=_weights(run),
-        clipping=run.clipping,
-        rates=of_steps,
-        given_rates=run.given_rates,
-        has_scheduler=run.scheduler is not None,
-        peak_rates=None if peaks is None else [float(peak) for peak in peaks],
-        collectives=count.total,
-        state_bytes=state_bytes(run.optimizer),
-        replaced_by=replaced,
-        checkpoint_error=error,
-    )
-    return recorded, _options(run.optimizer)
+    def whole(self) -> Recorded:
+        with self._running(SEED) as run:
+            recorded, options = self._first_run(run)
+        with self._running(OTHER_SEED) as run:
+            self._second_run(run, recorded, options)
+        return recorded
 
+    @contextmanager
+    def _running(self, seed: int) -> Iterator[Wrapped]:
+        stepped: list[torch.optim.Optimizer] = []
+        hook = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(optimizer))
+        try:
+            run = wrap(self.subject, self.configuration, seed, self.where)
+        finally:
+            hook.remove()
+        self.early = sum(optimizer is run.optimizer for optimizer in stepped)
+        run.injection.zeros = self.course.zeros
+        try:
+            yield run
+        finally:
+            run.close()
 
-def _second_run(run: Wrapped, folder: Path, recorded: Recorded, options: list[dict[str, Any]]) -> None:
-    recorded.padding = _fill_padding(run, 0.0)
-    run.injection.step, run.injection.silent = 0, True
-    run.update()
-    recorded.after_silence = _weights(run)
-    run.injection.silent = False
-    recorded.checkpoint_error = _try(lambda: run.load(folder))
-    if recorded.checkpoint_error is not None:
-        return
-    recorded.resumed = _go_on(run, padding=0.0)
-    recorded.resumed_options = _differences(options, _options(run.optimizer))
-    if run.sum_over_ranks(recorded.padding or 0):
-        run.load(folder)
-        recorded.poisoned = _go_on(run, padding=float("nan"))
-
-
-def _go_on(run: Wrapped, padding: float) -> Weights:
-    """The steps after a checkpoint."""
-    _fill_padding(run, padding)
-    for step in range(SAVED_AFTER, STEPS):
-        run.injection.step = step
-        run.update()
-    return _weights(run)
-
-
-def _weights(run: Wrapped) -> Weights:
-    if run.configuration.dtype != "fp32":
+    def _first_run(self, run: Wrapped) -> tuple[Recorded, list[dict[str, Any]]]:
+        replaced = None if run.optimizer is run.given else type(run.optimizer).__name__
+        of_steps, count = [], CollectiveCount()
+        # What a wrapper has allocated and not written may hold anything; whether it is read, the second run shows.
         shards = find_shards(run.optimizer, run.model)
+        _fill_padding(shards, 0.0)
+        for step in range(self.course.steps):
+            run.injection.step = step
+            of_steps.append(rates(run.optimizer))
+            with _counting(run.optimizer, count, step == COUNTED):
+                run.update()
+        peaks = getattr(run.scheduler, "max_lrs", None)
+        recorded = Recorded(
+            weights=_weights(run, shards),
+            clipping=run.clipping,
+            rates=of_steps,
+            given_rates=run.given_rates,
+            has_scheduler=run.scheduler is not None,
+            peak_rates=None if peaks is None else [float(peak) for peak in peaks],
+            collectives=count.total,
+            state_bytes=state_bytes(run.optimizer),
+            early=self.early,
+            replaced_by=replaced,
+        )
+        if CHECKPOINT in self.course.checks:
+            self.stage = CHECKPOINT
+            options = _options(run.optimizer)
+            run.save(self.folder)  # only now, since a wrapper may step the optimizer to save it
+            recorded.saved_options = _differences(options, _options(run.optimizer))
+            recorded.continued = self._go_on(run, shards, padding=(0.0,))
+            self.stage = TRAINING
+        return recorded, _options(run.optimizer)
+
+    def _second_run(self, run: Wrapped, recorded: Recorded, options: list[dict[str, Any]]) -> None:
+        shards = find_shards(run.optimizer, run.model)
+        recorded.padding = _fill_padding(shards, 0.0)
+        run.injection.step, run.injection.silent = 0, True
+        run.update()
+        recorded.after_silence = _weights(run, shards)
+        run.injection.silent = False
+        if CHECKPOINT not in self.course.checks:
+            return
+        self.stage = CHECKPOINT
+        run.load(self.folder)
+        recorded.resumed = self._go_on(run, shards, padding=(0.0,))
+        recorded.resumed_options = _differences(options, _options(run.optimizer))
+        if PADDING in self.course.checks and run.sum_over_ranks(recorded.padding or 0):
+            run.load(self.folder)
+            self.stage = PADDING
+            recorded.poisoned = self._go_on(run, shards, padding=IN_PADDING)
+
+    def _go_on(self, run: Wrapped, shards: Shards | None, padding: Sequence[float]) -> Weights:
+        """The steps after a checkpoint, before each of which the padding is filled with the next of these."""
+        for number in range(self.course.afterwards):
+            _fill_padding(shards, padding[number % len(padding)])
+            run.injection.step = self.course.steps + number
+            run.update()
+        return _weights(run, shards)
+
+
+def _weights(run: Wrapped, shards: Shards | None) -> Weights:
+    if run.configuration.dtype != "fp32":
         masters = None if shards is None else shards.values(run.injection.shapes)
         if masters is not None:
             return masters
@@ -171,20 +241,8 @@ def _weights(run: Wrapped) -> Weights:
     return {name: [(0, weights.view(-1))] for name, weights in run.weights().items()}
 
 
-def _fill_padding(run: Wrapped, value: float) -> int | None:
-    shards = find_shards(run.optimizer, run.model)
+def _fill_padding(shards: Shards | None, value: float) -> int | None:
     return None if shards is None else shards.fill_padding(value)
-
-
-def _try(action: Any) -> str | None:
-    """Do it, and say what it raised."""
-    try:
-        action()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # torch.distributed.checkpoint's errors are no Exception
-        return _reason(error)
-    return None
 
 
 def _reason(error: BaseException) -> str:
@@ -202,15 +260,21 @@ def _counting(optimizer: torch.optim.Optimizer, count: CollectiveCount, wanted: 
     if not wanted:
         yield
         return
-    hooks = (
-        optimizer.register_step_pre_hook(lambda *_: count.__enter__() and None),
-        optimizer.register_step_post_hook(lambda *_: count.__exit__(None, None, None)),
-    )
+    step, of_instance = optimizer.step, "step" in vars(optimizer)
+
+    def counted(*given: Any, **options: Any) -> Any:
+        with count:
+            return step(*given, **options)
+
+    # No hook: an optimizer around another one may have none, as it never called torch's own constructor.
+    optimizer.step = counted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        if of_instance:
+            optimizer.step = step  # type: ignore[method-assign]
+        else:
+            del optimizer.step
 
 
 # What is recorded ---------------------------------------------------------------------------------------------------
@@ -218,7 +282,7 @@ def _counting(optimizer: torch.optim.Optimizer, count: CollectiveCount, wanted: 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in the optimizer's state here."""
-    return sum(map(_bytes, optimizer.state.values()))
+    return sum(map(_bytes, getattr(optimizer, "state", {}).values()))
 
 
 def _bytes(value: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .configurations import Configuration
 from .errors import CannotAudit
 from .reference import Alone
 from .subject import Subject
-from .training import Recorded, Weights
+from .training import CHECKPOINT, PADDING, Recorded, Weights
 
 __all__ = ["BOUND", "EXACT", "REFUSED", "WRONG", "AuditedLayer", "Finding", "Report", "judge", "refusal"]
 
@@ -24,6 +24,8 @@ BOUND = 2e-6
 
 COARSE = 0.01
 """Where rounding explains a larger error than this, a layer that agrees says nothing."""
+
+PADDING_HOLDS = "elements that no layer owns are large or NaN"
 
 EXACT, WRONG, REFUSED = "exact", "wrong", "refused"
 STATUSES = {EXACT: 0, WRONG: 1, REFUSED: 2}
@@ -36,8 +38,10 @@ class AuditedLayer:
     Attributes:
         name: Its name in the model.
         shape: Its shape.
-        moved: ‖w - w0‖ sharded over the same in one process; 1 is right, NaN if nothing moved in one process.
-        error: ‖w sharded - w alone‖ over the length of the path of one process; NaN if anything is not finite.
+        moved: ‖w - w0‖ sharded over the same in one process; 1 is right, NaN if neither moved, or if nothing moved in
+            one process and no gradient asked for it.
+        error: ‖w sharded - w alone‖ over the length of the path of one process; NaN if anything is not finite, or
+            where sharding alone moves a layer without gradient.
         bound: The largest error that rounding explains.
         weight_norm: ‖w‖ (L2), sharded.
         weight_norm_alone: The same in one process.
@@ -102,6 +106,7 @@ class Report:
         state_bytes_per_parameter_alone: Of one process.
         notes: What was filled in or left out of the configuration.
         versions: Of the packages that took part.
+        steps: After how many of them layers were compared; None: none were.
     """
 
     optimizer: str
@@ -116,6 +121,7 @@ class Report:
     state_bytes_per_parameter_alone: float | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
 
     @property
     def status(self) -> int:
@@ -138,15 +144,21 @@ def refusal(subject: Subject, configuration: Configuration, ranks: int, reason: 
     return Report(subject.title, configuration.title, ranks, REFUSED, reason, notes=configuration.notes)
 
 
-def judge(subject: Subject, configuration: Configuration, alone: Alone, answers: Sequence[Recorded]) -> Report:
-    """Compare, and say what is wrong.
+def judge(
+    subject: Subject,
+    configuration: Configuration,
+    alone: Alone,
+    answers: Sequence[Recorded],
+    failed: Mapping[str, str],
+) -> Report:
+    """Compare, and say what is wrong, beside the errors of checks that `failed`.
 
     Raises:
         CannotAudit: If rounding hides whatever there may be.
     """
     weights = _whole(alone, [answer.weights for answer in answers])
     layers = tuple(_layer(name, alone, weights[name]) for name in alone.weights)
-    findings = tuple(_findings(alone, answers, layers, weights))
+    findings = tuple(_findings(configuration, alone, answers, failed, layers, weights))
     wrong = [layer for layer in layers if not layer.is_exact]
     coarse = [layer.name for layer in layers if layer.has_gradient and layer.bound > COARSE]
     if coarse and not wrong:
@@ -155,13 +167,14 @@ def judge(subject: Subject, configuration: Configuration, alone: Alone, answers:
             "from that of one process: audit the model in fp32, or with a larger lr"
         )
     verdict = WRONG if wrong or any(finding.is_wrong for finding in findings) else EXACT
-    parameters = alone.parameters
+    parameters, steps = alone.parameters, len(answers[0].rates)
     return Report(
         optimizer=subject.title,
         configuration=configuration.title,
         ranks=len(answers),
         verdict=verdict,
-        sentence=_sentence(configuration, len(answers), layers, findings),
+        sentence=_sentence(configuration, len(answers), steps, layers, findings),
+        steps=steps,
         layers=layers,
         findings=findings,
         collectives=answers[0].collectives,
@@ -179,17 +192,18 @@ def _layer(name: str, alone: Alone, weights: torch.Tensor) -> AuditedLayer:
     resolution = max(torch.finfo(one.dtype).eps for one in (weights, alone.weights[name]))
     rounding = resolution * float(reference.norm())
     distance = float((found - reference).norm())
+    has_gradient = name not in alone.without_gradient
     return AuditedLayer(
         name=name,
         shape=tuple(reference.shape),
-        moved=change / change_alone if change_alone else (math.nan if change == 0 else math.inf),
-        error=distance / path if path else (0.0 if distance == 0 else math.inf),
+        moved=change / change_alone if change_alone else (math.inf if change and has_gradient else math.nan),
+        error=distance / path if path else (0.0 if distance == 0 else math.inf if has_gradient else math.nan),
         bound=BOUND + (rounding / path if path else 0.0),
         weight_norm=float(found.norm()),
         weight_norm_alone=float(reference.norm()),
         change=change,
         change_alone=change_alone,
-        has_gradient=name not in alone.without_gradient,
+        has_gradient=has_gradient,
     )
 
 
@@ -211,11 +225,24 @@ def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.
 
 
 def _findings(
-    alone: Alone, answers: Sequence[Recorded], layers: Sequence[AuditedLayer], weights: dict[str, torch.Tensor]
+    configuration: Configuration,
+    alone: Alone,
+    answers: Sequence[Recorded],
+    failed: Mapping[str, str],
+    layers: Sequence[AuditedLayer],
+    weights: dict[str, torch.Tensor],
 ) -> Iterator[Finding]:
     recorded = answers[0]
     if recorded.replaced_by is not None:
         yield Finding("replaced", f"{recorded.replaced_by} stepped in the place of the optimizer that was given")
+    if recorded.early:
+        yield Finding(
+            "stepped early",
+            f"{configuration.title} steps the optimizer with gradients of zeros {recorded.early} time"
+            f"{'s' * (recorded.early > 1)} as it is set up, which decays weights and puts step counts ahead; one "
+            "process did the same here",
+            is_wrong=False,
+        )
     yield from _rates(recorded)
     broken = [layer.name for layer in layers if not math.isfinite(layer.weight_norm)]
     if broken:
@@ -224,12 +251,18 @@ def _findings(
     if not broken:
         yield from _copies(alone, [answer.weights for answer in answers], "in training")
         yield from _copies(alone, [answer.resumed for answer in answers], "after a checkpoint")
+        continued = _whole(alone, [answer.continued for answer in answers])
         resumed = _whole(alone, [answer.resumed for answer in answers])
-        lost = _differing(alone, weights, resumed)
+        lost = _differing(alone, continued, resumed)
         # Whose checkpoint loses state does not take the same steps twice; then NaN alone tells.
-        yield from _padding(alone, {} if lost else resumed, _whole(alone, [answer.poisoned for answer in answers]))
+        poisoned = _whole(alone, [answer.poisoned for answer in answers])
+        yield from _padding(alone, {} if lost else resumed, poisoned)
         yield from _silence(alone, _whole(alone, [answer.after_silence for answer in answers]))
-        yield from _checkpoint(recorded, lost)
+        yield from _checkpoint(configuration, alone, recorded, lost)
+    if PADDING in failed:
+        yield Finding("padding read", f"steps fail once {PADDING_HOLDS}: {failed[PADDING]}")
+    if CHECKPOINT in failed:
+        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {failed[CHECKPOINT]}")
 
 
 def _rates(recorded: Recorded) -> Iterator[Finding]:
@@ -267,12 +300,12 @@ def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]
 
 
 def _padding(alone: Alone, clean: dict[str, torch.Tensor], poisoned: dict[str, torch.Tensor]) -> Iterator[Finding]:
-    """The same steps from the same checkpoint, once with zeros and once with NaN in the padding."""
+    """The same steps from the same checkpoint, once with zeros and once with something else in the padding."""
     if _differing(alone, clean, poisoned) or not all(bool(weights.isfinite().all()) for weights in poisoned.values()):
         yield Finding(
             "padding read",
-            "steps change once elements that no layer owns are NaN: norms, or whatever is taken over whole tensors, "
-            "include padding, which may hold anything",
+            f"steps change once {PADDING_HOLDS}: norms, or whatever is taken over whole tensors, include padding, "
+            "which may hold anything",
         )
 
 
@@ -320,34 +353,57 @@ def _silence(alone: Alone, silent: dict[str, torch.Tensor]) -> Iterator[Finding]
         )
 
 
-def _checkpoint(recorded: Recorded, lost: Sequence[str]) -> Iterator[Finding]:
-    if recorded.checkpoint_error is not None:
-        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {recorded.checkpoint_error}")
-        return
+def _checkpoint(
+    configuration: Configuration, alone: Alone, recorded: Recorded, lost: Sequence[str]
+) -> Iterator[Finding]:
+    unsaved = [name for name in lost if name in alone.left_out and configuration.zero_stage == 3]
+    if unsaved:
+        yield Finding(
+            "checkpoint leaves out",
+            f"DeepSpeed's checkpoints of ZeRO-3 hold no trainable layer that the optimizer was not given: "
+            f"{listing(unsaved)} come back as the model is made. Freeze them (requires_grad_(False)), or give them to "
+            "the optimizer",
+        )
+    lost = [name for name in lost if name not in unsaved]
     if lost:
         yield Finding(
             "checkpoint loses state",
             f"training that goes on from a checkpoint goes elsewhere: {listing(lost)}",
         )
     if recorded.resumed_options:
-        changed = [f"{name} {before} became {after}" for name, before, after in recorded.resumed_options]
-        yield Finding("checkpoint changes options", f"after a checkpoint, options differ: {listing(changed)}")
+        changed = _changes(recorded.resumed_options)
+        yield Finding("checkpoint changes options", f"after a checkpoint, options differ: {changed}")
+    if recorded.saved_options:
+        yield Finding(
+            "saving changes options",
+            f"writing a checkpoint changes options, as where the wrapper steps an optimizer without state to have "
+            f"some to write: {_changes(recorded.saved_options)}",
+            is_wrong=False,
+        )
+
+
+def _changes(options: Sequence[tuple[str, str, str]]) -> str:
+    return listing([f"{name} {before} became {after}" for name, before, after in options])
 
 
 # The verdict --------------------------------------------------------------------------------------------------------
 
 
 def _sentence(
-    configuration: Configuration, ranks: int, layers: Sequence[AuditedLayer], findings: Sequence[Finding]
+    configuration: Configuration,
+    ranks: int,
+    steps: int,
+    layers: Sequence[AuditedLayer],
+    findings: Sequence[Finding],
 ) -> str:
     where = f"{configuration.title} on {ranks} rank{'s' * (ranks > 1)}"
     wrong = [layer for layer in layers if not layer.is_exact]
     others = "; ".join(finding.text for finding in findings if finding.is_wrong)
     if not wrong:
-        exact = f"under {where} every layer takes the steps that one process takes"
+        exact = f"under {where} every layer goes in {steps} steps where one process takes it"
         return f"Wrong: {exact}, but {others}." if others else f"Exact: {exact}."
     worst = max(wrong, key=lambda layer: math.inf if math.isnan(layer.error) else layer.error)
-    how = f"{len(wrong)} of {len(layers)} layers do not take the steps of one process"
+    how = f"{len(wrong)} of {len(layers)} layers do not go in {steps} steps where one process takes them"
     if math.isfinite(worst.moved) and worst.moved > 0:
         how += f", {worst.name} moved {worst.moved:.4g} times as far as it should"
         how += f" (error {worst.error:.2g})" if abs(worst.moved - 1) < 0.01 else ""

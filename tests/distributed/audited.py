@@ -42,6 +42,105 @@ class ReadsPadding(Plain):
         return 1.0 + 0.0 * p.sum()
 
 
+class ReadsLargePadding(Plain):
+    """As those that mask NaN and take the largest element of a tensor."""
+
+    def scale(self, p: torch.Tensor) -> Any:
+        return 0.5 if p.nan_to_num().abs().max() > 100 else 1.0
+
+
+class RaisesOnNaN(Plain):
+    def scale(self, p: torch.Tensor) -> Any:
+        if not p.isfinite().all():
+            raise FloatingPointError("NaN in the weights")
+        return 1.0
+
+
+class MovesRowsWithGradient(Plain):
+    """As those for embeddings, which leave rows without gradient where they are, of whatever has rows."""
+
+    def scale(self, p: torch.Tensor) -> Any:
+        return p.grad.any(dim=1, keepdim=True).float() if p.grad is not None and p.dim() == 2 else 1.0
+
+
+class MovesTensorsWithGradient(Plain):
+    def scale(self, p: torch.Tensor) -> Any:
+        return float(bool(p.grad.any())) if p.grad is not None else 0.0
+
+
+class BreaksOnZeros(Plain):
+    def scale(self, p: torch.Tensor) -> Any:
+        return 1.0 / p.grad.norm() if p.grad is not None else 1.0
+
+
+class BeginsLate(Plain):
+    """Takes norms of whatever tensors there are, after seven steps."""
+
+    def scale(self, p: torch.Tensor) -> Any:
+        kept = self.state[p]
+        kept["step"] = kept.get("step", 0) + 1
+        return 1.0 if kept["step"] < 8 else 1.0 / (1.0 + p.norm())
+
+
+class CountsInItsGroups(torch.optim.Optimizer):
+    """Without state but a number of steps, which torch's get_state_dict counts up to have some state to save."""
+
+    def __init__(self, params: Any):
+        super().__init__(params, {"lr": 0.1, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] / group["step"] * p.grad)
+
+
+class AroundAnother(torch.optim.Optimizer):
+    """As some implementations of Lookahead, whose constructor is not torch's."""
+
+    def __init__(self, params: Any):
+        self.inner = Plain(params)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+class CannotSave(Plain):
+    def state_dict(self) -> Any:
+        raise NotImplementedError("no state to give away")
+
+
+class CannotLoad(Plain):
+    def load_state_dict(self, state_dict: Any) -> None:
+        raise NotImplementedError("no state is taken")
+
+
+class StepsOnOneRankOnly(Plain):
+    def scale(self, p: torch.Tensor) -> Any:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            raise ValueError("not on this rank")
+        return 1.0
+
+
+class LoadsOnOneRankOnly(Plain):
+    def load_state_dict(self, state_dict: Any) -> None:
+        if torch.distributed.get_rank() == 1:
+            raise ValueError("not on this rank")
+        super().load_state_dict(state_dict)
+
+
 class DecaysMatrices(Plain):
     def decays(self, p: torch.Tensor) -> bool:
         return p.dim() > 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import yaml
 
 from trustratio.integrations.audits.errors import CannotAudit
 from trustratio.integrations.audits.examination import examine
+from trustratio.integrations.audits.printing import described
+from trustratio.integrations.audits.ranks import Ranks
 from trustratio.integrations.audits.reading import configuration_of
 from trustratio.integrations.audits.subject import Subject
 from trustratio.integrations.audits.verdict import EXACT, REFUSED, WRONG, Report
@@ -33,10 +37,12 @@ CONFIGURATIONS: dict[str, Any] = {
     "fsdp1": {"fsdp": 1},
     "fsdp2": {"fsdp": 2},
     "zero 0": zero(0),
+    "zero 0, bf16": zero(0, **BF16),
     "zero 1": zero(1),
     "zero 2, accumulation, no clipping": zero(2, gradient_accumulation_steps=3, gradient_clipping=0.0),
     "zero 3": zero(3, gradient_clipping=0.5),
     "zero 1, bf16": zero(1, **BF16),
+    "zero 1, bf16, accumulation": zero(1, **BF16, gradient_accumulation_steps=16),
     "zero 1, BF16_Optimizer": zero(1, **BF16, data_types={"grad_accum_dtype": "fp32"}),
     "zero 2, fp16": zero(2, fp16={"enabled": True}),
     "zero 3, bf16": zero(3, **BF16),
@@ -101,6 +107,10 @@ def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_siz
     [
         (audited.ReadsPadding, zero(1), ("padding read",)),
         (audited.ReadsPadding, zero(3), ("padding read",)),
+        (audited.ReadsLargePadding, zero(1), ("padding read",)),
+        (audited.ReadsLargePadding, zero(3), ("padding read",)),
+        (audited.MovesRowsWithGradient, zero(1), ("decay added",)),
+        (audited.MovesTensorsWithGradient, zero(1), ()),
         (audited.DecaysMatrices, zero(2), ("decay lost",)),
         (audited.DecaysVectors, zero(1), ("decay added",)),
         (audited.StepsMatrices, zero(1), ("never moved", "decay lost")),
@@ -111,6 +121,10 @@ def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_siz
         (audited.ForgetsMomentum, zero(1), ("checkpoint loses state",)),
         (audited.ForgetsMomentum, "ddp", ("checkpoint loses state",)),
         (audited.ForgetsMomentum, {"fsdp": 2}, ("checkpoint loses state",)),
+        (audited.CannotSave, zero(1), ("checkpoint fails",)),
+        (audited.CannotLoad, zero(1), ("checkpoint fails",)),
+        (audited.CannotLoad, {"fsdp": 2}, ("checkpoint fails",)),
+        (audited.matrices_alone, zero(3), ("checkpoint leaves out",)),
         (audited.ChangesOptions, "ddp", ("checkpoint changes options", "checkpoint loses state")),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -131,6 +145,76 @@ def test_what_they_have_in_common_passes(pool: WorkerPool, configuration: Any, w
     """So it is what they change that is caught."""
     report = audit(pool, audited.Plain, configuration)
     assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("optimizer", [audited.MovesRowsWithGradient, audited.MovesTensorsWithGradient])
+@pytest.mark.parametrize("world_size", [2])
+def test_what_looks_for_zeros_passes_where_layers_are_whole(pool: WorkerPool, optimizer: Any, world_size: int) -> None:
+    report = audit(pool, optimizer, "ddp")
+    assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_what_no_zeros_can_be_given_is_audited_without(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.BreaksOnZeros, "ddp")
+    assert report.verdict == EXACT, report.sentence
+    assert report.notes == ("no gradients of zeros were tried, with which BreaksOnZeros fails in one process already",)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_what_begins_late_needs_more_steps(pool: WorkerPool, world_size: int) -> None:
+    subject, configuration = Subject(audited.BeginsLate), configuration_of(zero(1))
+    few, many = examine(subject, configuration, pool), examine(subject, configuration, pool, steps=10)
+    assert (few.verdict, few.steps) == (EXACT, 5)
+    assert (many.verdict, many.steps) == (WRONG, 10)
+    assert "every layer goes in 5 steps where one process takes it" in few.sentence
+    assert "do not go in 10 steps where one process takes them" in many.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_saving_does_not_disturb_the_compared_steps(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.CountsInItsGroups, {"fsdp": 2})
+    assert report.verdict == EXACT, report.sentence
+    assert [found.text.rpartition(": ")[2] for found in report.findings] == ["step 5 became 6"]
+
+
+@pytest.mark.parametrize("configuration", ["ddp", zero(1), {"fsdp": 1}], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_an_optimizer_around_another_one(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    report = audit(pool, audited.AroundAnother, configuration)
+    assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_step_that_the_wrapper_takes_as_it_is_made(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.adamw, zero(0, **BF16))
+    assert report.verdict == EXACT, report.sentence
+    assert "stepped early" in {found.kind for found in report.findings}
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_without_gradient_show_how_far_they_moved(pool: WorkerPool, world_size: int) -> None:
+    for configuration, moves in ((zero(1), True), ("ddp", False)):
+        report = audit(pool, audited.adamw, configuration)
+        idle = [layer for layer in report.layers if not layer.has_gradient]
+        assert [layer.change > 0 for layer in idle] == [moves, moves]
+        assert all(math.isnan(layer.moved) for layer in idle)
+        assert not any(word in row for row in described(report).splitlines() for word in (" inf", " nan"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2])
+def test_an_error_on_one_rank_alone_is_reported_before_the_time_limit(world_size: int) -> None:
+    with contextlib.closing(Ranks(world_size, timeout=10_000.0)) as ranks:
+        report = examine(Subject(audited.StepsOnOneRankOnly), configuration_of(zero(1)), ranks)
+        assert report.verdict == REFUSED
+        assert report.sentence.startswith("rank 1: ValueError: not on this rank")
+        report = examine(Subject(audited.RaisesOnNaN), configuration_of(zero(1)), ranks)
+        assert kinds(report) == {"padding read"}  # the last rank alone has some
+        report = examine(Subject(audited.LoadsOnOneRankOnly), configuration_of("ddp"), ranks)
+        assert kinds(report) == {"checkpoint fails"}
+        assert "rank 1: ValueError: not on this rank" in report.sentence
+        assert all(layer.is_exact for layer in report.layers)
 
 
 @pytest.mark.parametrize("peak", [0.1, 0.3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,9 @@ import torch
 
 from trustratio.integrations.audit import CannotAudit, assert_exact, audit
 from trustratio.integrations.audits.command import run_command
-from trustratio.integrations.audits.examination import check_ranks, examine
+from trustratio.integrations.audits.configurations import Configuration
+from trustratio.integrations.audits.errors import Failure
+from trustratio.integrations.audits.examination import check_ranks, examine, with_few_micro_batches
 from trustratio.integrations.audits.injection import Injection, seeded_weights
 from trustratio.integrations.audits.models import SmallModel
 from trustratio.integrations.audits.page import page_of
@@ -141,6 +143,9 @@ def test_ranks_and_files_that_cannot_be(
 ) -> None:
     assert "ranks must be a whole number of at least 1" in said(capsys, "--optimizer", "lamb", "--ddp", "--ranks", "0")
     assert "would take all memory" in said(capsys, "--optimizer", "lamb", "--ddp", "--ranks", "100000")
+    assert "steps must be a whole number of at least 3, not 2" in said(
+        capsys, "--optimizer", "lamb", *DDP, "--steps", "2"
+    )
     away = str(tmp_path / "gone" / "report.json")
     assert "there is no folder" in said(capsys, "--optimizer", "lamb", *DDP, "--json", away)
     assert "it is a folder" in said(capsys, "--optimizer", "lamb", *DDP, "--html", str(tmp_path))
@@ -292,6 +297,48 @@ def test_gradients_and_their_means_are_exact_in_16_bits(groups: int) -> None:
         assert not torch.equal(first, injection.gradient("norm.weight"))
 
 
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 16), (2, 16), (3, 13), (4, 8), (5, 7)])
+def test_no_sum_of_micro_batches_is_rounded_in_16_bits(ranks: int, accumulation: int) -> None:
+    accumulation = with_few_micro_batches(Configuration("ddp", "", accumulation=accumulation), ranks).accumulation
+    injection = Injection(SmallModel(), ranks * accumulation)
+    for name in injection.shapes:
+        sums = []
+        for rank in range(ranks):
+            of_rank = torch.zeros(injection.shapes[name], dtype=torch.bfloat16)
+            exact = torch.zeros(injection.shapes[name], dtype=torch.float64)
+            for micro in range(accumulation):
+                injection.group = micro * ranks + rank
+                part = (injection.gradient(name).double() / accumulation).bfloat16()
+                of_rank, exact = of_rank + part, exact + injection.gradient(name).double() / accumulation
+                assert torch.allclose(of_rank.double(), exact, rtol=1e-12)
+            sums.append((of_rank / ranks, exact / ranks))
+        total, expected = sum(part for part, _ in sums), sum(part for _, part in sums)
+        assert torch.allclose(total.double(), expected, rtol=1e-12)
+
+
+def test_more_micro_batches_than_16_are_not_made() -> None:
+    given = configuration_of({"gradient_accumulation_steps": 1000})
+    few = with_few_micro_batches(given, 2)
+    assert (few.accumulation, few.options["gradient_accumulation_steps"]) == (15, 15)
+    assert few.notes[-1].startswith("gradient_accumulation_steps is 1000, of which 15 are made")
+    assert with_few_micro_batches(few, 2) is few
+
+
+def test_some_gradients_are_zero() -> None:
+    injection = Injection(SmallModel(), 2)
+    for step in range(5):
+        injection.step = step
+        rows = injection.gradient("embedding.weight").any(dim=1)
+        assert [bool(row) for row in rows] == [(row + step) % 3 != 0 for row in range(len(rows))]
+        silent = [name for name in injection.shapes if not injection.gradient(name).any()]
+        assert silent == (["layers.0.down.weight"] if step == 2 else [])
+    injection.zeros = False
+    assert bool(injection.gradient("embedding.weight").any(dim=1).all())
+    alone = Injection(torch.nn.Linear(4, 5, bias=False), 1)
+    alone.step = 2
+    assert bool(alone.gradient("weight").any())  # a step without any gradient is another matter
+
+
 def test_a_frozen_layer_and_a_shared_module() -> None:
     shared = torch.nn.Linear(3, 3)
     model = torch.nn.Sequential(shared, torch.nn.Linear(3, 2), shared)
@@ -403,20 +450,29 @@ def test_a_rank_that_dies_or_hangs_leaves_no_process(maker: str, seconds: float,
     assert not any(process.is_alive() for process in processes)
 
 
-def gives_up(seconds: float) -> str:
-    if os.environ["RANK"] == "0":
-        return "the reason"
-    time.sleep(seconds)
-    return ""
+class Fake:
+    """A process that waits for another one."""
+
+    ended = False
+
+    def kill(self) -> None:
+        self.ended = True
+
+    def join(self) -> None:
+        assert self.ended
 
 
-@pytest.mark.slow
-def test_a_rank_that_gives_up_alone_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(2, timeout=60.0)
-    ranks.run(gives_up, 0.0)
-    monkeypatch.setattr("trustratio.integrations.audits.ranks.AFTER_THE_FIRST", 1.0)
-    with pytest.raises(CannotAudit, match=r"no answer from rank 1 in .* seconds, where rank 0 says: the reason"):
-        ranks.run(gives_up, 100.0)
+def test_a_rank_that_fails_alone_is_heard_and_the_others_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trustratio.integrations.audits.ranks.AFTER_A_FAILURE", 0.01)
+    ranks = Ranks(2, timeout=10_000.0)
+    ours, theirs = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
+    waiting = [Fake(), Fake()]
+    ranks._pipes, ranks._processes = list(ours), list(waiting)
+    failure = Failure("the reason", "training")
+    theirs[1].send((True, failure))
+    assert ranks._collect() == [None, failure]
+    assert all(process.ended for process in waiting)
+    assert not ranks._processes
 
 
 def test_functions_within_functions_are_refused() -> None:
