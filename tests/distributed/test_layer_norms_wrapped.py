@@ -17,6 +17,7 @@ from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
 from . import test_dtensor_parallel
 from .accelerate_runs import fresh_accelerate, unbuilt_cpu_adam
 from .pool import WorkerPool
+from .recorded import fresh_deepspeed_groups
 from .test_megatron import Network, OlderUnit, megatron
 
 
@@ -59,7 +60,7 @@ def test_layers_that_dtensor_cuts(pool: WorkerPool, mesh: tuple[int, ...], world
 
 def train_megatron(wrapper: str | int | None, tensor_parallel: int) -> list[dict[str, Any]]:
     """The records of AdamW on Megatron's layers, in float64 where no wrapper has fp32 copies."""
-    with megatron(tensor_parallel) as state:
+    with megatron(tensor_parallel) as state, fresh_deepspeed_groups():
         torch.manual_seed(0)
         model = Network()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
