@@ -27,4 +27,5 @@ for step in range(20):
     if mesh.get_rank() == 0:
         ratios = {name: layer.ratio for name, layer in norms.latest().items()}  # ‖Δw‖ / ‖w‖
         print(f"step {step} loss {loss.item():.4f} ratios {ratios}")
+torch.distributed.barrier()  # a rank that leaves while others still talk to it may abort
 torch.distributed.destroy_process_group()

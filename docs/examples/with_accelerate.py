@@ -24,4 +24,5 @@ for step in range(20):
         optimizer.step()
         optimizer.zero_grad()
     accelerator.print(f"step {step} loss {loss.item():.4f} ratios {lamb.trust_ratios()}")
+accelerator.wait_for_everyone()  # a rank that leaves while others still talk to it may abort
 accelerator.end_training()

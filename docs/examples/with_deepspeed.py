@@ -23,4 +23,5 @@ for step in range(20):
     engine.step()
     if engine.global_rank == 0:
         print(f"step {step} loss {loss.item():.4f} ratios {optimizer.trust_ratios()}")
+torch.distributed.barrier()  # a rank that leaves while others still talk to it may abort
 torch.distributed.destroy_process_group()

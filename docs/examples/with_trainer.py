@@ -27,4 +27,5 @@ lamb = optimizer_for_trainer("lamb", lr=0.02, weight_decay=0.0)
 trainer = Trainer(model, args, train_dataset=samples(), optimizer_cls_and_kwargs=lamb, compute_loss_func=loss_of)
 trainer.add_callback(TrustRatioCallback(trainer, per_layer=True))  # logs each layer's beside the loss
 trainer.train()
+trainer.accelerator.wait_for_everyone()  # a rank that leaves while others still talk to it may abort
 trainer.accelerator.end_training()
