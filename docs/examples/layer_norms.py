@@ -1,7 +1,4 @@
-"""Norms of whole layers, with AdamW under FSDP2: torchrun --nproc_per_node 2 docs/examples/layer_norms.py.
-
-On two GPUs or without one; `python -m trustratio.integrations.layer_norms report layer_norms.jsonl` makes a page of it.
-"""
+"""Norms of whole layers, with AdamW under FSDP2: torchrun --nproc_per_node 2 docs/examples/layer_norms.py."""
 
 import os
 
@@ -16,7 +13,8 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)).to(device)
 optimizer = torch.optim.AdamW(fully_shard(model, mesh=mesh).parameters(), lr=0.02)
 norms = LayerNorms(optimizer, model)
-norms.write_to(file="layer_norms.jsonl")  # or tensorboard=, wandb=, log=accelerator.log
+# or tensorboard=, wandb=, log=...; python -m trustratio.integrations.layer_norms report layer_norms.jsonl makes a page
+norms.write_to(file="layer_norms.jsonl")
 samples = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
 x = samples.chunk(mesh.size())[mesh.get_rank()].to(device)
 for step in range(20):

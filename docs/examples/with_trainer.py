@@ -20,9 +20,8 @@ def loss_of(outputs: torch.Tensor, labels: torch.Tensor, num_items_in_batch: tor
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
-args = TrainingArguments(
-    "runs/trainer", **COMMON, **QUIET, label_names=["labels"], use_cpu=not torch.cuda.is_available()
-)
+on_cpu = not torch.cuda.is_available()
+args = TrainingArguments("runs/trainer", **COMMON, **QUIET, label_names=["labels"], use_cpu=on_cpu)
 lamb = optimizer_for_trainer("lamb", lr=0.02, weight_decay=0.0)
 trainer = Trainer(model, args, train_dataset=samples(), optimizer_cls_and_kwargs=lamb, compute_loss_func=loss_of)
 trainer.add_callback(TrustRatioCallback(trainer, per_layer=True))  # logs each layer's beside the loss
