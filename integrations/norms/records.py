@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,6 +67,12 @@ class MeasuredNorms(dict[str, LayerNorm]):
         self.step = step
         self.model = model
         self.clipped = clipped
+
+    def __missing__(self, name: str) -> LayerNorm:
+        if not self:
+            raise KeyError(f"{name!r}: no step was measured so far; see LayerNorms(every=) and latest().step")
+        close = difflib.get_close_matches(name, self, n=1, cutoff=0.0)
+        raise KeyError(f"{name!r} is no layer that was measured; the nearest is {close[0]!r}")
 
     def record(self) -> dict[str, Any]:
         """As one JSON object: step, clipped, model, and layers by name."""

@@ -32,8 +32,8 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
     if nature.hidden is not None:
         raise LayoutError(
             f"steps of {name} depend on what is neither in its state nor in its groups, and would be lost in "
-            "checkpoints and wrong where a step has several calls: keep it in self.state[p] or in the groups, instead "
-            f"of one of the attributes {', '.join(nature.hidden) or '(it has none: perhaps outside of the class)'}"
+            "checkpoints and wrong where a step has several calls: keep that in self.state[p] or in the groups. "
+            f"It may be {listing([f'self.{name}' for name in nature.hidden]) or 'outside of the class'}"
         )
     if nature.follows_weights:
         raise LayoutError(
@@ -107,4 +107,4 @@ def _why(nature: Nature) -> str:
         return "draws random numbers"
     if nature.failure:
         return f"fails on flat pieces of layers ({nature.failure})"
-    return "makes other steps of pieces of a layer than of the whole"
+    return "makes other steps of flat pieces of a layer, as TrustRatio would step them, than of the whole layer"

@@ -266,7 +266,7 @@ def step_with(base_name: str, wrapper: str) -> str:
     ("base", "why"),
     [
         ("Muon", r"Muon fails on flat pieces of layers \(ValueError: Muon only supports 2D"),
-        ("Adafactor", "Adafactor makes other steps of pieces of a layer than of the whole"),
+        ("Adafactor", "Adafactor makes other steps of flat pieces of a layer"),
         ("ClipsTheModel", "ClipsTheModel makes other steps of pieces"),
         ("WarmsUp", "WarmsUp makes other steps"),
         ("Noisy", "Noisy draws random numbers"),

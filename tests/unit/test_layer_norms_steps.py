@@ -337,3 +337,18 @@ def test_a_clip_counts_for_a_step_that_is_taken_again() -> None:
     give_gradients(model)
     optimizer.step()
     assert norms.latest().clipped is None
+
+
+def test_a_name_that_was_not_measured_is_told() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model, every=2)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(KeyError, match=r"'weight': no step was measured so far; see LayerNorms\(every=\)"):
+        norms.latest()["weight"]
+    optimizer.step()
+    assert norms.latest()["weight"].ratio > 0
+    with pytest.raises(KeyError, match=r"'module\.weight' is no layer that was measured; the nearest is 'weight'"):
+        norms.latest()["module.weight"]
+    assert norms.latest().get("module.weight") is None
