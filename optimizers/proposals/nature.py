@@ -169,10 +169,8 @@ def _nature(trial: _Trial, whole: _Outcome) -> Nature:
     handed_over, _ = trial.attempt(_ALL, hand_over=True)
     is_complete = is_random or (handed_over is not None and trial.same(whole, handed_over))
     return Nature(
-        is_element_wise=(
-            not is_random and whole.is_like_layers and cut is not None and trial.same_directions(whole, cut)
-        ),
-        is_layer_wise=is_random or (apart is not None and trial.same_directions(whole, apart)),
+        is_element_wise=not is_random and whole.is_like_layers and cut is not None and trial.same_parts(whole, cut),
+        is_layer_wise=is_random or (apart is not None and trial.same_parts(whole, apart)),
         is_random=is_random,
         is_proportional=is_proportional,
         follows_weights=not is_proportional and trial.follows_weights(whole, faster),
@@ -189,6 +187,7 @@ class _Outcome:
     Attributes:
         directions: (w - w_after) / rate of each step, over all elements.
         state: All tensors of the state after the last step, in their order.
+        in_groups: All numbers in the groups of each instance then, in their order.
         is_like_layers: Whether each of them is a number or has the shape of its parameter.
         puts_others_in_place: Whether parameters have other data than before the steps.
         attributes: What the optimizer has besides what every optimizer has.
@@ -196,6 +195,7 @@ class _Outcome:
 
     directions: list[torch.Tensor]
     state: list[torch.Tensor]
+    in_groups: list[list[torch.Tensor]]
     is_like_layers: bool
     puts_others_in_place: bool
     attributes: tuple[str, ...]
@@ -240,6 +240,7 @@ class _Trial:
         """
         directions = [torch.zeros(sum(_SIZES), device=self.device, dtype=self.dtype) for _ in range(STEPS)]
         state: list[torch.Tensor] = []
+        in_groups: list[list[torch.Tensor]] = []
         is_like_layers, puts_others_in_place = True, False
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.enable_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
@@ -255,12 +256,13 @@ class _Trial:
                     weights = self._numbers(0 if at_rest else step)
                     self._take(optimizer, parts, parameters, weights, step, rate or RATES[step % len(RATES)], direction)
                 state += [value.detach() for value in _tensors(optimizer.state)]
+                in_groups += [[*_numbers_in(group)] for group in optimizer.param_groups]
                 for parameter, before in zip(parameters, data, strict=True):
                     puts_others_in_place |= parameter.data_ptr() != before.data_ptr()
                     of_layer = _tensors(optimizer.state[parameter])
                     is_like_layers &= all(value.numel() <= 1 or value.shape == parameter.shape for value in of_layer)
         attributes = tuple(name for name in vars(optimizer) if not hasattr(_any_optimizer(), name))
-        return _Outcome(directions, state, is_like_layers, puts_others_in_place, attributes)
+        return _Outcome(directions, state, in_groups, is_like_layers, puts_others_in_place, attributes)
 
     def _handed_over(
         self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]
@@ -321,6 +323,16 @@ class _Trial:
         """Whether the directions are."""
         return all(map(self._near, one.directions, other.directions))
 
+    def same_parts(self, whole: _Outcome, parts: _Outcome) -> bool:
+        """Whether the directions are, of one instance and of several that have parts of it, and what groups keep.
+
+        An estimate over the whole model, as D-Adaptation's, may be in a group for long before it shows in a direction.
+        """
+        (ours,) = whole.in_groups
+        return self.same_directions(whole, parts) and all(
+            len(ours) == len(theirs) and all(map(self._near, ours, theirs)) for theirs in parts.in_groups
+        )
+
     def _near(self, one: torch.Tensor, other: torch.Tensor) -> bool:
         if one.shape != other.shape:
             return False
@@ -340,6 +352,15 @@ def _are_parallel(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
     return bool(torch.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0) > PARALLEL)
+
+
+def _numbers_in(group: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the numbers that a group keeps, options and others, as tensors."""
+    for name, value in group.items():
+        if isinstance(value, torch.Tensor) and name not in ("lr", "params"):
+            yield value.detach()
+        elif isinstance(value, int | float) and name != "lr":
+            yield torch.tensor(float(value), dtype=torch.float64)
 
 
 def _tensors(state: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:

@@ -39,6 +39,15 @@ class ClipsTheModel(Plain):
         p.sub_(lr * g / (self.norm() / limit).clamp(min=1.0))
 
 
+class EstimatesTheModel(Plain):
+    """Sums over all gradients, and does something with that only when it is large."""
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        group = self.param_groups[0]
+        group["estimate"] = group.get("estimate", 0.0) + 1e-9 * float(g.square().sum())
+        p.sub_(lr * g * max(1.0, group["estimate"]))
+
+
 class ClipsLayers(Plain):
     def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
         p.sub_(lr * g / (g.norm() / limit).clamp(min=1.0))
@@ -192,6 +201,7 @@ def test_bases_of_the_tests_are_element_wise_and_proportional(name: str) -> None
     [
         (Plain, True, True, True),
         (ClipsTheModel, False, False, True),
+        (EstimatesTheModel, False, False, True),
         (ClipsLayers, False, True, True),
         (WarmsUp, False, True, True),
         (DecaysMatrices, False, True, True),
