@@ -126,7 +126,9 @@ ROWS = [
     Row("DeepSpeed FusedAdam", "deepspeed.ops.adam.FusedAdam", {"lr": 0.01, **DECAY}),
     Row("DeepSpeed FusedLamb", "deepspeed.ops.lamb.FusedLamb", {"lr": 0.05, **DECAY}),
     *(
-        Row(f"trustratio {entry.optimizer_class.__name__}", name, {"lr": entry.starting_rate})
+        Row(
+            f"trustratio {entry.optimizer_class.__name__}", name, {"lr": max(1e-3, entry.starting_rate)}
+        )  # else rounding hides it
         for name, entry in OPTIMIZERS.items()
     ),
 ]

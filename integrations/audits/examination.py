@@ -7,7 +7,7 @@ import importlib.util
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -74,7 +74,7 @@ def examine(
     micro_batches = ranks.world_size * configuration.accumulation
 
     def alone(
-        course: Course, clipping: float, rates: Sequence[Sequence[float]] | None = None, chance: int = 0
+        course: Course, clipping: float, scheduled: Sequence[Sequence[Mapping[str, Any]]] | None = None, chance: int = 0
     ) -> Alone:
         with group_of_one(device):
             return train_alone(
@@ -84,7 +84,7 @@ def examine(
                 clipping,
                 dtype,
                 torch.device(device),
-                rates,
+                scheduled,
                 chance,
                 clips_what_is_stepped=configuration.zero_stage > 0,
             )
@@ -104,7 +104,7 @@ def examine(
     recorded = answers[0]
     if recorded.has_scheduler or recorded.clipping != clipping or recorded.early:
         course = replace(course, early=recorded.early)
-        first = alone(course, recorded.clipping, recorded.rates if recorded.has_scheduler else None)
+        first = alone(course, recorded.clipping, recorded.scheduled if recorded.has_scheduler else None)
     return _dated(judge(subject, configuration, first, answers, failed))
 
 

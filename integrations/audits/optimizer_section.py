@@ -80,7 +80,7 @@ def _read(section: Any, configuration: Configuration) -> _Asked:
     if kind.lower() == "lamb":
         return _Asked(kind, LAMB, params, LAMB)
     name = kind.capitalize() if kind.lower() == "adagrad" else kind
-    if not isinstance(getattr(torch.optim, name, None), type):
+    if kind.lower() == "muon" or not isinstance(getattr(torch.optim, name, None), type):
         raise CannotAudit(
             f'the "optimizer" section has the type {kind}, and the audit knows {KNOWN}: remove the section, and give '
             "the optimizer itself"

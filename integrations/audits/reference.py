@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .errors import CannotAudit
 from .subject import Subject
-from .training import OTHER_SEED, SEED, Course, state_bytes
+from .training import OTHER_SEED, SEED, Course, numbers_in_groups, state_bytes
 
 __all__ = ["Alone", "train_alone"]
 
@@ -25,6 +26,7 @@ class Alone:
         without_gradient: Layers that get none.
         before_silence: The weights of another beginning, `OTHER_SEED`.
         after_silence: Those after a first step in which all gradients are zero.
+        numbers: What each group keeps besides learning rates: at the beginning, and after the last step.
         state_bytes: Of the optimizer's state.
         parameters: Number of trainable elements.
         left_out: Layers that the optimizer was not given.
@@ -36,6 +38,7 @@ class Alone:
     without_gradient: frozenset[str]
     before_silence: dict[str, torch.Tensor]
     after_silence: dict[str, torch.Tensor]
+    numbers: tuple[list[dict[str, float]], list[dict[str, float]]]
     state_bytes: int
     parameters: int
     left_out: frozenset[str]
@@ -48,7 +51,7 @@ def train_alone(
     clipping: float,
     dtype: torch.dtype | None,
     device: torch.device,
-    rates: Sequence[Sequence[float]] | None = None,
+    scheduled: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     chance: int = 0,
     *,
     clips_what_is_stepped: bool = False,
@@ -62,7 +65,7 @@ def train_alone(
         clipping: Norm to which the whole model's gradient is clipped; 0: not.
         dtype: Of the weights; None: as the user made them.
         device: Where.
-        rates: Learning rates of each step and each group, from a scheduler; None: the optimizer's own.
+        scheduled: Options of each step and each group, from a scheduler; None: the optimizer's own.
         chance: Seed of torch's random numbers, which an optimizer may draw.
         clips_what_is_stepped: Whether the norm for clipping is of the optimizer's parameters alone, as ZeRO's is.
 
@@ -77,10 +80,11 @@ def train_alone(
         run.step(0, None)
     run.injection.silent = False
     before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
+    numbers = numbers_in_groups(run.optimizer)
     after = before
     for step in range(course.steps):
         previous = after
-        run.step(step, None if rates is None else rates[step])
+        run.step(step, None if scheduled is None else scheduled[step])
         after = run.weights()
         for name in paths:
             paths[name] += _distance(after[name], previous[name])
@@ -90,7 +94,7 @@ def train_alone(
     silent = _Run(subject, course, micro_batches, clipping, dtype, device, OTHER_SEED, clips_what_is_stepped)
     silent.injection.silent = True
     before_silence = silent.weights()
-    silent.step(0, None if rates is None else rates[0])
+    silent.step(0, None if scheduled is None else scheduled[0])
     return Alone(
         before=before,
         weights=after,
@@ -98,6 +102,7 @@ def train_alone(
         without_gradient=frozenset(run.injection.without_gradient),
         before_silence=before_silence,
         after_silence=silent.weights(),
+        numbers=(numbers, numbers_in_groups(run.optimizer)),
         state_bytes=state_bytes(run.optimizer),
         parameters=sum(weights.numel() for weights in before.values()),
         left_out=frozenset(name for name in paths if id(named[name]) not in trained),
@@ -113,7 +118,8 @@ def _refuse_what_says_nothing(subject: Subject, after: dict[str, torch.Tensor], 
         )
     if not any(paths.values()):
         raise CannotAudit(
-            f"{subject.title} moves no layer in one process, so there is nothing to compare: is its lr 0?"
+            f"{subject.title} moves no layer in one process, so there is nothing to compare: is its lr 0, or "
+            "does it begin later (--steps)?"
         )
 
 
@@ -144,16 +150,16 @@ class _Run:
         named = dict(self.model.named_parameters())
         return {name: named[name].detach().cpu().clone() for name in self.injection.shapes}
 
-    def step(self, step: int, rates: Sequence[float] | None) -> None:
+    def step(self, step: int, scheduled: Sequence[Mapping[str, Any]] | None) -> None:
         self.injection.step = step
         for group in range(self.micro_batches):
             self.injection.group = group
             (self.model() / self.micro_batches).backward()
         if self.clipping:
             self._clip()
-        if rates is not None:
-            for options, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                options["lr"] = rate
+        if scheduled is not None:
+            for group_options, of_group in zip(self.optimizer.param_groups, scheduled, strict=True):
+                group_options.update(of_group)
         try:
             self.optimizer.step()
         except Exception as error:

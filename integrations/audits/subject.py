@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -168,6 +169,9 @@ def _refuse_paths(given: str, what: str) -> None:
 
 
 def _name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        options = [f"{name}={value}" for name, value in function.keywords.items()]
+        return " ".join([_name(function.func), *map(_name, function.args), *options])
     return str(getattr(function, "__qualname__", repr(function)))
 
 

@@ -19,7 +19,7 @@ from .configurations import Configuration
 from .errors import CannotAudit, Failure
 from .padding import Shards, find_shards
 from .subject import Subject
-from .wrappers import Wrapped, rates, wrap
+from .wrappers import Wrapped, scheduled, wrap
 
 __all__ = [
     "CHECKPOINT",
@@ -31,6 +31,7 @@ __all__ = [
     "STEPS",
     "Course",
     "Recorded",
+    "numbers_in_groups",
     "state_bytes",
     "train_on_this_rank",
 ]
@@ -79,11 +80,12 @@ class Recorded:
     Attributes:
         weights: After the last step.
         clipping: Norm to which the wrapper clipped the gradient; 0: not.
-        rates: Before each step, of each parameter group.
+        scheduled: Before each step, of each parameter group, what schedulers drive.
         given_rates: When the optimizer was made.
-        has_scheduler: Whether the wrapper drives the learning rates.
+        has_scheduler: Whether the wrapper drives that.
         peak_rates: What the wrapper's scheduler goes up to, where it says so.
         collectives: In `optimizer.step` of one step.
+        numbers: What each group keeps besides learning rates, after the last step.
         state_bytes: Of the optimizer's state on this rank.
         early: Steps that the wrapper took before the first one.
         replaced_by: Name of another optimizer that stepped; None: it was the given one.
@@ -98,11 +100,12 @@ class Recorded:
 
     weights: Weights
     clipping: float
-    rates: list[list[float]]
+    scheduled: list[list[dict[str, Any]]]
     given_rates: list[float]
     has_scheduler: bool
     peak_rates: list[float] | None
     collectives: int
+    numbers: list[dict[str, float]]
     state_bytes: int
     early: int
     replaced_by: str | None
@@ -180,18 +183,19 @@ class _Training:
         _fill_padding(shards, 0.0)
         for step in range(self.course.steps):
             run.injection.step = step
-            of_steps.append(rates(run.optimizer))
+            of_steps.append(scheduled(run.optimizer))
             with _counting(run.optimizer, count, step == COUNTED):
                 run.update()
         peaks = getattr(run.scheduler, "max_lrs", None)
         recorded = Recorded(
             weights=_weights(run, shards),
             clipping=run.clipping,
-            rates=of_steps,
+            scheduled=of_steps,
             given_rates=run.given_rates,
             has_scheduler=run.scheduler is not None,
             peak_rates=None if peaks is None else [float(peak) for peak in peaks],
             collectives=count.total,
+            numbers=numbers_in_groups(run.optimizer),
             state_bytes=state_bytes(run.optimizer),
             early=self.early,
             replaced_by=replaced,
@@ -238,7 +242,7 @@ def _weights(run: Wrapped, shards: Shards | None) -> Weights:
         if masters is not None:
             return masters
     # From every rank: each may hold a copy of its own, which only the gradients keep the same.
-    return {name: [(0, weights.view(-1))] for name, weights in run.weights().items()}
+    return {name: [(0, weights.reshape(-1))] for name, weights in run.weights().items()}
 
 
 def _fill_padding(shards: Shards | None, value: float) -> int | None:
@@ -292,6 +296,20 @@ def _bytes(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_bytes, value.values()))
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def numbers_in_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    """The numbers that each group keeps, but for learning rates: options, counts, estimates."""
+    return [
+        {name: float(value) for name, value in group.items() if _is_number(name, value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return name not in ("lr", "params") and value.numel() == 1 and not hasattr(value, "placements")
+    return name != "lr" and isinstance(value, int | float)
 
 
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

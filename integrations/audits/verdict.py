@@ -167,7 +167,7 @@ def judge(
             "from that of one process: audit the model in fp32, or with a larger lr"
         )
     verdict = WRONG if wrong or any(finding.is_wrong for finding in findings) else EXACT
-    parameters, steps = alone.parameters, len(answers[0].rates)
+    parameters, steps = alone.parameters, len(answers[0].scheduled)
     return Report(
         optimizer=subject.title,
         configuration=configuration.title,
@@ -248,6 +248,7 @@ def _findings(
     if broken:
         yield Finding("not finite", f"NaN or infinite: {listing(broken)}")
     yield from _movement(alone, layers)
+    yield from _numbers(configuration, alone, answers)
     if not broken:
         yield from _copies(alone, [answer.weights for answer in answers], "in training")
         yield from _copies(alone, [answer.resumed for answer in answers], "after a checkpoint")
@@ -272,6 +273,35 @@ def _rates(recorded: Recorded) -> Iterator[Finding]:
             "rates overwritten",
             f"the scheduler section trains with a peak learning rate of {peaks[0]:g}, and the optimizer was given "
             f"{given[0]:g}: write the same in both, or remove the section",
+        )
+
+
+def _numbers(configuration: Configuration, alone: Alone, answers: Sequence[Recorded]) -> Iterator[Finding]:
+    """What steps have changed in groups: counts, and estimates that steps to come will depend on."""
+    began, ended = alone.numbers
+    if any(len(answer.numbers) != len(ended) for answer in answers):
+        return  # the wrapper has made groups of its own
+    changed = [
+        (index, name) for index, group in enumerate(ended) for name in group if group[name] != began[index].get(name)
+    ]
+    for index, name in changed:
+        wanted = ended[index][name]
+        for rank, answer in enumerate(answers):
+            found = answer.numbers[index].get(name, math.nan)
+            if not math.isclose(found, wanted, rel_tol=1e-4, abs_tol=1e-30):
+                yield Finding(
+                    "groups differ",
+                    f'its group keeps "{name}", which is {found:g} on rank {rank} and {wanted:g} in one process, so '
+                    "that steps to come go elsewhere",
+                )
+                return
+    counts = sorted({name for index, name in changed if ended[index][name] % 1 == 0})
+    if counts and configuration.zero_stage == 3:
+        yield Finding(
+            "counts in groups",
+            f"its groups count ({listing(counts)}), and ZeRO-3 calls step() once per group and per sub_group_size "
+            "elements: here there is one of each. Audit it with a sub_group_size that is a part of the model, too",
+            is_wrong=False,
         )
 
 

@@ -20,7 +20,7 @@ from .errors import CannotAudit
 from .padding import layers_of
 from .subject import Subject
 
-__all__ = ["Wrapped", "rates", "wrap"]
+__all__ = ["Wrapped", "scheduled", "wrap"]
 
 MOST_OVERFLOWS = 40
 CHECKPOINT = "checkpoint"
@@ -112,6 +112,13 @@ def whole_copy(parameter: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU, of a DTensor all of it."""
     full = getattr(parameter.detach(), "full_tensor", None)
     return (parameter.detach() if full is None else full()).cpu().clone()
+
+
+def scheduled(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What schedulers drive, of each group: learning rates, and momenta as DeepSpeed's OneCycle does."""
+    groups = optimizer.param_groups
+    momenta = [{str(name): group[name] for name in ("betas", "momentum") if name in group} for group in groups]
+    return [{"lr": rate, **of_group} for rate, of_group in zip(rates(optimizer), momenta, strict=True)]
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:

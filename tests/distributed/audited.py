@@ -97,6 +97,17 @@ class CountsInItsGroups(torch.optim.Optimizer):
                     p.sub_(group["lr"] / group["step"] * p.grad)
 
 
+class EstimatesTheModel(CountsInItsGroups):
+    """Has a number of all gradients in its group, which does not show in the weights for a while."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        group = self.param_groups[0]
+        seen = sum(float(p.grad.square().sum()) for p in group["params"] if p.grad is not None)
+        group["estimate"] = group.get("estimate", 0.0) + seen
+        super().step(closure)
+
+
 class AroundAnother(torch.optim.Optimizer):
     """As some implementations of Lookahead, whose constructor is not torch's."""
 
@@ -291,6 +302,12 @@ def of_the_model(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def images() -> torch.nn.Module:
+    """Whose weights do not lie in the order of their elements."""
+    convolution = torch.nn.Conv2d(3, 8, 3)
+    return torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)
 
 
 def two_layers() -> torch.nn.Module:

@@ -125,6 +125,8 @@ def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_siz
         (audited.CannotLoad, zero(1), ("checkpoint fails",)),
         (audited.CannotLoad, {"fsdp": 2}, ("checkpoint fails",)),
         (audited.matrices_alone, zero(3), ("checkpoint leaves out",)),
+        (audited.EstimatesTheModel, zero(1), ("groups differ",)),
+        (audited.EstimatesTheModel, zero(3), ("groups differ",)),
         (audited.ChangesOptions, "ddp", ("checkpoint changes options", "checkpoint loses state")),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -226,6 +228,33 @@ def test_rates_of_a_scheduler_section(pool: WorkerPool, peak: float, world_size:
     assert kinds(report) == (set() if peak == 0.1 else {"rates overwritten"})
     assert all(layer.is_exact for layer in report.layers)  # the one process takes the rates that were taken
     assert report.verdict == (EXACT if peak == 0.1 else WRONG)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_momenta_of_a_scheduler_section(pool: WorkerPool, world_size: int) -> None:
+    parameters = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 3}
+    configuration = zero(1, scheduler={"type": "OneCycle", "params": parameters})
+    report = audit(pool, "torch.optim.AdamW", configuration, lr=0.1)
+    assert all(layer.is_exact for layer in report.layers), report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_counts_in_groups_are_told_under_zero_3(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.CountsInItsGroups, zero(3))
+    assert report.verdict == EXACT, report.sentence
+    assert [found.kind for found in report.findings if "sub_group_size" in found.text] == ["counts in groups"]
+    configuration = zero(3)
+    configuration["zero_optimization"]["sub_group_size"] = 2000
+    report = audit(pool, audited.CountsInItsGroups, configuration)
+    assert report.verdict == WRONG
+    assert "groups differ" in kinds(report)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_weights_in_another_memory_format(pool: WorkerPool, world_size: int) -> None:
+    subject = Subject("torch.optim.AdamW", audited.images, {"lr": 0.01})
+    report = examine(subject, configuration_of("ddp"), pool)
+    assert report.verdict == EXACT, report.sentence
 
 
 class WithoutExtension:

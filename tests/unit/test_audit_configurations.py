@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -18,6 +19,7 @@ from trustratio.integrations.audits.errors import CannotAudit
 from trustratio.integrations.audits.optimizer_section import chosen_subject
 from trustratio.integrations.audits.reading import configuration_of
 from trustratio.integrations.audits.subject import Subject
+from trustratio.optimizers import TrustRatio
 
 
 def accelerate_file(folder: Path, **content: Any) -> Configuration:
@@ -234,3 +236,8 @@ def test_a_section_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", None)
     with pytest.raises(CannotAudit, match="needs deepspeed, which is not installed"):
         audit(None, "torch.optim.AdamW", {"optimizer": SECTION}, ranks=1)
+
+
+def test_a_partial_is_titled_by_what_it_calls() -> None:
+    made = functools.partial(TrustRatio, torch.optim.AdamW, lr=0.01)
+    assert Subject(made).title == "TrustRatio AdamW lr=0.01"
