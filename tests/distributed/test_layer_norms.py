@@ -203,6 +203,6 @@ REPLICAS = {
 def test_replicas_of_shards(pool: WorkerPool, sharding: str, world_size: int) -> None:
     case = make_case("torch.AdamW", "fsdp")
     answers = measured(pool, case, REPLICAS[sharding])
-    assert answers[0]["collectives"] == [1, 1, 1]
+    assert answers[0]["collectives"] == [2, 1, 1]  # at first replicas are compared
     for record, wanted in zip(answers[0]["records"], expected_norms(case), strict=True):
         assert_measured(record, wanted)

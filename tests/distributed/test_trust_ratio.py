@@ -267,7 +267,7 @@ def step_with(base_name: str, wrapper: str) -> str:
     [
         ("Muon", r"Muon fails on flat pieces of layers \(ValueError: Muon only supports 2D"),
         ("Adafactor", "Adafactor makes other steps of flat pieces of a layer"),
-        ("ClipsTheModel", "ClipsTheModel makes other steps of pieces"),
+        ("ClipsTheModel", "ClipsTheModel makes other steps of flat pieces"),
         ("WarmsUp", "WarmsUp makes other steps"),
         ("Noisy", "Noisy draws random numbers"),
     ],
@@ -323,4 +323,4 @@ def step_a_part_of_a_layer(base_name: str) -> str:
 def test_parts_of_tensor_parallel_layers_are_cut_too(pool: WorkerPool, world_size: int) -> None:
     assert pool.run(step_a_part_of_a_layer, "AdamW") == ["", ""]
     for raised in pool.run(step_a_part_of_a_layer, "Adafactor"):
-        assert raised.startswith("Adafactor makes other steps of pieces of a layer")
+        assert raised.startswith("Adafactor makes other steps of flat pieces of a layer")
