@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .norms.chain import stepped_by
-from .norms.clipping import clip
+from .norms.clipping import clip, refuse_step_in_backward
 from .norms.command import main
 from .norms.kept_layout import KeptLayout
 from .norms.measured_step import Reduced, fetch
@@ -187,6 +187,7 @@ def clip_grad_norm_(
             what to set instead.
     """
     _check_model(model)
+    refuse_step_in_backward(optimizer)
     stepped = [one.optimizer for one in stepped_by(optimizer, "clip_grad_norm_")]
     return clip(stepped, max_norm, per_layer, model)
 

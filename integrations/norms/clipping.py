@@ -27,7 +27,7 @@ from .names import observed
 from .shard_sums import ShardSums
 from .steps_under_way import is_inner_step, watch_steps
 
-__all__ = ["clip", "clip_now"]
+__all__ = ["clip", "clip_now", "refuse_step_in_backward"]
 
 EPS = 1e-6  # in torch's coefficient
 SMALLEST_ROW = 1e-3  # Brock et al. 2021: smaller rows of weights count as large as this
@@ -51,6 +51,16 @@ def clip(
     for clipper in clippers:
         clipper.prepare(per_layer)
     return clippers[0].clip_at_step(limit, per_layer) if held_back else _clip_seen(clippers, limit, per_layer)
+
+
+def refuse_step_in_backward(optimizer: Any) -> None:
+    """Raise LayoutError of accelerate's wrapper of DeepSpeed's optimizer, whose step was taken within backward."""
+    if any(kind.__name__ == "DeepSpeedOptimizerWrapper" for kind in type(optimizer).__mro__):
+        raise LayoutError(
+            "accelerate takes DeepSpeed's step within accelerator.backward(), and optimizer.step() takes none: a clip "
+            "between them would be of the next step. Set gradient_clipping in the DeepSpeed config, or call "
+            "clip_grad_norm_(optimizer.optimizer, ...) before accelerator.backward()"
+        )
 
 
 def _limit(max_norm: Any) -> float:

@@ -68,7 +68,7 @@ class Nature:
         hidden: Attributes of the optimizer among which must be something that its steps depend on, and that is neither
             in the state nor in the groups; None if there is nothing of that kind.
         puts_others_in_place: Whether it gives the parameters other tensors as their data, where most write into it.
-        failure: What it raised on flat pieces of layers, "" if nothing.
+        failure: What it raised on flat pieces of layers, or on whole ones if that fails too, "" if nothing.
     """
 
     is_element_wise: bool
@@ -151,13 +151,12 @@ def _as_it_suits(options: Mapping[str, Any]) -> dict[str, Any]:
 def _try(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], device: torch.device) -> Nature:
     places = dict.fromkeys([torch.device("cpu"), *([] if device.type == "meta" else [device])])
     trials = [_Trial(base_class, options, place, dtype) for place in places for dtype in TOLERANCES]
+    failure = ""
     for trial in trials:
-        try:
-            whole = trial.run(_ALL)
-        except Exception:  # whatever it may raise: not on this device, or not in this dtype
-            continue
-        return _nature(trial, whole)
-    return Nature(is_element_wise=False, is_layer_wise=False, is_random=False, is_proportional=False)
+        whole, failure = trial.attempt(_ALL)  # may fail on this device, or in this dtype
+        if whole is not None:
+            return _nature(trial, whole)
+    return Nature(is_element_wise=False, is_layer_wise=False, is_random=False, is_proportional=False, failure=failure)
 
 
 def _nature(trial: _Trial, whole: _Outcome) -> Nature:

@@ -265,7 +265,7 @@ def step_with(base_name: str, wrapper: str) -> str:
 @pytest.mark.parametrize(
     ("base", "why"),
     [
-        ("Muon", r"Muon fails on flat pieces of layers \(ValueError: Muon only supports 2D"),
+        ("Muon", r"Muon fails when it is tried on flat pieces of layers \(ValueError: Muon only supports 2D"),
         ("Adafactor", "Adafactor makes other steps of flat pieces of a layer"),
         ("ClipsTheModel", "ClipsTheModel makes other steps of flat pieces"),
         ("WarmsUp", "WarmsUp makes other steps"),

@@ -49,7 +49,9 @@ def test_a_killed_run_comes_to_the_undisturbed_end_and_leaves_nothing(
         tmp_path / "killed", 1, given_kills(KILLS[name])
     )
     assert end.differences == [], capsys.readouterr().out
-    assert [kill.moment for kill in struck] == [kill.moment for kill in KILLS[name]]
+    moments = [kill.moment for kill in KILLS[name]]
+    # Ranks that have lost their launcher may come to the end before the next life begins.
+    assert [kill.moment for kill in struck] in (moments, moments[:-1])
 
 
 def test_a_difference_of_one_bit_is_found() -> None:

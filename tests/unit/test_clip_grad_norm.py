@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DeepSpeedOptimizerWrapper
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
-from trustratio.optimizers import LAMB
+from trustratio.optimizers import LAMB, LayoutError
 
 from .test_layer_norms import Chain, give_gradients, make_model
 
@@ -126,3 +127,13 @@ def test_bad_arguments() -> None:
         clip_grad_norm_({}, 1.0)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or None, got str"):
         clip_grad_norm_(optimizer, 1.0, model="model")  # type: ignore[arg-type]
+
+
+def test_a_step_that_accelerate_takes_in_backward_is_not_clipped_after_it() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    wrapper = object.__new__(DeepSpeedOptimizerWrapper)  # whose constructor wants DeepSpeed's
+    wrapper.optimizer = torch.optim.SGD([parameter])
+    parameter.grad = torch.ones(2)
+    with pytest.raises(LayoutError, match=r"clip_grad_norm_\(optimizer.optimizer, ...\) before accelerator.backward"):
+        clip_grad_norm_(wrapper, 1.0)
+    assert clip_grad_norm_(wrapper.optimizer, 1.0).item() == pytest.approx(2**0.5)
