@@ -21,7 +21,6 @@ from trustratio.optimizers import OPTIMIZERS
 
 from .cases import (
     Case,
-    CollectiveCounter,
     LayerSpec,
     Model,
     group_gradients,
@@ -29,6 +28,7 @@ from .cases import (
     make_optimizer,
     mean_gradients,
 )
+from .collective_counter import CollectiveCounter
 from .exactness import MODEL, NOISE, assert_exact, two_groups
 from .pool import WorkerPool
 

@@ -16,7 +16,6 @@ from trustratio.optimizers import OPTIMIZERS
 from .cases import (
     DTYPES,
     Case,
-    CollectiveCounter,
     LayerSpec,
     Model,
     group_gradients,
@@ -26,6 +25,7 @@ from .cases import (
     mean_gradients,
     step_counts,
 )
+from .collective_counter import CollectiveCounter
 from .megatron_on_cpu import without_cuda
 from .test_megatron import megatron
 

@@ -19,7 +19,8 @@ from trustratio.integrations.norms.measured_step import MeasuredStep
 from trustratio.integrations.norms.shard_sums import Slots
 
 from . import fsdp_runs, megatron_distributed_runs, test_fsdp1
-from .cases import Case, CaseRun, CollectiveCounter, group_gradients, initial_weights, make_optimizer, mean_gradients
+from .cases import Case, CaseRun, group_gradients, initial_weights, make_optimizer, mean_gradients
+from .collective_counter import CollectiveCounter
 from .exactness import expected
 from .megatron_distributed_runs import CUT, Part
 from .test_megatron import megatron

@@ -129,7 +129,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         deepspeed.init_distributed("gloo", verbose=False)
 
         from ..young_objects import search_young_objects_alone
-        from .cases import CollectiveCounter
+        from .collective_counter import CollectiveCounter
         from .reused_groups import reuse_groups
 
         reuse_groups()

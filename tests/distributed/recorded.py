@@ -18,7 +18,8 @@ import torch.distributed as dist
 from trustratio.optimizers import create_optimizer
 
 from ..reference import relative_error, run_reference
-from .cases import CollectiveCounter, masters
+from .cases import masters
+from .collective_counter import CollectiveCounter
 from .exactness import BASE_OPTIONS
 
 BOUND = 2e-6

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import OPTIMIZERS, LayerwiseOptimizer, create_optimizer
 
-from .cases import CollectiveCounter
+from .collective_counter import CollectiveCounter
 from .pool import CaseFailed, WorkerPool
 
 SHAPES = {"one": (4, 3), "two": (3, 5)}

@@ -20,7 +20,7 @@ from trustratio.optimizers.sharding.local_tensors import local_part
 
 from ..reference import cowclip as reference
 from ..reference import relative_error
-from .cases import CollectiveCounter
+from .collective_counter import CollectiveCounter
 from .exactness import BOUND
 from .pool import CaseFailed, WorkerPool
 

@@ -26,7 +26,6 @@ from trustratio.optimizers import OPTIMIZERS
 
 from .cases import (
     Case,
-    CollectiveCounter,
     LayerSpec,
     Leaf,
     Model,
@@ -35,6 +34,7 @@ from .cases import (
     make_optimizer,
     mean_gradients,
 )
+from .collective_counter import CollectiveCounter
 from .exactness import MODEL, assert_exact, two_groups
 from .pool import CaseFailed, WorkerPool
 

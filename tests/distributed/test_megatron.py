@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from trustratio.integrations.megatron import use_mpu
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 
-from .cases import CollectiveCounter, LayerSpec, Model, group_gradients, initial_weights, mean_gradients
+from .cases import LayerSpec, Model, group_gradients, initial_weights, mean_gradients
 from .cases import make_optimizer as make_case_optimizer
+from .collective_counter import CollectiveCounter
 from .exactness import NOISE, assert_exact
 from .pool import CaseFailed, WorkerPool
 from .recorded import Recorder, assert_recorded_exact, fresh_deepspeed_groups, make_optimizer
