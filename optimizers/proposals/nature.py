@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -358,7 +359,7 @@ def _numbers_in(group: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     for name, value in group.items():
         if isinstance(value, torch.Tensor) and name not in ("lr", "params"):
             yield value.detach()
-        elif isinstance(value, int | float) and name != "lr":
+        elif isinstance(value, int | float) and name != "lr" and math.isfinite(value):
             yield torch.tensor(float(value), dtype=torch.float64)
 
 

@@ -259,6 +259,10 @@ def test_copies_of_weights_are_found(base_class: Any, follows: bool) -> None:
     assert found(base_class).follows_weights is follows
 
 
+def test_an_option_may_be_infinite() -> None:
+    assert nature_of(Plain, {"limit": float("inf")}, torch.device("cpu")).is_element_wise
+
+
 def test_options_make_a_difference() -> None:
     assert not found(ClipsLayers, limit=0.1).is_element_wise
     assert found(ClipsLayers, limit=1e9).is_element_wise
