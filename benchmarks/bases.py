@@ -70,6 +70,8 @@ def kind(base_class: type[torch.optim.Optimizer]) -> str:
         return "refused: hidden state"
     if nature.follows_weights:
         return "refused: copies of weights"
+    if nature.writes_rate:
+        return "refused: writes the rate"
     if nature.is_element_wise:
         return "everywhere, any rate" if nature.is_proportional else "everywhere, at its own rate"
     return "whole layers alone" if nature.is_layer_wise else "whole models alone"

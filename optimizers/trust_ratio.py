@@ -18,6 +18,7 @@ from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import TrustRule
 from .layerwise import LayerwiseOptimizer
 from .options.common import COMMON_DEFAULTS
+from .options.unknown import refuse_misspelt
 from .proposals.base import (
     as_groups,
     check_base_class,
@@ -27,9 +28,11 @@ from .proposals.base import (
     refuse_hooks,
     refuse_unknown_options,
 )
+from .proposals.instances import copied, kept_rate, make_base, options_of_base, set_rate, step_without_hooks
 from .proposals.made_of_zeros import MadeOfZeros
-from .proposals.nature import LARGE_RATE, copied, make_base, nature_of, options_of_base, step_without_hooks
-from .proposals.refusals import refuse_layout, warn_of_lost_digits
+from .proposals.nature import Nature, kinds_of, nature_of
+from .proposals.refusals import refuse_layout, refuse_loss, warn_of_lost_digits
+from .proposals.trial import LARGE_RATE
 from .sharding.layout import Layout
 from .sharding.local_tensors import is_plain, local_part, placements_of
 
@@ -51,12 +54,13 @@ class TrustRatio(LayerwiseOptimizer):
         optimizer = TrustRatio(torch.optim.RMSprop, model.named_parameters(), lr=1e-3, trust_bounds=(0, 10), alpha=0.95)
 
     The base, ``optimizer.base``, shares groups and state with this optimizer: options, state and checkpoints are its
-    own. Before the first step it is tried on two small matrices (`nature_of`). Is it element-wise? If
+    own. Before the first step it is tried on a few small layers, with what its groups have
+    (`nature_of`), and again when an option becomes of another kind. Is it element-wise? If
     not (Muon, Shampoo, Adafactor, LAMB), it is refused where layers are cut. Do direction and state depend on the
     learning rate? If not (AdamW, SGD, RMSprop, Lion and most), it steps at the rate 2⁴⁸ and u is taken from that: at
     small rates w - w_after has few digits of it. Else it steps at the group's own rate, with those digits; where they
     are too few in the first step, a warning says so. Bases are refused whose steps depend on anything outside of state
-    and groups, or that keep copies of the weights.
+    and groups, that keep copies of the weights, or that write the learning rate.
 
     Args:
         base_class: An optimizer class of torch's kind with an option ``lr``.
@@ -71,9 +75,10 @@ class TrustRatio(LayerwiseOptimizer):
         TypeError: If the class is none, lacks an option (the nearest is named), or registers hooks on itself; if params
             are no parameters.
         ValueError: If an option is out of range: what the base says of its own; if there are no parameters.
-        LayoutError: At the first step, if layers are cut and the base is not element-wise, if weights of 16 bits would
-            swallow its step, or if it keeps copies of the weights, or anything that its steps need outside of state
-            and groups.
+        LayoutError: At the first step, if layers are cut and the base is not element-wise; if weights of 16 bits would
+            swallow its step; if it keeps copies of the weights, or anything that its steps need outside of state
+            and groups; if it writes ``group["lr"]``, goes by the numbers of groups that come one by one, or reads the
+            loss where ranks have their own.
 
     State: the base's. Sums per step: ‖w‖², ‖w - w_after‖², ‖g‖², one all-reduce if sharded. Memory: one copy of the
     local weights during the step. A layer whose gradient is zero on all ranks keeps its weights; what becomes of its
@@ -139,11 +144,12 @@ class TrustRatio(LayerwiseOptimizer):
         super()._forget()
         self._makes_state_when_made = False  # as Adagrad does
         self._made_of_zeros = MadeOfZeros()
-        self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
+        self._natures: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> of each group, and for which options
         self._takes_large_rate = False
         self._looks_at_digits = False
         self._closure: Callable[[Sequence[torch.Tensor]], Callable[[], Any]] | None = None
         self._checked_options: dict[int, Any] = {}
+        self._most_groups = 0  # that there have been
         self._groups_began: dict[int, tuple[int, dict[str, Any]]] = {}  # by id: of which step, and the options
 
     def _options_of_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,11 +173,34 @@ class TrustRatio(LayerwiseOptimizer):
 
     def check_layout(self, layout: Layout) -> None:
         natures = [
-            nature_of(self.base_class, self._options_of_base(group), layout.device) for group in self.param_groups
+            nature_of(self.base_class, self._options_of_base(group), layout.device, self._seen_by_base(group))
+            for group in self.param_groups
         ]
+        has_all_groups = len([group for group in self.param_groups if group["params"]]) >= self._most_groups
         for index in dict.fromkeys(layout.groups):
-            refuse_layout(self.base_class.__name__, natures[index], layout)
-        self._proportional[layout] = all(nature.is_proportional for nature in natures)
+            refuse_layout(self.base_class.__name__, natures[index], layout, has_all_groups=has_all_groups)
+        self._natures[layout] = natures, self._kinds()
+
+    def check_keys(self, group: Mapping[str, Any]) -> None:
+        refuse_misspelt(type(self), group, self.defaults)  # the base may read any other
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._most_groups = max(self._most_groups, len(self.param_groups))
+
+    def _seen_by_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in group.items() if name not in OWN_OPTIONS}
+
+    def _kinds(self) -> list[dict[str, Any]]:
+        return [kinds_of(self._seen_by_base(group)) for group in self.param_groups]
+
+    def _natures_on(self, layout: Layout) -> list[Nature]:
+        """Of each group; found out anew, and what cannot be exact refused, if options are of another kind by now."""
+        natures, kinds = self._natures[layout]
+        if kinds != self._kinds():
+            self.check_layout(layout)
+            natures, _ = self._natures[layout]
+        return natures  # type: ignore[no-any-return]
 
     # The step -------------------------------------------------------------------------------------------------------
 
@@ -204,6 +233,10 @@ class TrustRatio(LayerwiseOptimizer):
     def inputs(
         self, layout: Layout, gradients: Sequence[torch.Tensor | None], *, is_first: bool
     ) -> dict[str, Sequence[torch.Tensor]]:
+        natures = self._natures_on(layout)
+        self._takes_large_rate = all(nature.is_proportional for nature in natures)
+        if self._closure is not None and any(nature.reads_loss for nature in natures):
+            refuse_loss(self.base_class.__name__)
         parts = [local_part(tensor).detach() for tensor in layout.tensors]
         moving = [index for index, gradient in enumerate(gradients) if gradient is not None]
         step = partial(propose, [parts[index] for index in moving], partial(self._step_base, layout, gradients))
@@ -218,22 +251,22 @@ class TrustRatio(LayerwiseOptimizer):
     def _step_base(self, layout: Layout, gradients: Sequence[torch.Tensor | None]) -> None:
         self._share()
         self._make_state(layout)
-        self._takes_large_rate = self._proportional[layout]
-        own_rates = [(group, group["lr"]) for group in self.param_groups] if self._takes_large_rate else []
+        at_large_rate = self.param_groups if self._takes_large_rate else []
+        own_rates = [(group, kept_rate(group)) for group in at_large_rate]
         own_gradients = [*_complete(layout, gradients)]
         own_data = [(tensor, tensor.detach()) for tensor in layout.tensors if is_plain(tensor)]
         # A base may count steps in its groups: only those that this call steps, and each once per step.
         self.base.param_groups = [group for group in self.param_groups if group["params"]]
         for group in self.base.param_groups:
             self._as_the_step_began(group)
-        for group, _ in own_rates:
-            group["lr"] = LARGE_RATE
+        for group in at_large_rate:
+            set_rate(group, LARGE_RATE)
         try:
             step_without_hooks(self.base, *(() if self._closure is None else (self._closure(layout.tensors),)))
         finally:
             self.base.param_groups = self.param_groups
             for group, rate in own_rates:
-                group["lr"] = rate
+                set_rate(group, rate)
             for tensor, gradient in own_gradients:
                 tensor.grad = gradient
             for tensor, data in own_data:
@@ -301,6 +334,7 @@ class TrustRatio(LayerwiseOptimizer):
         # torch calls this from load_state_dict too, on an optimizer that has its base.
         is_copy = "base_class" in state
         super().__setstate__(state)
+        self._most_groups = max(self._most_groups, len(self.param_groups))
         if is_copy:
             groups = [{**self._options_of_base(group), "params": [*group["params"]]} for group in self.param_groups]
             self.base = self._make_base(groups, self.defaults["lr"])

@@ -20,7 +20,7 @@ from typing import Any
 from ..formulas.algorithm import Algorithm
 from .common import COMMON_DEFAULTS, OF_THE_WHOLE, options_of
 
-__all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_unknown"]
+__all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_misspelt", "refuse_unknown"]
 
 PACKAGE = __name__.removesuffix("options.unknown")
 OF_TORCH = ("params", "param_names", "step")
@@ -131,6 +131,17 @@ def check_keys(optimizer_class: type, group: Mapping[str, Any], defaults: Collec
             raise ValueError(f"{name} has no group option {key!r} (got {value!r}): {advice}")
         if key not in PASSENGERS and key not in ELSEWHERE and value is not None:
             warnings.warn(f"{name} keeps the group key {key!r} without using it; it is no option", stacklevel=2)
+
+
+def refuse_misspelt(optimizer_class: type, group: Mapping[str, Any], options: Collection[str]) -> None:
+    """Raise ValueError at a key that is nearly one of the options; any other may be of use to somebody."""
+    for key, value in group.items():
+        ours = key in options or key in OF_TORCH or key in PASSENGERS or str(key).startswith("_")
+        close = None if ours or not isinstance(key, str) else _misspelt(key, options)
+        if close is not None:
+            raise ValueError(
+                f"{optimizer_class.__name__} has no group option {key!r} (got {value!r}): nearest: {close}"
+            )
 
 
 def chooses_elsewhere(key: str, value: Any) -> bool:

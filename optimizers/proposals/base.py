@@ -10,7 +10,7 @@ import torch
 from ..options.parameters import listed
 from ..options.unknown import nearest
 from ..sharding.local_tensors import local_part
-from .nature import copied, make_base, options_of_base
+from .instances import copied, make_base, options_of_base
 
 __all__ = [
     "as_groups",

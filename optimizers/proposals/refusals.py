@@ -14,26 +14,32 @@ from ..sharding.layout import Layout, LayoutError, listing
 from ..sharding.local_tensors import local_part, placements_of
 from .nature import Nature
 
-__all__ = ["refuse_layout", "warn_of_lost_digits"]
+__all__ = ["refuse_layout", "refuse_loss", "warn_of_lost_digits"]
 
 MOST_ROUNDING = 0.01
 """The largest share of a direction that may be rounding without a word."""
 WHOLE = "Keep layers whole (DistributedDataParallel)"
 
 
-def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
+def refuse_layout(name: str, nature: Nature, layout: Layout, *, has_all_groups: bool) -> None:
     """Raise LayoutError if a base cannot step the layout's tensors exactly.
 
     Args:
         name: The base class's.
         nature: Its nature.
         layout: Of a `step()` call.
+        has_all_groups: Whether the call steps all groups that the optimizer was given.
     """
+    if nature.writes_rate:
+        raise LayoutError(
+            f'{name} writes the learning rate of its groups (group["lr"]) in its step, by which its step is divided: '
+            "leave that to a scheduler, and keep a factor of its own under another name"
+        )
     if nature.hidden is not None:
         raise LayoutError(
             f"steps of {name} depend on what is neither in its state nor in its groups, and would be lost in "
             "checkpoints and wrong where a step has several calls: keep that in self.state[p] or in the groups. "
-            f"It may be {listing([f'self.{name}' for name in nature.hidden]) or 'outside of the class'}"
+            f"It may be {listing(list(nature.hidden)) or 'outside of the class'}"
         )
     if nature.follows_weights:
         raise LayoutError(
@@ -44,6 +50,11 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
         raise LayoutError(
             f"{name} {_why(nature)}, so it is not exact under {layout.backend}, which cuts layers or steps several as "
             f"one. {WHOLE}, or take a base that treats every element by itself, such as AdamW, RMSprop, SGD or Lion"
+        )
+    if nature.goes_by_groups and not has_all_groups:
+        raise LayoutError(
+            f"{name} takes other steps if groups are stepped one at a time, as {layout.backend} does, since it counts "
+            "them or goes by their number: have it read all from the group that it steps, or use one group"
         )
     if not nature.is_layer_wise and (layout.clips_with or layout.others is not None):
         raise LayoutError(
@@ -60,6 +71,15 @@ def refuse_layout(name: str, nature: Nature, layout: Layout) -> None:
         raise LayoutError(
             f"the step of {name} cannot be told from what it makes of fp16 or bf16 weights, which round it away: keep "
             "the parameters in fp32 and compute under torch.autocast, or let DeepSpeed or FSDP keep fp32 master weights"
+        )
+
+
+def refuse_loss(name: str) -> None:
+    """Raise LayoutError where ranks would give their own losses to a base whose steps depend on it."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise LayoutError(
+            f"steps of {name} depend on the loss, and each rank's closure returns one of its own: take a base that "
+            "does not read it, or train in one process"
         )
 
 

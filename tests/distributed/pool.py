@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -12,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_SECONDS = 600  # some cases compile models, on a machine that others may use
+LAST_WORDS = 4000
+"""Characters of what a worker that died had written last."""
 
 
 class CaseFailed(AssertionError):
@@ -31,6 +37,7 @@ class WorkerPool:
         self._start()
 
     def _start(self) -> None:
+        self._errors = [tempfile.NamedTemporaryFile(prefix=f"rank{rank}-") for rank in range(self.world_size)]  # noqa: SIM115
         context = multiprocessing.get_context("spawn")
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -39,7 +46,8 @@ class WorkerPool:
         self._processes = []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            arguments = (rank, self.world_size, port, theirs, self._errors[rank].name)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -62,7 +70,7 @@ class WorkerPool:
             try:
                 ok, answer = pipe.recv()
             except EOFError:
-                failures.append(f"rank {rank}: died")
+                failures.append(f"rank {rank}: died{self._last_words(rank)}")
                 continue
             answers.append(answer)
             if not ok:
@@ -74,10 +82,18 @@ class WorkerPool:
             raise CaseFailed("\n".join(failures))
         return answers
 
+    def _last_words(self, rank: int) -> str:
+        self._processes[rank].join(5)
+        code = self._processes[rank].exitcode
+        ended = signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
+        return f" ({ended}); it had written:\n{Path(self._errors[rank].name).read_text(errors='replace')[-LAST_WORDS:]}"
+
     def close(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
+        for errors in self._errors:
+            errors.close()
         # DeepSpeed leaves 66 MB of shared memory per rank behind.
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_127.0.0.1_{self._port}_*"):
             buffer.unlink(missing_ok=True)
@@ -103,7 +119,10 @@ class Pools:
             self._pools.popitem()[1].close()
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, errors: str) -> None:
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

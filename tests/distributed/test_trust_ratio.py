@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trustratio.optimizers import LayoutError, TrustRatio
 
 from ..base_optimizers import BASES
-from ..unit import test_proposals
+from ..unit import test_proposals, test_proposals_groups
 from . import fsdp_runs, megatron_distributed_runs, test_dtensor_parallel, test_fsdp1, test_megatron
 from .cases import Case, initial_weights, run_case
 from .exactness import MODEL, assert_exact, two_groups, worst_error
@@ -227,14 +227,17 @@ def test_zero_redundancy_optimizer(pool: WorkerPool, base: str, world_size: int)
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def step_with(base_name: str, wrapper: str) -> str:
-    """Take a step under a wrapper, and return what was raised."""
-    base: Any = getattr(torch.optim, base_name, None) or getattr(test_proposals, base_name)
+def step_with(base_name: str, wrapper: str, keys: dict[str, Any] | None = None, tells_loss: bool = False) -> str:
+    """Take a step under a wrapper, and return what was raised; with these keys in the first of two groups, if any."""
+    homes = torch.optim, test_proposals, test_proposals_groups
+    base: Any = next(getattr(home, base_name) for home in homes if hasattr(home, base_name))
     torch.manual_seed(0)
     model: Any = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 3, bias=False))
     if wrapper == "fsdp":
         fully_shard(model)
-    optimizer: Any = TrustRatio(base, model.named_parameters(), lr=0.01)
+    first, second = model.named_parameters()
+    groups = [first, second] if keys is None else [{"params": [first], **keys}, {"params": [second]}]
+    optimizer: Any = TrustRatio(base, groups, lr=0.01)
     stepping, trained, engine = optimizer, model, None
     if wrapper == "ddp":
         trained = DistributedDataParallel(model)
@@ -249,7 +252,7 @@ def step_with(base_name: str, wrapper: str) -> str:
         loss = trained(torch.randn(2, 4, generator=torch.Generator().manual_seed(1))).square().sum()
         if engine is None:
             loss.backward()
-            stepping.step()
+            stepping.step(*([lambda: loss.item()] if tells_loss else []))
         else:
             engine.backward(loss)
             engine.step()
@@ -299,6 +302,37 @@ def test_it_is_accepted_on_whole_layers(pool: WorkerPool, base: str, world_size:
 def test_what_needs_all_layers_is_refused_where_ranks_step_some(pool: WorkerPool, world_size: int) -> None:
     for raised in pool.run(step_with, "ClipsTheModel", "zero redundancy"):
         assert re.match("a layer's step of ClipsTheModel depends on other layers, of which .* use Distributed", raised)
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("wrapper", ["1", "3", "fsdp"])
+def test_a_group_key_of_the_base_alone_is_looked_at(pool: WorkerPool, wrapper: str, world_size: int) -> None:
+    assert pool.run(step_with, "ReadsKeys", wrapper, {"normalized": False}) == ["", ""]
+    for raised in pool.run(step_with, "ReadsKeys", wrapper, {"normalized": True}):
+        assert raised.startswith("ReadsKeys makes other steps of flat pieces of a layer")
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_base_that_counts_its_groups_is_refused_where_they_come_one_by_one(pool: WorkerPool, world_size: int) -> None:
+    for wrapper in ("1", "2", "3"):
+        assert pool.run(step_with, "CountsGroups", wrapper) == ["", ""]
+        for raised in pool.run(step_with, "CountsGroups", wrapper, {"lr": 0.02}):
+            assert raised.startswith("CountsGroups takes other steps if groups are stepped one at a time, as DeepSpeed")
+    for wrapper in ("ddp", "fsdp"):
+        assert pool.run(step_with, "CountsGroups", wrapper, {"lr": 0.02}) == ["", ""]
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_base_that_reads_the_loss_is_refused_where_ranks_have_their_own(
+    pool: WorkerPool, wrapper: str, world_size: int
+) -> None:
+    assert pool.run(step_with, "IgnoresLoss", wrapper, tells_loss=True) == ["", ""]
+    assert pool.run(step_with, "ReadsLoss", wrapper) == ["", ""]
+    for raised in pool.run(step_with, "ReadsLoss", wrapper, tells_loss=True):
+        assert raised.startswith(
+            "steps of ReadsLoss depend on the loss, and each rank's closure returns one of its own"
+        )
 
 
 @pytest.mark.parametrize("world_size", [1])

@@ -230,10 +230,10 @@ def test_what_it_does_shows(
 @pytest.mark.parametrize(
     ("base_class", "hidden"),
     [
-        (ForgetsItsCount, ("count",)),
-        (EveryFifth, ("count",)),
-        (KeepsBuffers, ("buffers",)),
-        (WrapsAnother, ("inner",)),
+        (ForgetsItsCount, ("self.count",)),
+        (EveryFifth, ("self.count",)),
+        (KeepsBuffers, ("self.buffers",)),
+        (WrapsAnother, ("self.inner",)),
         (KeepsCaches, None),
         (Noisy, None),
         (torch.optim.AdamW, None),
