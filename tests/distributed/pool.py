@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,11 +25,16 @@ class CaseFailed(AssertionError):
     """A case raised on at least one rank; carries every rank's traceback."""
 
 
+class WorkerDied(CaseFailed):
+    """A worker ended while it should have answered; carries what it had written last."""
+
+
 class WorkerPool:
     """`world_size` processes joined by gloo, with DeepSpeed's communication initialised.
 
     `run(function, *args)` calls a module-level function on all ranks and returns their results in rank order. After an
-    exception on only some ranks the others may hang in a collective, so the pool is restarted.
+    exception on only some ranks the others may hang in a collective, so the pool is restarted. So it is if a worker
+    dies, and the case is tried once more, with a warning: torch's threads end a process now and then.
     """
 
     def __init__(self, world_size: int):
@@ -55,6 +61,13 @@ class WorkerPool:
         self._collect()
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        try:
+            return self._run(function, *args, **kwargs)
+        except WorkerDied as died:
+            warnings.warn(f"{function.__name__} is tried once more: {died}", stacklevel=2)
+        return self._run(function, *args, **kwargs)
+
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         return self._collect()
@@ -76,10 +89,11 @@ class WorkerPool:
             if not ok:
                 failures.append(f"rank {rank}:\n{answer}")
         if failures:
-            if len(failures) < self.world_size or any("no answer" in f or "died" in f for f in failures):
+            if len(failures) < self.world_size or any(": no answer" in f or ": died" in f for f in failures):
                 self.close()
                 self._start()
-            raise CaseFailed("\n".join(failures))
+            kind = WorkerDied if any(": died" in failure for failure in failures) else CaseFailed
+            raise kind("\n".join(failures))
         return answers
 
     def _last_words(self, rank: int) -> str:
