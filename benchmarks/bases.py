@@ -28,7 +28,7 @@ from trustratio.optimizers.proposals.nature import nature_of
 
 LAYERS = [(1024, 1024)] * 8
 ROUNDS = 7
-MOST_SECONDS = 10
+MOST_SECONDS = 30
 """For the trial of one class."""
 
 
@@ -73,7 +73,8 @@ def kind(base_class: type[torch.optim.Optimizer]) -> str:
     if nature.writes_rate:
         return "refused: writes the rate"
     if nature.is_element_wise:
-        return "everywhere, any rate" if nature.is_proportional else "everywhere, at its own rate"
+        rate = "any rate" if nature.is_proportional else "at its own rate"
+        return f"everywhere, {rate}{', one group under ZeRO' * nature.goes_by_groups}"
     return "whole layers alone" if nature.is_layer_wise else "whole models alone"
 
 
