@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from .formulas.hyperparameters import check_bounds, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import TrustRule
-from .layerwise import LayerwiseOptimizer
+from .layerwise import PARAMETER_KEYS, LayerwiseOptimizer
 from .options.common import COMMON_DEFAULTS
 from .options.unknown import refuse_misspelt
 from .proposals.base import (
@@ -28,7 +28,16 @@ from .proposals.base import (
     refuse_hooks,
     refuse_unknown_options,
 )
-from .proposals.instances import copied, kept_rate, make_base, options_of_base, set_rate, step_without_hooks
+from .proposals.instances import (
+    copied,
+    kept_rate,
+    make_base,
+    options_of_base,
+    own_of,
+    restore,
+    set_rate,
+    step_without_hooks,
+)
 from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import Nature, kinds_of, nature_of
 from .proposals.refusals import refuse_layout, refuse_loss, warn_of_lost_digits
@@ -150,7 +159,7 @@ class TrustRatio(LayerwiseOptimizer):
         self._closure: Callable[[Sequence[torch.Tensor]], Callable[[], Any]] | None = None
         self._checked_options: dict[int, Any] = {}
         self._most_groups = 0  # that there have been
-        self._groups_began: dict[int, tuple[int, dict[str, Any]]] = {}  # by id: of which step, and the options
+        self._began: dict[int, tuple[int, dict[Any, Any]]] = {}  # by id of a group or the state: of which step, and it
 
     def _options_of_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's options of the base; some classes keep what they were given to themselves."""
@@ -258,7 +267,8 @@ class TrustRatio(LayerwiseOptimizer):
         # A base may count steps in its groups: only those that this call steps, and each once per step.
         self.base.param_groups = [group for group in self.param_groups if group["params"]]
         for group in self.base.param_groups:
-            self._as_the_step_began(group)
+            self._as_the_step_began(group, PARAMETER_KEYS)
+        self._as_the_step_began(self.state)
         for group in at_large_rate:
             set_rate(group, LARGE_RATE)
         try:
@@ -274,21 +284,18 @@ class TrustRatio(LayerwiseOptimizer):
                     data.copy_(tensor.detach())
                     tensor.data = data
 
-    def _as_the_step_began(self, group: dict[str, Any]) -> None:
-        """Give a group that is stepped in several calls what it had before the first of them."""
-        step, options = self._groups_began.get(id(group), (None, {}))
-        if step != self._plans.steps_begun:
-            kept = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-            self._groups_began[id(group)] = self._plans.steps_begun, copied(kept)
-            return
-        for name in [*group]:
-            if name not in options and name not in ("params", "param_names"):
-                del group[name]
-        for name, value in copied(options).items():
-            if isinstance(value, torch.Tensor) and isinstance(group.get(name), torch.Tensor):
-                group[name].copy_(value)
-            else:
-                group[name] = value
+    def _as_the_step_began(self, kept: MutableMapping[Any, Any], left_out: Sequence[Any] = ()) -> None:
+        """Give what is stepped in several calls, a group or the whole state, what it had before the first of them.
+
+        Args:
+            kept: The group, or the state.
+            left_out: Keys of it that stay; tensors, which each call has of its own, do so anyway.
+        """
+        step, began = self._began.get(id(kept), (None, {}))
+        if step == self._plans.steps_begun:
+            restore(kept, began, left_out)
+        else:
+            self._began[id(kept)] = self._plans.steps_begun, copied(own_of(kept, left_out))
 
     def _make_state(self, layout: Layout) -> None:
         """Give new tensors the state that the base makes when it is constructed."""

@@ -5,12 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["copied", "kept_rate", "make_base", "options_of_base", "set_rate", "step_without_hooks"]
+__all__ = [
+    "copied",
+    "kept_rate",
+    "make_base",
+    "options_of_base",
+    "own_of",
+    "restore",
+    "set_rate",
+    "step_without_hooks",
+]
 
 
 def options_of_base(base_class: type[torch.optim.Optimizer]) -> tuple[list[str], bool]:
@@ -35,7 +44,7 @@ def make_base(
     return constructor(params, **rate, **options)
 
 
-def copied(options: Mapping[str, Any]) -> dict[str, Any]:
+def copied(options: Mapping[Any, Any]) -> dict[Any, Any]:
     """Options for an instance that must not change anybody's: objects that cannot be copied are shared."""
     return {name: _copied(value) for name, value in options.items()}
 
@@ -45,6 +54,23 @@ def _copied(value: Any) -> Any:
         return copy.deepcopy(value)
     except Exception:  # whatever it may raise, as for process groups
         return value
+
+
+def own_of(kept: Mapping[Any, Any], left_out: Sequence[Any] = ()) -> dict[Any, Any]:
+    """What a group, or a state beside that of tensors, has under other keys than these."""
+    return {key: value for key, value in kept.items() if not isinstance(key, torch.Tensor) and key not in left_out}
+
+
+def restore(kept: MutableMapping[Any, Any], began: Mapping[Any, Any], left_out: Sequence[Any] = ()) -> None:
+    """Give a group or a state what `own_of` it was once; tensors that it still has are written."""
+    for key in own_of(kept, left_out):
+        if key not in began:
+            del kept[key]
+    for key, value in copied(began).items():
+        if isinstance(value, torch.Tensor) and isinstance(kept.get(key), torch.Tensor):
+            kept[key].copy_(value)
+        else:
+            kept[key] = value
 
 
 def kept_rate(group: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .instances import copied, make_base, set_rate, step_without_hooks
+from .instances import copied, make_base, own_of, restore, set_rate, step_without_hooks
 
 __all__ = ["LARGE_RATE", "LAYERS", "MATRICES", "NO_OPTIONS", "TOLERANCES", "Outcome", "Shapes", "Trial"]
 
@@ -56,7 +56,7 @@ class Outcome:
 
     Attributes:
         directions: (w - w_after) / rate of each step, over all elements.
-        state: All tensors and numbers of the state after the last step, in their order.
+        state: All tensors and numbers of the state after the last step: the model's, and each parameter's.
         of_elements: The same of each element: a tensor like the parameter as it is, a number for all its elements.
         of_groups: All numbers that groups keep then, and those of the whole model in the state.
         is_like_layers: Whether state is numbers and tensors of their parameter's shape.
@@ -296,9 +296,11 @@ class _Instance:
             self._give(self.gradient)
             return torch.tensor(loss)
 
-        groups = self.optimizer.param_groups
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        began = copied(own_of(state))
         for called in [[group] for group in groups] if group_by_group else [groups]:
             self.optimizer.param_groups = called
+            restore(state, began)
             step_without_hooks(self.optimizer, *(() if loss is None else (evaluate,)))
         self.optimizer.param_groups = groups
         self.writes_rate |= any(float(g["lr"]) != _as_kept(g, rate) for g, rate in zip(groups, self.rates, strict=True))
@@ -317,8 +319,8 @@ class _Instance:
     def add_to(self, outcome: Outcome, of_all_elements: Callable[[], torch.Tensor]) -> None:
         """Add what the steps of this instance have shown."""
         state = self.optimizer.state
-        outcome.state += _leaves(state)
-        of_model = [*_leaves([value for key, value in state.items() if not isinstance(key, torch.Tensor)])]
+        of_model = [*_leaves(sorted(own_of(state).items(), key=str))]
+        outcome.state += [*of_model, *_leaves([state.get(parameter) for parameter in self.parameters])]
         for group, began in zip(self.optimizer.param_groups, self.keys_began, strict=True):
             by_key = _leaves_by_key(group)
             outcome.of_groups.append([*chain.from_iterable(by_key.values()), *of_model])

@@ -71,12 +71,24 @@ class CountsInGroup(torch.optim.Optimizer):
                 p.sub_(group["lr"] * m / (1 - 0.9**t) / ((v / (1 - 0.99**t)).sqrt() + 1e-6))
 
 
-def test_steps_in_groups_are_counted_once_whatever_the_calls() -> None:
+class CountsInState(CountsInGroup):
+    """The same with a count of the whole model."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["step"] = t = self.state.get("step", 0) + 1
+        for group in self.param_groups:
+            group["step"] = t - 1
+        super().step()
+
+
+@pytest.mark.parametrize("base", [CountsInGroup, CountsInState])
+def test_steps_are_counted_once_whatever_the_calls(base: Any) -> None:
     """As under ZeRO-3, which steps one sub-group after the other and leaves the other groups empty."""
     named, wanted = parameters(), parameters()
     groups = [{"params": named[:2]}, {"params": named[2:]}]
-    optimizer = TrustRatio(CountsInGroup, groups, lr=0.1)
-    whole = TrustRatio(CountsInGroup, [{"params": wanted[:2]}, {"params": wanted[2:]}], lr=0.1)
+    optimizer = TrustRatio(base, groups, lr=0.1)
+    whole = TrustRatio(base, [{"params": wanted[:2]}, {"params": wanted[2:]}], lr=0.1)
     for step in range(4):
         train(whole, wanted, range(step, step + 1))
         for (_, p), g in zip(named, gradients(step, named).values(), strict=True):
