@@ -16,17 +16,20 @@ from .formulas.hyperparameters import check_bounds, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import TrustRule
-from .layerwise import LayerwiseOptimizer
+from .layerwise import PARAMETER_KEYS, LayerwiseOptimizer
 from .options.common import COMMON_DEFAULTS
+from .options.unknown import check_keys
 from .proposals.base import (
-    as_groups,
+    attributes_of,
     check_base_class,
     check_options,
     known_at_first,
+    make_alone,
     propose,
     refuse_hooks,
     refuse_unknown_options,
 )
+from .proposals.groups import GivenGroups
 from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import LARGE_RATE, copied, make_base, nature_of, options_of_base, step_without_hooks
 from .proposals.refusals import refuse_layout, warn_of_lost_digits
@@ -36,6 +39,8 @@ from .sharding.local_tensors import is_plain, local_part, placements_of
 __all__ = ["TrustRatio"]
 
 OWN_OPTIONS = ("adapt", "segments", "trust_bounds")
+KEPT_IN_COPIES = ("base_class", "base_options", "base", "_takes_groups", "_makes_state_when_made", "_made_of_zeros")
+"""Attributes that copies and pickles have besides what torch gives them."""
 
 
 class TrustRatio(LayerwiseOptimizer):
@@ -102,42 +107,75 @@ class TrustRatio(LayerwiseOptimizer):
         refuse_unknown_options(base_class, base_options, ("lr", *OWN_OPTIONS))
         self.base_class = base_class
         self.base_options = base_options
-        groups = as_groups(params)
-        self.base = self._make_base(groups, lr)
+        own = {"trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
+        given = GivenGroups(params, own)
+        self._takes_groups = given.are_groups
+        self.base = make_base(base_class, given.for_base(), lr, base_options)
         refuse_hooks(self.base)
-        lr = self.base.defaults.get("lr") if lr is None else lr
+        of_base = self.base.defaults.get("lr")  # not always what was given: some make a tensor of it
+        lr = lr if of_base is None else of_base
         if lr is None:
             raise ValueError(
                 f"lr must be given: {base_class.__name__} chooses its own, and a direction is a step divided by lr"
             )
-        own = {"lr": lr, "trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
         # Else groups would get defaults in the place of what a base keeps to itself.
         common = {name: value for name, value in base_options.items() if name in COMMON_DEFAULTS}
-        super().__init__(groups, {**common, **self.base.defaults, **own})
-        for group, of_base in zip(self.param_groups, self.base.param_groups, strict=True):
-            for name, value in of_base.items():
-                group.setdefault(name, value)
+        defaults = {**common, **self.base.defaults, "lr": lr, **own}
+        for group in given.groups:
+            check_keys(type(self), group, {**COMMON_DEFAULTS, **defaults})
+        super().__init__(given.of_base(base_class.__name__, self.base.param_groups), defaults)
         for key, value in self.base.state.items():
             if not isinstance(key, torch.Tensor):  # of the whole optimizer
                 self.state.setdefault(key, value)
+        self._makes_state_when_made = bool(self.base.state)  # as Adagrad does
         self._share()
 
     # The base -------------------------------------------------------------------------------------------------------
 
-    def _make_base(self, groups: Sequence[Mapping[str, Any]], lr: Any) -> torch.optim.Optimizer:
-        of_base = [{name: value for name, value in group.items() if name not in OWN_OPTIONS} for group in groups]
-        return make_base(self.base_class, of_base, lr, self.base_options)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as the base does, which may make several of it; see `LayerwiseOptimizer`."""
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # torch says so
+        if not self._shares:  # in the constructor, to which the base has given its groups
+            self._add(param_group)
+            return
+        check_keys(type(self), param_group, self.defaults)
+        before = len(self.param_groups)
+        try:
+            for group in self._as_the_base_adds(param_group):
+                self._add(group)
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+
+    def _add(self, of_base: dict[str, Any]) -> None:
+        # What is no option is the base's business, not that of checks for misspelt ones.
+        options = {name: value for name, value in of_base.items() if name in (*PARAMETER_KEYS, *self.defaults)}
+        super().add_param_group(options)
+        for name, value in of_base.items():
+            self.param_groups[-1].setdefault(name, value)
+
+    def _as_the_base_adds(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        given = GivenGroups([param_group], {name: self.defaults[name] for name in OWN_OPTIONS})
+        self._share()
+        self.base.param_groups = []  # the others have names, which it would miss
+        try:
+            for group in given.for_base():
+                self.base.add_param_group(group)
+            return given.of_base(self.base_class.__name__, self.base.param_groups)
+        finally:
+            self._share()
 
     def _share(self) -> None:
         """Have the base see this optimizer's groups, options and state, which wrappers and loading replace."""
-        self._makes_state_when_made |= bool(self.base.state) and self.base.state is not self.state
         self.base.param_groups = self.param_groups
         self.base.defaults = self.defaults
         self.base.state = self.state
+        self._shares = True
 
     def _forget(self) -> None:
         super()._forget()
-        self._makes_state_when_made = False  # as Adagrad does
+        self._shares = False
         self._made_of_zeros = MadeOfZeros()
         self._proportional: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> whether the base is, on it
         self._takes_large_rate = False
@@ -152,6 +190,12 @@ class TrustRatio(LayerwiseOptimizer):
         options = {**self.base_options, **{name: group[name] for name in names if name in group}}
         return {name: value for name, value in options.items() if name != "lr"}
 
+    def _keys_of_base(self, group: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a group has besides, as constructors that are given groups may want it; None for those given tensors."""
+        names, _ = options_of_base(self.base_class)
+        others = {"lr", *PARAMETER_KEYS, *OWN_OPTIONS, *COMMON_DEFAULTS, *names}
+        return {name: value for name, value in group.items() if name not in others} if self._takes_groups else None
+
     # Options --------------------------------------------------------------------------------------------------------
 
     def check(self, group: dict[str, Any]) -> None:
@@ -162,7 +206,7 @@ class TrustRatio(LayerwiseOptimizer):
             raise ValueError(f"maximize must be False: {self.base_class.__name__} has no such option")
         known = repr(options)
         if self._checked_options.get(id(group)) != known:
-            check_options(self.base_class, options)
+            check_options(self.base_class, options, self.base_options, self._keys_of_base(group))
             self._checked_options[id(group)] = known
 
     def check_layout(self, layout: Layout) -> None:
@@ -260,10 +304,11 @@ class TrustRatio(LayerwiseOptimizer):
     def _make_state(self, layout: Layout) -> None:
         """Give new tensors the state that the base makes when it is constructed."""
         if self._makes_state_when_made:
-            for group, tensor in zip(layout.groups, layout.tensors, strict=True):
+            for index, tensor in zip(layout.groups, layout.tensors, strict=True):
                 if not self.state[tensor]:
-                    options, lr = self._options_of_base(self.param_groups[group]), self.param_groups[group]["lr"]
-                    fresh = make_base(self.base_class, [tensor], lr, options)
+                    group = self.param_groups[index]
+                    options, keys = self._options_of_base(group), self._keys_of_base(group)
+                    fresh = make_alone(self.base_class, tensor, group["lr"], options, keys)
                     self.state[tensor].update(fresh.state[tensor])
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
@@ -295,15 +340,14 @@ class TrustRatio(LayerwiseOptimizer):
         return super().__repr__().replace(type(self).__name__, f"{type(self).__name__}({self.base_class.__name__})", 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "base_class": self.base_class, "base_options": self.base_options}
+        kept = {name: getattr(self, name) for name in KEPT_IN_COPIES}
+        return {**super().__getstate__(), **kept, "attributes_of_base": attributes_of(self.base)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this from load_state_dict too, on an optimizer that has its base.
-        is_copy = "base_class" in state
+        attributes = state.pop("attributes_of_base", {})
         super().__setstate__(state)
-        if is_copy:
-            groups = [{**self._options_of_base(group), "params": [*group["params"]]} for group in self.param_groups]
-            self.base = self._make_base(groups, self.defaults["lr"])
+        vars(self.base).update(attributes)
         self._share()
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
 

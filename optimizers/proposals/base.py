@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..options.parameters import listed
 from ..options.unknown import nearest
 from ..sharding.local_tensors import local_part
 from .nature import copied, make_base, options_of_base
 
 __all__ = [
-    "as_groups",
+    "attributes_of",
     "check_base_class",
     "check_options",
     "known_at_first",
+    "make_alone",
     "propose",
     "refuse_hooks",
     "refuse_unknown_options",
@@ -25,6 +28,7 @@ __all__ = [
 ANY_RATE = 1e-3
 PIECE = 1 << 22
 """Elements that are exchanged at once."""
+WEAK = weakref.ref, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, WeakIdKeyDictionary
 
 
 def check_base_class(base_class: Any) -> None:
@@ -73,30 +77,117 @@ def refuse_unknown_options(
             )
 
 
-def as_groups(params: Any) -> list[dict[str, Any]]:
-    """Parameters, named parameters or groups as groups, so that they can be gone over twice."""
-    given = listed(params)
-    if not isinstance(given[0], dict):
-        return [{"params": given}]
-    return [{**group, "params": _as_list(group["params"])} for group in given]
+def make_alone(
+    base_class: type[torch.optim.Optimizer],
+    tensor: torch.Tensor,
+    lr: Any,
+    options: Mapping[str, Any],
+    keys: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An instance with one tensor.
+
+    Args:
+        base_class: The class.
+        tensor: What it steps.
+        lr: See `make_base`.
+        options: Of the constructor.
+        keys: What its group has besides; None if the constructor is given tensors, not groups.
+    """
+    return make_base(base_class, [tensor] if keys is None else [{"params": [tensor], **keys}], lr, options)
 
 
-def _as_list(params: Any) -> Any:
-    if isinstance(params, torch.Tensor):
-        return [params]
-    return params if isinstance(params, set) else list(params)  # torch refuses sets, which have no order
-
-
-def check_options(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+def check_options(
+    base_class: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    accepted: Mapping[str, Any],
+    keys: Mapping[str, Any] | None = None,
+) -> None:
     """Have the class check options, as its constructor does: raise what it raises.
+
+    Nothing is raised if it does not take a single parameter with the accepted options either: then the error may have
+    other reasons.
 
     Args:
         base_class: The class.
         options: Without lr, which schedulers set to 0 where constructors may not like it.
+        accepted: Those that the class was made with.
+        keys: See `make_alone`.
     """
+    try:
+        _make_any(base_class, options, keys)
+    except Exception:  # whatever it may raise
+        if _is_made(base_class, accepted, keys):
+            raise
+
+
+def _make_any(
+    base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], keys: Mapping[str, Any] | None
+) -> None:
     any_parameter = torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))
-    device_options = {"fused": None} if options.get("fused") else {}
-    make_base(base_class, [any_parameter], ANY_RATE, copied({**options, **device_options}))
+    on_any_device = {"fused": None} if options.get("fused") else {}
+    make_alone(
+        base_class,
+        any_parameter,
+        ANY_RATE,
+        copied({**options, **on_any_device}),
+        None if keys is None else copied(keys),
+    )
+
+
+def _is_made(
+    base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], keys: Mapping[str, Any] | None
+) -> bool:
+    try:
+        _make_any(base_class, options, keys)
+    except Exception:
+        return False
+    return True
+
+
+def attributes_of(base: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a base has besides what torch's own copies of an optimizer have.
+
+    Not what stands in the place of a method, as torch.compile and schedulers put it there: it is bound to this object.
+
+    Raises:
+        TypeError: If an attribute cannot be copied, or would tell other parameters in a copy.
+    """
+    of_every = vars(torch.optim.Optimizer([torch.zeros(1, device="cpu")], {}))
+    own = {
+        name: value
+        for name, value in vars(base).items()
+        if name not in of_every and not callable(getattr(type(base), name, None))
+    }
+    known = {id(parameter) for group in base.param_groups for parameter in group["params"]}
+    for name, value in own.items():
+        problem = _why_not_copied(value, known)
+        if problem:
+            raise TypeError(
+                f"{type(base).__name__} cannot be copied or pickled, for its attribute {name} {problem}: make a new "
+                "TrustRatio and load the state_dict() of this one"
+            )
+    return own
+
+
+def _why_not_copied(value: Any, known: Collection[int]) -> str:
+    if any(isinstance(part, WEAK) or (isinstance(part, int) and part in known) for part in _parts(value)):
+        return "knows parameters by their id() or by weak references"
+    try:
+        if not isinstance(value, torch.Tensor):
+            copy.copy(value)
+    except Exception as error:  # whatever it may raise
+        return f"cannot be: {error}"
+    return ""
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield a value, and what is in it if it is a collection of Python's."""
+    yield value
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _parts(part)
 
 
 def known_at_first(closure: Callable[[], Any], loss: Any, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
