@@ -236,7 +236,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         if self.param_groups and not has_its_own_parameters(self):
             before_group(self)
         if isinstance(param_group, dict):  # else torch says so
-            check_keys(type(self), param_group, self.defaults)
+            self._check_keys(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in OF_THE_WHOLE:
@@ -254,6 +254,9 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             raise
         self._remember(group)
         self._plans.clear()
+
+    def _check_keys(self, group: dict[str, Any]) -> None:
+        check_keys(type(self), group, self.defaults)
 
     def was_given(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is a parameter that the constructor (or `add_param_group`) was given."""

@@ -121,8 +121,7 @@ class TrustRatio(LayerwiseOptimizer):
         # Else groups would get defaults in the place of what a base keeps to itself.
         common = {name: value for name, value in base_options.items() if name in COMMON_DEFAULTS}
         defaults = {**common, **self.base.defaults, "lr": lr, **own}
-        for group in given.groups:
-            check_keys(type(self), group, {**COMMON_DEFAULTS, **defaults})
+        self._check_given_keys(given, {**COMMON_DEFAULTS, **defaults})
         super().__init__(given.of_base(base_class.__name__, self.base.param_groups), defaults)
         for key, value in self.base.state.items():
             if not isinstance(key, torch.Tensor):  # of the whole optimizer
@@ -134,29 +133,20 @@ class TrustRatio(LayerwiseOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as the base does, which may make several of it; see `LayerwiseOptimizer`."""
-        if not isinstance(param_group, dict):
-            super().add_param_group(param_group)  # torch says so
-        if not self._shares:  # in the constructor, to which the base has given its groups
-            self._add(param_group)
+        if not isinstance(param_group, dict) or not self._shares:  # or in the constructor, of what the base has made
+            super().add_param_group(param_group)
             return
-        check_keys(type(self), param_group, self.defaults)
         before = len(self.param_groups)
         try:
             for group in self._as_the_base_adds(param_group):
-                self._add(group)
+                super().add_param_group(group)
         except ValueError:
             del self.param_groups[before:]
             raise
 
-    def _add(self, of_base: dict[str, Any]) -> None:
-        # What is no option is the base's business, not that of checks for misspelt ones.
-        options = {name: value for name, value in of_base.items() if name in (*PARAMETER_KEYS, *self.defaults)}
-        super().add_param_group(options)
-        for name, value in of_base.items():
-            self.param_groups[-1].setdefault(name, value)
-
     def _as_the_base_adds(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         given = GivenGroups([param_group], {name: self.defaults[name] for name in OWN_OPTIONS})
+        self._check_given_keys(given, self.defaults)
         self._share()
         self.base.param_groups = []  # the others have names, which it would miss
         try:
@@ -165,6 +155,14 @@ class TrustRatio(LayerwiseOptimizer):
             return given.of_base(self.base_class.__name__, self.base.param_groups)
         finally:
             self._share()
+
+    def _check_given_keys(self, given: GivenGroups, defaults: Mapping[str, Any]) -> None:
+        names, _ = options_of_base(self.base_class)
+        for group in given.groups:
+            check_keys(type(self), group, [*dict.fromkeys((*defaults, *names))], others_read=True)
+
+    def _check_keys(self, group: dict[str, Any]) -> None:
+        """What the base puts into its groups is its business; the user's keys are looked at before."""
 
     def _share(self) -> None:
         """Have the base see this optimizer's groups, options and state, which wrappers and loading replace."""

@@ -113,8 +113,16 @@ def refuse_unknown(optimizer_class: type, options: Mapping[str, Any]) -> None:
             )
 
 
-def check_keys(optimizer_class: type, group: Mapping[str, Any], defaults: Collection[str]) -> None:
+def check_keys(
+    optimizer_class: type, group: Mapping[str, Any], defaults: Collection[str], *, others_read: bool = False
+) -> None:
     """Look at the keys that a user gives to a group; see above.
+
+    Args:
+        optimizer_class: Whose group it is.
+        group: With these keys.
+        defaults: Names of options.
+        others_read: Whether keys that are no options may be read by others, and are kept without a word.
 
     Raises:
         ValueError: Naming the key and what to write in its place.
@@ -129,7 +137,7 @@ def check_keys(optimizer_class: type, group: Mapping[str, Any], defaults: Collec
         advice = _advice(key, value, options)
         if advice:
             raise ValueError(f"{name} has no group option {key!r} (got {value!r}): {advice}")
-        if key not in PASSENGERS and key not in ELSEWHERE and value is not None:
+        if not others_read and key not in PASSENGERS and key not in ELSEWHERE and value is not None:
             warnings.warn(f"{name} keeps the group key {key!r} without using it; it is no option", stacklevel=2)
 
 

@@ -256,7 +256,7 @@ class _Trial:
                     weights = self._numbers(0 if at_rest else step)
                     self._take(optimizer, parts, parameters, weights, step, rate or RATES[step % len(RATES)], direction)
                 state += [value.detach() for value in _tensors(optimizer.state)]
-                in_groups += [[*_numbers_in(group)] for group in optimizer.param_groups]
+                in_groups.append([number for group in optimizer.param_groups for number in _numbers_in(group)])
                 for parameter, before in zip(parameters, data, strict=True):
                     puts_others_in_place |= parameter.data_ptr() != before.data_ptr()
                     of_layer = _tensors(optimizer.state[parameter])
