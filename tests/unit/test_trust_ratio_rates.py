@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trustratio.optimizers import TrustRatio
+from trustratio.optimizers.proposals.nature import nature_of
 from trustratio.optimizers.proposals.rates import at_rate
 
 from .test_trust_ratio import parameters, train, values
@@ -45,7 +46,6 @@ class WantsTensorRate(torch.optim.Optimizer):
                 p.sub_(group["lr"] * p.grad)
 
 
-@pytest.mark.xfail(strict=False, reason="the rate is still replaced by a number while the base steps")
 def test_a_base_that_takes_tensor_rates_alone() -> None:
     named, wanted = parameters(), parameters()
     both = [TrustRatio(base, of, lr=0.1) for base, of in ((WantsTensorRate, named), (torch.optim.SGD, wanted))]
@@ -57,3 +57,10 @@ def test_a_base_that_takes_tensor_rates_alone() -> None:
     assert isinstance(both[0].param_groups[0]["lr"], torch.Tensor)
     for name, weights in values(wanted).items():
         torch.testing.assert_close(dict(named)[name].detach(), weights, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.xfail(strict=False, reason="when it is tried, its rate is replaced by a number")
+def test_it_is_found_to_be_element_wise_and_independent_of_its_rate() -> None:
+    nature = nature_of(WantsTensorRate, {}, torch.device("cpu"))
+    assert nature.is_element_wise
+    assert nature.is_proportional
