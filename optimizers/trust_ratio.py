@@ -25,6 +25,7 @@ from .proposals.base import (
     check_options,
     known_at_first,
     make_alone,
+    params_may_come_first,
     propose,
     refuse_hooks,
     refuse_unknown_options,
@@ -54,6 +55,7 @@ class TrustRatio(LayerwiseOptimizer):
     cuts them. The ratio is 1 where ‖w‖ or ‖u‖ is zero and for layers that are not adapted; then the step is the base's.
 
         optimizer = TrustRatio(torch.optim.RMSprop, model.named_parameters(), lr=1e-3, trust_bounds=(0, 10), alpha=0.95)
+        optimizer = TrustRatio(model.named_parameters(), lr=1e-3, base_class=torch.optim.RMSprop)
 
     The base, ``optimizer.base``, shares groups and state with this optimizer: options, state and checkpoints are its
     own. Before the first step it is tried on two small matrices (`nature_of`). Is it element-wise? If
@@ -91,6 +93,7 @@ class TrustRatio(LayerwiseOptimizer):
     counts_steps = False
     plain_options = ("lr", *OWN_OPTIONS)
 
+    @params_may_come_first
     def __init__(
         self,
         base_class: type[torch.optim.Optimizer],

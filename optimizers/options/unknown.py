@@ -55,6 +55,7 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "always_adapt": ((), NOT_ADAPTED),
     "use_nvlamb": ((False,), NOT_ADAPTED),
     "exclude_bias_n_norm": ((True,), NOT_ADAPTED),
+    "weight_decay": ((0, 0.0), "it has no weight decay: leave it out"),
     "weight_decay_filter": ((), "write weight_decay=0.0 in the groups whose layers should not decay"),
     "exclude_from_weight_decay": ((), "write weight_decay=0.0 in the groups whose layers should not decay"),
     "trust_clip": ((False,), "write trust_bounds=(0.0, 1.0) for LAMB, or take LAMBC"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "check_options",
     "known_at_first",
     "make_alone",
+    "params_may_come_first",
     "propose",
     "refuse_hooks",
     "refuse_unknown_options",
@@ -37,7 +39,7 @@ def check_base_class(base_class: Any) -> None:
         name = type(base_class).__name__
         raise TypeError(f"base_class must be a class, got an object of {name}: TrustRatio({name}, params, lr, ...)")
     if not (isinstance(base_class, type) and issubclass(base_class, torch.optim.Optimizer)):
-        raise TypeError(f"base_class must be an optimizer class such as torch.optim.AdamW, got {base_class!r}")
+        raise TypeError(f"base_class must be an optimizer class such as torch.optim.AdamW, got {base_class!r:.80}")
     if isinstance(getattr(base_class, "param_groups", None), property):
         raise TypeError(
             f"base_class must step by itself, and {base_class.__name__} wraps another: give that one's class"
@@ -45,6 +47,28 @@ def check_base_class(base_class: Any) -> None:
     names, takes_others = options_of_base(base_class)
     if "lr" not in names and not takes_others:
         raise TypeError(f"base_class must have the option lr, against which its step is measured; {_has(base_class)}")
+
+
+def params_may_come_first(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor of (base_class, params, ...) take params first and base_class by name.
+
+    So does whoever makes optimizers as ``optimizer_class(params, **options)``, such as the Trainer.
+    """
+
+    @functools.wraps(init)
+    def either_way(self: Any, *args: Any, **options: Any) -> None:
+        if "base_class" in options:
+            init(self, options.pop("base_class"), *args, **options)
+        elif len(args) + ("params" in options) < 2:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} needs a base_class and params: {name}(torch.optim.AdamW, params, lr=...), or "
+                f"{name}(params, lr=..., base_class=torch.optim.AdamW)"
+            )
+        else:
+            init(self, *args, **options)
+
+    return either_way
 
 
 def refuse_hooks(base: torch.optim.Optimizer) -> None:
