@@ -23,6 +23,7 @@ from .proposals.base import (
     attributes_of,
     check_base_class,
     check_options,
+    dtensors_named,
     known_at_first,
     make_alone,
     params_may_come_first,
@@ -252,6 +253,7 @@ class TrustRatio(LayerwiseOptimizer):
         parts = [local_part(tensor).detach() for tensor in layout.tensors]
         moving = [index for index, gradient in enumerate(gradients) if gradient is not None]
         step = partial(propose, [parts[index] for index in moving], partial(self._step_base, layout, gradients))
+        step = dtensors_named(self.base_class.__name__, layout)(step)
         if is_first and not _any_gradient(layout, gradients):
             self._made_of_zeros.make(self.param_groups, self.state, layout.tensors, step)
             return {"proposed": parts}

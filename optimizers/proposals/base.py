@@ -6,19 +6,22 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..options.unknown import nearest
-from ..sharding.local_tensors import local_part
+from ..sharding.layout import Layout, LayoutError
+from ..sharding.local_tensors import local_part, placements_of
 from .nature import copied, make_base, options_of_base
 
 __all__ = [
     "attributes_of",
     "check_base_class",
     "check_options",
+    "dtensors_named",
     "known_at_first",
     "make_alone",
     "params_may_come_first",
@@ -255,6 +258,27 @@ def propose(tensors: Iterable[torch.Tensor], step: Callable[[], Any]) -> list[to
             here.copy_(there)
             there.copy_(kept)
     return other
+
+
+@contextmanager
+def dtensors_named(name: str, layout: Layout) -> Iterator[None]:
+    """Raise LayoutError where a base fails since it is stepped with DTensors; its other errors stay what they are.
+
+    Args:
+        name: The base class's.
+        layout: Of the step.
+    """
+    try:
+        yield
+    except Exception as error:  # torch says RuntimeError where DTensors meet plain tensors
+        is_of_dtensors = isinstance(error, NotImplementedError) or "DTensor" in str(error)
+        if not is_of_dtensors or all(placements_of(tensor) is None for tensor in layout.tensors):
+            raise
+        raise LayoutError(
+            f"{name} cannot step DTensors, which {layout.backend} has in the weights' place "
+            f"({type(error).__name__}: {error}): take DeepSpeed ZeRO or DistributedDataParallel, which have plain "
+            "tensors, or a base of plain tensor operations, such as those of torch.optim"
+        ) from error
 
 
 def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
