@@ -68,7 +68,8 @@ class TrustRatio(LayerwiseOptimizer):
 
     Args:
         base_class: An optimizer class of torch's kind with an option ``lr``.
-        params: Parameters, named parameters or groups; groups may have the base's options, and those here.
+        params: Parameters, named parameters or groups; groups may have the base's options, and those here. The base's
+            constructor gets tensors or groups, as given, without names; if it makes other groups, they are ours too.
         lr: Learning rate ≥ 0; a float or a tensor. None for the base's default.
         trust_bounds: (low, high) of the ratio of an adapted layer.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
@@ -78,7 +79,8 @@ class TrustRatio(LayerwiseOptimizer):
     Raises:
         TypeError: If the class is none, lacks an option (the nearest is named), or registers hooks on itself; if params
             are no parameters.
-        ValueError: If an option is out of range: what the base says of its own; if there are no parameters.
+        ValueError: If an option is out of range: what the base says of its own; if there are no parameters, or the base
+            leaves any out, or has one twice.
         LayoutError: At the first step, if layers are cut and the base is not element-wise, if weights of 16 bits would
             swallow its step, or if it keeps copies of the weights, or anything that its steps need outside of state
             and groups.
@@ -140,12 +142,14 @@ class TrustRatio(LayerwiseOptimizer):
         if not isinstance(param_group, dict) or not self._shares:  # or in the constructor, of what the base has made
             super().add_param_group(param_group)
             return
-        before = len(self.param_groups)
+        groups, state = len(self.param_groups), set(self.state)
         try:
             for group in self._as_the_base_adds(param_group):
                 super().add_param_group(group)
-        except ValueError:
-            del self.param_groups[before:]
+        except Exception:  # whatever the base may raise
+            del self.param_groups[groups:]
+            for key in [key for key in self.state if key not in state]:
+                del self.state[key]
             raise
 
     def _as_the_base_adds(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:

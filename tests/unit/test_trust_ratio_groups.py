@@ -200,3 +200,17 @@ def test_what_a_base_does_with_a_new_group() -> None:
     assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.1, 0.2])
     assert set(optimizer.state[named[3][1]]) == {"mask"}
     assert list(optimizer.param_groups[1]["param_names"]) == ["scalar"]
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind() -> None:
+    named = parameters()
+    optimizer = TrustRatio(AddsToGroups, named[:3], lr=0.1)
+    train(optimizer, named[:3])
+    before = optimizer.state_dict()["state"].keys()
+    with pytest.raises(ValueError, match="adapt must be one of"):
+        optimizer.add_param_group({"params": named[3:], "adapt": "all"})
+    with pytest.raises(ValueError, match="nearest: momentum"):
+        optimizer.add_param_group({"params": named[3:], "momentun": 0.5})
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.state_dict()["state"].keys() == before
+    assert optimizer.base.param_groups is optimizer.param_groups
