@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -100
+NOT_DECAYED = {"weight_decay": 0.0}
 
 
 # The optimizer ------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class OptimizerFactory:
             if layer.parameter.requires_grad:
                 kind = "clipped" if id(layer.parameter) in clipped else "decayed" if layer.is_matrix else "plain"
                 groups[kind].append((layer.name, layer.parameter))
-        options_of: dict[str, dict[str, Any]] = {"clipped": {"cowclip": True}, "plain": {"weight_decay": 0.0}}
+        options_of: dict[str, dict[str, Any]] = {"clipped": {"cowclip": True}, "plain": NOT_DECAYED}
         filled = [{"params": members, **options_of.get(kind, {})} for kind, members in groups.items() if members]
         if not filled:
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train")
@@ -98,7 +99,7 @@ def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFact
     default is 0, whatever the options say, and layers have no names unless a `TrustRatioCallback` gives them.
 
     Args:
-        name: A key of `OPTIMIZERS`, in any case.
+        name: A key of `OPTIMIZERS`, in any case, or "trust_ratio" with the option ``base_class``.
         options: The class's own, as in `create_optimizer`, with the class's defaults. `lr` is the peak rate: the
             Trainer's schedule multiplies it, and `TrainingArguments.learning_rate` is not read.
 
@@ -112,8 +113,9 @@ def optimizer_for_trainer(name: str, **options: Any) -> tuple[type[OptimizerFact
             f"optimizer_for_trainer needs a Trainer that takes optimizer factories (transformers 5.2), and this is "
             f"{transformers.__version__}: upgrade it, or give optimizer_cls_and_kwargs=(class, options) itself"
         )
-    any_parameter = torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))
-    create_optimizer(name, [any_parameter], **options)  # errors now, not when training starts
+    matrix, vector = (torch.nn.Parameter(torch.zeros(shape, device="cpu")) for shape in ((1, 1), (1,)))
+    groups = [{"params": [matrix]}, {"params": [vector], **NOT_DECAYED}]
+    create_optimizer(name, groups, **options)  # errors now, not when training starts
     return OptimizerFactory, {"name": name, **options}
 
 

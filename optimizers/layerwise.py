@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,7 +236,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         if self.param_groups and not has_its_own_parameters(self):
             before_group(self)
         if isinstance(param_group, dict):  # else torch says so
-            self.check_keys(param_group)
+            self._check_keys(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in OF_THE_WHOLE:
@@ -255,8 +255,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._remember(group)
         self._plans.clear()
 
-    def check_keys(self, group: Mapping[str, Any]) -> None:
-        """Raise ValueError at a key of a group that is a mistake, and warn of those that nobody will use."""
+    def _check_keys(self, group: dict[str, Any]) -> None:
         check_keys(type(self), group, self.defaults)
 
     def was_given(self, tensor: torch.Tensor) -> bool:

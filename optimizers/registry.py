@@ -234,7 +234,7 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
         ValueError: If the name or an option is unknown (the nearest ones are named), or an option is out of range.
     """
     entry = OPTIMIZERS.get(name.lower())
-    if name.lower() == WITH_A_BASE:
+    if name.lower() in (WITH_A_BASE, TrustRatio.__name__.lower()):
         return _with_a_base(params, options)
     if entry is None:
         raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), (*OPTIMIZERS, WITH_A_BASE))}")
@@ -251,4 +251,4 @@ def _with_a_base(params: Any, options: dict[str, Any]) -> TrustRatio:
     try:
         return TrustRatio(params=params, **options)
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,28 +19,31 @@ from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import TrustRule
 from .layerwise import PARAMETER_KEYS, LayerwiseOptimizer
 from .options.common import COMMON_DEFAULTS
-from .options.unknown import refuse_misspelt
+from .options.unknown import check_keys
 from .proposals.base import (
-    as_groups,
+    attributes_of,
     check_base_class,
     check_options,
+    dtensors_named,
     known_at_first,
+    make_alone,
+    params_may_come_first,
     propose,
     refuse_hooks,
     refuse_unknown_options,
 )
+from .proposals.groups import GivenGroups
 from .proposals.instances import (
     copied,
-    kept_rate,
     make_base,
     options_of_base,
     own_of,
     restore,
-    set_rate,
     step_without_hooks,
 )
 from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import Nature, kinds_of, nature_of
+from .proposals.rates import at_rate
 from .proposals.refusals import refuse_layout, refuse_loss, warn_of_lost_digits
 from .proposals.trial import LARGE_RATE
 from .sharding.layout import Layout
@@ -48,6 +52,8 @@ from .sharding.local_tensors import is_plain, local_part, placements_of
 __all__ = ["TrustRatio"]
 
 OWN_OPTIONS = ("adapt", "segments", "trust_bounds")
+KEPT_IN_COPIES = ("base_class", "base_options", "base", "_takes_groups", "_makes_state_when_made", "_made_of_zeros")
+"""Attributes that copies and pickles have besides what torch gives them."""
 
 
 class TrustRatio(LayerwiseOptimizer):
@@ -61,6 +67,7 @@ class TrustRatio(LayerwiseOptimizer):
     cuts them. The ratio is 1 where ‖w‖ or ‖u‖ is zero and for layers that are not adapted; then the step is the base's.
 
         optimizer = TrustRatio(torch.optim.RMSprop, model.named_parameters(), lr=1e-3, trust_bounds=(0, 10), alpha=0.95)
+        optimizer = TrustRatio(model.named_parameters(), lr=1e-3, base_class=torch.optim.RMSprop)
 
     The base, ``optimizer.base``, shares groups and state with this optimizer: options, state and checkpoints are its
     own. Before the first step it is tried on a few small layers, with what its groups have
@@ -73,7 +80,8 @@ class TrustRatio(LayerwiseOptimizer):
 
     Args:
         base_class: An optimizer class of torch's kind with an option ``lr``.
-        params: Parameters, named parameters or groups; groups may have the base's options, and those here.
+        params: Parameters, named parameters or groups; groups may have the base's options, and those here. The base's
+            constructor gets tensors or groups, as given, without names; if it makes other groups, they are ours too.
         lr: Learning rate ≥ 0; a float or a tensor. None for the base's default.
         trust_bounds: (low, high) of the ratio of an adapted layer.
         adapt: Which layers the ratio scales: all (True), none (False), or those of two or more dimensions (None).
@@ -83,7 +91,8 @@ class TrustRatio(LayerwiseOptimizer):
     Raises:
         TypeError: If the class is none, lacks an option (the nearest is named), or registers hooks on itself; if params
             are no parameters.
-        ValueError: If an option is out of range: what the base says of its own; if there are no parameters.
+        ValueError: If an option is out of range: what the base says of its own; if there are no parameters, or the base
+            leaves any out, or has one twice.
         LayoutError: At the first step, if layers are cut and the base is not element-wise; if weights of 16 bits would
             swallow its step; if it keeps copies of the weights, or anything that its steps need outside of state
             and groups; if it writes ``group["lr"]``, goes by the numbers of groups that come one by one, or reads the
@@ -99,7 +108,9 @@ class TrustRatio(LayerwiseOptimizer):
     layer_state = ()
     counts_steps = False
     plain_options = ("lr", *OWN_OPTIONS)
+    _most_groups: int
 
+    @params_may_come_first
     def __init__(
         self,
         base_class: type[torch.optim.Optimizer],
@@ -116,42 +127,76 @@ class TrustRatio(LayerwiseOptimizer):
         refuse_unknown_options(base_class, base_options, ("lr", *OWN_OPTIONS))
         self.base_class = base_class
         self.base_options = base_options
-        groups = as_groups(params)
-        self.base = self._make_base(groups, lr)
+        own = {"trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
+        given = GivenGroups(params, own)
+        self._takes_groups = given.are_groups
+        self.base = make_base(base_class, given.for_base(), lr, base_options)
         refuse_hooks(self.base)
-        lr = self.base.defaults.get("lr") if lr is None else lr
+        of_base = self.base.defaults.get("lr")  # not always what was given: some make a tensor of it
+        lr = lr if of_base is None else of_base
         if lr is None:
             raise ValueError(
                 f"lr must be given: {base_class.__name__} chooses its own, and a direction is a step divided by lr"
             )
-        own = {"lr": lr, "trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
         # Else groups would get defaults in the place of what a base keeps to itself.
         common = {name: value for name, value in base_options.items() if name in COMMON_DEFAULTS}
-        super().__init__(groups, {**common, **self.base.defaults, **own})
-        for group, of_base in zip(self.param_groups, self.base.param_groups, strict=True):
-            for name, value in of_base.items():
-                group.setdefault(name, value)
+        defaults = {**common, **self.base.defaults, "lr": lr, **own}
+        self._check_given_keys(given, {**COMMON_DEFAULTS, **defaults})
+        super().__init__(given.of_base(base_class.__name__, self.base.param_groups), defaults)
         for key, value in self.base.state.items():
             if not isinstance(key, torch.Tensor):  # of the whole optimizer
                 self.state.setdefault(key, value)
+        self._makes_state_when_made = bool(self.base.state)  # as Adagrad does
         self._share()
 
     # The base -------------------------------------------------------------------------------------------------------
 
-    def _make_base(self, groups: Sequence[Mapping[str, Any]], lr: Any) -> torch.optim.Optimizer:
-        of_base = [{name: value for name, value in group.items() if name not in OWN_OPTIONS} for group in groups]
-        return make_base(self.base_class, of_base, lr, self.base_options)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as the base does, which may make several of it; see `LayerwiseOptimizer`."""
+        if not isinstance(param_group, dict) or not self._shares:  # or in the constructor, of what the base has made
+            super().add_param_group(param_group)
+            return
+        groups, state = len(self.param_groups), set(self.state)
+        try:
+            for group in self._as_the_base_adds(param_group):
+                super().add_param_group(group)
+        except Exception:  # whatever the base may raise
+            del self.param_groups[groups:]
+            for key in [key for key in self.state if key not in state]:
+                del self.state[key]
+            raise
+
+    def _as_the_base_adds(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        given = GivenGroups([param_group], {name: self.defaults[name] for name in OWN_OPTIONS})
+        self._check_given_keys(given, self.defaults)
+        self._share()
+        self.base.param_groups = []  # the others have names, which it would miss
+        try:
+            for group in given.for_base():
+                self.base.add_param_group(group)
+            return given.of_base(self.base_class.__name__, self.base.param_groups)
+        finally:
+            self._share()
+
+    def _check_given_keys(self, given: GivenGroups, defaults: Mapping[str, Any]) -> None:
+        names, _ = options_of_base(self.base_class)
+        for group in given.groups:
+            check_keys(type(self), group, [*dict.fromkeys((*defaults, *names))], others_read=True)
+
+    def _check_keys(self, group: dict[str, Any]) -> None:
+        """What the base puts into its groups is its business; the user's keys are looked at before."""
 
     def _share(self) -> None:
         """Have the base see this optimizer's groups, options and state, which wrappers and loading replace."""
-        self._makes_state_when_made |= bool(self.base.state) and self.base.state is not self.state
         self.base.param_groups = self.param_groups
         self.base.defaults = self.defaults
         self.base.state = self.state
+        self._shares = True
+        self._most_groups = max(self._most_groups, len(self.param_groups))
 
     def _forget(self) -> None:
         super()._forget()
-        self._makes_state_when_made = False  # as Adagrad does
+        self._shares = False
         self._made_of_zeros = MadeOfZeros()
         self._natures: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layout -> of each group, and for which options
         self._takes_large_rate = False
@@ -167,6 +212,12 @@ class TrustRatio(LayerwiseOptimizer):
         options = {**self.base_options, **{name: group[name] for name in names if name in group}}
         return {name: value for name, value in options.items() if name != "lr"}
 
+    def _keys_of_base(self, group: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a group has besides, as constructors that are given groups may want it; None for those given tensors."""
+        names, _ = options_of_base(self.base_class)
+        others = {"lr", *PARAMETER_KEYS, *OWN_OPTIONS, *COMMON_DEFAULTS, *names}
+        return {name: value for name, value in group.items() if name not in others} if self._takes_groups else None
+
     # Options --------------------------------------------------------------------------------------------------------
 
     def check(self, group: dict[str, Any]) -> None:
@@ -177,7 +228,7 @@ class TrustRatio(LayerwiseOptimizer):
             raise ValueError(f"maximize must be False: {self.base_class.__name__} has no such option")
         known = repr(options)
         if self._checked_options.get(id(group)) != known:
-            check_options(self.base_class, options)
+            check_options(self.base_class, options, self.base_options, self._keys_of_base(group))
             self._checked_options[id(group)] = known
 
     def check_layout(self, layout: Layout) -> None:
@@ -189,13 +240,6 @@ class TrustRatio(LayerwiseOptimizer):
         for index in dict.fromkeys(layout.groups):
             refuse_layout(self.base_class.__name__, natures[index], layout, has_all_groups=has_all_groups)
         self._natures[layout] = natures, self._kinds()
-
-    def check_keys(self, group: Mapping[str, Any]) -> None:
-        refuse_misspelt(type(self), group, self.defaults)  # the base may read any other
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._most_groups = max(self._most_groups, len(self.param_groups))
 
     def _seen_by_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in group.items() if name not in OWN_OPTIONS}
@@ -249,6 +293,7 @@ class TrustRatio(LayerwiseOptimizer):
         parts = [local_part(tensor).detach() for tensor in layout.tensors]
         moving = [index for index, gradient in enumerate(gradients) if gradient is not None]
         step = partial(propose, [parts[index] for index in moving], partial(self._step_base, layout, gradients))
+        step = dtensors_named(self.base_class.__name__, layout)(step)
         if is_first and not _any_gradient(layout, gradients):
             self._made_of_zeros.make(self.param_groups, self.state, layout.tensors, step)
             return {"proposed": parts}
@@ -260,8 +305,6 @@ class TrustRatio(LayerwiseOptimizer):
     def _step_base(self, layout: Layout, gradients: Sequence[torch.Tensor | None]) -> None:
         self._share()
         self._make_state(layout)
-        at_large_rate = self.param_groups if self._takes_large_rate else []
-        own_rates = [(group, kept_rate(group)) for group in at_large_rate]
         own_gradients = [*_complete(layout, gradients)]
         own_data = [(tensor, tensor.detach()) for tensor in layout.tensors if is_plain(tensor)]
         # A base may count steps in its groups: only those that this call steps, and each once per step.
@@ -269,14 +312,12 @@ class TrustRatio(LayerwiseOptimizer):
         for group in self.base.param_groups:
             self._as_the_step_began(group, PARAMETER_KEYS)
         self._as_the_step_began(self.state)
-        for group in at_large_rate:
-            set_rate(group, LARGE_RATE)
+        rate = at_rate(self.param_groups, LARGE_RATE) if self._takes_large_rate else nullcontext()
         try:
-            step_without_hooks(self.base, *(() if self._closure is None else (self._closure(layout.tensors),)))
+            with rate:
+                step_without_hooks(self.base, *(() if self._closure is None else (self._closure(layout.tensors),)))
         finally:
             self.base.param_groups = self.param_groups
-            for group, rate in own_rates:
-                set_rate(group, rate)
             for tensor, gradient in own_gradients:
                 tensor.grad = gradient
             for tensor, data in own_data:
@@ -300,10 +341,11 @@ class TrustRatio(LayerwiseOptimizer):
     def _make_state(self, layout: Layout) -> None:
         """Give new tensors the state that the base makes when it is constructed."""
         if self._makes_state_when_made:
-            for group, tensor in zip(layout.groups, layout.tensors, strict=True):
+            for index, tensor in zip(layout.groups, layout.tensors, strict=True):
                 if not self.state[tensor]:
-                    options, lr = self._options_of_base(self.param_groups[group]), self.param_groups[group]["lr"]
-                    fresh = make_base(self.base_class, [tensor], lr, options)
+                    group = self.param_groups[index]
+                    options, keys = self._options_of_base(group), self._keys_of_base(group)
+                    fresh = make_alone(self.base_class, tensor, group["lr"], options, keys)
                     self.state[tensor].update(fresh.state[tensor])
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
@@ -335,16 +377,14 @@ class TrustRatio(LayerwiseOptimizer):
         return super().__repr__().replace(type(self).__name__, f"{type(self).__name__}({self.base_class.__name__})", 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "base_class": self.base_class, "base_options": self.base_options}
+        kept = {name: getattr(self, name) for name in KEPT_IN_COPIES}
+        return {**super().__getstate__(), **kept, "attributes_of_base": attributes_of(self.base)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch calls this from load_state_dict too, on an optimizer that has its base.
-        is_copy = "base_class" in state
+        attributes = state.pop("attributes_of_base", {})
         super().__setstate__(state)
-        self._most_groups = max(self._most_groups, len(self.param_groups))
-        if is_copy:
-            groups = [{**self._options_of_base(group), "params": [*group["params"]]} for group in self.param_groups]
-            self.base = self._make_base(groups, self.defaults["lr"])
+        vars(self.base).update(attributes)
         self._share()
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
 

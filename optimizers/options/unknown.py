@@ -20,7 +20,7 @@ from typing import Any
 from ..formulas.algorithm import Algorithm
 from .common import COMMON_DEFAULTS, OF_THE_WHOLE, options_of
 
-__all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_misspelt", "refuse_unknown"]
+__all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_unknown"]
 
 PACKAGE = __name__.removesuffix("options.unknown")
 OF_TORCH = ("params", "param_names", "step")
@@ -55,6 +55,7 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "always_adapt": ((), NOT_ADAPTED),
     "use_nvlamb": ((False,), NOT_ADAPTED),
     "exclude_bias_n_norm": ((True,), NOT_ADAPTED),
+    "weight_decay": ((0, 0.0), "it has no weight decay: leave it out"),
     "weight_decay_filter": ((), "write weight_decay=0.0 in the groups whose layers should not decay"),
     "exclude_from_weight_decay": ((), "write weight_decay=0.0 in the groups whose layers should not decay"),
     "trust_clip": ((False,), "write trust_bounds=(0.0, 1.0) for LAMB, or take LAMBC"),
@@ -113,8 +114,16 @@ def refuse_unknown(optimizer_class: type, options: Mapping[str, Any]) -> None:
             )
 
 
-def check_keys(optimizer_class: type, group: Mapping[str, Any], defaults: Collection[str]) -> None:
+def check_keys(
+    optimizer_class: type, group: Mapping[str, Any], defaults: Collection[str], *, others_read: bool = False
+) -> None:
     """Look at the keys that a user gives to a group; see above.
+
+    Args:
+        optimizer_class: Whose group it is.
+        group: With these keys.
+        defaults: Names of options.
+        others_read: Whether keys that are no options may be read by others, and are kept without a word.
 
     Raises:
         ValueError: Naming the key and what to write in its place.
@@ -129,19 +138,8 @@ def check_keys(optimizer_class: type, group: Mapping[str, Any], defaults: Collec
         advice = _advice(key, value, options)
         if advice:
             raise ValueError(f"{name} has no group option {key!r} (got {value!r}): {advice}")
-        if key not in PASSENGERS and key not in ELSEWHERE and value is not None:
+        if not others_read and key not in PASSENGERS and key not in ELSEWHERE and value is not None:
             warnings.warn(f"{name} keeps the group key {key!r} without using it; it is no option", stacklevel=2)
-
-
-def refuse_misspelt(optimizer_class: type, group: Mapping[str, Any], options: Collection[str]) -> None:
-    """Raise ValueError at a key that is nearly one of the options; any other may be of use to somebody."""
-    for key, value in group.items():
-        ours = key in options or key in OF_TORCH or key in PASSENGERS or str(key).startswith("_")
-        close = None if ours or not isinstance(key, str) else _misspelt(key, options)
-        if close is not None:
-            raise ValueError(
-                f"{optimizer_class.__name__} has no group option {key!r} (got {value!r}): nearest: {close}"
-            )
 
 
 def chooses_elsewhere(key: str, value: Any) -> bool:

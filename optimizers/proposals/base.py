@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..options.parameters import listed
 from ..options.unknown import nearest
-from ..sharding.local_tensors import local_part
+from ..sharding.layout import Layout, LayoutError
+from ..sharding.local_tensors import local_part, placements_of
 from .instances import copied, make_base, options_of_base
 
 __all__ = [
-    "as_groups",
+    "attributes_of",
     "check_base_class",
     "check_options",
+    "dtensors_named",
     "known_at_first",
+    "make_alone",
+    "params_may_come_first",
     "propose",
     "refuse_hooks",
     "refuse_unknown_options",
@@ -25,6 +33,7 @@ __all__ = [
 ANY_RATE = 1e-3
 PIECE = 1 << 22
 """Elements that are exchanged at once."""
+WEAK = weakref.ref, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, WeakIdKeyDictionary
 
 
 def check_base_class(base_class: Any) -> None:
@@ -33,7 +42,7 @@ def check_base_class(base_class: Any) -> None:
         name = type(base_class).__name__
         raise TypeError(f"base_class must be a class, got an object of {name}: TrustRatio({name}, params, lr, ...)")
     if not (isinstance(base_class, type) and issubclass(base_class, torch.optim.Optimizer)):
-        raise TypeError(f"base_class must be an optimizer class such as torch.optim.AdamW, got {base_class!r}")
+        raise TypeError(f"base_class must be an optimizer class such as torch.optim.AdamW, got {base_class!r:.80}")
     if isinstance(getattr(base_class, "param_groups", None), property):
         raise TypeError(
             f"base_class must step by itself, and {base_class.__name__} wraps another: give that one's class"
@@ -41,6 +50,28 @@ def check_base_class(base_class: Any) -> None:
     names, takes_others = options_of_base(base_class)
     if "lr" not in names and not takes_others:
         raise TypeError(f"base_class must have the option lr, against which its step is measured; {_has(base_class)}")
+
+
+def params_may_come_first(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor of (base_class, params, ...) take params first and base_class by name.
+
+    So does whoever makes optimizers as ``optimizer_class(params, **options)``, such as the Trainer.
+    """
+
+    @functools.wraps(init)
+    def either_way(self: Any, *args: Any, **options: Any) -> None:
+        if "base_class" in options:
+            init(self, options.pop("base_class"), *args, **options)
+        elif len(args) + ("params" in options) < 2:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} needs a base_class and params: {name}(torch.optim.AdamW, params, lr=...), or "
+                f"{name}(params, lr=..., base_class=torch.optim.AdamW)"
+            )
+        else:
+            init(self, *args, **options)
+
+    return either_way
 
 
 def refuse_hooks(base: torch.optim.Optimizer) -> None:
@@ -73,30 +104,117 @@ def refuse_unknown_options(
             )
 
 
-def as_groups(params: Any) -> list[dict[str, Any]]:
-    """Parameters, named parameters or groups as groups, so that they can be gone over twice."""
-    given = listed(params)
-    if not isinstance(given[0], dict):
-        return [{"params": given}]
-    return [{**group, "params": _as_list(group["params"])} for group in given]
+def make_alone(
+    base_class: type[torch.optim.Optimizer],
+    tensor: torch.Tensor,
+    lr: Any,
+    options: Mapping[str, Any],
+    keys: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An instance with one tensor.
+
+    Args:
+        base_class: The class.
+        tensor: What it steps.
+        lr: See `make_base`.
+        options: Of the constructor.
+        keys: What its group has besides; None if the constructor is given tensors, not groups.
+    """
+    return make_base(base_class, [tensor] if keys is None else [{"params": [tensor], **keys}], lr, options)
 
 
-def _as_list(params: Any) -> Any:
-    if isinstance(params, torch.Tensor):
-        return [params]
-    return params if isinstance(params, set) else list(params)  # torch refuses sets, which have no order
-
-
-def check_options(base_class: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+def check_options(
+    base_class: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    accepted: Mapping[str, Any],
+    keys: Mapping[str, Any] | None = None,
+) -> None:
     """Have the class check options, as its constructor does: raise what it raises.
+
+    Nothing is raised if it does not take a single parameter with the accepted options either: then the error may have
+    other reasons.
 
     Args:
         base_class: The class.
         options: Without lr, which schedulers set to 0 where constructors may not like it.
+        accepted: Those that the class was made with.
+        keys: See `make_alone`.
     """
+    try:
+        _make_any(base_class, options, keys)
+    except Exception:  # whatever it may raise
+        if _is_made(base_class, accepted, keys):
+            raise
+
+
+def _make_any(
+    base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], keys: Mapping[str, Any] | None
+) -> None:
     any_parameter = torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))
-    device_options = {"fused": None} if options.get("fused") else {}
-    make_base(base_class, [any_parameter], ANY_RATE, copied({**options, **device_options}))
+    on_any_device = {"fused": None} if options.get("fused") else {}
+    make_alone(
+        base_class,
+        any_parameter,
+        ANY_RATE,
+        copied({**options, **on_any_device}),
+        None if keys is None else copied(keys),
+    )
+
+
+def _is_made(
+    base_class: type[torch.optim.Optimizer], options: Mapping[str, Any], keys: Mapping[str, Any] | None
+) -> bool:
+    try:
+        _make_any(base_class, options, keys)
+    except Exception:
+        return False
+    return True
+
+
+def attributes_of(base: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a base has besides what torch's own copies of an optimizer have.
+
+    Not what stands in the place of a method, as torch.compile and schedulers put it there: it is bound to this object.
+
+    Raises:
+        TypeError: If an attribute cannot be copied, or would tell other parameters in a copy.
+    """
+    of_every = vars(torch.optim.Optimizer([torch.zeros(1, device="cpu")], {}))
+    own = {
+        name: value
+        for name, value in vars(base).items()
+        if name not in of_every and not callable(getattr(type(base), name, None))
+    }
+    known = {id(parameter) for group in base.param_groups for parameter in group["params"]}
+    for name, value in own.items():
+        problem = _why_not_copied(value, known)
+        if problem:
+            raise TypeError(
+                f"{type(base).__name__} cannot be copied or pickled, for its attribute {name} {problem}: make a new "
+                "TrustRatio and load the state_dict() of this one"
+            )
+    return own
+
+
+def _why_not_copied(value: Any, known: Collection[int]) -> str:
+    if any(isinstance(part, WEAK) or (isinstance(part, int) and part in known) for part in _parts(value)):
+        return "knows parameters by their id() or by weak references"
+    try:
+        if not isinstance(value, torch.Tensor):
+            copy.copy(value)
+    except Exception as error:  # whatever it may raise
+        return f"cannot be: {error}"
+    return ""
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield a value, and what is in it if it is a collection of Python's."""
+    yield value
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _parts(part)
 
 
 def known_at_first(closure: Callable[[], Any], loss: Any, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:
@@ -140,6 +258,27 @@ def propose(tensors: Iterable[torch.Tensor], step: Callable[[], Any]) -> list[to
             here.copy_(there)
             there.copy_(kept)
     return other
+
+
+@contextmanager
+def dtensors_named(name: str, layout: Layout) -> Iterator[None]:
+    """Raise LayoutError where a base fails since it is stepped with DTensors; its other errors stay what they are.
+
+    Args:
+        name: The base class's.
+        layout: Of the step.
+    """
+    try:
+        yield
+    except Exception as error:  # torch says RuntimeError where DTensors meet plain tensors
+        is_of_dtensors = isinstance(error, NotImplementedError) or "DTensor" in str(error)
+        if not is_of_dtensors or all(placements_of(tensor) is None for tensor in layout.tensors):
+            raise
+        raise LayoutError(
+            f"{name} cannot step DTensors, which {layout.backend} has in the weights' place "
+            f"({type(error).__name__}: {error}): take DeepSpeed ZeRO or DistributedDataParallel, which have plain "
+            "tensors, or a base of plain tensor operations, such as those of torch.optim"
+        ) from error
 
 
 def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -12,12 +12,10 @@ import torch
 
 __all__ = [
     "copied",
-    "kept_rate",
     "make_base",
     "options_of_base",
     "own_of",
     "restore",
-    "set_rate",
     "step_without_hooks",
 ]
 
@@ -71,20 +69,6 @@ def restore(kept: MutableMapping[Any, Any], began: Mapping[Any, Any], left_out: 
             kept[key].copy_(value)
         else:
             kept[key] = value
-
-
-def kept_rate(group: Mapping[str, Any]) -> Any:
-    """A group's learning rate, to give it back."""
-    rate = group["lr"]
-    return rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
-
-
-def set_rate(group: dict[str, Any], rate: float | torch.Tensor) -> None:
-    """Give a group a learning rate; one that is a tensor is filled, since some classes want the tensor they know."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def step_without_hooks(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:

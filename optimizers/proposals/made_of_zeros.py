@@ -49,6 +49,12 @@ class MadeOfZeros:
             group.update(before)
         self._made.update({tensor: _marks(states[tensor]) for tensor in new})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"made": [*self._made.items()]}  # a weak dictionary in a copy would know the original's tensors
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._made = WeakIdKeyDictionary(dict(state["made"]))
+
     def drop(self, states: Mapping[torch.Tensor, dict[str, Any]], tensors: Sequence[torch.Tensor]) -> None:
         """Give up the state of these tensors that is still what such a step has made."""
         for tensor in tensors if self._made else ():

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .instances import copied, make_base, own_of, restore, set_rate, step_without_hooks
+from .instances import copied, make_base, own_of, restore, step_without_hooks
+from .rates import set_rate
 
 __all__ = ["LARGE_RATE", "LAYERS", "MATRICES", "NO_OPTIONS", "TOLERANCES", "Outcome", "Shapes", "Trial"]
 
@@ -376,7 +377,7 @@ def _equal(leaves: Sequence[torch.Tensor], others: Sequence[torch.Tensor] | None
 
 
 def _leaves_by_key(group: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
-    return {name: [*_leaves(value)] for name, value in group.items() if name not in NO_OPTIONS}
+    return {name: [*_leaves(group[name])] for name in sorted(group, key=str) if name not in NO_OPTIONS}
 
 
 def _leaves(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:

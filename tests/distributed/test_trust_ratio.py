@@ -358,3 +358,62 @@ def test_parts_of_tensor_parallel_layers_are_cut_too(pool: WorkerPool, world_siz
     assert pool.run(step_a_part_of_a_layer, "AdamW") == ["", ""]
     for raised in pool.run(step_a_part_of_a_layer, "Adafactor"):
         assert raised.startswith("Adafactor makes other steps of flat pieces of a layer")
+
+
+@torch.library.custom_op("trustratio_tests::subtract", mutates_args=("p",))
+def subtract(p: torch.Tensor, g: torch.Tensor, lr: float) -> None:
+    p.sub_(lr * g)
+
+
+class OnlyPlain(torch.optim.SGD):
+    """Has operators of its own, which know nothing of DTensors."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.change(p, float(group["lr"]))
+
+    def change(self, p: Any, lr: float) -> None:
+        subtract(p, p.grad, lr)
+
+
+class MixesTensors(OnlyPlain):
+    def change(self, p: Any, lr: float) -> None:
+        p.sub_(lr * p.grad * torch.ones(p.shape))
+
+
+class HasADemand(OnlyPlain):
+    def change(self, p: Any, lr: float) -> None:
+        if p.shape[0] == 6:
+            raise ValueError("not six rows")
+        p.sub_(lr * p.grad)
+
+
+def cause_of_failure(base: type[torch.optim.Optimizer], kind: type[Exception]) -> tuple[str, str]:
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False))
+    fully_shard(model)
+    optimizer = TrustRatio(base, model.named_parameters(), lr=0.01)
+    model(torch.ones(2, 4)).square().sum().backward()
+    with pytest.raises(kind) as raised:
+        optimizer.step()
+    return str(raised.value), type(raised.value.__cause__).__name__
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("base", "kind", "message"),
+    [
+        (OnlyPlain, LayoutError, "OnlyPlain cannot step DTensors, which FSDP2 .* .NotImplementedError: Operator"),
+        (MixesTensors, LayoutError, "MixesTensors cannot step DTensors, which FSDP2 .* take DeepSpeed ZeRO or"),
+        (HasADemand, ValueError, "not six rows"),
+    ],
+)
+def test_a_base_that_knows_nothing_of_dtensors_is_named(
+    pool: WorkerPool, base: Any, kind: type[Exception], message: str, world_size: int
+) -> None:
+    causes = {OnlyPlain: "NotImplementedError", MixesTensors: "RuntimeError", HasADemand: "NoneType"}
+    for raised, cause in pool.run(cause_of_failure, base, kind):
+        assert re.search(message, raised), raised
+        assert cause == causes[base]

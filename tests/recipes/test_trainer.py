@@ -18,7 +18,7 @@ from trustratio.integrations.transformers import (
     masked_language_modeling_loss,
     optimizer_for_trainer,
 )
-from trustratio.optimizers import LAMB, OPTIMIZERS
+from trustratio.optimizers import LAMB, OPTIMIZERS, TrustRatio
 
 transformers.logging.set_verbosity_error()
 
@@ -149,6 +149,23 @@ def test_a_plain_class_works_and_the_callback_names_the_layers(name, tmp_path):
     assert sum("trust_ratio/min" in logs and "gradient_noise/scale" in logs for logs in logged) == 2
 
 
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.Rprop])
+def test_trust_ratio_as_a_plain_class_and_by_name(base, tmp_path):
+    pairs = [
+        (TrustRatio, {"base_class": base, "lr": 0.01}),
+        optimizer_for_trainer("trust_ratio", base_class=base, lr=0.01),
+    ]
+    if base is torch.optim.AdamW:
+        pairs[1][1]["weight_decay"] = 0.0  # as the Trainer gives the other
+    one, other = (
+        trained(tmp_path, compute_loss_func=masked_language_modeling_loss, optimizer_cls_and_kwargs=pair)
+        for pair in pairs
+    )
+    assert [*layerwise_optimizer(one.optimizer).trust_ratios().values()] != [1.0] * len(list(one.model.parameters()))
+    for weights, wanted in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(weights, wanted)
+
+
 def test_what_the_callback_logs(tmp_path):
     trainer = trained(
         tmp_path,
@@ -212,6 +229,10 @@ def test_unknown_names_and_options_are_refused_before_training():
         optimizer_for_trainer("lamb", lr=-1.0)
     with pytest.raises(ValueError, match="lr must be given"):
         optimizer_for_trainer("lars")
+    with pytest.raises(ValueError, match="trust_ratio needs the option base_class"):
+        optimizer_for_trainer("trust_ratio", lr=0.1)
+    with pytest.raises(ValueError, match="'beta'; nearest: betas"):
+        optimizer_for_trainer("trust_ratio", base_class=torch.optim.AdamW, lr=0.1, beta=0.9)
 
 
 def test_the_callback_refuses_another_optimizer(tmp_path):

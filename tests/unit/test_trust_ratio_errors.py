@@ -52,6 +52,36 @@ def test_an_object_in_place_of_a_class() -> None:
         TrustRatio(base, parameters(), lr=0.1)
 
 
+def test_params_may_come_first() -> None:
+    """As whoever makes optimizers of any class gives them."""
+    named: Any = parameters()
+    make: Any = TrustRatio
+    for optimizer in (
+        make(named, base_class=Lion, lr=0.1, trust_bounds=(0.0, 2.0)),
+        make(named, 0.1, (0.0, 2.0), base_class=Lion),
+        make(params=named, base_class=Lion, lr=0.1, trust_bounds=(0.0, 2.0)),
+        make(Lion, params=named, lr=0.1, trust_bounds=(0.0, 2.0)),
+    ):
+        assert optimizer.base_class is Lion
+        assert optimizer.param_groups[0]["trust_bounds"] == (0.0, 2.0)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("arguments", [(), (Lion,), ([torch.nn.Parameter(torch.ones(2))],)])
+def test_a_base_class_or_params_that_are_missing(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=r"needs a base_class and params: .*\(params, lr=..., base_class="):
+        TrustRatio(*arguments, lr=0.1)
+
+
+def test_no_weight_decay_suits_a_base_that_has_none() -> None:
+    """As the Trainer writes it into its groups."""
+    named = parameters()
+    optimizer = TrustRatio(torch.optim.Rprop, [{"params": named, "weight_decay": 0.0}], lr=0.1)
+    assert optimizer.base_class is torch.optim.Rprop
+    with pytest.raises(ValueError, match=r"'weight_decay' \(got 0.1\): it has no weight decay: leave it out"):
+        TrustRatio(torch.optim.Rprop, [{"params": named, "weight_decay": 0.1}], lr=0.1)
+
+
 def test_a_base_without_a_rate() -> None:
     class Own(torch.optim.SGD):
         def __init__(self, params: Any, lr: float | None = None):
@@ -150,6 +180,7 @@ def test_by_name() -> None:
     optimizer = create_optimizer("Trust_Ratio", named, base_class=Lion, lr=0.1, trust_bounds=(0.0, 2.0))
     assert isinstance(optimizer, TrustRatio)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.99)
+    assert type(create_optimizer("TrustRatio", named, base_class=Lion, lr=0.1)) is TrustRatio
     with pytest.raises(ValueError, match="trust_ratio needs the option base_class"):
         create_optimizer("trust_ratio", named, lr=0.1)
     with pytest.raises(ValueError, match="'beta'; nearest: betas"):
