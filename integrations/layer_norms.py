@@ -43,7 +43,7 @@ class LayerNorms:
 
     Any torch.optim.Optimizer, alone or in DDP, DeepSpeed ZeRO 0 to 3 and its 16-bit optimizers, FSDP1
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
-    A measured step takes one all-reduce of (7 + 3 · ranks) numbers per layer in fp64 (one per process group, where
+    A measured step takes one all-reduce of (8 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
     squares are in fp64. After the first measured step nothing waits for the device
     until `latest()`. Under pipeline parallelism each stage has

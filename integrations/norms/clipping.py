@@ -20,8 +20,9 @@ from trustratio.optimizers.sharding.data_parallel import processes
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
 from trustratio.optimizers.stepping.agreement import GRADIENT
-from trustratio.optimizers.stepping.gradients import read_gradients, version_of
+from trustratio.optimizers.stepping.gradients import read_gradients
 
+from .clips import noting, step_is_taken
 from .kept_layout import KeptLayout
 from .names import observed
 from .shard_sums import ShardSums
@@ -41,15 +42,15 @@ def clip(
     if not isinstance(per_layer, bool) and per_layer != "rows":
         raise ValueError(f'per_layer must be False, True or "rows", got {per_layer!r}')
     clippers = [_clipper(optimizer, model) for optimizer in optimizers]
-    held_back = [clipper for clipper in clippers if not clipper.kept.has_own_parameters()]
+    for clipper in clippers:
+        clipper.prepare(per_layer)
+    held_back = [clipper for clipper in clippers if clipper.is_held_back()]
     if held_back and len(clippers) > 1:
         raise LayoutError(
             f"clip_grad_norm_ cannot see the gradients of {len(clippers)} chained optimizers together, which their "
             "wrapper holds back until they are stepped: use the wrapper's own clipping (clip_grad in Megatron's "
             "OptimizerConfig)"
         )
-    for clipper in clippers:
-        clipper.prepare(per_layer)
     return clippers[0].clip_at_step(limit, per_layer) if held_back else _clip_seen(clippers, limit, per_layer)
 
 
@@ -83,7 +84,8 @@ def _clip_seen(clippers: Sequence[Clipper], max_norm: float, per_layer: bool | s
     whole = torch.linalg.vector_norm(norms)
     for clipper, one in zip(clippers, measured, strict=True):
         clipper.kept.agree({GRADIENT: one.norms})
-        clipper.note(clipper.all_tensors, one.clip(max_norm, whole if per_layer is False else None))
+        with noting(clipper.gradients(clipper.all_tensors)) as said:
+            said.append(one.clip(max_norm, whole if per_layer is False else None))
     return norms if per_layer is True else whole
 
 
@@ -124,28 +126,17 @@ class Clipper:
         self._pending: _Pending | None = None
         self._skipped: Callable[[], int] = int
         self._call: Any = None  # the keywords of the step that has begun, which no other step shares
-        self._clipped: bool | torch.Tensor | None = None
-        self._versions = WeakIdKeyDictionary()  # of the gradients as the last clip has left them
         self.handles = watch_steps(optimizer, after=self._after_call)
         self._is_told = False
-
-    def note(self, call: Collection[int], clipped: bool | torch.Tensor) -> None:
-        """Remember whether the gradients of a call have become smaller, for as long as they stay as they are now."""
-        self._clipped = clipped
-        self._versions = WeakIdKeyDictionary({g: version_of(g) for g in self._gradients(call)})
-
-    def noted(self) -> bool | torch.Tensor | None:
-        """Whether a clip has made the gradients that are stepped smaller; None where they do not come from one."""
-        if self._sums is None or self._clipped is None:
-            return None
-        gradients = self._gradients(self.kept.of_call())
-        known = gradients and all(self._versions.get(g) == version_of(g) for g in gradients)
-        return self._clipped if known else None
 
     @property
     def all_tensors(self) -> range:
         """Indices of all local tensors."""
         return range(len(self._known.layout.tensors))
+
+    def is_held_back(self) -> bool:
+        """Whether nobody sees the gradients before the step. A rank may also have none where others step all layers."""
+        return self._known.layout.others is None and not self.kept.has_own_parameters()
 
     def prepare(self, per_layer: bool | str) -> None:
         """Find the layout, and the rows that are cut, if they are not known or tensors have changed since."""
@@ -207,7 +198,8 @@ class Clipper:
             norms.copy_(torch.linalg.vector_norm(measured.norms))
         else:
             norms.copy_(self._norm_of_wrapper())
-        self.note(call, measured.clip(pending.max_norm, norms if pending.per_layer is False else None))
+        with noting(self.gradients(call)) as said:
+            said.append(measured.clip(pending.max_norm, norms if pending.per_layer is False else None))
 
     def _layers_of(self, call: Collection[int]) -> torch.Tensor:
         """Which layers are in a call's local tensors, shape (layers,), bool; sent to the device once, as that waits."""
@@ -220,8 +212,10 @@ class Clipper:
     def _after_call(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not is_inner_step(optimizer):
             self._call = None
+            if self._sums is not None:
+                step_is_taken(self.gradients(self.kept.of_call()))
 
-    def _gradients(self, call: Collection[int]) -> list[torch.Tensor]:
+    def gradients(self, call: Collection[int]) -> list[torch.Tensor]:
         """Those that the optimizer sees, in a call's local tensors."""
         gradients = [self._known.layout.tensors[index].grad for index in call]
         return [gradient for gradient in gradients if gradient is not None]
@@ -256,21 +250,16 @@ def _clipper(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) ->
     return known
 
 
-def clip_now(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool | torch.Tensor | None:
+def clip_now(optimizer: torch.optim.Optimizer, kwargs: Any) -> None:
     """Do the arranged clip of an optimizer whose step begins.
 
     Args:
         optimizer: The optimizer.
         kwargs: The keywords of the step.
-
-    Returns:
-        Whether any clip has made the gradients smaller that it steps with; None if there was none.
     """
     clipper: Clipper | None = _clippers[optimizer]() if optimizer in _clippers else None
-    if clipper is None:
-        return None
-    clipper.clip_pending(kwargs)
-    return clipper.noted()
+    if clipper is not None:
+        clipper.clip_pending(kwargs)
 
 
 class Measured:

@@ -13,6 +13,7 @@ from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.layout import LayoutError
 
 from .clipping import clip_now
+from .clips import Clips, clips_of
 from .kept_layout import KeptLayout
 from .measured_step import MeasuredStep, Reduced
 from .shard_sums import ShardSums, Slots
@@ -60,7 +61,7 @@ class Observation:
         self._step: MeasuredStep | None = None
         self._in_call = self._is_stepping = False
         self._call: frozenset[int] | None = None
-        self._said: Sequence[bool | torch.Tensor | None] = ()
+        self._said: Sequence[Clips] = ()
         uncompiled = torch.compiler.disable
         whole, before = (kept.optimizer, self._begin_and_see) if around is None else (around, self._begin)
         self._handles = watch_steps(whole, before=uncompiled(before), after=uncompiled(self._end))
@@ -116,10 +117,12 @@ class Observation:
         """Measure the gradients of the call as they are now, and ask who has clipped them."""
         if self._call is None:
             return
-        clipped = clip_now(self._kept.optimizer, kwargs)  # first, as it changes the gradients
+        clip_now(self._kept.optimizer, kwargs)  # first, as it changes the gradients
         assert self._step is not None
-        by_wrapper = self._step.layout.clipped
-        self._said = clipped, None if by_wrapper is None else by_wrapper()
+        layout = self._step.layout
+        by_call = clips_of(g for index in self._call if (g := layout.tensors[index].grad) is not None)
+        by_wrapper = None if layout.clipped is None else Clips((layout.clipped(),))
+        self._said = [clips for clips in (by_call, by_wrapper) if clips is not None]
         self._step.see_gradients(self._call, _scale(self._kept.optimizer))
 
     def _watch_closure(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -153,7 +156,7 @@ class Observation:
         step, call, self._call = self._step, self._call, None
         if step is None or call is None:
             return
-        step.after(call, [one for one in self._said if one is not None])
+        step.after(call, self._said)
         step.stepped |= self._stepped
         if step.stepped >= self._kept.stepped:
             self._step = None

@@ -51,8 +51,8 @@ class MeasuredNorms(dict[str, LayerNorm]):
     Attributes:
         step: Number of the step since the measuring began, counted from 1; 0 where none was measured so far.
         model: The numbers of all layers together; None where none was measured.
-        clipped: Whether the gradient was clipped before the optimizer saw it, by `clip_grad_norm_` of this package,
-            by DeepSpeed or by our own optimizer; None where nobody knows, as after torch's own clipping.
+        clipped: Whether any clip has made the step's gradients smaller, of `clip_grad_norm_` of this package, DeepSpeed
+            and our own optimizer; others are not seen. None where nobody knows.
     """
 
     def __init__(

@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
 
 from .cases import Case
 from .exactness import MODEL
@@ -158,3 +162,21 @@ def test_what_to_set_where_nobody_knows_the_norm(pool: WorkerPool, stage: int, w
     with pytest.raises(CaseFailed, match="Use gradient_clipping in the DeepSpeed config, or per_layer=True"):
         assert_clipped(pool, case, Wrapped(outermost=True), False)
     assert_clipped(pool, case, Wrapped(outermost=True), True)
+
+
+def train_one_layer(limit: float) -> tuple[Any, Any]:
+    """What the ranks of ZeroRedundancyOptimizer say of a clip, one of which has the only layer."""
+    model = torch.nn.Linear(4, 3, bias=False)
+    parallel = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    parallel(torch.ones(2, 4)).sum().backward()
+    norm = clip_grad_norm_(optimizer, limit, model=model)
+    optimizer.step()
+    return norms.latest().clipped, norm.item()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_rank_without_layers_says_what_the_others_say(pool: WorkerPool, world_size: int) -> None:
+    for limit, clipped in ((0.1, True), (1e6, False)):
+        assert pool.run(train_one_layer, limit) == [(clipped, pytest.approx(2 * 12**0.5, rel=1e-6))] * world_size

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+from trustratio.optimizers import LAMB
 
 from .test_layer_norms import assert_measured, give_gradients, make_model, step_of
 from .test_proxies import PROXIES
@@ -337,6 +338,87 @@ def test_a_clip_counts_for_a_step_that_is_taken_again() -> None:
     give_gradients(model)
     optimizer.step()
     assert norms.latest().clipped is None
+
+
+CLIPS: dict[str, Callable[[Any, torch.nn.Module], Any]] = {
+    "clips": lambda optimizer, model: clip_grad_norm_(optimizer, 0.25, model=model),
+    "clips layers": lambda optimizer, model: clip_grad_norm_(optimizer, 0.1, per_layer=True, model=model),
+    "clips rows": lambda optimizer, model: clip_grad_norm_(optimizer, 0.01, per_layer="rows", model=model),
+    "clips nothing": lambda optimizer, model: clip_grad_norm_(optimizer, 1e4, model=model),
+    "clips no layer": lambda optimizer, model: clip_grad_norm_(optimizer, 1e4, per_layer=True, model=model),
+    "clips no row": lambda optimizer, model: clip_grad_norm_(optimizer, 1e4, per_layer="rows", model=model),
+    "clips without model": lambda optimizer, model: clip_grad_norm_(optimizer, 0.25),
+    "torch's": lambda optimizer, model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.125),
+    "backward": lambda optimizer, model: add_gradients(model),
+    "zeros": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+    "none": lambda optimizer, model: (optimizer.zero_grad(), give_gradients(model)),
+    "step": lambda optimizer, model: (optimizer.step(), optimizer.zero_grad(set_to_none=False)),
+}
+
+
+def add_gradients(model: torch.nn.Module) -> None:
+    """As another micro-batch does, in place."""
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad += 1
+
+
+@pytest.mark.parametrize(
+    ("calls", "clipped"),
+    [
+        (("clips", "clips nothing"), True),
+        (("clips", "clips no layer"), True),
+        (("clips layers", "clips nothing"), True),
+        (("clips layers", "clips no row"), True),
+        (("clips rows", "clips no layer", "clips nothing"), True),
+        (("clips without model", "clips nothing"), True),
+        (("clips nothing", "clips"), True),
+        (("clips nothing", "clips no layer", "clips no row"), False),
+        (("clips", "torch's"), None),
+        (("clips", "torch's", "clips nothing"), None),  # what was changed may have been another step's
+        (("clips", "backward", "clips nothing"), None),
+        (("clips nothing", "backward", "clips"), True),
+        (("clips", "none", "clips nothing"), False),
+        (("clips", "zeros", "backward", "clips nothing"), None),
+        (("clips", "step", "backward", "clips nothing"), False),
+        (("clips", "step", "backward"), None),
+        (("clips nothing", "step", "backward", "clips"), True),
+    ],
+)
+def test_any_clip_of_a_step_counts(calls: tuple[str, ...], clipped: bool | None) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    give_gradients(model)
+    for call in calls:
+        CLIPS[call](optimizer, model)
+    optimizer.step()
+    assert norms.latest().clipped is clipped
+
+
+@pytest.mark.parametrize("given", ["wrapper", "inner"])
+def test_a_clip_counts_whichever_optimizer_of_a_wrapper_it_is_given(given: str) -> None:
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = Genuine(inner)
+    norms = LayerNorms(wrapper if given == "inner" else inner, model)
+    give_gradients(model)
+    clip_grad_norm_(inner if given == "inner" else wrapper, 0.25, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the wrapper takes the steps of the one that is measured
+        wrapper.step()
+    assert norms.latest().clipped is True
+
+
+def test_a_limit_of_our_optimizer_does_not_hide_a_clip_before() -> None:
+    model = make_model()
+    optimizer = LAMB(model.named_parameters(), lr=0.1, max_grad_norm=1e4)
+    norms = LayerNorms(optimizer, model)
+    for first, clipped in (("clips", True), ("none", False)):
+        give_gradients(model)
+        CLIPS[first](optimizer, model)
+        optimizer.step()
+        assert norms.latest().clipped is clipped
 
 
 def test_a_name_that_was_not_measured_is_told() -> None:
