@@ -45,9 +45,8 @@ class LayerNorms:
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
     A measured step takes one all-reduce of (8 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
-    squares are in fp64. After the first measured step nothing waits for the device
-    until `latest()`. Under pipeline parallelism each stage has
-    its own layers.
+    squares are in fp64. After the first measured step nothing waits for the device until `latest()`, except for fused
+    optimizers under GradScaler. Under pipeline parallelism each stage has its own layers.
 
     Args:
         optimizer: The optimizer, or whatever wraps it: accelerate's, DeepSpeed's (the engine too), Lightning's,

@@ -26,7 +26,7 @@ class Observation:
     """Steps of one optimizer, counted from now on.
 
     A step has ended when all tensors of it have been stepped; it was given up if one of them is stepped again before.
-    One that an exception ends does not count.
+    One that an exception ends does not count, nor does one that a fused optimizer leaves out after an overflow.
 
     Args:
         kept: The optimizer and the layout of its steps.
@@ -62,6 +62,7 @@ class Observation:
         self._in_call = self._is_stepping = False
         self._call: frozenset[int] | None = None
         self._said: Sequence[Clips] = ()
+        self._found_inf: torch.Tensor | None = None
         uncompiled = torch.compiler.disable
         whole, before = (kept.optimizer, self._begin_and_see) if around is None else (around, self._begin)
         self._handles = watch_steps(whole, before=uncompiled(before), after=uncompiled(self._end))
@@ -92,7 +93,9 @@ class Observation:
             return
         if self._in_call:  # the call before was ended by an exception
             self._give_up()
-        self._in_call, self._is_stepping, self._call = True, False, None
+        if self._found_inf is not None and self._found_inf:
+            self.steps -= 1
+        self._in_call, self._is_stepping, self._call, self._found_inf = True, False, None, None
         tensors = {id(tensor) for group in self._kept.optimizer.param_groups for tensor in group["params"]}
         if not tensors or not self._stepped or not self._stepped.isdisjoint(tensors):
             self._begin_step()
@@ -151,6 +154,12 @@ class Observation:
         if not self._is_stepping:  # the wrapper has left this step out
             self._give_up()
             return
+        found_inf = _found_inf(self._kept.optimizer)
+        if not self._measuring:
+            self._found_inf = found_inf  # read when the next step begins, as it would wait for the device now
+        elif found_inf is not None and found_inf:
+            self._give_up()
+            return
         self._in_call = self._is_stepping = False
         self._on_stepped()
         step, call, self._call = self._step, self._call, None
@@ -199,6 +208,12 @@ def _scale(optimizer: Any) -> torch.Tensor | None:
     """By what GradScaler has multiplied gradients that a fused optimizer divides by it within its step."""
     scale = getattr(optimizer, "grad_scale", None)
     return scale if isinstance(scale, torch.Tensor) else None
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """What GradScaler has told a fused optimizer, which does nothing in its step if that is not zero."""
+    found = getattr(optimizer, "found_inf", None)
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def _own_limit(optimizer: torch.optim.Optimizer) -> float | None:

@@ -306,6 +306,30 @@ def test_the_step_after_an_exception_is_measured(error: Any, where: str, wrap: A
 # Steps that are left out, and clips ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_step_that_gradscaler_leaves_out_does_not_count(every: int, fused: bool, unscaled: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    norms = LayerNorms(optimizer, model, every=every)
+    measured: list[int] = []
+    norms.on_measure(lambda one: measured.append(one.latest().step))
+    taken = 0
+    for overflows in (False, True, True, False, False, True, False, False, True, False):
+        optimizer.zero_grad()
+        (scaler.scale(model[0](torch.ones(3, 5)).sum()) * (float("inf") if overflows else 1.0)).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        taken += not overflows
+        assert norms.latest().step == taken // every * every
+        assert norms.latest().model is None or norms.latest().model.update > 0
+    assert measured == list(range(every, taken + 1, every))
+
+
 @pytest.mark.parametrize("to_none", [False, True])
 def test_a_clip_of_a_step_that_was_left_out_is_no_clip_of_the_next(to_none: bool) -> None:
     model = make_model()
