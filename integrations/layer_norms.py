@@ -66,7 +66,6 @@ class LayerNorms:
     """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int | Callable[[int], bool] = 1):
-        wanted = _wanted(every)
         _check_model(model)
         self.every = every
         self._callbacks: list[Callable[[LayerNorms], Any]] = []
@@ -77,9 +76,20 @@ class LayerNorms:
         then = self._was_measured, replacement.remove
         self._last: list[Reduced] = []
         self._observations = [
-            Observation(KeptLayout(one.optimizer, observe), one.around, wanted, *then) for one in stepped
+            Observation(KeptLayout(one.optimizer, observe), one.around, self._is_wanted, *then) for one in stepped
         ]
         self._watching: list[ReplacementWatch | Observation] = [replacement, *self._observations]
+
+    @property
+    def every(self) -> int | Callable[[int], bool]:
+        """Which steps are measured; may be set, on all ranks alike, for those that begin later."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int | Callable[[int], bool]) -> None:
+        if not callable(every):
+            check_every(every)
+        self._every = every
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
@@ -143,6 +153,9 @@ class LayerNorms:
             watching.remove()
         self._watching, self._observations, self._callbacks = [], [], []
 
+    def _is_wanted(self, step: int) -> bool:
+        return self._every(step) if callable(self._every) else step % self._every == 0
+
     def _reduced(self) -> list[Reduced]:
         return [one.reduced for one in self._observations if one.reduced is not None] or self._last
 
@@ -189,13 +202,6 @@ def clip_grad_norm_(
     refuse_step_in_backward(optimizer)
     stepped = [one.optimizer for one in stepped_by(optimizer, "clip_grad_norm_")]
     return clip(stepped, max_norm, per_layer, model)
-
-
-def _wanted(every: int | Callable[[int], bool]) -> Callable[[int], bool]:
-    if callable(every):
-        return every
-    check_every(every)
-    return lambda step: step % every == 0
 
 
 def _check_model(model: Any) -> None:

@@ -445,6 +445,23 @@ def test_a_limit_of_our_optimizer_does_not_hide_a_clip_before() -> None:
         assert norms.latest().clipped is clipped
 
 
+def test_every_may_be_set_later() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model, every=2)
+    measured: list[int] = []
+    norms.on_measure(lambda one: measured.append(one.latest().step))
+    changes: dict[int, Any] = {5: 4, 9: lambda step: step > 10}
+    for step in range(1, 13):
+        norms.every = changes.get(step, norms.every)
+        step_of(model, optimizer)
+    assert measured == [2, 4, 8, 11, 12]
+    for wrong in (0, True, 2.0, None):
+        with pytest.raises(ValueError, match="every must be an integer of at least 1, got"):
+            norms.every = wrong
+    assert norms.every is changes[9]
+
+
 def test_a_name_that_was_not_measured_is_told() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
