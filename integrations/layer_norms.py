@@ -48,6 +48,9 @@ class LayerNorms:
     squares are in fp64. After the first measured step nothing waits for the device until `latest()`, except for fused
     optimizers under GradScaler. Under pipeline parallelism each stage has its own layers.
 
+    All ranks make it alike, also those that write nothing: a measured step waits for all. One that waits for a minute
+    says so.
+
     Args:
         optimizer: The optimizer, or whatever wraps it: accelerate's, DeepSpeed's (the engine too), Lightning's,
             Megatron's. These may be made later. Another wrapper, which may move weights besides, is measured
@@ -62,7 +65,7 @@ class LayerNorms:
         ValueError: If `every` is neither a positive integer nor a function; at the first measured step, if a parameter
             is complex.
         LayoutError: At the first measured step, if nobody can say where the layers are, or if data-parallel ranks have
-            different numbers of the same layers.
+            different numbers of the same layers; at any, if the process group's time ends before all ranks measure.
     """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int | Callable[[int], bool] = 1):

@@ -18,6 +18,7 @@ from .kept_layout import KeptLayout
 from .measured_step import MeasuredStep, Reduced
 from .shard_sums import ShardSums, Slots
 from .steps_under_way import is_inner_step, watch_steps
+from .together import together
 
 __all__ = ["Observation"]
 
@@ -170,8 +171,9 @@ class Observation:
         if step.stepped >= self._kept.stepped:
             self._step = None
             assert self._slots is not None
-            self.reduced = step.reduce(self._slots, _own_limit(self._kept.optimizer))
-            self._kept.agree(self.reduced.norms())
+            with together(self.steps):
+                self.reduced = step.reduce(self._slots, _own_limit(self._kept.optimizer))
+                self._kept.agree(self.reduced.norms())
             self._on_reduced()
 
     def _begin_step(self) -> None:
@@ -200,7 +202,8 @@ class Observation:
                 f"the tensors of {type(self._kept.optimizer).__name__} have changed within a step: its norms cannot be "
                 "measured"
             )
-        self._sums = ShardSums(self._kept.resolve())
+        with together(self.steps):
+            self._sums = ShardSums(self._kept.resolve())
         self._slots = Slots(self._sums.layout)
 
 
