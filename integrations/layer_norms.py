@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
-from .norms.chain import stepped_by
+from trustratio.optimizers.sharding.data_parallel import processes
+
+from .norms.chain import is_local_sgd, stepped_by
 from .norms.clipping import clip, refuse_step_in_backward
 from .norms.command import main
 from .norms.kept_layout import KeptLayout
@@ -33,6 +36,11 @@ from .norms.scalars import SHOWN, Scalars
 from .norms.targets import Log, check_every, check_targets, is_first_rank, make_writer
 
 __all__ = ["LayerNorm", "LayerNorms", "MeasuredNorms", "clip_grad_norm_"]
+
+LOCAL = (
+    "PostLocalSGDOptimizer lets the weights of ranks drift apart between averagings: layer norms are each rank's own, "
+    "and a file gets those of the first rank"
+)
 
 
 class LayerNorms:
@@ -78,8 +86,12 @@ class LayerNorms:
         replacement = ReplacementWatch([one.optimizer for one in stepped], observe, self._is_under_way)
         then = self._was_measured, replacement.remove
         self._last: list[Reduced] = []
+        local = processes() > 1 and is_local_sgd(optimizer)
+        if local:
+            warnings.warn(LOCAL, stacklevel=2)
         self._observations = [
-            Observation(KeptLayout(one.optimizer, observe), one.around, self._is_wanted, *then) for one in stepped
+            Observation(KeptLayout(one.optimizer, observe, compared=not local), one.around, self._is_wanted, *then)
+            for one in stepped
         ]
         self._watching: list[ReplacementWatch | Observation] = [replacement, *self._observations]
 
