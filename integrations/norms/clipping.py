@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trustratio.optimizers.formulas.chunks import Flattened, multiply, squares
 from trustratio.optimizers.formulas.rows import Rows
 from trustratio.optimizers.sharding.data_parallel import processes
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
+from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
 from trustratio.optimizers.stepping.agreement import GRADIENT
 from trustratio.optimizers.stepping.gradients import read_gradients
@@ -32,6 +35,10 @@ __all__ = ["clip", "clip_now", "refuse_step_in_backward"]
 
 EPS = 1e-6  # in torch's coefficient
 SMALLEST_ROW = 1e-3  # Brock et al. 2021: smaller rows of weights count as large as this
+
+AVERAGED = (
+    "clip_grad_norm_ needs gradients that ranks have averaged: call it after a step's last backward, outside no_sync()"
+)
 
 
 def clip(
@@ -83,7 +90,7 @@ def _clip_seen(clippers: Sequence[Clipper], max_norm: float, per_layer: bool | s
     norms = torch.cat([one.norms.to(measured[0].norms.device) for one in measured])
     whole = torch.linalg.vector_norm(norms)
     for clipper, one in zip(clippers, measured, strict=True):
-        clipper.kept.agree({GRADIENT: one.norms})
+        clipper.agree(one.norms)
         with noting(clipper.gradients(clipper.all_tensors)) as said:
             said.append(one.clip(max_norm, whole if per_layer is False else None))
     return norms if per_layer is True else whole
@@ -128,6 +135,7 @@ class Clipper:
         self._call: Any = None  # the keywords of the step that has begun, which no other step shares
         self.handles = watch_steps(optimizer, after=self._after_call)
         self._is_told = False
+        self._averaging: WeakSet[DistributedDataParallel] = WeakSet()
 
     @property
     def all_tensors(self) -> range:
@@ -143,6 +151,9 @@ class Clipper:
         if self._sums is None or not self.kept.is_current():
             self._sums, self._rows, self._masks = ShardSums(self.kept.resolve()), None, {}
             self._skipped = self.kept.count_skipped_steps()
+            self._averaging = WeakSet(_averaging(self.kept.optimizer))
+        if not all(module.require_backward_grad_sync for module in self._averaging):
+            raise LayoutError(f"{AVERAGED} of DistributedDataParallel")
         if per_layer == "rows" and self._rows is None:
             _refuse_rows(self._known.layout)
             self._rows = Rows(self._known.layout, range(len(self._known.layout.layers)))
@@ -150,6 +161,13 @@ class Clipper:
             _refuse_own_layers(self._known.layout)
         if not self.kept.in_parts and per_layer is False and self._known.layout.gradient_norm is not None:
             self._norm_of_wrapper()
+
+    def agree(self, norms: torch.Tensor) -> None:
+        """Raise LayoutError if ranks that should have the same gradients have not; asked once for every layout."""
+        try:
+            self.kept.agree({GRADIENT: norms})
+        except LayoutError as error:
+            raise LayoutError(f"{AVERAGED}. Here {error}") from error
 
     def measure(self, call: Collection[int], per_layer: bool | str) -> Measured:
         """The norms of the gradients of some local tensors, given by their indices: one all-reduce."""
@@ -372,6 +390,14 @@ class Measured:
         assert clipped is not None
         if source.data_ptr() != clipped.data_ptr():
             source.copy_(clipped)
+
+
+def _averaging(optimizer: torch.optim.Optimizer) -> Iterator[DistributedDataParallel]:
+    """Yield the DDP modules that average gradients of the optimizer over several ranks."""
+    stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    for module in living(DistributedDataParallel) if processes() > 1 else ():
+        if "_modules" in vars(module) and any(id(parameter) in stepped for parameter in module.parameters()):
+            yield module
 
 
 def _refuse_own_layers(layout: Layout) -> None:

@@ -72,7 +72,10 @@ class MeasuredNorms(dict[str, LayerNorm]):
         if not self:
             raise KeyError(f"{name!r}: no step was measured so far; see LayerNorms(every=) and latest().step")
         close = difflib.get_close_matches(name, self, n=1, cutoff=0.0)
-        raise KeyError(f"{name!r} is no layer that was measured; the nearest is {close[0]!r}")
+        raise KeyError(
+            f"{name!r} is no layer that was measured, as those are that are trained and have elements; the nearest is "
+            f"{close[0]!r}"
+        )
 
     def record(self) -> dict[str, Any]:
         """As one JSON object: step, clipped, model, and layers by name."""
