@@ -69,12 +69,12 @@ class MeasuredNorms(dict[str, LayerNorm]):
         self.clipped = clipped
 
     def __missing__(self, name: str) -> LayerNorm:
-        if not self:
+        if not self.step:
             raise KeyError(f"{name!r}: no step was measured so far; see LayerNorms(every=) and latest().step")
         close = difflib.get_close_matches(name, self, n=1, cutoff=0.0)
+        nearest = f"; the nearest is {close[0]!r}" if close else ""
         raise KeyError(
-            f"{name!r} is no layer that was measured, as those are that are trained and have elements; the nearest is "
-            f"{close[0]!r}"
+            f"{name!r} is no layer that was measured, as those are that are trained and have elements{nearest}"
         )
 
     def record(self) -> dict[str, Any]:

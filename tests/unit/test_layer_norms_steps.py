@@ -477,3 +477,17 @@ def test_a_name_that_was_not_measured_is_told() -> None:
     ):
         norms.latest()["module.weight"]
     assert norms.latest().get("module.weight") is None
+
+
+def test_layers_without_elements_alone() -> None:
+    model = torch.nn.ParameterList([torch.zeros(0, 3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    model[0].grad = torch.zeros(0, 3)
+    assert clip_grad_norm_(optimizer, 1.0, model=model).item() == 0
+    optimizer.step()
+    assert (norms.latest().step, norms.latest().record()["layers"], norms.latest().model) == (1, {}, None)
+    with pytest.raises(
+        KeyError, match=r"'0' is no layer that was measured, as those are that are trained and have ele"
+    ):
+        norms.latest()["0"]
