@@ -20,7 +20,7 @@ Flag = bool | torch.Tensor
 """Whether something has made gradients smaller: known now, or to the device."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clips:
     """What is known of the clips of some gradients.
 
@@ -34,7 +34,7 @@ class Clips:
     are_all: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Note:
     """The clips of one gradient, and of which version; whether a step was taken with it since."""
 
@@ -43,6 +43,7 @@ class _Note:
     is_stepped: bool = False
 
 
+_NONE, _CHANGED = Clips(), Clips(are_all=False)
 _notes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # gradient -> _Note
 
 
@@ -59,22 +60,25 @@ def clips_of(gradients: Iterable[torch.Tensor]) -> Clips | None:
 @contextmanager
 def noting(gradients: Iterable[torch.Tensor]) -> Iterator[list[Flag]]:
     """Within it gradients are clipped; whether they have become smaller is put into the list that it gives."""
-    before = [(gradient, _clips_of(gradient) or Clips()) for gradient in gradients]
+    before = [(gradient, _clips_of(gradient) or _NONE) for gradient in gradients]
     said: list[Flag] = []
     yield said
+    # Most gradients share what is known of them.
+    now = {clips: replace(clips, made_smaller=(*clips.made_smaller, *said)) for clips in {c for _, c in before}}
     for gradient, clips in before:
-        _notes[gradient] = _Note(replace(clips, made_smaller=(*clips.made_smaller, *said)), version_of(gradient))
+        _notes[gradient] = _Note(now[clips], version_of(gradient))
 
 
 def step_is_taken(gradients: Iterable[torch.Tensor]) -> None:
     """Remember that gradients have been stepped: what changes them now begins another step's."""
     for gradient in gradients:
-        if gradient in _notes:
-            _notes[gradient] = replace(_notes[gradient], is_stepped=True)
+        note: _Note | None = _notes.get(gradient)
+        if note is not None:
+            note.is_stepped = True
 
 
 def _clips_of(gradient: torch.Tensor) -> Clips | None:
     note: _Note | None = _notes.get(gradient)
     if note is None or note.version == version_of(gradient):
         return None if note is None else note.clips
-    return None if note.is_stepped else Clips(are_all=False)
+    return None if note.is_stepped else _CHANGED
