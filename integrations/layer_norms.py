@@ -189,10 +189,10 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Clip gradients like torch.nn.utils.clip_grad_norm_, by norms of whole layers under every sharding.
 
-    With the coefficient min(1, max_norm / (norm + 1e-6)); between backward and step, after unscaling. Call it on all
-    ranks, it takes one all-reduce where layers are sharded. Where a wrapper holds gradients back until its step
-    (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when its next step begins, after its own
-    clipping; a call before each step takes the place of the one before.
+    With the coefficient min(1, max_norm / (norm + 1e-6)); between a step's last backward and the step, after unscaling.
+    Call it on all ranks, it takes one all-reduce where layers are sharded. Where a wrapper holds gradients back until
+    its step (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when its next step begins, after
+    its own clipping; a call before each step takes the place of the one before.
 
     Args:
         optimizer: As in `LayerNorms`.
@@ -210,8 +210,8 @@ def clip_grad_norm_(
     Raises:
         TypeError: If `optimizer` is none of torch's, and wraps none.
         ValueError: If `max_norm` is negative, NaN or no number, or `per_layer` another value.
-        LayoutError: If the norms cannot be exact here, or data-parallel ranks have different ones; the message says
-            what to set instead.
+        LayoutError: If the norms cannot be exact here, or data-parallel ranks have different ones, as within DDP's
+            `no_sync()`; the message says what to set instead.
     """
     _check_model(model)
     refuse_step_in_backward(optimizer)
