@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
-from .norms.chain import stepped_by
+from trustratio.optimizers.sharding.data_parallel import processes
+
+from .norms.chain import is_local_sgd, stepped_by
 from .norms.clipping import clip, refuse_step_in_backward
 from .norms.command import main
 from .norms.kept_layout import KeptLayout
@@ -34,6 +37,11 @@ from .norms.targets import Log, check_every, check_targets, is_first_rank, make_
 
 __all__ = ["LayerNorm", "LayerNorms", "MeasuredNorms", "clip_grad_norm_"]
 
+LOCAL = (
+    "PostLocalSGDOptimizer lets the weights of ranks drift apart between averagings: layer norms are each rank's own, "
+    "and a file gets those of the first rank"
+)
+
 
 class LayerNorms:
     """Measures, in every n-th step, the norms of all layers' weights, gradients and updates.
@@ -43,11 +51,13 @@ class LayerNorms:
 
     Any torch.optim.Optimizer, alone or in DDP, DeepSpeed ZeRO 0 to 3 and its 16-bit optimizers, FSDP1
     (use_orig_params=True), FSDP2, HSDP, tensor parallelism, Megatron's DistributedOptimizer, ZeroRedundancyOptimizer.
-    A measured step takes one all-reduce of (7 + 3 · ranks) numbers per layer in fp64 (one per process group, where
+    A measured step takes one all-reduce of (8 + 3 · ranks) numbers per layer in fp64 (one per process group, where
     layers are cut over several), and the memory of a copy of this rank's weights; other steps take nothing. Sums of
-    squares are in fp64. After the first measured step nothing waits for the device
-    until `latest()`. Under pipeline parallelism each stage has
-    its own layers.
+    squares are in fp64. After the first measured step nothing waits for the device until `latest()`, except for fused
+    optimizers under GradScaler. Under pipeline parallelism each stage has its own layers.
+
+    All ranks make it alike, also those that write nothing: a measured step waits for all. One that waits for a minute
+    says so.
 
     Args:
         optimizer: The optimizer, or whatever wraps it: accelerate's, DeepSpeed's (the engine too), Lightning's,
@@ -63,11 +73,10 @@ class LayerNorms:
         ValueError: If `every` is neither a positive integer nor a function; at the first measured step, if a parameter
             is complex.
         LayoutError: At the first measured step, if nobody can say where the layers are, or if data-parallel ranks have
-            different numbers of the same layers.
+            different numbers of the same layers; at any, if the process group's time ends before all ranks measure.
     """
 
     def __init__(self, optimizer: Any, model: torch.nn.Module | None = None, every: int | Callable[[int], bool] = 1):
-        wanted = _wanted(every)
         _check_model(model)
         self.every = every
         self._callbacks: list[Callable[[LayerNorms], Any]] = []
@@ -77,10 +86,25 @@ class LayerNorms:
         replacement = ReplacementWatch([one.optimizer for one in stepped], observe, self._is_under_way)
         then = self._was_measured, replacement.remove
         self._last: list[Reduced] = []
+        local = processes() > 1 and is_local_sgd(optimizer)
+        if local:
+            warnings.warn(LOCAL, stacklevel=2)
         self._observations = [
-            Observation(KeptLayout(one.optimizer, observe), one.around, wanted, *then) for one in stepped
+            Observation(KeptLayout(one.optimizer, observe, compared=not local), one.around, self._is_wanted, *then)
+            for one in stepped
         ]
         self._watching: list[ReplacementWatch | Observation] = [replacement, *self._observations]
+
+    @property
+    def every(self) -> int | Callable[[int], bool]:
+        """Which steps are measured; may be set, on all ranks alike, for those that begin later."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int | Callable[[int], bool]) -> None:
+        if not callable(every):
+            check_every(every)
+        self._every = every
 
     def latest(self) -> MeasuredNorms:
         """The norms of the last measured step, by layer; empty, with step 0, before the first. Waits for the device."""
@@ -144,6 +168,9 @@ class LayerNorms:
             watching.remove()
         self._watching, self._observations, self._callbacks = [], [], []
 
+    def _is_wanted(self, step: int) -> bool:
+        return self._every(step) if callable(self._every) else step % self._every == 0
+
     def _reduced(self) -> list[Reduced]:
         return [one.reduced for one in self._observations if one.reduced is not None] or self._last
 
@@ -162,10 +189,10 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Clip gradients like torch.nn.utils.clip_grad_norm_, by norms of whole layers under every sharding.
 
-    With the coefficient min(1, max_norm / (norm + 1e-6)); between backward and step, after unscaling. Call it on all
-    ranks, it takes one all-reduce where layers are sharded. Where a wrapper holds gradients back until its step
-    (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when its next step begins, after its own
-    clipping; a call before each step takes the place of the one before.
+    With the coefficient min(1, max_norm / (norm + 1e-6)); between a step's last backward and the step, after unscaling.
+    Call it on all ranks, it takes one all-reduce where layers are sharded. Where a wrapper holds gradients back until
+    its step (ZeRO, BF16_Optimizer, Megatron's DistributedOptimizer) they are clipped when its next step begins, after
+    its own clipping; a call before each step takes the place of the one before.
 
     Args:
         optimizer: As in `LayerNorms`.
@@ -183,20 +210,13 @@ def clip_grad_norm_(
     Raises:
         TypeError: If `optimizer` is none of torch's, and wraps none.
         ValueError: If `max_norm` is negative, NaN or no number, or `per_layer` another value.
-        LayoutError: If the norms cannot be exact here, or data-parallel ranks have different ones; the message says
-            what to set instead.
+        LayoutError: If the norms cannot be exact here, or data-parallel ranks have different ones, as within DDP's
+            `no_sync()`; the message says what to set instead.
     """
     _check_model(model)
     refuse_step_in_backward(optimizer)
     stepped = [one.optimizer for one in stepped_by(optimizer, "clip_grad_norm_")]
     return clip(stepped, max_norm, per_layer, model)
-
-
-def _wanted(every: int | Callable[[int], bool]) -> Callable[[int], bool]:
-    if callable(every):
-        return every
-    check_every(every)
-    return lambda step: step % every == 0
 
 
 def _check_model(model: Any) -> None:

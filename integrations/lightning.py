@@ -89,7 +89,6 @@ class LayerNormsCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the optimizer, and open the file."""
         self.on_train_end(trainer, pl_module)  # of a training that was broken off
-        every = self.every or max(1, trainer.log_every_n_steps)
 
         def step() -> int:  # the Trainer counts the steps of all optimizers
             return int(trainer.global_step) // len(trainer.optimizers) + 1
@@ -97,7 +96,10 @@ class LayerNormsCallback(Callback):
         def was_measured(norms: LayerNorms) -> None:
             self._measured = step()
 
-        self._norms = LayerNorms(self._chosen(trainer.optimizers), pl_module, every=lambda _: step() % every == 0)
+        def is_wanted(_: int) -> bool:
+            return step() % (self.every or max(1, trainer.log_every_n_steps)) == 0
+
+        self._norms = LayerNorms(self._chosen(trainer.optimizers), pl_module, every=is_wanted)
         self._norms.on_measure(was_measured)
         if self.file is not None:
             self._write = begin_file(self.file, step() - 1)

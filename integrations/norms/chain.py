@@ -10,7 +10,7 @@ import torch
 
 from .steps_under_way import has_hooks
 
-__all__ = ["Stepped", "innermost_optimizers", "stepped_by"]
+__all__ = ["Stepped", "innermost_optimizers", "is_local_sgd", "stepped_by"]
 
 NAMES = ("chained_optimizers", "optimizer", "optim")
 """By which wrappers call what they step: Megatron's chain; accelerate, DeepSpeed, Lightning and Megatron; torch."""
@@ -25,6 +25,9 @@ FORWARDING = (
     "torch.distributed.optim.zero_redundancy_optimizer",
 )
 """Modules whose wrappers leave the layers' weights to the optimizer inside. Any other may move them besides."""
+
+LOCAL = ("torch.distributed.optim.post_localSGD_optimizer",)
+"""Those that let the weights of ranks drift apart, and average them now and then."""
 
 HOLDING_BACK = ("deepspeed", "megatron")
 """Those whose wrappers have tensors of their own stepped."""
@@ -66,6 +69,18 @@ def stepped_by(optimizer: Any, user: str) -> list[Stepped]:
             f"{name}{inside}"
         )
     return found
+
+
+def is_local_sgd(optimizer: Any) -> bool:
+    """Whether the ranks that train the same layers have different weights by intention, as far as a wrapper tells."""
+    seen: set[int] = set()
+    wrappers = [optimizer]
+    while wrappers:
+        wrapper = wrappers.pop()
+        if _comes_from(wrapper, LOCAL):
+            return True
+        wrappers += _inside(wrapper, seen) or ()
+    return False
 
 
 def innermost_optimizers(optimizer: Any) -> list[Any]:

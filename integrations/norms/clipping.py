@@ -5,23 +5,27 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from trustratio.optimizers.formulas.chunks import Flattened, multiply, squares
 from trustratio.optimizers.formulas.rows import Rows
 from trustratio.optimizers.sharding.data_parallel import processes
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
+from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
 from trustratio.optimizers.stepping.agreement import GRADIENT
-from trustratio.optimizers.stepping.gradients import read_gradients, version_of
+from trustratio.optimizers.stepping.gradients import read_gradients
 
+from .clips import noting, step_is_taken
 from .kept_layout import KeptLayout
 from .names import observed
 from .shard_sums import ShardSums
@@ -32,6 +36,10 @@ __all__ = ["clip", "clip_now", "refuse_step_in_backward"]
 EPS = 1e-6  # in torch's coefficient
 SMALLEST_ROW = 1e-3  # Brock et al. 2021: smaller rows of weights count as large as this
 
+AVERAGED = (
+    "clip_grad_norm_ needs gradients that ranks have averaged: call it after a step's last backward, outside no_sync()"
+)
+
 
 def clip(
     optimizers: Sequence[torch.optim.Optimizer], max_norm: float, per_layer: bool | str, model: torch.nn.Module | None
@@ -41,15 +49,15 @@ def clip(
     if not isinstance(per_layer, bool) and per_layer != "rows":
         raise ValueError(f'per_layer must be False, True or "rows", got {per_layer!r}')
     clippers = [_clipper(optimizer, model) for optimizer in optimizers]
-    held_back = [clipper for clipper in clippers if not clipper.kept.has_own_parameters()]
+    for clipper in clippers:
+        clipper.prepare(per_layer)
+    held_back = [clipper for clipper in clippers if clipper.is_held_back()]
     if held_back and len(clippers) > 1:
         raise LayoutError(
             f"clip_grad_norm_ cannot see the gradients of {len(clippers)} chained optimizers together, which their "
             "wrapper holds back until they are stepped: use the wrapper's own clipping (clip_grad in Megatron's "
             "OptimizerConfig)"
         )
-    for clipper in clippers:
-        clipper.prepare(per_layer)
     return clippers[0].clip_at_step(limit, per_layer) if held_back else _clip_seen(clippers, limit, per_layer)
 
 
@@ -82,8 +90,9 @@ def _clip_seen(clippers: Sequence[Clipper], max_norm: float, per_layer: bool | s
     norms = torch.cat([one.norms.to(measured[0].norms.device) for one in measured])
     whole = torch.linalg.vector_norm(norms)
     for clipper, one in zip(clippers, measured, strict=True):
-        clipper.kept.agree({GRADIENT: one.norms})
-        clipper.note(clipper.all_tensors, one.clip(max_norm, whole if per_layer is False else None))
+        clipper.agree(one.norms)
+        with noting(clipper.gradients(clipper.all_tensors)) as said:
+            said.append(one.clip(max_norm, whole if per_layer is False else None))
     return norms if per_layer is True else whole
 
 
@@ -124,34 +133,27 @@ class Clipper:
         self._pending: _Pending | None = None
         self._skipped: Callable[[], int] = int
         self._call: Any = None  # the keywords of the step that has begun, which no other step shares
-        self._clipped: bool | torch.Tensor | None = None
-        self._versions = WeakIdKeyDictionary()  # of the gradients as the last clip has left them
         self.handles = watch_steps(optimizer, after=self._after_call)
         self._is_told = False
-
-    def note(self, call: Collection[int], clipped: bool | torch.Tensor) -> None:
-        """Remember whether the gradients of a call have become smaller, for as long as they stay as they are now."""
-        self._clipped = clipped
-        self._versions = WeakIdKeyDictionary({g: version_of(g) for g in self._gradients(call)})
-
-    def noted(self) -> bool | torch.Tensor | None:
-        """Whether a clip has made the gradients that are stepped smaller; None where they do not come from one."""
-        if self._sums is None or self._clipped is None:
-            return None
-        gradients = self._gradients(self.kept.of_call())
-        known = gradients and all(self._versions.get(g) == version_of(g) for g in gradients)
-        return self._clipped if known else None
+        self._averaging: WeakSet[DistributedDataParallel] = WeakSet()
 
     @property
     def all_tensors(self) -> range:
         """Indices of all local tensors."""
         return range(len(self._known.layout.tensors))
 
+    def is_held_back(self) -> bool:
+        """Whether nobody sees the gradients before the step. A rank may also have none where others step all layers."""
+        return self._known.layout.others is None and not self.kept.has_own_parameters()
+
     def prepare(self, per_layer: bool | str) -> None:
         """Find the layout, and the rows that are cut, if they are not known or tensors have changed since."""
         if self._sums is None or not self.kept.is_current():
             self._sums, self._rows, self._masks = ShardSums(self.kept.resolve()), None, {}
             self._skipped = self.kept.count_skipped_steps()
+            self._averaging = WeakSet(_averaging(self.kept.optimizer))
+        if not all(module.require_backward_grad_sync for module in self._averaging):
+            raise LayoutError(f"{AVERAGED} of DistributedDataParallel")
         if per_layer == "rows" and self._rows is None:
             _refuse_rows(self._known.layout)
             self._rows = Rows(self._known.layout, range(len(self._known.layout.layers)))
@@ -159,6 +161,13 @@ class Clipper:
             _refuse_own_layers(self._known.layout)
         if not self.kept.in_parts and per_layer is False and self._known.layout.gradient_norm is not None:
             self._norm_of_wrapper()
+
+    def agree(self, norms: torch.Tensor) -> None:
+        """Raise LayoutError if ranks that should have the same gradients have not; asked once for every layout."""
+        try:
+            self.kept.agree({GRADIENT: norms})
+        except LayoutError as error:
+            raise LayoutError(f"{AVERAGED}. Here {error}") from error
 
     def measure(self, call: Collection[int], per_layer: bool | str) -> Measured:
         """The norms of the gradients of some local tensors, given by their indices: one all-reduce."""
@@ -207,7 +216,8 @@ class Clipper:
             norms.copy_(torch.linalg.vector_norm(measured.norms))
         else:
             norms.copy_(self._norm_of_wrapper())
-        self.note(call, measured.clip(pending.max_norm, norms if pending.per_layer is False else None))
+        with noting(self.gradients(call)) as said:
+            said.append(measured.clip(pending.max_norm, norms if pending.per_layer is False else None))
 
     def _layers_of(self, call: Collection[int]) -> torch.Tensor:
         """Which layers are in a call's local tensors, shape (layers,), bool; sent to the device once, as that waits."""
@@ -220,8 +230,10 @@ class Clipper:
     def _after_call(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not is_inner_step(optimizer):
             self._call = None
+            if self._sums is not None:
+                step_is_taken(self.gradients(self.kept.of_call()))
 
-    def _gradients(self, call: Collection[int]) -> list[torch.Tensor]:
+    def gradients(self, call: Collection[int]) -> list[torch.Tensor]:
         """Those that the optimizer sees, in a call's local tensors."""
         gradients = [self._known.layout.tensors[index].grad for index in call]
         return [gradient for gradient in gradients if gradient is not None]
@@ -256,21 +268,16 @@ def _clipper(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) ->
     return known
 
 
-def clip_now(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool | torch.Tensor | None:
+def clip_now(optimizer: torch.optim.Optimizer, kwargs: Any) -> None:
     """Do the arranged clip of an optimizer whose step begins.
 
     Args:
         optimizer: The optimizer.
         kwargs: The keywords of the step.
-
-    Returns:
-        Whether any clip has made the gradients smaller that it steps with; None if there was none.
     """
     clipper: Clipper | None = _clippers[optimizer]() if optimizer in _clippers else None
-    if clipper is None:
-        return None
-    clipper.clip_pending(kwargs)
-    return clipper.noted()
+    if clipper is not None:
+        clipper.clip_pending(kwargs)
 
 
 class Measured:
@@ -383,6 +390,14 @@ class Measured:
         assert clipped is not None
         if source.data_ptr() != clipped.data_ptr():
             source.copy_(clipped)
+
+
+def _averaging(optimizer: torch.optim.Optimizer) -> Iterator[DistributedDataParallel]:
+    """Yield the DDP modules that average gradients of the optimizer over several ranks."""
+    stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    for module in living(DistributedDataParallel) if processes() > 1 else ():
+        if "_modules" in vars(module) and any(id(parameter) in stepped for parameter in module.parameters()):
+            yield module
 
 
 def _refuse_own_layers(layout: Layout) -> None:

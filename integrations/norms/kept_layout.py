@@ -32,12 +32,15 @@ class KeptLayout:
     Args:
         optimizer: The innermost one.
         observe: Makes of it what backends are asked about, with the model's parameters as they are by then.
+        compared: Whether ranks that have the same layers should have the same numbers of them.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         observe: Callable[[torch.optim.Optimizer], ObservedOptimizer],
+        *,
+        compared: bool = True,
     ):
         self.optimizer = optimizer
         self.layout: Layout | None = None
@@ -48,6 +51,7 @@ class KeptLayout:
         self._cuts: dict[int, Any] = {}
         self.in_parts = False
         self._agreement = Agreement()
+        self._compared = compared
 
     def has_own_parameters(self) -> bool:
         """Whether the optimizer is stepped with the model's own parameters, so that their gradients can be seen."""
@@ -89,7 +93,7 @@ class KeptLayout:
         Raises:
             LayoutError: On all ranks, if they differ by more than rounding.
         """
-        if self._agreement.steps_left and self.layout is not None:
+        if self._compared and self._agreement.steps_left and self.layout is not None:
             self._agreement.compare(self._look(), self.layout, numbers)
 
     def resolve(self) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, nan, sqrt
 
 import torch
 
@@ -12,6 +12,7 @@ from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.stepping.agreement import GRADIENT as GRADIENT_NORM
 from trustratio.optimizers.stepping.gradients import read_gradients
 
+from .clips import Clips
 from .records import LayerNorm, MeasuredNorms
 from .shard_sums import LARGEST, NONZERO, SQUARES, ShardSums, Slots
 
@@ -26,14 +27,14 @@ class MeasuredStep:
     Attributes:
         number: Of the step.
         layout: Of all its tensors.
-        clipped: What each of those who clip says, in this process without waiting for the device.
+        clips: What each of those who clip has said, in this process.
         stepped: Ids of the tensors that have been stepped.
     """
 
     def __init__(self, number: int, sums: ShardSums):
         self.number = number
         self.layout = sums.layout
-        self.clipped: list[bool | torch.Tensor] = []
+        self.clips: list[Clips] = []
         self.stepped: set[int] = set()
         self._sums = sums
         self._old: list[torch.Tensor | None] = []
@@ -64,12 +65,12 @@ class MeasuredStep:
             found[LARGEST] /= divisor
         self._gradients = found
 
-    def after(self, call: Collection[int], clipped: Sequence[bool | torch.Tensor]) -> None:
+    def after(self, call: Collection[int], clips: Sequence[Clips]) -> None:
         """Measure the copied weights, and what has become of them.
 
         Args:
             call: As in `before`.
-            clipped: What each of those who clip says of the call.
+            clips: What each of those who clip says of the call.
         """
         old, sums = self._old, self._sums
         new = [
@@ -80,7 +81,7 @@ class MeasuredStep:
         self._numbers[UPDATE] += sums.numbers(lambda chunk: sums.read(new, chunk) - sums.read(old, chunk), call)
         assert self._gradients is not None
         self._numbers[GRADIENT] += self._gradients
-        self.clipped += clipped
+        self.clips += clips
         self._old, self._gradients = [], None
 
     def reduce(self, slots: Slots, limit: float | None) -> Reduced:
@@ -93,19 +94,23 @@ class MeasuredStep:
         sums = self._numbers[:, :LARGEST].flatten(0, 1)  # squares and counts, of weight, gradient and update
         packed = torch.cat([sums, self._clipped_here(), slots.spread(self._numbers[:, LARGEST])])
         reduced = self.layout.reduce(packed)
-        added_up, clipped, largest = reduced.split([len(sums), 1, len(packed) - len(sums) - 1])
+        added_up, said, largest = reduced.split([len(sums), 2, len(packed) - len(sums) - 2])
         numbers = torch.cat([added_up.view(3, LARGEST, -1), slots.gather(largest).unsqueeze(1)], dim=1)
         layers = [(layer.name, layer.numel) for layer in self.layout.layers]
-        said = [clipped.any()] if self.clipped else []
-        by_optimizer = [] if limit is None else [numbers[GRADIENT, SQUARES].sum().sqrt() > limit]
-        return Reduced(self.number, layers, numbers, [*said, *by_optimizer])
+        clipped = said.sum(dim=1)
+        if limit is not None:
+            clipped[0] += numbers[GRADIENT, SQUARES].sum().sqrt() > limit
+            clipped[1] += 1
+        return Reduced(self.number, layers, numbers, clipped)
 
     def _clipped_here(self) -> torch.Tensor:
-        """Whether any clip has made gradients smaller, those of rows on this rank perhaps: shape (1, layers)."""
-        flags = self._numbers.new_zeros(1, self._numbers.shape[-1])
-        for clipped in self.clipped:
-            flags += clipped.to(flags.device) if isinstance(clipped, torch.Tensor) else clipped
-        return flags
+        """As `Reduced.clipped`, of this rank: shape (2, layers). Rows that it clips may be on no other rank."""
+        said = self._numbers.new_zeros(2, self._numbers.shape[-1])
+        for clips in self.clips:
+            for flag in clips.made_smaller:
+                said[0] += flag.to(said.device) if isinstance(flag, torch.Tensor) else flag
+            said[1] += 1 if clips.are_all else nan
+        return said
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +122,14 @@ class Reduced:
         layers: Names and sizes.
         numbers: Of weight, gradient and update the sum of squares, the count of nonzero elements and the largest one,
             shape (3, 3, layers), fp64.
-        clipped: What each of those who clip says.
+        clipped: Two sums over those who clip: greater than zero if any has made gradients smaller; and of how many
+            that is known, NaN if there may have been others. Shape (2,).
     """
 
     number: int
     layers: Sequence[tuple[str, int]]
     numbers: torch.Tensor
-    clipped: Sequence[bool | torch.Tensor]
+    clipped: torch.Tensor
 
     def norms(self) -> dict[str, torch.Tensor]:
         """Of weight, gradient and update of each layer, shape (layers,)."""
@@ -144,12 +150,13 @@ def fetch(of_optimizers: Sequence[Reduced]) -> MeasuredNorms:
                 of_model[SQUARES] += one[SQUARES]
                 of_model[NONZERO] += one[NONZERO]
                 of_model[LARGEST] = _larger(of_model[LARGEST], one[LARGEST])
-    said = [bool(clipped) for reduced in of_optimizers for clipped in reduced.clipped]
+    said = [reduced.clipped.tolist() for reduced in of_optimizers]
+    made_smaller, known = sum(one for one, _ in said), sum(count for _, count in said)
     return MeasuredNorms(
         layers,
         step=max((reduced.number for reduced in of_optimizers), default=0),
         model=_layer_norm(total, elements) if layers else None,
-        clipped=any(said) if said else None,
+        clipped=True if made_smaller > 0 else False if known > 0 else None,
     )
 
 

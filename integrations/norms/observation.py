@@ -13,10 +13,12 @@ from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.layout import LayoutError
 
 from .clipping import clip_now
+from .clips import Clips, clips_of
 from .kept_layout import KeptLayout
 from .measured_step import MeasuredStep, Reduced
 from .shard_sums import ShardSums, Slots
 from .steps_under_way import is_inner_step, watch_steps
+from .together import together
 
 __all__ = ["Observation"]
 
@@ -25,7 +27,7 @@ class Observation:
     """Steps of one optimizer, counted from now on.
 
     A step has ended when all tensors of it have been stepped; it was given up if one of them is stepped again before.
-    One that an exception ends does not count.
+    One that an exception ends does not count, nor does one that a fused optimizer leaves out after an overflow.
 
     Args:
         kept: The optimizer and the layout of its steps.
@@ -60,7 +62,8 @@ class Observation:
         self._step: MeasuredStep | None = None
         self._in_call = self._is_stepping = False
         self._call: frozenset[int] | None = None
-        self._said: Sequence[bool | torch.Tensor | None] = ()
+        self._said: Sequence[Clips] = ()
+        self._found_inf: torch.Tensor | None = None
         uncompiled = torch.compiler.disable
         whole, before = (kept.optimizer, self._begin_and_see) if around is None else (around, self._begin)
         self._handles = watch_steps(whole, before=uncompiled(before), after=uncompiled(self._end))
@@ -91,7 +94,9 @@ class Observation:
             return
         if self._in_call:  # the call before was ended by an exception
             self._give_up()
-        self._in_call, self._is_stepping, self._call = True, False, None
+        if self._found_inf is not None and self._found_inf:
+            self.steps -= 1
+        self._in_call, self._is_stepping, self._call, self._found_inf = True, False, None, None
         tensors = {id(tensor) for group in self._kept.optimizer.param_groups for tensor in group["params"]}
         if not tensors or not self._stepped or not self._stepped.isdisjoint(tensors):
             self._begin_step()
@@ -116,10 +121,12 @@ class Observation:
         """Measure the gradients of the call as they are now, and ask who has clipped them."""
         if self._call is None:
             return
-        clipped = clip_now(self._kept.optimizer, kwargs)  # first, as it changes the gradients
+        clip_now(self._kept.optimizer, kwargs)  # first, as it changes the gradients
         assert self._step is not None
-        by_wrapper = self._step.layout.clipped
-        self._said = clipped, None if by_wrapper is None else by_wrapper()
+        layout = self._step.layout
+        by_call = clips_of(g for index in self._call if (g := layout.tensors[index].grad) is not None)
+        by_wrapper = None if layout.clipped is None else Clips((layout.clipped(),))
+        self._said = [clips for clips in (by_call, by_wrapper) if clips is not None]
         self._step.see_gradients(self._call, _scale(self._kept.optimizer))
 
     def _watch_closure(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -148,18 +155,25 @@ class Observation:
         if not self._is_stepping:  # the wrapper has left this step out
             self._give_up()
             return
+        found_inf = _found_inf(self._kept.optimizer)
+        if not self._measuring:
+            self._found_inf = found_inf  # read when the next step begins, as it would wait for the device now
+        elif found_inf is not None and found_inf:
+            self._give_up()
+            return
         self._in_call = self._is_stepping = False
         self._on_stepped()
         step, call, self._call = self._step, self._call, None
         if step is None or call is None:
             return
-        step.after(call, [one for one in self._said if one is not None])
+        step.after(call, self._said)
         step.stepped |= self._stepped
         if step.stepped >= self._kept.stepped:
             self._step = None
             assert self._slots is not None
-            self.reduced = step.reduce(self._slots, _own_limit(self._kept.optimizer))
-            self._kept.agree(self.reduced.norms())
+            with together(self.steps):
+                self.reduced = step.reduce(self._slots, _own_limit(self._kept.optimizer))
+                self._kept.agree(self.reduced.norms())
             self._on_reduced()
 
     def _begin_step(self) -> None:
@@ -188,7 +202,8 @@ class Observation:
                 f"the tensors of {type(self._kept.optimizer).__name__} have changed within a step: its norms cannot be "
                 "measured"
             )
-        self._sums = ShardSums(self._kept.resolve())
+        with together(self.steps):
+            self._sums = ShardSums(self._kept.resolve())
         self._slots = Slots(self._sums.layout)
 
 
@@ -196,6 +211,12 @@ def _scale(optimizer: Any) -> torch.Tensor | None:
     """By what GradScaler has multiplied gradients that a fused optimizer divides by it within its step."""
     scale = getattr(optimizer, "grad_scale", None)
     return scale if isinstance(scale, torch.Tensor) else None
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """What GradScaler has told a fused optimizer, which does nothing in its step if that is not zero."""
+    found = getattr(optimizer, "found_inf", None)
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def _own_limit(optimizer: torch.optim.Optimizer) -> float | None:

@@ -51,8 +51,8 @@ class MeasuredNorms(dict[str, LayerNorm]):
     Attributes:
         step: Number of the step since the measuring began, counted from 1; 0 where none was measured so far.
         model: The numbers of all layers together; None where none was measured.
-        clipped: Whether the gradient was clipped before the optimizer saw it, by `clip_grad_norm_` of this package,
-            by DeepSpeed or by our own optimizer; None where nobody knows, as after torch's own clipping.
+        clipped: Whether any clip has made the step's gradients smaller, of `clip_grad_norm_` of this package, DeepSpeed
+            and our own optimizer; others are not seen. None where nobody knows.
     """
 
     def __init__(
@@ -69,10 +69,13 @@ class MeasuredNorms(dict[str, LayerNorm]):
         self.clipped = clipped
 
     def __missing__(self, name: str) -> LayerNorm:
-        if not self:
+        if not self.step:
             raise KeyError(f"{name!r}: no step was measured so far; see LayerNorms(every=) and latest().step")
         close = difflib.get_close_matches(name, self, n=1, cutoff=0.0)
-        raise KeyError(f"{name!r} is no layer that was measured; the nearest is {close[0]!r}")
+        nearest = f"; the nearest is {close[0]!r}" if close else ""
+        raise KeyError(
+            f"{name!r} is no layer that was measured, as those are that are trained and have elements{nearest}"
+        )
 
     def record(self) -> dict[str, Any]:
         """As one JSON object: step, clipped, model, and layers by name."""

@@ -104,4 +104,4 @@ class Slots:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The largest of all ranks, shape (n, layers), from the rows that were added up."""
-        return rows.view(self.count, -1, rows.shape[-1]).amax(dim=0)
+        return rows.unflatten(0, (self.count, -1)).amax(dim=0)

@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+from trustratio.optimizers import LayoutError
 
 from .cases import Case
 from .exactness import MODEL
@@ -158,3 +164,50 @@ def test_what_to_set_where_nobody_knows_the_norm(pool: WorkerPool, stage: int, w
     with pytest.raises(CaseFailed, match="Use gradient_clipping in the DeepSpeed config, or per_layer=True"):
         assert_clipped(pool, case, Wrapped(outermost=True), False)
     assert_clipped(pool, case, Wrapped(outermost=True), True)
+
+
+def train_one_layer(limit: float) -> tuple[Any, Any]:
+    """What the ranks of ZeroRedundancyOptimizer say of a clip, one of which has the only layer."""
+    model = torch.nn.Linear(4, 3, bias=False)
+    parallel = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    parallel(torch.ones(2, 4)).sum().backward()
+    norm = clip_grad_norm_(optimizer, limit, model=model)
+    optimizer.step()
+    return norms.latest().clipped, norm.item()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_rank_without_layers_says_what_the_others_say(pool: WorkerPool, world_size: int) -> None:
+    for limit, clipped in ((0.1, True), (1e6, False)):
+        assert pool.run(train_one_layer, limit) == [(clipped, pytest.approx(2 * 12**0.5, rel=1e-6))] * world_size
+
+
+def clip_before_averaging(first: bool, inside: bool) -> str:
+    """What is said of a clip within no_sync() or after it, without or with one that saw averaged gradients."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.full((2, 4), 1.0 + dist.get_rank())
+    if first:
+        model(batch).sum().backward()
+        clip_grad_norm_(optimizer, 0.1, model=model)
+    try:
+        with model.no_sync():
+            model(batch).sum().backward()
+            if inside:
+                clip_grad_norm_(optimizer, 0.1, model=model)
+        clip_grad_norm_(optimizer, 0.1, model=model)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("first", "inside"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("world_size", [2])
+def test_gradients_that_ranks_have_not_averaged(pool: WorkerPool, first: bool, inside: bool, world_size: int) -> None:
+    for said in pool.run(clip_before_averaging, first, inside):
+        assert "clip_grad_norm_ needs gradients that ranks have averaged" in said
+        assert "outside no_sync()" in said
+        assert ("norm of the gradient" in said) is not inside

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
@@ -278,3 +280,32 @@ def test_layers_that_differ_between_ranks(pool: WorkerPool, clip: bool, world_si
         assert [said for said, _ in of_ranks] == [""] * 2
         assert of_ranks[0][1]["shared.weight"] == of_ranks[1][1]["shared.weight"]
         assert of_ranks[0][1]["own.weight"] != of_ranks[1][1]["own.weight"]
+
+
+def train_local_sgd() -> tuple[list[str], list[float], float]:
+    """What is said of ranks that drift apart before the first measured step, their norms, and that of this rank."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3, bias=False)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = PostLocalSGDOptimizer(inner, PeriodicModelAverager(period=8, warmup_steps=0))
+    parallel = DistributedDataParallel(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        norms = LayerNorms(optimizer, parallel, every=3)
+    with parallel.no_sync():
+        for _ in range(3):
+            before = model.weight.detach().norm().item()
+            optimizer.zero_grad()
+            parallel(torch.full((2, 4), 1.0 + dist.get_rank())).square().sum().backward()
+            optimizer.step()
+    return [str(warning.message) for warning in caught], [norms.latest()["weight"].weight], before
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_local_sgd_is_named(pool: WorkerPool, world_size: int) -> None:
+    answers = pool.run(train_local_sgd)
+    for said, found, wanted in answers:
+        assert len(said) == 1
+        assert "layer norms are each rank's own" in said[0]
+        assert found == [pytest.approx(wanted, rel=1e-6)]
+    assert answers[0][1] != answers[1][1]

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.optim import PostLocalSGDOptimizer
 
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
+from trustratio.optimizers import LAMB
 
 from .test_layer_norms import assert_measured, give_gradients, make_model, step_of
 from .test_proxies import PROXIES
@@ -305,6 +306,30 @@ def test_the_step_after_an_exception_is_measured(error: Any, where: str, wrap: A
 # Steps that are left out, and clips ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_step_that_gradscaler_leaves_out_does_not_count(every: int, fused: bool, unscaled: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    norms = LayerNorms(optimizer, model, every=every)
+    measured: list[int] = []
+    norms.on_measure(lambda one: measured.append(one.latest().step))
+    taken = 0
+    for overflows in (False, True, True, False, False, True, False, False, True, False):
+        optimizer.zero_grad()
+        (scaler.scale(model[0](torch.ones(3, 5)).sum()) * (float("inf") if overflows else 1.0)).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        taken += not overflows
+        assert norms.latest().step == taken // every * every
+        assert norms.latest().model is None or norms.latest().model.update > 0
+    assert measured == list(range(every, taken + 1, every))
+
+
 @pytest.mark.parametrize("to_none", [False, True])
 def test_a_clip_of_a_step_that_was_left_out_is_no_clip_of_the_next(to_none: bool) -> None:
     model = make_model()
@@ -339,6 +364,104 @@ def test_a_clip_counts_for_a_step_that_is_taken_again() -> None:
     assert norms.latest().clipped is None
 
 
+CLIPS: dict[str, Callable[[Any, torch.nn.Module], Any]] = {
+    "clips": lambda optimizer, model: clip_grad_norm_(optimizer, 0.25, model=model),
+    "clips layers": lambda optimizer, model: clip_grad_norm_(optimizer, 0.1, per_layer=True, model=model),
+    "clips rows": lambda optimizer, model: clip_grad_norm_(optimizer, 0.01, per_layer="rows", model=model),
+    "clips nothing": lambda optimizer, model: clip_grad_norm_(optimizer, 1e4, model=model),
+    "clips no layer": lambda optimizer, model: clip_grad_norm_(optimizer, 1e4, per_layer=True, model=model),
+    "clips no row": lambda optimizer, model: clip_grad_norm_(optimizer, 1e4, per_layer="rows", model=model),
+    "clips without model": lambda optimizer, model: clip_grad_norm_(optimizer, 0.25),
+    "torch's": lambda optimizer, model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.125),
+    "backward": lambda optimizer, model: add_gradients(model),
+    "zeros": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+    "none": lambda optimizer, model: (optimizer.zero_grad(), give_gradients(model)),
+    "step": lambda optimizer, model: (optimizer.step(), optimizer.zero_grad(set_to_none=False)),
+}
+
+
+def add_gradients(model: torch.nn.Module) -> None:
+    """As another micro-batch does, in place."""
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad += 1
+
+
+@pytest.mark.parametrize(
+    ("calls", "clipped"),
+    [
+        (("clips", "clips nothing"), True),
+        (("clips", "clips no layer"), True),
+        (("clips layers", "clips nothing"), True),
+        (("clips layers", "clips no row"), True),
+        (("clips rows", "clips no layer", "clips nothing"), True),
+        (("clips without model", "clips nothing"), True),
+        (("clips nothing", "clips"), True),
+        (("clips nothing", "clips no layer", "clips no row"), False),
+        (("clips", "torch's"), None),
+        (("clips", "torch's", "clips nothing"), None),  # what was changed may have been another step's
+        (("clips", "backward", "clips nothing"), None),
+        (("clips nothing", "backward", "clips"), True),
+        (("clips", "none", "clips nothing"), False),
+        (("clips", "zeros", "backward", "clips nothing"), None),
+        (("clips", "step", "backward", "clips nothing"), False),
+        (("clips", "step", "backward"), None),
+        (("clips nothing", "step", "backward", "clips"), True),
+    ],
+)
+def test_any_clip_of_a_step_counts(calls: tuple[str, ...], clipped: bool | None) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    give_gradients(model)
+    for call in calls:
+        CLIPS[call](optimizer, model)
+    optimizer.step()
+    assert norms.latest().clipped is clipped
+
+
+@pytest.mark.parametrize("given", ["wrapper", "inner"])
+def test_a_clip_counts_whichever_optimizer_of_a_wrapper_it_is_given(given: str) -> None:
+    model = make_model()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = Genuine(inner)
+    norms = LayerNorms(wrapper if given == "inner" else inner, model)
+    give_gradients(model)
+    clip_grad_norm_(inner if given == "inner" else wrapper, 0.25, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the wrapper takes the steps of the one that is measured
+        wrapper.step()
+    assert norms.latest().clipped is True
+
+
+def test_a_limit_of_our_optimizer_does_not_hide_a_clip_before() -> None:
+    model = make_model()
+    optimizer = LAMB(model.named_parameters(), lr=0.1, max_grad_norm=1e4)
+    norms = LayerNorms(optimizer, model)
+    for first, clipped in (("clips", True), ("none", False)):
+        give_gradients(model)
+        CLIPS[first](optimizer, model)
+        optimizer.step()
+        assert norms.latest().clipped is clipped
+
+
+def test_every_may_be_set_later() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model, every=2)
+    measured: list[int] = []
+    norms.on_measure(lambda one: measured.append(one.latest().step))
+    changes: dict[int, Any] = {5: 4, 9: lambda step: step > 10}
+    for step in range(1, 13):
+        norms.every = changes.get(step, norms.every)
+        step_of(model, optimizer)
+    assert measured == [2, 4, 8, 11, 12]
+    for wrong in (0, True, 2.0, None):
+        with pytest.raises(ValueError, match="every must be an integer of at least 1, got"):
+            norms.every = wrong
+    assert norms.every is changes[9]
+
+
 def test_a_name_that_was_not_measured_is_told() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -349,6 +472,22 @@ def test_a_name_that_was_not_measured_is_told() -> None:
         norms.latest()["weight"]
     optimizer.step()
     assert norms.latest()["weight"].ratio > 0
-    with pytest.raises(KeyError, match=r"'module\.weight' is no layer that was measured; the nearest is 'weight'"):
+    with pytest.raises(
+        KeyError, match=r"'module\.weight' is no layer that was measured.*have elements; the nearest is 'weight'"
+    ):
         norms.latest()["module.weight"]
     assert norms.latest().get("module.weight") is None
+
+
+def test_layers_without_elements_alone() -> None:
+    model = torch.nn.ParameterList([torch.zeros(0, 3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = LayerNorms(optimizer, model)
+    model[0].grad = torch.zeros(0, 3)
+    assert clip_grad_norm_(optimizer, 1.0, model=model).item() == 0
+    optimizer.step()
+    assert (norms.latest().step, norms.latest().record()["layers"], norms.latest().model) == (1, {}, None)
+    with pytest.raises(
+        KeyError, match=r"'0' is no layer that was measured, as those are that are trained and have ele"
+    ):
+        norms.latest()["0"]
