@@ -185,6 +185,21 @@ class ForgetsMomentum(Plain):
         return self.momenta.setdefault(id(p), {})
 
 
+class SetsUpInItsFirstStep(Plain):
+    """Begins with a momentum of zeros in the first step of a process, whatever was loaded before."""
+
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
+        self.is_set_up = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if not self.is_set_up:
+            self.state.clear()
+            self.is_set_up = True
+        super().step(closure)
+
+
 class ChangesOptions(Plain):
     """Comes back from a checkpoint with another momentum."""
 

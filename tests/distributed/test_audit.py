@@ -121,6 +121,10 @@ def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_siz
         (audited.ForgetsMomentum, zero(1), ("checkpoint loses state",)),
         (audited.ForgetsMomentum, "ddp", ("checkpoint loses state",)),
         (audited.ForgetsMomentum, {"fsdp": 2}, ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, "ddp", ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, {"fsdp": 1}, ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, zero(1), ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, zero(3, **BF16), ("checkpoint loses state",)),
         (audited.CannotSave, zero(1), ("checkpoint fails",)),
         (audited.CannotLoad, zero(1), ("checkpoint fails",)),
         (audited.CannotLoad, {"fsdp": 2}, ("checkpoint fails",)),
@@ -139,6 +143,14 @@ def test_every_check_has_an_optimizer_that_fails_it(
     assert report.verdict == WRONG
     assert kinds(report) == set(found)
     assert all(one.text in report.sentence for one in report.findings if one.is_wrong)
+
+
+@pytest.mark.parametrize("configuration", [{"fsdp": 2}, zero(0, **BF16)], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_a_wrapper_that_steps_before_it_loads(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    """As a resumed run has it: what is set up in the first step is not lost."""
+    report = audit(pool, audited.SetsUpInItsFirstStep, configuration)
+    assert report.verdict == EXACT, report.sentence
 
 
 @pytest.mark.parametrize("configuration", [zero(1), "ddp", {"fsdp": 2}], ids=str)
