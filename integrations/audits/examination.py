@@ -86,7 +86,7 @@ def examine(
                 torch.device(device),
                 scheduled,
                 chance,
-                clips_what_is_stepped=configuration.zero_stage > 0,
+                clips_what_is_stepped=configuration.clips_what_is_stepped,
             )
 
     course, clipping = Course(steps), configuration.clipping or 0.0

@@ -241,12 +241,11 @@ class _Training:
 
 
 def _weights(run: Wrapped, shards: Shards | None) -> Weights:
-    if run.configuration.dtype != "fp32":
-        masters = None if shards is None else shards.values(run.injection.shapes)
-        if masters is not None:
-            return masters
     # From every rank: each may hold a copy of its own, which only the gradients keep the same.
-    return {name: [(0, weights.reshape(-1))] for name, weights in run.weights().items()}
+    told = {name: [(0, weights.reshape(-1))] for name, weights in run.weights().items()}
+    if run.configuration.dtype != "fp32" and shards is not None:
+        told |= {name: parts for name, parts in shards.values().items() if name in told}
+    return told
 
 
 def _fill_padding(shards: Shards | None, value: float) -> int | None:

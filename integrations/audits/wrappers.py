@@ -264,6 +264,8 @@ class _DeepSpeed(Wrapped):
         from ..deepspeed.building import leave_out_shared_memory
 
         leave_out_shared_memory()
+        if self.device.type == "cpu":  # DeepSpeed refuses processors on which fp16 is slow
+            deepspeed.get_accelerator().is_fp16_supported = lambda: True
         config, given = self.configuration.options, None
         if "optimizer" not in config:  # else DeepSpeed makes it
             self.make_optimizer(self.model)

@@ -372,6 +372,11 @@ def matrices_alone(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in parameters if p.dim() > 1], lr=0.01)
 
 
+def vectors_alone(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """AdamW that is given biases and norms alone."""
+    return torch.optim.AdamW([p for p in parameters if p.dim() < 2], lr=0.01)
+
+
 def bf16_model() -> torch.nn.Module:
     """A model whose weights no optimizer sees in fp32."""
     return torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Linear(12, 4)).to(torch.bfloat16)

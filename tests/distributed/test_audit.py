@@ -333,11 +333,29 @@ def test_refusals_and_what_cannot_be_audited(pool: WorkerPool, world_size: int) 
         audit(pool, audited.NeedsClosure, "ddp")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        *(zero(stage, gradient_clipping=0.5) for stage in (0, 1, 2)),
+        *(zero(stage, gradient_clipping=0.5, **BF16) for stage in (0, 1)),
+        zero(1, gradient_clipping=0.5, **BF16, data_types={"grad_accum_dtype": "fp32"}),
+        zero(2, gradient_clipping=0.5, fp16={"enabled": True, "loss_scale": 1000}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", [audited.matrices_alone, audited.vectors_alone])
 @pytest.mark.parametrize("world_size", [2])
-def test_layers_that_are_left_out_take_no_part_in_zeros_clipping(pool: WorkerPool, stage: int, world_size: int) -> None:
-    report = audit(pool, audited.matrices_alone, zero(stage, gradient_clipping=0.5))
+def test_layers_that_are_left_out(pool: WorkerPool, optimizer: Any, configuration: Any, world_size: int) -> None:
+    """Which take no part in the clipping of ZeRO and of 16 bits, and have no fp32 weights there."""
+    report = audit(pool, optimizer, configuration)
     assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_that_are_left_out_of_zero_3_in_16_bits(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.matrices_alone, zero(3, **BF16))
+    assert kinds(report) == {"checkpoint leaves out"}
+    assert all(layer.is_exact for layer in report.layers)
 
 
 @pytest.mark.parametrize("world_size", [2])
