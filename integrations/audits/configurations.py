@@ -20,8 +20,8 @@ SECTIONS = ("zero_optimization", *PRECISIONS)
 OFFLOAD = ("offload_optimizer", "offload_param")
 SCALES = ("loss_scale", "min_loss_scale")
 FP16_WITHOUT_ZERO = (
-    "fp16 without ZeRO: DeepSpeed 0.19.8 divides gradients by the loss scale, and engine.backward has not multiplied the "
-    "loss by it, so that every optimizer gets gradients that are too small: take stage 1"
+    "fp16 without ZeRO: DeepSpeed 0.19.8 divides gradients by the loss scale, and engine.backward has not multiplied "
+    "the loss by it, so that every optimizer gets gradients that are too small: take stage 1"
 )
 CLIPPING_OF_DEEPSPEED = 1.0  # where the JSON has no gradient_clipping
 
@@ -88,7 +88,7 @@ class Configuration:
 
     @property
     def clips_what_is_stepped(self) -> bool:
-        """Whether the norm for clipping is of the optimizer's parameters alone: DeepSpeed's, but in fp32 without ZeRO."""
+        """Whether the norm for clipping is of the optimizer's layers alone: under ZeRO, and in DeepSpeed's 16 bits."""
         return self.wrapper == "deepspeed" and (self.zero_stage > 0 or self.dtype != "fp32")
 
     @property

@@ -31,6 +31,7 @@ __all__ = [
     "STEPS",
     "Course",
     "Recorded",
+    "layers_on_this_rank",
     "numbers_in_groups",
     "state_bytes",
     "train_on_this_rank",
@@ -141,6 +142,14 @@ def train_on_this_rank(
         raise
     except BaseException as error:  # torch.distributed.checkpoint's errors are no Exception
         return Failure(str(error) if isinstance(error, CannotAudit) else _reason(error), training.stage)
+
+
+def layers_on_this_rank(subject: Subject) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the trainable layers of the model as it is made here; None: it cannot be."""
+    try:
+        return subject.make_model(1, None, SEED)[1].shapes
+    except CannotAudit:
+        return None  # training says why
 
 
 class _Training:

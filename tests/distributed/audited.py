@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -270,7 +271,6 @@ class RaisesWhenCut(Plain):
 def dies(parameters: Any) -> Plain:
     """An optimizer that ends every process but the first, which trains alone."""
     import multiprocessing
-    import os
 
     if multiprocessing.parent_process() is not None:
         os._exit(7)
@@ -327,6 +327,26 @@ def images() -> torch.nn.Module:
 
 def two_layers() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+
+
+def half_frozen() -> torch.nn.Module:
+    model = two_layers()
+    model[0].requires_grad_(False)
+    return model
+
+
+def with_a_group_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with a group of the parameters that are frozen."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return torch.optim.AdamW([{"params": trained}, {"params": frozen}], lr=0.01)
+
+
+def of_the_rank() -> torch.nn.Module:
+    """As pipeline stages: each rank has a layer of its own."""
+    return torch.nn.ModuleDict(
+        {"shared": torch.nn.Linear(5, 4), f"of_{os.environ.get('RANK', 'none')}": torch.nn.Linear(6, 5)}
+    )
 
 
 def lists_in_lists() -> torch.nn.Module:

@@ -269,6 +269,16 @@ def test_weights_in_another_memory_format(pool: WorkerPool, world_size: int) -> 
     assert report.verdict == EXACT, report.sentence
 
 
+@pytest.mark.parametrize("world_size", [2])
+def test_fsdp1_loads_the_state_of_such_weights_in_another_order(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.adamw, {"fsdp": 1}, audited.images)
+    assert kinds(report) == {"checkpoint loses state"}
+    assert "Of 0.weight that is torch's doing" in report.sentence
+    report = audit(pool, audited.ForgetsMomentum, "ddp", audited.images)
+    assert kinds(report) == {"checkpoint loses state"}
+    assert "torch's doing" not in report.sentence
+
+
 class WithoutExtension:
     """Workers that have DeepSpeed's CPU Adam without building it."""
 
@@ -356,6 +366,32 @@ def test_layers_that_are_left_out_of_zero_3_in_16_bits(pool: WorkerPool, world_s
     report = audit(pool, audited.matrices_alone, zero(3, **BF16))
     assert kinds(report) == {"checkpoint leaves out"}
     assert all(layer.is_exact for layer in report.layers)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    ["ddp", zero(1), zero(2, **BF16), zero(1, **BF16, data_types={"grad_accum_dtype": "fp32"}), zero(3)],
+    ids=str,
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_a_group_without_trained_parameters(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    report = audit(pool, audited.with_a_group_at_rest, configuration, audited.half_frozen)
+    if configuration in ("ddp", zero(3)):
+        assert report.verdict == EXACT, report.sentence
+        return
+    assert (report.verdict, report.status) == (REFUSED, 2)
+    assert report.sentence.startswith("group 1 of the optimizer has no parameter that is trained")
+    report = audit(pool, audited.with_a_group_at_rest, configuration, audited.two_layers)
+    assert report.verdict == EXACT, report.sentence  # DeepSpeed leaves out groups of nothing
+
+
+@pytest.mark.parametrize("configuration", ["ddp", zero(1), {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_models_that_depend_on_the_rank(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    with pytest.raises(
+        CannotAudit, match=r"other layers on rank 0 than in one process \(of_0.bias; of_0.weight; of_none"
+    ):
+        audit(pool, audited.adamw, configuration, audited.of_the_rank)
 
 
 @pytest.mark.parametrize("world_size", [2])
