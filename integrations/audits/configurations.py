@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ UNSUPPORTED = ("tensor_parallel", "pipeline", "sequence_parallel_size", "compres
 PRECISIONS = ("bf16", "fp16")
 SECTIONS = ("zero_optimization", *PRECISIONS)
 OFFLOAD = ("offload_optimizer", "offload_param")
+SCALES = ("loss_scale", "min_loss_scale")
+FP16_WITHOUT_ZERO = (
+    "fp16 without ZeRO: DeepSpeed 0.19.8 divides gradients by the loss scale, and engine.backward has not multiplied "
+    "the loss by it, so that every optimizer gets gradients that are too small: take stage 1"
+)
 CLIPPING_OF_DEEPSPEED = 1.0  # where the JSON has no gradient_clipping
 
 # What may be auto ----------------------------------------------------------------------------------------------------
@@ -81,6 +87,11 @@ class Configuration:
         return stage
 
     @property
+    def clips_what_is_stepped(self) -> bool:
+        """Whether the norm for clipping is of the optimizer's layers alone: under ZeRO, and in DeepSpeed's 16 bits."""
+        return self.wrapper == "deepspeed" and (self.zero_stage > 0 or self.dtype != "fp32")
+
+    @property
     def offloads_optimizer(self) -> bool:
         """Whether DeepSpeed keeps the optimizer's state elsewhere."""
         section = self.options.get("zero_optimization", {}) if self.wrapper == "deepspeed" else {}
@@ -143,6 +154,10 @@ def _of_deepspeed(given: dict[str, Any]) -> Configuration:
         notes.append("zero_allow_untested_optimizer was set, without which DeepSpeed refuses unknown optimizers")
     config.update(train_micro_batch_size_per_gpu=1, steps_per_print=10**9, wall_clock_breakdown=False)
     dtypes = [dtype for dtype in PRECISIONS if config.get(dtype, {}).get("enabled")]
+    if "fp16" in dtypes:
+        config["fp16"] = _with_exact_scales(config["fp16"], notes)
+        if not stage and config["fp16"].get("loss_scale") != 1:
+            notes.append(FP16_WITHOUT_ZERO)
     return Configuration(
         wrapper="deepspeed",
         title=_title(stage, dtypes, config),
@@ -182,6 +197,20 @@ def _refuse_values(config: dict[str, Any]) -> None:
         enabled = config.get(precision, {}).get("enabled", False)
         if not isinstance(enabled, bool):
             raise CannotAudit(f"{precision}.enabled must be true or false, not {enabled!r}")
+
+
+def _with_exact_scales(section: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The section with powers of two for loss scales, by which fp16 gradients are multiplied without rounding."""
+    kept = dict(section)
+    for key in SCALES:
+        scale = kept.get(key, 0)
+        if isinstance(scale, int | float) and 0 < scale < math.inf and math.frexp(scale)[0] != 0.5:
+            kept[key] = math.ldexp(0.5, math.frexp(scale)[1])
+            notes.append(
+                f"fp16.{key} is {scale:g}, and {kept[key]:g} is taken: by what is no power of two fp16 gradients are "
+                "rounded once more in the last bit, under any sharding"
+            )
+    return kept
 
 
 def _title(stage: int, dtypes: list[str], config: dict[str, Any]) -> str:

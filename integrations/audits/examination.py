@@ -13,13 +13,15 @@ from typing import Any, Protocol
 
 import torch
 
+from trustratio.optimizers.sharding.layout import listing
+
 from .configurations import Configuration
 from .errors import CannotAudit, Failure
 from .group_of_one import group_of_one
 from .injection import LARGEST_MEAN, largest_mean
 from .reference import Alone, train_alone
 from .subject import Subject
-from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Recorded, train_on_this_rank
+from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Recorded, layers_on_this_rank, train_on_this_rank
 from .verdict import Report, judge, refusal
 
 __all__ = [
@@ -86,7 +88,7 @@ def examine(
                 torch.device(device),
                 scheduled,
                 chance,
-                clips_what_is_stepped=configuration.zero_stage > 0,
+                clips_what_is_stepped=configuration.clips_what_is_stepped,
             )
 
     course, clipping = Course(steps), configuration.clipping or 0.0
@@ -98,6 +100,7 @@ def examine(
         note = f"no gradients of zeros were tried, with which {subject.title} fails in one process already"
         configuration = configuration.noting(note)
     _refuse_chance(subject, first, alone(course, clipping, chance=1))
+    _refuse_other_layers(first, ranks.run(layers_on_this_rank, subject))
     answers, failed = _on_ranks(ranks, subject, configuration, course, device)
     if not answers:
         return _dated(refusal(subject, configuration, ranks.world_size, *failed.values()))
@@ -148,6 +151,18 @@ def _refuse_chance(subject: Subject, one: Alone, other: Alone) -> None:
             f"{subject.title} is not deterministic: two runs in one process, with the same gradients, end with other "
             f"weights of {differ[0]}, so that a sharded run cannot be compared with it"
         )
+
+
+def _refuse_other_layers(alone: Alone, of_ranks: Sequence[Mapping[str, tuple[int, ...]] | None]) -> None:
+    wanted = {name: tuple(weights.shape) for name, weights in alone.weights.items()}
+    for rank, layers in enumerate(of_ranks):
+        found = wanted if layers is None else layers
+        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if differing:
+            raise CannotAudit(
+                f"the model has other layers on rank {rank} than in one process ({listing(differing)}): it must be the "
+                "same on every rank, whatever the rank and the number of ranks"
+            )
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -38,17 +38,19 @@ class Shards:
                 filled += int(outside.sum())
         return filled
 
-    def values(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[tuple[int, torch.Tensor]]] | None:
-        """Return the parts of the layers here, as (first element, values); None if not runs of all `wanted`."""
-        if not all(shard.is_run for shard in self.layout.shards):
-            return None
-        parts: dict[str, list[tuple[int, torch.Tensor]]] = {layer.name: [] for layer in self.layout.layers}
+    def values(self) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        """Return the parts of the layers here, as (first element, values), of layers whose parts are runs."""
+        layers = self.layout.layers
+        cut_up = {layers[shard.layer].name for shard in self.layout.shards if not shard.is_run}
+        parts: dict[str, list[tuple[int, torch.Tensor]]] = {
+            layer.name: [] for layer in layers if layer.name not in cut_up
+        }
         for shard in self.layout.shards:
-            layer = self.layout.layers[shard.layer]
+            layer = layers[shard.layer]
             flat = local_part(self.layout.tensors[layer.tensor].detach()).reshape(-1)
-            values = flat[shard.start : shard.start + shard.length].cpu().clone()
-            parts[layer.name].append((shard.offset, values))
-        return parts if wanted.keys() <= parts.keys() else None
+            if layer.name in parts:
+                parts[layer.name].append((shard.offset, flat[shard.start : shard.start + shard.length].cpu().clone()))
+        return parts
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -67,7 +67,7 @@ def train_alone(
         device: Where.
         scheduled: Options of each step and each group, from a scheduler; None: the optimizer's own.
         chance: Seed of torch's random numbers, which an optimizer may draw.
-        clips_what_is_stepped: Whether the norm for clipping is of the optimizer's parameters alone, as ZeRO's is.
+        clips_what_is_stepped: Whether the norm for clipping is of the optimizer's parameters alone.
 
     Raises:
         CannotAudit: If model or optimizer cannot be made, the optimizer cannot step the model at all, or there is

@@ -31,6 +31,7 @@ __all__ = [
     "STEPS",
     "Course",
     "Recorded",
+    "layers_on_this_rank",
     "numbers_in_groups",
     "state_bytes",
     "train_on_this_rank",
@@ -92,7 +93,7 @@ class Recorded:
         after_silence: Those that began with `OTHER_SEED`, after a first step without gradients; None: not tried.
         padding: Number of elements on this rank that no layer owns; None: not known.
         continued: Those after some steps more, which follow the writing of a checkpoint.
-        resumed: Those of a second run, which went on from the checkpoint.
+        resumed: Those of a new run, which loaded the checkpoint before any step, and went on from it.
         poisoned: The same once more, with `IN_PADDING`; None: there is none.
         saved_options: Options of the groups that writing the checkpoint has changed, as (name, before, after).
         resumed_options: Options of the groups that differ in the end, as (name, first run, second run).
@@ -121,7 +122,7 @@ class Recorded:
 def train_on_this_rank(
     subject: Subject, configuration: Configuration, course: Course, folder: str, device: str
 ) -> Recorded | Failure:
-    """Train, save, go on; then begin anew, without gradients, load, and go on, twice.
+    """Train, save, go on; begin anew, for a step without gradients; begin anew as a resumed run does, load, go on.
 
     Args:
         subject: What is trained.
@@ -143,8 +144,16 @@ def train_on_this_rank(
         return Failure(str(error) if isinstance(error, CannotAudit) else _reason(error), training.stage)
 
 
+def layers_on_this_rank(subject: Subject) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the trainable layers of the model as it is made here; None: it cannot be."""
+    try:
+        return subject.make_model(1, None, SEED)[1].shapes
+    except CannotAudit:
+        return None  # training says why
+
+
 class _Training:
-    """Both runs of one rank; `stage` says what is being done, should it raise."""
+    """All runs of one rank; `stage` says what is being done, should it raise."""
 
     def __init__(
         self, subject: Subject, configuration: Configuration, course: Course, folder: Path, where: torch.device
@@ -157,7 +166,11 @@ class _Training:
         with self._running(SEED) as run:
             recorded, options = self._first_run(run)
         with self._running(OTHER_SEED) as run:
-            self._second_run(run, recorded, options)
+            self._silent_run(run, recorded)
+        if CHECKPOINT in self.course.checks:
+            # A new one, as after a crash: who sets up in a first step loses there what was loaded.
+            with self._running(OTHER_SEED) as run:
+                self._resumed_run(run, recorded, options)
         return recorded
 
     @contextmanager
@@ -209,16 +222,16 @@ class _Training:
             self.stage = TRAINING
         return recorded, _options(run.optimizer)
 
-    def _second_run(self, run: Wrapped, recorded: Recorded, options: list[dict[str, Any]]) -> None:
+    def _silent_run(self, run: Wrapped, recorded: Recorded) -> None:
         shards = find_shards(run.optimizer, run.model)
         recorded.padding = _fill_padding(shards, 0.0)
         run.injection.step, run.injection.silent = 0, True
         run.update()
         recorded.after_silence = _weights(run, shards)
-        run.injection.silent = False
-        if CHECKPOINT not in self.course.checks:
-            return
+
+    def _resumed_run(self, run: Wrapped, recorded: Recorded, options: list[dict[str, Any]]) -> None:
         self.stage = CHECKPOINT
+        shards = find_shards(run.optimizer, run.model)
         run.load(self.folder)
         recorded.resumed = self._go_on(run, shards, padding=(0.0,))
         recorded.resumed_options = _differences(options, _options(run.optimizer))
@@ -237,12 +250,11 @@ class _Training:
 
 
 def _weights(run: Wrapped, shards: Shards | None) -> Weights:
-    if run.configuration.dtype != "fp32":
-        masters = None if shards is None else shards.values(run.injection.shapes)
-        if masters is not None:
-            return masters
     # From every rank: each may hold a copy of its own, which only the gradients keep the same.
-    return {name: [(0, weights.reshape(-1))] for name, weights in run.weights().items()}
+    told = {name: [(0, weights.reshape(-1))] for name, weights in run.weights().items()}
+    if run.configuration.dtype != "fp32" and shards is not None:
+        told |= {name: parts for name, parts in shards.values().items() if name in told}
+    return told
 
 
 def _fill_padding(shards: Shards | None, value: float) -> int | None:

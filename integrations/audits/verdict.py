@@ -396,10 +396,14 @@ def _checkpoint(
         )
     lost = [name for name in lost if name not in unsaved]
     if lost:
-        yield Finding(
-            "checkpoint loses state",
-            f"training that goes on from a checkpoint goes elsewhere: {listing(lost)}",
-        )
+        text = f"training that goes on from a checkpoint goes elsewhere: {listing(lost)}"
+        strided = [name for name in lost if not alone.before[name].is_contiguous()]
+        if strided and configuration.wrapper == "fsdp1":
+            text += (
+                f". Of {listing(strided)} that is torch's doing: FSDP1 loads the state of weights that are not "
+                "contiguous, as channels_last makes them, in another order than it was saved in. Make them contiguous"
+            )
+        yield Finding("checkpoint loses state", text)
     if recorded.resumed_options:
         changed = _changes(recorded.resumed_options)
         yield Finding("checkpoint changes options", f"after a checkpoint, options differ: {changed}")

@@ -177,7 +177,9 @@ class _FSDP2(Wrapped):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         state = self._state()
-        dcp.load(state, checkpoint_id=folder / CHECKPOINT)
+        # Of a layer without gradient torch asks for state here that a run never makes.
+        planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        dcp.load(state, checkpoint_id=folder / CHECKPOINT, planner=planner)
         set_state_dict(
             self.trained,
             self.optimizer,
@@ -262,10 +264,13 @@ class _DeepSpeed(Wrapped):
         from ..deepspeed.building import leave_out_shared_memory
 
         leave_out_shared_memory()
+        if self.device.type == "cpu":  # DeepSpeed refuses processors on which fp16 is slow
+            deepspeed.get_accelerator().is_fp16_supported = lambda: True
         config, given = self.configuration.options, None
         if "optimizer" not in config:  # else DeepSpeed makes it
             self.make_optimizer(self.model)
             given = self.given
+            self._refuse_groups_at_rest(self.given)
         if self.configuration.accelerate is None:
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             self.trained, *_ = deepspeed.initialize(
@@ -278,6 +283,16 @@ class _DeepSpeed(Wrapped):
             self.given, self.given_rates = self.optimizer, self._rates_of_the_section()
         self.scheduler = self.trained.lr_scheduler
         self.clipping = float(self.trained.gradient_clipping() or 0.0)
+
+    def _refuse_groups_at_rest(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.configuration.zero_stage not in (1, 2):
+            return
+        for index, group in enumerate(optimizer.param_groups):
+            if group["params"] and not any(p.requires_grad for p in group["params"]):
+                raise CannotAudit(
+                    f"group {index} of the optimizer has no parameter that is trained, with which DeepSpeed's ZeRO-1 "
+                    "and 2 cannot be set up: leave the group out"
+                )
 
     def _rates_of_the_section(self) -> list[float]:
         """Before a scheduler has set others."""

@@ -7,7 +7,7 @@
                                     _partial_reduce_output                                          2.6
                                     reduce_scatter_unused_params; before it such gradients never
                                     were reduced                                                    2.13
-    a parameter                     sharded_param, _unsharded_param, _orig_size, orig_dtype,        2.6
+    a parameter                     sharded_param, _unsharded_param, _orig_size,                    2.6
                                     fsdp_placement, is_dtensor, unsharded_accumulated_grad
     a placement                     _split_tensor                                                   2.6
     torch.distributed.tensor        placement_types._StridedShard                                   2.6
@@ -90,7 +90,7 @@ def whole_shape(parameter: Any) -> torch.Size:
 def reduce_dtype(group: Any, parameter: Any) -> torch.dtype:
     """In which dtype a parameter's gradients are added up: that of the group's mixed precision policy."""
     policy = INTERNALS.read(group, "mp_policy")
-    return policy.reduce_dtype or policy.param_dtype or INTERNALS.read(parameter, "orig_dtype")
+    return policy.reduce_dtype or policy.param_dtype or INTERNALS.read(parameter, "sharded_param").dtype
 
 
 def reduces_unused(group: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -185,6 +186,21 @@ class ForgetsMomentum(Plain):
         return self.momenta.setdefault(id(p), {})
 
 
+class SetsUpInItsFirstStep(Plain):
+    """Begins with a momentum of zeros in the first step of a process, whatever was loaded before."""
+
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
+        self.is_set_up = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if not self.is_set_up:
+            self.state.clear()
+            self.is_set_up = True
+        super().step(closure)
+
+
 class ChangesOptions(Plain):
     """Comes back from a checkpoint with another momentum."""
 
@@ -255,7 +271,6 @@ class RaisesWhenCut(Plain):
 def dies(parameters: Any) -> Plain:
     """An optimizer that ends every process but the first, which trains alone."""
     import multiprocessing
-    import os
 
     if multiprocessing.parent_process() is not None:
         os._exit(7)
@@ -314,6 +329,26 @@ def two_layers() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
 
 
+def half_frozen() -> torch.nn.Module:
+    model = two_layers()
+    model[0].requires_grad_(False)
+    return model
+
+
+def with_a_group_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with a group of the parameters that are frozen."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return torch.optim.AdamW([{"params": trained}, {"params": frozen}], lr=0.01)
+
+
+def of_the_rank() -> torch.nn.Module:
+    """As pipeline stages: each rank has a layer of its own."""
+    return torch.nn.ModuleDict(
+        {"shared": torch.nn.Linear(5, 4), f"of_{os.environ.get('RANK', 'none')}": torch.nn.Linear(6, 5)}
+    )
+
+
 def lists_in_lists() -> torch.nn.Module:
     blocks = [torch.nn.ModuleList([torch.nn.Linear(6, 5), torch.nn.Linear(5, 6)]), torch.nn.Linear(6, 5)]
     model = torch.nn.Module()
@@ -355,6 +390,11 @@ def not_a_model() -> int:
 def matrices_alone(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     """AdamW that is not given biases and norms."""
     return torch.optim.AdamW([p for p in parameters if p.dim() > 1], lr=0.01)
+
+
+def vectors_alone(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """AdamW that is given biases and norms alone."""
+    return torch.optim.AdamW([p for p in parameters if p.dim() < 2], lr=0.01)
 
 
 def bf16_model() -> torch.nn.Module:

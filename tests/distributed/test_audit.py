@@ -121,6 +121,10 @@ def test_whole_tensors_make_the_same_optimizer_exact(pool: WorkerPool, world_siz
         (audited.ForgetsMomentum, zero(1), ("checkpoint loses state",)),
         (audited.ForgetsMomentum, "ddp", ("checkpoint loses state",)),
         (audited.ForgetsMomentum, {"fsdp": 2}, ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, "ddp", ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, {"fsdp": 1}, ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, zero(1), ("checkpoint loses state",)),
+        (audited.SetsUpInItsFirstStep, zero(3, **BF16), ("checkpoint loses state",)),
         (audited.CannotSave, zero(1), ("checkpoint fails",)),
         (audited.CannotLoad, zero(1), ("checkpoint fails",)),
         (audited.CannotLoad, {"fsdp": 2}, ("checkpoint fails",)),
@@ -139,6 +143,14 @@ def test_every_check_has_an_optimizer_that_fails_it(
     assert report.verdict == WRONG
     assert kinds(report) == set(found)
     assert all(one.text in report.sentence for one in report.findings if one.is_wrong)
+
+
+@pytest.mark.parametrize("configuration", [{"fsdp": 2}, zero(0, **BF16)], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_a_wrapper_that_steps_before_it_loads(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    """As a resumed run has it: what is set up in the first step is not lost."""
+    report = audit(pool, audited.SetsUpInItsFirstStep, configuration)
+    assert report.verdict == EXACT, report.sentence
 
 
 @pytest.mark.parametrize("configuration", [zero(1), "ddp", {"fsdp": 2}], ids=str)
@@ -257,6 +269,16 @@ def test_weights_in_another_memory_format(pool: WorkerPool, world_size: int) -> 
     assert report.verdict == EXACT, report.sentence
 
 
+@pytest.mark.parametrize("world_size", [2])
+def test_fsdp1_loads_the_state_of_such_weights_in_another_order(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.adamw, {"fsdp": 1}, audited.images)
+    assert kinds(report) == {"checkpoint loses state"}
+    assert "Of 0.weight that is torch's doing" in report.sentence
+    report = audit(pool, audited.ForgetsMomentum, "ddp", audited.images)
+    assert kinds(report) == {"checkpoint loses state"}
+    assert "torch's doing" not in report.sentence
+
+
 class WithoutExtension:
     """Workers that have DeepSpeed's CPU Adam without building it."""
 
@@ -321,11 +343,55 @@ def test_refusals_and_what_cannot_be_audited(pool: WorkerPool, world_size: int) 
         audit(pool, audited.NeedsClosure, "ddp")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        *(zero(stage, gradient_clipping=0.5) for stage in (0, 1, 2)),
+        *(zero(stage, gradient_clipping=0.5, **BF16) for stage in (0, 1)),
+        zero(1, gradient_clipping=0.5, **BF16, data_types={"grad_accum_dtype": "fp32"}),
+        zero(2, gradient_clipping=0.5, fp16={"enabled": True, "loss_scale": 1000}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", [audited.matrices_alone, audited.vectors_alone])
 @pytest.mark.parametrize("world_size", [2])
-def test_layers_that_are_left_out_take_no_part_in_zeros_clipping(pool: WorkerPool, stage: int, world_size: int) -> None:
-    report = audit(pool, audited.matrices_alone, zero(stage, gradient_clipping=0.5))
+def test_layers_that_are_left_out(pool: WorkerPool, optimizer: Any, configuration: Any, world_size: int) -> None:
+    """Which take no part in the clipping of ZeRO and of 16 bits, and have no fp32 weights there."""
+    report = audit(pool, optimizer, configuration)
     assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_that_are_left_out_of_zero_3_in_16_bits(pool: WorkerPool, world_size: int) -> None:
+    report = audit(pool, audited.matrices_alone, zero(3, **BF16))
+    assert kinds(report) == {"checkpoint leaves out"}
+    assert all(layer.is_exact for layer in report.layers)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    ["ddp", zero(1), zero(2, **BF16), zero(1, **BF16, data_types={"grad_accum_dtype": "fp32"}), zero(3)],
+    ids=str,
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_a_group_without_trained_parameters(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    report = audit(pool, audited.with_a_group_at_rest, configuration, audited.half_frozen)
+    if configuration in ("ddp", zero(3)):
+        assert report.verdict == EXACT, report.sentence
+        return
+    assert (report.verdict, report.status) == (REFUSED, 2)
+    assert report.sentence.startswith("group 1 of the optimizer has no parameter that is trained")
+    report = audit(pool, audited.with_a_group_at_rest, configuration, audited.two_layers)
+    assert report.verdict == EXACT, report.sentence  # DeepSpeed leaves out groups of nothing
+
+
+@pytest.mark.parametrize("configuration", ["ddp", zero(1), {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_models_that_depend_on_the_rank(pool: WorkerPool, configuration: Any, world_size: int) -> None:
+    with pytest.raises(
+        CannotAudit, match=r"other layers on rank 0 than in one process \(of_0.bias; of_0.weight; of_none"
+    ):
+        audit(pool, audited.adamw, configuration, audited.of_the_rank)
 
 
 @pytest.mark.parametrize("world_size", [2])

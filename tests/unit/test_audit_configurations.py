@@ -241,3 +241,24 @@ def test_a_section_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_partial_is_titled_by_what_it_calls() -> None:
     made = functools.partial(TrustRatio, torch.optim.AdamW, lr=0.01)
     assert Subject(made).title == "TrustRatio AdamW lr=0.01"
+
+
+# Loss scales --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "taken"), [(1000, 512.0), (3, 2.0), (0.3, 0.25), (1024, 1024), (1, 1), (0, 0)])
+def test_loss_scales_become_powers_of_two(given: float, taken: float) -> None:
+    """By which fp16 gradients are scaled without rounding."""
+    section = {"enabled": True, "loss_scale": given}
+    configuration = configuration_of({"zero_optimization": {"stage": 1}, "fp16": section})
+    assert configuration.options["fp16"]["loss_scale"] == taken
+    told = [note for note in configuration.notes if note.startswith(f"fp16.loss_scale is {given:g}, and {taken:g} is")]
+    assert len(told) == (given != taken)
+    assert section["loss_scale"] == given
+
+
+@pytest.mark.parametrize(("stage", "section", "told"), [(0, {}, 1), (0, {"loss_scale": 1}, 0), (1, {}, 0)])
+def test_fp16_without_zero_is_told_to_be_wrong(stage: int, section: dict[str, Any], told: int) -> None:
+    given = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True, **section}}
+    notes = [note for note in configuration_of(given).notes if note.startswith("fp16 without ZeRO")]
+    assert len(notes) == told
