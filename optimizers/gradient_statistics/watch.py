@@ -377,7 +377,8 @@ class GradientStatistics:
         """
         if self._flow is not None and self._flow.sources:
             for layer, seen in zip(layout.layers, watched, strict=True):
-                if seen.source is None and gradients[layer.tensor] is not None:
+                gradient = gradients[layer.tensor]
+                if seen.source is None and gradient is not None and gradient.any():
                     raise StatisticsError(
                         f"{self._owner()} has a gradient of layer {layer.name} but saw none of its groups', since no "
                         "forward of a module under fully_shard was seen to use it. Construct the optimizer before the "

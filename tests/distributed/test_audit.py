@@ -153,6 +153,14 @@ def test_a_wrapper_that_steps_before_it_loads(pool: WorkerPool, configuration: A
     assert report.verdict == EXACT, report.sentence
 
 
+@pytest.mark.parametrize("optimizer", ["clars", "vrlamb"])
+@pytest.mark.parametrize("world_size", [2])
+def test_gradient_statistics_before_the_first_forward(pool: WorkerPool, optimizer: str, world_size: int) -> None:
+    """As torch's get_state_dict steps with gradients of zeros, to have state to load into."""
+    report = audit(pool, optimizer, {"fsdp": 2}, lr=0.01)
+    assert report.verdict == EXACT, report.sentence
+
+
 @pytest.mark.parametrize("configuration", [zero(1), "ddp", {"fsdp": 2}], ids=str)
 @pytest.mark.parametrize("world_size", [2])
 def test_what_they_have_in_common_passes(pool: WorkerPool, configuration: Any, world_size: int) -> None:
