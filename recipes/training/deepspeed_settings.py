@@ -89,6 +89,7 @@ def merge(
     _check_offload(zero, zero_stage)
     _check_buckets(zero, zero_stage)
     _check_scaling(merged, zero_stage)
+    _check_loss_scale(zero_stage, precision)
     merged.setdefault("steps_per_print", _QUIET)
     check_device(merged, plan.ranks)
     check_complete(merged, plan)
@@ -175,6 +176,15 @@ def _check_scaling(merged: Mapping[str, Any], zero_stage: int) -> None:
                 f"{WHAT} has {key}={merged[key]}, which DeepSpeed cannot do at stage {zero_stage} with "
                 "zero_optimization.reduce_scatter: remove it, or set reduce_scatter to false"
             )
+
+
+def _check_loss_scale(zero_stage: int, precision: str) -> None:
+    """Refuse fp16 at stage 0: DeepSpeed 0.19.8 divides gradients by a loss scale that the loss never had there."""
+    if zero_stage == 0 and precision == "fp16":
+        raise RecipeError(
+            "fp16 at stage 0 has gradients that are too small by the loss scale, since DeepSpeed divides by it and "
+            "does not scale the loss: use --zero_stage 1, or --precision bf16"
+        )
 
 
 def without_batch_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:

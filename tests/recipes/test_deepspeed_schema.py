@@ -203,6 +203,10 @@ def test_no_key_is_both_taken_and_refused():
 def test_gradients_are_summed_in_fp32_wherever_deepspeed_can(monkeypatch, stage, precision, offload):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # whatever processor runs this
     zero = {"offload_optimizer": {"device": "cpu"}} if offload and stage else {}
+    if (stage, precision) == (0, "fp16"):
+        with pytest.raises(RecipeError, match=r"fp16 at stage 0 has gradients that are too small .* --zero_stage 1"):
+            merge({"zero_optimization": zero}, BatchPlan(4, 8, 2), stage, precision, 1.0, False)
+        return
     merged = merge({"zero_optimization": zero}, BatchPlan(4, 8, 2), stage, precision, 1.0, False)
     asked = merged.get("data_types", {}).get("grad_accum_dtype")
     assert asked == ("fp32" if stage and precision != "fp32" else None)
