@@ -7,7 +7,6 @@ import pytest
 from .endings import require_said_once
 from .faulty_runs import STEPS, checkpoints, losses, show, started, train_records
 
-
 LEAST = r"1\d updates in a row .* at a loss scale of 1 \(DeepSpeed lowers it no further\)"
 
 
