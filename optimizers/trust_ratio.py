@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from .formulas.stages import Stage, sums_over_layers
 from .formulas.updates import TrustRule
 from .layerwise import PARAMETER_KEYS, LayerwiseOptimizer
 from .options.common import COMMON_DEFAULTS
-from .options.unknown import check_keys
+from .options.unknown import PASSENGERS, check_keys
 from .proposals.base import (
     attributes_of,
     check_base_class,
@@ -42,7 +43,7 @@ from .proposals.instances import (
     step_without_hooks,
 )
 from .proposals.made_of_zeros import MadeOfZeros
-from .proposals.nature import Nature, kinds_of, nature_of
+from .proposals.nature import Nature, kinds_of, nature_of, unread_keys
 from .proposals.rates import at_rate
 from .proposals.refusals import refuse_layout, refuse_loss, warn_of_lost_digits
 from .proposals.trial import LARGE_RATE
@@ -52,7 +53,10 @@ from .sharding.local_tensors import is_plain, local_part, placements_of
 __all__ = ["TrustRatio"]
 
 OWN_OPTIONS = ("adapt", "segments", "trust_bounds")
-KEPT_IN_COPIES = ("base_class", "base_options", "base", "_takes_groups", "_makes_state_when_made", "_made_of_zeros")
+KEPT_IN_COPIES = (
+    *("base_class", "base_options", "base"),
+    *("_takes_groups", "_given_keys", "_makes_state_when_made", "_made_of_zeros"),
+)
 """Attributes that copies and pickles have besides what torch gives them."""
 
 
@@ -127,6 +131,7 @@ class TrustRatio(LayerwiseOptimizer):
         refuse_unknown_options(base_class, base_options, ("lr", *OWN_OPTIONS))
         self.base_class = base_class
         self.base_options = base_options
+        self._given_keys: set[str] = set()
         own = {"trust_bounds": trust_bounds, "adapt": adapt, "segments": segments}
         given = GivenGroups(params, own)
         self._takes_groups = given.are_groups
@@ -180,8 +185,10 @@ class TrustRatio(LayerwiseOptimizer):
 
     def _check_given_keys(self, given: GivenGroups, defaults: Mapping[str, Any]) -> None:
         names, _ = options_of_base(self.base_class)
+        known = [*dict.fromkeys((*defaults, *names))]
         for group in given.groups:
-            check_keys(type(self), group, [*dict.fromkeys((*defaults, *names))], others_read=True)
+            check_keys(type(self), group, known, others_read=True)
+            self._given_keys |= {key for key in group if key not in (*known, *PARAMETER_KEYS, *PASSENGERS)}
 
     def _check_keys(self, group: dict[str, Any]) -> None:
         """What the base puts into its groups is its business; the user's keys are looked at before."""
@@ -236,10 +243,26 @@ class TrustRatio(LayerwiseOptimizer):
             nature_of(self.base_class, self._options_of_base(group), layout.device, self._seen_by_base(group))
             for group in self.param_groups
         ]
-        has_all_groups = len([group for group in self.param_groups if group["params"]]) >= self._most_groups
+        stepped = [group for group in self.param_groups if group["params"]]
+        has_all_groups = all(map(self.was_given, layout.tensors)) or len(stepped) >= self._most_groups
         for index in dict.fromkeys(layout.groups):
             refuse_layout(self.base_class.__name__, natures[index], layout, has_all_groups=has_all_groups)
         self._natures[layout] = natures, self._kinds()
+        self._warn_of_unread_keys()
+
+    def _warn_of_unread_keys(self) -> None:
+        """Warn of what users have put into groups and the base makes nothing of; once."""
+        given, self._given_keys = self._given_keys, set()
+        for group in self.param_groups if given else []:
+            options, in_group = self._options_of_base(group), self._seen_by_base(group)
+            unread = unread_keys(self.base_class, options, in_group, [key for key in in_group if key in given])
+            if unread:
+                warnings.warn(
+                    f"{self.base_class.__name__} makes nothing of the group key {', '.join(map(repr, unread))}, which "
+                    "is no option of it: leave it out",
+                    stacklevel=2,
+                )
+                return
 
     def _seen_by_base(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in group.items() if name not in OWN_OPTIONS}
@@ -307,23 +330,51 @@ class TrustRatio(LayerwiseOptimizer):
         self._make_state(layout)
         own_gradients = [*_complete(layout, gradients)]
         own_data = [(tensor, tensor.detach()) for tensor in layout.tensors if is_plain(tensor)]
-        # A base may count steps in its groups: only those that this call steps, and each once per step.
-        self.base.param_groups = [group for group in self.param_groups if group["params"]]
-        for group in self.base.param_groups:
-            self._as_the_step_began(group, PARAMETER_KEYS)
-        self._as_the_step_began(self.state)
+        own_members = self._leave_out_what_stays(layout, gradients)
+        not_stepped = self._as_several_calls_began(layout)
         rate = at_rate(self.param_groups, LARGE_RATE) if self._takes_large_rate else nullcontext()
         try:
             with rate:
                 step_without_hooks(self.base, *(() if self._closure is None else (self._closure(layout.tensors),)))
         finally:
-            self.base.param_groups = self.param_groups
+            for group, members in own_members:
+                group["params"] = members
+            for group, kept in not_stepped:
+                restore(group, kept, PARAMETER_KEYS)
             for tensor, gradient in own_gradients:
                 tensor.grad = gradient
             for tensor, data in own_data:
                 if tensor.data_ptr() != data.data_ptr():  # the base has put another one in its place
                     data.copy_(tensor.detach())
                     tensor.data = data
+
+    def _leave_out_what_stays(
+        self, layout: Layout, gradients: Sequence[torch.Tensor | None]
+    ) -> list[tuple[dict[str, Any], list[torch.Tensor]]]:
+        """Take tensors without gradient out of the groups, since a base might decay them; return what was there."""
+        moving = {id(t) for t, gradient in zip(layout.tensors, gradients, strict=True) if gradient is not None}
+        own = [(group, group["params"]) for group in self.param_groups]
+        for group, members in own:
+            if not all(id(member) in moving for member in members):
+                group["params"] = [member for member in members if id(member) in moving]
+        return own
+
+    def _as_several_calls_began(self, layout: Layout) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Where a wrapper makes several calls of a step, have a base count in each group and in the state once.
+
+        Only wrappers that step tensors of their own do that, as ZeRO does; else each call is a step.
+
+        Returns:
+            Groups that this call does not step, and what they have.
+        """
+        if all(map(self.was_given, layout.tensors)):
+            return []
+        self._as_the_step_began(self.state)
+        for group in self.param_groups:
+            if group["params"]:
+                self._as_the_step_began(group, PARAMETER_KEYS)
+        empty = [group for group in self.param_groups if not group["params"]]
+        return [(group, copied(own_of(group, PARAMETER_KEYS))) for group in empty]
 
     def _as_the_step_began(self, kept: MutableMapping[Any, Any], left_out: Sequence[Any] = ()) -> None:
         """Give what is stepped in several calls, a group or the whole state, what it had before the first of them.
@@ -391,7 +442,8 @@ class TrustRatio(LayerwiseOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as `LayerwiseOptimizer` does, a ``state_dict()`` of the base alone too: then the own options stay.
 
-        State gets the dtypes that the base's own ``load_state_dict`` gives it.
+        State gets the dtypes that torch gives it, those of the parameters; or keeps those of the file, if the base has
+        a ``load_state_dict`` of its own, which is not called.
         """
         saved, current = state_dict["param_groups"], self.param_groups
         if len(saved) == len(current):
@@ -400,12 +452,14 @@ class TrustRatio(LayerwiseOptimizer):
         super().load_state_dict({**state_dict, "param_groups": saved})
 
     def _as_loaded(self, parameter: torch.Tensor, name: str, value: Any) -> Any:
-        # As torch loads it, for the base expects that. But torch makes floats of masks and counts, and nothing of text.
+        # As torch loads it, for the base expects that. But torch makes floats of masks and counts, and nothing of text;
+        # and who loads by itself does so to keep the dtypes.
         made_of_it = self.state[parameter][name]
         if not isinstance(value, torch.Tensor):
             return super()._as_loaded(parameter, name, value)
-        kept = made_of_it if value.is_floating_point() else value.to(made_of_it.device)
-        return kept.detach().clone()
+        loads_itself = type(self.base).load_state_dict is not torch.optim.Optimizer.load_state_dict
+        as_torch_casts = value.is_floating_point() and not loads_itself
+        return (made_of_it if as_torch_casts else value.to(made_of_it.device)).detach().clone()
 
 
 def _any_gradient(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> bool:

@@ -28,7 +28,7 @@ from trustratio.optimizers.stepping.gradients import read_gradients
 from .clips import noting, step_is_taken
 from .kept_layout import KeptLayout
 from .names import observed
-from .shard_sums import ShardSums
+from .shard_sums import MOST_KEPT, ShardSums
 from .steps_under_way import is_inner_step, watch_steps
 
 __all__ = ["clip", "clip_now", "refuse_step_in_backward"]
@@ -223,6 +223,8 @@ class Clipper:
         """Which layers are in a call's local tensors, shape (layers,), bool; sent to the device once, as that waits."""
         layout, key = self._known.layout, frozenset(call)
         if key not in self._masks:
+            if len(self._masks) == MOST_KEPT:
+                self._masks.clear()
             inside = torch.tensor([layer.tensor in key for layer in layout.layers], device="cpu", dtype=torch.bool)
             self._masks[key] = inside.to(layout.numbers_device)
         return self._masks[key]

@@ -61,8 +61,12 @@ def clips_of(gradients: Iterable[torch.Tensor]) -> Clips | None:
 def noting(gradients: Iterable[torch.Tensor]) -> Iterator[list[Flag]]:
     """Within it gradients are clipped; whether they have become smaller is put into the list that it gives."""
     before = [(gradient, _clips_of(gradient) or _NONE) for gradient in gradients]
+    # Views of a bucket, as DDP may give, have one version: that of others rises too, and they stay as they are.
+    others = [(gradient, note) for gradient, note in _notes.items() if note.version == version_of(gradient)]
     said: list[Flag] = []
     yield said
+    for gradient, note in others:
+        note.version = version_of(gradient)
     # Most gradients share what is known of them.
     now = {clips: replace(clips, made_smaller=(*clips.made_smaller, *said)) for clips in {c for _, c in before}}
     for gradient, clips in before:

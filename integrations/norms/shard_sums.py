@@ -13,9 +13,11 @@ from trustratio.optimizers.formulas.chunks import Chunk, Flattened, cut_into_chu
 from trustratio.optimizers.sharding.layout import Layout
 from trustratio.optimizers.sharding.local_tensors import compute_dtype
 
-__all__ = ["SQUARES", "ShardSums", "Slots"]
+__all__ = ["MOST_KEPT", "SQUARES", "ShardSums", "Slots"]
 
 SQUARES, NONZERO, LARGEST = range(3)
+MOST_KEPT = 64
+"""Sets of layers whose order is kept."""
 
 
 class ShardSums:
@@ -72,6 +74,8 @@ class ShardSums:
         if not of_pieces:
             return torch.zeros(count, dtype=torch.float64, device=device)
         if layers not in self._orders:
+            if len(self._orders) == MOST_KEPT:  # layers that are left out at random are other ones in every step
+                self._orders.clear()
             order = sorted(range(len(layers)), key=layers.__getitem__)
             lengths = torch.bincount(torch.tensor(layers, device="cpu"), minlength=count).to(device)
             self._orders[layers] = order, lengths

@@ -123,7 +123,7 @@ def check_keys(
         optimizer_class: Whose group it is.
         group: With these keys.
         defaults: Names of options.
-        others_read: Whether keys that are no options may be read by others, and are kept without a word.
+        others_read: Whether keys that are no options may be read by others; misspelt ones alone are refused then.
 
     Raises:
         ValueError: Naming the key and what to write in its place.
@@ -135,7 +135,7 @@ def check_keys(
         name = optimizer_class.__name__
         if key in OF_THE_WHOLE:
             raise ValueError(f"{key} is an option of the whole optimizer: give it to {name}(), not to a group")
-        advice = _advice(key, value, options)
+        advice = _advice(key, value, options, others_read=others_read)
         if advice:
             raise ValueError(f"{name} has no group option {key!r} (got {value!r}): {advice}")
         if not others_read and key not in PASSENGERS and key not in ELSEWHERE and value is not None:
@@ -150,11 +150,11 @@ def chooses_elsewhere(key: str, value: Any) -> bool:
     return not any(value is same or (type(value) is type(same) and value == same) for same in harmless)
 
 
-def _advice(key: Any, value: Any, options: Collection[str]) -> str | None:
+def _advice(key: Any, value: Any, options: Collection[str], *, others_read: bool) -> str | None:
     """What to write in place of a key that is a mistake; None if it is none."""
     if not isinstance(key, str) or key in PASSENGERS or value is None:
         return None
-    if key in ELSEWHERE:
+    if key in ELSEWHERE and not others_read:
         harmless, advice = ELSEWHERE[key]
         return (
             None if any(value is same or (type(value) is type(same) and value == same) for same in harmless) else advice
@@ -162,7 +162,7 @@ def _advice(key: Any, value: Any, options: Collection[str]) -> str | None:
     close = _misspelt(key, options)
     if close is not None:
         return f"nearest: {close}"
-    owner = options_of_others(options).get(key)
+    owner = None if others_read else options_of_others(options).get(key)
     if owner is not None and value is not False:
         return f"it is an option of {owner}; known here: {', '.join(options)}"
     return None

@@ -6,7 +6,8 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -152,13 +153,9 @@ def _make_any(
 ) -> None:
     any_parameter = torch.nn.Parameter(torch.zeros(2, 2, device="cpu"))
     on_any_device = {"fused": None} if options.get("fused") else {}
-    make_alone(
-        base_class,
-        any_parameter,
-        ANY_RATE,
-        copied({**options, **on_any_device}),
-        None if keys is None else copied(keys),
-    )
+    options, keys = copied({**options, **on_any_device}), None if keys is None else copied(keys)
+    with redirect_stdout(StringIO()):  # some greet whoever makes them
+        make_alone(base_class, any_parameter, ANY_RATE, options, keys)
 
 
 def _is_made(
@@ -183,7 +180,7 @@ def attributes_of(base: torch.optim.Optimizer) -> dict[str, Any]:
     own = {
         name: value
         for name, value in vars(base).items()
-        if name not in of_every and not callable(getattr(type(base), name, None))
+        if name not in of_every and not callable(getattr(torch.optim.Optimizer, name, None))
     }
     known = {id(parameter) for group in base.param_groups for parameter in group["params"]}
     for name, value in own.items():
@@ -197,7 +194,8 @@ def attributes_of(base: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _why_not_copied(value: Any, known: Collection[int]) -> str:
-    if any(isinstance(part, WEAK) or (isinstance(part, int) and part in known) for part in _parts(value)):
+    parts = [*_parts(value, set())]
+    if any(isinstance(part, WEAK) or (isinstance(part, int | str) and _number(part) in known) for part in parts):
         return "knows parameters by their id() or by weak references"
     try:
         if not isinstance(value, torch.Tensor):
@@ -207,14 +205,22 @@ def _why_not_copied(value: Any, known: Collection[int]) -> str:
     return ""
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """Yield a value, and what is in it if it is a collection of Python's."""
+def _number(part: int | str) -> int | None:
+    """A number, also as text, as some make keys of id()."""
+    return part if isinstance(part, int) else int(part) if part.isdecimal() else None
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield a value, and what is in it if it is a collection of Python's or an object with attributes."""
     yield value
+    if id(value) in seen or isinstance(value, torch.Tensor | type | torch.optim.Optimizer):
+        return
+    seen.add(id(value))
     if isinstance(value, dict):
         value = (*value, *value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            yield from _parts(part)
+    inner = value if isinstance(value, list | tuple | set | frozenset) else getattr(value, "__dict__", {}).values()
+    for part in [*inner]:
+        yield from _parts(part, seen)
 
 
 def known_at_first(closure: Callable[[], Any], loss: Any, tensors: Sequence[torch.Tensor]) -> Callable[[], Any]:

@@ -8,8 +8,8 @@ depend on the learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,9 +18,9 @@ import torch
 
 from ..options.common import COMMON_DEFAULTS
 from ..options.unknown import PASSENGERS
-from .trial import LARGE_RATE, LAYERS, MATRICES, NO_OPTIONS, TOLERANCES, Outcome, Trial
+from .trial import FALLING, LARGE_RATE, LAYERS, MATRICES, NO_OPTIONS, RISING, TOLERANCES, Outcome, Trial
 
-__all__ = ["Nature", "kinds_of", "nature_of"]
+__all__ = ["Nature", "kinds_of", "nature_of", "unread_keys"]
 
 HOW_IT_IS_COMPUTED = {"foreach": None, "fused": None, "capturable": False}
 """Options that say how a step is computed, not what: these suit every device."""
@@ -40,7 +40,8 @@ class Nature:
         hidden: Attributes of the optimizer or of parameters among which must be something that its steps depend on,
             and that is neither in the state nor in the groups; None if there is nothing of that kind.
         puts_others_in_place: Whether it gives the parameters other tensors as their data, where most write into it.
-        goes_by_groups: Whether its steps are others if groups are stepped one after the other, as by their number.
+        goes_by_groups: Whether its steps are others if groups are stepped one after the other, as by their number, or
+            nobody knows, since it cannot be made with several groups here.
         reads_loss: Whether steps depend on the loss that a closure returns.
         writes_rate: Whether steps change the groups' learning rate.
         failure: What it raised on flat pieces of layers, or on whole ones if that fails too, "" if nothing.
@@ -102,6 +103,10 @@ def _kind_of(value: Any) -> Any:
         return (value > 0) - (value < 0)
     if isinstance(value, list | tuple):
         return [_kind_of(inner) for inner in value]
+    if isinstance(value, Mapping):
+        return {name: _kind_of(inner) for name, inner in value.items()}
+    if isinstance(value, torch.Tensor) and value.is_cpu and value.numel() == 1:  # on a GPU a look would wait
+        return _kind_of(value.item())
     return type(value).__name__
 
 
@@ -109,6 +114,37 @@ def _distinguishing(in_group: Mapping[str, Any]) -> dict[str, Any]:
     """What tells groups apart; not the names and rates that schedulers and wrappers give to each."""
     passengers = {name: type(value).__name__ for name, value in in_group.items() if name in PASSENGERS}
     return {**in_group, **{name: kind for name, kind in passengers.items() if kind != "bool"}}
+
+
+def unread_keys(
+    base_class: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    in_group: Mapping[str, Any],
+    keys: Sequence[str],
+) -> list[str]:
+    """Which of some keys of a group make no difference to the steps of a class, those that switch nothing on aside.
+
+    Args:
+        base_class: The class.
+        options: Of its constructor, without params and lr.
+        in_group: All that the group has.
+        keys: Some of it.
+    """
+    asked = [key for key in keys if isinstance(in_group[key], torch.Tensor) or in_group[key]]
+    if not asked:
+        return []
+    known = _without_large({key: value for key, value in in_group.items() if key not in NO_OPTIONS})
+    plain = {name: HOW_IT_IS_COMPUTED.get(name, value) for name, value in options.items()}
+    trial = Trial(base_class, plain, known, torch.device("cpu"), torch.float64, MATRICES)
+    with_all, _ = trial.attempt(trial.all)
+    if with_all is None:
+        return []
+    unread = []
+    for key in asked:
+        without, _ = replace(trial, in_group={k: v for k, v in known.items() if k != key}).attempt(trial.all)
+        if without is not None and trial.same(with_all, without):
+            unread.append(key)
+    return unread
 
 
 def _without_large(in_group: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,11 +184,11 @@ def _try(
 ) -> Nature:
     places = dict.fromkeys([torch.device("cpu"), *([] if device.type == "meta" else [device])])
     failure = ""
-    for shapes, place, dtype in product((LAYERS, MATRICES), places, TOLERANCES):
-        trial = Trial(base_class, options, in_group, place, dtype, shapes)
+    for loss, shapes, place, dtype in product((None, FALLING), (LAYERS, MATRICES), places, TOLERANCES):
+        trial = Trial(base_class, options, in_group, place, dtype, shapes, loss)
         whole, failure = trial.attempt(trial.all)
         if whole is not None:
-            return _nature(trial, whole)
+            return _nature(trial.as_exact_as(whole), whole)
     return Nature(is_element_wise=False, is_layer_wise=False, is_random=False, is_proportional=False, failure=failure)
 
 
@@ -187,12 +223,15 @@ def _nature(trial: Trial, whole: Outcome) -> Nature:
 
 
 def _goes_by_groups(trial: Trial) -> bool:
-    together, _ = trial.attempt(trial.all, group_by_group=False)
-    one_by_one, _ = trial.attempt(trial.all, group_by_group=True)
-    return together is not None and (one_by_one is None or not trial.same(together, one_by_one))
+    for layers in (trial.with_vector, trial.all):  # some make groups by the number of dimensions, some want matrices
+        together, _ = trial.attempt(layers, group_by_group=False)
+        one_by_one, _ = trial.attempt(layers, group_by_group=True)
+        if together is not None and len(together.of_groups) > 1:
+            return one_by_one is None or not trial.same(together, one_by_one)
+    return True
 
 
 def _reads_loss(trial: Trial) -> bool:
-    falling, _ = trial.attempt(trial.all, loss=lambda step: 1.0 / (1 + step))
-    rising, _ = trial.attempt(trial.all, loss=lambda step: 5.0 + 3.0 * step)
+    falling, _ = trial.attempt(trial.all, loss=FALLING)
+    rising, _ = trial.attempt(trial.all, loss=RISING)
     return falling is not None and (rising is None or not trial.same(falling, rising))

@@ -126,5 +126,5 @@ def _why(nature: Nature) -> str:
     if nature.is_random:
         return "draws random numbers"
     if nature.failure:
-        return f"fails when it is tried on flat pieces of layers ({nature.failure})"
+        return f"fails when it is tried on flat pieces of layers (in the trial: {nature.failure})"
     return "makes other steps of flat pieces of a layer, as TrustRatio would step them, than of the whole layer"

@@ -7,7 +7,9 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from itertools import accumulate, chain
 from typing import Any
 
@@ -16,7 +18,18 @@ import torch
 from .instances import copied, make_base, own_of, restore, step_without_hooks
 from .rates import set_rate
 
-__all__ = ["LARGE_RATE", "LAYERS", "MATRICES", "NO_OPTIONS", "TOLERANCES", "Outcome", "Shapes", "Trial"]
+__all__ = [
+    "FALLING",
+    "LARGE_RATE",
+    "LAYERS",
+    "MATRICES",
+    "NO_OPTIONS",
+    "RISING",
+    "TOLERANCES",
+    "Outcome",
+    "Shapes",
+    "Trial",
+]
 
 LARGE_RATE = float(2**48)
 """A rate at which a direction shows in w - w_after with all its digits, however small it is beside the weight. In fp32
@@ -41,11 +54,16 @@ FACTORS = (1.0, 0.9, 0.7, 0.8)
 """By which options and rates of groups differ, if each layer has one."""
 SIZES = (1.0, 0.01, 30.0, 1.0, 0.1, 3.0, 1000.0, 0.3, 1.0, 0.003, 10.0, 1.0)
 """Of the gradients, step by step: limits of a norm hold in some and not in others."""
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-2}
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-2}
+"""Some classes compute in fp32 whatever the parameters are."""
 PARALLEL = 1 - 1e-6
 """A cosine above which a state tensor passes for a copy of the weights, or an average that began at zero."""
 NO_OPTIONS = ("params", "param_names", "lr")
 """What a group has besides options."""
+
+FALLING: Callable[[int], float] = lambda step: 1.0 / (1 + step)  # noqa: E731
+RISING: Callable[[int], float] = lambda step: 5.0 + 3.0 * step  # noqa: E731
+"""Losses by the number of the step."""
 
 Part = tuple[slice, tuple[int, ...]]
 """Elements of the layers, laid end to end, and the shape of the parameter that has them."""
@@ -63,6 +81,7 @@ class Outcome:
         is_like_layers: Whether state is numbers and tensors of their parameter's shape.
         puts_others_in_place: Whether parameters have other data than before the steps.
         writes_rate: Whether steps have changed a group's rate.
+        writes_fp32: Whether all that they have made of the weights are numbers of fp32.
         written: Names of the other keys of groups that steps have changed or added.
         attributes: What optimizer and parameters have as attributes, besides what all have.
     """
@@ -74,6 +93,7 @@ class Outcome:
     is_like_layers: bool = True
     puts_others_in_place: bool = False
     writes_rate: bool = False
+    writes_fp32: bool = True
     written: set[str] = field(default_factory=set)
     attributes: tuple[str, ...] = ()
 
@@ -89,6 +109,8 @@ class Trial:
         device: Where the tensors are.
         dtype: Theirs.
         shapes: Of the layers.
+        loss: What a closure returns in each step; None for no closure.
+        exactness: dtype in whose digits steps are compared; None for `dtype`.
     """
 
     base_class: type[torch.optim.Optimizer]
@@ -97,6 +119,12 @@ class Trial:
     device: torch.device
     dtype: torch.dtype
     shapes: Shapes
+    loss: Callable[[int], float] | None = None
+    exactness: torch.dtype | None = None
+
+    def as_exact_as(self, outcome: Outcome) -> Trial:
+        """The same, with comparisons that suit a class which computes in fp32 by itself, if that was one."""
+        return replace(self, exactness=torch.float32) if outcome.writes_fp32 else self
 
     @property
     def layers(self) -> list[Part]:
@@ -113,6 +141,12 @@ class Trial:
     def all(self) -> list[list[Part]]:
         """One instance that has all layers."""
         return [self.layers]
+
+    @property
+    def with_vector(self) -> list[list[Part]]:
+        """One instance that has all layers, of which one is a vector."""
+        first, (at, shape), *others = self.layers
+        return [[first, (at, (math.prod(shape),)), *others]]
 
     @property
     def apart(self) -> list[list[Part]]:
@@ -155,11 +189,17 @@ class Trial:
             at_rest: Have the same weights in every step.
             group_by_group: None for one group; else every part is a group with options of its own, and they are
                 stepped one after the other, or in one call.
-            loss: What a closure returns in each step; None for no closure.
+            loss: What a closure returns in each step, in place of the trial's own.
         """
+        loss = loss or self.loss
         outcome = Outcome([self._of_all_elements() for _ in range(STEPS)])
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.enable_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices),
+            warnings.catch_warnings(),
+            redirect_stdout(StringIO()),
+        ):
             warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(seed)
             for parts in instances:
@@ -180,9 +220,10 @@ class Trial:
         if has_groups:
             groups = [
                 {"params": [p], **_varied({**self.options, **self.in_group}, factor), "lr": RATES[0] * factor}
-                for p, factor in zip(parameters, FACTORS, strict=True)
+                for p, factor in zip(parameters, FACTORS, strict=False)
             ]
-            return self._first_made([groups, [{name: group[name] for name in ("params", "lr")} for group in groups]])
+            plain_groups = [{name: group[name] for name in ("params", "lr")} for group in groups]
+            return self._first_made([groups, plain_groups, [*parameters]])
         forms: list[Any] = [[*parameters], [{"params": [*parameters], **special}]]
         optimizer = self._first_made(forms[::-1] if special else forms)
         for group in optimizer.param_groups:
@@ -250,7 +291,7 @@ class Trial:
         if not one.numel():
             return True
         difference, size = (one - other).abs().max(), one.abs().max()
-        return bool(difference <= TOLERANCES[self.dtype] * size)
+        return bool(difference <= TOLERANCES[self.exactness or self.dtype] * size)
 
 
 class _Instance:
@@ -264,7 +305,7 @@ class _Instance:
         self.optimizer = trial.make(self.parameters, has_groups=has_groups)
         self.keys_began = [_leaves_by_key(group) for group in self.optimizer.param_groups]
         self.rates = [0.0 for _ in self.optimizer.param_groups]
-        self.writes_rate = False
+        self.writes_rate, self.writes_fp32 = False, True
 
     def hand_over(self) -> None:
         """Let another instance go on, with groups and state of this one and nothing else of it or its parameters."""
@@ -286,7 +327,8 @@ class _Instance:
             parameter.data.copy_(weights[at].view(shape))
         self._give(gradient)
         self.gradient = gradient
-        self.rates = [rate * factor for factor in FACTORS] if self.has_groups else [rate] * len(self.rates)
+        factors = FACTORS if self.has_groups else (1.0,) * len(self.rates)
+        self.rates = [rate * factor for factor, _ in zip(factors, self.rates, strict=False)]
         for group, rate_of_group in zip(self.optimizer.param_groups, self.rates, strict=True):
             set_rate(group, rate_of_group)
 
@@ -315,7 +357,9 @@ class _Instance:
         groups = zip(self.optimizer.param_groups, self.rates, strict=True)
         rate_of = {parameter: rate for group, rate in groups for parameter in group["params"]}
         for parameter, (at, _) in zip(self.parameters, self.parts, strict=True):
-            direction[at] = (weights[at] - parameter.detach().reshape(-1)) / rate_of[parameter]
+            after = parameter.detach().reshape(-1)
+            direction[at] = (weights[at] - after) / rate_of[parameter]
+            self.writes_fp32 &= torch.equal(after.float().to(after.dtype), after)
 
     def add_to(self, outcome: Outcome, of_all_elements: Callable[[], torch.Tensor]) -> None:
         """Add what the steps of this instance have shown."""
@@ -337,6 +381,7 @@ class _Instance:
             parameter.data_ptr() != data.data_ptr() for parameter, data in zip(self.parameters, self.data, strict=True)
         )
         outcome.writes_rate |= self.writes_rate
+        outcome.writes_fp32 &= self.writes_fp32
         outcome.attributes = _attributes(self.optimizer, self.parameters)
 
 

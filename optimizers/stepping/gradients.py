@@ -22,8 +22,13 @@ __all__ = ["read_gradients", "version_of"]
 
 
 def version_of(gradient: torch.Tensor) -> int:
-    """How often torch has changed a tensor in place: what was known of it is of one version."""
-    return gradient._version
+    """How often torch has changed a tensor in place: what was known of it is of one version.
+
+    FSDP2 writes into a DTensor's local part without the DTensor's own version rising; torch's foreach functions write
+    into it without any rising.
+    """
+    local = local_part(gradient)
+    return gradient._version if local is gradient else gradient._version + local._version
 
 
 def read_gradients(layout: Layout, as_they_lie: Collection[int] = ()) -> list[torch.Tensor | None]:

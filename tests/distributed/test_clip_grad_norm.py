@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -211,3 +212,27 @@ def test_gradients_that_ranks_have_not_averaged(pool: WorkerPool, first: bool, i
         assert "clip_grad_norm_ needs gradients that ranks have averaged" in said
         assert "outside no_sync()" in said
         assert ("norm of the gradient" in said) is not inside
+
+
+def clips_under_fsdp2() -> list[bool | None]:
+    """`.clipped` after: a clip; none; one that does nothing and then another backward."""
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms, said = LayerNorms(optimizer, model), []
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.ones(2, 4)).square().sum().backward()
+        if step != 1:
+            clip_grad_norm_(optimizer, 1e-2 if step == 0 else 1e9)
+        if step == 2:
+            model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        said.append(norms.latest().clipped)
+    return said
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_what_is_written_into_shards_of_gradients_is_noticed(pool: WorkerPool, world_size: int) -> None:
+    assert pool.run(clips_under_fsdp2) == [[True, None, None]] * 2

@@ -154,6 +154,40 @@ class DecaysAtOnce(Plain):
         p.mul_(1 - limit).sub_(lr * g)
 
 
+class NeedsItsLoss(Plain):
+    @torch.no_grad()
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        loss = float(closure())
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * loss * p.grad)
+
+
+class ComputesInFp32(Plain):
+    """Whatever the dtype of the weights."""
+
+    def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: float) -> None:
+        m = state.setdefault("m", torch.zeros_like(p, dtype=torch.float32)).lerp_(g.float(), 0.1)
+        v = state.setdefault("v", torch.zeros_like(p, dtype=torch.float32)).lerp_(g.float().square(), 0.01)
+        p.copy_(p.float() - lr * m / (v.sqrt() + 1e-6))
+
+
+class SortsByMark(CountsGroups):
+    """Takes tensors alone, and makes groups by what nobody else knows."""
+
+    def __init__(self, params: Any, lr: float = 0.1, limit: float = 1.0):
+        marked: Any = {True: [], False: []}
+        for p in params:
+            marked[hasattr(p, "is_slow") and p.is_slow].append(p)
+        super().__init__([{"params": group} for group in marked.values() if group], lr, limit)
+
+
+class Greets(Plain):
+    def __init__(self, params: Any, lr: float = 0.1, limit: float = 1.0):
+        print("hello")
+        super().__init__(params, lr, limit)
+
+
 def found(base_class: type[torch.optim.Optimizer], options: Any = None, **in_group: Any) -> Nature:
     return nature_of(base_class, options or {}, CPU, in_group)
 
@@ -175,6 +209,9 @@ def found(base_class: type[torch.optim.Optimizer], options: Any = None, **in_gro
         (QuantizesBlocks, {}, False, True),
         (CentresKernels, {}, False, True),
         (WantsTensorRate, {}, True, True),
+        (NeedsItsLoss, {}, True, True),
+        (ComputesInFp32, {}, True, True),
+        (SortsByMark, {}, True, True),
     ],
 )
 def test_what_it_looks_at(base_class: Any, in_group: Any, is_element_wise: bool, is_layer_wise: bool) -> None:
@@ -187,8 +224,20 @@ def test_what_else_it_does() -> None:
     assert not found(ReadsKeys, initial_lr=0.05).is_proportional
     assert found(KeepsOnParameters).hidden == ("p.momentum",)
     assert [found(kind).goes_by_groups for kind in (CountsGroups, Plain, torch.optim.AdamW)] == [True, False, False]
-    assert [found(kind).reads_loss for kind in (ReadsLoss, IgnoresLoss, torch.optim.AdamW)] == [True, False, False]
+    assert [found(kind).reads_loss for kind in (ReadsLoss, NeedsItsLoss, IgnoresLoss)] == [True, True, False]
+    assert found(SortsByMark).goes_by_groups  # for nobody knows
+    assert not found(WantsTensors).goes_by_groups
     assert [found(kind).writes_rate for kind in (SchedulesItself, WantsTensorRate, Plain)] == [True, False, False]
+
+
+def test_who_computes_in_fp32_by_itself_is_compared_so() -> None:
+    assert found(ComputesInFp32).is_proportional
+
+
+def test_a_constructor_that_prints_is_heard_once(capsys: pytest.CaptureFixture[str]) -> None:
+    named = parameters()
+    train(TrustRatio(Greets, named, lr=0.1), named, range(1))
+    assert capsys.readouterr().out == "hello\n"
 
 
 def test_it_is_tried_once_for_all_groups_that_differ_in_counts_names_and_rates() -> None:
@@ -208,20 +257,15 @@ def test_a_key_of_the_base_is_kept_without_a_word_and_a_misspelt_option_refused(
         TrustRatio(ReadsKeys, [{"params": parameters(), "trust_bound": (0, 1)}], lr=0.1)
 
 
-def test_groups_that_are_stepped_one_at_a_time_want_a_base_that_does_not_count_them() -> None:
-    named = parameters()
-    groups = [{"params": named[:2], "lr": 0.2}, {"params": named[2:]}]
-    optimizer = TrustRatio(CountsGroups, groups, lr=0.1)
-    train(optimizer, named)
-    one_at_a_time = TrustRatio(CountsGroups, groups, lr=0.1)
-    all_groups = one_at_a_time.param_groups
-    for (_, p), g in zip(named, gradients(0, named).values(), strict=True):
-        p.grad = g
-    before = values(named)
-    one_at_a_time.param_groups = all_groups[1:]
-    with pytest.raises(LayoutError, match="CountsGroups takes other steps if groups are stepped one at a time"):
-        one_at_a_time.step()
-    assert all(torch.equal(before[name], p) for name, p in named)
+def test_a_base_may_count_the_groups_of_one_call() -> None:
+    """Also if some are left out for a while: only wrappers that step tensors of their own bring groups one by one."""
+    named, wanted = parameters(), parameters()
+    one, other = ([{"params": of[:2], "lr": 0.2}, {"params": of[2:]}] for of in (named, [(n, p) for n, p in wanted]))
+    plain = CountsGroups([{**group, "params": [p for _, p in group["params"]]} for group in other], lr=0.1)
+    train(TrustRatio(CountsGroups, one, lr=0.1, adapt=False), named)
+    train(plain, wanted)
+    for name, value in values(wanted).items():
+        torch.testing.assert_close(values(named)[name], value)
 
 
 def test_a_base_that_schedules_itself_is_refused() -> None:
@@ -240,6 +284,22 @@ def test_the_rate_may_be_a_tensor_that_the_base_made() -> None:
     assert rate == torch.tensor(0.1)
     for name, value in values(wanted).items():
         torch.testing.assert_close(values(named)[name], value)
+
+
+@pytest.mark.parametrize("limits", [(torch.tensor(0.0), torch.tensor(0.25)), ({"of": 0.0}, {"of": 0.25})])
+def test_an_option_that_begins_may_be_a_tensor_or_a_mapping(limits: Any) -> None:
+    class Decays(DecaysAtOnce):
+        def change(self, p: Any, g: Any, state: dict[str, Any], lr: float, limit: Any) -> None:
+            super().change(p, g, state, lr, float(limit["of"] if isinstance(limit, dict) else limit))
+
+    named = parameters()
+    optimizer = TrustRatio(Decays, named, limit=limits[0], lr=0.1, adapt=False)
+    train(optimizer, named, range(2))
+    weights = values(named)
+    optimizer.param_groups[0]["limit"] = limits[1]
+    train(optimizer, named, range(2, 3))
+    for name, g in gradients(2, named).items():
+        torch.testing.assert_close(values(named)[name], 0.75 * weights[name] - 0.1 * g)
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])

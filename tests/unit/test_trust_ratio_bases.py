@@ -76,31 +76,85 @@ class CountsInState(CountsInGroup):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.state["step"] = t = self.state.get("step", 0) + 1
+        of_model = self.state.setdefault("model", {"step": 0})
+        of_model["step"] = t = of_model["step"] + 1
         for group in self.param_groups:
             group["step"] = t - 1
         super().step()
 
 
+class DecaysWithoutGradient(torch.optim.SGD):
+    """Decays first, and looks at gradients then."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * 0.1)
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_what_has_no_gradient_stays(is_frozen: bool) -> None:
+    named = parameters()
+    name, unused = named[1]
+    unused.requires_grad = not is_frozen
+    before = unused.detach().clone()
+    optimizer = TrustRatio(DecaysWithoutGradient, named, lr=0.1)
+    for step in range(2):
+        train_but(named, {name}, step)
+        optimizer.step()
+    assert torch.equal(unused, before)
+    assert unused.grad is None
+    assert optimizer.param_groups[0]["params"] == [p for _, p in named]
+
+
+def train_but(named: Any, left_out: set[str], step: int) -> None:
+    """Give gradients to the others."""
+    for (name, p), g in zip(named, gradients(step, named).values(), strict=True):
+        p.grad = None if name in left_out else g.clone()
+
+
 @pytest.mark.parametrize("base", [CountsInGroup, CountsInState])
-def test_steps_are_counted_once_whatever_the_calls(base: Any) -> None:
-    """As under ZeRO-3, which steps one sub-group after the other and leaves the other groups empty."""
+def test_steps_over_other_layers_in_turn_are_steps(base: Any) -> None:
+    """As in block-coordinate training; a scheduler runs on meanwhile."""
     named, wanted = parameters(), parameters()
-    groups = [{"params": named[:2]}, {"params": named[2:]}]
-    optimizer = TrustRatio(base, groups, lr=0.1)
-    whole = TrustRatio(base, [{"params": wanted[:2]}, {"params": wanted[2:]}], lr=0.1)
-    for step in range(4):
-        train(whole, wanted, range(step, step + 1))
-        for (_, p), g in zip(named, gradients(step, named).values(), strict=True):
-            p.grad = g.clone()
-        for number, (_, p) in enumerate(named):
-            for index, group in enumerate(optimizer.param_groups):
-                group["params"] = [p] if index == number // 2 else []
-            optimizer.step()
-    assert [group["step"] for group in optimizer.param_groups] == [4, 4]
+    optimizer, plain = TrustRatio(base, named, lr=0.1, adapt=False), base([p for _, p in wanted], lr=0.1)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (optimizer, plain)]
+    for step in range(6):
+        for of in (named, wanted):
+            for number, (_, p) in enumerate(of):
+                p.requires_grad = number % 2 == step % 2
+        frozen = {name for name, p in named if not p.requires_grad}
+        for one, of in ((optimizer, named), (plain, wanted)):
+            train_but(of, frozen, step)
+            if one is plain:
+                plain.param_groups[0]["params"] = [p for _, p in wanted if p.grad is not None]
+            one.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert optimizer.param_groups[0]["step"] == 6
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(plain.param_groups[0]["lr"])
     for name, value in values(wanted).items():
         torch.testing.assert_close(values(named)[name], value)
-    assert optimizer.trust_ratios() == pytest.approx(whole.trust_ratios(), rel=1e-6)
+
+
+def test_an_empty_group_keeps_its_place() -> None:
+    class GoesByPlace(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for place, group in enumerate(self.param_groups):
+                for p in group["params"]:
+                    p.sub_(group["lr"] * (p.grad.sign() if place == 0 else p.grad))
+
+    named = parameters()
+    before = values(named)
+    optimizer = TrustRatio(GoesByPlace, [{"params": []}, {"params": named}], lr=0.1, adapt=False)
+    train(optimizer, named, range(1))
+    for name, g in gradients(0, named).items():
+        torch.testing.assert_close(values(named)[name], before[name] - 0.1 * g)
 
 
 class SharpnessAware(torch.optim.SGD):

@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,72 @@ class KnowsIds(KeepsFirstRate):
         self.matrices = [{id(p) for p in self.param_groups[0]["params"] if p.ndim > 1}]
 
 
+class KnowsIdsAsText(KeepsFirstRate):
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr)
+        self.names = SimpleNamespace(by_id={str(id(p)): "p" for p in self.param_groups[0]["params"]})
+
+
+class ChoosesItsMethod(KeepsFirstRate):
+    """When it is made."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr)
+        self.move = self._sign  # type: ignore[method-assign]
+
+    def move(self, p: Any, lr: float) -> None:
+        p.sub_(lr * p.grad)
+
+    def _sign(self, p: Any, lr: float) -> None:
+        p.sub_(lr * p.grad.sign())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.move(p, group["lr"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_method_that_was_chosen_when_it_was_made_is_that_of_the_copy(way: str) -> None:
+    named = parameters()
+    optimizer = TrustRatio(ChoosesItsMethod, named, lr=0.1, adapt=False)
+    train(optimizer, named, range(2))
+    other = WAYS[way](optimizer)
+    of_copy = named_of(other)
+    assert other.base.move.__self__ is other.base
+    for one, of in ((optimizer, named), (other, of_copy)):
+        train(one, of, range(2, 4))
+    assert_same(of_copy, named)
+
+
+class LoadsItself(torch.optim.SGD):
+    """Keeps its fp32 state of bf16 weights, also when it loads by itself."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p, dtype=torch.float32)).lerp_(p.grad.float(), 0.1)
+                p.sub_((group["lr"] * m).to(p.dtype))
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        saved = [state["m"] for state in state_dict["state"].values()]
+        for state, m in zip(self.state.values(), saved, strict=True):
+            state["m"] = m.clone()
+
+
+def test_state_of_a_base_that_loads_by_itself_keeps_its_dtype() -> None:
+    named = parameters(torch.bfloat16)
+    train(optimizer := TrustRatio(LoadsItself, named, lr=0.1), named)
+    other = TrustRatio(LoadsItself, parameters(torch.bfloat16), lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    for state, loaded in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert loaded["m"].dtype == torch.float32
+        assert torch.equal(state["m"], loaded["m"])
+
+
 class KnowsWeakly(KeepsFirstRate):
     def __init__(self, params: Any, lr: float = 0.1):
         super().__init__(params, lr)
@@ -129,6 +196,7 @@ class HasLock(KeepsFirstRate):
     ("base", "why"),
     [
         (KnowsIds, r"KnowsIds cannot be copied or pickled, for its attribute matrices knows parameters by their id"),
+        (KnowsIdsAsText, r"its attribute names knows parameters by their id"),
         (KnowsWeakly, r"its attribute matrices knows parameters by their id\(\) or by weak references"),
         (HasLock, r"its attribute lock cannot be: .* load the state_dict\(\) of this one"),
     ],

@@ -78,8 +78,20 @@ def test_no_weight_decay_suits_a_base_that_has_none() -> None:
     named = parameters()
     optimizer = TrustRatio(torch.optim.Rprop, [{"params": named, "weight_decay": 0.0}], lr=0.1)
     assert optimizer.base_class is torch.optim.Rprop
-    with pytest.raises(ValueError, match=r"'weight_decay' \(got 0.1\): it has no weight decay: leave it out"):
-        TrustRatio(torch.optim.Rprop, [{"params": named, "weight_decay": 0.1}], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, named, range(1))
+
+
+def test_a_group_key_that_changes_nothing_is_told_once() -> None:
+    named = parameters()
+    groups = [{"params": named[:2], "weight_decay": 0.1}, {"params": named[2:], "nesterov": True, "tag": "a"}]
+    optimizer = TrustRatio(torch.optim.Rprop, groups, lr=0.1)
+    with pytest.warns(UserWarning, match="Rprop makes nothing of the group key 'weight_decay', which is no option"):
+        train(optimizer, named, range(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, named, range(1, 2))
 
 
 def test_a_base_without_a_rate() -> None:
