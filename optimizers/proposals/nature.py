@@ -188,7 +188,7 @@ def _try(
         trial = Trial(base_class, options, in_group, place, dtype, shapes, loss)
         whole, failure = trial.attempt(trial.all)
         if whole is not None:
-            return _nature(trial.as_exact_as(whole), whole)
+            return _nature(trial, whole)
     return Nature(is_element_wise=False, is_layer_wise=False, is_random=False, is_proportional=False, failure=failure)
 
 
@@ -202,17 +202,19 @@ def _nature(trial: Trial, whole: Outcome) -> Nature:
             puts_others_in_place=whole.puts_others_in_place,
             writes_rate=whole.writes_rate,
         )
+    # Only at other rates, and in other shapes, do the same steps round otherwise.
+    rounding = trial.as_exact_as(whole)
     cut, failure = trial.attempt(trial.cut)
     apart, _ = trial.attempt(trial.apart)
     faster, _ = trial.attempt(trial.all, LARGE_RATE)
     handed_over, _ = trial.attempt(trial.all, hand_over=True)
-    is_proportional = faster is not None and trial.same(whole, faster)
+    is_proportional = faster is not None and rounding.same(whole, faster)
     return Nature(
-        is_element_wise=whole.is_like_layers and cut is not None and trial.same_parts(whole, cut),
-        is_layer_wise=apart is not None and trial.same_parts(whole, apart),
+        is_element_wise=whole.is_like_layers and cut is not None and rounding.same_parts(whole, cut),
+        is_layer_wise=apart is not None and rounding.same_parts(whole, apart),
         is_random=False,
         is_proportional=is_proportional,
-        follows_weights=not is_proportional and trial.follows_weights(whole, faster),
+        follows_weights=not is_proportional and rounding.follows_weights(whole, faster),
         hidden=None if handed_over is not None and trial.same(whole, handed_over) else whole.attributes,
         puts_others_in_place=whole.puts_others_in_place,
         goes_by_groups=_goes_by_groups(trial),
