@@ -98,6 +98,42 @@ class CountsInItsGroups(torch.optim.Optimizer):
                     p.sub_(group["lr"] / group["step"] * p.grad)
 
 
+class CountsInAnAttribute(torch.optim.Optimizer):
+    """Right once per step() alone: every call of it makes the next rate smaller."""
+
+    def __init__(self, params: Any):
+        super().__init__(params, {"lr": 0.1})
+        self.calls = 0
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        count = self.count()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] / count * p.grad)
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.calls = state_dict["calls"]
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "calls"})
+
+
+class CountsInItsState(CountsInAnAttribute):
+    """As some keep what belongs to no parameter."""
+
+    def count(self) -> int:
+        whole = self.state["whole"]
+        whole["step"] = whole.get("step", 0) + 1
+        return int(whole["step"])
+
+
 class EstimatesTheModel(CountsInItsGroups):
     """Has a number of all gradients in its group, which does not show in the weights for a while."""
 
@@ -347,6 +383,53 @@ def of_the_rank() -> torch.nn.Module:
     return torch.nn.ModuleDict(
         {"shared": torch.nn.Linear(5, 4), f"of_{os.environ.get('RANK', 'none')}": torch.nn.Linear(6, 5)}
     )
+
+
+class OfTheRank(torch.nn.Module):
+    """A model that is made otherwise where there is a rank: in one process there is none."""
+
+    without_gradient: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("first", "second", "third")
+        self.layers = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in names})
+        self.register_buffer("mask", torch.ones(3))
+        if "RANK" in os.environ:
+            self.change()
+
+    def change(self) -> None:
+        pass
+
+
+class OrderedByRank(OfTheRank):
+    def change(self) -> None:
+        self.layers = torch.nn.ModuleDict({name: self.layers[name] for name in ("third", "second", "first")})
+
+
+class FrozenByRank(OfTheRank):
+    def change(self) -> None:
+        self.layers["second"].requires_grad_(False)
+
+
+class IdleByRank(OfTheRank):
+    def change(self) -> None:
+        self.without_gradient = ("layers.second.weight",)
+
+
+class BufferByRank(OfTheRank):
+    def change(self) -> None:
+        self.register_buffer("mask", torch.ones(4))
+
+
+class DtypeByRank(OfTheRank):
+    def change(self) -> None:
+        self.layers["second"].double()
+
+
+class MemoryByRank(OfTheRank):
+    def change(self) -> None:
+        self.layers["second"].weight = torch.nn.Parameter(torch.ones(4, 4).T)
 
 
 def lists_in_lists() -> torch.nn.Module:

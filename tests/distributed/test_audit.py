@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from trustratio.integrations.audits.errors import CannotAudit
@@ -270,6 +271,39 @@ def test_counts_in_groups_are_told_under_zero_3(pool: WorkerPool, world_size: in
     assert "groups differ" in kinds(report)
 
 
+def in_two_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return audited.CountsInAnAttribute([{"params": [p]} for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [(audited.CountsInAnAttribute, "(calls)"), (audited.CountsInItsState, "(state.whole.step)")],
+)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_counts_outside_groups_are_told(
+    pool: WorkerPool, stage: int, optimizer: Any, told: str, world_size: int
+) -> None:
+    """With one group nothing goes wrong, and with two everything does."""
+    report = audit(pool, optimizer, zero(stage), audited.two_layers)
+    assert all(layer.is_exact for layer in report.layers), report.sentence
+    notes = [found for found in report.findings if found.kind == "counts outside groups"]
+    assert [(told in found.text, found.is_wrong) for found in notes] == [(True, False)] * (stage > 0)
+    report = audit(pool, in_two_groups, zero(stage), audited.two_layers)
+    assert all(layer.is_exact for layer in report.layers) == (stage == 0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [("torch.optim.NAdam", {}), ("tvlars", {"lr": 0.1}), (audited.CountsInItsGroups, {})]
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_what_counts_rightly_is_not_told(
+    pool: WorkerPool, optimizer: Any, options: dict[str, Any], world_size: int
+) -> None:
+    report = audit(pool, optimizer, zero(1), **options)
+    assert not [found for found in report.findings if found.kind.startswith("counts")]
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_weights_in_another_memory_format(pool: WorkerPool, world_size: int) -> None:
     subject = Subject("torch.optim.AdamW", audited.images, {"lr": 0.01})
@@ -400,6 +434,25 @@ def test_models_that_depend_on_the_rank(pool: WorkerPool, configuration: Any, wo
         CannotAudit, match=r"other layers on rank 0 than in one process \(of_0.bias; of_0.weight; of_none"
     ):
         audit(pool, audited.adamw, configuration, audited.of_the_rank)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (audited.OrderedByRank, "its layers in another order on rank 0 than in one process: names, order"),
+        (audited.FrozenByRank, "other layers on rank 0 than in one process (layers.second.bias; layers.second.weight)"),
+        (audited.IdleByRank, "other layers on rank 0 than in one process (layers.second.weight)"),
+        (audited.BufferByRank, "other layers on rank 0 than in one process (mask)"),
+        (audited.DtypeByRank, "other layers on rank 0 than in one process (layers.second.bias; layers.second.weight)"),
+        (audited.MemoryByRank, "other layers on rank 0 than in one process (layers.second.weight)"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_models_that_are_others_on_a_rank(pool: WorkerPool, model: Any, message: str, world_size: int) -> None:
+    with pytest.raises(CannotAudit) as caught:
+        audit(pool, audited.adamw, "ddp", model)
+    assert message in str(caught.value)
+    assert audit(pool, audited.adamw, "ddp", audited.OfTheRank).verdict == EXACT
 
 
 @pytest.mark.parametrize("world_size", [2])
