@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -264,7 +265,21 @@ def _findings(
     if PADDING in failed:
         yield Finding("padding read", f"steps fail once {PADDING_HOLDS}: {failed[PADDING]}")
     if CHECKPOINT in failed:
-        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {failed[CHECKPOINT]}")
+        yield Finding(
+            "checkpoint fails",
+            f"no checkpoint could be written and read again: {_said(configuration, failed[CHECKPOINT])}",
+        )
+
+
+def _said(configuration: Configuration, reason: str) -> str:
+    """The error of a checkpoint, with whose it is and why, where that is known."""
+    if configuration.wrapper == "fsdp1" and "is not in the optimizer state" in reason:
+        return f"torch's FSDP1 says, where the optimizer was not given all layers, {reason}"
+    if configuration.zero_stage == 3 and "parameter group that doesn't match the size" in reason:
+        return f"DeepSpeed says, whose ZeRO-3 does not load again what it has made anew, as torch's Adagrad, {reason}"
+    if configuration.zero_stage and re.fullmatch(r"KeyError: \d+ \(optimizer\.py:\d+\)", reason):
+        return f"{reason}: ZeRO steps other parameters than those that it made state for. Make state in step()"
+    return reason
 
 
 def _rates(recorded: Recorded) -> Iterator[Finding]:

@@ -170,6 +170,15 @@ class CannotSave(Plain):
         raise NotImplementedError("no state to give away")
 
 
+class MakesStateEarly(Plain):
+    """In its constructor, of parameters that ZeRO does not step."""
+
+    def __init__(self, params: Any):
+        super().__init__(params)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["m"] = torch.zeros_like(p)
+
+
 class CannotLoad(Plain):
     def load_state_dict(self, state_dict: Any) -> None:
         raise NotImplementedError("no state is taken")
@@ -383,53 +392,6 @@ def of_the_rank() -> torch.nn.Module:
     return torch.nn.ModuleDict(
         {"shared": torch.nn.Linear(5, 4), f"of_{os.environ.get('RANK', 'none')}": torch.nn.Linear(6, 5)}
     )
-
-
-class OfTheRank(torch.nn.Module):
-    """A model that is made otherwise where there is a rank: in one process there is none."""
-
-    without_gradient: tuple[str, ...] = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        names = ("first", "second", "third")
-        self.layers = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in names})
-        self.register_buffer("mask", torch.ones(3))
-        if "RANK" in os.environ:
-            self.change()
-
-    def change(self) -> None:
-        pass
-
-
-class OrderedByRank(OfTheRank):
-    def change(self) -> None:
-        self.layers = torch.nn.ModuleDict({name: self.layers[name] for name in ("third", "second", "first")})
-
-
-class FrozenByRank(OfTheRank):
-    def change(self) -> None:
-        self.layers["second"].requires_grad_(False)
-
-
-class IdleByRank(OfTheRank):
-    def change(self) -> None:
-        self.without_gradient = ("layers.second.weight",)
-
-
-class BufferByRank(OfTheRank):
-    def change(self) -> None:
-        self.register_buffer("mask", torch.ones(4))
-
-
-class DtypeByRank(OfTheRank):
-    def change(self) -> None:
-        self.layers["second"].double()
-
-
-class MemoryByRank(OfTheRank):
-    def change(self) -> None:
-        self.layers["second"].weight = torch.nn.Parameter(torch.ones(4, 4).T)
 
 
 def lists_in_lists() -> torch.nn.Module:
