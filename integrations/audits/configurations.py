@@ -202,8 +202,8 @@ def _refuse_values(config: dict[str, Any]) -> None:
 def _with_exact_scales(section: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The section with powers of two for loss scales, by which fp16 gradients are multiplied without rounding."""
     kept = dict(section)
-    for key in SCALES:
-        scale = kept.get(key, 0)
+    for key in filter(section.__contains__, SCALES):
+        kept[key] = scale = _number(section[key])
         if isinstance(scale, int | float) and 0 < scale < math.inf and math.frexp(scale)[0] != 0.5:
             kept[key] = math.ldexp(0.5, math.frexp(scale)[1])
             notes.append(
@@ -211,6 +211,14 @@ def _with_exact_scales(section: dict[str, Any], notes: list[str]) -> dict[str, A
                 "rounded once more in the last bit, under any sharding"
             )
     return kept
+
+
+def _number(given: Any) -> Any:
+    """What DeepSpeed reads from it: a text may be a number."""
+    try:
+        return float(given) if isinstance(given, str) else given
+    except ValueError:
+        return given  # which DeepSpeed refuses
 
 
 def _title(stage: int, dtypes: list[str], config: dict[str, Any]) -> str:

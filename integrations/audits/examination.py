@@ -21,7 +21,7 @@ from .group_of_one import group_of_one
 from .injection import LARGEST_MEAN, largest_mean
 from .reference import Alone, train_alone
 from .subject import Subject
-from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Recorded, layers_on_this_rank, train_on_this_rank
+from .training import CHECKS, FEWEST_STEPS, STEPS, Course, Layers, Recorded, layers_on_this_rank, train_on_this_rank
 from .verdict import Report, judge, refusal
 
 __all__ = [
@@ -100,7 +100,7 @@ def examine(
         note = f"no gradients of zeros were tried, with which {subject.title} fails in one process already"
         configuration = configuration.noting(note)
     _refuse_chance(subject, first, alone(course, clipping, chance=1))
-    _refuse_other_layers(first, ranks.run(layers_on_this_rank, subject))
+    _refuse_other_layers(layers_on_this_rank(subject), ranks.run(layers_on_this_rank, subject))
     answers, failed = _on_ranks(ranks, subject, configuration, course, device)
     if not answers:
         return _dated(refusal(subject, configuration, ranks.world_size, *failed.values()))
@@ -153,16 +153,18 @@ def _refuse_chance(subject: Subject, one: Alone, other: Alone) -> None:
         )
 
 
-def _refuse_other_layers(alone: Alone, of_ranks: Sequence[Mapping[str, tuple[int, ...]] | None]) -> None:
-    wanted = {name: tuple(weights.shape) for name, weights in alone.weights.items()}
+def _refuse_other_layers(wanted: Layers | None, of_ranks: Sequence[Layers | None]) -> None:
     for rank, layers in enumerate(of_ranks):
-        found = wanted if layers is None else layers
-        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        if differing:
-            raise CannotAudit(
-                f"the model has other layers on rank {rank} than in one process ({listing(differing)}): it must be the "
-                "same on every rank, whatever the rank and the number of ranks"
-            )
+        if wanted is None or layers is None or layers == wanted:
+            continue
+        differing = set(layers) ^ set(wanted)
+        what = f"other layers on rank {rank} than in one process ({listing(sorted({name for name, *_ in differing}))})"
+        if not differing:
+            what = f"its layers in another order on rank {rank} than in one process"
+        raise CannotAudit(
+            f"the model has {what}: names, order, shapes, dtypes, memory format, buffers and what is frozen or "
+            "without_gradient must be the same on every rank, whatever the rank and the number of ranks"
+        )
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

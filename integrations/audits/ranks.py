@@ -117,7 +117,11 @@ class Ranks:
             lost = list(filter(None, taken))
             if not ready:
                 silent, waited = self._pipes.index(waiting[0]), time.monotonic() - begun
-                lost.append(f"no answer from rank {silent} in {waited:.3g} seconds")
+                lost.append(
+                    f"no answer from rank {silent} in {waited:.3g} seconds: it needs more (timeout), or waits for "
+                    "another rank, as an optimizer may with a collective of its own per layer, of which ranks have "
+                    "others"
+                )
             has_failed = any(isinstance(answer, Failure) for answer in answers.values())
             if lost:
                 self.close()

@@ -10,7 +10,7 @@ import torch
 
 from .errors import CannotAudit
 from .subject import Subject
-from .training import OTHER_SEED, SEED, Course, numbers_in_groups, state_bytes
+from .training import OTHER_SEED, SEED, Course, numbers_in_groups, numbers_outside_groups, state_bytes
 
 __all__ = ["Alone", "train_alone"]
 
@@ -27,6 +27,7 @@ class Alone:
         before_silence: The weights of another beginning, `OTHER_SEED`.
         after_silence: Those after a first step in which all gradients are zero.
         numbers: What each group keeps besides learning rates: at the beginning, and after the last step.
+        counted: Names of the numbers outside of groups that steps change.
         state_bytes: Of the optimizer's state.
         parameters: Number of trainable elements.
         left_out: Layers that the optimizer was not given.
@@ -39,6 +40,7 @@ class Alone:
     before_silence: dict[str, torch.Tensor]
     after_silence: dict[str, torch.Tensor]
     numbers: tuple[list[dict[str, float]], list[dict[str, float]]]
+    counted: list[str]
     state_bytes: int
     parameters: int
     left_out: frozenset[str]
@@ -80,7 +82,7 @@ def train_alone(
         run.step(0, None)
     run.injection.silent = False
     before, paths = run.weights(), dict.fromkeys(run.injection.shapes, 0.0)
-    numbers = numbers_in_groups(run.optimizer)
+    numbers, outside = numbers_in_groups(run.optimizer), numbers_outside_groups(run.optimizer)
     after = before
     for step in range(course.steps):
         previous = after
@@ -103,6 +105,7 @@ def train_alone(
         before_silence=before_silence,
         after_silence=silent.weights(),
         numbers=(numbers, numbers_in_groups(run.optimizer)),
+        counted=sorted(n for n, x in numbers_outside_groups(run.optimizer).items() if x != outside.get(n)),
         state_bytes=state_bytes(run.optimizer),
         parameters=sum(weights.numel() for weights in before.values()),
         left_out=frozenset(name for name in paths if id(named[name]) not in trained),

@@ -30,9 +30,11 @@ __all__ = [
     "SEED",
     "STEPS",
     "Course",
+    "Layers",
     "Recorded",
     "layers_on_this_rank",
     "numbers_in_groups",
+    "numbers_outside_groups",
     "state_bytes",
     "train_on_this_rank",
 ]
@@ -72,6 +74,10 @@ class Course:
 
 Weights = dict[str, list[tuple[int, torch.Tensor]]]
 """What this rank tells of each layer, as (first element, values): of 16-bit models the fp32 weights it steps."""
+
+
+Layers = list[tuple[str, tuple[int, ...], tuple[int, ...], str, str]]
+"""Name, shape, strides, dtype and kind of each parameter and buffer, in the model's order."""
 
 
 @dataclass
@@ -144,12 +150,18 @@ def train_on_this_rank(
         return Failure(str(error) if isinstance(error, CannotAudit) else _reason(error), training.stage)
 
 
-def layers_on_this_rank(subject: Subject) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the trainable layers of the model as it is made here; None: it cannot be."""
+def layers_on_this_rank(subject: Subject) -> Layers | None:
+    """Parameters and buffers of the model as it is made here; None: it cannot be."""
     try:
-        return subject.make_model(1, None, SEED)[1].shapes
+        model, injection = subject.make_model(1, None, SEED)
     except CannotAudit:
         return None  # training says why
+    told: list[tuple[str, torch.Tensor, str]] = []
+    for name, p in model.named_parameters():
+        kind = "frozen" if not p.requires_grad else "idle" if name in injection.without_gradient else "trained"
+        told.append((name, p, kind))
+    told += [(name, buffer, "buffer") for name, buffer in model.named_buffers()]
+    return [(name, tuple(x.shape), x.stride(), str(x.dtype), kind) for name, x, kind in told]
 
 
 class _Training:
@@ -316,6 +328,24 @@ def numbers_in_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, float]
         {name: float(value) for name, value in group.items() if _is_number(name, value)}
         for group in optimizer.param_groups
     ]
+
+
+def numbers_outside_groups(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The numbers that are kept for all groups together: in attributes, and in state under what is no parameter."""
+    kept = {name: value for name, value in vars(optimizer).items() if name not in ("param_groups", "defaults")}
+    return dict(_numbers_within(kept, ""))
+
+
+def _numbers_within(kept: dict[Any, Any], path: str) -> Iterator[tuple[str, float]]:
+    for key, value in kept.items():
+        if not isinstance(key, str):
+            continue  # of a parameter, or of an object by its id
+        if isinstance(value, torch.optim.Optimizer):
+            yield from ((f"{path}{key}.{name}", number) for name, number in numbers_outside_groups(value).items())
+        elif isinstance(value, dict):
+            yield from _numbers_within(value, f"{path}{key}.")
+        elif not isinstance(value, bool) and _is_number(key, value):
+            yield f"{path}{key}", float(value)
 
 
 def _is_number(name: str, value: Any) -> bool:

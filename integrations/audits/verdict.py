@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -249,6 +250,7 @@ def _findings(
         yield Finding("not finite", f"NaN or infinite: {listing(broken)}")
     yield from _movement(alone, layers)
     yield from _numbers(configuration, alone, answers)
+    yield from _counted(configuration, alone)
     if not broken:
         yield from _copies(alone, [answer.weights for answer in answers], "in training")
         yield from _copies(alone, [answer.resumed for answer in answers], "after a checkpoint")
@@ -263,7 +265,21 @@ def _findings(
     if PADDING in failed:
         yield Finding("padding read", f"steps fail once {PADDING_HOLDS}: {failed[PADDING]}")
     if CHECKPOINT in failed:
-        yield Finding("checkpoint fails", f"no checkpoint could be written and read again: {failed[CHECKPOINT]}")
+        yield Finding(
+            "checkpoint fails",
+            f"no checkpoint could be written and read again: {_said(configuration, failed[CHECKPOINT])}",
+        )
+
+
+def _said(configuration: Configuration, reason: str) -> str:
+    """The error of a checkpoint, with whose it is and why, where that is known."""
+    if configuration.wrapper == "fsdp1" and "is not in the optimizer state" in reason:
+        return f"torch's FSDP1 says, where the optimizer was not given all layers, {reason}"
+    if configuration.zero_stage == 3 and "parameter group that doesn't match the size" in reason:
+        return f"DeepSpeed says, whose ZeRO-3 does not load again what it has made anew, as torch's Adagrad, {reason}"
+    if configuration.zero_stage and re.fullmatch(r"KeyError: \d+ \(optimizer\.py:\d+\)", reason):
+        return f"{reason}: ZeRO steps other parameters than those that it made state for. Make state in step()"
+    return reason
 
 
 def _rates(recorded: Recorded) -> Iterator[Finding]:
@@ -295,14 +311,31 @@ def _numbers(configuration: Configuration, alone: Alone, answers: Sequence[Recor
                     "that steps to come go elsewhere",
                 )
                 return
-    counts = sorted({name for index, name in changed if ended[index][name] % 1 == 0})
-    if counts and configuration.zero_stage == 3:
+    if changed and configuration.zero_stage == 3:
         yield Finding(
             "counts in groups",
-            f"its groups count ({listing(counts)}), and ZeRO-3 calls step() once per group and per sub_group_size "
-            "elements: here there is one of each. Audit it with a sub_group_size that is a part of the model, too",
+            f"steps change numbers in its groups ({listing(sorted({name for _, name in changed}))}), and ZeRO-3 "
+            "calls step() once per group and per sub_group_size elements, each time with all groups, so that a count "
+            "of calls would run ahead where there are several. Audit it with a sub_group_size that is a part of the "
+            "model, too",
             is_wrong=False,
         )
+
+
+def _counted(configuration: Configuration, alone: Alone) -> Iterator[Finding]:
+    """What steps have changed elsewhere, which more calls of step() would change more often."""
+    if not alone.counted or configuration.zero_stage == 0:
+        return
+    calls, remedy = "ZeRO-1 and 2 call step() once per group", "with the groups that you train"
+    if configuration.zero_stage == 3:
+        calls = "ZeRO-3 calls step() once per group and per sub_group_size elements"
+        remedy += ", and a sub_group_size that is a part of the model"
+    yield Finding(
+        "counts outside groups",
+        f"steps change numbers that it keeps for all groups together ({listing(alone.counted)}), and {calls}, so "
+        f"that a count of calls would run ahead where there are several. Audit it {remedy}, too",
+        is_wrong=False,
+    )
 
 
 def _movement(alone: Alone, layers: Sequence[AuditedLayer]) -> Iterator[Finding]:

@@ -263,6 +263,7 @@ class _DeepSpeed(Wrapped):
 
         from ..deepspeed.building import leave_out_shared_memory
 
+        self._refuse_what_is_not_sent()
         leave_out_shared_memory()
         if self.device.type == "cpu":  # DeepSpeed refuses processors on which fp16 is slow
             deepspeed.get_accelerator().is_fp16_supported = lambda: True
@@ -283,6 +284,18 @@ class _DeepSpeed(Wrapped):
             self.given, self.given_rates = self.optimizer, self._rates_of_the_section()
         self.scheduler = self.trained.lr_scheduler
         self.clipping = float(self.trained.gradient_clipping() or 0.0)
+
+    def _refuse_what_is_not_sent(self) -> None:
+        """Whatever DeepSpeed's first broadcast, of bytes, does not take."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.dim() == 0:
+                raise CannotAudit(f"DeepSpeed takes no parameter without dimensions, as {name}: make it of shape (1,)")
+            if parameter.stride(-1) != 1 or not parameter.is_contiguous():
+                raise CannotAudit(
+                    f"DeepSpeed takes no parameter whose elements lie in another order in memory, as {name}, be it by "
+                    "channels_last or a transposition: make it anew by "
+                    "parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)"
+                )
 
     def _refuse_groups_at_rest(self, optimizer: torch.optim.Optimizer) -> None:
         if self.configuration.zero_stage not in (1, 2):
@@ -306,7 +319,14 @@ class _DeepSpeed(Wrapped):
                 self.trained.step()
             if self.trained.skipped_steps == skipped:
                 return
-        raise CannotAudit(f"{MOST_OVERFLOWS} steps in a row overflowed in {self.configuration.dtype}")
+        overflowed = f"{MOST_OVERFLOWS} steps in a row overflowed in {self.configuration.dtype}"
+        if self.configuration.dtype != "fp16":
+            raise CannotAudit(overflowed)
+        scale = self.trained.loss_scale() or self.trained.initial_dynamic_scale()
+        raise CannotAudit(
+            f"{overflowed}, which began with a loss scale of {scale:g}: lower fp16.loss_scale, or initial_scale_power "
+            "where the scale is dynamic"
+        )
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:

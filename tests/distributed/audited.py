@@ -98,6 +98,42 @@ class CountsInItsGroups(torch.optim.Optimizer):
                     p.sub_(group["lr"] / group["step"] * p.grad)
 
 
+class CountsInAnAttribute(torch.optim.Optimizer):
+    """Right once per step() alone: every call of it makes the next rate smaller."""
+
+    def __init__(self, params: Any):
+        super().__init__(params, {"lr": 0.1})
+        self.calls = 0
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        count = self.count()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] / count * p.grad)
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.calls = state_dict["calls"]
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "calls"})
+
+
+class CountsInItsState(CountsInAnAttribute):
+    """As some keep what belongs to no parameter."""
+
+    def count(self) -> int:
+        whole = self.state["whole"]
+        whole["step"] = whole.get("step", 0) + 1
+        return int(whole["step"])
+
+
 class EstimatesTheModel(CountsInItsGroups):
     """Has a number of all gradients in its group, which does not show in the weights for a while."""
 
@@ -132,6 +168,15 @@ class AroundAnother(torch.optim.Optimizer):
 class CannotSave(Plain):
     def state_dict(self) -> Any:
         raise NotImplementedError("no state to give away")
+
+
+class MakesStateEarly(Plain):
+    """In its constructor, of parameters that ZeRO does not step."""
+
+    def __init__(self, params: Any):
+        super().__init__(params)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["m"] = torch.zeros_like(p)
 
 
 class CannotLoad(Plain):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from trustratio.integrations.audits.errors import CannotAudit
@@ -145,6 +147,38 @@ def test_every_check_has_an_optimizer_that_fails_it(
     assert all(one.text in report.sentence for one in report.findings if one.is_wrong)
 
 
+def without_norms(model: torch.nn.Module) -> torch.optim.Optimizer:
+    named = model.named_parameters()
+    return torch.optim.AdamW([p for name, p in named if "norm" not in name and name != "decoder.bias"], lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "configuration", "words"),
+    [
+        ("torch.optim.Adagrad", zero(3), "DeepSpeed says, whose ZeRO-3 does not load again what it has made anew"),
+        (without_norms, {"fsdp": 1}, "torch's FSDP1 says, where the optimizer was not given all layers"),
+        (audited.MakesStateEarly, zero(1), "ZeRO steps other parameters than those that it made state for"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_whose_fault_a_checkpoint_is(
+    pool: WorkerPool, optimizer: Any, configuration: Any, words: str, world_size: int
+) -> None:
+    report = audit(pool, optimizer, configuration)
+    assert "checkpoint fails" in kinds(report)
+    assert words in report.sentence
+
+
+@pytest.mark.parametrize(
+    ("section", "scale"), [({"loss_scale": 2**30}, "1.07374e.09"), ({"initial_scale_power": 60}, "1.15292e.18")]
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_loss_scales_that_are_too_large(pool: WorkerPool, section: dict[str, Any], scale: str, world_size: int) -> None:
+    report = audit(pool, audited.adamw, zero(1, fp16={"enabled": True, **section}), audited.two_layers)
+    assert report.verdict == REFUSED
+    assert re.search(rf"in fp16, which began with a loss scale of {scale}: lower fp16.loss_scale", report.sentence)
+
+
 @pytest.mark.parametrize("configuration", [{"fsdp": 2}, zero(0, **BF16)], ids=str)
 @pytest.mark.parametrize("world_size", [2])
 def test_a_wrapper_that_steps_before_it_loads(pool: WorkerPool, configuration: Any, world_size: int) -> None:
@@ -268,6 +302,39 @@ def test_counts_in_groups_are_told_under_zero_3(pool: WorkerPool, world_size: in
     report = audit(pool, audited.CountsInItsGroups, configuration)
     assert report.verdict == WRONG
     assert "groups differ" in kinds(report)
+
+
+def in_two_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return audited.CountsInAnAttribute([{"params": [p]} for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [(audited.CountsInAnAttribute, "(calls)"), (audited.CountsInItsState, "(state.whole.step)")],
+)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_counts_outside_groups_are_told(
+    pool: WorkerPool, stage: int, optimizer: Any, told: str, world_size: int
+) -> None:
+    """With one group nothing goes wrong, and with two everything does."""
+    report = audit(pool, optimizer, zero(stage), audited.two_layers)
+    assert all(layer.is_exact for layer in report.layers), report.sentence
+    notes = [found for found in report.findings if found.kind == "counts outside groups"]
+    assert [(told in found.text, found.is_wrong) for found in notes] == [(True, False)] * (stage > 0)
+    report = audit(pool, in_two_groups, zero(stage), audited.two_layers)
+    assert all(layer.is_exact for layer in report.layers) == (stage == 0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [("torch.optim.NAdam", {}), ("tvlars", {"lr": 0.1}), (audited.CountsInItsGroups, {})]
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_what_counts_rightly_is_not_told(
+    pool: WorkerPool, optimizer: Any, options: dict[str, Any], world_size: int
+) -> None:
+    report = audit(pool, optimizer, zero(1), **options)
+    assert not [found for found in report.findings if found.kind.startswith("counts")]
 
 
 @pytest.mark.parametrize("world_size", [2])

@@ -438,7 +438,10 @@ def test_assert_exact() -> None:
 
 @pytest.mark.parametrize(
     ("maker", "seconds", "message"),
-    [("dies", 60.0, "rank 0 died .exit status 7"), ("hangs", 2.0, r"no answer from rank 0 in \d\S* seconds")],
+    [
+        ("dies", 60.0, "rank 0 died .exit status 7"),
+        ("hangs", 2.0, r"rank 0 in \d\S* seconds: it needs more .timeout., or waits for another"),
+    ],
 )
 def test_a_rank_that_dies_or_hangs_leaves_no_process(maker: str, seconds: float, message: str) -> None:
     ranks = Ranks(1, timeout=60.0)

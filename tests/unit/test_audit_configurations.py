@@ -246,18 +246,27 @@ def test_a_partial_is_titled_by_what_it_calls() -> None:
 # Loss scales --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["loss_scale", "min_loss_scale"])
+@pytest.mark.parametrize("form", [float, str])
 @pytest.mark.parametrize(("given", "taken"), [(1000, 512.0), (3, 2.0), (0.3, 0.25), (1024, 1024), (1, 1), (0, 0)])
-def test_loss_scales_become_powers_of_two(given: float, taken: float) -> None:
-    """By which fp16 gradients are scaled without rounding."""
-    section = {"enabled": True, "loss_scale": given}
+def test_loss_scales_become_powers_of_two(given: float, taken: float, form: Any, key: str) -> None:
+    """By which fp16 gradients are scaled without rounding; DeepSpeed reads numbers from texts, too."""
+    section = {"enabled": True, key: form(given)}
     configuration = configuration_of({"zero_optimization": {"stage": 1}, "fp16": section})
-    assert configuration.options["fp16"]["loss_scale"] == taken
-    told = [note for note in configuration.notes if note.startswith(f"fp16.loss_scale is {given:g}, and {taken:g} is")]
+    assert configuration.options["fp16"][key] == taken
+    told = [note for note in configuration.notes if note.startswith(f"fp16.{key} is {given:g}, and {taken:g} is")]
     assert len(told) == (given != taken)
-    assert section["loss_scale"] == given
+    assert section[key] == form(given)
 
 
-@pytest.mark.parametrize(("stage", "section", "told"), [(0, {}, 1), (0, {"loss_scale": 1}, 0), (1, {}, 0)])
+def test_loss_scales_that_are_no_numbers_are_left_to_deepspeed() -> None:
+    configuration = configuration_of({"fp16": {"enabled": True, "loss_scale": "much", "min_loss_scale": None}})
+    assert configuration.options["fp16"] == {"enabled": True, "loss_scale": "much", "min_loss_scale": None}
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "told"), [(0, {}, 1), (0, {"loss_scale": 1}, 0), (0, {"loss_scale": "1"}, 0), (1, {}, 0)]
+)
 def test_fp16_without_zero_is_told_to_be_wrong(stage: int, section: dict[str, Any], told: int) -> None:
     given = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True, **section}}
     notes = [note for note in configuration_of(given).notes if note.startswith("fp16 without ZeRO")]
