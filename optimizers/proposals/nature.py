@@ -228,7 +228,7 @@ def _goes_by_groups(trial: Trial) -> bool:
     for layers in (trial.with_vector, trial.all):  # some make groups by the number of dimensions, some want matrices
         together, _ = trial.attempt(layers, group_by_group=False)
         one_by_one, _ = trial.attempt(layers, group_by_group=True)
-        if together is not None and len(together.of_groups) > 1:
+        if together is not None and together.filled_groups > 1:
             return one_by_one is None or not trial.same(together, one_by_one)
     return True
 

@@ -78,6 +78,7 @@ class Outcome:
         state: All tensors and numbers of the state after the last step: the model's, and each parameter's.
         of_elements: The same of each element: a tensor like the parameter as it is, a number for all its elements.
         of_groups: All numbers that groups keep then, and those of the whole model in the state.
+        filled_groups: How many groups had parameters.
         is_like_layers: Whether state is numbers and tensors of their parameter's shape.
         puts_others_in_place: Whether parameters have other data than before the steps.
         writes_rate: Whether steps have changed a group's rate.
@@ -90,6 +91,7 @@ class Outcome:
     state: list[torch.Tensor] = field(default_factory=list)
     of_elements: list[torch.Tensor] = field(default_factory=list)
     of_groups: list[list[torch.Tensor]] = field(default_factory=list)
+    filled_groups: int = 0
     is_like_layers: bool = True
     puts_others_in_place: bool = False
     writes_rate: bool = False
@@ -366,6 +368,7 @@ class _Instance:
         state = self.optimizer.state
         of_model = [*_leaves(sorted(own_of(state).items(), key=str))]
         outcome.state += [*of_model, *_leaves([state.get(parameter) for parameter in self.parameters])]
+        outcome.filled_groups += sum(bool(group["params"]) for group in self.optimizer.param_groups)
         for group, began in zip(self.optimizer.param_groups, self.keys_began, strict=True):
             by_key = _leaves_by_key(group)
             outcome.of_groups.append([*chain.from_iterable(by_key.values()), *of_model])

@@ -179,7 +179,7 @@ class SortsByMark(CountsGroups):
         marked: Any = {True: [], False: []}
         for p in params:
             marked[hasattr(p, "is_slow") and p.is_slow].append(p)
-        super().__init__([{"params": group} for group in marked.values() if group], lr, limit)
+        super().__init__([{"params": marked[False]}, {"params": marked[True], "lr": lr / 10}], lr, limit)
 
 
 class Greets(Plain):
