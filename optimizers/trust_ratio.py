@@ -210,6 +210,7 @@ class TrustRatio(LayerwiseOptimizer):
         self._looks_at_digits = False
         self._closure: Callable[[Sequence[torch.Tensor]], Callable[[], Any]] | None = None
         self._checked_options: dict[int, Any] = {}
+        self._last_step = 0  # the number of the last one that was no step of zeros
         self._most_groups = 0  # that there have been
         self._began: dict[int, tuple[int, dict[Any, Any]]] = {}  # by id of a group or the state: of which step, and it
 
@@ -317,13 +318,29 @@ class TrustRatio(LayerwiseOptimizer):
         moving = [index for index, gradient in enumerate(gradients) if gradient is not None]
         step = partial(propose, [parts[index] for index in moving], partial(self._step_base, layout, gradients))
         step = dtensors_named(self.base_class.__name__, layout)(step)
-        if is_first and not _any_gradient(layout, gradients):
-            self._made_of_zeros.make(self.param_groups, self.state, layout.tensors, step)
+        number = self._plans.steps_begun
+        if is_first and self._last_step != number and not self._is_step(layout, gradients):
+            self._made_of_zeros.make(number, self.param_groups, self.state, layout.tensors, step)
             return {"proposed": parts}
+        self._last_step = number
+        self._made_of_zeros.keep(number)
         self._made_of_zeros.drop(self.state, layout.tensors)
         self._looks_at_digits = is_first
         proposed = dict(zip(moving, step(), strict=True))
         return {"proposed": [proposed.get(index, part) for index, part in enumerate(parts)]}
+
+    def _is_step(self, layout: Layout, gradients: Sequence[torch.Tensor | None]) -> bool:
+        """Whether any rank has a gradient that is not zero, or state: else it is made for the sake of the state.
+
+        Waits for the device; one small all-reduce if sharded.
+        """
+        here = [
+            (gradient is not None and bool(gradient.any()))
+            or (bool(self.state[tensor]) and not self._made_of_zeros.has_made(tensor, self.state[tensor]))
+            for tensor, gradient in zip(layout.tensors, gradients, strict=True)
+        ]
+        of_layers = [[float(here[layer.tensor]) for layer in layout.layers]]
+        return bool(layout.reduce(torch.tensor(of_layers, dtype=torch.float64, device="cpu")).any())
 
     def _step_base(self, layout: Layout, gradients: Sequence[torch.Tensor | None]) -> None:
         self._share()
@@ -460,13 +477,6 @@ class TrustRatio(LayerwiseOptimizer):
         loads_itself = type(self.base).load_state_dict is not torch.optim.Optimizer.load_state_dict
         as_torch_casts = value.is_floating_point() and not loads_itself
         return (made_of_it if as_torch_casts else value.to(made_of_it.device)).detach().clone()
-
-
-def _any_gradient(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> bool:
-    """Whether any rank has a gradient that is not zero. Waits for the device; one small all-reduce if sharded."""
-    here = [gradient is not None and bool(gradient.any()) for gradient in gradients]
-    of_layers = [[float(here[layer.tensor]) for layer in layout.layers]]
-    return bool(layout.reduce(torch.tensor(of_layers, dtype=torch.float64, device="cpu")).any())
 
 
 def _complete(

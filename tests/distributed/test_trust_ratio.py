@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trustratio.optimizers import LayoutError, TrustRatio
 
 from ..base_optimizers import BASES
-from ..unit import test_proposals, test_proposals_groups, test_trust_ratio_bases
+from ..unit import test_proposals, test_proposals_groups
 from . import fsdp_runs, megatron_distributed_runs, test_dtensor_parallel, test_fsdp1, test_megatron
 from .cases import Case, initial_weights, run_case
 from .exactness import MODEL, assert_exact, two_groups, worst_error
@@ -338,45 +338,6 @@ def test_a_base_that_reads_the_loss_is_refused_where_ranks_have_their_own(
         assert raised.startswith(
             "steps of ReadsLoss depend on the loss, and each rank's closure returns one of its own"
         )
-
-
-def weights_after_steps(base_name: str, wrapper: str) -> dict[str, torch.Tensor]:
-    """What some steps make of a model of two groups, each of several layers."""
-    base: Any = getattr(test_trust_ratio_bases, base_name)
-    torch.manual_seed(0)
-    model: Any = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
-    named = list(model.named_parameters())
-    groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.05}]
-    optimizer: Any = TrustRatio(base, groups, lr=0.1)
-    engine = None
-    if wrapper.isdigit():
-        zero_options = {"stage": int(wrapper), **({"sub_group_size": 10} if wrapper == "3" else {})}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_options, "gradient_clipping": 0.0}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for step in range(4):
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
-        loss = (engine or model)(x).square().sum()
-        (loss.backward if engine is None else partial(engine.backward, loss))()
-        (engine or optimizer).step()
-        if engine is None:
-            model.zero_grad()
-    if engine is None:
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
-    with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=wrapper == "3"):
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine.destroy()
-    return weights
-
-
-@pytest.mark.parametrize("world_size", [2])
-@pytest.mark.parametrize("base", ["CountsInGroup", "CountsInState"])
-def test_steps_are_counted_once_whatever_the_calls(pool: WorkerPool, base: str, world_size: int) -> None:
-    """ZeRO-1 steps one group after the other, ZeRO-3 one sub-group, and leaves the other groups empty."""
-    wanted, _ = pool.run(weights_after_steps, base, "none")
-    for wrapper in ("1", "3"):
-        for weights in pool.run(weights_after_steps, base, wrapper):
-            for name, value in wanted.items():
-                torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [1])

@@ -141,6 +141,26 @@ def test_steps_over_other_layers_in_turn_are_steps(base: Any) -> None:
         torch.testing.assert_close(values(named)[name], value)
 
 
+@pytest.mark.parametrize("way", ["load", "copy", "add"])
+def test_a_step_of_zeros_counts_if_there_were_others(way: str) -> None:
+    """Whatever has made the optimizer look at its tensors anew before."""
+    named, wanted = parameters(), parameters()
+    optimizer, plain = TrustRatio(torch.optim.AdamW, named, lr=0.1), TrustRatio(torch.optim.AdamW, wanted, lr=0.1)
+    for step in range(5):
+        if step == 2 and way == "load":
+            optimizer.load_state_dict(optimizer.state_dict())
+        elif step == 2 and way == "copy":
+            optimizer = copy.deepcopy(optimizer)
+            copied = optimizer.param_groups[0]["params"]
+            named = [(name, p) for (name, _), p in zip(named, copied, strict=True)]
+        elif step == 2:
+            optimizer.add_param_group({"params": [("unused", torch.nn.Parameter(torch.ones(3)))]})
+        for one, of in ((optimizer, named), (plain, wanted)):
+            train(one, of, [step], scale=0.0 if step == 2 else 1.0)
+    for name, value in values(wanted).items():
+        assert torch.equal(values(named)[name], value)
+
+
 def test_an_empty_group_keeps_its_place() -> None:
     class GoesByPlace(torch.optim.SGD):
         @torch.no_grad()
