@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_SECONDS = 600  # some cases compile models, on a machine that others may use
-LAST_WORDS = 4000
+LAST_WORDS = 12_000
 """Characters of what a worker that died had written last."""
 
 
