@@ -81,6 +81,7 @@ class MadeOfZeros:
 
     def drop(self, states: Mapping[torch.Tensor, dict[str, Any]], tensors: Sequence[torch.Tensor]) -> None:
         """Give up the state of these tensors that is still what such a step has made."""
+        self._written.pop(_key(tensors), None)
         for tensor in tensors if self._made else ():
             if self._made.pop(tensor, None) == _marks(states[tensor]):
                 states[tensor].clear()

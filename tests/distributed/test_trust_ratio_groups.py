@@ -79,78 +79,69 @@ def test_the_bases_groups_are_those_that_are_sharded(pool: WorkerPool, wrapper: 
 # Steps of several calls ----------------------------------------------------------------------------------------------
 
 
-def weights_after_steps(base_name: str, wrapper: str) -> dict[str, torch.Tensor]:
-    """What some steps make of a model of two groups, each of several layers."""
-    base: Any = getattr(test_trust_ratio_bases, base_name)
-    torch.manual_seed(0)
-    model: Any = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
-    named = list(model.named_parameters())
-    groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.05}]
-    optimizer: Any = TrustRatio(base, groups, lr=0.1)
-    engine = None
-    if wrapper.isdigit():
-        zero_options = {"stage": int(wrapper), **({"sub_group_size": 10} if wrapper == "3" else {})}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero_options, "gradient_clipping": 0.0}
+def trained(
+    model: Any, optimizer: Any, zero: dict[str, Any] | None, inputs: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights after a step for each of the inputs, under DeepSpeed if there are options of ZeRO."""
+    engine, named = None, dict(model.named_parameters())
+    if zero is not None:
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "gradient_clipping": 0.0}
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for step in range(4):
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(step))
-        loss = (engine or model)(x).square().sum()
-        (loss.backward if engine is None else partial(engine.backward, loss))()
-        (engine or optimizer).step()
-        if engine is None:
-            model.zero_grad()
-    if engine is None:
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
-    with deepspeed.zero.GatheredParameters([p for _, p in named], enabled=wrapper == "3"):
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine.destroy()
-    return weights
-
-
-@pytest.mark.parametrize("world_size", [2])
-@pytest.mark.parametrize("base", ["CountsInGroup", "CountsInState"])
-def test_steps_are_counted_once_whatever_the_calls(pool: WorkerPool, base: str, world_size: int) -> None:
-    """ZeRO-1 steps one group after the other, ZeRO-3 one sub-group, and leaves the other groups empty."""
-    wanted, _ = pool.run(weights_after_steps, base, "none")
-    for wrapper in ("1", "3"):
-        for weights in pool.run(weights_after_steps, base, wrapper):
-            for name, value in wanted.items():
-                torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
-
-
-def change_of_low_ranks(stage: int | None) -> dict[str, torch.Tensor]:
-    """What some steps of AdamW make of two low-rank matrices in groups of their own; the second begins at zero."""
-    torch.manual_seed(0)
-    model: Any = torch.nn.Sequential(torch.nn.Linear(6, 2, bias=False), torch.nn.Linear(2, 6, bias=False))
-    torch.nn.init.zeros_(model[1].weight)
-    first, second = model.named_parameters()
-    groups = [{"params": [first]}, {"params": [second], "lr": 0.04}]
-    optimizer: Any = TrustRatio(torch.optim.AdamW, groups, lr=0.01, adapt=False)
-    engine = None
-    if stage is not None:
-        zero_options = {"stage": stage}
-        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero_options, "gradient_clipping": 0.0}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
-    for _ in range(4):
+    for x in inputs:
         loss = ((engine or model)(x) - 1).square().sum()
         (loss.backward if engine is None else partial(engine.backward, loss))()
         (engine or optimizer).step()
         if engine is None:
             model.zero_grad()
     if engine is None:
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
-    with deepspeed.zero.GatheredParameters([first[1], second[1]], enabled=stage == 3):
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return {name: p.detach().clone() for name, p in named.items()}
+    with deepspeed.zero.GatheredParameters([*named.values()], enabled=(zero or {}).get("stage") == 3):
+        weights = {name: p.detach().clone() for name, p in named.items()}
     engine.destroy()
     return weights
+
+
+def numbers(step: int, columns: int) -> torch.Tensor:
+    return torch.randn(2, columns, generator=torch.Generator().manual_seed(step))
+
+
+def weights_after_steps(base_name: str, zero: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+    """What some steps make of a model of two groups, each of several layers."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    named = list(model.named_parameters())
+    groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.05}]
+    optimizer = TrustRatio(getattr(test_trust_ratio_bases, base_name), groups, lr=0.1)
+    return trained(model, optimizer, zero, [numbers(step, 4) for step in range(4)])
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("base", ["CountsInGroup", "CountsInState"])
+def test_steps_are_counted_once_whatever_the_calls(pool: WorkerPool, base: str, world_size: int) -> None:
+    """ZeRO-1 steps one group after the other, ZeRO-3 one sub-group, and leaves the other groups empty."""
+    wanted, _ = pool.run(weights_after_steps, base, None)
+    for zero in ({"stage": 1}, {"stage": 3, "sub_group_size": 10}):
+        for weights in pool.run(weights_after_steps, base, zero):
+            for name, value in wanted.items():
+                torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def weights_of_low_ranks(zero: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+    """What some steps of AdamW make of two low-rank matrices in groups of their own; the second begins at zero."""
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(6, 2, bias=False), torch.nn.Linear(2, 6, bias=False))
+    torch.nn.init.zeros_(model[1].weight)
+    first, second = model.named_parameters()
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.04}]
+    optimizer = TrustRatio(torch.optim.AdamW, groups, lr=0.01, adapt=False)
+    return trained(model, optimizer, zero, [numbers(1, 6)] * 4)
 
 
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_group_without_gradient_in_the_first_step_counts_it(pool: WorkerPool, stage: int, world_size: int) -> None:
-    """ZeRO has made state by a step of zeros before."""
-    wanted, _ = pool.run(change_of_low_ranks, None)
-    for weights in pool.run(change_of_low_ranks, stage):
+    """ZeRO calls for it before the group that has one."""
+    wanted, _ = pool.run(weights_of_low_ranks, None)
+    for weights in pool.run(weights_of_low_ranks, {"stage": stage}):
         for name, value in wanted.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
