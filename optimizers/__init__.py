@@ -1,5 +1,7 @@
 """Layer-wise large-batch optimizers whose trust ratios are exact under every sharding."""
 
+from .adabelief import AdaBelief, FastAdaBelief
+from .adashift import AdaShift
 from .clars import CLARS
 from .cowclip import CowClip
 from .gradient_statistics.norms import StatisticsError
@@ -29,7 +31,10 @@ __all__ = [
     "VRLAMB",
     "VRLARS",
     "VRSGD",
+    "AdaBelief",
+    "AdaShift",
     "CowClip",
+    "FastAdaBelief",
     "LayerwiseOptimizer",
     "LayoutError",
     "NovoGrad",

@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+from .adabelief import AdaBelief, FastAdaBelief
+from .adashift import AdaShift
 from .clars import CLARS
 from .cowclip import CowClip
 from .lamb import LAMB, LAMBC
@@ -34,7 +36,8 @@ class OptimizerEntry:
     Attributes:
         optimizer_class: The class.
         paper: Where its equations come from.
-        sums: fp64 numbers per layer in each all-reduce of one `step()` call on sharded layers, with default options.
+        sums: fp64 numbers per layer, sums or maxima, in each all-reduce of one `step()` call on sharded layers, with
+            default options.
         starting_rate: Learning rate to try first, for models as small as the recipes' tiny presets: a guess.
         variants: Options that the generic tests try besides the defaults.
         extra_wire: What is sent besides the gradient, the weights and a few numbers per layer.
@@ -199,6 +202,39 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         variants=(
             {"second_moment": "mean", "gsnr_floor": 0.3},
             {"bias_correction": False, "grad_averaging": False, "adapt": True, "gsnr_beta": 0.0},
+        ),
+    ),
+    "adabelief": OptimizerEntry(
+        AdaBelief,
+        "Zhuang et al. 2020, arXiv 2010.07468",
+        sums=(1,),
+        starting_rate=0.001,
+        variants=(
+            {"rectify": False, "adapt": None},
+            {"rectify": False, "amsgrad": True, "decoupled": False, "adapt": True},
+            {"rectify": False, "fixed_decay": True, "eps": 1e-8, "betas": (0.8, 0.9)},
+            {"degenerated_to_sgd": False, "decoupled": False, "betas": (0.5, 0.9)},
+        ),
+    ),
+    "fastadabelief": OptimizerEntry(
+        FastAdaBelief,
+        "Zhou et al. 2021, arXiv 2104.13790",
+        sums=(1,),
+        starting_rate=0.01,
+        variants=(
+            {"adapt": None, "decoupled": True},
+            {"constant_lr": True, "running_maximum": False, "gamma": 0.5, "delta": 0.1},
+        ),
+    ),
+    "adashift": OptimizerEntry(
+        AdaShift,
+        "Zhou et al. 2018, arXiv 1810.00143",
+        sums=(2,),  # maxima
+        starting_rate=0.01,
+        variants=(
+            {"keep": 2, "reduction": "mean", "adapt": None},
+            {"keep": 1, "reduction": None, "betas": (0.5, 0.9)},
+            {"keep": 2, "adapt": True},
         ),
     ),
 }

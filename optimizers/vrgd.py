@@ -53,7 +53,6 @@ class VarianceReduced(LayerwiseOptimizer):
 
     def begin(self, layers: LayerTable) -> None:
         like = layers.step
-        layers.elements = like.new_tensor([layer.numel for layer in layers.layers])
         layers.resolution = like.new_tensor([layer.gradient_resolution for layer in layers.layers])
 
     def signal_to_noise(self, group: dict[str, Any], layers: LayerTable) -> Stage:

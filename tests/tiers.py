@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
 
 from trustratio.optimizers import OPTIMIZERS, OptimizerEntry
 
@@ -72,7 +73,8 @@ def _shown(case: pytest.Item) -> set[tuple[str, ...]]:
 
 def _asked_of_backends(entry: OptimizerEntry) -> str:
     """What distinguishes optimizers where every one of them has been proven already."""
-    return f"{entry.group_statistics}, {entry.sums}, {entry.optimizer_class.layer_state}"
+    optimizer = entry.optimizer_class([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    return f"{entry.group_statistics}, {entry.sums}, {optimizer.layer_state}"
 
 
 def _ranks(case: pytest.Item) -> int:

@@ -29,9 +29,6 @@ class Algorithm:
     and no number on the host.
     """
 
-    layer_state: ClassVar[tuple[str, ...]] = ("step",)
-    """State with one number per layer, zero at first. `step` counts the updates of the layer."""
-
     counts_steps: ClassVar[bool] = True
     """Whether each group's `step` is the number of steps taken. If not, that key is somebody else's."""
 
@@ -64,6 +61,11 @@ class Algorithm:
     def element_state(self) -> tuple[str, ...]:
         """Names of the state with one value per element, zero at first."""
         return ()
+
+    @property
+    def layer_state(self) -> tuple[str, ...]:
+        """Names of the state with one number per layer, zero at first; `step` counts the updates of the layer."""
+        return ("step",)
 
     def accumulates(self, group: dict[str, Any]) -> str | None:
         """What the moments or the momentum of a group's layers add up, e.g. "gradient + decay".
@@ -108,7 +110,7 @@ class Algorithm:
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         """Yield the stages whose sums the update needs; after each, its reduced sums are in `layers`.
 
-        The sum of squares of the gradient, named "g", must be among them.
+        The sum of squares of the gradient, named "g", or its largest square must be among them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define stages(): the sums that its update needs")
 

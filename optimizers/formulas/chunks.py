@@ -19,7 +19,7 @@ from ..sharding.layout import Layout
 from ..sharding.local_tensors import has_fp64, summable
 from .block_sums import sums_in_blocks
 
-__all__ = ["Chunk", "Flattened", "Summand", "counts", "cut_into_chunks", "multiply", "squares", "values"]
+__all__ = ["Chunk", "Flattened", "Summand", "counts", "cut_into_chunks", "largest", "multiply", "squares", "values"]
 
 CHUNK_ELEMENTS = {"cpu": 1 << 17}
 LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel costs more than missing the cache
@@ -27,7 +27,7 @@ LARGE_CHUNK_ELEMENTS = 1 << 24  # on accelerators, where launching a kernel cost
 
 @dataclass(frozen=True)
 class Summand:
-    """Elements whose layer sums are wanted; made by `squares`, `values` or `counts`."""
+    """Elements whose layer sums are wanted; made by `squares`, `values`, `counts` or `largest`."""
 
     elements: torch.Tensor
     squared: bool
@@ -47,6 +47,11 @@ def values(elements: torch.Tensor) -> Summand:
 def counts(bin_of_element: torch.Tensor, bins: int) -> Summand:
     """Ask for each layer's histogram: how many elements (int64) equal 0, 1, ..., bins - 1; `bins` is not counted."""
     return Summand(bin_of_element, squared=False, bins=bins)
+
+
+def largest(elements: torch.Tensor) -> Summand:
+    """Ask for each layer's largest square, in a stage of `maxima_over_layers`."""
+    return Summand(elements, squared=True)
 
 
 class Flattened(Sequence[Any]):
@@ -137,6 +142,11 @@ class Chunk:
         if summand.squared:
             return [norm.square_() for norm in torch._foreach_norm(list(parts), 2, torch.float64)]
         return [part.sum(dtype=torch.float64) for part in parts]
+
+    def largest(self, summand: Summand) -> list[torch.Tensor]:
+        """Each piece's largest square, fp64, as 0-d tensors where numbers of layers are; NaN if any element is."""
+        found = torch._foreach_norm(list(summand.elements.split(self.lengths)), float("inf"))
+        return [summable(number).to(torch.float64).square_() for number in found]
 
     def extent(self, elements: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Each piece's count of elements that are not zero, and its largest absolute value, as 0-d tensors.

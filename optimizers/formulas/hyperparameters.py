@@ -104,6 +104,12 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def check_segments(segments: Any, names: Sequence[str] | None) -> None:
     """Raise ValueError unless `segments` is a count, or counts by a pattern for names of the group's parameters.
 

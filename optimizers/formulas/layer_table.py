@@ -28,10 +28,11 @@ class LayerTable:
     that nobody has assigned raises AttributeError with the nearest names; one that nobody reads is found by a test
     alone (of the package's optimizers, tests/unit/test_layer_table.py). Names of methods cannot be assigned.
 
-    Three are set by the step: the per-layer state of the algorithm (its new value is kept for layers that have a
-    gradient), `adapt`, and the sums that a stage measured, which `total` and `norm` return by their names.
-    `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it. In groups whose rows are measured,
-    `rows` tells which of them this rank holds, and `row_norm` has one entry for each.
+    Four are set by the step: the per-layer state of the algorithm (its new value is kept for layers that have a
+    gradient), `adapt`, the numbers of `elements`, and the sums that a stage measured, which `total` and `norm` return
+    by their names. `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it. `moves` says which
+    layers this step is meant to move: all unless an algorithm assigns it. In groups whose rows are measured, `rows`
+    tells which of them this rank holds, and `row_norm` has one entry for each.
     """
 
     def __setattr__(self, name: str, vector: Any) -> None:
@@ -49,11 +50,13 @@ class LayerTable:
         self.layers = layers
         self.adapt = adapt
         self.trust_ratio = torch.ones(len(layers), dtype=torch.float64, device=adapt.device)
+        self.moves = torch.ones_like(adapt)
         self._gradient_norm = gradient_norm
         self._totals: dict[str, torch.Tensor] = {}
         self._model_totals: dict[str, torch.Tensor] = {}
         self._row_totals: dict[str, torch.Tensor] = {}
         self.rows: Rows | None = None
+        self.elements = torch.tensor([], device="cpu")  # by the step
         self.__dict__.update(state)
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -64,7 +67,7 @@ class LayerTable:
         )
 
     def receive(self, name: str, totals: torch.Tensor, model_total: torch.Tensor) -> None:
-        """Take a reduced sum of a stage: per layer of this group, and over all layers of the step that measured it."""
+        """Take a number that a stage has measured: per layer of this group, and over all layers that have it."""
         self._totals[name] = totals
         self._model_totals[name] = model_total
 
@@ -77,11 +80,11 @@ class LayerTable:
         return self._row_totals[name].sqrt()
 
     def total(self, name: str) -> torch.Tensor:
-        """Each layer's sum over all its shards, as named by the stage; shape (bins, layers) for a histogram."""
+        """Each layer's sum (or maximum) over all its shards, as named by the stage; (bins, layers) for a histogram."""
         return self._totals[name]
 
     def norm(self, name: str) -> torch.Tensor:
-        """Square root of `total`: each layer's L2 norm, if the stage summed squares."""
+        """Square root of `total`: each layer's L2 norm of summed squares, maximum norm of the largest ones."""
         return self._totals[name].sqrt()
 
     def model_norm(self, name: str) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The stages of a step: sums over layers that are measured together and added up by one all-reduce."""
+"""The stages of a step: sums over layers that are measured together and added up by one all-reduce.
+
+Largest numbers of layers are measured in the same way, and take an all-reduce of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,23 @@ from .chunks import Summand, squares
 from .layer_table import LayerTable
 from .updates import Measurable, TrustRule
 
-__all__ = ["Stage", "Sums", "sums_over_layers", "sums_over_rows"]
+__all__ = ["Stage", "Sums", "maxima_over_layers", "sums_over_layers", "sums_over_rows"]
 
 
 class Stage(Protocol):
-    """Sums that are measured together: `Sums`, or a method that `sums_over_layers` decorates."""
+    """Sums that are measured together: `Sums`, or a method with `sums_over_layers` or `maxima_over_layers` above it."""
 
     @property
     def sum_sizes(self) -> Mapping[str, int]:
         """Names of the sums over layers, in the order in which they are returned, and how many numbers each has."""
 
     @property
+    def maximum_names(self) -> Sequence[str]:
+        """Names of the largest squares in layers, which are returned after the sums over layers."""
+
+    @property
     def row_names(self) -> Sequence[str]:
-        """Names of the sums over rows, which are returned after those over layers."""
+        """Names of the sums over rows, which are returned last."""
 
     def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
         """Return the elements whose sums are wanted, of one chunk."""
@@ -44,7 +51,23 @@ def sums_over_layers(*names: str, **histograms: int) -> Callable[[StageMethod], 
 
     def declare(stage: StageMethod) -> StageMethod:
         stage.sum_sizes = {**dict.fromkeys(names, 1), **histograms}  # type: ignore[attr-defined]
-        stage.row_names = ()  # type: ignore[attr-defined]
+        stage.maximum_names = stage.row_names = ()  # type: ignore[attr-defined]
+        return stage
+
+    return declare
+
+
+def maxima_over_layers(*names: str) -> Callable[[StageMethod], Any]:
+    """Declare the largest squares in each layer that a stage measures (`largest`), after its sums if it has some.
+
+    `LayerTable.total` returns them, so that `LayerTable.norm` is the maximum norm. Stands alone, or above
+    `sums_over_layers`; then the stage takes two all-reduces.
+    """
+
+    def declare(stage: StageMethod) -> StageMethod:
+        if not hasattr(stage, "sum_sizes"):
+            stage = sums_over_layers()(stage)
+        stage.maximum_names = names  # type: ignore[attr-defined]
         return stage
 
     return declare
@@ -86,6 +109,10 @@ class Sums:
     @property
     def sum_sizes(self) -> dict[str, int]:
         return dict.fromkeys(self.names, 1)
+
+    @property
+    def maximum_names(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def row_names(self) -> tuple[str, ...]:

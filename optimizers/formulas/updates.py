@@ -17,7 +17,7 @@ from .chunk_view import ChunkView
 from .chunks import Summand, squares, values
 from .layer_table import LayerTable, safe_ratio
 
-__all__ = ["AdamUpdate", "Gsnr", "Measurable", "MomentumUpdate", "TrustRule", "Update"]
+__all__ = ["AdamUpdate", "BeliefUpdate", "Gsnr", "Measurable", "MomentumUpdate", "TrustRule", "Update"]
 
 SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
 
@@ -240,3 +240,74 @@ class AdamUpdate:
         u, u_g = self.directions(x)
         u.mul_(x.of(self.step))
         return u if u_g is None else u.add_(u_g.mul_(x.of(self.second_step)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class BeliefUpdate:
+    r"""AdaBelief with numbers per layer; FastAdaBelief too.
+
+        g' = g + l2·w
+        m ← β₁m + (1-β₁)g'           s ← β₂s + rate·(g' - m)² + growth       with the new m
+        ŝ = s, or with `maximum`  ŝ ← max(ŝ, s)
+        d = √(ŝ·scale) + offset      without `root`  ŝ·scale + offset
+        u = factor·m / d + λw
+        w ← w - step·u - fixed_decay·w
+
+    m, s and ŝ are `exp_avg`, `exp_avg_var` and `max_exp_avg_var`. A layer that steps by m alone has scale 0 and offset
+    1. When sums of u are measured, everything but `step` must be known: state may be written then.
+
+    Attributes:
+        beta1: β₁.
+        beta2: Vector β₂.
+        rate: Vector, 1-β₂.
+        growth: See above.
+        scale: Vector.
+        offset: Vector.
+        factor: Vector.
+        step: Vector.
+        root: See above.
+        maximum: See above.
+        weight_decay: λ.
+        l2: See above.
+        fixed_decay: See above.
+    """
+
+    beta1: float
+    beta2: torch.Tensor
+    rate: torch.Tensor
+    growth: float
+    scale: torch.Tensor
+    offset: torch.Tensor
+    factor: torch.Tensor
+    step: torch.Tensor
+    root: bool = True
+    maximum: bool = False
+    weight_decay: float = 0.0
+    l2: float = 0.0
+    fixed_decay: float = 0.0
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_var", *(("max_exp_avg_var",) if self.maximum else ()))
+
+    def variance(self, x: ChunkView, g: torch.Tensor) -> torch.Tensor:
+        """Return ŝ, with all averages updated."""
+        # β₁ times the difference to the old m, which has more digits than the difference to the new one.
+        surprise = (g - x.exp_avg).mul_(self.beta1)
+        x.exp_avg.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
+        s = x.exp_avg_var.mul_(x.of(self.beta2)).add_(surprise.square_().mul_(x.of(self.rate))).add_(self.growth)
+        return torch.maximum(x.max_exp_avg_var, s, out=x.max_exp_avg_var) if self.maximum else s
+
+    def direction(self, x: ChunkView) -> torch.Tensor:
+        """Return u, with all averages updated."""
+        g = x.g.add(x.w, alpha=self.l2) if self.l2 else x.g
+        d = self.variance(x, g) * x.of(self.scale)
+        d = (d.sqrt_() if self.root else d).add_(x.of(self.offset))
+        return (x.exp_avg * x.of(self.factor)).div_(d).add_(x.w, alpha=self.weight_decay)
+
+    def measure(self, x: ChunkView) -> dict[str, Summand]:
+        """Sums of squares: "w", "g" (as it comes) and "u"."""
+        return {"w": squares(x.w), "g": squares(x.g), "u": squares(self.direction(x))}
+
+    def change(self, x: ChunkView) -> torch.Tensor:
+        return self.direction(x).mul_(x.of(self.step)).add_(x.w, alpha=self.fixed_decay)

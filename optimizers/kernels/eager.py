@@ -7,7 +7,7 @@ measuring works on scratch copies of the state, chunk by chunk, and applying rep
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,19 +36,30 @@ class EagerSweeps:
         """As `Sweeps.measure`; keeps nothing."""
         operands, group_chunks = self.operands.groups[group], self._chunks[group]
         of_pieces: dict[str, list[torch.Tensor]] = {name: [] for name in stage.sum_sizes}
+        maxima: dict[str, list[torch.Tensor]] = {name: [] for name in stage.maximum_names}
         of_rows = self._zero_row_sums(operands, stage)
         for chunk in group_chunks.chunks:
             summands = stage(operands.options, operands.table, self._view(operands, chunk, in_place=False))
-            named = dict(zip((*of_pieces, *of_rows), summands, strict=True))
+            named = dict(zip((*of_pieces, *maxima, *of_rows), summands, strict=True))
             for name, pieces in of_pieces.items():
                 pieces += chunk.sums(named[name])
+            for name, pieces in maxima.items():
+                pieces += chunk.largest(named[name])
             for name, row_sums in of_rows.items():
                 operands.rows.add_sums(row_sums, chunk, named[name])
-        if group_chunks.chunks:
-            of_layers = group_chunks.add_up(list(of_pieces.values()))
-        else:
-            of_layers = self._zeros(sum(stage.sum_sizes.values()), len(operands.layers))
-        return LocalSums(of_layers, of_rows)
+        layers = len(operands.layers)
+        return LocalSums(
+            self._of_layers(group_chunks, of_pieces, "sum", sum(stage.sum_sizes.values()), layers),
+            of_rows,
+            self._of_layers(group_chunks, maxima, "max", len(maxima), layers) if maxima else None,
+        )
+
+    def _of_layers(
+        self, group_chunks: _GroupChunks, of_pieces: Mapping[str, list[torch.Tensor]], how: str, rows: int, layers: int
+    ) -> torch.Tensor:
+        if rows and group_chunks.chunks:
+            return group_chunks.combine(list(of_pieces.values()), how)
+        return self._zeros(rows, layers)
 
     def step(self, group: int, stage: Stage) -> LocalSums | None:
         """Nothing: a layer that is measured is scratch, of which nothing is left to apply."""
@@ -135,9 +146,9 @@ class _GroupChunks:
         counts = torch.bincount(torch.tensor(layer_of_piece, dtype=torch.int64, device="cpu"), minlength=len(layers))
         return cls(chunks, by_layer, counts.to(device))
 
-    def add_up(self, of_pieces: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Add each sum's pieces per layer, in a fixed order; shape (numbers of all sums, layers)."""
+    def combine(self, of_pieces: Sequence[Sequence[torch.Tensor]], how: str) -> torch.Tensor:
+        """The "sum" or "max" of each number's pieces per layer, in a fixed order; shape (all numbers, layers)."""
         columns = [torch.stack([sums[piece].reshape(-1) for piece in self.by_layer]) for sums in of_pieces]
         values = torch.cat(columns, dim=1)
         # The counts are not checked, since that would wait for the device.
-        return torch.segment_reduce(values, "sum", lengths=self.counts, axis=0, unsafe=True, initial=0.0).T
+        return torch.segment_reduce(values, how, lengths=self.counts, axis=0, unsafe=True, initial=0.0).T

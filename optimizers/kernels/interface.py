@@ -109,11 +109,14 @@ class LocalSums:
     Attributes:
         of_layers: fp64, shape (numbers, layers of the group); a row for each name of the stage's `sum_sizes`, or as
             many as that says.
+        maxima: fp64, shape (maxima, layers of the group), for each of the stage's `maximum_names`; zero in layers of
+            which nothing is here. None if it has none.
         of_rows: fp64, shape (rows on this rank,), for each of the stage's `row_names`.
     """
 
     of_layers: torch.Tensor
     of_rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    maxima: torch.Tensor | None = None
 
 
 class ElementUpdate(Protocol):

@@ -41,6 +41,8 @@ ALIASES = {
     **dict.fromkeys(("beta", "beta1", "beta2", "beta_1", "beta_2"), "betas"),
     **dict.fromkeys(("epsilon", "eps_root"), "eps"),
     **dict.fromkeys(("mu",), "momentum"),
+    **dict.fromkeys(("weight_decouple",), "decoupled"),
+    **dict.fromkeys(("keep_num", "n"), "keep"),
     **dict.fromkeys(("eta", "trust_coeff", "trust_coef", "lars_coefficient"), "trust_coefficient"),
     **dict.fromkeys(("max_norm", "clip_norm", "global_clip_norm"), "max_grad_norm"),
 }
@@ -64,7 +66,7 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_coeff": ((), "write trust_bounds=(min_coeff, max_coeff) for LAMB"),
     "min_coeff": ((), "write trust_bounds=(min_coeff, max_coeff) for LAMB"),
     "dampening": ((0, 0.0), "no optimizer here dampens its momentum"),
-    "amsgrad": ((False,), "no optimizer here keeps the largest second moment"),
+    "amsgrad": ((False,), "of the optimizers here AdaBelief alone has it"),
     "adam_w_mode": ((True, 1), "weight decay is a part of the direction, and so of the trust ratio"),
     "decoupled_decay": ((False,), "weight decay is a part of the direction, and so of the trust ratio"),
     "corrected_weight_decay": ((False,), "weight decay is a part of the direction, and so of the trust ratio"),
@@ -79,12 +81,13 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
 def options_of_others(defaults: Collection[str]) -> dict[str, str]:
     """Options that this package's optimizers have and these defaults lack, with the first class that has them.
 
-    Not those of users' classes: an option of theirs may bear the name of a key that anybody puts into groups.
+    Not those of users' classes: an option of theirs may bear the name of a key that anybody puts into groups. Nor those
+    in `ELSEWHERE`, of which the value decides.
     """
     found: dict[str, str] = {}
     for algorithm in _algorithms(Algorithm):
         for name in options_of(algorithm):
-            if name not in defaults:
+            if name not in defaults and name not in ELSEWHERE:
                 found.setdefault(name, algorithm.__name__)
     return found
 

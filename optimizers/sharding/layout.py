@@ -153,12 +153,15 @@ class Layout:
         """Where the numbers of layers are, which are fp64: `device`, or the CPU if that has no fp64."""
         return numbers_device(self.device)
 
-    def reduce(self, sums: torch.Tensor, layer_of_column: torch.Tensor | None = None) -> torch.Tensor:
+    def reduce(
+        self, sums: torch.Tensor, layer_of_column: torch.Tensor | None = None, *, largest: bool = False
+    ) -> torch.Tensor:
         """Add `sums` over all shards of each layer: one all-reduce per process group, however many layers.
 
         Args:
             sums: fp64, shape (rows, layers), this rank's share.
             layer_of_column: The layer that each column belongs to, where there is not one column per layer.
+            largest: Take the largest share in place of the sum, of numbers that are not negative; NaN is the largest.
 
         Returns:
             The same tensor on every rank of the group, shape (rows, layers).
@@ -172,7 +175,10 @@ class Layout:
                 if layer_of_column is not None:
                     columns = torch.isin(layer_of_column, columns)
             packed = sums[:, columns].to(reduction_device(process_group, sums.device)).contiguous()
-            dist.all_reduce(packed, group=process_group)
+            if largest:
+                _take_largest(packed, process_group)
+            else:
+                dist.all_reduce(packed, group=process_group)
             sums[:, columns] = packed.to(sums.device)
         return sums
 
@@ -265,6 +271,15 @@ class Layout:
             f"{listing(found)}. Tie layers by using one Parameter object for both, clone() an expanded tensor before "
             "making it a parameter, and leave the data of parameters where it is once a wrapper has them"
         )
+
+
+def _take_largest(numbers: torch.Tensor, process_group: dist.ProcessGroup) -> None:
+    """Replace each fp64 number that is not negative by the largest of all ranks', in place.
+
+    The bits of such numbers are in the order of the numbers, with NaN above infinity. As numbers, backends lose NaN.
+    """
+    numbers.abs_()  # NaN has a sign too
+    dist.all_reduce(numbers.view(torch.int64), op=dist.ReduceOp.MAX, group=process_group)
 
 
 def listing(items: Sequence[str], shown: int = 5) -> str:

@@ -96,8 +96,8 @@ def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> 
 
 def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator[str]:
     """State that is missing or of other shapes, given the options of the file; a parameter may have none yet."""
-    element_state = _element_state(optimizer, state_dict["param_groups"])
-    wanted = {*optimizer.layer_state, *element_state}
+    element_state, layer_state = _names_of_state(optimizer, state_dict["param_groups"])
+    wanted = {*layer_state, *element_state}
     for group, current in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         names = dict(enumerate(current.get("param_names") or ()))
         for position, (key, parameter) in enumerate(zip(group["params"], current["params"], strict=True)):
@@ -109,7 +109,7 @@ def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator
             if missing:
                 yield f"parameter {name} lacks the state {', '.join(sorted(missing))}"
                 continue
-            problems = [*_misshapen(optimizer, element_state, state, parameter, name)] or [*_miscounted(state, name)]
+            problems = [*_misshapen(layer_state, element_state, state, parameter, name)] or [*_miscounted(state, name)]
             yield from problems
             if not problems and _is_warm_before_the_first_step(state, element_state):
                 yield (
@@ -119,7 +119,7 @@ def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator
 
 
 def _misshapen(
-    optimizer: Algorithm, element_state: Sequence[str], state: dict[str, Any], parameter: torch.Tensor, name: str
+    layer_state: Sequence[str], element_state: Sequence[str], state: dict[str, Any], parameter: torch.Tensor, name: str
 ) -> Iterator[str]:
     """State that is no tensor of the parameter's shape, here and on the other ranks, or no number."""
     for what in element_state:
@@ -130,7 +130,7 @@ def _misshapen(
         elif placements_of(value) != placements_of(parameter):  # on all ranks; of one rank's part, the next plan tells
             cuts = " and ".join(f"{tuple(local_part(t).shape)} {placements_of(t) or ''}" for t in (value, parameter))
             yield f"{what} of parameter {name} is cut otherwise than the parameter: {cuts} on this rank"
-    for what in optimizer.layer_state:
+    for what in layer_state:
         value = state.get(what, 0.0)
         if what not in state.get("layers", {}) and (not _is_number(value) or torch.as_tensor(value).numel() != 1):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
@@ -164,10 +164,10 @@ def _is_warm_before_the_first_step(state: dict[str, Any], element_state: Sequenc
     return any(bool(local_part(state[what]).any()) for what in element_state)
 
 
-def _element_state(optimizer: Algorithm, saved: list[dict[str, Any]]) -> tuple[str, ...]:
-    """The names of the element-wise state that the optimizer keeps with the options of the file."""
+def _names_of_state(optimizer: Algorithm, saved: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the state that the optimizer keeps with the options of the file, per element and per layer."""
     current, optimizer.param_groups = optimizer.param_groups, saved
     try:
-        return optimizer.element_state
+        return optimizer.element_state, optimizer.layer_state
     finally:
         optimizer.param_groups = current

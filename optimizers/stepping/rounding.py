@@ -39,7 +39,7 @@ class RoundedUpdates:
         counts, rates = [], set()
         for group in groups.values():
             rate = float(group.options["lr"])
-            for index in group.tensors if rate else ():
+            for index in set(group.tensors) - self._held(group) if rate else ():
                 gradient = self._operands.gradients[index]
                 if index in self._before and gradient is not None:
                     weights = self._operands.weights[index]
@@ -61,6 +61,12 @@ class RoundedUpdates:
             "let DeepSpeed (bf16 or fp16 in its config) or FSDP over fp32 parameters (MixedPrecisionPolicy, "
             "MixedPrecision) keep them"
         )
+
+    def _held(self, group: GroupOperands) -> set[int]:
+        """Local tensors with layers that the algorithm itself leaves where they are."""
+        moves = group.table.moves.tolist()
+        layers = self._operands.layout.layers
+        return {layers[layer].tensor for layer, moved in zip(group.layers, moves, strict=True) if not moved}
 
 
 def _stride(tensor: torch.Tensor) -> int:

@@ -29,7 +29,7 @@ from ..formulas.rows import Rows
 from ..formulas.stages import Stage
 from ..kernels.choice import open_sweeps
 from ..kernels.interface import ElementUpdate, GroupOperands, LocalSums, Operands
-from ..sharding.layout import LayoutError
+from ..sharding.layout import Layer, LayoutError
 from ..sharding.local_tensors import cut_alike, is_plain, local_part
 from .gradients import read_gradients
 from .plan import Plan
@@ -82,6 +82,7 @@ class Step:
             local_sums = {index: self._measure(index, stage) for index, stage in stages.items()}
             totals = self._reduce(stages, local_sums)
             self._hand_out(stages, local_sums, totals)
+            self._hand_out_maxima(stages, self._reduce_maxima(stages, local_sums))
         self._apply()
         self._write_layer_state()
         return self._trust_ratios()
@@ -137,7 +138,7 @@ class Step:
         return self.sweeps.measure(group, stage, keep=nothing_may_stop_it)
 
     def _reduce(self, stages: Mapping[int, Stage], local_sums: Mapping[int, LocalSums]) -> dict[str, torch.Tensor]:
-        """Add the groups' sums over all shards of each layer, with one all-reduce.
+        """Add the groups' sums over all shards of each layer, with one all-reduce; none if there are no sums.
 
         Returns:
             The totals by name, shape (layers,), of histograms (bins, layers); zero in groups whose stage lacks a name.
@@ -151,8 +152,27 @@ class Step:
         row_sums = [
             (self.groups[group].rows, totals) for group, sums in local_sums.items() for totals in sums.of_rows.values()
         ]
+        if not (sizes or row_sums):  # a stage of maxima alone
+            return {}
         reduced = self._all_reduce(packed, row_sums) if row_sums else self.layout.reduce(packed)
         return {name: rows[0] if sizes[name] == 1 else rows for name, rows in _named_rows(reduced, sizes).items()}
+
+    def _reduce_maxima(
+        self, stages: Mapping[int, Stage], local_sums: Mapping[int, LocalSums]
+    ) -> dict[str, torch.Tensor]:
+        """The largest of the groups' maxima over all shards of each layer, likewise; zero where a stage lacks one."""
+        sizes = dict.fromkeys((name for stage in stages.values() for name in stage.maximum_names), 1)
+        if not sizes:
+            return {}
+        shape = len(sizes), len(self.layout.layers)
+        packed = torch.zeros(shape, dtype=torch.float64, device=self.layout.numbers_device)
+        by_name = _named_rows(packed, sizes)
+        for group, stage in stages.items():
+            layers, maxima = self.groups[group].layers, local_sums[group].maxima
+            if maxima is not None:
+                for name, of_group in zip(stage.maximum_names, maxima, strict=True):
+                    by_name[name][0, layers.start : layers.stop] = of_group
+        return dict(zip(sizes, self.layout.reduce(packed, largest=True), strict=True))
 
     def _pack(
         self, stages: Mapping[int, Stage], local_sums: Mapping[int, LocalSums], sizes: Mapping[str, int]
@@ -200,6 +220,13 @@ class Step:
         if self.contributions and self.algorithm.statistics is not None:
             self.algorithm.statistics.keep(self.layout, totals)
         self.contributions = {}
+
+    def _hand_out_maxima(self, stages: Mapping[int, Stage], maxima: Mapping[str, torch.Tensor]) -> None:
+        for index, stage in stages.items():
+            group = self.groups[index]
+            for name in stage.maximum_names:
+                of_all = maxima[name]
+                group.table.receive(name, of_all[group.layers.start : group.layers.stop], of_all.amax())
 
     # Applying
 
@@ -276,7 +303,7 @@ class Step:
         state = {name: numbers[layers.start : layers.stop] for name, numbers in self.layer_state.items()}
         layer_list = list(self.layout.layers[layers.start : layers.stop])
         table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
-        table.rows = self.plan.rows.get(index)
+        table.rows, table.elements = self.plan.rows.get(index), self._elements(index, layer_list)
         return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table)
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -292,6 +319,13 @@ class Step:
             device = self.layout.numbers_device
             known["adapt", group] = torch.tensor(self.plan.adapted[group], device=device, dtype=torch.bool)
         return known["adapt", group]
+
+    def _elements(self, group: int, layers: Sequence[Layer]) -> torch.Tensor:
+        known: dict[Any, torch.Tensor] = self.plan.cache
+        if ("elements", group) not in known:
+            sizes = [layer.numel for layer in layers]
+            known["elements", group] = torch.tensor(sizes, device=self.layout.numbers_device, dtype=torch.float64)
+        return known["elements", group]
 
     def gradient_squares(self) -> torch.Tensor:
         """The squared norm of each layer's gradient, in the order of `Plan.names`; after `run`."""

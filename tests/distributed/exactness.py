@@ -37,7 +37,13 @@ BASE_OPTIONS: dict[str, dict[str, Any]] = {
     "clars": {"lr": 2.0, "trust_coefficient": 0.02},
     "vrsgd": {"lr": 2.0},
     "vrlars": {"lr": 2.0, "trust_coefficient": 0.02},
+    "adabelief": {"lr": 5.0},  # as long as the gradient at first, and a twentieth of the rate later
+    "fastadabelief": {"lr": 0.2},
+    "adashift": {"lr": 0.2, "keep": 2},
 }
+
+STEPS = {"adabelief": 8}
+"""Of AdaBelief the first five are SGD's."""
 
 # Groups that differ by a common factor have the same signal-to-noise ratio in every element; see `group_gradients`.
 NOISE = {

@@ -29,7 +29,7 @@ from .cases import (
     mean_gradients,
 )
 from .collective_counter import CollectiveCounter
-from .exactness import MODEL, NOISE, assert_exact, two_groups
+from .exactness import MODEL, NOISE, STEPS, assert_exact, two_groups
 from .pool import WorkerPool
 
 EXACT = [name for name, entry in OPTIMIZERS.items() if entry.group_statistics is None]
@@ -38,6 +38,7 @@ MESHES = {"fsdp": None, "hsdp": (2, 2)}
 
 def make_case(name: str, layers: tuple[LayerSpec, ...] = MODEL, **changes: Any) -> Case:
     changes.setdefault("noise", NOISE.get(name, 0.0))
+    changes.setdefault("steps", STEPS.get(name, 5))
     return Case(name, layers, "fsdp", two_groups(name, **changes.pop("options", {})), **changes)
 
 

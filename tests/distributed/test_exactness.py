@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trustratio.optimizers import OPTIMIZERS
 
 from .cases import Case, LayerSpec, initial_weights, mean_gradients, run_case
-from .exactness import MODEL, NOISE, assert_exact, expected, two_groups, worst_error
+from .exactness import MODEL, NOISE, STEPS, assert_exact, expected, two_groups, worst_error
 from .pool import WorkerPool
 
 STAGES: tuple[str | int, ...] = ("ddp", 0, 1, 2, 3)
@@ -25,6 +25,7 @@ OWN_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False}
 def make_case(name: str, stage: str | int, layers: tuple[LayerSpec, ...] = MODEL, **changes: Any) -> Case:
     options = changes.pop("options", {})
     changes.setdefault("noise", NOISE.get(name, 0.0))
+    changes.setdefault("steps", STEPS.get(name, 5))
     return Case(name, layers, stage, two_groups(name, **options), **changes)
 
 
@@ -41,7 +42,8 @@ def run_exact(pool: WorkerPool, case: Case) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
-    answers = run_exact(pool, make_case(name, stage))
+    case = make_case(name, stage)
+    answers = run_exact(pool, case)
     sharded = stage in (1, 2, 3) and world_size > 1
     calls = 2 if stage in (1, 2, 3) else 1
     for answer in answers:
@@ -51,7 +53,7 @@ def test_weights_and_ratios_equal_one_process(pool: WorkerPool, name: str, stage
         assert set(answer["all_reduces"][calls:]) == {all_reduces}
         if entry.group_statistics != "squares":
             assert answer["collectives"] == answer["all_reduces"]
-        assert set(answer["step_counts"].values()) == {5.0}
+        assert set(answer["step_counts"].values()) == {case.steps}
 
 
 @pytest.mark.parametrize("world_size", [2])

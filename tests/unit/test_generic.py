@@ -22,6 +22,8 @@ Parameters = dict[str, torch.nn.Parameter]
 SHAPES = {"matrix": (5, 7), "conv": (3, 2, 2, 2), "bias": (6,), "scalar": ()}
 GROUPS_OF_SAMPLES = 8
 LR = 0.05
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"adashift": {"keep": 1}}
+"""With which the few steps of these tests change weights: AdaShift waits for as many steps as it keeps gradients."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*group.* of samples per step.*")
 
@@ -67,7 +69,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: Parameters, steps: Seque
 
 
 def make(name: str, parameters: Parameters, **options: Any) -> LayerwiseOptimizer:
-    return create_optimizer(name, list(parameters.items()), **{"lr": LR, **options})
+    return create_optimizer(name, list(parameters.items()), **{"lr": LR, **OWN_OPTIONS.get(name, {}), **options})
 
 
 def values(parameters: Parameters) -> dict[str, Tensor]:
@@ -98,7 +100,7 @@ def assert_same_state(a: Any, b: Any) -> None:
 def test_equals_the_reference_in_fp64(name: str, options: dict[str, Any]) -> None:
     parameters = make_parameters(torch.float64)
     before = values(parameters)
-    given = {"lr": LR, "weight_decay": 0.1, **options}
+    given = {"lr": LR, "weight_decay": 0.1, **OWN_OPTIONS.get(name, {}), **options}
     optimizer = make(name, parameters, **given)
     train(optimizer, parameters, range(4))
     gradients = [make_gradients(step, parameters) for step in range(4)]
@@ -116,7 +118,7 @@ def test_maximizing_equals_the_reference_of_the_other_sign(name: str) -> None:
     """Gradients are seen as they are in backward, where the optimizer looks at single groups of samples."""
     parameters = make_parameters(torch.float64)
     before = values(parameters)
-    given = {"lr": LR, "weight_decay": 0.1}
+    given = {"lr": LR, "weight_decay": 0.1, **OWN_OPTIONS.get(name, {})}
     optimizer = make(name, parameters, maximize=True, **given)
     train(optimizer, parameters, range(3))
     gradients = [{layer: -g for layer, g in make_gradients(step, parameters).items()} for step in range(3)]
@@ -142,7 +144,7 @@ def test_groups_equal_separate_optimizers(name: str) -> None:
         "scalar": {},
     }
     groups = [{"params": [(layer, together[layer])], **options[layer]} for layer in SHAPES]
-    one = create_optimizer(name, groups, lr=LR)
+    one = create_optimizer(name, groups, lr=LR, **OWN_OPTIONS.get(name, {}))
     accepted = inspect.signature(OPTIMIZERS[name].optimizer_class).parameters
     several = [
         make(name, {layer: alone[layer]}, **{k: v for k, v in options[layer].items() if k in accepted})
@@ -380,6 +382,18 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "zeta": [(-0.1, r"zeta must be in \[0, inf\), got -0.1")],
     "threshold": [("other", "threshold must be one of 'code', 'paper', got 'other'")],
     "cowclip": [(1, "cowclip must be True or False, got 1")],
+    "rectify": [("yes", "rectify must be True or False, got 'yes'")],
+    "decoupled": [(1, "decoupled must be True or False, got 1")],
+    "fixed_decay": [(None, "fixed_decay must be True or False, got None")],
+    "amsgrad": [(1, "amsgrad must be True or False, got 1"), (True, "amsgrad=True needs rectify=False")],
+    "degenerated_to_sgd": [(0, "degenerated_to_sgd must be True or False, got 0")],
+    "beta1": [(1.0, r"beta1 must be in \[0, 1\), got 1.0"), ("0.9", "got '0.9'")],
+    "gamma": [(0.0, r"gamma must be in \(0, 1\], got 0.0"), (1.1, "got 1.1")],
+    "delta": [(0.0, r"delta must be in \(0, inf\), got 0.0")],
+    "constant_lr": [(1, "constant_lr must be True or False, got 1")],
+    "running_maximum": [(1, "running_maximum must be True or False, got 1")],
+    "keep": [(0, "keep must be a whole number of at least 1, got 0"), (2.5, "got 2.5"), (True, "got True")],
+    "reduction": [("sum", "reduction must be one of 'max', 'mean', None, got 'sum'")],
     "adapt": [("yes", "adapt must be one of None, True, False, got 'yes'")],
     "segments": [(0, "segments must be a number of equal parts .* got 0"), ("3", "got '3'"), (2.0, "got 2.0")],
     "maximize": [(1, "maximize must be True or False, got 1")],

@@ -13,7 +13,7 @@ import torch
 from trustratio.optimizers import OPTIMIZERS, LayerwiseOptimizer
 from trustratio.optimizers.formulas.layer_table import LayerTable
 
-READ_BY_THE_STEP = {"trust_ratio"}
+READ_BY_THE_STEP = {"moves", "trust_ratio"}
 
 
 def table() -> LayerTable:
@@ -31,7 +31,7 @@ def names_of_layers(optimizer_class: type, context: type[ast.expr_context]) -> I
 
 def never_read(optimizer_class: type[LayerwiseOptimizer]) -> set[str]:
     assigned = {*names_of_layers(optimizer_class, ast.Store)}
-    return assigned - {*names_of_layers(optimizer_class, ast.Load)} - READ_BY_THE_STEP - {*optimizer_class.layer_state}
+    return assigned - {*names_of_layers(optimizer_class, ast.Load)} - READ_BY_THE_STEP - {"step"}
 
 
 def test_a_misspelt_name_that_is_read_is_refused_with_the_nearest() -> None:

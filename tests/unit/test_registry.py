@@ -20,9 +20,9 @@ def test_sums_are_those_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) ->
     reduced: list[int] = []
     reduce = Layout.reduce
 
-    def counting(layout: Layout, sums: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def counting(layout: Layout, sums: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         reduced.append(len(sums))
-        return reduce(layout, sums, *arguments)
+        return reduce(layout, sums, *arguments, **options)
 
     parameters = make_parameters()
     optimizer = create_optimizer(name, list(parameters.items()), lr=LR)
