@@ -163,12 +163,20 @@ class AdaShift(LayerwiseOptimizer):
         """What is measured of g_{t-n}, which is zero until there is one, and of g."""
         if group["reduction"] is None:
             return Sums("g")
-        stage: Stage = self.largest_squares if group["reduction"] == "max" else self.sums_of_squares
+        stage: Stage = self.sums_of_squares
+        if group["reduction"] == "max":
+            stage = self.largest_squares if self.statistics is None else self.largest_square_and_norm
         return stage
 
     @maxima_over_layers("old", "g")
     def largest_squares(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
         return largest(self.oldest(group, x)), largest(x.g)
+
+    @maxima_over_layers("old")
+    @sums_over_layers("g")
+    def largest_square_and_norm(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
+        """For whoever watches single groups' gradients: their sums take an all-reduce anyway."""
+        return squares(x.g), largest(self.oldest(group, x))
 
     @sums_over_layers("old", "g")
     def sums_of_squares(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..formulas.stages import Stage, Sums
-from ..formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, TrustRule
+from ..formulas.updates import AdamUpdate, BeliefUpdate, Gsnr, MomentumUpdate, TrustRule
 
 __all__ = ["PLACES", "PLACE_OF_SUM", "CompiledForm", "Kind", "compiled_sums", "compiled_update", "targets_of"]
 
@@ -42,10 +42,19 @@ class Kind(Enum):
     LANS = "AdamUpdate with two directions"
     ADAM_GSNR = "AdamUpdate with r"
     ADAM_GSNR_MEAN = "AdamUpdate with r and the mean gradient's second moment"
+    BELIEF = "BeliefUpdate"
+    BELIEF_MAX = "BeliefUpdate with the largest variance"
+    BELIEF_NO_ROOT = "BeliefUpdate without root"
+    BELIEF_MAX_NO_ROOT = "BeliefUpdate with the largest variance, without root"
 
     @property
     def is_adam(self) -> bool:
-        return self in (Kind.ADAM, Kind.LANS, Kind.ADAM_GSNR, Kind.ADAM_GSNR_MEAN)
+        """Whether it has moments, which may be kept while sums are measured."""
+        return self.is_belief or self in (Kind.ADAM, Kind.LANS, Kind.ADAM_GSNR, Kind.ADAM_GSNR_MEAN)
+
+    @property
+    def is_belief(self) -> bool:
+        return self in (Kind.BELIEF, Kind.BELIEF_MAX, Kind.BELIEF_NO_ROOT, Kind.BELIEF_MAX_NO_ROOT)
 
     @property
     def has_gsnr(self) -> bool:
@@ -86,6 +95,8 @@ def compiled_update(update: Any) -> CompiledForm | None:
         return _momentum(update)
     if isinstance(update, AdamUpdate) and not (update.gsnr is not None and update.second_step is not None):
         return _adam(update)
+    if isinstance(update, BeliefUpdate):
+        return _belief(update)
     return None
 
 
@@ -94,7 +105,7 @@ def compiled_sums(stage: Stage) -> CompiledForm | None:
     if not isinstance(stage, Sums):
         return None
     names, of = frozenset(stage.names), stage.of
-    if isinstance(of, AdamUpdate):
+    if isinstance(of, AdamUpdate | BeliefUpdate):
         return compiled_update(of) if names <= {"w", "g", "u", "u_g"} else None
     kind = _kind_of_sums(names, of)
     if kind is None:
@@ -163,4 +174,29 @@ def _adam(update: AdamUpdate) -> CompiledForm:
         "weight_decay": update.weight_decay,
     }
     form.add_gsnr(update.gsnr)
+    return form
+
+
+def _belief(update: BeliefUpdate) -> CompiledForm:
+    if update.root:
+        kind = Kind.BELIEF_MAX if update.maximum else Kind.BELIEF
+    else:
+        kind = Kind.BELIEF_MAX_NO_ROOT if update.maximum else Kind.BELIEF_NO_ROOT
+    form = CompiledForm(kind, update.state)
+    form.add_vectors(
+        step=update.step,
+        correction1=update.factor,
+        correction2=update.scale,
+        decay=update.beta2,
+        rate=update.rate,
+        offset=update.offset,
+    )
+    form.scalars = {
+        "beta1": update.beta1,
+        "gain": 1 - update.beta1,
+        "weight_decay": update.weight_decay,
+        "growth": update.growth,
+        "l2": update.l2,
+        "fixed_decay": update.fixed_decay,
+    }
     return form

@@ -58,12 +58,14 @@ class _Sweep(ctypes.Structure):
                 ),
                 *("gradient_scale", "weight_scale", "step", "second_step"),
                 *("correction1", "correction2", "correction3", "resolution", "gsnr_scale"),
+                *("decay", "rate", "offset"),
             )
         ),
         *(
             (name, ctypes.c_double)
             for name in (
                 *("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor", "mean_square_factor"),
+                *("growth", "l2", "fixed_decay"),
             )
         ),
         ("nesterov", ctypes.c_int64),

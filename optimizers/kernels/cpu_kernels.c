@@ -28,8 +28,10 @@ enum { FP32, BF16, FP16 };
 enum kind {
     SUM_G, SUM_W_G, SUM_W_G_D, SUM_W_G_GSNR, SUM_R_G,
     MOMENTUM, MOMENTUM_GSNR,
-    /* Four in a row for each form of the Adam family: measure; measure and keep the state; apply; apply, state kept. */
-    ADAM, LANS = ADAM + 4, ADAM_GSNR = LANS + 4, ADAM_GSNR_MEAN = ADAM_GSNR + 4, KINDS = ADAM_GSNR_MEAN + 4
+    /* Four in a row for each form with moments: measure; measure and keep the state; apply; apply, state kept. */
+    ADAM, LANS = ADAM + 4, ADAM_GSNR = LANS + 4, ADAM_GSNR_MEAN = ADAM_GSNR + 4,
+    BELIEF = ADAM_GSNR_MEAN + 4, BELIEF_MAX = BELIEF + 4, BELIEF_NO_ROOT = BELIEF_MAX + 4,
+    BELIEF_MAX_NO_ROOT = BELIEF_NO_ROOT + 4, KINDS = BELIEF_MAX_NO_ROOT + 4
 };
 
 /* What one sweep does; cpu.py fills in the same fields. Vectors over layers have one entry per layer of the group. */
@@ -48,8 +50,8 @@ typedef struct {
     double *sums;                                   /* SUMS x layers */
     /* Vectors over layers */
     const float *gradient_scale, *weight_scale, *step, *second_step, *correction1, *correction2, *correction3;
-    const float *resolution, *gsnr_scale;
-    double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor;
+    const float *resolution, *gsnr_scale, *decay, *rate, *offset;
+    double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor, growth, l2, fixed_decay;
     int64_t nesterov;
 } Sweep;
 

@@ -38,6 +38,7 @@ INLINE TARGET void NAME(add)(ACC *sums, int place, F x, int squared)
    a store writes might be the sweep's own numbers. */
 typedef struct {
     F gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale;
+    F decay, rate, offset, growth, l2, fixed_decay;
     F beta1, beta2, beta3, gain1, gain2, gain3, eps, weight_decay, gsnr_floor, mean_square_factor;
     int64_t nesterov;
 } NAME(numbers);
@@ -58,6 +59,12 @@ static TARGET NAME(numbers) NAME(numbers_of)(const Sweep *s, int64_t layer)
         .correction3 = NAME(of_layer)(s->correction3, layer),
         .resolution = NAME(of_layer)(s->resolution, layer),
         .gsnr_scale = NAME(of_layer)(s->gsnr_scale, layer),
+        .decay = NAME(of_layer)(s->decay, layer),
+        .rate = NAME(of_layer)(s->rate, layer),
+        .offset = NAME(of_layer)(s->offset, layer),
+        .growth = NAME(all)(s->growth),
+        .l2 = NAME(all)(s->l2),
+        .fixed_decay = NAME(all)(s->fixed_decay),
         .beta1 = NAME(all)(s->beta1),
         .beta2 = NAME(all)(s->beta2),
         .beta3 = NAME(all)(s->beta3),
@@ -155,6 +162,35 @@ INLINE TARGET void NAME(adam_lanes)(
     NAME(store)(w - change, t->w + i, count);
 }
 
+INLINE TARGET void NAME(belief_lanes)(
+    const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply, ACC *sums)
+{
+    int maximum = form == BELIEF_MAX || form == BELIEF_MAX_NO_ROOT, root = form == BELIEF || form == BELIEF_MAX;
+    F w = NAME(load)(t->w + i, count, 0), m = NAME(load)(t->first + i, count, 0);
+    F s = NAME(load)(t->second + i, count, 1), g = fresh || !apply ? NAME(load)(t->g + i, count, 0) : (F){0};
+    F largest = maximum ? NAME(load)(t->third + i, count, 1) : s;
+    if (!apply) NAME(add)(sums, 1, g, 1);
+    if (fresh) {
+        g += c->l2 * w;
+        F surprise = c->beta1 * (g - m);
+        m = c->beta1 * m + c->gain1 * g;
+        s = c->decay * s + c->rate * (surprise * surprise) + c->growth;
+        largest = maximum ? NAME(choose)(largest >= s, largest, s) : s; /* NaN stays NaN */
+        if (keep) NAME(store)(m, t->first + i, count);
+        if (keep) NAME(store)(s, t->second + i, count);
+        if (keep && maximum) NAME(store)(largest, t->third + i, count);
+    }
+    F scaled = largest * c->correction2, denominator = (root ? SQRT(scaled) : scaled) + c->offset;
+    F u = m * c->correction1 / denominator + c->weight_decay * w;
+    if (count < LANES) u = NAME(load)((const float *)&u, count, 0); /* padding may be 0/0 */
+    if (!apply) {
+        NAME(add)(sums, 0, w, 1);
+        NAME(add)(sums, 2, u, 1);
+        return;
+    }
+    NAME(store)(w - (u * c->step + c->fixed_decay * w), t->w + i, count);
+}
+
 #define LOOP(CALL)                                        \
     do {                                                  \
         int64_t i = 0;                                    \
@@ -183,19 +219,23 @@ SUM_FUNCTION(SUM_R_G)
 TILE_FUNCTION(tile_MOMENTUM, NAME(momentum_lanes)(&c, &t, i, n, 0))
 TILE_FUNCTION(tile_MOMENTUM_GSNR, NAME(momentum_lanes)(&c, &t, i, n, 1))
 
-#define ADAM_FUNCTIONS(FORM)                                                                        \
-    TILE_FUNCTION(measure_##FORM, NAME(adam_lanes)(&c, &t, i, n, FORM, 1, 0, 0, &sums))               \
-    TILE_FUNCTION(measure_and_keep_##FORM, NAME(adam_lanes)(&c, &t, i, n, FORM, 1, 1, 0, &sums))      \
-    TILE_FUNCTION(apply_##FORM, NAME(adam_lanes)(&c, &t, i, n, FORM, 1, 1, 1, &sums))                 \
-    TILE_FUNCTION(apply_kept_##FORM, NAME(adam_lanes)(&c, &t, i, n, FORM, 0, 0, 1, &sums))
-ADAM_FUNCTIONS(ADAM)
-ADAM_FUNCTIONS(LANS)
-ADAM_FUNCTIONS(ADAM_GSNR)
-ADAM_FUNCTIONS(ADAM_GSNR_MEAN)
+#define MOMENT_FUNCTIONS(FORM, LANES_OF)                                                     \
+    TILE_FUNCTION(measure_##FORM, LANES_OF(&c, &t, i, n, FORM, 1, 0, 0, &sums))               \
+    TILE_FUNCTION(measure_and_keep_##FORM, LANES_OF(&c, &t, i, n, FORM, 1, 1, 0, &sums))      \
+    TILE_FUNCTION(apply_##FORM, LANES_OF(&c, &t, i, n, FORM, 1, 1, 1, &sums))                 \
+    TILE_FUNCTION(apply_kept_##FORM, LANES_OF(&c, &t, i, n, FORM, 0, 0, 1, &sums))
+MOMENT_FUNCTIONS(ADAM, NAME(adam_lanes))
+MOMENT_FUNCTIONS(LANS, NAME(adam_lanes))
+MOMENT_FUNCTIONS(ADAM_GSNR, NAME(adam_lanes))
+MOMENT_FUNCTIONS(ADAM_GSNR_MEAN, NAME(adam_lanes))
+MOMENT_FUNCTIONS(BELIEF, NAME(belief_lanes))
+MOMENT_FUNCTIONS(BELIEF_MAX, NAME(belief_lanes))
+MOMENT_FUNCTIONS(BELIEF_NO_ROOT, NAME(belief_lanes))
+MOMENT_FUNCTIONS(BELIEF_MAX_NO_ROOT, NAME(belief_lanes))
 
 typedef void (*NAME(tile_function))(const Sweep *, const NAME(tile) *, int64_t, ACC *);
 
-#define ADAM_ENTRIES(FORM)                                                                 \
+#define MOMENT_ENTRIES(FORM)                                                                 \
     [FORM] = NAME(measure_##FORM), [FORM + 1] = NAME(measure_and_keep_##FORM),             \
     [FORM + 2] = NAME(apply_##FORM), [FORM + 3] = NAME(apply_kept_##FORM)
 
@@ -207,10 +247,14 @@ static const NAME(tile_function) NAME(tile_functions)[KINDS] = {
     [SUM_R_G] = NAME(tile_SUM_R_G),
     [MOMENTUM] = NAME(tile_MOMENTUM),
     [MOMENTUM_GSNR] = NAME(tile_MOMENTUM_GSNR),
-    ADAM_ENTRIES(ADAM),
-    ADAM_ENTRIES(LANS),
-    ADAM_ENTRIES(ADAM_GSNR),
-    ADAM_ENTRIES(ADAM_GSNR_MEAN),
+    MOMENT_ENTRIES(ADAM),
+    MOMENT_ENTRIES(LANS),
+    MOMENT_ENTRIES(ADAM_GSNR),
+    MOMENT_ENTRIES(ADAM_GSNR_MEAN),
+    MOMENT_ENTRIES(BELIEF),
+    MOMENT_ENTRIES(BELIEF_MAX),
+    MOMENT_ENTRIES(BELIEF_NO_ROOT),
+    MOMENT_ENTRIES(BELIEF_MAX_NO_ROOT),
 };
 
 /* What a kind does to a block whose state was not kept because its gradient is zero. */
@@ -269,8 +313,8 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
 #undef LOOP
 #undef TILE_FUNCTION
 #undef SUM_FUNCTION
-#undef ADAM_FUNCTIONS
-#undef ADAM_ENTRIES
+#undef MOMENT_FUNCTIONS
+#undef MOMENT_ENTRIES
 #undef LANES
 #undef NAME
 #undef TARGET

@@ -36,9 +36,9 @@ FOLD = 1024  # partial sums that are added at a time
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
-    *("correction1", "correction2", "correction3", "resolution", "gsnr_scale"),
+    *("correction1", "correction2", "correction3", "resolution", "gsnr_scale", "decay", "rate", "offset"),
 )
-SCALARS = ("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor")
+SCALARS = ("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor", "growth", "l2", "fixed_decay")
 MEASURE, MEASURE_AND_KEEP, APPLY, APPLY_KEPT = range(4)
 
 
@@ -279,47 +279,27 @@ def _launching_on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _family(kind: Kind) -> str:
     if kind.is_adam:
-        return "adam"
+        return "belief" if kind.is_belief else "adam"
     return "momentum" if kind in (Kind.MOMENTUM, Kind.MOMENTUM_GSNR) else "sums"
 
 
 if triton is not None:
     _TL_TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
-    @triton.jit
-    def _address(pointers, tensor, start, TYPE: tl.constexpr):
-        return tl.load(pointers + tensor).to(tl.pointer_type(TYPE)) + start
-
-    @triton.jit
-    def _gradient(pointers, tensor, start, offsets, length, TYPE: tl.constexpr):
-        """The gradient in fp32; zero where there is none."""
-        length = tl.where(tl.load(pointers + tensor) == 0, 0, length)
-        at = _address(pointers, tensor, start, TYPE) + offsets
-        return tl.load(at, mask=offsets < length, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def _raw_gsnr(g, mean_square, resolution):
-        signal = g * g
-        variance = mean_square - signal
-        variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays NaN
-        return signal / (variance + signal * resolution + 1e-30)
-
-    @triton.jit
-    def _gsnr(g, mean_square, resolution, scale, lowest):
-        r = _raw_gsnr(g, mean_square, resolution) * scale
-        return tl.where(r > 1.0, 1.0, tl.where(r < lowest, lowest, r))
-
-    @triton.jit
-    def _put_square(partial, place, count, x):
-        wide = x.to(tl.float64)
-        tl.store(partial + place * count + tl.program_id(0), tl.sum(wide * wide, 0))
+    from .triton_belief import belief as _belief
+    from .triton_parts import address as _address
+    from .triton_parts import gradient as _gradient
+    from .triton_parts import gsnr as _gsnr
+    from .triton_parts import put_square as _put_square
+    from .triton_parts import raw_gsnr as _raw_gsnr
 
     @triton.jit
     def _sums(
         rows, changing, idle, partial, count,
         weights, gradients, first, second, third, mean_squares, factor,
         gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, complement2, complement3,
+        decay, rate, offset,
+        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
         KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
         WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -350,7 +330,8 @@ if triton is not None:
         rows, changing, idle, partial, count,
         weights, gradients, first, second, third, mean_squares, factor,
         gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, complement2, complement3,
+        decay, rate, offset,
+        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
         KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
         WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -382,7 +363,8 @@ if triton is not None:
         rows, changing, idle, partial, count,
         weights, gradients, first, second, third, mean_squares, factor,
         gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, complement2, complement3,
+        decay, rate, offset,
+        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
         KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
         WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -459,4 +441,4 @@ if triton is not None:
         at_total = total + place * layers + layer
         tl.store(at_total, tl.load(at_total) + tl.sum(parts, 0))
 
-    _KERNELS = {"sums": _sums, "momentum": _momentum, "adam": _adam}
+    _KERNELS = {"sums": _sums, "momentum": _momentum, "adam": _adam, "belief": _belief}

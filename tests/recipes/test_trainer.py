@@ -140,7 +140,7 @@ def test_a_plain_class_works_and_the_callback_names_the_layers(name, tmp_path):
         steps=2,
         callback=lambda trainer: TrustRatioCallback(trainer, noise=True),
         compute_loss_func=masked_language_modeling_loss,
-        optimizer_cls_and_kwargs=(OPTIMIZERS[name].optimizer_class, {"lr": 0.01}),
+        optimizer_cls_and_kwargs=(OPTIMIZERS[name].optimizer_class, {"lr": 0.01, "adapt": None}),
     )
     names = {layer for layer, _ in trainer.model.named_parameters()}
     assert set(layerwise_optimizer(trainer.optimizer).trust_ratios()) == names

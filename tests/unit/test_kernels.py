@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, LARS
+from trustratio.optimizers import LAMB, LARS, create_optimizer
 from trustratio.optimizers.kernels import cpu
 
 from .kernel_runs import SHAPES, Tensor, assert_close, needs_compiler, run, states
@@ -32,7 +32,31 @@ def test_sweeps_equal_tensor_operations(name: str, options: dict[str, Any]) -> N
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "vrlamb"])
+@pytest.mark.parametrize("options", [{}, {"adapt": True, "decoupled": False}, {"degenerated_to_sgd": False}])
+def test_rectified_steps(options: dict[str, Any]) -> None:
+    """Which begin with the sixth update."""
+    parameters, expected, five = (
+        run("adabelief", form, steps, **options)[0] for form, steps in (("cpu", 8), ("eager", 8), ("cpu", 5))
+    )
+    assert_close(parameters, expected, 1e-6)
+    assert not torch.equal(parameters["odd"], five["odd"])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["adabelief", "fastadabelief"])
+def test_lanes_behind_the_end_of_a_layer_add_nothing(name: str) -> None:
+    """Where no element of s has a part of the state's default: 0/0 in a lane that is no element's."""
+    w = torch.nn.Parameter(torch.ones(19))
+    options = {"gamma": 1.0} if name == "fastadabelief" else {"betas": (0.9, 0.0), "eps": 0.0, "rectify": False}
+    optimizer = create_optimizer(name, [w], adapt=True, implementation="cpu", **options)
+    w.grad = torch.full((19,), 2.0)
+    optimizer.step()
+    assert w.isfinite().all()
+    assert (w < 1).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "vrlamb", "adabelief", "fastadabelief"])
 def test_threads_do_not_change_a_bit(name: str) -> None:
     results = []
     for threads in (1, 2, 3):
@@ -49,7 +73,7 @@ def test_threads_do_not_change_a_bit(name: str) -> None:
 def test_every_instruction_set(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if level > cpu._best_level():
         pytest.skip(f"this processor cannot execute the instructions of level {level}")
-    expected = {name: run(name, "eager")[0] for name in ("lars", "lans", "vrlamb")}
+    expected = {name: run(name, "eager")[0] for name in ("lars", "lans", "vrlamb", "adabelief", "fastadabelief")}
     monkeypatch.setattr(cpu, "_best_level", lambda: level)
     for name, parameters in expected.items():
         assert_close(run(name, "cpu")[0], parameters, 1e-6)

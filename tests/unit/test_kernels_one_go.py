@@ -30,6 +30,15 @@ STEPS_IN_ONE_GO = [
     pytest.param("lars", {"momentum_form": "gradient", "eps": 1e-3, "adapt": True}, id="lars-gradient"),
     pytest.param("lars", {"momentum_form": "unscaled", "nesterov": True}, id="lars-unscaled"),
     pytest.param("lars", {"momentum": 0.0, "adapt": False}, id="lars-not-adapted"),
+    # Not the default betas, with which m/d and λw cancel in the layer of one element, so that fp32 has few digits of u.
+    pytest.param("adabelief", {"rectify": False, "adapt": True, "betas": (0.8, 0.99)}, id="adabelief"),
+    pytest.param("adabelief", {"adapt": None, "decoupled": False}, id="adabelief-rectified"),
+    pytest.param("adabelief", {"rectify": False, "adapt": True, "fixed_decay": True}, id="adabelief-fixed-decay"),
+    pytest.param(
+        "adabelief", {"rectify": False, "adapt": True, "amsgrad": True, "decoupled": False}, id="adabelief-amsgrad"
+    ),
+    pytest.param("fastadabelief", {"adapt": True}, id="fastadabelief"),
+    pytest.param("fastadabelief", {"adapt": True, "running_maximum": False}, id="fastadabelief-without-maximum"),
 ]
 # A cache of 64 KiB takes 4,096 elements of LAMB's layers, 8,192 of LARS's: runs of layers that end at both borders, one
 # that is just too long, layers that are larger than the cache, one without gradient, one whose gradient is zero.
@@ -88,7 +97,8 @@ def test_one_go_equals_two_sweeps(
     torch.set_num_threads(2)
     found = batched_run(name, "cpu", **options)
     assert len(small_cache) == 6  # steps of two groups
-    assert small_cache[:2] == {"lars": [5, 3]}.get(name, [8, 3])
+    with_three = [9, 3] if len(found[1].element_state) == 3 else [8, 3]
+    assert small_cache[:2] == {"lars": [5, 3]}.get(name, with_three)
     expected = batched_run(name, "eager", **options)
     by_index = [dict(enumerate(ps)) for ps, _ in (found, expected)]
     assert_close(by_index[0], by_index[1], 1e-6)
@@ -108,7 +118,7 @@ def test_one_go_equals_two_sweeps(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["lamb", "lans", "lars"])
+@pytest.mark.parametrize("name", ["lamb", "lans", "lars", "adabelief", "fastadabelief"])
 @pytest.mark.parametrize("nan_in", [None, 4, 8])
 def test_one_go_has_the_same_bits_for_any_number_of_threads(
     name: str, nan_in: int | None, small_cache: list[int]

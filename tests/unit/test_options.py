@@ -24,6 +24,7 @@ all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 
 COMMON = ("adapt", "segments", "maximize", "implementation", "foreach", "fused", "capturable", "differentiable")
 PAIRS = ("betas", "trust_bounds")
+COUNTS = ("keep",)
 A_NUMBER = {"max_grad_norm": 1.0, "lr": 0.5}
 """Of options whose default is none."""
 
@@ -36,7 +37,7 @@ def numeric_options(name: str) -> dict[str, float | tuple[float, ...]]:
         option: default
         for option, default in defaults.items()
         if option not in COMMON and (option in PAIRS or (isinstance(default, int | float) and default is not True))
-        if not isinstance(default, bool)
+        if not isinstance(default, bool) and option not in COUNTS
     }
 
 

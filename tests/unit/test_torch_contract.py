@@ -17,6 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from trustratio.optimizers import OPTIMIZERS, TrustRatio
 
+from .test_generic import OWN_OPTIONS
+
 Tensor = torch.Tensor
 Make = Callable[..., torch.optim.Optimizer]
 SHAPES = {"matrix": (4, 3), "bias": (4,), "other": (2, 3)}
@@ -50,6 +52,8 @@ def test_contract(check: Callable[[Make], None], name: str) -> None:
 def class_of(name: str) -> Any:
     if name.startswith("trust_ratio"):
         return partial(TrustRatio, getattr(torch.optim, name.partition(":")[2]))
+    if name in OWN_OPTIONS:
+        return partial(OPTIMIZERS[name].optimizer_class, **OWN_OPTIONS[name])
     return torch.optim.AdamW if name == "adamw" else OPTIMIZERS[name].optimizer_class
 
 
@@ -192,7 +196,7 @@ def a_group_that_comes_later(make: Make) -> None:
     assert len(optimizer.param_groups) == 1
     before = values(layers)
     optimizer.add_param_group({"params": layers["other"], "lr": 0.01})
-    train(optimizer, layers, 1)
+    train(optimizer, layers, 1, 2)
     assert not any(torch.equal(before[name], layers[name]) for name in SHAPES)
 
 

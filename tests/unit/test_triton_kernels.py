@@ -33,6 +33,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lamb", {"max_grad_norm": 1.0}),
     ("vrlamb", {"second_moment": "mean", "bias_correction": False}),
     ("vrlars", {"nesterov": True, "momentum_form": "unscaled"}),
+    *(("adabelief", options) for options in OPTIMIZERS["adabelief"].variants),
+    *(("fastadabelief", options) for options in OPTIMIZERS["fastadabelief"].variants),
 ]
 
 
@@ -61,7 +63,7 @@ def test_sweeps_equal_tensor_operations(name: str, options: dict[str, Any]) -> N
     assert optimizer.trust_ratios() == pytest.approx(reference.trust_ratios(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb", "lans"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "adabelief", "fastadabelief"])
 def test_odd_starts_and_lengths_and_poisoned_padding(name: str) -> None:
     lengths, gaps = [1, 15, 33, BLOCK, BLOCK + 7, 16, 5], [3, 0, 1, 2, 1, 0, 9]
     assert_close(flat_run(name, "triton", lengths, gaps), flat_run(name, "eager", lengths, gaps), 1e-6)
