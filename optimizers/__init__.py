@@ -1,5 +1,6 @@
 """Layer-wise large-batch optimizers whose trust ratios are exact under every sharding."""
 
+from .cblr import CBLR
 from .clars import CLARS
 from .cowclip import CowClip
 from .gradient_statistics.norms import StatisticsError
@@ -17,6 +18,7 @@ from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
+    "CBLR",
     "CLARS",
     "LAMB",
     "LAMBC",
