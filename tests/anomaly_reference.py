@@ -27,7 +27,10 @@ def lad(
             if precision.any():
                 of_classes.append(((x - mean) ** 2 * precision / 2 / len(members)).max(axis=1))
         deviations = np.min(of_classes, axis=0)
-        scores = (deviations - deviations.min()) / (deviations.max() - deviations.min())
+        spread = deviations.max() - deviations.min()
+        if spread <= 1e-12 * deviations.max():  # alike but for rounding
+            return np.zeros(samples), np.zeros(samples, dtype=bool)
+        scores = (deviations - deviations.min()) / spread
         anomalous = scores >= min(0.95, scores.mean() + 2 * scores.var(ddof=1))
         if anomalous.sum() > min(0.25 * samples, features):
             anomalous = np.zeros(samples, dtype=bool)

@@ -38,6 +38,9 @@ FEWEST_REGULAR = 3
 LARGEST_THRESHOLD = 0.95
 LARGEST_SHARE = 0.25
 
+ROUNDING = 2.0**-40
+"""Relative difference up to which deviations are alike: else scores would be made of rounding errors."""
+
 _ROWS = 1 << 14  # that are worked on together
 _UNIT = 2.0**26
 _DIGIT = 16
@@ -173,7 +176,9 @@ class _Rows:
             extremes = torch.stack([a.max(), -a.min()])
         largest, smallest = _reduced(extremes, self.group, dist.ReduceOp.MAX) * extremes.new_tensor([1.0, -1.0])
         spread = largest - smallest
-        return (a - smallest) / torch.where(spread > 0, spread, 1.0)
+        if spread <= ROUNDING * largest:
+            return torch.zeros_like(a)
+        return (a - smallest) / spread
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which samples are anomalous, bool (samples,), and how many are in each class over all ranks (K,)."""
