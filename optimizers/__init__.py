@@ -2,6 +2,7 @@
 
 from .adabelief import AdaBelief, FastAdaBelief
 from .adashift import AdaShift
+from .cblr import CBLR
 from .clars import CLARS
 from .cowclip import CowClip
 from .gradient_statistics.norms import StatisticsError
@@ -19,6 +20,7 @@ from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
+    "CBLR",
     "CLARS",
     "LAMB",
     "LAMBC",

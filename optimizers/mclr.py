@@ -17,7 +17,7 @@ from .formulas.updates import MomentumUpdate
 from .layerwise import LayerwiseMomentum
 from .options.common import CommonOptions
 
-__all__ = ["MCLR"]
+__all__ = ["MCLR", "usable_ratio"]
 
 DIGIT_BITS = 8
 BINS = 1 << DIGIT_BITS
@@ -102,11 +102,7 @@ class MCLR(LayerwiseMomentum):
             layers.rank = layers.rank - torch.where(below, histogram, 0).sum(dim=0)
             layers.prefix = layers.prefix * BINS + below.sum(dim=0)
             layers.known_bits = layers.known_bits + DIGIT_BITS
-        median = layers.prefix.to(torch.int32).view(torch.float32).double()
-        usable = layers.adapt & (median != 0) & layers.has_gradient()
-        # A sum of squares shows a NaN or an infinity that the order of the keys may hide.
-        median = torch.where(layers.total("g").isfinite(), median, torch.nan)
-        layers.trust_ratio = torch.where(usable, median, torch.ones_like(median))
+        layers.trust_ratio = usable_ratio(layers, layers.prefix.to(torch.int32).view(torch.float32).double())
 
     @sums_over_layers("g", histogram=BINS)
     def next_digit(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
@@ -122,3 +118,11 @@ class MCLR(LayerwiseMomentum):
     def update(self, group: dict[str, Any], layers: LayerTable) -> MomentumUpdate:
         factor = group["lr"] * layers.trust_ratio
         return MomentumUpdate(group["momentum"], group["weight_decay"], factor, step=torch.ones_like(factor))
+
+
+def usable_ratio(layers: LayerTable, statistic: torch.Tensor) -> torch.Tensor:
+    """A statistic of the elements' ratios; 1 where it is zero and for layers that are not adapted. Shape (layers,)."""
+    usable = layers.adapt & (statistic != 0) & layers.has_gradient()
+    # A sum of squares shows a NaN or an infinity that ratios, or their order, may hide.
+    statistic = torch.where(layers.total("g").isfinite(), statistic, torch.nan)
+    return torch.where(usable, statistic, torch.ones_like(statistic))

@@ -8,6 +8,7 @@ from typing import Any
 
 from .adabelief import AdaBelief, FastAdaBelief
 from .adashift import AdaShift
+from .cblr import CBLR
 from .clars import CLARS
 from .cowclip import CowClip
 from .lamb import LAMB, LAMBC
@@ -161,6 +162,18 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         starting_rate=1e-4,
         extra_wire="4 histograms of 2 KB per layer",
         variants=({"momentum": 0.0, "eps": 0.1}, {"adapt": True}),
+    ),
+    "cblr": OptimizerEntry(
+        CBLR,
+        "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
+        sums=(1 + 256,) * 4,  # as MCLR; one all-reduce of 3 or 2 numbers for the mean or the norm
+        starting_rate=1e-4,
+        extra_wire="4 histograms of 2 KB per layer",
+        variants=(
+            {"statistic": "mean"},
+            {"statistic": "mean", "momentum": 0.0, "eps": 0.1, "adapt": True},
+            {"statistic": "norm"},
+        ),
     ),
     "clars": OptimizerEntry(
         CLARS,

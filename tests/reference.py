@@ -199,6 +199,32 @@ def mclr(
     return w - v, q
 
 
+def cblr(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+    statistic: str = "median",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    known = g != 0
+    ratios = w[known].abs() / (g[known].abs() + weight_decay * w[known].abs() + eps)
+    if statistic == "median":
+        q = ratios.sort().values[(len(ratios) - 1) // 2]
+    elif statistic == "mean":
+        q = ratios.mean()
+    else:
+        q = w.norm() / (g.norm() + weight_decay * w.norm() + eps)
+    ratio = q.item() if is_adapted(w, adapt) and q > 0 else 1.0
+    v = momentum * state.get("v", torch.zeros_like(w)) + lr * ratio * (g + weight_decay * w)
+    state["v"] = v
+    return w - v, ratio
+
+
 def cowclip(
     w: Tensor,
     g: Tensor,
@@ -443,6 +469,7 @@ REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "sngm": sngm,
     "tvlars": tvlars,
     "mclr": mclr,
+    "cblr": cblr,
     "cowclip": cowclip,
     "clars": clars,
     "vrsgd": vrsgd,

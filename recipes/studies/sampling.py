@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..rules.anomaly_sampler import LadSampler
+
 
 def row_order(rows: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
     """Yield the rows of each batch without end, each epoch in a new order; a batch may reach into the next epoch.
@@ -22,6 +24,21 @@ def row_order(rows: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
             order = torch.cat([order, torch.randperm(rows, generator=generator)])
         yield order[:batch]
         order = order[batch:]
+
+
+def passes(sampler: LadSampler, batch: int) -> Iterator[torch.Tensor]:
+    """Yield the rows of each batch without end, a sampler's epochs in turn; a batch may reach into the next.
+
+    Args:
+        sampler: goes to its next epoch by itself.
+        batch: rows per update; int64 (batch,) is yielded.
+    """
+    rows = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rows) < batch:
+            rows = torch.cat([rows, torch.tensor(list(sampler))])
+        yield rows[:batch]
+        rows = rows[batch:]
 
 
 def area_under_roc(logits: torch.Tensor, positive: torch.Tensor) -> float:

@@ -7,13 +7,15 @@ Every optimizer sees the same samples in the same order for the same number of e
 1/128 of the updates that it has at 1,024. Learning rates: at least three per optimizer and batch, and the grid is
 widened until its best rate (validation loss, seed 0) is inside. Reported is the test loss there with other seeds.
 Written are OUTPUT.json (all numbers; runs found there are not repeated), OUTPUT.md and OUTPUT.png.
+
+With `--sampling uniform lad` each optimizer also trains on the samples that `LadSampler` draws, for as many updates.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,12 +32,17 @@ from ..common.errors import RecipeError
 from ..common.files import read_json, require_place_for, write_json, write_text
 from ..common.machine import describe_machine
 from ..comparison.rate_grids import best_rate, edge, next_rate
+from ..rules.anomaly_sampler import LadSampler
 from ..rules.schedules import warmup_polynomial
 from .protein_matches import Matches, Table, load_matches
-from .sampling import area_under_roc, row_order, thinned
+from .sampling import area_under_roc, passes, row_order, thinned
 
 BATCHES = (1024, 65536, 131072)
 EPOCHS = 20
+SAMPLINGS = {"uniform": "", "lad": ", LAD sample"}
+"""How rows are drawn, and what is added to an optimizer's label for that."""
+
+_LAD = {"sample": 0.5, "anomalous": 0.1}
 
 _HIDDEN = 64
 _LARGEST_MICRO_BATCH = 8192
@@ -100,10 +107,20 @@ def network(features: int) -> nn.Sequential:
     )
 
 
-def train(data: Matches, candidate: Candidate, lr: float, batch: int, epochs: int, seed: int) -> dict[str, Any]:
+def rows_in_turn(data: Table, sampling: str, batch: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield the rows of each batch without end: of the whole table, or of the samples of a `LadSampler` in turn."""
+    if sampling == "uniform":
+        return row_order(len(data), batch, seed)
+    sample, anomalous = _LAD["sample"], _LAD["anomalous"]
+    return passes(LadSampler(data.features, data.labels, sample=sample, anomalous=anomalous, seed=seed), batch)
+
+
+def train(
+    data: Matches, candidate: Candidate, lr: float, batch: int, epochs: int, seed: int, sampling: str = "uniform"
+) -> dict[str, Any]:
     """Train once; return the losses, the area under the ROC curve, and the time.
 
-    Linear warm-up over a tenth of the updates, then linear decay to zero.
+    Linear warm-up over a tenth of the updates, then linear decay to zero. As many updates with either sampling.
     """
     torch.manual_seed(seed)
     model = network(data.train.features.shape[1])
@@ -111,7 +128,7 @@ def train(data: Matches, candidate: Candidate, lr: float, batch: int, epochs: in
     steps = max(1, round(epochs * len(data.train) / batch))
     micro_batch = min(max(1, batch // candidate.groups), _LARGEST_MICRO_BATCH)
     losses, began = [], time.perf_counter()
-    for step, rows in zip(range(steps), row_order(len(data.train), batch, seed), strict=False):
+    for step, rows in zip(range(steps), rows_in_turn(data.train, sampling, batch, seed), strict=False):
         optimizer.param_groups[0]["lr"] = lr * warmup_polynomial(step, round(_WARMUP * steps), steps)
         optimizer.zero_grad()
         total = torch.zeros(())
@@ -142,8 +159,26 @@ def evaluate(model: nn.Module, samples: Table) -> tuple[float, float]:
     return loss, area_under_roc(logits, samples.labels > 0)
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a line of the table is about."""
+
+    optimizer: str
+    sampling: str = "uniform"
+
+    @property
+    def label(self) -> str:
+        """Its name in table and picture."""
+        return candidates()[self.optimizer].label + SAMPLINGS[self.sampling]
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """How rows are drawn, as it is kept with a run."""
+        return {"sampling": self.sampling, **(_LAD if self.sampling == "lad" else {})}
+
+
 class Results:
-    """Runs by (optimizer, batch, learning rate, seed), kept in a JSON file as they come in."""
+    """Runs by (optimizer, batch, learning rate, seed, sampling), kept in a JSON file as they come in."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         """Take over the runs in `path` if they were made with the same settings."""
@@ -156,48 +191,44 @@ class Results:
                 raise RecipeError(
                     f"{path} holds runs with other settings, {saved['settings']}: choose another --output"
                 )
-            self.runs = saved["runs"]
+            self.runs = [
+                {"sampling": "uniform", **run} for run in saved["runs"]
+            ]  # as all were before there was another
 
     def get(self, **key: Any) -> dict[str, Any] | None:
         """Return the run with these values, if it was made."""
-        return next((run for run in self.runs if all(run[name] == value for name, value in key.items())), None)
+        return next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)
 
     def add(self, run: dict[str, Any]) -> None:
         """Keep a run and write the file."""
         self.runs.append(run)
         write_json(self.path, {**self.header, "runs": self.runs}, indent=1)
 
-    def losses(self, optimizer: str, batch: int) -> dict[float, float]:
+    def losses(self, row: Row, batch: int) -> dict[float, float]:
         """Return the validation loss of every learning rate tried with seed 0."""
-        return {
-            run["lr"]: run["validation_loss"]
-            for run in self.runs
-            if (run["optimizer"], run["batch"], run["seed"]) == (optimizer, batch, 0)
-        }
+        return {run["lr"]: run["validation_loss"] for run in self._of(row, batch) if run["seed"] == 0}
 
-    def final(self, optimizer: str, batch: int) -> list[dict[str, Any]]:
+    def final(self, row: Row, batch: int) -> list[dict[str, Any]]:
         """Return the runs of the other seeds at the best rate."""
-        best = best_rate(self.losses(optimizer, batch))
-        return [
-            run
-            for run in self.runs
-            if (run["optimizer"], run["batch"], run["lr"]) == (optimizer, batch, best) and run["seed"] > 0
-        ]
+        best = best_rate(self.losses(row, batch))
+        return [run for run in self._of(row, batch) if run["lr"] == best and run["seed"] > 0]
+
+    def _of(self, row: Row, batch: int) -> list[dict[str, Any]]:
+        key = row.optimizer, row.sampling, batch
+        return [run for run in self.runs if (run["optimizer"], run["sampling"], run["batch"]) == key]
 
 
-def search(
-    results: Results, run: Callable[[float, int], None], optimizer: str, batch: int, grid: Sequence[float]
-) -> None:
+def search(results: Results, run: Callable[[float, int], None], row: Row, batch: int, grid: Sequence[float]) -> None:
     """Try the grid, widen it until the best rate is inside, and repeat that rate with the other seeds."""
     for lr in grid:
         run(lr, 0)
     while grid:
-        losses = results.losses(optimizer, batch)
+        losses = results.losses(row, batch)
         wider = next_rate(losses, _STEP)
         if wider is None:
             break
         if len(losses) >= _MOST_RATES:
-            print(f"{optimizer}, batch {batch}: best rate still at the edge after {_MOST_RATES}", flush=True)
+            print(f"{row.optimizer}, batch {batch}: best rate still at the edge after {_MOST_RATES}", flush=True)
             break
         run(wider, 0)
 
@@ -205,21 +236,21 @@ def search(
 # Report ---------------------------------------------------------------------------------------------------------------
 
 
-def markdown(results: Results, names: Sequence[str], batches: Sequence[int]) -> str:
+def markdown(results: Results, rows: Sequence[Row], batches: Sequence[int]) -> str:
     """Return the table: mean test loss with its standard deviation, AUC, and the learning rate."""
     steps = {run["batch"]: run["steps"] for run in results.runs}
     lines = [
         "| test loss, 10⁻³ nats (AUC; lr) | " + " | ".join(f"{b:,} ({steps[b]} steps)" for b in batches) + " |",
         "|---" * (len(batches) + 1) + "|",
     ]
-    for name in names:
-        cells = [_cell(results, name, batch) for batch in batches]
-        lines.append(f"| {candidates()[name].label} | " + " | ".join(cells) + " |")
+    for row in rows:
+        cells = [_cell(results, row, batch) for batch in batches]
+        lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(results: Results, name: str, batch: int) -> str:
-    losses, runs = results.losses(name, batch), results.final(name, batch)
+def _cell(results: Results, row: Row, batch: int) -> str:
+    losses, runs = results.losses(row, batch), results.final(row, batch)
     if not runs:
         return "diverged" if losses else "not run"
     values = [1e3 * run["test_loss"] for run in runs]
@@ -229,7 +260,7 @@ def _cell(results: Results, name: str, batch: int) -> str:
     return f"{mean(values):.1f}{spread} ({auc:.3f}; {best_rate(losses):g}{star})"
 
 
-def draw(results: Results, names: Sequence[str], batches: Sequence[int], path: Path) -> None:
+def draw(results: Results, rows: Sequence[Row], batches: Sequence[int], path: Path) -> None:
     """Draw test loss against batch, and validation loss against learning rate at every batch."""
     import matplotlib
 
@@ -237,18 +268,18 @@ def draw(results: Results, names: Sequence[str], batches: Sequence[int], path: P
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(batches) + 1, figsize=(4 * len(batches) + 4, 3.9), layout="constrained")
-    for index, name in enumerate(names):
-        style = {"color": f"C{index}", "label": candidates()[name].label, "marker": "o", "ms": 4, "lw": 1.4}
-        shown = [batch for batch in batches if results.final(name, batch)]
-        values = [[1e3 * run["test_loss"] for run in results.final(name, batch)] for batch in shown]
+    for index, row in enumerate(rows):
+        style = {"color": f"C{index}", "label": row.label, "marker": "o", "ms": 4, "lw": 1.4}
+        shown = [batch for batch in batches if results.final(row, batch)]
+        values = [[1e3 * run["test_loss"] for run in results.final(row, batch)] for batch in shown]
         middle = [mean(v) for v in values]
         spread = [[m - min(v) for m, v in zip(middle, values, strict=True)]]
         spread.append([max(v) - m for m, v in zip(middle, values, strict=True)])
         # Side by side, or the ranges would cover each other.
-        places = [batch * 1.09 ** (index - len(names) / 2) for batch in shown]
+        places = [batch * 1.09 ** (index - len(rows) / 2) for batch in shown]
         axes[0].errorbar(places, middle, yerr=spread, capsize=2, **style)
         for panel, batch in zip(axes[1:], batches, strict=True):
-            losses = sorted((lr, 1e3 * loss) for lr, loss in results.losses(name, batch).items())
+            losses = sorted((lr, 1e3 * loss) for lr, loss in results.losses(row, batch).items())
             panel.plot([lr for lr, _ in losses], [loss for _, loss in losses], **style)
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks(batches, [f"{b:,}" if b % 1024 else f"{b // 1024}K" for b in batches])
@@ -281,6 +312,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="samples per update")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the data")
+    parser.add_argument(
+        "--sampling",
+        nargs="+",
+        choices=list(SAMPLINGS),
+        default=["uniform"],
+        metavar="NAME",
+        help="how rows are drawn: uniform (every row once per epoch), lad (LadSampler: half of the rows at a time)",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best learning rate, besides seed 0's search")
     parser.add_argument("--output", type=Path, default=Path("tabular"), help="path without suffix")
     options = parser.parse_args(arguments)
@@ -302,28 +341,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"epochs": options.epochs, "hidden": _HIDDEN, "warmup": _WARMUP}
     splits = {seed: load_matches(seed) for seed in range(options.seeds + 1)}
     results = Results(options.output.with_suffix(".json"), {"settings": settings, "machine": describe_machine("cpu")})
+    rows = [Row(name, sampling) for name in options.optimizers for sampling in options.sampling]
     for batch in options.batches:
-        for name in options.optimizers:
-            grid = candidates()[name].grid(batch)
+        for row in rows:
+            grid = candidates()[row.optimizer].grid(batch)
 
-            def run(lr: float, seed: int, name: str = name, batch: int = batch) -> None:
-                key = {"optimizer": name, "batch": batch, "lr": lr, "seed": seed}
+            def run(lr: float, seed: int, row: Row = row, batch: int = batch) -> None:
+                key = {"optimizer": row.optimizer, "batch": batch, "lr": lr, "seed": seed, **row.drawn}
                 if results.get(**key) is None:
-                    measured = train(splits[seed], candidates()[name], lr, batch, options.epochs, seed)
+                    candidate = candidates()[row.optimizer]
+                    measured = train(splits[seed], candidate, lr, batch, options.epochs, seed, row.sampling)
                     results.add({**key, **measured})
                     print(
-                        f"{name:<7} {batch:7,} lr {lr:<7g} seed {seed}: validation {measured['validation_loss']:.4f} "
-                        f"test {measured['test_loss']:.4f} {measured['seconds']:.0f} s",
+                        f"{row.optimizer:<7} {row.sampling} {batch:7,} lr {lr:<7g} seed {seed}: "
+                        f"validation {measured['validation_loss']:.4f} test {measured['test_loss']:.4f} "
+                        f"{measured['seconds']:.0f} s",
                         flush=True,
                     )
 
-            search(results, run, name, batch, grid)
-            best = best_rate(results.losses(name, batch))
+            search(results, run, row, batch, grid)
+            best = best_rate(results.losses(row, batch))
             for seed in range(1, options.seeds + 1):
                 if best is not None:
                     run(best, seed)
-    table = markdown(results, options.optimizers, options.batches)
+    table = markdown(results, rows, options.batches)
     write_text(options.output.with_suffix(".md"), table)
-    draw(results, options.optimizers, options.batches, options.output.with_suffix(".png"))
+    draw(results, rows, options.batches, options.output.with_suffix(".png"))
     print(table)
     return 0

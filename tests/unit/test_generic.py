@@ -107,7 +107,7 @@ def test_equals_the_reference_in_fp64(name: str, options: dict[str, Any]) -> Non
     expected, ratios = run_reference(
         name, before, gradients, dict.fromkeys(SHAPES, given), resolution=torch.finfo(torch.float64).eps
     )
-    tolerance = 1e-6 if name == "mclr" else 1e-9  # MCLR's median is an fp32 number
+    tolerance = 1e-6 if name in ("mclr", "cblr") else 1e-9  # their median is an fp32 number
     for layer, w in expected.items():
         torch.testing.assert_close(parameters[layer].detach(), w, rtol=tolerance, atol=tolerance)
     assert optimizer.trust_ratios() == pytest.approx(ratios[-1], rel=tolerance)
@@ -125,7 +125,7 @@ def test_maximizing_equals_the_reference_of_the_other_sign(name: str) -> None:
     expected, ratios = run_reference(
         name, before, gradients, dict.fromkeys(SHAPES, given), resolution=torch.finfo(torch.float64).eps
     )
-    tolerance = 1e-6 if name == "mclr" else 1e-9
+    tolerance = 1e-6 if name in ("mclr", "cblr") else 1e-9
     for layer, w in expected.items():
         torch.testing.assert_close(parameters[layer].detach(), w, rtol=tolerance, atol=tolerance)
     assert optimizer.trust_ratios() == pytest.approx(ratios[-1], rel=tolerance)
@@ -374,7 +374,7 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "alpha": [(0.0, r"alpha must be in \(0, inf\), got 0.0")],
     "floor": [(-0.1, r"floor must be in \[0, inf\), got -0.1")],
     "form": [("other", "form must be one of 'paper', 'released', got 'other'")],
-    "statistic": [("other", "statistic must be one of 'norm', 'square', got 'other'")],
+    "statistic": [("other", r"statistic must be one of ('median', 'mean', 'norm'|'norm', 'square'), got 'other'")],
     "gsnr_floor": [(0.0, r"gsnr_floor must be in \(0, 1\], got 0.0"), (1.1, "got 1.1")],
     "gsnr_beta": [(1.0, r"gsnr_beta must be in \[0, 1\), got 1.0")],
     "second_moment": [("other", "second_moment must be one of 'adapted', 'mean', got 'other'")],

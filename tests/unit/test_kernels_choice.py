@@ -134,7 +134,7 @@ def test_the_choice_survives_copies() -> None:
 def test_vrsgd_is_swept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """No optimizer of the two families falls back silently."""
     assert {"lars", "lamb", "vrsgd", "vrlamb"} <= set(SWEPT)
-    assert not {"mclr", "cowclip"} & set(SWEPT)
+    assert not {"mclr", "cblr", "cowclip"} & set(SWEPT)
     monkeypatch.setattr(
         "trustratio.optimizers.kernels.eager.cut_into_chunks", lambda layout: pytest.fail("tensor operations")
     )
