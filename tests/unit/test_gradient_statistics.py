@@ -84,7 +84,7 @@ def test_vrsgd() -> None:
 
 
 def test_vrsgd_on_two_elements() -> None:
-    """Mean (1, 0) and variance (.02, .1) make ratios of 50 and 0, which are 2 and 0 over their mean: 1 and the floor."""
+    """Mean (1, 0) and variance (.02, .1) make ratios of 50 and 0, over their mean 2 and 0: 1 and the floor."""
     groups = torch.tensor([[1, 0.2], [1.2, -0.2], [0.8, 0.4], [1, -0.4]], dtype=torch.float64)
     w = ones(2)
     train(w, VRSGD([w], lr=1.0, gsnr_floor=0.1), groups)
