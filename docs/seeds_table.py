@@ -211,9 +211,9 @@ ELSEWHERE = (
 
 def exact_under(entry: OptimizerEntry) -> str:
     """Return the shardings under which tests compare an optimizer with one process."""
-    left_out = WITHOUT_STATISTICS if entry.group_statistics else ()
+    left_out = (*entry.not_under, *(WITHOUT_STATISTICS if entry.group_statistics else ()))
     shardings = ", ".join(sharding for sharding in SHARDINGS if sharding not in left_out)
-    return "; ".join(filter(None, (shardings, entry.not_under)))
+    return "; not ".join((shardings, *(part for part in entry.not_under if part not in SHARDINGS)))
 
 
 def of_optimizer(name: str, entry: OptimizerEntry) -> System:

@@ -39,7 +39,8 @@ class OptimizerEntry:
         variants: Options that the generic tests try besides the defaults.
         extra_wire: What is sent besides the gradient, the weights and a few numbers per layer.
         verified: What its equations were compared with, and what could not be; for docs/seeds.md.
-        not_under: Where `step()` refuses what is exact elsewhere, if `group_statistics` does not say so already.
+        not_under: Shardings of docs/seeds.md under which it is not exact or refused, besides those that
+            `group_statistics` implies; or what of it is not, under which.
     """
 
     optimizer_class: type[LayerwiseOptimizer]
@@ -49,7 +50,7 @@ class OptimizerEntry:
     variants: tuple[dict[str, Any], ...] = field(default=())
     extra_wire: str = "none"
     verified: str = ""
-    not_under: str = ""
+    not_under: tuple[str, ...] = ()
 
     @property
     def collectives(self) -> int:
@@ -125,7 +126,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         sums=(1,),
         starting_rate=0.001,
         extra_wire="4 bytes per embedding row",
-        not_under="clipped embeddings not under FSDP1",
+        not_under=("clipped embeddings under FSDP1",),
         variants=({"weight_decay": 0.1, "betas": (0.8, 0.99)},),
     ),
     "lans": OptimizerEntry(

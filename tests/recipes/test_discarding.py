@@ -284,6 +284,12 @@ def test_every_wrapper_leaves_out_the_same(runs, wrapper):  # noqa: F811
     assert all(0.69 < share < 0.75 for share in kept)  # at most one in some twenty is rounded
 
 
+@pytest.mark.slow
+def test_a_compiled_model_leaves_out_the_same(runs):  # noqa: F811
+    compiled = runs(REFERENCE, NO_DROPOUT, DISCARDED, "training.compile=true")
+    assert losses(compiled) == pytest.approx(losses(runs(REFERENCE, NO_DROPOUT, DISCARDED)), rel=1e-4)
+
+
 def test_one_rank_leaves_out_the_same(runs, text_folder, pools, tmp_path):  # noqa: F811
     expected = runs(REFERENCE, NO_DROPOUT, DISCARDED)
     line = recipe(text_folder, tmp_path / "run", "--zero_stage", "1", NO_DROPOUT, DISCARDED)
