@@ -58,7 +58,8 @@ class CLARS(LayerwiseMomentum):
 
     Source: only the paper's abstract was at hand, and no code by its authors is known. ``statistic="norm"`` is the
     algorithm as remembered, with weight decay placed as in LARS; ``statistic="square"`` is what the paper's bound, a
-    step of 1 over smoothness times gradient variance, gives literally. Neither form nor the default of γ is verified.
+    step of 1 over smoothness times gradient variance, gives literally. Two revisions of KhoiDOO/tvlars had
+    code of others, one with a norm and one with a square of one mean gradient. Neither form is verified, nor γ.
     """
 
     group_statistics = "norms"

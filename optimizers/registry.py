@@ -42,6 +42,9 @@ class OptimizerEntry:
         starting_rate: Learning rate to try first, for models as small as the recipes' tiny presets: a guess.
         variants: Options that the generic tests try besides the defaults.
         extra_wire: What is sent besides the gradient, the weights and a few numbers per layer.
+        verified: What its equations were compared with, and what could not be; for docs/seeds.md.
+        not_under: Shardings of docs/seeds.md under which it is not exact or refused, besides those that
+            `group_statistics` implies; or what of it is not, under which.
     """
 
     optimizer_class: type[LayerwiseOptimizer]
@@ -50,6 +53,8 @@ class OptimizerEntry:
     starting_rate: float
     variants: tuple[dict[str, Any], ...] = field(default=())
     extra_wire: str = "none"
+    verified: str = ""
+    not_under: tuple[str, ...] = ()
 
     @property
     def collectives(self) -> int:
@@ -87,6 +92,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lars": OptimizerEntry(
         LARS,
         "You, Gitman, Ginsburg 2017, arXiv 1708.03888",
+        verified="MLPerf's optimizer term by term (`scaled`); timm's results (`gradient`)",
         sums=(2,),
         starting_rate=5.0,
         variants=(
@@ -100,6 +106,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lamb": OptimizerEntry(
         LAMB,
         "You et al. 2019, arXiv 1904.00962",
+        verified="timm's results, with and without bias correction and clipping",
         sums=(3,),
         starting_rate=0.02,
         variants=(
@@ -111,6 +118,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "lambc": OptimizerEntry(
         LAMBC,
         "Fong, Chen, Chen 2020, arXiv 2011.13584",
+        verified="the clip is where the authors' code has it; whether the paper has a lower bound is not known",
         sums=(3,),
         starting_rate=0.02,
         variants=({"trust_clip": 0.5, "bias_correction": False},),
@@ -118,14 +126,17 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "cowclip": OptimizerEntry(
         CowClip,
         "Zheng et al. 2022, arXiv 2204.06240",
+        verified="threshold, counts and L2 term of the authors' code; the paper's printed threshold is from memory",
         sums=(1,),
         starting_rate=0.001,
         extra_wire="4 bytes per embedding row",
+        not_under=("clipped embeddings under FSDP1",),
         variants=({"weight_decay": 0.1, "betas": (0.8, 0.99)},),
     ),
     "lans": OptimizerEntry(
         LANS,
         "Zheng et al. 2020, arXiv 2006.13484",
+        verified="the authors' kernel term by term",
         sums=(1, 4),
         starting_rate=0.02,
         variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.9, 0.99)}),
@@ -133,6 +144,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "novograd": OptimizerEntry(
         NovoGrad,
         "Ginsburg et al. 2019, arXiv 1905.11286",
+        verified="results of NVIDIA's Jasper example and of timm",
         sums=(1,),
         starting_rate=0.01,
         variants=({"grad_averaging": True, "lr": 0.5}, {"betas": (0.8, 0.5), "eps": 0.01}),
@@ -140,6 +152,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sngm": OptimizerEntry(
         SNGM,
         "Zhao, Xie, Li 2020, arXiv 2007.13985",
+        verified="nothing: Algorithm 1 as another text quotes it; where the decay goes is a reading",
         sums=(1,),
         starting_rate=0.1,
         variants=({"momentum": 0.0}, {"momentum": 0.5, "weight_decay": 0.0}),
@@ -147,6 +160,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "tvlars": OptimizerEntry(
         TVLARS,
         "Do et al. 2023, arXiv 2309.14053",
+        verified="results of the authors' released code (`released`); the paper's form (`paper`) is a reading",
         sums=(3,),
         starting_rate=5.0,
         variants=(
@@ -158,6 +172,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "mclr": OptimizerEntry(
         MCLR,
         "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
+        verified="nothing: reconstructed from the paper's abstract",
         sums=(1 + 256,) * 4,  # ‖g‖² and a histogram
         starting_rate=1e-4,
         extra_wire="4 histograms of 2 KB per layer",
@@ -178,6 +193,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "clars": OptimizerEntry(
         CLARS,
         "Huo, Gu, Huang 2020, arXiv 2002.01576",
+        verified="nothing: both forms are readings of the abstract",
         sums=(6,),
         starting_rate=0.5,
         variants=({"statistic": "square"}, {"statistic": "square", "momentum": 0.0, "adapt": True}),
@@ -185,6 +201,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "vrsgd": OptimizerEntry(
         VRSGD,
         "Jiang et al. 2023, arXiv 2309.13681",
+        verified="Algorithm 1 of the paper, but for the ε that it lacks",
         sums=(6,),
         starting_rate=0.5,
         extra_wire="one more reduction of the gradient's size",
@@ -193,6 +210,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "vradam": OptimizerEntry(
         VRAdam,
         "Jiang et al. 2023, arXiv 2309.13681",
+        verified="the paper's text; bias correction of the ratio's average and where the decay goes are readings",
         sums=(6,),
         starting_rate=0.001,
         extra_wire="one more reduction of the gradient's size",
@@ -201,6 +219,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "vrlars": OptimizerEntry(
         VRLARS,
         "Jiang et al. 2023, arXiv 2309.13681",
+        verified="the paper's text, which adapts the gradient's mean first; that LARS's norm is of that is a reading",
         sums=(6, 2),
         starting_rate=5.0,
         extra_wire="one more reduction of the gradient's size",
@@ -209,6 +228,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "vrlamb": OptimizerEntry(
         VRLAMB,
         "Jiang et al. 2023, arXiv 2309.13681",
+        verified="the paper's text; readings as in VRAdam",
         sums=(6, 3),
         starting_rate=0.02,
         extra_wire="one more reduction of the gradient's size",

@@ -43,8 +43,8 @@ class SNGM(LayerwiseMomentum):
 
     State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖g‖² per layer, one all-reduce if sharded.
 
-    Source: Algorithm 1 of the paper as other texts give it; neither the paper nor official code was at hand. That the
-    gradient contains the L2 term is unverified. Here it does, but ‖g‖ is the norm without it: under ZeRO no
+    Source: Algorithm 1 of the paper as another text gives it, without decay; neither the paper nor official code was at
+    hand, so it is unverified. The gradient contains the L2 term here, but ‖g‖ is the norm without it: under ZeRO no
     ``step()`` call can know the norm of the sum.
     """
 

@@ -66,7 +66,8 @@ class TVLARS(LayerwiseMomentum):
     Source: arXiv 2309.14053. The released form follows opt/tvlars.py of KhoiDOO/tvlars and agrees with its results.
     The paper form is unverified: φ_t is written down from second-hand accounts; its constants, the count from 1, the
     denominator (here as in `LARS`, the sum of norms) and the momentum (here as in the released code) may differ. Paper
-    and released code do disagree about delay and floor.
+    and released code do disagree about delay and floor; an earlier revision (10bcfd2) steps with LARS's ratio for 10
+    epochs before φ_t begins.
     """
 
     def __init__(

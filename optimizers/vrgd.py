@@ -244,8 +244,8 @@ class VRAdam(VRMoments, LayerwiseAdam):
     State: ``exp_avg``, ``exp_avg_sq``, ``exp_avg_gsnr`` (p; per element, fp32), ``step``. Sums per step: Σr, ‖g‖², one
     all-reduce if sharded, and the reduction of the groups' squares (see `VRSGD`).
 
-    Source: the paper's text has the running average of r and adapts the gradient before the moments. Its algorithm box
-    was not at hand: the bias correction of p, which gradient v takes, and where decay enters are readings.
+    Source: the paper's text has the running average of r and adapts the gradient before both moments, which is
+    "adapted". Its algorithm box was not at hand: the bias correction of p and where decay enters are unverified.
     """
 
     def __init__(

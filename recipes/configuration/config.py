@@ -53,6 +53,7 @@ class DataConfig:
     `tokenizer` is a local path or a hub name; None trains a WordPiece vocabulary of `vocabulary` tokens on the text.
     `workers` processes per rank read and mask ahead; None: up to two where there is an accelerator, none on a CPU.
     `validation_fraction` is a share of the documents, `validation_sequences` the most rows that a validation reads.
+    `discard_smallest` of an update's masked tokens, those with the smallest losses, are left out of its loss.
     `verify` reads every byte of the prepared files once before training and compares their hashes.
     """
 
@@ -62,6 +63,7 @@ class DataConfig:
     vocabulary: int = 8192
     sequence_length: int = 32
     mask_probability: float = 0.15
+    discard_smallest: float = 0.0
     validation_fraction: float = 0.02
     validation_sequences: int = 2048
     workers: int | None = None

@@ -22,6 +22,7 @@ def check_ranges(config: RecipeConfig) -> None:
     limit = config.model.max_positions
     _require(config, "data.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
     _require(config, "data.mask_probability", lambda v: 0 < v < 1, "above 0 and below 1")
+    _require(config, "data.discard_smallest", lambda v: 0 <= v < 1, "0 (none) to below 1")
     _require(config, "data.validation_fraction", lambda v: 0 < v < 1, "above 0 and below 1")
     _require(config, "model.dropout", lambda v: 0 <= v < 1, "0 to below 1")
     _require(config, "optimizer.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")

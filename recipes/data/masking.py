@@ -40,6 +40,10 @@ class MaskedBatch:
         move = (t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.labels))
         return MaskedBatch(*move)
 
+    def keep(self, kept: torch.Tensor) -> MaskedBatch:
+        """Return the batch with some of its predictions only: those where the boolean (masked,) is true."""
+        return MaskedBatch(self.input_ids, self.positions[kept], self.labels[kept])
+
 
 def splitmix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Mix 64-bit counters into 64 random-looking bits (the output function of SplitMix64, Steele et al. 2014)."""

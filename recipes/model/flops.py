@@ -50,9 +50,14 @@ class ModelFlops:
             length: S, tokens per sequence.
             recomputed: count the encoder's second forward pass under activation checkpointing, too.
         """
+        again = self.forward(tokens, 0, length) if recomputed else 0.0
+        return 3.0 * self.forward(tokens, predicted, length) + again
+
+    def forward(self, tokens: int, predicted: float, length: int) -> float:
+        """Return the operations of a forward pass alone, over all ranks; arguments as for `update`."""
         encoder = tokens * self.layers * self.hidden * (8 * self.hidden + 4 * self.intermediate + 4 * length)
         head = predicted * 2 * self.hidden * (self.hidden + self.vocabulary)
-        return (4.0 if recomputed else 3.0) * encoder + 3.0 * head
+        return float(encoder + head)
 
 
 # Dense peaks in TFLOP/s from the manufacturers' data sheets, (16-bit matrix units, fp32 without them). The first name

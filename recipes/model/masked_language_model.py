@@ -21,7 +21,7 @@ class GatheredBertForMaskedLM(BertForMaskedLM):
     """
 
     def forward(  # type: ignore[override]
-        self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+        self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, reduction: str = "sum"
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed cross-entropy in nats and the number of right predictions, both scalars.
 
@@ -29,6 +29,7 @@ class GatheredBertForMaskedLM(BertForMaskedLM):
             input_ids: int64 (sequences, length).
             positions: int64 (masked,), indices into the flattened (sequences * length) positions.
             labels: int64 (masked,), the tokens to predict.
+            reduction: "sum", or "none" for the cross-entropy of each prediction, fp32 (masked,), in place of the sum.
 
         The sum, not the mean: only the training loop knows how many tokens the whole global batch masks.
         """
@@ -37,7 +38,7 @@ class GatheredBertForMaskedLM(BertForMaskedLM):
         hidden = self.bert(input_ids=input_ids).last_hidden_state
         gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         logits = self.cls(gathered).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        loss = F.cross_entropy(logits, labels, reduction=reduction)
         correct = (logits.detach().argmax(dim=-1) == labels).sum()
         return loss, correct
 

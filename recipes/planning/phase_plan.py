@@ -145,7 +145,10 @@ def flops_per_sequence(size: ModelSize, config: RecipeConfig, phase: Phase, reco
     """Return the FLOPs of one sequence of a phase, forward and backward; see `ModelFlops.update` for `recomputed`."""
     length = phase.sequence_length
     predicted = config.data.mask_probability * length
-    return ModelFlops.of(size.shape, size.vocabulary).update(length, predicted, length, recomputed)
+    flops, discarded = ModelFlops.of(size.shape, size.vocabulary), config.data.discard_smallest
+    # Which predictions have the smallest losses takes a forward pass of its own.
+    first = flops.forward(length, predicted, length) if discarded else 0.0
+    return first + flops.update(length, (1 - discarded) * predicted, length, recomputed)
 
 
 def _sending_seconds(sent: Traffic, gpus: int, machine: Machine) -> float:

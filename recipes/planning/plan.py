@@ -87,6 +87,8 @@ def _phase_lines(config: RecipeConfig, size: ModelSize, machine: Machine, plan: 
     lines += [f"    {'reserved':<28}{machine.reserve / GIB:>9.3f} GiB", "  sent per GPU and step:"]
     for name, count in plan.traffic.collectives.items():
         lines.append(f"    {name:<28}{_bytes(plan.traffic.bytes[name]):>13} in {count:,} collectives")
+    if config.data.discard_smallest:
+        lines.append(f"  data.discard_smallest={config.data.discard_smallest:g}: one more forward pass in every update")
     model_flops = flops_per_sequence(size, config, phase) * plan.sequences_per_second / plan.gpus
     lines += [
         f"  step: {plan.compute:.3f} s computing + {plan.communication:.3f} s communicating + {plan.update:.4f} s "

@@ -26,7 +26,8 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
     """Return what one update sends, with ring algorithms: 2 (r - 1) / r of an all-reduced vector, half of it otherwise.
 
     Stage 2 reduces after every micro-batch, and DeepSpeed does so with all-reduces of whole buckets. Stage 3 gathers
-    weights once per update as long as the model is smaller than stage3_max_reuse_distance, else twice per micro-batch.
+    weights once per update as long as the model is smaller than stage3_max_reuse_distance, else once per pass over a
+    micro-batch. `data.discard_smallest` adds a forward pass, one count and four times 256 counts.
 
     Args:
         size: see `model_size`.
@@ -49,7 +50,7 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
         sent["weights"] = ring * width * size.elements
         calls["weights"] = groups
     if stage == 3:
-        gathers = 1 if size.elements <= MOST_LIVE else 2 * accumulation
+        gathers = 1 if size.elements <= MOST_LIVE else (3 if config.data.discard_smallest else 2) * accumulation
         sent["weights"] = gathers * ring * width * size.elements
         calls["weights"] = gathers * len(size.layers)
 
@@ -68,6 +69,8 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
 
     calls["scalars"] = 3  # masked tokens and stop flags, gradient norm, overflow
     sent["scalars"] = calls["scalars"] * 2 * ring * FP64
+    if config.data.discard_smallest:
+        calls["counts of losses"], sent["counts of losses"] = 5, (1 + 4 * 256) * 2 * ring * FP64
     return Traffic(sent, calls)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -195,17 +195,52 @@ def large_loss_mask(losses: torch.Tensor, discard: float, among: torch.Tensor | 
             which is cheaper and nearly the same on large shards of a shuffled batch.
 
     Returns:
-        Boolean, shape (samples,). Ties are kept.
+        Boolean, shape (samples,). Ties are kept, and NaN, which counts as the largest.
     """
-    if not 0 <= discard < 1:
-        raise ValueError(f"discard must be in [0, 1), got {discard!r}")
+    _require_share(discard)
     with torch.no_grad():
         values = losses.detach() if among is None else among.detach()
         dropped = int(discard * values.numel())
         if dropped == 0:
             return torch.ones_like(losses, dtype=torch.bool)
         smallest_kept = values.flatten().kthvalue(dropped + 1).values
-        return losses.detach() >= smallest_kept
+        return ~(losses.detach() < smallest_kept)
+
+
+def smallest_kept_loss(
+    losses: torch.Tensor,
+    discard: float,
+    total: int | None = None,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+) -> torch.Tensor:
+    """Return the smallest loss that is kept when the losses of all ranks together are discarded from (collective).
+
+    The same number as `large_loss_mask` finds among all ranks' losses, but they are not gathered: each digit of it, in
+    base 256, follows from how many losses have which. Four small sums over the ranks, however many losses there are.
+
+    Args:
+        losses: this rank's, fp32, shape (samples,); there may be none.
+        discard: fraction in [0, 1) of all ranks' losses to discard, rounded down to whole samples.
+        total: losses of all ranks together; None: there is one rank.
+        sum_over_ranks: adds up an int64 vector of 256 counts over all ranks; the default is for one rank.
+
+    Returns:
+        A scalar on the CPU, the same on every rank: keep what is not smaller, which ties and NaN are not. It is -inf if
+        nothing is discarded, and NaN, than which nothing is smaller, if too many losses are.
+    """
+    _require_share(discard)
+    bits = _ordered_bits(losses.detach().float().cpu())
+    before = int(discard * (len(bits) if total is None else total))
+    if before == 0:
+        return torch.tensor(-math.inf)
+    found = 0
+    for shift in (24, 16, 8, 0):
+        digits = (bits[bits >> (shift + 8) == found] >> shift) & 255
+        up_to = sum_over_ranks(torch.bincount(digits, minlength=256)).cpu().cumsum(0)
+        digit = int((up_to <= before).sum())
+        before -= int(up_to[digit - 1]) if digit else 0
+        found = found << 8 | digit
+    return _of_ordered_bits(found)
 
 
 def staleness_learning_rate(lr: float, delay: float, reference_delay: float = 1.0) -> float:
@@ -222,6 +257,25 @@ def staleness_learning_rate(lr: float, delay: float, reference_delay: float = 1.
     if delay < 0 or reference_delay <= 0:
         raise ValueError(f"delay must be at least 0 and reference_delay above 0, got {delay!r} and {reference_delay!r}")
     return lr * min(1.0, reference_delay / delay) if delay > 0 else lr
+
+
+def _require_share(discard: float) -> None:
+    if not 0 <= discard < 1:
+        raise ValueError(f"discard must be in [0, 1), got {discard!r}")
+
+
+_SIGN = 2**31
+
+
+def _ordered_bits(values: torch.Tensor) -> torch.Tensor:
+    """Return int64 numbers below 2^32 in the order of fp32 values: zeros alike, NaN of either sign the largest."""
+    bits = (values + 0.0).masked_fill(values.isnan(), math.nan).view(torch.int32).long()
+    return torch.where(bits < 0, ~bits, bits + _SIGN)
+
+
+def _of_ordered_bits(number: int) -> torch.Tensor:
+    bits = number - _SIGN if number >= _SIGN else ~number
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
 
 
 def _batch_ratio(base_batch: int, batch: int) -> float:

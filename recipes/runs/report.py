@@ -134,6 +134,7 @@ def _tiles(history: RunHistory) -> Iterator[dict[str, Any]]:
         ("tokens_per_second", "tokens", "short", "tokens/s, median"),
         ("model_flops_per_second", "model FLOP/s", "short", "median"),
         ("utilisation", "utilisation", "percent", "of peak, median"),
+        ("kept_fraction", "kept in the loss", "percent", "of the masked tokens, median"),
     ):
         if name in train and np.isfinite(train[name]).any():
             yield tile(label, float(np.nanmedian(train[name])), kind, more)

@@ -32,6 +32,7 @@ from ..runs.folder import RUNS, has_ended, require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_schema import check_settings
 from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
+from .discarding import check_discarding
 from .launchers import DeepSpeedLauncher, Launcher
 from .other_ranks import require_readable, shared_anew
 from .ranks import local_rank, ranks_on_machine, world_size
@@ -106,6 +107,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
             saved=invocation.resume is not None and invocation.deepspeed_config is None,
         )
     check_loggers(config.run.loggers)
+    check_discarding(config)
     for plan in plans:
         check_noise_scale(config, plan)
     check_sources(config.data.sources)
@@ -288,6 +290,7 @@ def _identity_of(config: RecipeConfig) -> dict[str, Any]:
         "optimizer": values["optimizer"],
         "sequence_length": config.data.sequence_length,
         "mask_probability": config.data.mask_probability,
+        "discard_smallest": config.data.discard_smallest or None,  # earlier releases' checkpoints do not have it
         "global_batch": training.global_batch,
         **_second_phase(config),
         "seed": training.seed,

@@ -47,6 +47,9 @@ class Observed(Protocol):
     def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the model's summed loss and number of right predictions."""
 
+    def losses(self, batch: MaskedBatch) -> torch.Tensor:
+        """Return the loss of each prediction, fp32 (masked,)."""
+
     def train(self, training: bool) -> None:
         """Switch between training and evaluation mode."""
 
@@ -237,6 +240,10 @@ class DeepSpeedTraining(DistributedTraining):
         """Return the model's summed loss and number of right predictions."""
         return self.engine(batch.input_ids, batch.positions, batch.labels)
 
+    def losses(self, batch: MaskedBatch) -> torch.Tensor:
+        """Return the loss of each prediction."""
+        return self.engine(batch.input_ids, batch.positions, batch.labels, reduction="none")[0]
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss` to the update; see `TrainingEngine`."""
         # DeepSpeed averages over the ranks and, unless told otherwise, over the accumulation steps.
@@ -353,6 +360,10 @@ class DataParallelTraining(DistributedTraining):
     def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the model's summed loss and number of right predictions."""
         return self.model(batch.input_ids, batch.positions, batch.labels)
+
+    def losses(self, batch: MaskedBatch) -> torch.Tensor:
+        """Return the loss of each prediction."""
+        return self.model(batch.input_ids, batch.positions, batch.labels, reduction="none")[0]
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss` to the update; see `TrainingEngine`."""

@@ -16,6 +16,7 @@ from ..common.progress import PROGRESS
 from ..configuration.config import RunConfig
 from ..data.feed import BatchFeed
 from ..data.masking import MaskedBatch
+from .discarding import without_smallest_losses
 from .engines import Observed, TrainingEngine
 from .phase_data import PhaseData
 from .ranks import collect_failures
@@ -166,6 +167,9 @@ class TrainingLoop:
         seed_step(self.seed, step, self.engine.rank)
         batches = feed.take()
         learning_rate = self.engine.learning_rate()
+        predicted = None
+        if self.data.discard_smallest:
+            batches, predicted = without_smallest_losses(self.engine, batches, self.data.discard_smallest)
         loss, totals = accumulate_step(self.engine, batches, self._asked_to_stop(feed))
         self.step_metrics.add(
             Update(
@@ -175,6 +179,7 @@ class TrainingLoop:
                 learning_rate=learning_rate,
                 loss=loss,
                 masked_tokens=int(totals[0]),
+                predicted_tokens=predicted,
                 data_wait=feed.wait_seconds,
             )
         )

@@ -28,6 +28,7 @@ class PhaseData:
         training_rows: of which each update takes the next global batch.
         validation_batches: this rank's micro-batches, the same every time.
         unigram_entropy: in nats; the loss of guessing by the tokens' frequencies alone.
+        discard_smallest: share of an update's predictions, those with the smallest losses, that its loss leaves out.
         workers: processes that make the batches of this rank ahead of time; 0: made when they are needed.
     """
 
@@ -37,6 +38,7 @@ class PhaseData:
     validation_batches: list[MaskedBatch]
     unigram_entropy: float
     workers: int = 0
+    discard_smallest: float = 0.0
 
     def feed(self, first: int, last: int, rank: int, device: torch.device) -> BatchFeed:
         """Return a rank's micro-batches of the run's updates first + 1 .. last, all of them in this phase."""
@@ -67,5 +69,15 @@ def phases_with_data(run: CheckedRun, data: Sequence[PreparedData], device: torc
         validation_batches = validation_rows.validation_batches(
             plan.micro, rank(), plan.ranks, config.data.validation_sequences
         )
-        phases.append(PhaseData(phase, plan, training_rows, validation_batches, prepared.unigram_entropy, workers))
+        phases.append(
+            PhaseData(
+                phase,
+                plan,
+                training_rows,
+                validation_batches,
+                prepared.unigram_entropy,
+                workers,
+                config.data.discard_smallest,
+            )
+        )
     return phases

@@ -75,8 +75,9 @@ class Update:
         plan: its batch division.
         learning_rate: that it was done with.
         loss: this rank's part of the loss, a scalar on the device.
-        masked_tokens: predicted, over all ranks.
+        masked_tokens: in the loss, over all ranks.
         data_wait: seconds in which this rank waited for its micro-batches.
+        predicted_tokens: predicted over all ranks, if those with the smallest losses were then discarded.
     """
 
     step: int
@@ -86,6 +87,7 @@ class Update:
     loss: torch.Tensor
     masked_tokens: int
     data_wait: float
+    predicted_tokens: int | None = None
 
     @property
     def sequences(self) -> int:
@@ -94,7 +96,7 @@ class Update:
 
     def record(self) -> dict[str, Any]:
         """Return what needs no reading from the device."""
-        return {
+        record = {
             "kind": "train",
             "step": self.step,
             "sequences": self.sequences,
@@ -102,6 +104,9 @@ class Update:
             "masked_tokens": self.masked_tokens,
             "data_wait_seconds": self.data_wait,
         }
+        if self.predicted_tokens is not None:
+            record["kept_fraction"] = self.masked_tokens / max(self.predicted_tokens, 1)
+        return record
 
 
 @dataclass
@@ -230,6 +235,8 @@ class StepMetrics:
     def _rates(self, update: Update, seconds: float) -> dict[str, float]:
         sequences, length = update.plan.sequences, update.phase.sequence_length
         flops = self.flops.update(sequences * length, update.masked_tokens, length)
+        if update.predicted_tokens is not None:  # their losses took a forward pass of its own
+            flops += self.flops.forward(sequences * length, update.predicted_tokens, length)
         rates = {
             "seconds": seconds,
             "sequences_per_second": sequences / seconds,

@@ -30,6 +30,7 @@ from ..data.prepared import PreparedData
 from ..model.build import RecipeParts
 from ..runs.checkpoints import CheckpointFolder
 from .checks import CheckedRun
+from .discarding import without_smallest_losses
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
 from .launchers import without_variable
 from .loop import due, require_sound_weights, seed_step, validate
@@ -50,7 +51,8 @@ class RecipeTrainer(Trainer):
         updates: what the Trainer iterates over.
         progress: what is done before and after each update.
         loss: this rank's part of the last update's loss.
-        masked: tokens that the last update predicted, over all ranks.
+        masked: tokens that are in the last update's loss, over all ranks.
+        predicted: tokens that it predicted, over all ranks, if those with the smallest losses are discarded.
         norm: of the last update's gradient before clipping; None before the first.
         stopping: whether any rank was asked to stop, or cannot read its next update.
     """
@@ -80,6 +82,7 @@ class RecipeTrainer(Trainer):
         self.run, self.parts, self.checkpoints, self.records, self.stop = run, parts, checkpoints, records, stop
         self.loss = torch.zeros(())
         self.masked, self.norm, self.stopping = 0, None, False
+        self.predicted: int | None = None
         # DeepSpeed has followed this variable to the CPU, and accelerate would leave DeepSpeed out.
         with without_variable(os.environ, "ACCELERATE_USE_CPU"):
             super().__init__(parts.model, training_arguments(run, checkpoints.folder))
@@ -124,6 +127,9 @@ class RecipeTrainer(Trainer):
             This rank's summed loss over the masked tokens of the global batch, times the ranks: the Trainer averages.
         """
         model.train()
+        predicted = None
+        if self.data.discard_smallest:
+            inputs, predicted = without_smallest_losses(self.progress.observed, inputs, self.data.discard_smallest)
         ranks, device = self.data.plan.ranks, self.args.device
         asked = self.stop.requested or self.updates.failure is not None or self.records.failure is not None
         # The stop flags ride along with the normaliser, so all ranks stop after the same update.
@@ -145,7 +151,7 @@ class RecipeTrainer(Trainer):
                     self.accelerator.backward(loss * ranks, **({"scale_wrt_gas": False} if by_deepspeed else {}))
                 PROGRESS.move()
         masked, stopping = totals.tolist()
-        self.masked, self.stopping = int(masked), stopping > 0
+        self.masked, self.predicted, self.stopping = int(masked), predicted, stopping > 0
         return self.loss * ranks
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -315,6 +321,7 @@ class _Progress(TrainerCallback):
                 learning_rate=self.learning_rate,
                 loss=trainer.loss,
                 masked_tokens=trainer.masked,
+                predicted_tokens=trainer.predicted,
                 data_wait=trainer.updates.wait_seconds,
             )
         )
@@ -355,6 +362,10 @@ class _WrappedByTrainer(DistributedTraining):
     def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the model's summed loss and number of right predictions."""
         return self.trainer.model_wrapped(**vars(batch))
+
+    def losses(self, batch: MaskedBatch) -> torch.Tensor:
+        """Return the loss of each prediction."""
+        return self.trainer.model_wrapped(**vars(batch), reduction="none")[0]
 
     def train(self, training: bool) -> None:
         """Switch between training and evaluation mode."""

@@ -83,6 +83,14 @@ def test_vrsgd() -> None:
     assert_is(w, 0.9, 1.0, 0.9995)
 
 
+def test_vrsgd_on_two_elements() -> None:
+    """Mean (1, 0) and variance (.02, .1) make ratios of 50 and 0, over their mean 2 and 0: 1 and the floor."""
+    groups = torch.tensor([[1, 0.2], [1.2, -0.2], [0.8, 0.4], [1, -0.4]], dtype=torch.float64)
+    w = ones(2)
+    train(w, VRSGD([w], lr=1.0, gsnr_floor=0.1), groups)
+    torch.testing.assert_close(w.detach(), w.new_tensor([0.0, 1.0]), rtol=0, atol=1e-15)
+
+
 def test_vr_momentum() -> None:
     w = ones()
     train(w, VRSGD([w], lr=0.1, momentum=0.9), FIRST, FIRST)
