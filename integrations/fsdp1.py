@@ -105,7 +105,7 @@ class FSDP1Backend(Backend):
         if not any(map(is_flattened, stepped)):
             return
         for handle in self._handles_of(held_by_wrappers(optimizer), frozenset(map(id, stepped))):
-            if handle.uses_sharded_strategy and not handle.needs_unshard():
+            if handle.uses_sharded_strategy and _is_gathered(handle):
                 handle.reshard(True)
                 handle.post_reshard()
 
@@ -116,6 +116,14 @@ class FSDP1Backend(Backend):
             handles = WeakSet(run.handle for key, run in _runs() if key in wanted)
             self._handles[optimizer] = wanted, handles
         return list(handles)
+
+
+def _is_gathered(handle: FlatParamHandle) -> bool:
+    """Whether the handle keeps whole parameters that a forward has gathered."""
+    try:
+        return not handle.needs_unshard()
+    except AttributeError:  # before the first forward
+        return False
 
 
 def _runs() -> Iterator[tuple[int, _Run]]:

@@ -38,11 +38,12 @@ class MovedWeights:
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
         self._kept: list[_Kept] = []
+        self._are_moved = False
 
     @property
     def are_moved(self) -> bool:
-        """Whether any are."""
-        return bool(self._kept)
+        """Whether they are; so it is on a rank, too, that has none of those that are."""
+        return self._are_moved
 
     @torch.no_grad()
     def move(self, tensors: Sequence[torch.Tensor], change: Change, *, publish: bool = True) -> None:
@@ -56,7 +57,7 @@ class MovedWeights:
         Raises:
             RuntimeError: If weights are moved already.
         """
-        if self._kept:
+        if self._are_moved:
             raise RuntimeError("the weights are moved already: restore them before they are moved again")
         try:
             for index, tensor in enumerate(tensors):
@@ -68,8 +69,9 @@ class MovedWeights:
                 kept.restore()
             self._kept = []
             raise
+        self._are_moved = True
         if publish:
-            publish_weights(self._optimizer)
+            self.publish()
 
     @torch.no_grad()
     def restore(self, *, publish: bool = True) -> None:
@@ -82,7 +84,9 @@ class MovedWeights:
             RuntimeError: If somebody has written to them since they were moved, as a checkpoint does that is loaded;
                 then they stay as they are.
         """
-        kept, self._kept = self._kept, []
+        if not self._are_moved:
+            return
+        kept, self._kept, self._are_moved = self._kept, [], False
         if any(one.was_written() for one in kept):
             raise RuntimeError(
                 "weights were changed while they were moved, and cannot be moved back: load checkpoints, average and "
@@ -90,8 +94,12 @@ class MovedWeights:
             )
         for one in kept:
             one.restore()
-        if kept and publish:
-            publish_weights(self._optimizer)
+        if publish:
+            self.publish()
+
+    def publish(self) -> None:
+        """Bring the model up to date where that was left out."""
+        publish_weights(self._optimizer)
 
 
 class _Kept:
