@@ -5,6 +5,7 @@ from .adashift import AdaShift
 from .cblr import CBLR
 from .clars import CLARS
 from .cowclip import CowClip
+from .extrapolation import Extrapolation
 from .gradient_statistics.norms import StatisticsError
 from .lamb import LAMB, LAMBC
 from .lans import LANS
@@ -36,6 +37,7 @@ __all__ = [
     "AdaBelief",
     "AdaShift",
     "CowClip",
+    "Extrapolation",
     "FastAdaBelief",
     "LayerwiseOptimizer",
     "LayoutError",

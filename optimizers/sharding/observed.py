@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["ObservedOptimizer", "held_by_wrappers"]
+__all__ = ["ObservedOptimizer", "held_by_wrappers", "innermost"]
+
+INSIDE = ("chained_optimizers", "optimizer", "optim")
+"""By which wrappers call what they step: Megatron's chain; accelerate, DeepSpeed, Lightning and Megatron; torch."""
 
 
 class ObservedOptimizer:
@@ -66,3 +69,14 @@ class ObservedOptimizer:
 def held_by_wrappers(optimizer: Any) -> Any:
     """The object that a wrapper has a reference to: the optimizer that asks, or the one that it observes."""
     return optimizer.observed if isinstance(optimizer, ObservedOptimizer) else optimizer
+
+
+def innermost(optimizer: Any) -> Any:
+    """What is in all wrappers of an optimizer, whatever it is: of a chain of several, the chain."""
+    seen: set[int] = set()
+    while id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        inside = next((inner for name in INSIDE if (inner := getattr(optimizer, name, None)) is not None), None)
+        chain = list(inside) if isinstance(inside, (list, tuple)) else [inside]
+        optimizer = chain[0] if len(chain) == 1 and chain[0] is not None else optimizer
+    return optimizer

@@ -1,0 +1,246 @@
+"""Training at extrapolated weights in the workers, under every wrapper, and its float64 reference.
+
+The loss is a quadratic of every layer, ½ c ‖w - t‖² with other targets t in each step and group of samples, so that
+gradients depend on where they are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from trustratio.optimizers import Extrapolation
+from trustratio.optimizers.displacements.counter_noise import gaussian, key_of, uniform
+from trustratio.optimizers.sharding.local_tensors import local_part
+
+from ..reference import REFERENCES
+from .cases import Case, Leaf, gathered, initial_weights
+from .norms_runs import Run, Wrapped, running
+
+CURVATURE = 0.5
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How weights are extrapolated.
+
+    Attributes:
+        direction: Of Extrapolation, as the other options.
+        step_size: The same.
+        noise: The same.
+        contexts: "each" micro-batch has one, "all" of a step have one, or the model is "attached".
+        named: Whether layers are named by the model, as those of an optimizer of torch's are.
+    """
+
+    direction: str = "gradient"
+    step_size: float = 0.4
+    noise: str = "gaussian"
+    contexts: str = "each"
+    named: bool = False
+
+
+def targets(case: Case, step: int, groups: int) -> dict[str, torch.Tensor]:
+    """Of each layer, shape (groups, *layer)."""
+    generator = torch.Generator().manual_seed(77 + step)
+    trained = [layer for layer in case.layers if layer.name not in case.skipped.get(step, ())]
+    return {layer.name: 3 * torch.randn((groups, *layer.shape), generator=generator) for layer in trained}
+
+
+# In the workers -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quadratic() -> Iterator[None]:
+    """The layers' losses, in place of linear ones."""
+    linear = Leaf.forward
+
+    def forward(leaf: Leaf, target: torch.Tensor) -> torch.Tensor:
+        return (leaf.weight - target.to(leaf.weight.dtype)).square().sum() * (CURVATURE / 2)
+
+    Leaf.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Leaf.forward = linear  # type: ignore[method-assign]
+
+
+class Training:
+    """A run in which gradients are extrapolated."""
+
+    def __init__(self, case: Case, wrapped: Wrapped, plan: Plan, run: Run):
+        self.case, self.wrapped, self.plan, self.run = case, wrapped, plan, run
+        self.engine = run.outermost if isinstance(case.stage, int) else None
+        model = run.model if plan.named else None
+        options = {"direction": plan.direction, "noise": plan.noise, "model": model}
+        self.extrapolation = Extrapolation(run.outermost, plan.step_size, **options)
+        if plan.contexts == "attached":
+            self.extrapolation.attach(run.model)
+
+    def context(self, wanted: str) -> AbstractContextManager[Any]:
+        return self.extrapolation if self.plan.contexts == wanted else nullcontext()
+
+    def train(self, first: int, last: int) -> None:
+        world = 1 if self.case.stage == "dense" else dist.get_world_size()
+        rank = 0 if self.case.stage == "dense" else dist.get_rank()
+        micros = self.case.accumulation
+        for step in range(first, last):
+            given = targets(self.case, step, world * micros)
+            factor = float("inf") if step in self.case.overflow else 1.0
+            of_micros = [{n: factor * t[m * world + rank] for n, t in given.items()} for m in range(micros)]
+            if self.wrapped.kind == "megatron":
+                self.run.model.zero_grad_buffer()
+                self.run.outermost.zero_grad()
+            with self.context("all"):
+                for index, of_micro in enumerate(of_micros):
+                    is_last = index == micros - 1
+                    with self.context("each"):
+                        self._backward(of_micro, is_last)
+                    if self.engine is not None and not is_last:
+                        self.engine.step()
+            self._step()
+
+    def _backward(self, given: Weights, is_last: bool) -> None:
+        model = self.run.model
+        if self.engine is not None:
+            self.engine.backward(self.engine(given))
+        elif self.wrapped.kind == "megatron":
+            self.run.outermost.scale_loss(model(given)).backward()
+            model.finish_grad_sync()
+        else:
+            if self.wrapped.kind == "fsdp2":
+                model.set_requires_gradient_sync(is_last)
+            (model(given) / self.case.accumulation).backward()
+
+    def _step(self) -> None:
+        if self.engine is not None:
+            self.engine.step()
+        else:
+            self.run.outermost.step()
+            self.run.outermost.zero_grad()
+
+    def weights(self) -> Weights:
+        """The model's, whole."""
+        module = self.run.model
+        names = {layer.name: layer for layer in self.case.layers}
+        if isinstance(module, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(module):
+                return {name: leaf.weight.detach().clone() for name, leaf in self._leaves().items() if name in names}
+        found = {}
+        for name, leaf in self._leaves().items():
+            with gathered([leaf.weight]):
+                whole = leaf.weight.full_tensor() if hasattr(leaf.weight, "full_tensor") else leaf.weight
+                found[name] = whole.detach().clone()
+        return found
+
+    def _leaves(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, module in self.run.model.named_modules():
+            kept = name.rpartition("leaves.")[2].partition(".")[0]
+            if isinstance(module, Leaf):
+                found[kept] = module
+        return found
+
+
+@contextmanager
+def training(case: Case, wrapped: Wrapped, plan: Plan) -> Iterator[Training]:
+    with quadratic(), running(case, wrapped) as run:
+        yield Training(case, wrapped, plan, run)
+
+
+def train(case: Case, wrapped: Wrapped, plan: Plan) -> dict[str, Any]:
+    """Train the case; return the weights, and whether contexts have left them as they were."""
+    with training(case, wrapped, plan) as run:
+        run.train(0, case.steps)
+        before, locals_before = run.weights(), local_weights(run)
+        moved = before
+        if plan.contexts != "attached":
+            with run.extrapolation:
+                moved = run.weights()
+        after = run.weights()
+        return {
+            "weights": {name: w.float() for name, w in before.items()},
+            "moved": moved,
+            "comes_back": same(before, after) and same(locals_before, local_weights(run)),
+        }
+
+
+def local_weights(run: Training) -> Weights:
+    """What the optimizer steps, as far as it says between steps."""
+    groups = run.run.optimizer.param_groups
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    return {str(index): local_part(tensor).detach().clone() for index, tensor in enumerate(tensors)}
+
+
+def same(one: Weights, other: Weights) -> bool:
+    """Whether all bits are the same."""
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# The reference ------------------------------------------------------------------------------------------------------
+
+
+class Stepper:
+    """The optimizer of a case in float64, one whole layer at a time."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.states: dict[str, dict[str, Any]] = {layer.name: {} for layer in case.layers}
+
+    def step(self, layer: Any, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        options, state = self.case.groups[layer.group], self.states[layer.name]
+        if not self.case.optimizer.startswith("torch."):
+            state.update(group_gradients=g.unsqueeze(0), resolution=2.0**-23, model_gradient_norm=None)
+            after, _ = REFERENCES[self.case.optimizer](w, g, state, **options)
+            return after
+        if "optimizer" not in state:
+            state["weight"] = torch.nn.Parameter(w.clone())
+            kind = getattr(torch.optim, self.case.optimizer.removeprefix("torch."))
+            state["optimizer"] = kind([state["weight"]], **options, **self.case.constructor)
+        state["weight"].grad = g
+        state["optimizer"].step()
+        return state["weight"].detach().clone()
+
+
+def reference(case: Case, plan: Plan, ranks: int, seed: int = 0) -> tuple[Weights, Weights]:
+    """The weights after training in float64, and where the next gradient would be taken (by rank 0)."""
+    groups = ranks * case.accumulation
+    weights = {name: w.double() for name, w in initial_weights(case).items()}
+    previous: list[Weights] = [{} for _ in range(ranks)]
+    stepper = Stepper(case)
+    for step in range(case.steps):
+        moved = [displaced(weights, previous[rank], plan, step, seed) for rank in range(ranks)]
+        of_groups = {
+            name: torch.stack([CURVATURE * (moved[i % ranks][name] - t[i].double()) for i in range(groups)])
+            for name, t in targets(case, step, groups).items()
+        }
+        mean = {name: g.mean(dim=0) for name, g in of_groups.items()}
+        if case.clipping:
+            norm = sqrt(sum(float(g.square().sum()) for g in mean.values()))
+            mean = {name: g / max(1.0, (norm + 1e-6) / case.clipping) for name, g in mean.items()}
+        for layer in case.layers:
+            if layer.name in mean:
+                weights[layer.name] = stepper.step(layer, weights[layer.name], mean[layer.name])
+        own = plan.direction == "own_gradient"
+        previous = [{n: of_groups[n][k::ranks].mean(dim=0) if own else mean[n] for n in mean} for k in range(ranks)]
+    return weights, displaced(weights, previous[0], plan, case.steps, seed)
+
+
+def displaced(weights: Weights, previous: Weights, plan: Plan, number: int, seed: int) -> Weights:
+    """Where gradients are taken."""
+    if plan.direction != "noise":
+        return {name: w - plan.step_size * previous.get(name, 0.0) for name, w in weights.items()}
+    draw = {"gaussian": gaussian, "uniform": uniform}[plan.noise]
+    found = {}
+    for name, w in weights.items():
+        key = key_of(seed, number, f"leaves.{name}.weight" if plan.named else name)
+        z = draw(key, torch.arange(w.numel())).view(w.shape)
+        found[name] = w - plan.step_size * w.norm() / sqrt(w.numel()) * z
+    return found
