@@ -2,6 +2,7 @@
 
 from .clars import CLARS
 from .cowclip import CowClip
+from .curvature import CurvatureAdamW, CurvatureSGD
 from .gradient_statistics.norms import StatisticsError
 from .lamb import LAMB, LAMBC
 from .lans import LANS
@@ -30,6 +31,8 @@ __all__ = [
     "VRLARS",
     "VRSGD",
     "CowClip",
+    "CurvatureAdamW",
+    "CurvatureSGD",
     "LayerwiseOptimizer",
     "LayoutError",
     "NovoGrad",

@@ -8,6 +8,7 @@ from typing import Any
 
 from .clars import CLARS
 from .cowclip import CowClip
+from .curvature import CurvatureAdamW, CurvatureSGD
 from .lamb import LAMB, LAMBC
 from .lans import LANS
 from .lars import LARS
@@ -158,6 +159,20 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         starting_rate=1e-4,
         extra_wire="4 histograms of 2 KB per layer",
         variants=({"momentum": 0.0, "eps": 0.1}, {"adapt": True}),
+    ),
+    "curvature_sgd": OptimizerEntry(
+        CurvatureSGD,
+        "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
+        sums=(1,),
+        starting_rate=0.1,
+        variants=({"momentum": 0.0, "cap": 0.5}, {"interval": None, "adapt": None}),
+    ),
+    "curvature_adamw": OptimizerEntry(
+        CurvatureAdamW,
+        "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
+        sums=(1,),
+        starting_rate=0.5,
+        variants=({"betas": (0.8, 0.9), "cap": 0.5}, {"adapt": None, "cap": 0.2}),
     ),
     "clars": OptimizerEntry(
         CLARS,

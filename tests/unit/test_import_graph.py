@@ -28,7 +28,10 @@ FLOORS = {
         *("runs", "rules", "common"),
     ),
     "integrations": ("", "audits", "norms", "pages", "checkpoints", "deepspeed", "fsdp2", "megatron", "guards"),
-    "optimizers": ("", "proposals", "stepping", "options", "kernels", "formulas", "gradient_statistics", "sharding"),
+    "optimizers": (
+        *("", "sampling", "proposals", "stepping", "options", "kernels", "formulas"),
+        *("gradient_statistics", "sharding"),
+    ),
 }
 """The folders of each package, its front ("") first. Each may import those after it and none before."""
 
