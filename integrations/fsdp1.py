@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import is_flattened
+from trustratio.optimizers.sharding.observed import held_by_wrappers
 from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
@@ -65,6 +67,9 @@ class _Run:
 class FSDP1Backend(Backend):
     """Explains the parameters of modules under FullyShardedDataParallel, and plain parameters beside them."""
 
+    def __init__(self) -> None:
+        self._handles: WeakKeyDictionary[Any, tuple[frozenset[int], WeakSet[FlatParamHandle]]] = WeakKeyDictionary()
+
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout if FSDP1 has flattened any of the tensors.
 
@@ -93,6 +98,24 @@ class FSDP1Backend(Backend):
                 builder.carry(group, tensor)
                 builder.add(name, tensor, Part.all_of(tensor.shape), length=tensor.numel())
         return builder.layout()
+
+    def publish_weights(self, optimizer: Any) -> None:
+        """Free what forward has gathered of the weights before they were changed, as that of an evaluation is kept."""
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not any(map(is_flattened, stepped)):
+            return
+        for handle in self._handles_of(held_by_wrappers(optimizer), frozenset(map(id, stepped))):
+            if handle.uses_sharded_strategy and not handle.needs_unshard():
+                handle.reshard(True)
+                handle.post_reshard()
+
+    def _handles_of(self, optimizer: Any, wanted: frozenset[int]) -> list[FlatParamHandle]:
+        """Those that have flattened any of these parameters; searched for once per set of parameters."""
+        known, handles = self._handles.get(optimizer, (None, WeakSet()))
+        if known != wanted:
+            handles = WeakSet(run.handle for key, run in _runs() if key in wanted)
+            self._handles[optimizer] = wanted, handles
+        return list(handles)
 
 
 def _runs() -> Iterator[tuple[int, _Run]]:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from trustratio.optimizers.sharding.data_parallel import processes
+from trustratio.optimizers.sharding.names import observed
 
 from .norms.chain import is_local_sgd, stepped_by
 from .norms.clipping import clip, refuse_step_in_backward
 from .norms.command import main
 from .norms.kept_layout import KeptLayout
 from .norms.measured_step import Reduced, fetch
-from .norms.names import observed
 from .norms.observation import Observation
 from .norms.records import LayerNorm, MeasuredNorms
 from .norms.replacement import ReplacementWatch

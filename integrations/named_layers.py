@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .norms.names import unwrapped_names
+from trustratio.optimizers.sharding.names import unwrapped_names
 
 __all__ = ["NamedLayer", "named_layers"]
 

@@ -205,14 +205,23 @@ def _left_out(optimizer: Any, held: Sequence[torch.Tensor]) -> WeakIdKeyDictiona
     return WeakIdKeyDictionary({p: name for p, name in left_out.items() if getattr(p, "ds_numel", p.numel())})
 
 
+_wrappers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
 def _find_wrapper(optimizer: Any) -> DeepSpeedOptimizer | None:
     """The DeepSpeed object that steps this optimizer.
 
     DeepSpeed leaves no reference to it on the optimizer, and on a model's parameters only for those that have elements
-    on this rank. This runs once per flat tensor.
+    on this rank. So it is searched for, once: an optimizer whose tensors it has replaced goes to no other.
     """
-    wrappers, inner = living(DeepSpeedOptimizer), held_by_wrappers(optimizer)
-    return next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is inner), None)
+    inner = held_by_wrappers(optimizer)
+    known = _wrappers[inner]() if inner in _wrappers else None
+    if known is not None and known.optimizer is inner:
+        return known
+    found = next((one for one in living(DeepSpeedOptimizer) if getattr(one, "optimizer", None) is inner), None)
+    if found is not None:
+        _wrappers[inner] = weakref.ref(found)
+    return found
 
 
 def _describe(wrapper: DeepSpeedOptimizer) -> tuple[str, dict[int, _FlatTensor]]:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from trustratio.optimizers.sharding.internals import Internals
+from trustratio.optimizers.sharding.layout import LayoutError
 from trustratio.optimizers.sharding.local_tensors import summable
 
 INTERNALS = Internals("DeepSpeed", "deepspeed", "0.19.8")
@@ -154,6 +155,11 @@ def publish(wrapper: DeepSpeedOptimizer) -> None:
     elif isinstance(wrapper, FP16_UnfusedOptimizer):
         for master, parameter in master_copies(wrapper):
             parameter.data.copy_(master)
+    else:
+        raise LayoutError(
+            f"{type(wrapper).__name__} keeps weights of its own that are changed in its steps alone: use ZeRO stages "
+            "1, 2 or 3, BF16_Optimizer or FP16_UnfusedOptimizer"
+        )
 
 
 def supported_optimizers() -> list[type[torch.optim.Optimizer]]:

@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from trustratio.optimizers.sharding.backends import Backend, register_backend, tensor_parallel_groups
@@ -29,12 +31,20 @@ from trustratio.optimizers.sharding.gradient_flow import GradientFlow
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.local_tensors import is_plain, local_part
-from trustratio.optimizers.sharding.observed import ObservedOptimizer
+from trustratio.optimizers.sharding.observed import ObservedOptimizer, held_by_wrappers
 from trustratio.optimizers.sharding.parts import Part
 from trustratio.optimizers.sharding.refusals import refuse_rows, refuse_statistics
 from trustratio.optimizers.sharding.unsharded import may_be_cut, name_layers, refuse_strangers
 
-from .gradients import data_parallel, gradient_dtypes, gradient_flow, sharded_parameters, sources, waiting_gradients
+from .gradients import (
+    data_parallel,
+    gradient_dtypes,
+    gradient_flow,
+    modules_of,
+    sharded_parameters,
+    sources,
+    waiting_gradients,
+)
 from .internals import compute_local_shape_and_global_offset, is_strided
 from .placements import local_indices
 
@@ -45,6 +55,9 @@ BACKEND = "FSDP2 (DTensor)"
 
 class DTensorBackend(Backend):
     """Explains DTensor parameters, whoever made them, and plain parameters beside them."""
+
+    def __init__(self) -> None:
+        self._modules: WeakKeyDictionary[Any, tuple[frozenset[int], WeakSet[FSDPModule]]] = WeakKeyDictionary()
 
     def explain(self, optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> Layout | None:
         """Return the layout if any of the tensors is a DTensor.
@@ -90,6 +103,21 @@ class DTensorBackend(Backend):
     def sources(self, optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (parameter, tensor that the module's forward used in its place)."""
         return sources(optimizer, module)
+
+    def publish_weights(self, optimizer: Any) -> None:
+        """Free what forward has gathered of the weights before they were changed, as that of an evaluation is kept."""
+        for module in self._modules_of(optimizer):
+            module.reshard()
+
+    def _modules_of(self, optimizer: Any) -> list[FSDPModule]:
+        """Those that shard the optimizer's parameters; searched for once per set of parameters."""
+        inner = held_by_wrappers(optimizer)
+        wanted = frozenset(id(p) for group in inner.param_groups for p in group["params"] if isinstance(p, DTensor))
+        known, modules = self._modules.get(inner, (None, WeakSet()))
+        if known != wanted:
+            modules = WeakSet(modules_of(wanted) if wanted else ())
+            self._modules[inner] = wanted, modules
+        return list(modules)
 
 
 def _names(optimizer: Any, tensors: Sequence[tuple[int, torch.Tensor]]) -> dict[int, str]:

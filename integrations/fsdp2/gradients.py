@@ -13,7 +13,7 @@ where each is reduced, without those that are None, and not on one rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,15 @@ from .internals import (
     whole_shape,
 )
 
-__all__ = ["data_parallel", "gradient_dtypes", "gradient_flow", "sharded_parameters", "sources", "waiting_gradients"]
+__all__ = [
+    "data_parallel",
+    "gradient_dtypes",
+    "gradient_flow",
+    "modules_of",
+    "sharded_parameters",
+    "sources",
+    "waiting_gradients",
+]
 
 
 def sources(optimizer: Any, module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -67,6 +75,13 @@ def sharded_parameters(optimizer: Any) -> dict[int, tuple[Any, Any]]:
         for group, parameter in parameters_of(module)
         if id(parameter.sharded_param) in wanted
     }
+
+
+def modules_of(wanted: Collection[int]) -> Iterator[FSDPModule]:
+    """Yield the modules that have sharded any of the parameters with these ids."""
+    for module in living(FSDPModule):
+        if any(id(parameter.sharded_param) in wanted for _, parameter in parameters_of(module)):
+            yield module
 
 
 def waiting_gradients(optimizer: Any) -> list[torch.Tensor]:

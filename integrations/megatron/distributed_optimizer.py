@@ -246,11 +246,15 @@ def _stand_ins_of(optimizer: Any) -> _StandIns:
 
 
 def publish_weights(wrapper: Any) -> None:
-    """Bring the model's parameters up to date, as the wrapper does at the end of its step."""
+    """Bring the model's parameters up to date, as the wrapper does at the end of its step.
+
+    At once with `overlap_param_gather` too; forward gathers what a step changes afterwards all the same.
+    """
     INTERNALS.read(wrapper, "_copy_main_params_to_model_params")()
-    if not wrapper.ddp_config.overlap_param_gather:
-        for chunk in wrapper.model_chunks:
-            chunk.start_param_sync()
+    for chunk in wrapper.model_chunks:
+        chunk.start_param_sync(force_sync=True)
+        for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            buckets.param_gather_dispatched = False
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

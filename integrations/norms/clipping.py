@@ -22,12 +22,12 @@ from trustratio.optimizers.sharding.data_parallel import processes
 from trustratio.optimizers.sharding.layout import Layout, LayoutError, Shard, listing
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import has_fp64, local_part, placements_of
+from trustratio.optimizers.sharding.names import observed
 from trustratio.optimizers.stepping.agreement import GRADIENT
 from trustratio.optimizers.stepping.gradients import read_gradients
 
 from .clips import noting, step_is_taken
 from .kept_layout import KeptLayout
-from .names import observed
 from .shard_sums import MOST_KEPT, ShardSums
 from .steps_under_way import is_inner_step, watch_steps
 

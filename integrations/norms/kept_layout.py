@@ -12,13 +12,12 @@ import torch.distributed as dist
 from trustratio.optimizers.sharding.backends import find_data_parallel, whole_step
 from trustratio.optimizers.sharding.layout import Layer, Layout, LayoutError, listing
 from trustratio.optimizers.sharding.local_tensors import cut_of
+from trustratio.optimizers.sharding.names import observed
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.sharding.resolve import resolve_layout
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 from trustratio.optimizers.stepping.agreement import Agreement
 from trustratio.optimizers.stepping.taking_part import taking_part
-
-from .names import observed
 
 __all__ = ["KeptLayout"]
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from trustratio.integrations.layer_norms import LayerNorms, MeasuredNorms, clip_grad_norm_
-from trustratio.integrations.norms.names import unwrapped_names
 from trustratio.optimizers import LAMB, create_optimizer
 from trustratio.optimizers.sharding import backends
 from trustratio.optimizers.sharding.backends import Backend
 from trustratio.optimizers.sharding.layout import LayoutError
+from trustratio.optimizers.sharding.names import unwrapped_names
 
 from .test_waiting import META, NothingFromTheHost
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from trustratio.optimizers import LayerwiseOptimizer
-from trustratio.optimizers.sharding.living import living
-from trustratio.optimizers.sharding.observed import ObservedOptimizer
+from .living import living
+from .observed import ObservedOptimizer
 
 __all__ = ["observed", "unwrapped_names"]
 
@@ -59,22 +58,25 @@ def _of_living_modules(optimizer: torch.optim.Optimizer) -> dict[int, tuple[str,
     return {id(parameter): (name, parameter) for named in of_roots for name, parameter in named}
 
 
-def _known_to_be_own(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+def _known_to_be_own(optimizer: Any) -> Iterator[torch.Tensor]:
     """Parameters that are the model's though no module has them."""
     for group in optimizer.param_groups:
         for tensor in group["params"]:
             # Without other processes there is no wrapper that puts tensors in the parameters' place.
             alone = not (dist.is_available() and dist.is_initialized())
-            if alone or (isinstance(optimizer, LayerwiseOptimizer) and optimizer.was_given(tensor)):
+            if alone or (_is_ours(optimizer) and optimizer.was_given(tensor)):
                 yield tensor
 
 
-def _given_names(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _given_names(optimizer: Any, parameters: Iterable[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parameters that the optimizer was given with a name."""
-    if isinstance(optimizer, LayerwiseOptimizer):
+    if _is_ours(optimizer):
         yield from ((name, p) for p in parameters if (name := optimizer.parameter_name(p)))
         return
     for group in optimizer.param_groups:
         yield from zip(group.get("param_names") or (), group["params"], strict=False)
+
+
+def _is_ours(optimizer: Any) -> bool:
+    """Whether it knows its parameters and their names itself."""
+    return callable(getattr(optimizer, "was_given", None))
