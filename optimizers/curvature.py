@@ -117,6 +117,7 @@ class SamplesCurvature(LayerwiseOptimizer):
         super().step()
         return loss
 
+    @torch._disable_dynamo  # as the base's
     def _step(self) -> None:
         if self._sampler.ends_first_pass():
             self._options.check_changes(self)
@@ -190,7 +191,8 @@ class SamplesCurvature(LayerwiseOptimizer):
         curvature = layers.curvature / weight
         if group["negative"] == "absolute":
             curvature = curvature.abs()
-        step = (layers.descent / weight / curvature.clamp(min=group["floor"])).clamp(0.0, group["cap"])
+        step = layers.descent / weight / curvature.clamp(min=group["floor"])
+        step = torch.where(layers.descent > 0, step, 0.0).clamp(max=group["cap"])
         step = torch.where(layers.samples > 0, step, min(1.0, group["cap"]))
         return torch.where(layers.adapt, step, 1.0)
 
@@ -208,7 +210,7 @@ class SamplesCurvature(LayerwiseOptimizer):
                     "one of several"
                 )
         check_range("beta", group["beta"], 0.0, 1.0, high_open=True)
-        check_range("floor", group["floor"], 0.0, low_open=True)
+        check_range("floor", group["floor"], 0.0)
         check_range("cap", group["cap"], 0.0, low_open=True)
         check_range("perturbation", group["perturbation"], 0.0, 1.0, low_open=True)
         check_choice("negative", group["negative"], NEGATIVE)
@@ -234,7 +236,7 @@ class CurvatureSGD(SamplesCurvature, LayerwiseMomentum):
         weight_decay: λ ≥ 0, part of what is minimised.
         interval: A sample is due every how many steps, the first one at the first step; None for never.
         beta: Of the running averages, in [0, 1).
-        floor: Least denominator > 0.
+        floor: Least denominator ≥ 0.
         cap: Largest α > 0; before a layer's first sample α is 1, or this if it is less.
         negative: What a negative denominator counts as: its absolute value, or the floor ("floor"), which mostly means
             the cap.

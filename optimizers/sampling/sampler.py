@@ -45,6 +45,7 @@ class Sampler:
         self.is_inside = False
         self._random: RandomNumbers | None = None  # while a sample is wanted
         self._wrapper: RepeatedStep | None = None
+        self._has_asked = False
         self._begun: dict[tuple[int, ...], Sample] = {}
         self._release: Any = None
         self._is_overdue = False
@@ -61,11 +62,15 @@ class Sampler:
         self.give_up()
         if not self.is_due(optimizer):
             return False
-        if self._wrapper is None or not self._wrapper.is_in_use():
-            self._wrapper = find_repeated_step(optimizer)
+        self._ask_wrapper(optimizer)
         self._random = RandomNumbers(_devices(optimizer))
         self._release = None if self._wrapper is None else self._wrapper.hold()
         return True
+
+    def _ask_wrapper(self, optimizer: Any) -> None:
+        """Find out, once as long as it is there, whether a wrapper's step() belongs to a pass."""
+        if not self._has_asked or (self._wrapper is not None and not self._wrapper.is_in_use()):
+            self._wrapper, self._has_asked = find_repeated_step(optimizer), True
 
     def is_due(self, optimizer: Any) -> bool:
         """Whether the step that is to come should have one."""
@@ -101,7 +106,7 @@ class Sampler:
             self.abandon()
             raise RuntimeError(f"a second step() without the second pass of a sample of the curvature: {TWICE}")
         assert self._wrapper is not None
-        self._begin(optimizer, plan, 1 / self._wrapper.clip_factor(), publish=False)
+        self._begin(optimizer, plan, 1 / self._wrapper.gradient_factor(), publish=False)
 
     def _begin(self, optimizer: Any, plan: Plan, scale: float | torch.Tensor, *, publish: bool) -> None:
         _refuse_layout(optimizer, plan)
@@ -119,7 +124,7 @@ class Sampler:
             return
         assert self._wrapper is not None
         second = [tensor.grad for tensor in plan.tensors]
-        sample.end(1 / self._wrapper.clip_factor(), publish=False)
+        sample.end(1 / self._wrapper.gradient_factor(), publish=False)
         self._was_taken(optimizer)
         try:
             yield

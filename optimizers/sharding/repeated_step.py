@@ -21,11 +21,11 @@ class RepeatedStep:
     Attributes:
         hold: Called before the first. The wrapper's scheduler and counts of steps stand still from then on, until what
             it returns is called, before the second.
-        clip_factor: In a step: by what the wrapper has multiplied the gradient to clip it; does not wait for the
-            device.
+        gradient_factor: In a step: by what the wrapper has multiplied the loss's gradient, to clip it; does not wait
+            for the device.
         is_in_use: Whether the wrapper is still there.
     """
 
     hold: Callable[[], Callable[[], None]]
-    clip_factor: Callable[[], float | torch.Tensor]
+    gradient_factor: Callable[[], float | torch.Tensor]
     is_in_use: Callable[[], bool] = _always

@@ -23,7 +23,9 @@ SHAPES = {"matrix": (5, 7), "conv": (3, 2, 2, 2), "bias": (6,), "scalar": ()}
 GROUPS_OF_SAMPLES = 8
 LR = 0.05
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*group.* of samples per step.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*lr_scheduler.step.*", "ignore:.*group.* of samples per step.*", "ignore:.*sample of the curvature.*"
+)
 
 all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 all_variants = pytest.mark.parametrize(
@@ -379,6 +381,12 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "ratio": [(0.0, r"ratio must be in \(0, inf\), got 0.0")],
     "zeta": [(-0.1, r"zeta must be in \[0, inf\), got -0.1")],
     "threshold": [("other", "threshold must be one of 'code', 'paper', got 'other'")],
+    "interval": [(0, "interval must be a whole number of steps, at least 1, or None, got 0"), (2.5, "got 2.5")],
+    "beta": [(1.0, r"beta must be in \[0, 1\), got 1.0")],
+    "cap": [(0.0, r"cap must be in \(0, inf\), got 0.0")],
+    "negative": [("other", "negative must be one of 'absolute', 'floor', got 'other'")],
+    "perturbation": [(0.0, r"perturbation must be in \(0, 1\], got 0.0"), (1.5, "got 1.5")],
+    "seed": [(0.5, "seed must be a whole number, got 0.5")],
     "cowclip": [(1, "cowclip must be True or False, got 1")],
     "adapt": [("yes", "adapt must be one of None, True, False, got 'yes'")],
     "segments": [(0, "segments must be a number of equal parts .* got 0"), ("3", "got '3'"), (2.0, "got 2.0")],
