@@ -5,6 +5,7 @@ from .adashift import AdaShift
 from .cblr import CBLR
 from .clars import CLARS
 from .cowclip import CowClip
+from .curvature import CurvatureAdamW, CurvatureSGD
 from .extrapolation import Extrapolation
 from .gradient_statistics.norms import StatisticsError
 from .lamb import LAMB, LAMBC
@@ -37,6 +38,8 @@ __all__ = [
     "AdaBelief",
     "AdaShift",
     "CowClip",
+    "CurvatureAdamW",
+    "CurvatureSGD",
     "Extrapolation",
     "FastAdaBelief",
     "LayerwiseOptimizer",

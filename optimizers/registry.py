@@ -11,6 +11,7 @@ from .adashift import AdaShift
 from .cblr import CBLR
 from .clars import CLARS
 from .cowclip import CowClip
+from .curvature import CurvatureAdamW, CurvatureSGD
 from .lamb import LAMB, LAMBC
 from .lans import LANS
 from .lars import LARS
@@ -189,6 +190,20 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             {"statistic": "mean", "momentum": 0.0, "eps": 0.1, "adapt": True},
             {"statistic": "norm"},
         ),
+    ),
+    "curvature_sgd": OptimizerEntry(
+        CurvatureSGD,
+        "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
+        sums=(1,),
+        starting_rate=0.1,
+        variants=({"momentum": 0.0, "cap": 0.5}, {"interval": None, "adapt": None}),
+    ),
+    "curvature_adamw": OptimizerEntry(
+        CurvatureAdamW,
+        "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
+        sums=(1,),
+        starting_rate=0.5,
+        variants=({"betas": (0.8, 0.9), "cap": 0.5}, {"adapt": None, "cap": 0.2}),
     ),
     "clars": OptimizerEntry(
         CLARS,

@@ -460,6 +460,45 @@ def adashift(
     return w - lr * ratio * u, ratio
 
 
+def curvature_sgd(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    cap: float = 1.0,
+    adapt: bool | None = True,
+    interval: int | None = None,
+) -> tuple[Tensor, float]:
+    """Without samples."""
+    ratio = min(1.0, cap) if is_adapted(w, adapt) else 1.0
+    state["v"] = momentum * state.get("v", torch.zeros_like(w)) + g + weight_decay * w
+    return w - lr * ratio * state["v"], ratio
+
+
+def curvature_adamw(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    cap: float = 0.01,
+    adapt: bool | None = True,
+) -> tuple[Tensor, float]:
+    """Without samples."""
+    ratio = min(1.0, cap) if is_adapted(w, adapt) else 1.0
+    t = state["t"] = state.get("t", 0) + 1
+    m = state["m"] = betas[0] * state.get("m", torch.zeros_like(w)) + (1 - betas[0]) * g
+    v = state["v"] = betas[1] * state.get("v", torch.zeros_like(w)) + (1 - betas[1]) * g.square()
+    u = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+    return w - lr * ratio * (u + weight_decay * w), ratio
+
+
 REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "lars": lars,
     "lamb": lamb,
@@ -471,6 +510,8 @@ REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "mclr": mclr,
     "cblr": cblr,
     "cowclip": cowclip,
+    "curvature_sgd": curvature_sgd,
+    "curvature_adamw": curvature_adamw,
     "clars": clars,
     "vrsgd": vrsgd,
     "vrlars": vrlars,

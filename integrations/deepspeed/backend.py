@@ -34,6 +34,7 @@ from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
 from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.observed import ObservedOptimizer, held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm
+from trustratio.optimizers.sharding.repeated_step import RepeatedStep
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
@@ -70,6 +71,7 @@ from .parallelism import (
     unwrapped_layout,
 )
 from .partitions import slice_of_rank, slices_of_layer, slices_of_view
+from .repeated_step import hold, refuse_two_steps
 
 __all__ = ["DeepSpeedBackend"]
 
@@ -181,6 +183,20 @@ class DeepSpeedBackend(Backend):
         wrapper = None if has_its_own_parameters(optimizer) else _find_wrapper(optimizer)
         if wrapper is not None:
             publish(wrapper)
+
+    def repeated_step(self, optimizer: Any) -> RepeatedStep | None:
+        """Return how the engine takes one step in two of its own, None without an engine.
+
+        Raises:
+            LayoutError: If it cannot, or gradients are clipped by what nobody knows.
+        """
+        engine = find_engine(optimizer)
+        if engine is None:
+            return None
+        wrapper = _find_wrapper(optimizer)
+        refuse_two_steps(engine, wrapper)
+        factor = partial(_gradient_factor, None if wrapper is None else weakref.ref(wrapper))
+        return RepeatedStep(partial(hold, weakref.ref(engine)), factor, while_alive(engine))
 
     def data_parallel(self, optimizer: Any) -> DataParallel | None:
         """Return the engine's data-parallel group and its count of skipped steps, None without an engine."""
@@ -303,6 +319,18 @@ def _has_clipped(wrapper: weakref.ref[Any]) -> bool | torch.Tensor:
     """Whether the wrapper's own clipping makes this step's gradient smaller; it clips nothing without a norm."""
     norm, limit = _unclipped_norm(wrapper()), largest_norm(wrapper())
     return limit > 0 and norm is not None and norm + 1e-6 > limit
+
+
+def _gradient_factor(reference: weakref.ref[Any] | None) -> float | torch.Tensor:
+    """By what the wrapper multiplies the loss's gradient before the optimizer's step."""
+    if reference is None:
+        return 1.0
+    wrapper = reference()
+    norm, limit = _unclipped_norm(wrapper), largest_norm(wrapper)
+    clips = 1.0 if norm is None or limit <= 0 else 1 / ((norm + 1e-6) / limit).clamp(min=1.0)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer) and loss_scale_just_grew(wrapper):
+        return clips / wrapper.loss_scaler.scale_factor
+    return clips
 
 
 def _gradient_norm(kind: str, wrapper: DeepSpeedOptimizer, part_of_model: bool) -> Callable[[], torch.Tensor] | None:

@@ -124,6 +124,10 @@ class ChunkView:
             self._chunk.write(self._state[name], new)
         if where is not None:
             change = torch.where(where, change, torch.zeros_like(change))
+        self.move(change)
+
+    def move(self, change: torch.Tensor) -> None:
+        """Subtract `change`, flat, the chunk's elements, from the weights; the state stays as it is."""
         self.w.sub_(change)
         if not self._w_is_view:
             self._chunk.write(self._weights, self.w)

@@ -24,6 +24,7 @@ from .gradient_flow import GradientFlow
 from .layout import Layout
 from .local_tensors import may_be_trained
 from .observed import ObservedOptimizer
+from .repeated_step import RepeatedStep
 
 __all__ = [
     "Backend",
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "find_data_parallel",
     "find_gradient_flow",
+    "find_repeated_step",
     "find_sources",
     "given_to",
     "may_replace_parameters",
@@ -46,7 +48,7 @@ T = TypeVar("T")
 
 
 class Backend:
-    """What a sharding wrapper's integration provides (a file or folder in integrations/): answers to eleven questions.
+    """What a sharding wrapper's integration provides (a file or folder in integrations/): answers to twelve questions.
 
     Each answers "not mine" here. A subclass overrides those that its wrapper has something to say to, `explain` at
     least, and is made known by `register_backend`. An optimizer asks all backends until one answers.
@@ -119,6 +121,14 @@ class Backend:
 
         Called after the optimizer's own weights were changed between steps, as by a checkpoint.
         """
+
+    def repeated_step(self, optimizer: Any) -> RepeatedStep | None:
+        """Return how this wrapper takes one step in two of its own, None if gradients are there before its step().
+
+        Raises:
+            LayoutError: If it cannot.
+        """
+        return None
 
 
 WRAPPERS = {
@@ -278,6 +288,11 @@ def publish_weights(optimizer: Any) -> None:
     """Bring the model's parameters up to date where the optimizer's weights are not the model's own."""
     for backend in _known.load():
         backend.publish_weights(optimizer)
+
+
+def find_repeated_step(optimizer: Any) -> RepeatedStep | None:
+    """How the wrapper takes one step in two, None where gradients are on the parameters between backward and step."""
+    return _first(backend.repeated_step(optimizer) for backend in _known.load())
 
 
 def _first(answers: Iterable[T | None]) -> T | None:

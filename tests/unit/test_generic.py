@@ -25,7 +25,9 @@ LR = 0.05
 OWN_OPTIONS: dict[str, dict[str, Any]] = {"adashift": {"keep": 1}}
 """With which the few steps of these tests change weights: AdaShift waits for as many steps as it keeps gradients."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:.*group.* of samples per step.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*lr_scheduler.step.*", "ignore:.*group.* of samples per step.*", "ignore:.*sample of the curvature.*"
+)
 
 all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 all_variants = pytest.mark.parametrize(
@@ -381,6 +383,12 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "ratio": [(0.0, r"ratio must be in \(0, inf\), got 0.0")],
     "zeta": [(-0.1, r"zeta must be in \[0, inf\), got -0.1")],
     "threshold": [("other", "threshold must be one of 'code', 'paper', got 'other'")],
+    "interval": [(0, "interval must be a whole number of steps, at least 1, or None, got 0"), (2.5, "got 2.5")],
+    "beta": [(1.0, r"beta must be in \[0, 1\), got 1.0")],
+    "cap": [(0.0, r"cap must be in \(0, inf\), got 0.0")],
+    "negative": [("other", "negative must be one of 'absolute', 'floor', got 'other'")],
+    "perturbation": [(0.0, r"perturbation must be in \(0, 1\], got 0.0"), (1.5, "got 1.5")],
+    "seed": [(0.5, "seed must be a whole number, got 0.5")],
     "cowclip": [(1, "cowclip must be True or False, got 1")],
     "rectify": [("yes", "rectify must be True or False, got 'yes'")],
     "decoupled": [(1, "decoupled must be True or False, got 1")],

@@ -29,8 +29,8 @@ FLOORS = {
     ),
     "integrations": ("", "audits", "norms", "pages", "checkpoints", "deepspeed", "fsdp2", "megatron", "guards"),
     "optimizers": (
-        *("", "displacements", "proposals", "stepping", "options", "kernels", "formulas", "gradient_statistics"),
-        "sharding",
+        *("", "displacements", "sampling", "proposals", "stepping", "options", "kernels", "formulas"),
+        *("gradient_statistics", "sharding"),
     ),
 }
 """The folders of each package, its front ("") first. Each may import those after it and none before."""
