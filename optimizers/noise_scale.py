@@ -169,11 +169,19 @@ class RunningNoise:
         self._signal = self._noise = self._weight = 0.0
 
     def update(self, noise: NoiseScale) -> NoiseScale:
-        """Take one step's estimate and return the averages."""
-        keep, new = self.beta, 1 - self.beta
-        self._signal = keep * self._signal + new * noise.signal
-        self._noise = keep * self._noise + new * noise.noise
-        self._weight = keep * self._weight + new
+        """Take one step's estimate and return the averages; one that is not finite is left out of them."""
+        if math.isfinite(noise.signal) and math.isfinite(noise.noise):
+            keep, new = self.beta, 1 - self.beta
+            self._signal = keep * self._signal + new * noise.signal
+            self._noise = keep * self._noise + new * noise.noise
+            self._weight = keep * self._weight + new
+        return self.average
+
+    @property
+    def average(self) -> NoiseScale:
+        """The averages so far; NaN before the first estimate."""
+        if not self._weight:
+            return NoiseScale(math.nan, math.nan)
         return NoiseScale(self._signal / self._weight, self._noise / self._weight)
 
     def state_dict(self) -> dict[str, float]:

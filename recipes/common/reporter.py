@@ -75,6 +75,7 @@ class TrainingBar:
         step = record["step"]
         rates = f"{record['sequences_per_second']:.0f} seq/s, {record['tokens_per_second']:,.0f} tok/s"
         if self.bar is not None:
+            self.bar.total = self.total  # which is an estimate where batches grow
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, lr {record['lr']:.2e}, {rates}", refresh=False)
             self.bar.update(step - self.bar.n)
         elif step // self.print_every > self.last_printed // self.print_every or step == self.total:

@@ -162,6 +162,11 @@ def compare(arguments: Sequence[str]) -> str:
         outline(invocation.config)
     rates = grids(optimizers, options.lrs, options.allow_single_lr)
     config = invocation.config
+    if config.run.batch_from_noise:
+        raise RecipeError(
+            "run.batch_from_noise=true gives each optimizer batches and updates of its own, and a comparison goes by "
+            "updates: leave it out, or start the runs with bert.py"
+        )
     last_step = min(total_steps(config), invocation.max_steps or total_steps(config))
     claim(options.output, {"preset": options.preset, "passed_on": passed_on})
     runs = [Run(name, lr, seed) for name in optimizers for lr in rates[name] for seed in options.seeds]

@@ -161,6 +161,11 @@ class RunConfig:
     from a table of devices. `hang_seconds` is how long all ranks may stand still before the run ends with a message,
     which names the one that holds it up; 0 or None: for ever. `most_skipped_updates` in a row may be skipped because
     gradients overflow in fp16: even a loss scale that begins at 2^32 has been halved to 1 by then.
+
+    With `batch_from_noise` the batch grows from `smallest_batch` to at most `largest_batch` (both in the first phase's
+    sequences; None: the global batch): it doubles where the averaged gradient noise scale is at least `noise_per_batch`
+    times the batch, which is looked at every `batch_every` updates. The noise is measured then whatever `noise_scale`
+    says. See `batch_growth`.
     """
 
     log_every: int = 10
@@ -174,6 +179,11 @@ class RunConfig:
     peak_tflops: float | None = None
     hang_seconds: float | None = 1800.0
     most_skipped_updates: int = 40
+    batch_from_noise: bool = False
+    smallest_batch: int | None = None
+    largest_batch: int | None = None
+    batch_every: int = 20
+    noise_per_batch: float = 2.0
 
 
 @dataclass(frozen=True)

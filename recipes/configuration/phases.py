@@ -43,6 +43,11 @@ class Phase:
         """Updates done when the phase ends."""
         return self.first + self.steps
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that the phase reads."""
+        return self.steps * self.global_batch
+
     def plan(self, ranks: int) -> BatchPlan:
         """Return the phase's batch division; see `plan_batch` for the error."""
         option = "--micro_batch " if self.number == 1 else "phase_two.micro_batch="
@@ -80,8 +85,11 @@ def total_steps(config: RecipeConfig) -> int:
     return phases_of(config)[-1].last
 
 
-def learning_rate(config: RecipeConfig, step: int) -> float:
-    """Return the learning rate of the update number `step` of the run, counted from 0 over all phases."""
+def learning_rate(config: RecipeConfig, step: float) -> float:
+    """Return the learning rate of the update number `step` of the run, counted from 0 over all phases.
+
+    Where batches differ, `step` is the number of updates that as many sequences make with the phases' global batches.
+    """
     border, second = config.training.steps, config.phase_two
     if not second.steps or not second.reset_schedule:
         return _phase_rate(config.schedule, config.optimizer.lr, step, total_steps(config))
@@ -98,7 +106,7 @@ def learning_rate(config: RecipeConfig, step: int) -> float:
     return _phase_rate(schedule, second.lr, step - border, second.steps)
 
 
-def _phase_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+def _phase_rate(schedule: ScheduleConfig, peak: float, step: float, steps: int) -> float:
     warmup = resolve_warmup(schedule.warmup, steps)
     if schedule.shape == "exponential":
         factor = warmup_exponential(step, warmup, schedule.decay_rate, schedule.decay_steps)
@@ -124,7 +132,7 @@ class PhasedSchedule(FactorLR):
         self.config = config
         super().__init__(optimizer, last_epoch)
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Return the learning rate of update `step` over `optimizer.lr`."""
         return learning_rate(self.config, step) / self.config.optimizer.lr
 
@@ -181,7 +189,7 @@ def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
             f"highest {highest:.3g} at update {peak + 1:,}, {last:.3g} at the end"
         )
     if config.phase_two.steps:
-        lines.append(f"  from phase 1 to 2: {_carried(config)}")
+        lines.append(describe_border(config))
     return lines
 
 
@@ -194,9 +202,10 @@ def _peak(config: RecipeConfig, phase: Phase) -> int:
     return phase.first + bisect.bisect_left(range(phase.first, phase.last - 1), True, key=is_over)
 
 
-def _carried(config: RecipeConfig) -> str:
+def describe_border(config: RecipeConfig) -> str:
+    """Return the line that says what the second phase takes over."""
     second = config.phase_two
-    return "; ".join(
+    return "  from phase 1 to 2: " + "; ".join(
         (
             "weights kept",
             "moments kept" if second.keep_moments else "moments set to zero",

@@ -45,6 +45,7 @@ def check_ranges(config: RecipeConfig) -> None:
     _require(config, "training.gradient_clipping", _finite, "finite, 0 (no clipping) or more")
     _require(config, "training.precision", lambda v: v in PRECISIONS, ", ".join(PRECISIONS))
     _require(config, "run.hang_seconds", _is_patience, "0 or null (for ever), or a finite number from 1")
+    _require(config, "run.noise_per_batch", lambda v: 0 < v < math.inf, "finite and above 0")
     _require(config, "run.peak_tflops", lambda v: v is None or 0 < v < math.inf, "above 0, or null: a table's")
     if config.model.hidden % config.model.heads:
         raise RecipeError(
@@ -79,6 +80,9 @@ def _check_whole_numbers(config: RecipeConfig) -> None:
         "run.checkpoint_every": (0, MOST),
         "run.keep_checkpoints": (1, MOST),
         "run.most_skipped_updates": (1, MOST),
+        "run.smallest_batch": (1, MOST),
+        "run.largest_batch": (1, MOST),
+        "run.batch_every": (1, MOST),
     }
     for key, (least, most) in bounds.items():
         _require(config, key, partial(_between, least, most), f"{least} to {most}")

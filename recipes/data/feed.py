@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -39,7 +40,8 @@ class BatchFeed:
 
     What a step gets depends on the rows, the seed and the step's number alone: not on the number of workers, nor on
     where a run was resumed. The feed always knows the outcome of one step more than it has handed out, so that a
-    broken token file stops a run after a whole step, with a checkpoint, instead of in the middle of one.
+    broken token file stops a run after a whole step, with a checkpoint, instead of in the middle of one. Where batches
+    grow, the steps here are rounds of one micro-batch per rank, of which an update takes several.
 
     Attributes:
         wait_seconds: how long the last `take` waited for data.
@@ -85,26 +87,38 @@ class BatchFeed:
         )
         with _signals_held():
             self._steps = iter(loader)
-        self._upcoming: list[_Arrays] | None = None
-        self._fetch()
+        self._upcoming: deque[list[_Arrays]] = deque()
+        self._left = last - first
+        self.look_ahead(1)
 
-    def take(self) -> list[MaskedBatch]:
-        """Return the micro-batches of the next step.
+    def take(self, steps: int = 1, ahead: int = 1) -> list[MaskedBatch]:
+        """Return the micro-batches of the next steps.
+
+        Args:
+            steps: how many to take.
+            ahead: of how many more the outcome is to be known then: as many as the next call may take.
 
         Raises:
-            RecipeError: they cannot be read; `failure` said so one step before.
+            RecipeError: they cannot be read; `failure` said so at the call before.
             StopIteration: the range is used up.
         """
         began = time.perf_counter()
+        if self._left < steps:
+            raise StopIteration
+        self.look_ahead(steps)
         if self.failure is not None:
             raise self.failure
-        arrays = self._upcoming
-        if arrays is None:
-            raise StopIteration
-        self._fetch()
-        batches = [self._batch(*micro) for micro in arrays]
+        taken = [self._upcoming.popleft() for _ in range(steps)]
+        self._left -= steps
+        self.look_ahead(ahead)
+        batches = [self._batch(*micro) for arrays in taken for micro in arrays]
         self.wait_seconds = time.perf_counter() - began
         return batches
+
+    def look_ahead(self, steps: int) -> None:
+        """Make the next steps, as far as there are so many; `failure` then says whether one of them cannot be made."""
+        while self.failure is None and len(self._upcoming) < min(steps, self._left):
+            self._fetch()
 
     def close(self) -> None:
         """Stop the workers, also one that is stuck: it takes no SIGTERM, and this process would wait for it."""
@@ -116,14 +130,16 @@ class BatchFeed:
 
     def _fetch(self) -> None:
         try:
-            made = next(self._steps, None)
+            made = next(self._steps)
         except RuntimeError as error:
             made = RecipeError(
                 f"a data worker ended unexpectedly ({str(error).splitlines()[0]}); the token files in {self._folder} "
                 "may have been changed or removed: check them by running `prepare` again"
             )
-        self.failure = made if isinstance(made, RecipeError) else None
-        self._upcoming = None if isinstance(made, RecipeError) else made
+        if isinstance(made, RecipeError):
+            self.failure = made
+        else:
+            self._upcoming.append(made)
 
     def _batch(self, *arrays: NDArray[Any]) -> MaskedBatch:
         tensors = (torch.from_numpy(array.astype(np.int64)) for array in arrays)

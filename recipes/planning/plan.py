@@ -19,6 +19,7 @@ from ..configuration.overrides import apply_overrides, set_field, with_model_siz
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
 from ..configuration.ranges import check_ranges
+from .batch_range import BatchRange, batch_ranges, shared_micro_batches
 from .memory import GIB, ModelSize, model_size, planned_precision
 from .phase_plan import Machine, PhasePlan, flops_per_sequence, growth, plan_phase
 
@@ -35,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, machine = _config(options, overrides), _machine(options)
     size = model_size(config)
     phases = phases_of(config)
-    plans = [plan_phase(size, config, phase, options.gpus, machine, options.micro_batch) for phase in phases]
+    shared = shared_micro_batches(size, config, options.gpus, machine) or (None,) * len(phases)
+    plans = [
+        plan_phase(size, config, phase, options.gpus, machine, options.micro_batch or micro)
+        for phase, micro in zip(phases, shared, strict=True)
+    ]
+    ranges = batch_ranges(size, config, plans, machine)
     tables = [growth(size, config, phase, machine, options.most_gpus) for phase in phases]
     if options.json:
         values = {
@@ -43,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "parameters": size.elements,
             "machine": dataclasses.asdict(machine),
             "phases": [plan.to_dict() for plan in plans],
+            "batch_from_noise": [dataclasses.asdict(batches) for batches in ranges],
             "growth": [[plan.to_dict() for plan in table] for table in tables],
         }
         print(json.dumps(values, indent=1))
     else:
-        print("\n".join(_text(config, size, machine, plans, tables)))
-    return 0 if all(plan.fits and not plan.problem for plan in plans) else DOES_NOT_FIT
+        print("\n".join(_text(config, size, machine, plans, tables, ranges)))
+    possible = [plan.fits and not plan.problem for plan in plans] + [not batches.problem for batches in ranges]
+    return 0 if all(possible) else DOES_NOT_FIT
 
 
 def _text(
@@ -57,6 +65,7 @@ def _text(
     machine: Machine,
     plans: Sequence[PhasePlan],
     tables: Sequence[Sequence[PhasePlan]],
+    ranges: Sequence[BatchRange],
 ) -> list[str]:
     training = config.training
     lines = [
@@ -68,8 +77,11 @@ def _text(
         f"{machine.memory_rate / 1e12:.1f} TB/s memory, {machine.latency * 1e6:.0f} us per hop, "
         f"{machine.overlap:.0%} of communication hidden, {machine.reserve / GIB:.1f} GiB reserved",
     ]
-    for plan, table in zip(plans, tables, strict=True):
-        lines += ["", *_phase_lines(config, size, machine, plan), "", *_growth_lines(table)]
+    for number, (plan, table) in enumerate(zip(plans, tables, strict=True)):
+        lines += ["", *_phase_lines(config, size, machine, plan)]
+        if ranges and not plan.problem:
+            lines += ranges[number].describe()
+        lines += ["", *_growth_lines(table)]
     return lines
 
 

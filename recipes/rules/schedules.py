@@ -18,7 +18,7 @@ def resolve_warmup(warmup: float, total_steps: int) -> int:
 
 
 def warmup_polynomial(
-    step: int,
+    step: float,
     warmup_steps: int,
     total_steps: int,
     degree: float = 1.0,
@@ -27,7 +27,7 @@ def warmup_polynomial(
     warmup_start: int = 0,
     decay_from_start: bool = False,
 ) -> float:
-    """Return the factor on the peak learning rate for the update number `step` (counted from 0).
+    """Return the factor on the peak learning rate for the update number `step` (counted from 0; fractions count).
 
     Warm-up: (step - warmup_start + 1) / warmup_steps, so the first update is not lost to a rate of zero and the last
     warm-up update has the peak rate. A negative `warmup_start` begins in the middle of the warm-up, as MLPerf's BERT
@@ -42,7 +42,7 @@ def warmup_polynomial(
     """
     into_warmup = step - warmup_start
     if into_warmup < warmup_steps:
-        return max(0.0, into_warmup + 1) / warmup_steps
+        return min(1.0, max(0.0, into_warmup + 1) / warmup_steps)
     if decay_from_start:
         remaining = (total_steps - step - 1) / total_steps
     else:
@@ -52,7 +52,7 @@ def warmup_polynomial(
 
 
 def warmup_exponential(
-    step: int, warmup_steps: int, decay_rate: float = 0.9, decay_steps: float = 250, degree: float = 2.0
+    step: float, warmup_steps: int, decay_rate: float = 0.9, decay_steps: float = 250, degree: float = 2.0
 ) -> float:
     """Return the factor of DeepSpeed's "EE" schedule (exponential warm-up, exponential decay) for update `step`.
 
@@ -66,7 +66,7 @@ def warmup_exponential(
 
 
 def warmup_stable_decay(
-    step: int, warmup_steps: int, total_steps: int, decay_steps: int, final: float = 0.0, decay: str = "linear"
+    step: float, warmup_steps: int, total_steps: int, decay_steps: int, final: float = 0.0, decay: str = "linear"
 ) -> float:
     """Return the factor of the warm-up-stable-decay schedule for update `step`.
 
@@ -77,7 +77,7 @@ def warmup_stable_decay(
     if decay not in DECAYS:
         raise ValueError(f"decay must be one of {', '.join(map(repr, DECAYS))}, got {decay!r}")
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
+        return min(1.0, (step + 1) / warmup_steps)
     past = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / max(1, decay_steps)))
     return final + (1.0 - final) * (1.0 - (past if decay == "linear" else past**0.5))
 
@@ -91,8 +91,9 @@ class FactorLR(LRScheduler):
     """
 
     counts_updates = True
+    last_epoch: float  # type: ignore[assignment] # between two numbers where updates have different batches
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         """Return the factor for the update number `step`, counted from 0."""
         raise NotImplementedError(f"{type(self).__name__} must define factor()")
 
@@ -126,7 +127,7 @@ class WarmupPolynomial(FactorLR):
         self.decay_from_start = decay_from_start
         super().__init__(optimizer, last_epoch)
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         return warmup_polynomial(
             step,
             self.warmup_steps,
@@ -157,7 +158,7 @@ class WarmupExponential(FactorLR):
         self.degree = degree
         super().__init__(optimizer, last_epoch)
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         return warmup_exponential(step, self.warmup_steps, self.decay_rate, self.decay_steps, self.degree)
 
 
@@ -181,5 +182,5 @@ class WarmupStableDecay(FactorLR):
         self.decay = decay
         super().__init__(optimizer, last_epoch)
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: float) -> float:
         return warmup_stable_decay(step, self.warmup_steps, self.total_steps, self.decay_steps, self.final, self.decay)

@@ -88,6 +88,11 @@ def load_history(folder: Path) -> RunHistory:
     )
 
 
+def grows(history: RunHistory) -> bool:
+    """Tell whether the run's batch follows the gradient noise scale."""
+    return bool(history.config.get("run", {}).get("batch_from_noise")) and "batch" in history.train
+
+
 def bins(count: int, most: int) -> list[slice]:
     """Cut `count` points into at most `most` runs of nearly equal length."""
     pieces = min(count, most)

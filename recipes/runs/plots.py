@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
-from .history import RunHistory, Series, binned, bins, short_name
+from .history import RunHistory, Series, binned, bins, grows, short_name
 
 _INK, _TRAIN, _VALIDATION, _UNIGRAM, _WAIT = "#333333", "#5b8fc0", "#c2410c", "#6b7280", "#c2410c"
 _MOST_POINTS = 1500
@@ -34,11 +34,13 @@ def draw_curves(history: RunHistory, title: str, path: Path) -> None:
     train = {name: binned(v, pieces, np.max if name in last else np.mean) for name, v in history.train.items()}
     figure = plt.figure(figsize=(12, 8.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=_INK)
-    grid = figure.add_gridspec(2, 6, height_ratios=[2.2, 1])
-    by_step, by_sample = figure.add_subplot(grid[0, :3]), figure.add_subplot(grid[0, 3:])
+    small = (_draw_rate, _draw_batch, _draw_speed, _draw_memory) if grows(history) else _SMALL
+    grid = figure.add_gridspec(2, 2 * len(small), height_ratios=[2.2, 1])
+    half = len(small)
+    by_step, by_sample = figure.add_subplot(grid[0, :half]), figure.add_subplot(grid[0, half:])
     _draw_loss(by_step, train, history, "step")
     _draw_loss(by_sample, train, history, "sequences")
-    for column, draw in enumerate((_draw_rate, _draw_speed, _draw_memory)):
+    for column, draw in enumerate(small):
         axes = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
         draw(axes, train)
         axes.set_xlabel("step")
@@ -110,6 +112,15 @@ def _draw_rate(axes: Axes, train: Series) -> None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
+def _draw_batch(axes: Axes, train: Series) -> None:
+    axes.plot(train["step"], train["batch"], color=_INK, lw=1.2, drawstyle="steps-mid", label="batch")
+    scale = train.get("noise_scale", np.full_like(train["step"], np.nan))
+    axes.plot(train["step"], np.where(scale > 0, scale, np.nan), color=_TRAIN, lw=1, label="gradient noise scale")
+    axes.set_title("batch and gradient noise scale, sequences", fontsize=10, color=_INK)
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+
+
 def _draw_speed(axes: Axes, train: Series) -> None:
     axes.plot(train["step"], train["sequences_per_second"], color=_TRAIN, lw=1.2)
     axes.set_title("sequences/s; orange: share of time waiting for data", fontsize=10, color=_INK)
@@ -134,6 +145,9 @@ def _draw_memory(axes: Axes, train: Series) -> None:
     axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+
+
+_SMALL = (_draw_rate, _draw_speed, _draw_memory)
 
 
 def _tidy(axes: Axes) -> None:

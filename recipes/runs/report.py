@@ -23,7 +23,7 @@ from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
 from ..common.files import write_text
 from .folder import CURVES, METRICS, RATIOS, REPORT
-from .history import RunHistory, binned, bins, load_history, short_name
+from .history import RunHistory, binned, bins, grows, load_history, short_name
 from .plots import draw_curves, draw_ratios
 
 _PAGE = Path(__file__).with_name("report_page.html")
@@ -63,11 +63,19 @@ def title(history: RunHistory) -> str:
     parts = [
         f"BERT {model['layers']} × {model['hidden']}" if {"layers", "hidden"} <= set(model) else "",
         str(history.config.get("optimizer", {}).get("name", "")),
-        f"{training['global_batch']:,} sequences per step" if "global_batch" in training else "",
+        f"{_batches(history)} sequences per step" if "global_batch" in training else "",
         f"ZeRO-{training['zero_stage']}" if "zero_stage" in training else "",
         f"ranks: {history.environment['ranks']}" if "ranks" in history.environment else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _batches(history: RunHistory) -> str:
+    """Return the batch, or the smallest and the largest that one which follows the gradient noise has had."""
+    if not grows(history):
+        return f"{history.config['training']['global_batch']:,}"
+    batch = history.train["batch"]
+    return f"{np.nanmin(batch[:-1], initial=batch[0]):,.0f} to {np.nanmax(batch):,.0f}"
 
 
 def stage_table(folder: Path) -> Iterator[str]:
@@ -110,9 +118,18 @@ def notices(history: RunHistory) -> Iterator[str]:
     broken = np.flatnonzero(~np.isfinite(losses))
     if broken.size:
         yield f"The loss was not finite at step {int(steps[broken[0]]):,}: the run diverged."
-    last = history.environment.get("last_step")
-    if last is not None and steps[-1] < last:
-        yield f"The run ended at step {int(steps[-1]):,} of {last:,}."
+    yield from _ended_early(history)
+
+
+def _ended_early(history: RunHistory) -> Iterator[str]:
+    step, read = int(history.train["step"][-1]), history.train["sequences"][-1]
+    last, sequences = (history.environment.get(f"last_{unit}") for unit in ("step", "sequences"))
+    if sequences is not None and read >= sequences:  # whose number of updates nobody knew
+        return
+    if last is not None and step < last:
+        yield f"The run ended at step {step:,} of {last:,}."
+    elif last is None and sequences is not None:
+        yield f"The run ended after {read:,.0f} of {sequences:,} sequences."
 
 
 def _tiles(history: RunHistory) -> Iterator[dict[str, Any]]:
@@ -148,9 +165,9 @@ def _train_series(history: RunHistory) -> dict[str, list[float | None]]:
     train = dict(history.train)
     if {"data_wait_seconds", "seconds"} <= set(train):
         train["data_wait_share"] = train["data_wait_seconds"] / np.maximum(train["seconds"], 1e-9)
-    train["batch"] = np.diff(train["sequences"], prepend=np.nan)
-    if len(train["batch"]) > 1:
-        train["batch"][0] = train["batch"][1]
+    if "batch" not in train:  # of an earlier release
+        train["batch"] = np.diff(train["sequences"], prepend=np.nan)
+        train["batch"][:1] = train["batch"][1:2]
     pieces = bins(len(train["step"]), _MOST_POINTS)
     reductions = {"step": np.max, "sequences": np.max, "trust_ratio_min": np.min, "trust_ratio_max": np.max}
     series = {name: binned(values, pieces, reductions.get(name, np.mean)) for name, values in train.items()}

@@ -11,6 +11,7 @@ from ..configuration.phases import carry_over
 from ..data.prepared import PreparedData
 from ..model.build import build_parts
 from ..runs.checkpoints import CheckpointFolder
+from .batches import Batches, batches_of
 from .checks import CheckedRun, check_run
 from .engines import TrainingEngine
 from .launchers import Launcher
@@ -49,8 +50,8 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         reported(folder, checkpoints, reporter),
         reporter.stages("steps"),
     ):
-        step = train(run, data, engine, folder, checkpoints, reporter, stop)
-    announce_end(run, step, folder, reporter)
+        batches = train(run, data, engine, folder, checkpoints, reporter, stop)
+    announce_end(run, batches, folder, reporter)
 
 
 def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:
@@ -71,37 +72,39 @@ def train(
     checkpoints: CheckpointFolder,
     reporter: Reporter,
     stop: StopRequests,
-) -> int:
+) -> Batches:
     """Train the phases between run.first and run.last (collective).
 
     Returns:
-        The number of updates done in all: fewer than run.last if a request to stop ended it.
+        Where the run is: not at its end if a request to stop ended it.
     """
-    config = run.config
+    config, resume = run.config, run.invocation.resume
+    batches = batches_of(run)
     step_metrics = StepMetrics.of_run(engine, config, run.plans, data[0].vocabulary_size)
 
-    if run.invocation.resume is not None:
-        step_metrics.load(run.invocation.resume)
+    if resume is not None:
+        step_metrics.load(resume)
 
     def save(folder: Path) -> None:
         engine.save(folder, for_any_ranks=config.run.for_any_ranks)
         step_metrics.save(folder)
+        batches.save(folder, engine)
 
     def checkpoint(step: int) -> None:
         path = checkpoints.write(step, save, collect_failures, engine.rank == 0, share_of_all())
         reporter.line(f"step {step}: checkpoint {path}")
 
-    step = run.first
+    stopped = False
     with open_records(run, folder, reporter) as records:
-        for phase_data in phases_with_data(run, data, engine.device):
-            phase, last = phase_data.phase, min(phase_data.phase.last, run.last)
-            if step >= last:  # done before the checkpoint that the run goes on from, or beyond --max_steps
-                continue
-            engine.begin_phase(phase_data.plan)
-            if phase.number == 2 and step == phase.first:
+        phases = phases_with_data(run, data, engine.device)
+        while not (stopped or batches.is_over):
+            batches.enter_phase()
+            phase_data = phases[batches.phase.number - 1]
+            if batches.at_border:
                 carry_over(engine.optimizer, config.phase_two.keep_moments, config.phase_two.reset_step)
             loop = TrainingLoop(
                 engine=engine,
+                batches=batches,
                 data=phase_data,
                 config=config.run,
                 seed=config.training.seed,
@@ -110,7 +113,5 @@ def train(
                 checkpoint=checkpoint,
                 stop_requested=lambda: stop.requested,
             )
-            step = loop.run(step, last)
-            if step < last:
-                break
-    return step
+            stopped = loop.run()
+    return batches

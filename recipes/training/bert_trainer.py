@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     ):
         trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
         _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
-    announce_end(run, trainer.state.global_step, folder, reporter)
+    announce_end(run, trainer.batches, folder, reporter)
 
 
 def _train(
@@ -78,12 +79,12 @@ def _train(
     with open_records(run, folder, reporter) as records:
         with reporter.stages("engine"):
             trainer = RecipeTrainer(run, data, parts, checkpoints, records, stop)
-        if resume is None:
-            trainer.train()
-        else:
-            with tensors_only(resume):
-                trainer.train(str(trainers_part(resume)))
-        trainer.updates.require_data()
+        with contextlib.ExitStack() as stack:
+            stack.callback(trainer.close_feed)
+            if resume is not None:
+                stack.enter_context(tensors_only(resume))
+            trainer.train(None if resume is None else str(trainers_part(resume)))
+        trainer.require_data()
         records.require_written()
     return trainer
 

@@ -17,6 +17,7 @@ from trustratio.optimizers.kernels.interface import ImplementationError
 
 from ..common.errors import NothingToDo, RecipeError
 from ..common.files import require_writable
+from ..configuration.batch_growth import growths_of, updates_of
 from ..configuration.command_line import Invocation
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase, phases_of, total_steps
@@ -33,6 +34,7 @@ from ..runs.loggers import check_loggers
 from .deepspeed_schema import check_settings
 from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
 from .discarding import check_discarding
+from .growth_state import has_read_all
 from .launchers import DeepSpeedLauncher, Launcher
 from .other_ranks import require_readable, shared_anew
 from .ranks import local_rank, ranks_on_machine, world_size
@@ -46,10 +48,10 @@ class CheckedRun:
     Attributes:
         invocation: the command line, with the configuration completed from the DeepSpeed file.
         launcher: what wraps the model.
-        plans: micro-batch, accumulation and ranks of each phase.
+        plans: micro-batch, accumulation and ranks of each phase; of its smallest batch where batches grow.
         settings: complete DeepSpeed configuration, None without DeepSpeed.
         first: updates already done by the checkpoint to resume, else 0.
-        last: updates to end at, over all phases.
+        last: updates to end at, over all phases; the most that it can be where batches grow.
         saved_identity: what the checkpoint says a continued run must agree with, else None.
     """
 
@@ -70,6 +72,13 @@ class CheckedRun:
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the configuration, one for each of `plans`."""
         return phases_of(self.config)
+
+    @property
+    def most_accumulation(self) -> int:
+        """The most micro-batches that an update of any phase has on a rank."""
+        largest = [growth.largest for growth in growths_of(self.config)]
+        batches = largest or [plan.sequences for plan in self.plans]
+        return max(batch // (plan.micro * plan.ranks) for batch, plan in zip(batches, self.plans, strict=True))
 
 
 def check_run(invocation: Invocation, launcher: Launcher | None = None) -> CheckedRun:
@@ -94,8 +103,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     if invocation.resume is not None:
         config = _check_resumable(invocation, config)
         invocation = dataclasses.replace(invocation, config=config)
-    phases = phases_of(config)
-    plans = tuple(phase.plan(world_size()) for phase in phases)
+    plans = _plans_of(config, world_size())
     if settings is not None:
         settings = merge(
             settings,
@@ -111,8 +119,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     for plan in plans:
         check_noise_scale(config, plan)
     check_sources(config.data.sources)
-    total = phases[-1].last
-    last = min(total, invocation.max_steps or total)
+    last = _last_update(config, invocation)
     run = CheckedRun(invocation, launcher, plans, settings, first=0, last=last, saved_identity=None)
     require_memory(run, None)
     # Last, what is on disk: the checkpoint to go on from, or an output folder that nothing is in.
@@ -121,6 +128,19 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     else:
         _check_output(invocation)
     return run
+
+
+def _plans_of(config: RecipeConfig, ranks: int) -> tuple[BatchPlan, ...]:
+    """Return the division of each phase's batch, of the smallest one where batches grow."""
+    growths = growths_of(config)
+    return tuple(part.plan(ranks) for part in growths or phases_of(config))
+
+
+def _last_update(config: RecipeConfig, invocation: Invocation) -> int:
+    """Return after how many updates the run ends, at the latest."""
+    ranges = updates_of(config)
+    total = sum(most for _, most in ranges) if ranges else total_steps(config)
+    return min(total, invocation.max_steps or total)
 
 
 def _require_kernels(optimizer: Optimizer) -> None:
@@ -236,9 +256,11 @@ def _check_resumable(invocation: Invocation, config: RecipeConfig) -> RecipeConf
     assert checkpoint is not None
     description = describe_checkpoint(checkpoint)
     check_same_run(description["identity"], _identity_of(config), checkpoint)
-    total = total_steps(config)
-    last, done = min(total, invocation.max_steps or total), description["step"]
-    if done >= last and not _lacks_its_end(invocation, checkpoint):
+    last, done = _last_update(config, invocation), description["step"]
+    grows = config.run.batch_from_noise
+    finished = done >= last or (grows and has_read_all(checkpoint, phases_of(config)))
+    if finished and not _lacks_its_end(invocation, checkpoint):
+        last = done if grows else last
         raise NothingToDo(
             f"{checkpoint} is at step {done} and the run ends at step {last}: nothing is left to do; raise --steps or "
             "--max_steps to go on"
@@ -292,11 +314,21 @@ def _identity_of(config: RecipeConfig) -> dict[str, Any]:
         "mask_probability": config.data.mask_probability,
         "discard_smallest": config.data.discard_smallest or None,  # earlier releases' checkpoints do not have it
         "global_batch": training.global_batch,
+        "batch_from_noise": _growth(config),
         **_second_phase(config),
         "seed": training.seed,
         "precision": training.precision,
         "zero_stage": training.zero_stage,
     }
+
+
+def _growth(config: RecipeConfig) -> dict[str, Any] | None:
+    """Return the rule of a batch that follows the gradient noise; None of one that stays."""
+    run = config.run
+    if not run.batch_from_noise:
+        return None
+    sizes = {f"phase {growth.phase.number}": [growth.smallest, growth.largest] for growth in growths_of(config)}
+    return {**sizes, "every": run.batch_every, "noise_per_batch": run.noise_per_batch}
 
 
 def _second_phase(config: RecipeConfig) -> dict[str, Any]:

@@ -65,17 +65,23 @@ class Observed(Protocol):
     def require_updates(self, most_skipped: int) -> None:
         """Check after an update that the wrapper does not skip them all; raises TrainingFailure, on all ranks alike."""
 
+    def applied(self) -> bool:
+        """Tell whether the last update moved the weights: the wrapper has not skipped it."""
+
 
 class TrainingEngine(Observed, Protocol):
     """What the recipe's own loop trains: a wrapped model with its optimizer and learning-rate schedule.
 
-    The loop calls `begin_phase` before the first update of a phase, and `begin_micro_batch`, `loss`, `backward` and
-    `step` once per micro-batch. The gradient of an update is the *sum* over all micro-batches and ranks of what
-    `backward` was given: an implementation undoes its wrapper's averaging.
+    The loop calls `set_batch_plan` before the first update of a phase and where the division of the batch changes, and
+    `begin_micro_batch`, `loss`, `backward` and `step` once per micro-batch. The gradient of an update is the *sum* over
+    all micro-batches and ranks of what `backward` was given: an implementation undoes its wrapper's averaging.
     """
 
-    def begin_phase(self, plan: BatchPlan) -> None:
+    def set_batch_plan(self, plan: BatchPlan) -> None:
         """Take note of the batch division of the updates that follow."""
+
+    def continue_schedule(self, updates: float) -> None:
+        """Set the schedule to where it is after this many updates."""
 
     def begin_micro_batch(self, last: bool) -> None:
         """Begin a micro-batch; the `last` one of an accumulation will update the weights."""
@@ -125,7 +131,11 @@ class DistributedTraining:
     def require_updates(self, most_skipped: int) -> None:
         """Skip no update: without DeepSpeed there is no fp16."""
 
-    def continue_schedule(self, updates: int) -> None:
+    def applied(self) -> bool:
+        """Tell whether the last update moved the weights: without DeepSpeed every one does."""
+        return True
+
+    def continue_schedule(self, updates: float) -> None:
         """Set the schedule to where it is after this many updates."""
         # The schedule is a function of the update's number, so its position is all there is to restore; a stored
         # schedule would bring back the length that the run had before it was made longer.
@@ -225,10 +235,10 @@ class DeepSpeedTraining(DistributedTraining):
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         return cls(engine, optimizer, scheduler)
 
-    def begin_phase(self, plan: BatchPlan) -> None:
+    def set_batch_plan(self, plan: BatchPlan) -> None:
         """Tell DeepSpeed the batch division."""
         set_batch_plan(self.engine, plan)
-        # Between updates, by the accumulation of this phase as well.
+        # Between updates, by this accumulation as well.
         self.engine.micro_steps = self.engine.global_steps * plan.accumulation
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -259,6 +269,10 @@ class DeepSpeedTraining(DistributedTraining):
     def require_updates(self, most_skipped: int) -> None:
         """Check that DeepSpeed has not skipped so many updates in a row; see `SkippedUpdates`."""
         self.skipped.require_fewer(most_skipped)
+
+    def applied(self) -> bool:
+        """Tell whether the last update moved the weights: DeepSpeed has not skipped it."""
+        return not self.skipped.in_a_row
 
     def train(self, training: bool) -> None:
         """Switch between training and evaluation mode."""
@@ -348,7 +362,7 @@ class DataParallelTraining(DistributedTraining):
         self._updates = 0
         self._norm: torch.Tensor | None = None
 
-    def begin_phase(self, plan: BatchPlan) -> None:
+    def set_batch_plan(self, plan: BatchPlan) -> None:
         """Nothing depends on the batch division here."""
 
     def begin_micro_batch(self, last: bool) -> None:

@@ -16,6 +16,8 @@ from ..common.progress import PROGRESS
 from ..configuration.config import RunConfig
 from ..data.feed import BatchFeed
 from ..data.masking import MaskedBatch
+from ..rules.global_batch import BatchPlan
+from .batches import Batches
 from .discarding import without_smallest_losses
 from .engines import Observed, TrainingEngine
 from .phase_data import PhaseData
@@ -106,10 +108,11 @@ def due(step: int, every: int) -> bool:
 
 @dataclass
 class TrainingLoop:
-    """Trains from one update of a phase to another and reports; every rank runs it in step.
+    """Trains to the end of a phase and reports; every rank runs it in step.
 
     Attributes:
         engine: wrapped model and optimizer.
+        batches: where the run is, and how large its updates are.
         data: the phase and its data.
         config: how often to log, validate and write checkpoints.
         seed: of the run.
@@ -120,6 +123,7 @@ class TrainingLoop:
     """
 
     engine: TrainingEngine
+    batches: Batches
     data: PhaseData
     config: RunConfig
     seed: int
@@ -127,78 +131,90 @@ class TrainingLoop:
     records: Records
     checkpoint: Callable[[int], Any]
     stop_requested: Callable[[], bool]
+    _plan: BatchPlan | None = None
 
-    def run(self, first: int, last: int) -> int:
-        """Do the run's updates first + 1 .. last, which lie in the phase.
-
-        Returns:
-            The number of updates done in all: fewer than `last` if a request to stop ended it.
-        """
-        feed = self.data.feed(first, last, self.engine.rank, self.engine.device)
+    def run(self) -> bool:
+        """Do the updates that are left of the phase; return whether a request to stop ended it before."""
+        feed = self.batches.feed(self.data, self.engine.rank, self.engine.device)
         with contextlib.closing(feed):
             self._require_data(feed)
-            step = self._train(first, last, feed)
+            stopped = self._train(feed)
             self._require_data(feed)
             self.records.require_written()
-        return step
+        return stopped
 
-    def _train(self, first: int, last: int, feed: BatchFeed) -> int:
-        self.records.begin(first)
+    def _train(self, feed: BatchFeed) -> bool:
+        batches, saved, stopped = self.batches, self.batches.step, False
+        self.records.begin(batches.step)
         self.step_metrics.begin()
-        step, saved, stopped = first, first, False
-        while step < last and not stopped:
-            stopped = self._update(step, feed)
-            step += 1
+        while not batches.phase_is_over and not stopped:
+            stopped = self._update(feed)
+            step, over = batches.step, batches.phase_is_over
             self.engine.require_updates(self.config.most_skipped_updates)
-            if step == last or stopped or step % self.config.log_every == 0:
-                self._log(last)
-            if step == last or due(step, self.config.validate_every):
+            if over or stopped or step % self.config.log_every == 0 or batches.decides:
+                self._log()
+            if over or due(step, self.config.validate_every):
                 self._validate(step)
-            if not stopped and step < last and due(step, self.config.checkpoint_every):
-                self._checkpoint(step, last)
+            if not stopped and not over and due(step, self.config.checkpoint_every):
+                self._checkpoint(step)
                 saved = step
-        if saved != step:
-            self._checkpoint(step, last)
-        return step
+        if saved != batches.step:
+            self._checkpoint(batches.step)
+        return stopped
 
-    def _update(self, step: int, feed: BatchFeed) -> bool:
-        """Do the update after the first `step`; return whether any rank was asked to stop."""
-        PROGRESS.begin(f"in update {step + 1}", update=step + 1)
-        seed_step(self.seed, step, self.engine.rank)
-        batches = feed.take()
+    def _update(self, feed: BatchFeed) -> bool:
+        """Do the next update; return whether any rank was asked to stop."""
+        batches, plan = self.batches, self.batches.plan
+        PROGRESS.begin(f"in update {batches.step + 1}", update=batches.step + 1)
+        seed_step(self.seed, batches.step, self.engine.rank)
+        self._set_out(plan)
+        micro_batches = batches.take(feed)
         learning_rate = self.engine.learning_rate()
         predicted = None
         if self.data.discard_smallest:
-            batches, predicted = without_smallest_losses(self.engine, batches, self.data.discard_smallest)
-        loss, totals = accumulate_step(self.engine, batches, self._asked_to_stop(feed))
+            share = self.data.discard_smallest
+            micro_batches, predicted = without_smallest_losses(self.engine, micro_batches, share)
+        loss, totals = accumulate_step(self.engine, micro_batches, self._asked_to_stop(feed))
+        batches.advance()
         self.step_metrics.add(
             Update(
-                step=step + 1,
+                step=batches.step,
                 phase=self.data.phase,
-                plan=self.data.plan,
+                plan=plan,
                 learning_rate=learning_rate,
                 loss=loss,
                 masked_tokens=int(totals[0]),
                 predicted_tokens=predicted,
                 data_wait=feed.wait_seconds,
+                sequences=batches.sequences,
             )
         )
         return bool(totals[1] > 0)
 
+    def _set_out(self, plan: BatchPlan) -> None:
+        """Tell the engine of the next update's batch, if it is another, and of its learning rate."""
+        if plan != self._plan:
+            self.engine.set_batch_plan(plan)
+            self._plan = plan
+        if self.batches.position is not None:
+            self.engine.continue_schedule(self.batches.position)
+
     def _asked_to_stop(self, feed: BatchFeed) -> bool:
         return self.stop_requested() or feed.failure is not None or self.records.failure is not None
 
-    def _log(self, last: int) -> None:
-        self.records.updates(self.step_metrics.fetch(), last)
+    def _log(self) -> None:
+        fetched = self.step_metrics.fetch()
+        self.records.updates(fetched, self.batches.expected_last)
+        self.records.say(self.batches.note(fetched, self.engine))
 
     def _validate(self, step: int) -> None:
         with self.step_metrics.not_training(), self.records.stage("validation"):
             loss, accuracy = validate(self.engine, self.data.validation_batches)
         self.records.validation(step, loss, accuracy, self.data.unigram_entropy)
 
-    def _checkpoint(self, step: int, last: int) -> None:
+    def _checkpoint(self, step: int) -> None:
         """Write a checkpoint, of a state that can be continued only."""
-        self._log(last)  # raises if a loss since the last log was not finite
+        self._log()  # raises if a loss since the last log was not finite
         with self.step_metrics.not_training(), self.records.stage("checkpoints"):
             require_sound_weights(self.engine, self.data, step)
             PROGRESS.begin(f"while writing the checkpoint of step {step}")

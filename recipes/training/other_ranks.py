@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from trustratio.optimizers import LayerwiseOptimizer
 
 from ..common.errors import RecipeError
+from ..configuration.batch_growth import growths_of
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase, phases_of
 from ..model.build import outline
@@ -40,7 +41,7 @@ def shared_anew(
     if saved in (None, ranks):
         return config
     phases, kept = phases_of(config), _takes_statistics(config)
-    shares = [phase.global_batch // phase.micro_batch if kept else phase.global_batch for phase in phases]
+    shares = [batch // phase.micro_batch if kept else batch for phase, batch in _batches(config, phases)]
     if any(share % ranks for share in shares):
         batches = " and ".join(f"{phase.global_batch:,}" for phase in phases)
         cut = f" in micro-batches of {phases[0].micro_batch}, which its statistics are taken over," if kept else ""
@@ -53,6 +54,13 @@ def shared_anew(
             part = dataclasses.replace(getattr(config, section), micro_batch=_fitting(phase, ranks))
             config = dataclasses.replace(config, **{section: part})
     return config
+
+
+def _batches(config: RecipeConfig, phases: Sequence[Phase]) -> Iterator[tuple[Phase, int]]:
+    """Yield the batches that have to be shared out, each with its phase."""
+    yield from ((phase, phase.global_batch) for phase in phases)
+    for growth in growths_of(config):
+        yield from ((growth.phase, batch) for batch in growth.sizes)
 
 
 def require_readable(checkpoint: Path, saved: int | None, ranks: int, zero_stage: int) -> None:
@@ -77,6 +85,8 @@ def is_read(checkpoint: Path, saved: int | None, ranks: int) -> Callable[[str], 
 
 
 def _takes_statistics(config: RecipeConfig) -> bool:
+    if config.run.batch_from_noise:
+        return True
     _, optimizer = outline(config)
     return isinstance(optimizer, LayerwiseOptimizer) and bool(optimizer.group_statistics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,15 +43,14 @@ class PhaseData:
 
     def feed(self, first: int, last: int, rank: int, device: torch.device) -> BatchFeed:
         """Return a rank's micro-batches of the run's updates first + 1 .. last, all of them in this phase."""
-        return BatchFeed(
-            self.training_rows,
-            self.plan,
-            rank,
-            first - self.phase.first,
-            last - self.phase.first,
-            self.workers,
-            pin_memory=device.type == "cuda",
-        )
+        return self._feed(self.plan, first - self.phase.first, last - self.phase.first, rank, device)
+
+    def rounds(self, first: int, last: int, rank: int, device: torch.device) -> BatchFeed:
+        """Return a rank's micro-batches one by one: the phase's rounds first + 1 .. last of one on every rank."""
+        return self._feed(dataclasses.replace(self.plan, accumulation=1), first, last, rank, device)
+
+    def _feed(self, plan: BatchPlan, first: int, last: int, rank: int, device: torch.device) -> BatchFeed:
+        return BatchFeed(self.training_rows, plan, rank, first, last, self.workers, pin_memory=device.type == "cuda")
 
 
 def phases_with_data(run: CheckedRun, data: Sequence[PreparedData], device: torch.device) -> list[PhaseData]:

@@ -52,6 +52,7 @@ class Records:
             return
         for record in records:
             self._write(record)
+        self.display.total = last
         step = records[-1]["step"]
         seconds = (time.perf_counter() - self._began) / (step - self._first)
         self.display.update(records[-1], seconds * (last - step))
@@ -103,6 +104,11 @@ class Records:
     def line(self, text: str) -> None:
         """Print a line beside the display."""
         self.display.reporter.line(text)
+
+    def say(self, text: str) -> None:
+        """Print a line if there is anything to say."""
+        if text:
+            self.line(text)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ..common.machine import describe_machine
 from ..common.progress import PROGRESS
 from ..common.reporter import Reporter, clock, folded
 from ..common.stages import cpu_seconds
+from ..configuration.batch_growth import describe_growth
 from ..configuration.command_line import Invocation, parse_command_line
 from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
@@ -48,6 +49,7 @@ from ..runs.folder import (
     mark_ended,
 )
 from ..runs.metrics import drop_records_after
+from .batches import Batches
 from .checks import CheckedRun, early_identity, require_memory
 from .deepspeed_settings import describe_sums
 from .other_ranks import is_read
@@ -136,9 +138,10 @@ def announce(run: CheckedRun, reporter: Reporter) -> None:
     """Print what is special about the configuration, or with --verbose all of it, and the plan of the phases."""
     for line in _configuration(run):
         reporter.line(line)
-    for line in describe_plan(run.config, world_size()):
+    describe = describe_growth if run.config.run.batch_from_noise else describe_plan
+    for line in describe(run.config, world_size()):
         reporter.line(line)
-    training, accumulation = run.config.training, max(plan.accumulation for plan in run.plans)
+    training, accumulation = run.config.training, run.most_accumulation
     for line in describe_sums(run.settings, training.precision, training.zero_stage, accumulation):
         reporter.line(folded(line))
 
@@ -253,7 +256,8 @@ def open_output(run: CheckedRun, identity: dict[str, Any], reporter: Reporter) -
     folder = on_first_rank(lambda: _claim_output(run))
     reporter.line(f"output folder: {folder}; {clock(reporter.stages.seconds())} until here")
     if run.first:
-        reporter.line(f"going on from {run.invocation.resume}, after step {run.first} of {run.last}")
+        most = "at most " * run.config.run.batch_from_noise
+        reporter.line(f"going on from {run.invocation.resume}, after step {run.first} of {most}{run.last}")
     return folder, CheckpointFolder(folder, run.config.run.keep_checkpoints, identity)
 
 
@@ -294,9 +298,16 @@ def _environment(run: CheckedRun) -> dict[str, Any]:
         "micro_batch": run.plans[0].micro,
         "accumulation": run.plans[0].accumulation,
         "first_step": run.first,
-        "last_step": run.last,
+        **_end_of(run),
         ENDED: None,
     }
+
+
+def _end_of(run: CheckedRun) -> dict[str, int | None]:
+    """Return after which update the run ends; where batches grow, after how many sequences, or updates if so asked."""
+    if not run.config.run.batch_from_noise:
+        return {"last_step": run.last}
+    return {"last_step": run.invocation.max_steps, "last_sequences": sum(phase.sequences for phase in run.phases)}
 
 
 @contextlib.contextmanager
@@ -352,18 +363,19 @@ def _keep_stages(folder: Path, reporter: Reporter) -> None:
         write_json(folder / ENVIRONMENT, {**json.loads((folder / ENVIRONMENT).read_text()), "stages": stages})
 
 
-def announce_end(run: CheckedRun, step: int, folder: Path, reporter: Reporter) -> None:
+def announce_end(run: CheckedRun, batches: Batches, folder: Path, reporter: Reporter) -> None:
     """Print how many updates were done, how long it all took, and how to go on after a request to stop (collective).
 
     Args:
         run: that was trained.
-        step: updates done in all.
+        batches: where it ended.
         folder: of the run.
         reporter: prints.
     """
     spent = sum(collect(cpu_seconds()))
-    if step < run.last:
-        reporter.line(f"stopped on request after step {step} of {run.last}; continue with --resume {folder}")
+    step, last = batches.step, batches.expected_last
+    if not batches.is_over:
+        reporter.line(f"stopped on request after step {step} of {last}; continue with --resume {folder}")
     reporter.line(folded(reporter.stages.describe()))
     reporter.line(
         f"{step - run.first} steps done; {clock(reporter.stages.seconds())} in all, {spent:,.0f} s of processor time"

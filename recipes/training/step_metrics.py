@@ -38,6 +38,8 @@ RUNNING_MEANS = "running_means.json"
 
 def measures_noise(config: RecipeConfig, plans: Sequence[BatchPlan]) -> bool:
     """Tell whether the run measures the gradient noise scale: as configured, or wherever it can in all phases."""
+    if config.run.batch_from_noise:
+        return True
     if config.run.noise_scale is not None:
         return config.run.noise_scale
     several = all(plan.ranks * plan.accumulation >= 2 for plan in plans)
@@ -51,16 +53,22 @@ def check_noise_scale(config: RecipeConfig, plan: BatchPlan) -> None:
     Raises:
         RecipeError: the optimizer keeps no gradient norms, or an update has a single micro-batch.
     """
-    if not config.run.noise_scale:
+    if not (config.run.noise_scale or config.run.batch_from_noise):
         return
+    option = "run.batch_from_noise" if config.run.batch_from_noise else "run.noise_scale"
+    if config.run.batch_from_noise and "segments" in config.optimizer.options:
+        raise RecipeError(
+            f"{option}=true goes by the norms of whole parameters' gradients, and optimizer.segments cuts them up: "
+            "leave one of them out"
+        )
     if is_baseline(config.optimizer.name):
         raise RecipeError(
-            f"run.noise_scale=true needs one of trustratio's optimizers, which keep the norms of single micro-batches' "
+            f"{option}=true needs one of trustratio's optimizers, which keep the norms of single micro-batches' "
             f"gradients; {config.optimizer.name!r} does not"
         )
     if plan.ranks * plan.accumulation < 2:
         raise RecipeError(
-            "run.noise_scale=true compares the gradients of at least 2 micro-batches per update; "
+            f"{option}=true compares the gradients of at least 2 micro-batches per update; "
             f"{plan.describe(config.data.sequence_length)} has 1: halve --micro_batch"
         )
 
@@ -77,6 +85,7 @@ class Update:
         loss: this rank's part of the loss, a scalar on the device.
         masked_tokens: in the loss, over all ranks.
         data_wait: seconds in which this rank waited for its micro-batches.
+        sequences: read since the beginning of the run.
         predicted_tokens: predicted over all ranks, if those with the smallest losses were then discarded.
     """
 
@@ -87,12 +96,8 @@ class Update:
     loss: torch.Tensor
     masked_tokens: int
     data_wait: float
+    sequences: int
     predicted_tokens: int | None = None
-
-    @property
-    def sequences(self) -> int:
-        """Sequences read since the beginning of the run."""
-        return self.phase.sequences_before + (self.step - self.phase.first) * self.plan.sequences
 
     def record(self) -> dict[str, Any]:
         """Return what needs no reading from the device."""
@@ -100,6 +105,7 @@ class Update:
             "kind": "train",
             "step": self.step,
             "sequences": self.sequences,
+            "batch": self.plan.sequences,
             "lr": self.learning_rate,
             "masked_tokens": self.masked_tokens,
             "data_wait_seconds": self.data_wait,
@@ -197,7 +203,7 @@ class StepMetrics:
         """Take note of the update that the engine has just done; nothing waits for the device."""
         optimizer, norms = self._layerwise, None
         ratios = ([], torch.zeros(0)) if optimizer is None else optimizer.trust_ratio_vector()
-        if self.measure_noise and optimizer is not None and optimizer.statistics is not None:
+        if self.measure_noise and optimizer is not None and optimizer.statistics is not None and self.engine.applied():
             norms = optimizer.statistics.norm_table()
         self._held.append(_Held(update, ratios, norms))
 
@@ -251,8 +257,11 @@ class StepMetrics:
         names, table = norms
         count = len(names)
         by_layer = norms_from_table(names, [values[i * count : (i + 1) * count] for i in range(len(table))])
+        of_model = sum_of_layers(by_layer.values())
+        if of_model.groups < 2:  # the rest of a phase that a growing batch left
+            return {}
         layers = {name: noise_scale(of_layer, micro) for name, of_layer in by_layer.items()}
-        model = noise_scale(sum_of_layers(by_layer.values()), micro)
+        model = noise_scale(of_model, micro)
         # Signal and noise are averaged before they are divided: one update's quotient says next to nothing.
         average = {name: self._noise.setdefault(name, RunningNoise()).update(n) for name, n in layers.items()}
         return {

@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with the recipe's data order, masks, loss, schedule, records and checkpoints.
 
-What the Trainer takes for a batch is all that this rank reads for one update; `RecipeTrainer.training_step` accumulates
-over its micro-batches. So one Trainer with one wrapper trains both phases, which accumulate differently.
+What the Trainer takes for a batch stands for one update; `RecipeTrainer.training_step` reads its micro-batches and
+accumulates over them. So one Trainer with one wrapper trains both phases, and batches that grow.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..common.errors import RecipeError, TrainingFailure
 from ..common.progress import PROGRESS
 from ..configuration.phases import carry_over
+from ..data.feed import BatchFeed
 from ..data.masking import MaskedBatch
 from ..data.prepared import PreparedData
 from ..model.build import RecipeParts
+from ..rules.global_batch import BatchPlan
 from ..runs.checkpoints import CheckpointFolder
+from .batches import batches_of
 from .checks import CheckedRun
 from .discarding import without_smallest_losses
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
@@ -48,7 +51,8 @@ class RecipeTrainer(Trainer):
     Attributes:
         run: what is trained.
         phases: with their data.
-        updates: what the Trainer iterates over.
+        batches: where the run is, and how large its updates are.
+        feed: makes the micro-batches of the phase; None before the first update.
         progress: what is done before and after each update.
         loss: this rank's part of the last update's loss.
         masked: tokens that are in the last update's loss, over all ranks.
@@ -89,7 +93,8 @@ class RecipeTrainer(Trainer):
         # One batch of the Trainer is one update; DeepSpeed was told of the micro-batches.
         self.args.gradient_accumulation_steps = 1
         self.phases = phases_with_data(run, data, self.args.device)
-        self.updates = Updates(self.phases, run.first, run.last, self.args.device)
+        self.batches = batches_of(run)
+        self.feed: BatchFeed | None = None
         self.remove_callback(PrinterCallback)
         self.progress = _Progress(self, data[0].vocabulary_size)
         self.add_callback(self.progress)
@@ -97,11 +102,37 @@ class RecipeTrainer(Trainer):
     @property
     def data(self) -> PhaseData:
         """The phase of the update that is being done, or has just been done."""
-        return next((data for data in self.phases if self.progress.step < data.phase.last), self.phases[-1])
+        return self.phases[self.batches.phase.number - 1]
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the updates; they are made per rank, so nothing is left for accelerate to distribute."""
-        return DataLoader(self.updates, batch_size=None)
+        """Return the updates' numbers: accelerate reads one ahead, when the batch is not known yet."""
+        last = self.run.first if self.batches.is_over else self.run.last
+        return DataLoader(Updates(self.run.first, last), batch_size=None)
+
+    def open_feed(self) -> None:
+        """Begin to read the phase that the next update is of (collective).
+
+        Raises:
+            TrainingFailure: a rank cannot.
+        """
+        self.close_feed()
+        self.feed = self.batches.feed(self.data, rank(), self.args.device)
+        self.require_data()
+
+    def close_feed(self) -> None:
+        """Stop the workers that read ahead."""
+        if self.feed is not None:
+            self.feed.close()
+
+    def require_data(self) -> None:
+        """Raise on all ranks if one of them cannot read its next update's data (collective).
+
+        Raises:
+            TrainingFailure: so.
+        """
+        failures = collect_failures(None if self.feed is None else self.feed.failure)
+        if failures:
+            raise TrainingFailure("; ".join(failures))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the recipe's optimizer; an override survives DeepSpeed, `Trainer(optimizers=...)` does not."""
@@ -120,26 +151,28 @@ class RecipeTrainer(Trainer):
 
         Args:
             model: wrapped.
-            inputs: this rank's micro-batches of the update.
+            inputs: the update's number; not used, the run knows where it is.
             num_items_in_batch: not used; counted here.
 
         Returns:
             This rank's summed loss over the masked tokens of the global batch, times the ranks: the Trainer averages.
         """
+        assert self.feed is not None
         model.train()
-        predicted = None
-        if self.data.discard_smallest:
-            inputs, predicted = without_smallest_losses(self.progress.observed, inputs, self.data.discard_smallest)
         ranks, device = self.data.plan.ranks, self.args.device
-        asked = self.stop.requested or self.updates.failure is not None or self.records.failure is not None
+        micro_batches, predicted = self.batches.take(self.feed), None
+        if self.data.discard_smallest:
+            share = self.data.discard_smallest
+            micro_batches, predicted = without_smallest_losses(self.progress.observed, micro_batches, share)
+        asked = self.stop.requested or self.feed.failure is not None or self.records.failure is not None
         # The stop flags ride along with the normaliser, so all ranks stop after the same update.
-        totals = torch.tensor([float(sum(len(batch.labels) for batch in inputs)), float(asked)], device=device)
+        totals = torch.tensor([float(sum(len(batch.labels) for batch in micro_batches)), float(asked)], device=device)
         dist.all_reduce(totals)
         normaliser = totals[0].clamp(min=1.0)
         self.loss = torch.zeros((), device=device)
         by_deepspeed = isinstance(model, DeepSpeedEngine)
-        for number, batch in enumerate(inputs, start=1):
-            last = number == len(inputs)
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
             # DeepSpeed is told by the flag alone.
             with contextlib.nullcontext() if last or by_deepspeed else self.accelerator.no_sync(model):
@@ -200,6 +233,7 @@ class RecipeTrainer(Trainer):
         finally:
             self.args.output_dir = usual
         self.progress.step_metrics.save(folder)
+        self.batches.save(folder, self.progress.observed)
         if engine is not None and rank() == 0:
             (trainers_part(folder) / "latest").write_text(f"global_step{engine.global_steps}")
 
@@ -238,43 +272,16 @@ def save_weights(trainer: Trainer, folder: Path) -> None:
             trainer._save(str(folder))
 
 
-class Updates(IterableDataset[list[MaskedBatch]]):
-    """Micro-batches of this rank, a list for each update of each phase, from the first to be done.
+class Updates(IterableDataset[dict[str, int]]):
+    """The numbers of the run's updates, from the first to be done to the last that there may be."""
 
-    Attributes:
-        wait_seconds: how long the last list was waited for.
-        failure: why the next list cannot be made; None if it can.
-    """
+    def __init__(self, first: int, last: int) -> None:
+        """Count first .. last - 1, the updates done before each."""
+        self.first, self.last = first, last
 
-    def __init__(self, phases: Sequence[PhaseData], first: int, last: int, device: torch.device) -> None:
-        """Read the run's updates first + 1 .. last."""
-        self.phases, self.first, self.last, self.device = phases, first, last, device
-        self.wait_seconds = 0.0
-        self.failure: RecipeError | None = None
-
-    def __iter__(self) -> Iterator[list[MaskedBatch]]:
-        """Yield the micro-batches of each update; ends before a phase whose data cannot be read."""
-        for data in self.phases:
-            first, last = max(self.first, data.phase.first), min(self.last, data.phase.last)
-            if first >= last:
-                continue
-            with contextlib.closing(data.feed(first, last, rank(), self.device)) as feed:
-                self.failure = feed.failure
-                self.require_data()
-                for _ in range(first, last):
-                    batches = feed.take()
-                    self.wait_seconds, self.failure = feed.wait_seconds, feed.failure
-                    yield batches
-
-    def require_data(self) -> None:
-        """Raise on all ranks if one of them cannot read its next update's data (collective).
-
-        Raises:
-            TrainingFailure: so.
-        """
-        failures = collect_failures(self.failure)
-        if failures:
-            raise TrainingFailure("; ".join(failures))
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        """Yield them in the form of a batch; what an update reads is decided when it begins."""
+        return ({"update": step} for step in range(self.first, self.last))
 
 
 class _Progress(TrainerCallback):
@@ -290,6 +297,7 @@ class _Progress(TrainerCallback):
         self.trainer, self.vocabulary_size = trainer, vocabulary_size
         self.run, self.config = trainer.run, trainer.run.config
         self.step, self.learning_rate = self.run.first, 0.0
+        self.plan: BatchPlan | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.observed = _WrappedByTrainer(self.trainer)
@@ -299,45 +307,68 @@ class _Progress(TrainerCallback):
         if self.run.invocation.resume is not None:
             self.step_metrics.load(self.run.invocation.resume)
         self.trainer.records.begin(self.run.first)
-        self._begin_phase()
+        if not self.trainer.batches.is_over:
+            self._begin_phase()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step
         PROGRESS.begin(f"in update {self.step + 1}", update=self.step + 1)
-        phase, second = self.trainer.data.phase, self.config.phase_two
-        if phase.number == 2 and self.step == phase.first:
+        batches, second = self.trainer.batches, self.config.phase_two
+        if batches.phase_is_over:
             self._begin_phase()
+        if batches.at_border:
             carry_over(self.observed.optimizer, second.keep_moments, second.reset_step)
         seed_step(args.seed, self.step, self.observed.rank)
+        self._set_out(batches.plan)
         self.learning_rate = self.observed.learning_rate()
+
+    def _begin_phase(self) -> None:
+        self.trainer.batches.enter_phase()
+        self.trainer.open_feed()
+        self.step_metrics.begin()
+
+    def _set_out(self, plan: BatchPlan) -> None:
+        """Tell the wrapper of the next update's batch, if it is another, and of its learning rate."""
+        if plan != self.plan and isinstance(self.trainer.model_wrapped, DeepSpeedEngine):
+            set_batch_plan(self.trainer.model_wrapped, plan)
+        self.plan = plan
+        if self.trainer.batches.position is not None:
+            self.observed.continue_schedule(self.trainer.batches.position)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, trainer, often = state.global_step, self.trainer, self.config.run
+        self.observed.count_update()
+        trainer.batches.advance()
+        self._measure()
+        self.observed.require_updates(often.most_skipped_updates)
+        # The Trainer itself does nothing at any interval: what happens after this update is said here.
+        ends = trainer.batches.phase_is_over
+        control.should_training_stop |= trainer.stopping or trainer.batches.is_over
+        control.should_evaluate = ends or due(step, often.validate_every)
+        control.should_save = ends or trainer.stopping or due(step, often.checkpoint_every)
+        if control.should_save or due(step, often.log_every) or trainer.batches.decides:
+            fetched = self.step_metrics.fetch()
+            trainer.records.updates(fetched, trainer.batches.expected_last)
+            trainer.records.say(trainer.batches.note(fetched, self.observed))
+
+    def _measure(self) -> None:
+        """Take note of the update that was just done."""
+        trainer, feed, plan = self.trainer, self.trainer.feed, self.plan
+        assert feed is not None
+        assert plan is not None
         self.step_metrics.add(
             Update(
-                step=step,
+                step=trainer.batches.step,
                 phase=trainer.data.phase,
-                plan=trainer.data.plan,
+                plan=plan,
                 learning_rate=self.learning_rate,
                 loss=trainer.loss,
                 masked_tokens=trainer.masked,
                 predicted_tokens=trainer.predicted,
-                data_wait=trainer.updates.wait_seconds,
+                data_wait=feed.wait_seconds,
+                sequences=trainer.batches.sequences,
             )
         )
-        self.observed.require_updates(often.most_skipped_updates)
-        # The Trainer itself does nothing at any interval: what happens after this update is said here.
-        ends = step in (trainer.data.phase.last, self.run.last)
-        control.should_training_stop |= trainer.stopping
-        control.should_evaluate = ends or due(step, often.validate_every)
-        control.should_save = ends or trainer.stopping or due(step, often.checkpoint_every)
-        if control.should_save or due(step, often.log_every):
-            trainer.records.updates(self.step_metrics.fetch(), self.run.last)
-
-    def _begin_phase(self) -> None:
-        if isinstance(self.trainer.model_wrapped, DeepSpeedEngine):
-            set_batch_plan(self.trainer.model_wrapped, self.trainer.data.plan)
-        self.step_metrics.begin()
 
 
 class _WrappedByTrainer(DistributedTraining):
@@ -353,11 +384,19 @@ class _WrappedByTrainer(DistributedTraining):
         """Return what the last micro-batch of an update is done in; see `SkippedUpdates`."""
         return contextlib.nullcontext() if self.skipped is None else self.skipped.updating()
 
+    def count_update(self) -> None:
+        """Take note of whether DeepSpeed, if it is used, has skipped the update that was just done."""
+        if self.skipped is not None:
+            self.skipped.count()
+
     def require_updates(self, most_skipped: int) -> None:
         """Check that DeepSpeed, if it is used, has not skipped so many updates in a row."""
         if self.skipped is not None:
-            self.skipped.count()
             self.skipped.require_fewer(most_skipped)
+
+    def applied(self) -> bool:
+        """Tell whether the last update moved the weights: DeepSpeed, if it is used, has not skipped it."""
+        return self.skipped is None or not self.skipped.in_a_row
 
     def loss(self, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the model's summed loss and number of right predictions."""

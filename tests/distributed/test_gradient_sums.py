@@ -47,7 +47,7 @@ def summed(stage: int, settings: dict[str, Any]) -> torch.Tensor:
     engine = DeepSpeedTraining.initialize(
         model, torch.optim.SGD(model.parameters(), 1.0), lambda sgd: WarmupPolynomial(sgd, 0, 10), complete
     )
-    engine.begin_phase(plan)
+    engine.set_batch_plan(plan)
     inputs, targets = (values[:, engine.rank] for values in samples())
     for number in range(ACCUMULATION):
         engine.begin_micro_batch(last=number == ACCUMULATION - 1)

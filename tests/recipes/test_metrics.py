@@ -29,6 +29,7 @@ from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.runs import loggers as metric_loggers
 from trustratio.recipes.runs.loggers import MetricLoggers, check_loggers, scalars
 from trustratio.recipes.runs.metrics import read_metrics
+from trustratio.recipes.training.batches import Batches
 from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.loop import TrainingLoop
 from trustratio.recipes.training.phase_data import PhaseData
@@ -51,8 +52,11 @@ class OneProcess:
         self.micro_batches = 0
         self.stepping = False
 
-    def begin_phase(self, plan):
+    def set_batch_plan(self, plan):
         pass
+
+    def applied(self):
+        return True
 
     def begin_micro_batch(self, last):
         pass
@@ -96,7 +100,7 @@ class Kept(list):
         pass
 
 
-def make_loop(rows, vocabulary, noise=False, log_every=10):
+def make_loop(rows, vocabulary, noise=False, log_every=10, last=9):
     torch.manual_seed(0)
     model = build_model(SHAPE, 104)
     engine = OneProcess(model, LAMB(list(model.named_parameters()), lr=0.01))
@@ -104,6 +108,7 @@ def make_loop(rows, vocabulary, noise=False, log_every=10):
     display = SimpleNamespace(update=lambda record, left: None, reporter=Reporter(active=False))
     return TrainingLoop(
         engine=engine,
+        batches=Batches((PHASE,), (PLAN,), 0, last),
         data=PhaseData(PHASE, PLAN, MaskedRows(rows, vocabulary, 0.15, 1), validation_batches=[], unigram_entropy=4.0),
         config=RunConfig(log_every=log_every, validate_every=0, checkpoint_every=0),
         seed=1,
@@ -116,13 +121,14 @@ def make_loop(rows, vocabulary, noise=False, log_every=10):
 
 def one_update(data_wait=0.0):
     """The first one of the phase."""
-    return Update(1, PHASE, PLAN, learning_rate=0.1, loss=torch.tensor(3.0), masked_tokens=5, data_wait=data_wait)
+    loss = torch.tensor(3.0)
+    return Update(1, PHASE, PLAN, learning_rate=0.1, loss=loss, masked_tokens=5, data_wait=data_wait, sequences=12)
 
 
 def update(loop, step):
     """Do one update as the loop does."""
     batches = loop.data.training_rows.step_batches(step, PLAN, 0)
-    return loop._update(step, SimpleNamespace(take=lambda: batches, failure=None, wait_seconds=0.01))
+    return loop._update(SimpleNamespace(take=lambda: batches, failure=None, wait_seconds=0.01))
 
 
 def count_reads(monkeypatch, engine, work):
@@ -186,8 +192,8 @@ def test_a_log_reads_once(rows, vocabulary, monkeypatch):
 
 def test_records_hold_what_the_optimizer_says_after_every_step(rows, vocabulary):
     """The same run with every value read at once, step by step."""
-    loop = make_loop(rows, vocabulary, noise=True, log_every=4)
-    loop.run(0, 6)
+    loop = make_loop(rows, vocabulary, noise=True, log_every=4, last=6)
+    loop.run()
     reference = make_loop(rows, vocabulary, noise=True)
     optimizer, running = reference.engine.optimizer, RunningNoise()
     records = [record for record in loop.records.metrics if record["kind"] == "train"]
@@ -234,8 +240,8 @@ def test_an_adapted_ratio_of_exactly_one_counts():
 
 
 def test_rates_follow_from_time_and_batch(rows, vocabulary):
-    loop = make_loop(rows, vocabulary, log_every=3)
-    loop.run(0, 3)
+    loop = make_loop(rows, vocabulary, log_every=3, last=3)
+    loop.run()
     records = [record for record in loop.records.metrics if record["kind"] == "train"]
     for record in records:
         seconds = record["seconds"]

@@ -1,0 +1,104 @@
+"""What a plan says of batches that follow the gradient noise: from where to where, how many updates, how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..common.errors import RecipeError
+from ..common.reporter import clock
+from ..configuration.batch_growth import Growth, growths_of, updates_of
+from ..configuration.config import RecipeConfig
+from .memory import ModelSize
+from .phase_plan import Machine, PhasePlan, plan_phase
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """The batches of a phase that grow, on the GPUs of its plan.
+
+    Attributes:
+        smallest, largest: sequences per update.
+        fewest_updates, most_updates: of the phase.
+        least_hours, most_hours: estimated, of the phase if every batch were the largest or the smallest.
+        problem: why the GPUs cannot share these batches out, or "".
+    """
+
+    smallest: int
+    largest: int
+    fewest_updates: int
+    most_updates: int
+    least_hours: float
+    most_hours: float
+    problem: str = ""
+
+    def describe(self) -> Iterator[str]:
+        """Yield the lines of the plan."""
+        yield f"  batch from the gradient noise: {self.smallest:,} to {self.largest:,} sequences"
+        if self.problem:
+            yield f"    {self.problem}"
+            return
+        yield (
+            f"    {self.fewest_updates:,} to {self.most_updates:,} updates; phase: {clock(self.least_hours * 3600)} to "
+            f"{clock(self.most_hours * 3600)}; everything else here is of the global batch"
+        )
+
+
+def shared_micro_batches(size: ModelSize, config: RecipeConfig, gpus: int, machine: Machine) -> tuple[int | None, ...]:
+    """Return the largest micro-batch of each phase that fits and divides all its batches; None where that is free.
+
+    Args:
+        size: of the model.
+        config: of the run.
+        gpus: that share a batch out.
+        machine: memory.
+    """
+    shared = []
+    for growth in growths_of(config):
+        common = math.gcd(*growth.sizes)
+        if gpus == 1 and common % 2 == 0:  # two micro-batches at least, whose gradients are compared
+            common //= 2
+        phase = dataclasses.replace(growth.phase, global_batch=common)
+        plan = plan_phase(size, config, phase, gpus, machine)
+        shared.append(plan.micro if not plan.problem else None)
+    return tuple(shared)
+
+
+def batch_ranges(
+    size: ModelSize, config: RecipeConfig, plans: Sequence[PhasePlan], machine: Machine
+) -> list[BatchRange]:
+    """Return the range of each phase's batches; [] of a run whose batches stay.
+
+    Args:
+        size: of the model.
+        config: of the run.
+        plans: of its phases.
+        machine: memory and assumptions.
+
+    Raises:
+        RecipeError: what `growths_of` refuses.
+    """
+    ranges = []
+    for growth, updates, plan in zip(growths_of(config), updates_of(config), plans, strict=False):
+        micro = max(1, plan.micro)
+
+        def hours(batch: int, growth: Growth = growth, plan: PhasePlan = plan, micro: int = micro) -> float:
+            phase = dataclasses.replace(growth.phase, global_batch=batch)
+            step = plan_phase(size, config, phase, plan.gpus, machine, micro).step
+            return growth.phase.sequences / batch * step / 3600
+
+        smallest, largest, problem = growth.smallest, growth.largest, _problem(growth, micro, plan.gpus)
+        ranges.append(BatchRange(smallest, largest, *updates, hours(largest), hours(smallest), problem))
+    return ranges
+
+
+def _problem(growth: Growth, micro: int, gpus: int) -> str:
+    phase = dataclasses.replace(growth.phase, micro_batch=micro)
+    try:
+        smallest = dataclasses.replace(growth, phase=phase).plan(gpus)
+    except RecipeError as error:
+        return str(error)
+    one = smallest.accumulation * gpus == 1
+    return "the noise is that between two micro-batches at least: halve the micro-batch" if one else ""

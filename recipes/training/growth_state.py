@@ -1,0 +1,39 @@
+"""What a checkpoint says of a batch that follows the gradient noise: what was read, how far it has grown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import RecipeError
+from ..configuration.phases import Phase
+
+GROWTH = "batch_growth.json"
+"""The file of a checkpoint from which a batch that follows the noise goes on."""
+
+
+def growth_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what `GrowingBatches.save` wrote.
+
+    Raises:
+        RecipeError: there is no such file, or it cannot be read.
+    """
+    try:
+        state = json.loads((checkpoint / GROWTH).read_text())
+        rule, noise = state["rule"], state["rule"]["noise"]
+        counts = (state["phase"], state["read"], rule["doublings"], rule["updates"])
+        if any(type(count) is not int or count < 0 for count in counts) or not state["phase"]:
+            raise ValueError(f"it has the counts {counts}")
+        for name in ("signal", "noise", "weight"):
+            noise[name] = float(noise[name])
+        return state
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"cannot go on with the batch of {checkpoint / GROWTH}: {error or 'it is broken'}") from error
+
+
+def has_read_all(checkpoint: Path, phases: Sequence[Phase]) -> bool:
+    """Tell whether the run of a checkpoint whose batches grow has come to the end of its last phase."""
+    state = growth_state(checkpoint)
+    return state["phase"] >= len(phases) and state["read"] >= phases[-1].sequences
