@@ -15,7 +15,7 @@ from trustratio.integrations.audits import command as audit_command
 from trustratio.optimizers import OPTIMIZERS
 from trustratio.recipes.comparison import compare
 from trustratio.recipes.configuration.command_line import parse_command_line
-from trustratio.recipes.studies import click_through
+from trustratio.recipes.studies import click_through, tabular
 from trustratio.recipes.training.checks import check_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,14 @@ def load():
 TABLE = load()
 ROWS = [*TABLE.optimizers(), *TABLE.SYSTEMS]
 each_row = pytest.mark.parametrize("system", ROWS, ids=[re.sub(r"\W+", "-", row.name) for row in ROWS])
+
+
+PARSERS = {
+    "recipes/bert.py": lambda arguments: check_run(parse_command_line(arguments)),
+    "recipes/compare.py": compare.parse,
+    "recipes/click_through.py": click_through.parse,
+    "recipes/tabular.py": tabular.parse,
+}
 
 
 def test_the_page_is_what_the_script_writes():
@@ -72,14 +80,9 @@ def check_command(command, monkeypatch):
         assert options.optimizer in OPTIMIZERS
         assert audit_command._options(options.options).keys() == {"lr"}
         audit_command._configuration(options)  # reads the file
-    elif module == "recipes/bert.py":
-        check_run(parse_command_line(arguments))
-    elif module == "recipes/compare.py":
-        compare.parse(arguments)
-    elif module == "recipes/click_through.py":
-        click_through.parse(arguments)
     else:
-        pytest.fail(f"how {module} reads its options is not known here")
+        assert module in PARSERS, f"how {module} reads its options is not known here"
+        PARSERS[module](arguments)
     assert module.endswith(".py") is (ROOT / module).is_file()
 
 
