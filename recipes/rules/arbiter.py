@@ -45,7 +45,8 @@ class Arbiter:
         batch = arbiter.next_batch()                                                # after each epoch
 
     With several ranks each makes its own logits and reads its own share of the B samples; logits and gradients are
-    averaged, so that all ranks learn and choose the same, which is what one process would with all the samples.
+    averaged, so that all ranks learn and choose the same, which is what one process would with all the samples. The
+    rest of B that the ranks cannot share evenly is left out.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ def _set_engine(engine: Any, batch: int, micro_batch: int | None) -> int:
 def _of_accelerator(accelerator: Any, batch: int, micro_batch: int | None) -> int:
     if accelerator.step % accelerator.gradient_accumulation_steps:
         raise ValueError(_MIDDLE)
-    wrapped = accelerator.deepspeed_engine_wrapped
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)  # with DeepSpeed alone
     if wrapped is not None:
         accumulation = _set_engine(wrapped.engine, batch, micro_batch)
     elif micro_batch is None:

@@ -177,6 +177,15 @@ def share_of_machine() -> Share:
     return Share(local_rank(), ranks_on_machine(), lambda value: collect(value)[here], cores_each(ranks_on_machine()))
 
 
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the element-wise mean of a tensor over all ranks, the same on all of them (collective)."""
+    total = values.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return total
+
+
 def collect_failures(failure: BaseException | None) -> list[str]:
     """Return what went wrong on any rank, the same list on all ranks, which wait for each other here.
 
