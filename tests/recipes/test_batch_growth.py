@@ -203,6 +203,18 @@ def test_a_finished_run_has_nothing_left_to_do(runs, launch):
     assert losses(folder) == losses(straight)
 
 
+def test_a_finished_run_can_be_made_longer(launch):
+    """It goes on after the rest of its 96 sequences, with the batch that it had grown to."""
+    few = (*GROWING, "run.checkpoint_every=0")
+    finished, endings = launch("short", REFERENCE, settings=few)
+    assert endings == ["finished"] * 2
+    longer, endings = launch("long", REFERENCE, "--resume", str(finished), "--steps", "9", settings=few)
+    assert endings == ["finished"] * 2
+    assert sum(batches(finished)) == 96
+    assert batches(longer) == [16, 16, 16]
+    assert records(longer)[-1]["sequences"] == 144
+
+
 def test_fewer_ranks_go_on_with_the_same_batches(runs, pools, launch, text_folder, tmp_path):
     """Groups of as many sequences, of which one rank has all; the noise between them is the same."""
     straight = runs("accelerate-ddp")
