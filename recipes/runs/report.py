@@ -167,7 +167,8 @@ def _train_series(history: RunHistory) -> dict[str, list[float | None]]:
         train["data_wait_share"] = train["data_wait_seconds"] / np.maximum(train["seconds"], 1e-9)
     if "batch" not in train:  # of an earlier release
         train["batch"] = np.diff(train["sequences"], prepend=np.nan)
-        train["batch"][:1] = train["batch"][1:2]
+        if len(train["batch"]) > 1:
+            train["batch"][0] = train["batch"][1]
     pieces = bins(len(train["step"]), _MOST_POINTS)
     reductions = {"step": np.max, "sequences": np.max, "trust_ratio_min": np.min, "trust_ratio_max": np.max}
     series = {name: binned(values, pieces, reductions.get(name, np.mean)) for name, values in train.items()}

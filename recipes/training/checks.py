@@ -138,8 +138,10 @@ def _plans_of(config: RecipeConfig, ranks: int) -> tuple[BatchPlan, ...]:
 
 def _last_update(config: RecipeConfig, invocation: Invocation) -> int:
     """Return after how many updates the run ends, at the latest."""
-    ranges = updates_of(config)
-    total = sum(most for _, most in ranges) if ranges else total_steps(config)
+    total = total_steps(config)
+    if ranges := updates_of(config):
+        done = 0 if invocation.resume is None else describe_checkpoint(invocation.resume)["step"]
+        total = done + sum(most for _, most in ranges)
     return min(total, invocation.max_steps or total)
 
 

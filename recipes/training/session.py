@@ -256,8 +256,8 @@ def open_output(run: CheckedRun, identity: dict[str, Any], reporter: Reporter) -
     folder = on_first_rank(lambda: _claim_output(run))
     reporter.line(f"output folder: {folder}; {clock(reporter.stages.seconds())} until here")
     if run.first:
-        most = "at most " * run.config.run.batch_from_noise
-        reporter.line(f"going on from {run.invocation.resume}, after step {run.first} of {most}{run.last}")
+        last = "" if run.config.run.batch_from_noise else f" of {run.last}"
+        reporter.line(f"going on from {run.invocation.resume}, after step {run.first}{last}")
     return folder, CheckpointFolder(folder, run.config.run.keep_checkpoints, identity)
 
 

@@ -103,7 +103,8 @@ def trained_tensors(checkpoint: Path) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _sabotaged(what: str):
-    """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, or its disk.
+    """Make one thing fail on the last rank: its loss of step 8, its weights after step 10, its rows from the fortieth
+    sequence on, or its disk.
 
     Or on the first one, which alone writes it: of step 10 the state under DDP, the Trainer's model, or DeepSpeed's
     file `latest`; the run's folder, its configuration, the prepared data, the metrics from the beginning or from step
@@ -116,6 +117,7 @@ def _sabotaged(what: str):
         "": lambda: [],
         "loss": lambda: _broken_losses(last_rank),
         "weights": lambda: _broken_weights(last_rank),
+        "rows": lambda: [_broken_rows(last_rank)],
         "disk": lambda: [_full_disk(last_rank)],
         "state": lambda: [_full_disk(dist.get_rank() == 0)],
         "model": lambda: [_full_disk_for_the_model(dist.get_rank() == 0)],
@@ -212,6 +214,20 @@ def _full_disk_for_metrics():
         write(self, record)
 
     return mock.patch.object(MetricsLog, "write", full)
+
+
+def _broken_rows(here: bool):
+    from trustratio.recipes.common.errors import RecipeError
+    from trustratio.recipes.data.rows import MaskedRows
+
+    step_batches = MaskedRows.step_batches
+
+    def breaking(self, step, plan, rank):
+        if here and (step + 1) * plan.sequences > 40:
+            raise RecipeError("the token file is cut short")
+        return step_batches(self, step, plan, rank)
+
+    return mock.patch.object(MaskedRows, "step_batches", breaking)
 
 
 def _full_disk(here: bool):

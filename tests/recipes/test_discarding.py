@@ -25,11 +25,15 @@ from trustratio.recipes.planning.plan import main as plan_main
 from trustratio.recipes.planning.traffic import traffic
 from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.rules.large_batch import large_loss_mask, smallest_kept_loss
+from trustratio.recipes.runs.history import load_history
+from trustratio.recipes.runs.report import page_data
 from trustratio.recipes.training.checks import check_run
 from trustratio.recipes.training.discarding import without_smallest_losses
 from trustratio.recipes.training.loop import accumulate_step, seed_step
+from trustratio.recipes.training.step_metrics import StepMetrics
 
 from .recipe_runs import losses, recipe, records, train, trained_tensors
+from .test_metrics import one_update
 from .test_wrappers import NO_DROPOUT, REFERENCE, WRAPPERS, launch, runs  # noqa: F401 - fixtures
 
 TINY = ModelConfig(layers=2, hidden=16, heads=2, intermediate=32, max_positions=32)
@@ -274,7 +278,13 @@ def test_an_update_without_masked_tokens_keeps_none(masked):
 # Whole runs
 
 
-@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != REFERENCE])
+QUICK = ("accelerate-ddp", "accelerate-zero-3", "trainer-zero-2")
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in WRAPPERS if name != REFERENCE],
+)
 def test_every_wrapper_leaves_out_the_same(runs, wrapper):  # noqa: F811
     expected = runs(REFERENCE, NO_DROPOUT, DISCARDED)
     found = runs(wrapper, NO_DROPOUT, DISCARDED)
@@ -302,6 +312,11 @@ def test_discarding_trains_something_else(runs):  # noqa: F811
     plain, discarding = (losses(runs(REFERENCE, *options)) for options in ((NO_DROPOUT,), (NO_DROPOUT, DISCARDED)))
     assert all(large > small for large, small in zip(discarding, plain, strict=True))
     assert all("kept_fraction" not in record for record in records(runs(REFERENCE, NO_DROPOUT)))
+    tiles = {
+        tile["label"]: tile["value"]
+        for tile in page_data(load_history(runs(REFERENCE, NO_DROPOUT, DISCARDED)))["tiles"]
+    }
+    assert 0.69 < tiles["kept in the loss"] < 0.75
 
 
 @pytest.mark.parametrize("wrapper", [REFERENCE, "accelerate-ddp"])
@@ -319,6 +334,19 @@ def test_a_resumed_run_is_bit_exact(runs, launch, wrapper):  # noqa: F811
 
 
 # What it costs
+
+
+def test_the_first_pass_is_measured():
+    flops = ModelFlops(2, 16, 40, 104)
+    update = dataclasses.replace(one_update(), predicted_tokens=8)
+    assert update.record()["kept_fraction"] == update.masked_tokens / 8
+    measured, plain = (
+        StepMetrics(None, flops)._rates(each, 2.0)["model_flops_per_second"] for each in (update, one_update())
+    )
+    tokens = update.plan.sequences * 16
+    assert plain == flops.update(tokens, update.masked_tokens, 16) / 2
+    assert measured - plain == pytest.approx(flops.forward(tokens, 8, 16) / 2)
+    assert flops.update(100, 10, 16) == 3 * flops.forward(100, 10, 16)
 
 
 def test_the_first_pass_counts(capsys):

@@ -78,6 +78,40 @@ def test_a_step_that_fails_is_known_one_step_ahead(masked, monkeypatch):
     assert "train-00007.bin" in str(BatchFeed(masked, PLAN, 0, 3, 10).failure)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_updates_of_several_rounds_are_the_steps_of_the_stream(masked, workers):
+    """Batches that grow: 8, 8, 16, 32 and the rest of 68 sequences, in rounds of 4 on each of two ranks."""
+    rounds = BatchPlan(4, 1, 2)
+    feed = BatchFeed(masked, rounds, 1, 0, 9, workers)
+    begin = 0
+    for accumulation in (1, 1, 2, 4, 1):
+        expected = [masked.step_batches(begin + i, rounds, 1)[0] for i in range(accumulation)]
+        assert same(feed.take(accumulation, ahead=2 * accumulation), expected)
+        begin += accumulation
+    with pytest.raises(StopIteration):
+        feed.take()
+    feed.close()
+
+
+def test_rounds_that_fail_are_known_as_far_as_the_next_update_may_reach(masked, monkeypatch):
+    real = MaskedRows.step_batches
+
+    def breaking(self, step, plan, rank):
+        if step == 5:
+            raise RecipeError("the token file train-00007.bin is cut short")
+        return real(self, step, plan, rank)
+
+    monkeypatch.setattr(MaskedRows, "step_batches", breaking)
+    feed = BatchFeed(masked, BatchPlan(4, 1, 2), 0, 0, 20)
+    feed.take(1, ahead=2)
+    feed.take(1, ahead=2)
+    assert feed.failure is None  # rounds 2 and 3 are there
+    feed.take(1, ahead=4)
+    assert "train-00007.bin" in str(feed.failure)  # of rounds 3 to 6, which a batch of four would read
+    with pytest.raises(RecipeError, match=r"train-00007\.bin"):
+        feed.take(4)
+
+
 def exhaust(feed):
     for _ in range(20):
         feed.take()

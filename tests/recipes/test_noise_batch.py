@@ -34,8 +34,6 @@ def test_it_doubles_where_the_averaged_noise_scale_is_twice_the_batch():
 
 def test_signal_and_noise_are_averaged_apart():
     """Mean noise 10 over mean signal .2 is 50; the mean of the quotients 1000, 27 would be far above 2 x 32."""
-    rule = BatchFromNoise(32, 128, every=2, beta=0.0001)
-    rule.update(NoiseScale(0.01, 10.0))
     rule = BatchFromNoise(32, 128, every=2, beta=0.999999)
     for noise in (NoiseScale(0.01, 10.0), NoiseScale(0.39, 10.0)):
         rule.update(noise)
