@@ -153,8 +153,8 @@ class AdaShift(LayerwiseOptimizer):
             if group["reduction"] == "mean":
                 old = old / layers.elements
             layers.exp_avg_sq = beta2 * layers.exp_avg_sq + (1 - beta2) * old
-            denominator = (layers.exp_avg_sq / layers.correction).sqrt() + group["eps"]
-            layers.inverse = torch.where(layers.exp_avg_sq == 0, torch.zeros_like(denominator), 1 / denominator)
+            # Zero until the window is full, and never after: no gradient that is kept is zero everywhere.
+            layers.denominator = (layers.exp_avg_sq / layers.correction).sqrt() + group["eps"]
         if group["adapt"] is not False:
             yield self.norms
             layers.trust_ratio = TrustRule(layers.adapt, direction=1.0)(layers)
@@ -196,7 +196,7 @@ class AdaShift(LayerwiseOptimizer):
             denominator = (v / x.of(layers.correction)).sqrt_().add_(group["eps"])
             u = torch.where(v == 0, torch.zeros_like(m), m.div_(denominator))
         else:
-            u = m.mul_(x.of(layers.inverse))
+            u = m.div_(x.of(layers.denominator))
         u.add_(x.w, alpha=group["weight_decay"])
         return torch.where(x.of(layers.moves), u, torch.zeros_like(u))
 
