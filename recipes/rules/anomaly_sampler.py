@@ -83,7 +83,7 @@ class LadSampler(Sampler[int]):
             raise ValueError("labels must be given with a function or a group: they say how many samples there are")
         self.features = features if callable(features) else as_features(features)
         whole = len(self.features) if isinstance(self.features, torch.Tensor) and group is None else None
-        self.labels = as_labels(labels, len(labels) if whole is None else whole, classes).cpu()
+        self.labels = as_labels(labels, whole, classes).cpu()
         self.samples = len(self.labels)
         self.sample, self.anomalous, self.every, self.iterations = sample, anomalous, every, iterations
         self.classes, self.seed, self.drop_last, self.group = classes, seed, drop_last, group
