@@ -233,6 +233,7 @@ def sampler_errors() -> list[str]:
     where = {"num_replicas": 2, "rank": rank, "group": world}
     attempts = [
         lambda: LadSampler(x, labels),
+        lambda: LadSampler(lambda: x, labels, num_replicas=2, rank=rank),
         lambda: list(LadSampler(fails, labels, **where)),
         lambda: list(LadSampler(lambda: x[:100], labels, **where)),
         lambda: list(LadSampler(lambda: x[:106, : 3 + rank] if rank else x[:105, :3], labels, **where)),
@@ -251,8 +252,9 @@ def sampler_errors() -> list[str]:
 def test_samplers_are_refused_on_all_ranks(pool: WorkerPool, world_size: int) -> None:
     answers = pool.run(sampler_errors)
     assert answers[0] == answers[1]
-    several, failed, rows, width = answers[0]
+    several, alone, failed, rows, width = answers[0]
     assert several.startswith("there are several processes: give num_replicas and rank")
+    assert alone.startswith("features is a function and there are several processes: give group")
     assert failed == "features of rank 1 cannot be had: RuntimeError: out of memory"
     assert rows == "features must have 211 rows over all ranks, one per label, got [100, 100] by rank"
     assert width == "features must have the same number of columns on every rank, got [3, 4] by rank"
