@@ -98,10 +98,10 @@ def anomaly_scores(
         ValueError: On all ranks of the group, if features or labels have a wrong shape or numbers that are not finite,
             there are no samples, a class is empty, iterations is below 1, or ranks differ in features or options.
 
-    Source: score, threshold and limit are those of the authors' code (sreelekh/LAD, lib/lad_functions.py). It has the
-    variance over n - 1 and divides by all of a class's members, which shows where there are several classes; and it
-    moves samples to their nearest cluster after each round. Here labels stay, as they may be classes. The default of
-    iterations is unverified.
+    Source: score, threshold and quarter are those of the authors' code (sreelekh/LAD, lib/lad_functions.py at f8fb86d).
+    That has the variance over n - 1, of all samples where fewer than three members are left, and divides by the number
+    of all members, which shows where there are several classes; and it moves samples to their nearest cluster after
+    each round. Here labels stay, as they may be classes. The default of iterations is unverified.
     """
     rows = _gathered(features, labels, iterations, group, classes)
     regular = rows.sizes

@@ -48,7 +48,8 @@ class LadSampler(Sampler[int]):
         rank: This process, from 0 to num_replicas - 1; needed with num_replicas.
         drop_last: Leave out what does not fill all ranks, in place of repeating samples.
         group: Split the scoring over these ranks; every one of them must then begin the same epochs. None: each process
-            scores all, and a function must return the same numbers on every rank.
+            scores all. Needed for a function where there are several processes: models on two ranks may differ in
+            their last bits, and samples with them.
 
     Raises:
         ValueError: If an argument is out of range, or features and labels do not fit; also later, of a function's
@@ -83,12 +84,13 @@ class LadSampler(Sampler[int]):
             raise ValueError("labels must be given with a function or a group: they say how many samples there are")
         self.features = features if callable(features) else as_features(features)
         whole = len(self.features) if isinstance(self.features, torch.Tensor) and group is None else None
-        self.labels = as_labels(labels, len(labels) if whole is None else whole, classes).cpu()
+        self.labels = as_labels(labels, whole, classes).cpu()
         self.samples = len(self.labels)
         self.sample, self.anomalous, self.every, self.iterations = sample, anomalous, every, iterations
         self.classes, self.seed, self.drop_last, self.group = classes, seed, drop_last, group
         self._shared_by = num_replicas
         self.num_replicas, self.rank = _replicas(num_replicas, rank)
+        self._check_group()
         self._check_sizes()
         self.epoch = 0
         self._scores: torch.Tensor | None = None
@@ -113,6 +115,7 @@ class LadSampler(Sampler[int]):
         An epoch that was gone over to its end is followed by the next one, also without `set_epoch`.
         """
         _replicas(self._shared_by, self.rank)
+        self._check_group()
         if self._is_over:
             self.set_epoch(self.epoch + 1)
         self._taken, self._resume_at = self._resume_at, 0
@@ -238,6 +241,13 @@ class LadSampler(Sampler[int]):
         chosen = [max(1, int(self.anomalous * count)) for count in counts.tolist()]
         return dict(zip(labels.tolist(), chosen, strict=True))
 
+    def _check_group(self) -> None:
+        if callable(self.features) and self.group is None and _several_processes():
+            raise ValueError(
+                "features is a function and there are several processes: give group, over which its rows are split, so "
+                "that all have the same scores"
+            )
+
     def _check_sizes(self) -> None:
         if not self.samples:
             raise ValueError("features and labels must have at least one sample")
@@ -263,10 +273,14 @@ def _gathered(of_rank: Any, group: dist.ProcessGroup) -> list[Any]:
     return everyone
 
 
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _replicas(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     """Return how many processes share an epoch, and which this is."""
     if num_replicas is None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _several_processes():
             raise ValueError(
                 "there are several processes: give num_replicas and rank, those of torch.distributed if each process "
                 "has a loader of its own, or 1 and 0 if accelerate, the Trainer or another splits the loader's batches"

@@ -32,17 +32,23 @@ def as_features(features: Any) -> torch.Tensor:
     return x
 
 
-def as_labels(labels: Any, samples: int, classes: int | None) -> torch.Tensor:
+def as_labels(labels: Any, samples: int | None, classes: int | None) -> torch.Tensor:
     """Return the class of each sample as int64 (samples,), zeros if there are no labels.
+
+    Args:
+        labels: As given.
+        samples: How many there must be; None for any number.
+        classes: Number of classes, if that is given.
 
     Raises:
         ValueError: If they are not whole numbers, of another length, or not from 0 to classes - 1 where that is given.
     """
     if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 1):
         raise ValueError(f"classes must be a whole number of at least 1, or None, got {classes!r}")
-    found = torch.zeros(samples, dtype=torch.int64) if labels is None else _tensor("labels", labels)
-    if found.shape != (samples,):
-        raise ValueError(f"labels must have one number per sample, shape ({samples},), got {tuple(found.shape)}")
+    found = torch.zeros(samples or 0, dtype=torch.int64) if labels is None else _tensor("labels", labels)
+    if found.dim() != 1 or samples not in (None, len(found)):
+        expected = "samples" if samples is None else samples
+        raise ValueError(f"labels must have one number per sample, shape ({expected},), got {tuple(found.shape)}")
     whole = found.to(torch.int64)
     wrong = (whole != found).nonzero() if not found.is_complex() else found.new_zeros(1, 1, dtype=torch.int64)
     if len(wrong):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, skip_first_batches
 from torch.utils.data import DataLoader
 
 from trustratio.recipes.rules.anomalies import anomaly_scores
 from trustratio.recipes.rules.anomaly_sampler import LadSampler
 
 from ..anomaly_reference import lad, made_up
+from .accelerate_runs import fresh_accelerate
 from .pool import WorkerPool
 
 SAMPLES, FEATURES, CLASSES = 211, 5, 3
@@ -184,6 +186,40 @@ def test_ranks_share_the_epochs_of_one_process(pool: WorkerPool, split_scoring: 
     assert all(answer["sample"] == alone.training_sample().tolist() for answer in answers)
 
 
+def accelerated() -> dict[str, Any]:
+    """Runs on every rank: accelerate splits the batches, and goes to the next epoch by itself."""
+    with fresh_accelerate(False):
+        accelerator = Accelerator(cpu=True)
+
+        def prepared(state: dict[str, Any] | None = None) -> Any:
+            x, labels = made_up(SAMPLES, FEATURES, CLASSES)
+            sampler = LadSampler(x, labels, num_replicas=1, rank=0, **TABLE)
+            if state is not None:
+                sampler.load_state_dict(state)
+            return sampler, accelerator.prepare(DataLoader(range(SAMPLES), batch_size=7, sampler=sampler))
+
+        sampler, loader = prepared()
+        epochs = [torch.cat(list(loader)).tolist() for _ in range(3)]
+        _, again = prepared(sampler.state_dict(taken=0))
+        again.set_epoch(2)
+        rest = torch.cat(list(skip_first_batches(again, 2))).tolist()
+        return {"epochs": epochs, "rest": rest}
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_accelerate_splits_the_batches(pool: WorkerPool, world_size: int) -> None:
+    answers = pool.run(accelerated)
+    x, labels = made_up(SAMPLES, FEATURES, CLASSES)
+    alone = LadSampler(x, labels, num_replicas=1, rank=0, **TABLE)
+    for epoch in range(3):
+        order = list(alone)
+        parts = [answer["epochs"][epoch] for answer in answers]
+        assert parts[0][:7] + parts[1][:7] + parts[0][7:14] == order[:21]
+        assert set(parts[0] + parts[1]) == set(order)
+    for answer in answers:
+        assert answer["rest"] == answer["epochs"][2][14:]
+
+
 def sampler_errors() -> list[str]:
     """Runs on every rank."""
     x, labels = made_up(SAMPLES, FEATURES, CLASSES)
@@ -197,6 +233,7 @@ def sampler_errors() -> list[str]:
     where = {"num_replicas": 2, "rank": rank, "group": world}
     attempts = [
         lambda: LadSampler(x, labels),
+        lambda: LadSampler(lambda: x, labels, num_replicas=2, rank=rank),
         lambda: list(LadSampler(fails, labels, **where)),
         lambda: list(LadSampler(lambda: x[:100], labels, **where)),
         lambda: list(LadSampler(lambda: x[:106, : 3 + rank] if rank else x[:105, :3], labels, **where)),
@@ -215,8 +252,9 @@ def sampler_errors() -> list[str]:
 def test_samplers_are_refused_on_all_ranks(pool: WorkerPool, world_size: int) -> None:
     answers = pool.run(sampler_errors)
     assert answers[0] == answers[1]
-    several, failed, rows, width = answers[0]
+    several, alone, failed, rows, width = answers[0]
     assert several.startswith("there are several processes: give num_replicas and rank")
+    assert alone.startswith("features is a function and there are several processes: give group")
     assert failed == "features of rank 1 cannot be had: RuntimeError: out of memory"
     assert rows == "features must have 211 rows over all ranks, one per label, got [100, 100] by rank"
     assert width == "features must have the same number of columns on every rank, got [3, 4] by rank"

@@ -60,6 +60,22 @@ def test_equals_the_reference_on_any_table(seed, samples, features, classes, ite
     assert np.array_equal(anomalous.numpy(), expected_anomalous)
 
 
+@pytest.mark.parametrize(
+    ("samples", "classes", "seed", "iterations"),
+    [
+        (12, 1, 43, 1),  # the variance over N in place of N - 1 has one more at the threshold
+        (20, 5, 0, 2),  # classes with one and two regular members in the second round
+    ],
+)
+def test_equals_the_reference_where_few_samples_are_left(samples, classes, seed, iterations):
+    x, _ = made_up(samples, 6, 1, seed)
+    x, labels = x[:, 2:], np.arange(samples) % classes
+    expected, expected_anomalous = lad(x, labels, iterations)
+    scores, anomalous = anomaly_scores(x, labels, iterations)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9, atol=1e-12)
+    assert np.array_equal(anomalous.numpy(), expected_anomalous)
+
+
 def test_the_order_of_the_rows_does_not_show():
     """Also not in the last bit, which may carry a sample over the threshold."""
     x, labels = made_up(2000, 4, 3)
@@ -98,10 +114,19 @@ def test_classes_of_one_and_two_samples():
     assert scores[-1] == 1
 
 
-@pytest.mark.parametrize(
-    "x", [torch.full((8, 3), 0.1), torch.tensor([[-1.0], [1.0]] * 4), torch.ones(1, 2), torch.tensor([[0.1], [0.7]])]
-)
-def test_where_all_deviate_alike_nothing_is_anomalous(x):
+ALIKE = {
+    "constant": torch.full((8, 3), 0.1),
+    "one sample": torch.ones(1, 2),
+    "two kinds": torch.tensor([[-1.0], [1.0]] * 4),
+    "two kinds, but for rounding": torch.rand(
+        2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).repeat(2, 1),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_where_all_deviate_alike_nothing_is_anomalous(case):
+    x = ALIKE[case]
     scores, anomalous = anomaly_scores(x)
     assert scores.tolist() == [0.0] * len(x)
     assert not anomalous.any()

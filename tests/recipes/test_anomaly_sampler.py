@@ -258,6 +258,8 @@ def test_bad_tables_are_named():
         LadSampler(torch.ones(0, 3))
     with pytest.raises(ValueError, match="labels must be given with a function"):
         LadSampler(lambda: X)
+    with pytest.raises(ValueError, match=r"labels must have one number per sample, shape \(samples,\), got \(\)"):
+        LadSampler(lambda: X, 5)
     with pytest.raises(ValueError, match="a row for each of the 200 labels, got 100"):
         list(LadSampler(lambda: X[:100], LABELS))
     with pytest.raises(ValueError, match="got inf in row 0"):

@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from trustratio.recipes.rules.anomaly_sampler import LadSampler
 from trustratio.recipes.studies import protein_matches, tabular
 from trustratio.recipes.studies.protein_matches import Table, load_matches
 from trustratio.recipes.studies.sampling import row_order, thinned
@@ -98,6 +99,38 @@ def test_a_run_is_reported_and_not_repeated(small, tmp_path, monkeypatch, capsys
     assert output.with_suffix(".md").read_text() == table
     assert tabular.main([*command, "--epochs", "4"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_rows_are_drawn_in_two_ways_at_as_many_updates(small, tmp_path, monkeypatch):
+    """A file of before, whose runs have no sampling, is that of uniform ones and goes on."""
+    output = tmp_path / "table"
+    low = {128: (0.1, 0.2, 0.4)}
+    found = {"sgd": tabular.Candidate("SGD", tabular.candidates()["sgd"].build, low)}
+    monkeypatch.setattr(tabular, "candidates", lambda: found)
+    command = ["--batches", "128", "--epochs", "3", "--seeds", "1", "--output", str(output), "--optimizers", "sgd"]
+    assert tabular.main(command) == 0
+    path = output.with_suffix(".json")
+    before = json.loads(path.read_text())
+    older = [{key: value for key, value in run.items() if key != "sampling"} for run in before["runs"]]
+    path.write_text(json.dumps({**before, "runs": older}))
+    assert tabular.main([*command, "--sampling", "uniform", "lad"]) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert runs[: len(older)] == before["runs"]
+    drawn = runs[len(older) :]
+    assert {(run["sampling"], run["sample"], run["anomalous"], run["steps"]) for run in drawn} == {
+        ("lad", 0.5, 0.1, 23)
+    }
+    table = output.with_suffix(".md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| SGD", "| SGD, LAD sample"]
+    assert table[2].split(" | ")[1] != table[3].split(" | ")[1]
+
+
+def test_batches_of_a_sampler_go_through_its_epochs(small):
+    data = tabular.load_matches().train
+    batches = tabular.rows_in_turn(data, "lad", batch=300, seed=1)
+    taken = torch.cat([next(batches) for _ in range(5)]).tolist()
+    sampler = LadSampler(data.features, data.labels, sample=0.5, anomalous=0.1, seed=1)
+    assert taken == [index for _ in range(3) for index in sampler]
 
 
 def test_how_a_batch_is_cut_does_not_change_the_run(small, monkeypatch):
