@@ -26,7 +26,7 @@ from .sharding.layout import Layout
 from .sharding.moved_weights import MovedWeights
 from .sharding.observed import innermost
 
-__all__ = ["Extrapolation"]
+__all__ = ["Extrapolation", "check_options"]
 
 DIRECTIONS = ("gradient", "own_gradient", "noise")
 
@@ -89,9 +89,7 @@ class Extrapolation:
         seed: int = 0,
         model: torch.nn.Module | None = None,
     ):
-        check_choice("direction", direction, DIRECTIONS)
-        check_choice("noise", noise, tuple(DISTRIBUTIONS))
-        check_range("seed", seed)
+        check_options(step_size, direction, noise=noise, seed=seed)
         self.step_size = step_size
         self._optimizer = _checked(optimizer)
         self._direction = direction
@@ -304,6 +302,14 @@ class Extrapolation:
 
     def _ids_of_call(self) -> set[int]:
         return {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
+
+
+def check_options(step_size: Any, direction: Any, *, noise: Any = "gaussian", seed: Any = 0) -> None:
+    """Raise ValueError if an option of `Extrapolation` is out of range."""
+    check_range("step_size", step_size, 0.0)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("noise", noise, tuple(DISTRIBUTIONS))
+    check_range("seed", seed)
 
 
 def _displacement(

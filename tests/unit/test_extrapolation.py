@@ -255,7 +255,7 @@ def test_a_layer_without_gradient_and_a_frozen_one_stay() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"step_size": -0.1}, r"step_size must be a number in \[0, inf\), got -0.1"),
+        ({"step_size": -0.1}, r"step_size must be in \[0, inf\), got -0.1"),
         ({"step_size": math.nan}, "step_size must be"),
         ({"step_size": "much"}, "step_size must be"),
         ({"direction": "momentum"}, "direction must be one of 'gradient', 'own_gradient', 'noise', got 'momentum'"),
