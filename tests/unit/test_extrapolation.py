@@ -230,6 +230,7 @@ def test_gradients_that_are_not_finite_count_as_zero() -> None:
         with extrapolation:
             assert model.w[0] == keep[0]
             assert model.w[1] != keep[1]
+        extrapolation.remove()
 
 
 def test_a_layer_without_gradient_and_a_frozen_one_stay() -> None:
@@ -337,6 +338,56 @@ def _knows_none(optimizer: Any, model: Any) -> Any:
     from trustratio.optimizers.sharding.observed import ObservedOptimizer
 
     return ObservedOptimizer(optimizer, [])
+
+
+def test_another_optimizer_of_the_same_parameters_is_noticed() -> None:
+    model = Quadratic()
+    given, other = sgd(model), sgd(model)
+    extrapolation = Extrapolation(given, 0.1, "noise")
+    sgd(Quadratic()).step()
+    with pytest.warns(UserWarning, match="was given SGD, but SGD steps its parameters: give it what the wrapper"):
+        other.step()
+    other.step()
+    extrapolation.attach(model)
+    model()
+    with pytest.raises(RuntimeError, match="was given SGD, but AdamW steps"):
+        torch.optim.AdamW(model.parameters()).step()
+    extrapolation.remove()
+    sgd(model).step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Has another step, and moves the weights besides."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.5)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_wrapper_that_moves_weights_besides(attach: bool) -> None:
+    model = Quadratic()
+    inner = sgd(model)
+    outer = Lookahead(inner)
+    extrapolation = Extrapolation(outer, 0.25)
+    if attach:
+        extrapolation.attach(model)
+        train(model, outer, 2)
+    else:
+        for _ in range(2):
+            step(model, outer, extrapolation)
+    w, last = torch.tensor([1.0, -2.0]).double(), 0.0
+    for _ in range(2):
+        gradient = w - 0.25 * last
+        w, last = 0.5 * (w - 0.1 * gradient), gradient
+    assert torch.allclose(model.w, w)
 
 
 # A model that is attached --------------------------------------------------------------------------------------------
