@@ -7,6 +7,7 @@ It is no optimizer, and goes around any. Where it moves weights is said in `disp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from .displacements.displacement import Displacement, Scaler
 from .displacements.layer_noise import DISTRIBUTIONS, LayerNoise
 from .displacements.own_gradient import OwnGradient
 from .displacements.previous_gradient import PreviousGradient
+from .displacements.replaced import ReplacedWatch
 from .displacements.step_hooks import StepHooks
 from .displacements.step_layout import StepLayout
 from .formulas.hyperparameters import check_choice, check_range
@@ -26,7 +28,7 @@ from .sharding.layout import Layout
 from .sharding.moved_weights import MovedWeights
 from .sharding.observed import innermost
 
-__all__ = ["Extrapolation"]
+__all__ = ["Extrapolation", "check_options"]
 
 DIRECTIONS = ("gradient", "own_gradient", "noise")
 
@@ -72,6 +74,9 @@ class Extrapolation:
         seed: Of the noise.
         model: Names the layers of an optimizer of another package; by default the modules of the process are looked at.
 
+    Warns if another optimizer steps the parameters, as one that DeepSpeed has put in its place, and raises RuntimeError
+    where that would step weights that are away.
+
     Raises:
         ValueError: If an argument is out of range.
         TypeError: If `optimizer` is none of torch's, and wraps none.
@@ -89,9 +94,7 @@ class Extrapolation:
         seed: int = 0,
         model: torch.nn.Module | None = None,
     ):
-        check_choice("direction", direction, DIRECTIONS)
-        check_choice("noise", noise, tuple(DISTRIBUTIONS))
-        check_range("seed", seed)
+        check_options(step_size, direction, noise=noise, seed=seed)
         self.step_size = step_size
         self._optimizer = _checked(optimizer)
         self._direction = direction
@@ -104,6 +107,7 @@ class Extrapolation:
         self._has_moved = self._has_seen = False
         self._stepped: set[int] = set()  # ids of the tensors stepped since the last move
         self._loaded: dict[str, Any] | None = None
+        self._replaced = ReplacedWatch(self._optimizer, model, self._another_steps)
         self._hooks = StepHooks(self._optimizer, self._before_step, self._see, self._after_step, self._before_state)
 
     @property
@@ -185,6 +189,7 @@ class Extrapolation:
         """Detach, look at steps no more, and free what was kept."""
         self.detach()
         self._hooks.remove()
+        self._replaced.remove()
         self._displacement.remove()
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
@@ -302,8 +307,26 @@ class Extrapolation:
             )
         self._restore()
 
+    def _another_steps(self, other: str) -> None:
+        problem = (
+            f"Extrapolation was given {type(self._optimizer).__name__}, but {other} steps its parameters: give it what "
+            'the wrapper has returned, or train with your own optimizer (no "optimizer" section in the DeepSpeed '
+            'config, and "zero_force_ds_cpu_optimizer": false)'
+        )
+        if self.is_moved:
+            raise RuntimeError(problem)
+        warnings.warn(problem, stacklevel=6)
+
     def _ids_of_call(self) -> set[int]:
         return {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
+
+
+def check_options(step_size: Any, direction: Any, *, noise: Any = "gaussian", seed: Any = 0) -> None:
+    """Raise ValueError if an option of `Extrapolation` is out of range."""
+    check_range("step_size", step_size, 0.0)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("noise", noise, tuple(DISTRIBUTIONS))
+    check_range("seed", seed)
 
 
 def _displacement(

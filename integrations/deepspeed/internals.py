@@ -9,7 +9,7 @@
                             fp32_groups_has_gradients, update_lp_params
     ZeRO-3                  fp32_partitioned_groups_flat, fp16_groups, sub_group_to_group_id,           0.16
                             grad_position, get_param_id, micro_step_id,
-                            _reassign_or_swap_out_partitioned_parameters
+                            _reassign_or_swap_out_partitioned_parameters, persistent_parameters
                             sub_group_process_groups                                                    after 0.19.0
     ZeRO-1, 2, 3            _global_grad_norm, clip_grad                                                0.16
                             torch_autocast_gradscaler; before it there was no such scaler               0.17
@@ -42,6 +42,7 @@ try:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero import utils as zero_utils
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import groups as process_groups
@@ -146,10 +147,14 @@ def master_copies(wrapper: FP16_UnfusedOptimizer) -> Iterator[tuple[torch.Tensor
 def publish(wrapper: DeepSpeedOptimizer) -> None:
     """Bring the model's parameters up to date after the fp32 weights were changed between steps."""
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        persistent = INTERNALS.read(wrapper, "persistent_parameters")
+        # Within a checkpoint they are partitioned like the others, and have to stay so.
+        is_between_steps = all(one.ds_status is ZeroParamStatus.AVAILABLE for one in persistent)
         wrapper.checkpoint_event_prologue()
         for sub_group in range(len(flat_tensors(wrapper))):
             INTERNALS.read(wrapper, "_reassign_or_swap_out_partitioned_parameters")(sub_group)
-        wrapper.checkpoint_event_epilogue()
+        if is_between_steps:
+            wrapper.checkpoint_event_epilogue()
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         INTERNALS.read(wrapper, "update_lp_params")()
     elif isinstance(wrapper, FP16_UnfusedOptimizer):

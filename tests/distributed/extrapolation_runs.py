@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import Extrapolation
+from trustratio.optimizers.displacements import layer_noise
 from trustratio.optimizers.displacements.counter_noise import gaussian, key_of, uniform
 from trustratio.optimizers.sharding.local_tensors import local_part
 
@@ -159,17 +161,79 @@ def train(case: Case, wrapped: Wrapped, plan: Plan) -> dict[str, Any]:
     """Train the case; return the weights, and whether contexts have left them as they were."""
     with training(case, wrapped, plan) as run:
         run.train(0, case.steps)
-        before, locals_before = run.weights(), local_weights(run)
-        moved = before
-        if plan.contexts != "attached":
-            with run.extrapolation:
-                moved = run.weights()
-        after = run.weights()
-        return {
-            "weights": {name: w.float() for name, w in before.items()},
-            "moved": moved,
-            "comes_back": same(before, after) and same(locals_before, local_weights(run)),
-        }
+        return result(run)
+
+
+def result(run: Training) -> dict[str, Any]:
+    before, locals_before = run.weights(), local_weights(run)
+    moved = before
+    if run.plan.contexts != "attached":
+        with run.extrapolation:
+            moved = run.weights()
+    after = run.weights()
+    return {
+        "weights": {name: w.float() for name, w in before.items()},
+        "moved": moved,
+        "comes_back": same(before, after) and same(locals_before, local_weights(run)),
+    }
+
+
+def train_with_overflow(case: Case, plan: Plan, overflow: tuple[int, ...]) -> dict[str, Any]:
+    """Train the case under ZeRO, with a further step of infinite gradients before each of those."""
+    with training(case, Wrapped(), plan) as run:
+        for step in range(case.steps):
+            if step in overflow:
+                run.case = replace(case, overflow=overflow)
+                run.train(step, step + 1)
+                assert run.extrapolation.is_moved == (plan.contexts == "attached")
+                run.case = case
+            run.train(step, step + 1)
+        assert run.engine.skipped_steps == len(overflow)
+        return result(run)
+
+
+def train_by_local_norms(case: Case, wrapped: Wrapped, plan: Plan) -> dict[str, Any]:
+    """What everybody else does: noise as large as what is here of a layer."""
+    exact = layer_noise._root_mean_squares
+    layer_noise._root_mean_squares = lambda layout: exact(replace(layout, reductions=()))
+    try:
+        return train(case, wrapped, plan)
+    finally:
+        layer_noise._root_mean_squares = exact
+
+
+EXAMPLE = (((0.1, -0.2), (0.0, 0.1), (-0.1, 0.0)), ((-0.1, 0.2), (0.2, -0.1), (0.1, 0.1)))
+"""What is added to the gradient of each worker in each step."""
+
+
+class Point(torch.nn.Module):
+    """½ (w₁² + 10 w₂²), with noise in the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        curvature = torch.tensor([1.0, 10.0], dtype=torch.float64)
+        return (curvature / 2 * self.w.square() + noise * self.w).sum()
+
+
+def two_workers() -> dict[str, Any]:
+    """Weights after each step of the worked example, and this worker's gradients."""
+    model = Point()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    extrapolation = Extrapolation(optimizer, 0.03, "own_gradient")
+    gradients: list[Any] = []
+    model.w.register_hook(lambda gradient: gradients.append(gradient.tolist()))
+    weights = []
+    for noise in EXAMPLE[dist.get_rank()]:
+        optimizer.zero_grad()
+        with extrapolation:
+            parallel(torch.tensor(noise, dtype=torch.float64)).backward()
+        optimizer.step()
+        weights.append(model.w.tolist())
+    return {"gradients": gradients, "weights": weights}
 
 
 def local_weights(run: Training) -> Weights:

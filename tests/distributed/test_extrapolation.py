@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from ..reference import relative_error
 from .cases import Case, initial_weights
 from .exactness import BOUND
-from .extrapolation_runs import Plan, reference, train
+from .extrapolation_runs import Plan, reference, train, train_by_local_norms, train_with_overflow, two_workers
 from .norms_runs import Wrapped
-from .pool import WorkerPool
+from .pool import CaseFailed, WorkerPool
 from .test_exactness import OFFLOAD
 from .test_layer_norms import make_case
 
@@ -47,8 +49,7 @@ def assert_extrapolated(case: Case, plan: Plan, answers: list[dict[str, Any]]) -
         assert answer["comes_back"]
 
 
-@pytest.mark.parametrize("contexts", ["each", "attached"])
-@pytest.mark.parametrize("name", ["lamb", "torch.AdamW"])
+@pytest.mark.parametrize(("name", "contexts"), [("lamb", "each"), ("torch.AdamW", "attached")])
 @pytest.mark.parametrize("direction", ["gradient", "noise"])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -59,3 +60,112 @@ def test_it_equals_its_reference(
     case = make_case(name, stage, **{"steps": 4, **changes})
     plan = Plan(direction, contexts=contexts, named=name.startswith("torch."))
     assert_extrapolated(case, plan, pool.run(train, case, wrapped, plan))
+
+
+@pytest.mark.parametrize("contexts", ["each", "all", "attached"])
+@pytest.mark.parametrize("direction", ["gradient", "noise"])
+@pytest.mark.parametrize("sharding", ["ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2])
+def test_micro_batches_of_a_step_see_the_same_weights(
+    pool: WorkerPool, sharding: str, direction: str, contexts: str, world_size: int
+) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("lamb", stage, **{"steps": 3, "accumulation": 2, **changes})
+    plan = Plan(direction, contexts=contexts, noise="uniform")
+    assert_extrapolated(case, plan, pool.run(train, case, wrapped, plan))
+
+
+@pytest.mark.parametrize("contexts", ["each", "attached"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("sharding", ["dense", "ddp", "ZeRO-0", "ZeRO-1"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_move_by_their_own_gradients(
+    pool: WorkerPool, sharding: str, accumulation: int, contexts: str, world_size: int
+) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("lamb", stage, **{"steps": 4, "accumulation": accumulation, **changes})
+    plan = Plan("own_gradient", contexts=contexts)
+    answers = pool.run(train, case, wrapped, plan)
+    assert_extrapolated(case, plan, answers)
+    if stage != "dense" and contexts == "each":
+        assert not torch.equal(answers[0]["moved"]["dense"], answers[1]["moved"]["dense"])
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3", "fsdp1", "fsdp2", "megatron"])
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_that_have_a_part_have_no_own_gradient(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    with pytest.raises(CaseFailed, match=r"leaves each rank a part of the gradients, .* or ZeRO-1"):
+        pool.run(train, make_case("lamb", stage, **changes), wrapped, Plan("own_gradient"))
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_layers_that_one_rank_has_are_refused(pool: WorkerPool, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match="ZeroRedundancyOptimizer has each rank step layers of its own"):
+        pool.run(train, make_case("torch.AdamW", "redundancy"), Wrapped("redundancy"), Plan())
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-1", "ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("world_size", [2])
+def test_the_gradient_is_the_clipped_one(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("lamb", stage, clipping=1.0, **changes)
+    answers = pool.run(train, case, wrapped, Plan())
+    assert_extrapolated(case, Plan(), answers)
+    with pytest.raises(AssertionError):
+        assert_extrapolated(replace(case, clipping=0.0), Plan(), answers)
+
+
+@pytest.mark.parametrize("sharding", ["dense", "ddp", "ZeRO-1", "ZeRO-2", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_layer_without_gradient_does_not_move_by_it(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    """Not on stage 3: DeepSpeed 0.19.8 hands over the gradient of an earlier step there."""
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("lamb", stage, skipped={1: ("dense", "bias"), 3: ("conv",)}, **{"steps": 4, **changes})
+    assert_extrapolated(case, Plan(), pool.run(train, case, wrapped, Plan()))
+
+
+@pytest.mark.parametrize(
+    ("direction", "stage"),
+    [*((name, stage) for name in ("gradient", "noise") for stage in (1, 2, 3)), ("own_gradient", 1)],
+)
+@pytest.mark.parametrize("contexts", ["each", "attached"])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_step_that_overflows_leaves_no_trace(
+    pool: WorkerPool, stage: int, direction: str, contexts: str, world_size: int
+) -> None:
+    """In fp16, where the loss scale multiplies gradients: after it the run goes on as one without that step."""
+    scale = {"fp16": {"enabled": True, "loss_scale": 16.0}}
+    case = make_case("lamb", stage, dtype="fp16", config=scale, steps=4)
+    plan = Plan(direction, contexts=contexts)
+    undisturbed = pool.run(train_with_overflow, case, plan, ())
+    disturbed = pool.run(train_with_overflow, case, plan, (2,))
+    for one, other in zip(undisturbed, disturbed, strict=True):
+        assert all(torch.equal(one["weights"][name], w) for name, w in other["weights"].items())
+        assert one["comes_back"]
+        assert other["comes_back"]
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-1", "ZeRO-3", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2])
+def test_noise_by_local_norms_is_caught(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case, plan = make_case("lamb", stage, **changes), Plan("noise")
+    answers = pool.run(train_by_local_norms, case, wrapped, plan)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_extrapolated(case, plan, answers)
+
+
+# Two workers, each at its own gradient: f = ½(w₁² + 10 w₂²), a rate of 0.1, a step size of 0.03, from (1, 1).
+@pytest.mark.parametrize("world_size", [2])
+def test_the_worked_example(pool: WorkerPool, world_size: int) -> None:
+    answers = pool.run(two_workers)
+    assert answers[0]["gradients"][0] == pytest.approx([1.1, 9.8])
+    assert answers[1]["gradients"][0] == pytest.approx([0.9, 10.2])
+    assert answers[0]["gradients"][1] == pytest.approx([0.867, -2.84])
+    assert answers[1]["gradients"][1] == pytest.approx([1.073, -3.16])
+    assert answers[0]["gradients"][2] == pytest.approx([0.67699, 3.852])
+    assert answers[1]["gradients"][2] == pytest.approx([0.87081, 4.048])
+    for answer in answers:
+        for found, wanted in zip(answer["weights"], ((0.9, 0.0), (0.803, 0.3), (0.72561, -0.095)), strict=True):
+            assert found == pytest.approx(wanted, abs=1e-12)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from trustratio.integrations.layer_norms import main
-from trustratio.optimizers import LAMB
+from trustratio.optimizers import LAMB, Extrapolation
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -134,3 +134,19 @@ def test_two_ranks_print_the_norms_of_one_and_leave_a_file(tmp_path: Path) -> No
         assert printed == pytest.approx(moved, rel=1e-3)
     assert main(["report", str(tmp_path / "layer_norms.jsonl")]) == 0
     assert "20 measured steps up to step 20; 4 layers" in (tmp_path / "layer_norms.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_extrapolate_like_one(tmp_path: Path) -> None:
+    losses, ratios = printed_steps(run(command(FOLDER / "extrapolation.py"), tmp_path))
+    assert len(losses) == len(ratios) == STEPS
+    assert losses[-1] < 0.6 * losses[0]
+    model, x = model_and_samples()
+    optimizer = LAMB(model.named_parameters(), lr=0.02, weight_decay=0.0)
+    extrapolation = Extrapolation(optimizer, step_size=0.01)
+    for printed in ratios:
+        with extrapolation:
+            torch.nn.functional.mse_loss(model(x), x.sin().sum(1, keepdim=True)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert printed == pytest.approx(optimizer.trust_ratios(), rel=1e-3)

@@ -1,0 +1,532 @@
+"""Extrapolation on one process: where gradients are taken, what it survives, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from trustratio.optimizers import LAMB, Extrapolation, LayoutError, TrustRatio
+
+
+class Quadratic(torch.nn.Module):
+    """½ L ‖w‖², and a layer of its own shape besides."""
+
+    def __init__(self, curvature: float = 1.0, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype))
+        self.matrix = torch.nn.Parameter(torch.arange(6, dtype=dtype).view(2, 3) + 1)
+        self.curvature = curvature
+
+    def forward(self) -> torch.Tensor:
+        return self.curvature / 2 * (self.w.square().sum() + self.matrix.square().sum())
+
+
+def sgd(model: torch.nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def step(model: Quadratic, optimizer: Any, extrapolation: Extrapolation) -> torch.Tensor:
+    """Take a step; return where its gradient was taken."""
+    optimizer.zero_grad()
+    with extrapolation:
+        there = model.w.detach().clone()
+        model().backward()
+    optimizer.step()
+    return there
+
+
+def descend(rate: float, step_size: float, curvature: float) -> float:
+    model = Quadratic(curvature)
+    optimizer = sgd(model, rate)
+    extrapolation = Extrapolation(optimizer, step_size)
+    for _ in range(400):
+        step(model, optimizer, extrapolation)
+    return model.w.norm().item()
+
+
+@pytest.mark.parametrize(("rate", "curvature"), [(0.1, 10.0), (0.02, 3.0)])
+def test_the_bound_of_stability(rate: float, curvature: float) -> None:
+    """(γ + 2 · step_size) L < 2."""
+    assert descend(rate, (1.9 / curvature - rate) / 2, curvature) < 1e-3
+    assert descend(rate, (2.1 / curvature - rate) / 2, curvature) > 1e3
+
+
+def test_gradients_are_taken_behind_the_last_one() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.25)
+    assert torch.equal(step(model, optimizer, extrapolation), torch.tensor([1.0, -2.0]).double())
+    before = model.w.detach().clone()
+    assert torch.allclose(before, torch.tensor([0.9, -1.8]).double())
+    last = torch.tensor([1.0, -2.0]).double()
+    assert torch.equal(step(model, optimizer, extrapolation), before - 0.25 * last)
+    assert torch.equal(model.w.detach(), before - 0.1 * (before - 0.25 * last))
+
+
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_back_to_the_bit(direction: str, dtype: torch.dtype) -> None:
+    model = Quadratic(dtype=dtype)
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    extrapolation = Extrapolation(optimizer, 0.3, direction)
+    for _ in range(3):
+        step(model, optimizer, extrapolation)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with extrapolation:
+            assert extrapolation.is_moved
+            assert all(not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient", "noise"])
+def test_a_step_size_of_zero_trains_as_without(direction: str) -> None:
+    plain, model = Quadratic(), Quadratic()
+    optimizer, other = LAMB(model.named_parameters(), lr=0.1), LAMB(plain.named_parameters(), lr=0.1)
+    extrapolation = Extrapolation(optimizer, 0.0, direction)
+    for _ in range(3):
+        step(model, optimizer, extrapolation)
+        other.zero_grad()
+        plain().backward()
+        other.step()
+    assert torch.equal(model.matrix, plain.matrix)
+
+
+@pytest.mark.parametrize(
+    "make", [LAMB, lambda p, lr: TrustRatio(torch.optim.Adam, p, lr=lr)], ids=["LAMB", "TrustRatio"]
+)
+def test_any_optimizer_with_several_groups(make: Any) -> None:
+    model = Quadratic()
+    optimizer = make([{"params": [model.w]}, {"params": [model.matrix]}], lr=0.1)
+    extrapolation = Extrapolation(optimizer, 0.25)
+    step(model, optimizer, extrapolation)
+    before, gradient = model.matrix.detach().clone(), model.matrix.grad.clone()
+    with extrapolation:
+        assert torch.equal(model.matrix, before - 0.25 * gradient)
+
+
+def test_noise_is_as_large_as_each_layer() -> None:
+    model = torch.nn.ModuleDict({"large": torch.nn.Linear(200, 100), "small": torch.nn.Linear(100, 50)})
+    with torch.no_grad():
+        model["small"].weight.mul_(1e-3)
+        model["small"].bias.zero_()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    extrapolation = Extrapolation(torch.optim.SGD(model.parameters(), lr=0.1), 0.1, "noise", model=model)
+    with extrapolation:
+        moves = {name: (p.detach() - before[name]).norm() for name, p in model.named_parameters()}
+    for name in ("large.weight", "small.weight"):
+        assert (moves[name] / before[name].norm()).item() == pytest.approx(0.1, rel=0.03)
+    assert moves["small.bias"] == 0
+
+
+def test_noise_is_drawn_anew_after_each_step_only() -> None:
+    model = Quadratic()
+    optimizer = sgd(model, lr=0.0)
+    extrapolation = Extrapolation(optimizer, 0.1, "noise")
+
+    def there() -> torch.Tensor:
+        with extrapolation:
+            return model.matrix.detach().clone()
+
+    first = there()
+    assert torch.equal(there(), first)
+    model().backward()
+    optimizer.step()
+    second = there()
+    assert not torch.equal(second, first)
+    assert torch.equal(there(), second)
+    other = Extrapolation(optimizer, 0.1, "noise", seed=1)
+    with other:
+        assert not torch.equal(model.matrix, first)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_closure_within_the_step() -> None:
+    """As torch.optim.LBFGS needs it: the gradient that the closure made is the last one."""
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.25)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        with extrapolation:
+            loss = model()
+            loss.backward()
+        return loss
+
+    for given in ((closure,), ()):
+        before = model.w.detach().clone()
+        optimizer.step(*given, **({} if given else {"closure": closure}))
+        gradient = model.w.grad.clone()
+        assert torch.equal(model.w, before - 0.1 * gradient)
+        with extrapolation:
+            assert torch.equal(model.w, before - 0.1 * gradient - 0.25 * gradient)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient"])
+def test_the_last_gradient_is_without_the_loss_scale(direction: str, fused: bool) -> None:
+    model = Quadratic(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    extrapolation = Extrapolation(optimizer, 0.25, direction)
+    moves = []
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        before = model.w.detach().clone()
+        with extrapolation:
+            moves.append(before - model.w.detach())
+            there = model.w.detach().clone()
+            scaler.scale(model() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1.0:
+            gradient = there
+            with extrapolation:
+                after = model.w.detach().clone()
+            assert torch.allclose(model.w - after, 0.25 * gradient, rtol=1e-5)
+    # The step of infinite gradients was left out, and the one before counts on.
+    assert torch.equal(moves[1], moves[2])
+    assert moves[1].any()
+
+
+def test_the_gradient_of_micro_batches_that_were_dropped_is_none_of_the_own_one() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.25, "own_gradient")
+    for set_to_none in (True, False):
+        model().backward()
+        optimizer.zero_grad(set_to_none)
+        before = model.w.detach().clone()
+        for _ in range(2):
+            (model() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = model.w.detach().clone()
+        with extrapolation:
+            assert torch.allclose(after - model.w, 0.25 * before)
+
+
+def test_gradients_that_are_not_finite_count_as_zero() -> None:
+    """For whoever takes no step with them; else the weights would be NaN from the next forward on."""
+    model = Quadratic()
+    for direction in ("gradient", "own_gradient"):
+        optimizer = sgd(model, lr=0.0)
+        extrapolation = Extrapolation(optimizer, 0.25, direction)
+        optimizer.zero_grad()
+        (model() + model.w[0] * math.nan).backward()
+        with torch.no_grad():
+            keep = model.w.clone()
+        optimizer.step()
+        with torch.no_grad():
+            model.w.copy_(keep)
+        with extrapolation:
+            assert model.w[0] == keep[0]
+            assert model.w[1] != keep[1]
+        extrapolation.remove()
+
+
+def test_a_layer_without_gradient_and_a_frozen_one_stay() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.25)
+    step(model, optimizer, extrapolation)
+    optimizer.zero_grad()
+    model.w.square().sum().backward()
+    optimizer.step()
+    before = model.matrix.detach().clone()
+    with extrapolation:
+        assert torch.equal(model.matrix, before)
+    model.matrix.requires_grad_(False)
+    with Extrapolation(optimizer, 0.25, "noise"):
+        assert torch.equal(model.matrix, before)
+        assert not torch.equal(model.w, model.w.grad)
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step_size": -0.1}, r"step_size must be in \[0, inf\), got -0.1"),
+        ({"step_size": math.nan}, "step_size must be"),
+        ({"step_size": "much"}, "step_size must be"),
+        ({"direction": "momentum"}, "direction must be one of 'gradient', 'own_gradient', 'noise', got 'momentum'"),
+        ({"noise": "cauchy"}, "noise must be one of 'gaussian', 'uniform', got 'cauchy'"),
+        ({"seed": None}, "seed must be"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Extrapolation(sgd(Quadratic()), **{"step_size": 0.1, **arguments})
+    extrapolation = Extrapolation(sgd(Quadratic()), 0.1)
+    if "step_size" in arguments:
+        with pytest.raises(ValueError, match="step_size"):
+            extrapolation.step_size = arguments["step_size"]
+        assert extrapolation.step_size == 0.1
+
+
+def test_what_is_no_optimizer() -> None:
+    with pytest.raises(TypeError, match=r"needs a torch.optim.Optimizer, .* got Linear"):
+        Extrapolation(torch.nn.Linear(2, 2), 0.1)
+
+
+def test_contexts_are_not_nested_and_a_forgotten_one_is_noticed() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.1)
+    step(model, optimizer, extrapolation)
+    before = model.w.detach().clone()
+    extrapolation.__enter__()  # and nobody leaves it
+    with pytest.raises(RuntimeError, match="extrapolated already: leave the context"):
+        extrapolation.__enter__()
+    for wrong in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({})):
+        with pytest.raises(RuntimeError, match="where the weights are extrapolated"):
+            wrong()
+    assert not torch.equal(model.w, before)
+    extrapolation.__exit__(None)
+    assert torch.equal(model.w, before)
+    optimizer.step()
+
+
+def test_an_error_within_the_context_gives_the_weights_back() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.1)
+    step(model, optimizer, extrapolation)
+    before = model.w.detach().clone()
+    with pytest.raises(ArithmeticError), extrapolation:
+        raise ArithmeticError
+    assert torch.equal(model.w, before)
+    with extrapolation:
+        pass
+
+
+def test_the_original_weights_within_a_context() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.1)
+    step(model, optimizer, extrapolation)
+    before = model.w.detach().clone()
+    with extrapolation:
+        there = model.w.detach().clone()
+        with extrapolation.original():
+            assert torch.equal(model.w, before)
+            optimizer.state_dict()
+        assert torch.equal(model.w, there)
+    assert torch.equal(model.w, before)
+
+
+def test_optimizers_that_nobody_explains_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper that is not known steps copies, of which the model would not follow."""
+    copies = [torch.nn.Parameter(torch.ones(2))]
+    extrapolation = Extrapolation(torch.optim.SGD(copies, lr=0.1), 0.1, "noise")
+    monkeypatch.setattr("trustratio.optimizers.displacements.step_layout.observed", _knows_none)
+    with pytest.raises(LayoutError), extrapolation:
+        pass
+
+
+def _knows_none(optimizer: Any, model: Any) -> Any:
+    from trustratio.optimizers.sharding.observed import ObservedOptimizer
+
+    return ObservedOptimizer(optimizer, [])
+
+
+def test_another_optimizer_of_the_same_parameters_is_noticed() -> None:
+    model = Quadratic()
+    given, other = sgd(model), sgd(model)
+    extrapolation = Extrapolation(given, 0.1, "noise")
+    sgd(Quadratic()).step()
+    with pytest.warns(UserWarning, match="was given SGD, but SGD steps its parameters: give it what the wrapper"):
+        other.step()
+    other.step()
+    extrapolation.attach(model)
+    model()
+    with pytest.raises(RuntimeError, match="was given SGD, but AdamW steps"):
+        torch.optim.AdamW(model.parameters()).step()
+    extrapolation.remove()
+    sgd(model).step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Has another step, and moves the weights besides."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.5)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_wrapper_that_moves_weights_besides(attach: bool) -> None:
+    model = Quadratic()
+    inner = sgd(model)
+    outer = Lookahead(inner)
+    extrapolation = Extrapolation(outer, 0.25)
+    if attach:
+        extrapolation.attach(model)
+        train(model, outer, 2)
+    else:
+        for _ in range(2):
+            step(model, outer, extrapolation)
+    w, last = torch.tensor([1.0, -2.0]).double(), 0.0
+    for _ in range(2):
+        gradient = w - 0.25 * last
+        w, last = 0.5 * (w - 0.1 * gradient), gradient
+    assert torch.allclose(model.w, w)
+
+
+# A model that is attached --------------------------------------------------------------------------------------------
+
+
+def attached(direction: str = "gradient") -> tuple[Quadratic, torch.optim.Optimizer, Extrapolation]:
+    model = Quadratic()
+    optimizer = sgd(model)
+    return model, optimizer, Extrapolation(optimizer, 0.25, direction).attach(model)
+
+
+def train(model: Quadratic, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient", "noise"])
+def test_an_attached_model_trains_as_contexts_do(direction: str) -> None:
+    model, optimizer, extrapolation = attached(direction)
+    train(model, optimizer, 4)
+    other = Quadratic()
+    other_optimizer = sgd(other)
+    by_contexts = Extrapolation(other_optimizer, 0.25, direction)
+    for _ in range(4):
+        step(other, other_optimizer, by_contexts)
+    assert torch.equal(model.w, other.w)
+    assert not extrapolation.is_moved
+
+
+def test_the_weights_stay_until_the_step_or_until_somebody_looks() -> None:
+    model, optimizer, extrapolation = attached()
+    train(model, optimizer, 1)
+    before = model.w.detach().clone()
+    for look in (
+        lambda: model.eval()(),
+        model.state_dict,
+        lambda: model.load_state_dict({"w": before, "matrix": model.matrix}),
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        lambda: torch.no_grad()(model)(),
+    ):
+        model.train()()
+        assert extrapolation.is_moved
+        assert not torch.equal(model.w, before)
+        look()
+        assert not extrapolation.is_moved
+        assert torch.equal(model.w, before)
+
+
+def test_a_loop_that_calls_another_model_is_noticed() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.25).attach(torch.nn.Sequential(model))
+    model().backward()
+    optimizer.step()
+    with pytest.raises(
+        RuntimeError, match=r"SGD steps, and the model that Extrapolation was attached to was not called"
+    ):
+        optimizer.step()
+    extrapolation.detach()
+    optimizer.step()
+
+
+def test_attaching_and_contexts_do_not_mix() -> None:
+    model, _, extrapolation = attached()
+    with pytest.raises(RuntimeError, match="a model is attached"):
+        extrapolation.attach(model)
+    with pytest.raises(RuntimeError, match="a model is attached"), extrapolation:
+        pass
+    extrapolation.detach()
+    with extrapolation, pytest.raises(RuntimeError, match="a context is open"):
+        extrapolation.attach(model)
+
+
+def test_copies_of_an_attached_model_are_on_their_own() -> None:
+    model, optimizer, extrapolation = attached()
+    train(model, optimizer, 2)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied()
+        assert not extrapolation.is_moved
+        assert torch.equal(copied.w, model.w)
+
+
+def test_removed_it_does_nothing() -> None:
+    model, optimizer, extrapolation = attached()
+    train(model, optimizer, 2)
+    model()
+    extrapolation.remove()
+    before = model.w.detach().clone()
+    plain = copy.deepcopy(model)
+    train(model, optimizer, 2)
+    train(plain, sgd(plain), 2)
+    assert torch.equal(model.w, plain.w)
+    assert not torch.equal(model.w, before)
+
+
+# State --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient", "noise"])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_resumed_run_goes_on(direction: str, early: bool) -> None:
+    model = Quadratic()
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    extrapolation = Extrapolation(optimizer, 0.25, direction, seed=5)
+    for _ in range(3):
+        step(model, optimizer, extrapolation)
+    file = io.BytesIO()
+    torch.save(extrapolation.state_dict(), file)
+    resumed = copy.deepcopy(model)
+    other = LAMB(resumed.named_parameters(), lr=0.1)
+    again = Extrapolation(other, 0.25, direction)
+    if not early:
+        with again:
+            pass
+    other.load_state_dict(optimizer.state_dict())
+    file.seek(0)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(2):
+        step(model, optimizer, extrapolation)
+        step(resumed, other, again)
+    assert torch.equal(model.matrix, resumed.matrix)
+
+
+def test_state_that_does_not_fit() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    for direction, message in (
+        ("gradient", "steps other layers or has cut them"),
+        ("own_gradient", "not those of the"),
+    ):
+        extrapolation = Extrapolation(optimizer, 0.25, direction)
+        step(model, optimizer, extrapolation)
+        state = extrapolation.state_dict()
+        with pytest.raises(ValueError, match=f"the state is of direction '{direction}', and this one is 'noise'"):
+            Extrapolation(optimizer, 0.25, "noise").load_state_dict(state)
+        other = Extrapolation(sgd(torch.nn.Linear(2, 2)), 0.25, direction)
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match=message), other:
+            pass
