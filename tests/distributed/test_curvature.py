@@ -36,6 +36,7 @@ SHARDINGS: dict[str, tuple[Sampled, str | int, dict[str, Any]]] = {
     "ZeRO-2 offload": (Sampled(), 2, {"zero": OFFLOAD, "config": {"zero_force_ds_cpu_optimizer": False}}),
     "ZeRO-3": (Sampled(), 3, {}),
     "ZeRO-3 sub-groups": (Sampled(), 3, {"zero": ZERO3}),
+    "megatron": (Sampled("megatron"), "megatron", {}),
     "fsdp1": (Sampled("fsdp1"), "fsdp1", {}),
     "fsdp2": (Sampled("fsdp2"), "fsdp", {}),
 }
