@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,11 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from trustratio.integrations.accelerate import layerwise_optimizer
+from trustratio.integrations.curvature_trainer import CurvatureTrainer
+from trustratio.integrations.transformers import masked_language_modeling_loss, optimizer_for_trainer
+from trustratio.optimizers import CurvatureAdamW
 from trustratio.optimizers.sampling.sample import Sample
 
 from ..curvature_reference import CurvatureReference
-from . import fsdp_runs, megatron_distributed_runs, test_fsdp1
-from .cases import Case, CaseRun, Leaf, Model, group_gradients, initial_weights, masters, mean_gradients
+from . import fsdp_runs, megatron_distributed_runs, test_fsdp1, trainer_runs
+from .cases import Case, CaseRun, Leaf, Model, gathered, group_gradients, initial_weights, masters, mean_gradients
 from .collective_counter import CollectiveCounter
 from .norms_runs import counted
 
@@ -272,3 +276,72 @@ def leave_the_second_pass(case: Case, sampled: Sampled) -> dict[str, Any]:
         assert all(torch.equal(after[name], w) for name, w in before.items())
         loop.train(0, case.steps)
         return {"ratios": loop.ratios, "weights": loop.weights()}
+
+
+# The Trainer --------------------------------------------------------------------------------------------------------
+
+OF_TRAINER = {"lr": 0.5, "cap": 0.1, "interval": 2, "weight_decay": 0.1}
+
+
+def train_with_trainer(stage: str | int, folder: str, name: str = "curvature_adamw") -> dict[str, Any]:
+    """Three steps of two micro-batches on each rank, clipped."""
+    with trainer_runs.fresh_accelerate(False):
+        model = trainer_runs._model()
+        trainer = CurvatureTrainer(
+            model=model,
+            args=trainer_runs.arguments(folder, stage, max_grad_norm=1.0),
+            train_dataset=trainer_runs.rows(),  # type: ignore[arg-type]
+            optimizer_cls_and_kwargs=optimizer_for_trainer(name, **(OF_TRAINER if name != "lamb" else {})),
+            compute_loss_func=masked_language_modeling_loss,
+        )
+        with redirect_stdout(None):
+            trainer.train()
+        optimizer: Any = layerwise_optimizer(trainer.optimizer)
+        states = [state.get("layers", state) for state in optimizer.state.values()]
+        answer = {
+            "steps": optimizer.param_groups[0]["step"],
+            "samples": {number for state in states for number in state["samples"].reshape(-1).tolist()},
+            "ratios": optimizer.trust_ratios(),
+            "weights": whole_weights(model),
+        }
+        if isinstance(stage, int):
+            trainer.model_wrapped.destroy()  # type: ignore[operator]
+        return answer
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = {}
+    for layer, parameter in model.named_parameters():
+        with gathered([parameter]):
+            weights[layer] = parameter.detach().clone()
+    return weights
+
+
+def train_plainly() -> dict[str, Any]:
+    """The same steps in one process, in a loop of one's own."""
+    model = trainer_runs._model()
+    start = {layer: p.detach().clone() for layer, p in model.named_parameters()}
+    named = list(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [item for item in named if item[1].dim() > 1]},
+        {"params": [item for item in named if item[1].dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = CurvatureAdamW(groups, **OF_TRAINER)
+    of_step = trainer_runs.ACCUMULATION * trainer_runs.MICRO * dist.get_world_size()
+    for step in range(trainer_runs.STEPS):
+        batch = trainer_runs.rows()[step * of_step : (step + 1) * of_step]
+        wanted = optimizer.wants_curvature()
+        backward(model, batch)
+        if wanted:
+            with optimizer.curvature():
+                backward(model, batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {layer: p.detach().clone() for layer, p in model.named_parameters()}
+    return {"start": start, "weights": weights, "ratios": optimizer.trust_ratios()}
+
+
+def backward(model: torch.nn.Module, batch: list[dict[str, torch.Tensor]]) -> None:
+    ids, labels = (torch.stack([row[name] for row in batch]) for name in ("input_ids", "labels"))
+    torch.nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten()).backward()

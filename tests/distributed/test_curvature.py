@@ -15,10 +15,12 @@ from .curvature_runs import (
     forget_the_second_pass,
     leave_the_second_pass,
     train,
+    train_plainly,
     train_with_local_sums,
+    train_with_trainer,
 )
 from .exactness import MODEL, assemble
-from .pool import WorkerPool
+from .pool import CaseFailed, WorkerPool
 from .test_exactness import BF16, OFFLOAD
 
 ZERO3 = {"stage3_param_persistence_threshold": 0, "sub_group_size": 200}
@@ -164,3 +166,30 @@ def test_all_reduces(pool: WorkerPool, sharding: str, world_size: int) -> None:
             sharded = sharding == "fsdp2"
             assert answer["all_reduces"][1:] == [sharded] * 5
             assert answer["reduces_in_samples"][1:] == [2 * sharded] * 2
+
+
+@pytest.mark.parametrize("stage", ["ddp", 2, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_the_trainer_takes_samples(pool: WorkerPool, stage: str | int, world_size: int, tmp_path: Any) -> None:
+    """As a loop of one's own on one process; fp32 rounds the difference of gradients that are near each other.
+
+    A key's bias has no gradient but for rounding, since softmax takes no notice of it.
+    """
+    found, plain = pool.run(train_with_trainer, stage, str(tmp_path)), pool.run(train_plainly)
+    for answer, expected_of_rank in zip(found, plain, strict=True):
+        assert answer["steps"] == 3
+        assert answer["samples"] == {2.0}
+        ratios = {name: ratio for name, ratio in expected_of_rank["ratios"].items() if "key.bias" not in name}
+        assert {name: answer["ratios"][name] for name in ratios} == pytest.approx(ratios, rel=0.01)
+        assert len({round(ratio, 6) for ratio in answer["ratios"].values()}) > 10
+        for name in ratios:
+            of_layer = (answer["weights"], expected_of_rank["weights"], expected_of_rank["start"])
+            assert relative_error(*(weights[name] for weights in of_layer)) < 0.01, name
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_trainer_of_another_optimizer_is_refused(pool: WorkerPool, world_size: int, tmp_path: Any) -> None:
+    with pytest.raises(
+        CaseFailed, match="TypeError: CurvatureTrainer takes samples for CurvatureSGD or CurvatureAdamW"
+    ):
+        pool.run(train_with_trainer, "ddp", str(tmp_path), "lamb")
