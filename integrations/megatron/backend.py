@@ -29,10 +29,11 @@ from trustratio.optimizers.sharding.data_parallel import DataParallel
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.local_tensors import is_flattened, is_plain
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_statistics
+from trustratio.optimizers.sharding.repeated_step import RepeatedStep
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel, layout_of_parameters, refuse_optimizer
 from trustratio.optimizers.sharding.unsharded import has_its_own_parameters
 
-from .distributed_optimizer import accept, find_wrapper, layout_of_shards, publish_weights
+from .distributed_optimizer import accept, find_wrapper, layout_of_shards, publish_weights, repeated_step
 from .mpu import context_parallel_ranks, current_mpu, data_parallel_group, expert_parallel_ranks, pipeline_stages
 
 __all__ = ["MegatronBackend"]
@@ -80,6 +81,15 @@ class MegatronBackend(Backend):
         wrapper = _distributed_wrapper(optimizer)
         if wrapper is not None:
             publish_weights(wrapper)
+
+    def repeated_step(self, optimizer: Any) -> RepeatedStep | None:
+        """Return how a DistributedOptimizer takes one step in two of its own, None if there is none.
+
+        Raises:
+            LayoutError: If it clips gradients, by what it does not tell.
+        """
+        wrapper = _distributed_wrapper(optimizer)
+        return None if wrapper is None else repeated_step(wrapper)
 
     def data_parallel(self, optimizer: Any) -> DataParallel | None:
         """Return the data-parallel ranks, None where no mpu is known."""

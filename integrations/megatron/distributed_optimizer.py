@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
 
+from trustratio.optimizers.sharding.data_parallel import while_alive
 from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.layout_builder import LayoutBuilder
@@ -38,9 +39,10 @@ from trustratio.optimizers.sharding.living import living
 from trustratio.optimizers.sharding.local_tensors import reduction_device
 from trustratio.optimizers.sharding.observed import held_by_wrappers
 from trustratio.optimizers.sharding.refusals import refuse_model_norm, refuse_rows, refuse_statistics
+from trustratio.optimizers.sharding.repeated_step import RepeatedStep
 from trustratio.optimizers.sharding.tensor_parallel import TensorParallel
 
-__all__ = ["accept", "find_wrapper", "layout_of_shards", "megatron_optimizer", "publish_weights"]
+__all__ = ["accept", "find_wrapper", "layout_of_shards", "megatron_optimizer", "publish_weights", "repeated_step"]
 
 BACKEND = "Megatron DistributedOptimizer"
 INTERNALS = Internals(BACKEND, "megatron-core", "0.16.0 to 0.16.1")
@@ -255,6 +257,20 @@ def publish_weights(wrapper: Any) -> None:
         chunk.start_param_sync(force_sync=True)
         for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             buckets.param_gather_dispatched = False
+
+
+def repeated_step(wrapper: Any) -> RepeatedStep:
+    """How the wrapper takes one step in two of its own: it counts no steps, and its scheduler is the loop's to call."""
+    if wrapper.config.clip_grad > 0:
+        raise LayoutError(
+            f"no sample of the curvature can be taken under {BACKEND} that clips gradients and does not tell by what: "
+            f"set {CLIPPING} to 0, or interval=None"
+        )
+    return RepeatedStep(lambda: _nothing, lambda: 1.0, while_alive(wrapper))
+
+
+def _nothing() -> None:
+    pass
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

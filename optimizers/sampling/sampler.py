@@ -118,6 +118,8 @@ class Sampler:
     @contextmanager
     def ended(self, optimizer: Any, plan: Plan) -> Iterator[None]:
         """Measure what a `step()` call of the second pass brings; inside, the gradient is that of the first."""
+        if self._wrapper is None:
+            self.refuse_moved("step()")
         sample = self._begun.pop(_key(plan), None)
         if sample is None:  # the wrapper has left out the first one, as for an overflow
             yield
