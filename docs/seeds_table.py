@@ -195,6 +195,46 @@ SYSTEMS = (
         "DDP, ZeRO-1 to 3",
         "python recipes/compare.py --preset lamb-tiny --optimizers lamb,adamw --lrs 3",
     ),
+    System(
+        "Extrapolation: Lin et al. 2020, arXiv 2006.05720",
+        "Gradients at weights that are moved by the last gradient, this rank's own part of it, or noise.",
+        ("trustratio.optimizers.Extrapolation",),
+        "nothing beyond the abstract: the equations are a reconstruction",
+        "DDP, ZeRO-1 to 3, FSDP1, FSDP2, Megatron; a rank's own gradient under DDP, ZeRO-1 and BF16_Optimizer alone",
+        _test("tests/distributed/test_extrapolation.py", "equals_its_reference"),
+    ),
+    System(
+        "LAD, anomaly scores: Guggilam, Chandola, Patra 2023, arXiv 2303.00954",
+        "How far each sample is from its class, by large deviations.",
+        (f"{RULES}.anomalies.anomaly_scores",),
+        "the authors' code (sreelekh/LAD)",
+        "any: the same scores however the rows are split over ranks",
+        _test("tests/recipes/test_anomalies.py", "worked_example"),
+    ),
+    System(
+        "LIIT, training samples by anomaly: Guggilam, Chandola, Patra 2023, arXiv 2303.00954",
+        "Trains on a part of the data that has the most anomalous samples of each class, made anew now and then.",
+        (f"{RULES}.anomaly_sampler.LadSampler",),
+        "its idea is the abstract's; sizes, draws and intervals are readings",
+        "any: every rank draws the same sample and takes its turn",
+        "python recipes/tabular.py --optimizers lamb adamw --batches 1024 --seeds 1 --sampling uniform lad",
+    ),
+    System(
+        "Arbiter: MacLellan, Dong 2022, arXiv 2205.08231",
+        "A small network that learns the batch size from validation data while another one trains.",
+        (f"{RULES}.arbiter.Arbiter",),
+        "the author's unfinished code, at second hand",
+        "DDP: logits and gradients are averaged over the ranks",
+        _test("tests/recipes/test_arbiter.py", "what_one_process_does"),
+    ),
+    System(
+        "A batch that follows the gradient noise scale: after McCandlish et al. 2018, arXiv 1812.06162",
+        "The global batch doubles as long as the noise says that a larger one pays.",
+        (f"{RULES}.noise_batch.BatchFromNoise", f"{RULES}.set_batch.set_global_batch"),
+        "the estimator; that the batch starts small and only doubles is this package's choice",
+        "any: all ranks see the same estimates; in BERT's recipe DDP and ZeRO-1 to 3",
+        "python recipes/bert.py --preset lamb-tiny run.batch_from_noise=true run.largest_batch=1024",
+    ),
 )
 
 ELSEWHERE = (

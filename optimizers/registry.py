@@ -182,6 +182,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "cblr": OptimizerEntry(
         CBLR,
         "after Gao, Zhong 2020, arXiv 2012.08795 (reconstruction)",
+        verified="nothing beyond the abstract, which has LARS as a special case; the statistics are readings",
         sums=(1 + 256,) * 4,  # as MCLR; one all-reduce of 3 or 2 numbers for the mean or the norm
         starting_rate=1e-4,
         extra_wire="4 histograms of 2 KB per layer",
@@ -194,6 +195,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "curvature_sgd": OptimizerEntry(
         CurvatureSGD,
         "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
+        verified="nothing beyond the abstract: the equations are readings",
         sums=(1,),
         starting_rate=0.1,
         variants=({"momentum": 0.0, "cap": 0.5}, {"interval": None, "adapt": None}),
@@ -201,6 +203,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "curvature_adamw": OptimizerEntry(
         CurvatureAdamW,
         "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
+        verified="nothing beyond the abstract: the equations are readings",
         sums=(1,),
         starting_rate=0.5,
         variants=({"betas": (0.8, 0.9), "cap": 0.5}, {"adapt": None, "cap": 0.2}),
@@ -255,6 +258,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "adabelief": OptimizerEntry(
         AdaBelief,
         "Zhuang et al. 2020, arXiv 2010.07468",
+        verified="the authors' code (adabelief_pytorch 0.2.0) term by term",
         sums=(1,),
         starting_rate=0.001,
         variants=(
@@ -267,6 +271,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "fastadabelief": OptimizerEntry(
         FastAdaBelief,
         "Zhou et al. 2021, arXiv 2104.13790",
+        verified="three reimplementations that agree but for the running maximum; not the authors' code",
         sums=(1,),
         starting_rate=0.01,
         variants=(
@@ -277,6 +282,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "adashift": OptimizerEntry(
         AdaShift,
         "Zhou et al. 2018, arXiv 1810.00143",
+        verified="the authors' TensorFlow code: exact window of gradients, maximum over the layer",
         sums=(2,),  # maxima
         starting_rate=0.01,
         variants=(

@@ -62,6 +62,10 @@ class _Measured:
         return dict.fromkeys(self.names, 1)
 
     @property
+    def maximum_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def row_names(self) -> tuple[str, ...]:
         return ()
 

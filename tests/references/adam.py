@@ -1,0 +1,277 @@
+"""References of the Adam family: see `tests/reference.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .common import Tensor, is_adapted, signal_to_noise_ratio
+
+
+def lamb(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    trust_bounds: tuple[float, float] = (0.0, math.inf),
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    m = beta1 * state.get("m", torch.zeros_like(w)) + ((1 - beta1) if grad_averaging else 1.0) * g
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
+    state["m"], state["v"] = m, v
+    c1, c2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
+    u = (m / c1) / ((v / c2).sqrt() + eps) + weight_decay * w
+    w_norm, u_norm = w.norm().item(), u.norm().item()
+    ratio = 1.0
+    if is_adapted(w, adapt):
+        ratio = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
+        ratio = min(max(ratio, trust_bounds[0]), trust_bounds[1])
+    return w - lr * ratio * u, ratio
+
+
+def lambc(
+    w: Tensor, g: Tensor, state: dict[str, Any], *, trust_clip: float = 1.0, **options: Any
+) -> tuple[Tensor, float]:
+    return lamb(w, g, state, trust_bounds=(0.0, trust_clip), **options)
+
+
+def lans(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    normalize_grad: bool = True,
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    if normalize_grad:
+        g = g / g.norm()
+    m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
+    state["m"], state["v"] = m, v
+    d = (v / (1 - beta2**t)).sqrt() + eps
+    u_m = m / (1 - beta1**t) / d + weight_decay * w
+    u_g = g / d + weight_decay * w
+    ratio_m = ratio_g = 1.0
+    if is_adapted(w, adapt) and w.norm() > 0:
+        ratio_m = (w.norm() / u_m.norm()).item() if u_m.norm() > 0 else 1.0
+        ratio_g = (w.norm() / u_g.norm()).item() if u_g.norm() > 0 else 1.0
+    return w - lr * (beta1 * ratio_m * u_m + (1 - beta1) * ratio_g * u_g), ratio_m
+
+
+def cowclip(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    ratio: float = 1.0,
+    zeta: float = 1e-5,
+    threshold: str = "code",
+    cowclip: bool = False,
+    counts: list[int] | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    d = g + weight_decay * w
+    if cowclip:
+        assert counts is not None
+        rows = []
+        for row, w_row, n in zip(d, w, counts, strict=True):
+            n = max(n, 1)
+            if threshold == "code":
+                bound = ratio * n * max(w_row.norm().item(), ratio * math.sqrt(w.shape[1]) * zeta)
+            else:
+                bound = n * max(ratio * w_row.norm().item(), zeta)
+            rows.append(row * (bound / max(row.norm().item(), bound)) if bound > 0 else torch.zeros_like(row))
+        d = torch.stack(rows)
+    m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * d
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * d * d
+    state["m"], state["v"] = m, v
+    return w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps), 1.0
+
+
+def vrlamb(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    trust_bounds: tuple[float, float] = (0.0, math.inf),
+    gsnr_beta: float = 0.9,
+    gsnr_floor: float = 0.1,
+    second_moment: str = "adapted",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    r = signal_to_noise_ratio(state, g, gsnr_floor)
+    p = state["p"] = gsnr_beta * state.get("p", torch.zeros_like(w)) + (1 - gsnr_beta) * r
+    h = p / (1 - gsnr_beta**t) * g
+    for_v = h if second_moment == "adapted" else g
+    m = beta1 * state.get("m", torch.zeros_like(w)) + ((1 - beta1) if grad_averaging else 1.0) * h
+    v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * for_v * for_v
+    state["m"], state["v"] = m, v
+    c1, c2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
+    u = (m / c1) / ((v / c2).sqrt() + eps) + weight_decay * w
+    ratio = 1.0
+    if is_adapted(w, adapt):
+        ratio = (w.norm() / u.norm()).item() if w.norm() > 0 and u.norm() > 0 else 1.0
+        ratio = min(max(ratio, trust_bounds[0]), trust_bounds[1])
+    return w - lr * ratio * u, ratio
+
+
+def vradam(
+    w: Tensor, g: Tensor, state: dict[str, Any], *, eps: float = 1e-8, weight_decay: float = 0.0, **options: Any
+) -> tuple[Tensor, float]:
+    return vrlamb(w, g, state, eps=eps, weight_decay=weight_decay, adapt=False, **options)
+
+
+def adabelief(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-16,
+    weight_decay: float = 0.0,
+    rectify: bool = True,
+    decoupled: bool = True,
+    fixed_decay: bool = False,
+    amsgrad: bool = False,
+    degenerated_to_sgd: bool = True,
+    adapt: bool | None = False,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    if not decoupled:
+        g = g + weight_decay * w
+    m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    s = state["s"] = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2 + eps
+    largest = state["largest"] = torch.maximum(state.get("largest", s), s)
+    if rectify:
+        n_max = 2 / (1 - beta2) - 1
+        n = n_max - 2 * t * beta2**t / (1 - beta2**t)
+        if n >= 5:
+            r = math.sqrt((1 - beta2**t) * (n - 4) / (n_max - 4) * (n - 2) / n * n_max / (n_max - 2))
+            u = r / (1 - beta1**t) * m / (s.sqrt() + eps)
+        else:
+            u = m / (1 - beta1**t) if degenerated_to_sgd else torch.zeros_like(m)
+    else:
+        divisor = (largest if amsgrad else s).sqrt() / math.sqrt(1 - beta2**t) + eps
+        u = m / (1 - beta1**t) / divisor
+    if decoupled and not fixed_decay:
+        u = u + weight_decay * w
+    ratio = 1.0
+    if is_adapted(w, adapt) and w.norm() > 0 and u.norm() > 0:
+        ratio = (w.norm() / u.norm()).item()
+    return w - lr * ratio * u - (weight_decay * w if fixed_decay else 0.0), ratio
+
+
+def fastadabelief(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    gamma: float = 0.9,
+    delta: float = 1e-2,
+    weight_decay: float = 0.0,
+    constant_lr: bool = False,
+    running_maximum: bool = True,
+    decoupled: bool = False,
+    adapt: bool | None = False,
+) -> tuple[Tensor, float]:
+    t = state["t"] = state.get("t", 0) + 1
+    beta2 = 1 - gamma / t
+    if not decoupled:
+        g = g + weight_decay * w
+    m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    s = state["s"] = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2
+    largest = state["largest"] = torch.maximum(state.get("largest", s), s)
+    u = m / ((largest if running_maximum else s) + delta / t)
+    if decoupled:
+        u = u + weight_decay * w
+    ratio = 1.0
+    if is_adapted(w, adapt) and w.norm() > 0 and u.norm() > 0:
+        ratio = (w.norm() / u.norm()).item()
+    return w - (lr if constant_lr else lr / t) * ratio * u, ratio
+
+
+def adashift(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-10,
+    keep: int = 10,
+    reduction: str | None = "max",
+    weight_decay: float = 0.0,
+    adapt: bool | None = False,
+) -> tuple[Tensor, float]:
+    beta1, beta2 = betas
+    queue = state.setdefault("queue", [])
+    queue.append(g)
+    if len(queue) <= keep:
+        return w, 1.0
+    old = queue.pop(0)
+    k = state["k"] = state.get("k", 0) + 1
+    square = old * old
+    if reduction is not None:
+        square = torch.full_like(w, {"max": square.max, "mean": square.mean}[reduction]().item())
+    v = state["v"] = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * square
+    weights = [beta1**i for i in range(keep)]
+    m = sum(weight * queue[-1 - i] for i, weight in enumerate(weights)) / sum(weights)
+    u = torch.where(v == 0, 0.0, m / ((v / (1 - beta2**k)).sqrt() + eps)) + weight_decay * w
+    ratio = 1.0
+    if is_adapted(w, adapt) and w.norm() > 0 and u.norm() > 0:
+        ratio = (w.norm() / u.norm()).item()
+    return w - lr * ratio * u, ratio
+
+
+def curvature_adamw(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    cap: float = 0.01,
+    adapt: bool | None = True,
+) -> tuple[Tensor, float]:
+    """Without samples."""
+    ratio = min(1.0, cap) if is_adapted(w, adapt) else 1.0
+    t = state["t"] = state.get("t", 0) + 1
+    m = state["m"] = betas[0] * state.get("m", torch.zeros_like(w)) + (1 - betas[0]) * g
+    v = state["v"] = betas[1] * state.get("v", torch.zeros_like(w)) + (1 - betas[1]) * g.square()
+    u = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+    return w - lr * ratio * (u + weight_decay * w), ratio
