@@ -14,7 +14,8 @@ import torch
 
 from trustratio.optimizers import LayerwiseOptimizer, TrustRatio, create_optimizer
 
-from .reference import REFERENCES, Tensor, is_adapted
+from .reference import REFERENCES
+from .references.common import Tensor, is_adapted
 
 
 class _Base(torch.optim.Optimizer):
