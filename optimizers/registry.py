@@ -208,7 +208,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         AdaBelief,
         "Zhuang et al. 2020, arXiv 2010.07468",
         sums=(1,),
-        starting_rate=0.001,
+        starting_rate=0.01,
         variants=(
             {"rectify": False, "adapt": None},
             {"rectify": False, "amsgrad": True, "decoupled": False, "adapt": True},
@@ -220,7 +220,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         FastAdaBelief,
         "Zhou et al. 2021, arXiv 2104.13790",
         sums=(1,),
-        starting_rate=0.01,
+        starting_rate=0.03,
         variants=(
             {"adapt": None, "decoupled": True},
             {"constant_lr": True, "running_maximum": False, "gamma": 0.5, "delta": 0.1},
@@ -230,7 +230,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         AdaShift,
         "Zhou et al. 2018, arXiv 1810.00143",
         sums=(2,),  # maxima
-        starting_rate=0.01,
+        starting_rate=0.03,
         variants=(
             {"keep": 2, "reduction": "mean", "adapt": None},
             {"keep": 1, "reduction": None, "betas": (0.5, 0.9)},

@@ -107,8 +107,8 @@ def test_the_model_is_measured_without_being_built():
 )
 def test_state_and_sums_that_depend_on_options(name, options, states, sums):
     config = get_preset("lamb-tiny")
-    optimizer = replace(config.optimizer, name=name, options=options)
-    size = model_size(replace(config, optimizer=optimizer))
+    optimizer = dataclasses.replace(config.optimizer, name=name, options=options)
+    size = model_size(dataclasses.replace(config, optimizer=optimizer))
     assert (size.states, size.norm_sums) == (states, sums)
 
 
