@@ -127,8 +127,11 @@ ROWS = [
     Row("DeepSpeed FusedLamb", "deepspeed.ops.lamb.FusedLamb", {"lr": 0.05, **DECAY}),
     *(
         Row(
-            f"trustratio {entry.optimizer_class.__name__}", name, {"lr": max(1e-3, entry.starting_rate)}
-        )  # else rounding hides it
+            f"trustratio {entry.optimizer_class.__name__}",
+            name,
+            # At lower rates rounding hides it; AdaShift begins after as many steps as it keeps gradients.
+            {"lr": max(1e-3, entry.starting_rate), **({"keep": 2} if name == "adashift" else {})},
+        )
         for name, entry in OPTIMIZERS.items()
     ),
 ]

@@ -260,7 +260,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "Zhuang et al. 2020, arXiv 2010.07468",
         verified="the authors' code (adabelief_pytorch 0.2.0) term by term",
         sums=(1,),
-        starting_rate=0.001,
+        starting_rate=0.01,
         variants=(
             {"rectify": False, "adapt": None},
             {"rectify": False, "amsgrad": True, "decoupled": False, "adapt": True},
@@ -273,7 +273,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "Zhou et al. 2021, arXiv 2104.13790",
         verified="three reimplementations that agree but for the running maximum; not the authors' code",
         sums=(1,),
-        starting_rate=0.01,
+        starting_rate=0.03,
         variants=(
             {"adapt": None, "decoupled": True},
             {"constant_lr": True, "running_maximum": False, "gamma": 0.5, "delta": 0.1},
@@ -284,7 +284,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "Zhou et al. 2018, arXiv 1810.00143",
         verified="the authors' TensorFlow code: exact window of gradients, maximum over the layer",
         sums=(2,),  # maxima
-        starting_rate=0.01,
+        starting_rate=0.03,
         variants=(
             {"keep": 2, "reduction": "mean", "adapt": None},
             {"keep": 1, "reduction": None, "betas": (0.5, 0.9)},

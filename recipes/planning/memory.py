@@ -79,8 +79,11 @@ def _group_statistics(optimizer: Optimizer) -> str:
 
 
 def _norm_sums(config: RecipeConfig) -> tuple[int, ...] | None:
-    clips = config.optimizer.options.get("max_grad_norm") is not None
-    return None if clips else OPTIMIZERS[config.optimizer.name.lower()].sums
+    entry, options = OPTIMIZERS[config.optimizer.name.lower()], config.optimizer.options
+    clips = options.get("max_grad_norm") is not None
+    has_ratio = entry.defaults.get("adapt") is False and options.get("adapt", False) is not False
+    reduces_otherwise = options.get("reduction", "max") != "max"
+    return None if clips or has_ratio or reduces_otherwise else entry.sums
 
 
 def _element_states(config: RecipeConfig, optimizer: Any) -> int:

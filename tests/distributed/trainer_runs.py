@@ -84,8 +84,16 @@ def arguments(folder: str, stage: str | int, **changes: Any) -> TrainingArgument
     return TrainingArguments(folder, **given)
 
 
+OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "cowclip": {"cowclip": True},
+    "adabelief": {"adapt": None},
+    "fastadabelief": {"adapt": None},
+    "adashift": {"adapt": None, "keep": 1},
+}
+
+
 def options_of(name: str) -> dict[str, Any]:
-    return {"lr": 0.05, "weight_decay": 0.1, **({"cowclip": True} if name == "cowclip" else {})}
+    return {"lr": 0.05, "weight_decay": 0.1, **OWN_OPTIONS.get(name, {})}
 
 
 def train(name: str, stage: str | int, folder: str, zero_init: bool = False, noise: bool = False) -> dict[str, Any]:

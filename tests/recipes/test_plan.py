@@ -95,6 +95,23 @@ def test_the_model_is_measured_without_being_built():
     assert model_size(get_preset("adamw-64k")).norm_sums == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "states", "sums"),
+    [
+        ("adashift", {}, 10, (2,)),
+        ("adashift", {"keep": 4, "reduction": None}, 5, None),
+        ("adabelief", {}, 2, (1,)),
+        ("adabelief", {"adapt": None}, 2, None),
+        ("fastadabelief", {}, 3, (1,)),
+    ],
+)
+def test_state_and_sums_that_depend_on_options(name, options, states, sums):
+    config = get_preset("lamb-tiny")
+    optimizer = dataclasses.replace(config.optimizer, name=name, options=options)
+    size = model_size(dataclasses.replace(config, optimizer=optimizer))
+    assert (size.states, size.norm_sums) == (states, sums)
+
+
 def test_zero_stages_divide_what_they_divide():
     config = with_training(get_preset("lamb-64k-32k"), precision="bf16")
     size, phase = model_size(config), phases_of(config)[0]
