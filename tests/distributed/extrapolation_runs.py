@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from trustratio.optimizers import Extrapolation
+from trustratio.optimizers import LAMB, Extrapolation
 from trustratio.optimizers.displacements import layer_noise
 from trustratio.optimizers.displacements.counter_noise import gaussian, key_of, uniform
 from trustratio.optimizers.sharding.local_tensors import local_part
@@ -308,3 +313,36 @@ def displaced(weights: Weights, previous: Weights, plan: Plan, number: int, seed
         z = draw(key, torch.arange(w.numel())).view(w.shape)
         found[name] = w - plan.step_size * w.norm() / sqrt(w.numel()) * z
     return found
+
+
+def noise_of_dtensors(shape: tuple[int, ...], dimensions: tuple[int, ...]) -> torch.Tensor:
+    """Where noise moves a layer that a mesh cuts along these dimensions."""
+    mesh = init_device_mesh("cpu", (2,) * len(dimensions))
+    whole = torch.arange(float(prod(shape))).view(shape)
+    cut = distribute_tensor(whole, mesh, [Shard(dimension) for dimension in dimensions])
+    weight: Any = torch.nn.Parameter(cut)
+    with Extrapolation(LAMB([("weight", weight)], lr=0.1), 0.5, "noise"):
+        found: torch.Tensor = weight.detach().full_tensor()
+    assert torch.equal(weight.full_tensor(), whole)
+    return found
+
+
+def post_local_sgd(local: bool, direction: str) -> list[list[float]]:
+    """PostLocalSGD of torch around an extrapolated optimizer: the first two steps synchronous, then two local ones."""
+    model = Point()
+    parallel = DistributedDataParallel(model)
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    if local:
+        state = PostLocalSGDState(None, alone, start_localSGD_iter=2)
+        parallel.register_comm_hook(state, post_localSGD_hook)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer: Any = PostLocalSGDOptimizer(inner, PeriodicModelAverager(period=2, warmup_steps=2)) if local else inner
+    extrapolation = Extrapolation(optimizer, 0.03, direction)
+    weights = []
+    for noise in (*EXAMPLE[dist.get_rank()], (0.3, 0.1 * dist.get_rank())):
+        optimizer.zero_grad()
+        with extrapolation:
+            parallel(torch.tensor(noise, dtype=torch.float64)).backward()
+        optimizer.step()
+        weights.append(model.w.tolist())
+    return weights

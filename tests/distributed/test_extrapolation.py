@@ -11,7 +11,17 @@ import torch
 from ..reference import relative_error
 from .cases import Case, initial_weights
 from .exactness import BOUND
-from .extrapolation_runs import Plan, reference, train, train_by_local_norms, train_with_overflow, two_workers
+from .extrapolation_runs import (
+    Plan,
+    displaced,
+    noise_of_dtensors,
+    post_local_sgd,
+    reference,
+    train,
+    train_by_local_norms,
+    train_with_overflow,
+    two_workers,
+)
 from .norms_runs import Wrapped
 from .pool import CaseFailed, WorkerPool
 from .test_exactness import OFFLOAD
@@ -169,3 +179,37 @@ def test_the_worked_example(pool: WorkerPool, world_size: int) -> None:
     for answer in answers:
         for found, wanted in zip(answer["weights"], ((0.9, 0.0), (0.803, 0.3), (0.72561, -0.095)), strict=True):
             assert found == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "noise"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("world_size", [4])
+def test_replicas_of_shards(pool: WorkerPool, kind: str, direction: str, world_size: int) -> None:
+    options = {"mesh": (2, 2)} if kind == "fsdp2" else {"strategy": "HYBRID_SHARD"}
+    case = make_case("lamb", "fsdp", steps=3)
+    plan = Plan(direction)
+    assert_extrapolated(case, plan, pool.run(train, case, Wrapped(kind, options), plan))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "world_size"), [((0,), 2), ((1,), 2), ((2,), 2), ((0, 1), 4), ((1, 2), 4), ((0, 0), 4)]
+)
+def test_noise_of_layers_that_a_mesh_cuts(pool: WorkerPool, dimensions: tuple[int, ...], world_size: int) -> None:
+    shape = (6, 5, 7)
+    weights = torch.arange(210.0, dtype=torch.float64).view(shape)
+    wanted = displaced({"weight": weights}, {}, Plan("noise", step_size=0.5), number=0, seed=0)["weight"]
+    for found in pool.run(noise_of_dtensors, shape, dimensions):
+        assert torch.allclose(found.double(), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient"])
+@pytest.mark.parametrize("world_size", [2])
+def test_local_sgd_of_torch(pool: WorkerPool, direction: str, world_size: int) -> None:
+    """The synchronous steps are as without it, and after an averaging all ranks have the mean of what they had."""
+    plain, local = pool.run(post_local_sgd, False, direction), pool.run(post_local_sgd, True, direction)
+    for one, other in zip(plain, local, strict=True):
+        assert other[0] == pytest.approx(one[0])
+        assert other[1] == pytest.approx(one[1])
+        assert other[3] != pytest.approx(one[3])
+    assert local[0][2] == local[1][2]  # they have just been averaged
+    assert local[0][3] != local[1][3]
