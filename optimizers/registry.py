@@ -171,7 +171,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         CurvatureAdamW,
         "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
         sums=(1,),
-        starting_rate=0.5,
+        starting_rate=0.3,
         variants=({"betas": (0.8, 0.9), "cap": 0.5}, {"adapt": None, "cap": 0.2}),
     ),
     "clars": OptimizerEntry(
