@@ -74,6 +74,7 @@ class SamplesCurvature(LayerwiseOptimizer):
             RuntimeError: If the last sample has no second pass yet, so that the weights are moved.
             LayoutError: If the wrapper leaves no way to take one.
         """
+        self._options.check_changes(self)
         return self._sampler.want(self)
 
     def curvature(self, loss_scale: float | torch.Tensor = 1.0) -> AbstractContextManager[None]:
@@ -119,8 +120,8 @@ class SamplesCurvature(LayerwiseOptimizer):
 
     @torch._disable_dynamo  # as the base's
     def _step(self) -> None:
+        self._options.check_changes(self)
         if self._sampler.ends_first_pass():
-            self._options.check_changes(self)
             self._sampler.begin(self, self._plan())
         elif self._sampler.is_inside:
             with self._sampler.ended(self, self._plan()):
@@ -198,12 +199,12 @@ class SamplesCurvature(LayerwiseOptimizer):
 
     def check_samples(self, group: dict[str, Any]) -> None:
         """Raise ValueError if an option of the samples is out of range."""
-        interval, seed = group["interval"], group["seed"]
-        if interval is not None and not (_is_whole(interval) and interval >= 1):
-            raise ValueError(f"interval must be a whole number of steps, at least 1, or None, got {interval!r}")
-        if not _is_whole(seed):
-            raise ValueError(f"seed must be a whole number, got {seed!r}")
+        if group["interval"] is not None:
+            check_range("interval", group["interval"], 1.0)
+        check_range("seed", group["seed"])
         for name in ("interval", "seed"):
+            if group[name] is not None and group[name] != int(group[name]):
+                raise ValueError(f"{name} must be a whole number, got {group[name]!r}")
             if any(other[name] != group[name] for other in self.param_groups if name in other):
                 raise ValueError(
                     f"a sample is of the whole model, so every group must have the same {name}, got {group[name]!r} in "
@@ -234,14 +235,14 @@ class CurvatureSGD(SamplesCurvature, LayerwiseMomentum):
         lr: Fraction ≥ 0 of the fitted step, or for layers that are not adapted the rate itself; a float or a tensor.
         momentum: μ in [0, 1).
         weight_decay: λ ≥ 0, part of what is minimised.
-        interval: A sample is due every how many steps, the first one at the first step; None for never.
+        interval: A sample is due every how many steps, a whole number ≥ 1, beginning with the first; None for none.
         beta: Of the running averages, in [0, 1).
         floor: Least denominator ≥ 0.
         cap: Largest α > 0; before a layer's first sample α is 1, or this if it is less.
         negative: What a negative denominator counts as: its absolute value, or the floor ("floor"), which mostly means
             the cap.
         perturbation: How far a layer is moved for a sample, in (0, 1], relative to its norm.
-        seed: Of the signs.
+        seed: Of the signs, a whole number.
         adapt: Which layers α scales: all (True), none (False), or those of two or more dimensions (None); others have
             ratio 1, and need a group with a learning rate of its own. Also a group option.
         common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
@@ -264,13 +265,13 @@ class CurvatureSGD(SamplesCurvature, LayerwiseMomentum):
         lr: float | torch.Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        interval: int | None = 10,
+        interval: float | None = 10,
         beta: float = 0.95,
         floor: float = 1e-12,
         cap: float = 1.0,
         negative: str = "absolute",
         perturbation: float = 0.01,
-        seed: int = 0,
+        seed: float = 0,
         adapt: bool | None = True,
         **common: Unpack[CommonOptions],
     ):
@@ -341,17 +342,17 @@ class CurvatureAdamW(SamplesCurvature, LayerwiseAdam):
     def __init__(  # type: ignore[misc]  # adapt, one of the common options, has another default here
         self,
         params: Any,
-        lr: float | torch.Tensor = 1.0,
+        lr: float | torch.Tensor = 0.3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        interval: int | None = 10,
+        interval: float | None = 10,
         beta: float = 0.95,
         floor: float = 1e-12,
-        cap: float = 0.01,
+        cap: float = 0.1,
         negative: str = "absolute",
         perturbation: float = 0.01,
-        seed: int = 0,
+        seed: float = 0,
         adapt: bool | None = True,
         **common: Unpack[CommonOptions],
     ):
@@ -400,7 +401,3 @@ class CurvatureAdamW(SamplesCurvature, LayerwiseAdam):
     def decay_in_gradient(self, group: dict[str, Any]) -> float:
         """0: decay is decoupled."""
         return 0.0
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

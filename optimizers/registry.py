@@ -205,7 +205,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "after Bahamou, Goldfarb 2023, arXiv 2305.13664 (equations unverified)",
         verified="nothing beyond the abstract: the equations are readings",
         sums=(1,),
-        starting_rate=0.5,
+        starting_rate=0.3,
         variants=({"betas": (0.8, 0.9), "cap": 0.5}, {"adapt": None, "cap": 0.2}),
     ),
     "clars": OptimizerEntry(

@@ -72,7 +72,7 @@ class CurvatureReference:
 
     def ratio(self, name: str) -> float:
         options, state = self.options[name], self.state[name]
-        cap = options.get("cap", 1.0 if self.kind == "curvature_sgd" else 0.01)
+        cap = options.get("cap", 1.0 if self.kind == "curvature_sgd" else 0.1)
         if options.get("adapt", True) is None and self.weights[name].dim() < 2:
             return 1.0
         if not state["samples"]:

@@ -113,7 +113,7 @@ class Sampler:
         labels = plan.cache.setdefault("labels", labels_of(optimizer, plan.layout.layers))
         number = most_steps(optimizer.param_groups)
         sample = self._begun[_key(plan)] = Sample(optimizer, plan)
-        sample.begin(signs(optimizer.param_groups[0]["seed"], number, labels), scale, publish=publish)
+        sample.begin(signs(int(optimizer.param_groups[0]["seed"]), number, labels), scale, publish=publish)
 
     @contextmanager
     def ended(self, optimizer: Any, plan: Plan) -> Iterator[None]:

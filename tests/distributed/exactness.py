@@ -35,7 +35,7 @@ BASE_OPTIONS: dict[str, dict[str, Any]] = {
     "tvlars": {"lr": 2.0, "trust_coefficient": 0.04},
     "mclr": {"lr": 0.5},
     "cblr": {"lr": 0.5},
-    "curvature_adamw": {"lr": 5.0},
+    "curvature_adamw": {"lr": 0.5},
     "clars": {"lr": 2.0, "trust_coefficient": 0.02},
     "vrsgd": {"lr": 2.0},
     "vrlars": {"lr": 2.0, "trust_coefficient": 0.02},

@@ -265,7 +265,7 @@ def curvature_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    cap: float = 0.01,
+    cap: float = 0.1,
     adapt: bool | None = True,
 ) -> tuple[Tensor, float]:
     """Without samples."""

@@ -419,7 +419,7 @@ def test_a_move_that_the_dtype_cannot_hold_is_refused() -> None:
 
 def test_interval_and_seed_are_the_same_in_all_groups() -> None:
     one, two = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
-    with pytest.raises(ValueError, match="every group must have the same interval, got 3 in one of several"):
+    with pytest.raises(ValueError, match=r"every group must have the same interval, got 3\.0 in one"):
         CurvatureSGD([{"params": [one]}, {"params": [two], "interval": 3}], lr=0.1)
 
 

@@ -383,7 +383,7 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "ratio": [(0.0, r"ratio must be in \(0, inf\), got 0.0")],
     "zeta": [(-0.1, r"zeta must be in \[0, inf\), got -0.1")],
     "threshold": [("other", "threshold must be one of 'code', 'paper', got 'other'")],
-    "interval": [(0, "interval must be a whole number of steps, at least 1, or None, got 0"), (2.5, "got 2.5")],
+    "interval": [(0, r"interval must be in \[1, inf\), got 0"), (2.5, "interval must be a whole number, got 2.5")],
     "beta": [(1.0, r"beta must be in \[0, 1\), got 1.0")],
     "cap": [(0.0, r"cap must be in \(0, inf\), got 0.0")],
     "negative": [("other", "negative must be one of 'absolute', 'floor', got 'other'")],
