@@ -151,6 +151,10 @@ INLINE TARGET void NAME(adam_lanes)(
     F denominator = SQRT(v * c->correction2) + c->eps;
     F u = m * c->correction1 / denominator + c->weight_decay * w, of_gradient = u;
     if (form == LANS) of_gradient = g * c->gradient_scale / denominator + c->weight_decay * w;
+    if (count < LANES) { /* padding may be 0/0 */
+        u = NAME(load)((const float *)&u, count, 0);
+        of_gradient = NAME(load)((const float *)&of_gradient, count, 0);
+    }
     if (!apply) {
         NAME(add)(sums, 0, w, 1);
         NAME(add)(sums, 2, u, 1);

@@ -150,6 +150,26 @@ def test_unused_frozen_and_tied_layers(pool: WorkerPool, stage: str | int, world
     assert torch.equal(answers[0]["weights"]["dense"], initial_weights(case)["dense"])
 
 
+@pytest.mark.parametrize("name", ["adashift", "adabelief", "fastadabelief"])
+@pytest.mark.parametrize("world_size", [3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_padding_is_neither_read_nor_written(pool: WorkerPool, name: str, stage: int, world_size: int) -> None:
+    case = make_case(name, stage, poison=True, options={"adapt": None})
+    answers = pool.run(run_case, case)
+    assert_exact(case, answers)
+    assert all(answer["padding_is_nan"] for answer in answers)
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accumulation_and_16_bits(pool: WorkerPool, stage: int, reduction: str, world_size: int) -> None:
+    options = {"reduction": reduction}
+    for changes in ({"accumulation": 3}, {"dtype": "bf16", "spread": 0.0}):
+        case = make_case("adashift", stage, options=options, **changes)  # type: ignore[arg-type]
+        assert_exact(case, pool.run(run_case, case))
+
+
 @pytest.mark.parametrize("reduction", ["max", None])
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -64,6 +64,30 @@ def test_the_rectified_step_begins_at_the_sixth_update() -> None:
     assert before[-1] - after == pytest.approx(1e-3 * 0.004263276 * direction, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"adapt": True},
+        {"betas": (0.5, 0.9), "eps": 1e-3},
+        {"degenerated_to_sgd": False, "decoupled": False},
+        {"fixed_decay": True},
+    ],
+)
+def test_rectified_steps_equal_the_reference(options: dict[str, Any]) -> None:
+    given = {"lr": 0.01, "weight_decay": 0.1, **options}
+    generator = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(5, 3, generator=generator, dtype=torch.float64))
+    expected, state = w.detach().clone(), {}
+    optimizer = AdaBelief([w], **given)
+    for _ in range(12):
+        w.grad = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        expected, ratio = REFERENCES["adabelief"](expected, w.grad, state, **given)
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=1e-12)
+        assert optimizer.trust_ratios() == {"0.0": pytest.approx(ratio, rel=1e-12)}
+
+
 def test_each_layer_has_its_own_length() -> None:
     """One that gets its first gradient later takes the steps of one that has just begun."""
     late, early = parameter(1.0), parameter(1.0)

@@ -146,6 +146,16 @@ def test_a_layer_of_many_chunks_has_one_maximum() -> None:
     assert w[0].item() == w[-1].item() == 1 - 1 / 4
 
 
+def test_segments_have_a_maximum_each() -> None:
+    fused = torch.nn.Parameter(torch.ones(4, 2))
+    optimizer = AdaShift([fused], keep=1, lr=1.0, segments=2)
+    for _ in range(2):
+        fused.grad = torch.tensor([[1.0, 2.0], [1.0, 1.0], [1.0, 4.0], [1.0, 1.0]])
+        optimizer.step()
+    assert fused[:, 0].tolist() == [0.5, 0.5, 0.75, 0.75]
+    assert optimizer.state[fused]["layers"]["exp_avg_sq"].shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [

@@ -84,6 +84,11 @@ def test_tensor_operations_wait_for_nothing(name: str) -> None:
     take_steps(name, "eager")
 
 
+@pytest.mark.parametrize("reduction", ["max", "mean", None])
+def test_maxima_wait_for_nothing(reduction: str | None) -> None:
+    take_steps("adashift", "eager", keep=1, reduction=reduction, adapt=None)
+
+
 def test_clipping_waits_for_nothing(launcher: Launcher) -> None:
     take_steps("lamb", "triton", max_grad_norm=1.0)
 
