@@ -446,3 +446,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str) -> None:
         sampled_step(optimizer, problem.backward)
     assert all(torch.equal(problem.values()[name], w) for name, w in expected.items())
     assert optimizer.trust_ratios() == ratios
+
+
+def test_a_layer_of_zeros_is_moved_and_measured() -> None:
+    """Biases begin at zero, where 1 % of their norm is nothing."""
+    w = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = CurvatureSGD([("w", w)], lr=0.0, momentum=0.0)
+    optimizer.wants_curvature()
+    (w - 1).square().sum().backward()
+    with optimizer.curvature():
+        assert w.detach().square().mean().sqrt().item() == pytest.approx(1e-4)
+        (w - 1).square().sum().backward()
+    optimizer.step()
+    assert optimizer.trust_ratios()["w"] == pytest.approx(0.5)
