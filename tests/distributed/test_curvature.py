@@ -75,6 +75,15 @@ def test_samples_equal_one_process(pool: WorkerPool, sharding: str, name: str, w
     assert_as_expected(case, pool.run(train, case, sampled))
 
 
+@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3 sub-groups", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2])
+def test_samples_in_every_step(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    sampled, stage, changes = SHARDINGS[sharding]
+    case = make_case("curvature_sgd", stage, **changes)
+    case = replace(case, groups=tuple({**group, "interval": 1} for group in case.groups))
+    assert_as_expected(case, pool.run(train, case, sampled))
+
+
 @pytest.mark.parametrize("sharding", ["ZeRO-1", "ZeRO-3 sub-groups", "fsdp2"])
 @pytest.mark.parametrize("world_size", [2])
 def test_sums_of_what_is_here_are_caught(pool: WorkerPool, sharding: str, world_size: int) -> None:

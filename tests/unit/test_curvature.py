@@ -244,6 +244,20 @@ def test_a_sample_that_was_wanted_and_not_taken_is_wanted_again() -> None:
     assert not optimizer.wants_curvature()
 
 
+def test_a_sample_that_overflows_is_taken_again_when_the_step_is() -> None:
+    """As torch's GradScaler leaves out a step, and makes the scale smaller."""
+    problem = Quadratic()
+    optimizer = CurvatureSGD(problem.named, lr=0.01, interval=10)
+    for scale in (float("inf"), 2.0):
+        optimizer.zero_grad()
+        assert optimizer.wants_curvature()
+        (scale * problem.loss()).backward()
+        with optimizer.curvature(loss_scale=scale):
+            (scale * problem.loss()).backward()
+    assert optimizer.state[problem.one]["samples"] == 1
+    assert not optimizer.wants_curvature()
+
+
 def test_a_loop_that_never_samples_is_told_once() -> None:
     problem = Quadratic()
     optimizer = CurvatureSGD(problem.named, lr=0.01, interval=1)
