@@ -172,6 +172,7 @@ class SamplesCurvature(LayerwiseOptimizer):
         """As `LayerwiseOptimizer.load_state_dict`. Raises RuntimeError while weights are moved for a sample."""
         self._sampler.refuse_moved("load_state_dict()")
         super().load_state_dict(state_dict)
+        self._sampler.restart()
 
     # The formula ----------------------------------------------------------------------------------------------------
 

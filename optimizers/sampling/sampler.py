@@ -9,6 +9,7 @@ step() in it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from ..sharding.repeated_step import RepeatedStep
 from ..stepping.count import most_steps
 from ..stepping.plan import Plan
 from .random_numbers import RandomNumbers
-from .sample import Sample, Sampled
+from .sample import Sample
 from .signs import labels_of, signs
 
 __all__ = ["Sampler"]
@@ -50,7 +51,7 @@ class Sampler:
         self._release: Any = None
         self._is_overdue = False
         self._looked_alike = False
-        self._sampled_at = -1
+        self._number = self._sampled_at = -1  # of the sample that is under way, and of the last one taken
 
     # Before the first pass
 
@@ -111,9 +112,9 @@ class Sampler:
     def _begin(self, optimizer: Any, plan: Plan, scale: float | torch.Tensor, *, publish: bool) -> None:
         _refuse_layout(optimizer, plan)
         labels = plan.cache.setdefault("labels", labels_of(optimizer, plan.layout.layers))
-        number = most_steps(optimizer.param_groups)
+        self._number = most_steps(optimizer.param_groups)
         sample = self._begun[_key(plan)] = Sample(optimizer, plan)
-        sample.begin(signs(int(optimizer.param_groups[0]["seed"]), number, labels), scale, publish=publish)
+        sample.begin(signs(int(optimizer.param_groups[0]["seed"]), self._number, labels), scale, publish=publish)
 
     @contextmanager
     def ended(self, optimizer: Any, plan: Plan) -> Iterator[None]:
@@ -127,7 +128,7 @@ class Sampler:
         assert self._wrapper is not None
         second = [tensor.grad for tensor in plan.tensors]
         sample.end(1 / self._wrapper.gradient_factor(), publish=False)
-        self._was_taken(optimizer)
+        self._was_taken()
         try:
             yield
         finally:
@@ -152,21 +153,29 @@ class Sampler:
             with random.again():
                 yield
             if self._wrapper is None:
-                self._end(optimizer, 1 / loss_scale)
+                self._end(1 / loss_scale)
         finally:
             self.is_inside = False
             self.abandon()
 
-    def _end(self, optimizer: Any, scale: float | torch.Tensor) -> None:
+    def _end(self, scale: float | torch.Tensor) -> None:
         _, sample = self._begun.popitem()
         sampled = sample.end(scale, publish=True)
-        self._was_taken(optimizer)
-        if sampled is not None:
-            self._refuse_clipping(sampled)
+        squares = [] if sampled is None else [sampled.first, sampled.second, sampled.difference]
+        norms = [square.item() ** 0.5 for square in squares]  # waits for the device
+        if all(map(math.isfinite, norms)):  # else another one is wanted, as the step may be left out
+            self._was_taken()
+        if norms:
+            self._refuse_clipping(*norms)
 
-    def _was_taken(self, optimizer: Any) -> None:
+    def _was_taken(self) -> None:
         self._is_overdue = False
-        self._sampled_at = most_steps(optimizer.param_groups)
+        self._sampled_at = self._number
+
+    def restart(self) -> None:
+        """Go on from what a checkpoint says: nothing of the samples so far counts."""
+        self.give_up()
+        self._is_overdue, self._sampled_at = False, -1
 
     def abandon(self) -> None:
         """Restore all weights that are moved, and forget the sample."""
@@ -176,14 +185,11 @@ class Sampler:
             if self._wrapper is None:
                 sample.put_gradient_back()
 
-    def _refuse_clipping(self, sampled: Sampled) -> None:
+    def _refuse_clipping(self, first: float, second: float, difference: float) -> None:
         """Raise RuntimeError if both gradients were clipped to one norm, in two samples one after the other.
 
-        Once may be chance. Waits for the device.
+        Once may be chance.
         """
-        first, second, difference = (
-            number.item() ** 0.5 for number in (sampled.first, sampled.second, sampled.difference)
-        )
         alike = abs(first - second) <= SAME_NORM * first and difference > NO_CHANGE * first
         refused, self._looked_alike = alike and self._looked_alike, alike
         if refused:

@@ -19,7 +19,7 @@ from trustratio.optimizers import CurvatureAdamW
 from trustratio.optimizers.sampling.sample import Sample
 
 from ..curvature_reference import CurvatureReference
-from . import fsdp_runs, megatron_distributed_runs, test_fsdp1, trainer_runs
+from . import fsdp_runs, megatron_distributed_runs, norms_runs, test_fsdp1, trainer_runs
 from .cases import Case, CaseRun, Leaf, Model, gathered, group_gradients, initial_weights, masters, mean_gradients
 from .collective_counter import CollectiveCounter
 from .norms_runs import counted
@@ -276,6 +276,32 @@ def leave_the_second_pass(case: Case, sampled: Sampled) -> dict[str, Any]:
         assert all(torch.equal(after[name], w) for name, w in before.items())
         loop.train(0, case.steps)
         return {"ratios": loop.ratios, "weights": loop.weights()}
+
+
+def overflow_in_the_second_pass(case: Case, sampled: Sampled) -> dict[str, Any]:
+    """The wrapper leaves the step out; weights are back, and training goes on with a sample in the next step."""
+    loop = Loop(case, sampled)
+    with loop.stack:
+        before = loop.weights()
+        assert loop.optimizer.wants_curvature()
+        loop.backward(0)
+        loop.case = replace(case, overflow=(0,))
+        loop.second_pass(0)
+        loop.case = case
+        after = loop.weights()
+        assert all(torch.equal(after[name], w) for name, w in before.items())
+        loop.train(0, case.steps)
+        return {"ratios": loop.ratios, "weights": loop.weights(), "masters": masters(loop.optimizer)}
+
+
+def sample_with_zero_redundancy(case: Case) -> None:
+    run = norms_runs.redundancy(case)
+    run.train(0, 1)
+    assert run.optimizer.wants_curvature()
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with run.optimizer.curvature():
+        pass
 
 
 # The Trainer --------------------------------------------------------------------------------------------------------

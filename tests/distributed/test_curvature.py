@@ -14,6 +14,8 @@ from .curvature_runs import (
     expected,
     forget_the_second_pass,
     leave_the_second_pass,
+    overflow_in_the_second_pass,
+    sample_with_zero_redundancy,
     train,
     train_plainly,
     train_with_local_sums,
@@ -70,6 +72,15 @@ def assert_as_expected(
 def test_samples_equal_one_process(pool: WorkerPool, sharding: str, name: str, world_size: int) -> None:
     sampled, stage, changes = SHARDINGS[sharding]
     case = make_case(name, stage, **changes)
+    assert_as_expected(case, pool.run(train, case, sampled))
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3 sub-groups", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2])
+def test_samples_in_every_step(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    sampled, stage, changes = SHARDINGS[sharding]
+    case = make_case("curvature_sgd", stage, **changes)
+    case = replace(case, groups=tuple({**group, "interval": 1} for group in case.groups))
     assert_as_expected(case, pool.run(train, case, sampled))
 
 
@@ -166,6 +177,25 @@ def test_all_reduces(pool: WorkerPool, sharding: str, world_size: int) -> None:
             sharded = sharding == "fsdp2"
             assert answer["all_reduces"][1:] == [sharded] * 5
             assert answer["reduces_in_samples"][1:] == [2 * sharded] * 2
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_an_overflow_in_the_second_pass_alone(pool: WorkerPool, stage: int, world_size: int) -> None:
+    config = {"fp16": {"enabled": True, "loss_scale": 16}}
+    case = make_case("curvature_sgd", stage, dtype="fp16", spread=0.0, config=config)
+    assert_as_expected(case, pool.run(overflow_in_the_second_pass, case, Sampled()), bound=0.01, ratio_bound=0.01)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_what_no_sample_can_be_taken_under_is_refused(pool: WorkerPool, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match="stage 0 in fp32 clips gradients and does not tell by what"):
+        pool.run(train, make_case("curvature_sgd", 0, clipping=1.0), Sampled())
+    with pytest.raises(CaseFailed, match="clips gradients and does not tell by what: set clip_grad in Megatron"):
+        pool.run(train, make_case("curvature_sgd", "megatron", clipping=1.0), Sampled("megatron"))
+    case = make_case("curvature_sgd", "ddp")
+    with pytest.raises(CaseFailed, match="steps other layers on every rank and sends weights in its own step"):
+        pool.run(sample_with_zero_redundancy, replace(case, groups=({**case.groups[0], "interval": 1},) * 2))
 
 
 @pytest.mark.parametrize("stage", ["ddp", 2, 3])

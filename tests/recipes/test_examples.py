@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from trustratio.integrations.layer_norms import main
-from trustratio.optimizers import LAMB, Extrapolation
+from trustratio.optimizers import LAMB, CurvatureSGD, Extrapolation
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -150,3 +150,26 @@ def test_two_ranks_extrapolate_like_one(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert printed == pytest.approx(optimizer.trust_ratios(), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_print_the_step_sizes_of_one(tmp_path: Path) -> None:
+    losses, ratios = printed_steps(run(command(FOLDER / "curvature.py"), tmp_path))
+    assert len(losses) == len(ratios) == STEPS
+    assert losses[-1] < 0.6 * losses[0]
+    model, x = model_and_samples()
+    optimizer = CurvatureSGD(model.named_parameters(), lr=0.3, momentum=0.0, interval=5)
+
+    def backward() -> None:
+        torch.nn.functional.mse_loss(model(x), x.sin().sum(1, keepdim=True)).backward()
+
+    for printed in ratios:
+        optimizer.zero_grad()
+        wanted = optimizer.wants_curvature()
+        backward()
+        if wanted:
+            with optimizer.curvature():
+                backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert printed == pytest.approx(optimizer.trust_ratios(), rel=1e-2)

@@ -244,6 +244,20 @@ def test_a_sample_that_was_wanted_and_not_taken_is_wanted_again() -> None:
     assert not optimizer.wants_curvature()
 
 
+def test_a_sample_that_overflows_is_taken_again_when_the_step_is() -> None:
+    """As torch's GradScaler leaves out a step, and makes the scale smaller."""
+    problem = Quadratic()
+    optimizer = CurvatureSGD(problem.named, lr=0.01, interval=10)
+    for scale in (float("inf"), 2.0):
+        optimizer.zero_grad()
+        assert optimizer.wants_curvature()
+        (scale * problem.loss()).backward()
+        with optimizer.curvature(loss_scale=scale):
+            (scale * problem.loss()).backward()
+    assert optimizer.state[problem.one]["samples"] == 1
+    assert not optimizer.wants_curvature()
+
+
 def test_a_loop_that_never_samples_is_told_once() -> None:
     problem = Quadratic()
     optimizer = CurvatureSGD(problem.named, lr=0.01, interval=1)
@@ -446,3 +460,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str) -> None:
         sampled_step(optimizer, problem.backward)
     assert all(torch.equal(problem.values()[name], w) for name, w in expected.items())
     assert optimizer.trust_ratios() == ratios
+
+
+def test_a_layer_of_zeros_is_moved_and_measured() -> None:
+    """Biases begin at zero, where 1 % of their norm is nothing."""
+    w = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = CurvatureSGD([("w", w)], lr=0.0, momentum=0.0)
+    optimizer.wants_curvature()
+    (w - 1).square().sum().backward()
+    with optimizer.curvature():
+        assert w.detach().square().mean().sqrt().item() == pytest.approx(1e-4)
+        (w - 1).square().sum().backward()
+    optimizer.step()
+    assert optimizer.trust_ratios()["w"] == pytest.approx(0.5)
