@@ -12,11 +12,13 @@ from ..reference import relative_error
 from .cases import Case, initial_weights
 from .exactness import BOUND
 from .extrapolation_runs import (
+    CURVATURE,
     Plan,
     displaced,
     noise_of_dtensors,
     post_local_sgd,
     reference,
+    targets,
     train,
     train_by_local_norms,
     train_with_overflow,
@@ -154,6 +156,25 @@ def test_a_step_that_overflows_leaves_no_trace(
         assert all(torch.equal(one["weights"][name], w) for name, w in other["weights"].items())
         assert one["comes_back"]
         assert other["comes_back"]
+
+
+@pytest.mark.parametrize(
+    ("direction", "stage"), [("gradient", 1), ("gradient", 2), ("gradient", 3), ("own_gradient", 1)]
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_the_last_gradient_is_without_the_loss_scale(
+    pool: WorkerPool, direction: str, stage: int, world_size: int
+) -> None:
+    """As near as fp16 is: what is 16 times too large is far away."""
+    scale = {"fp16": {"enabled": True, "loss_scale": 16.0}}
+    case = make_case("lamb", stage, dtype="fp16", config=scale, steps=1)
+    plan = Plan(direction)
+    for rank, answer in enumerate(pool.run(train, case, Wrapped(), plan)):
+        for name, t in targets(case, 0, world_size).items():
+            own = direction == "own_gradient"
+            gradient = CURVATURE * (initial_weights(case)[name] - (t[rank] if own else t.mean(dim=0)))
+            move = answer["weights"][name] - answer["moved"][name].float()
+            assert relative_error(move, plan.step_size * gradient, torch.zeros(())) <= 0.01
 
 
 @pytest.mark.parametrize("sharding", ["ZeRO-1", "ZeRO-3", "fsdp1", "fsdp2"])
