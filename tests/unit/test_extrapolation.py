@@ -149,6 +149,18 @@ def test_noise_is_drawn_anew_after_each_step_only() -> None:
         assert not torch.equal(model.matrix, first)
 
 
+def test_a_step_before_the_first_move_is_not_counted() -> None:
+    """FP16_UnfusedOptimizer steps with zeros when it is made; noise would differ from other wrappers' then."""
+    model, stepped = Quadratic(), Quadratic()
+    optimizer, other = sgd(model), sgd(stepped)
+    extrapolation, early = Extrapolation(optimizer, 0.1, "noise"), Extrapolation(other, 0.1, "noise")
+    for parameter in stepped.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    other.step()
+    with extrapolation, early:
+        assert torch.equal(model.matrix, stepped.matrix)
+
+
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 

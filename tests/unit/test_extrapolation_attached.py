@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trustratio.optimizers import LAMB, Extrapolation
+from trustratio.optimizers.sharding import moved_weights
 
 from .test_extrapolation import Quadratic, sgd, step
 
@@ -140,6 +141,25 @@ def test_a_wrapper_that_moves_weights_besides(attach: bool) -> None:
         gradient = w - 0.25 * last
         w, last = 0.5 * (w - 0.1 * gradient), gradient
     assert torch.allclose(model.w, w)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_how_often_a_wrapper_gathers_the_models_weights(attach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step does so itself, and who looks afterwards costs nothing: one rank may do so alone."""
+    published: list[Any] = []
+    monkeypatch.setattr(moved_weights, "publish_weights", published.append)
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.25)
+    if attach:
+        extrapolation.attach(model)
+        train(model, optimizer, 4)
+    else:
+        for _ in range(4):
+            step(model, optimizer, extrapolation)
+    assert len(published) == (3 if attach else 6)
+    model.state_dict(), optimizer.state_dict(), model.eval()()
+    assert len(published) == (3 if attach else 6)
 
 
 # State --------------------------------------------------------------------------------------------------------------
