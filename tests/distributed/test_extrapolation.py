@@ -14,6 +14,7 @@ from .exactness import BOUND
 from .extrapolation_runs import (
     CURVATURE,
     Plan,
+    all_reduces_of_a_context,
     displaced,
     noise_of_dtensors,
     post_local_sgd,
@@ -249,3 +250,12 @@ def test_local_sgd_of_torch(pool: WorkerPool, direction: str, world_size: int) -
         assert other[3] != pytest.approx(one[3])
     assert local[0][2] == local[1][2]  # they have just been averaged
     assert local[0][3] != local[1][3]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "ZeRO-1", "ZeRO-3 sub-groups", "fsdp2 units"])
+@pytest.mark.parametrize("world_size", [2])
+def test_one_all_reduce_for_the_noise_of_all_layers(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("lamb", stage, **changes)
+    for direction, wanted in (("noise", int(stage != "ddp")), ("gradient", 0)):
+        assert pool.run(all_reduces_of_a_context, case, wrapped, Plan(direction)) == [wanted] * world_size
