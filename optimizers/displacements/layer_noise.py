@@ -89,5 +89,5 @@ def _root_mean_squares(layout: Layout) -> torch.Tensor:
         run = flats[layout.layers[shard.layer].tensor].narrow(0, shard.start, shard.length)
         norm = torch.linalg.vector_norm(summable(run), dtype=torch.float64)
         squares[0, shard.layer] += norm.square().to(squares.device)
-    roots = [1 / sqrt(max(layer.numel, 1)) for layer in layout.layers]
-    return layout.reduce(squares)[0].sqrt() * torch.tensor(roots, dtype=torch.float64, device=squares.device)
+    roots = torch.tensor([1 / sqrt(max(layer.numel, 1)) for layer in layout.layers], dtype=torch.float64, device="cpu")
+    return layout.reduce(squares)[0].sqrt() * roots.to(squares.device, non_blocking=True)

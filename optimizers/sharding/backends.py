@@ -119,7 +119,8 @@ class Backend:
     def publish_weights(self, optimizer: Any) -> None:
         """Bring the model's parameters up to date where this wrapper's optimizers step copies of them.
 
-        Called after the optimizer's own weights were changed between steps, as by a checkpoint.
+        Called on all ranks after the optimizer's own weights were changed between steps, as by a checkpoint or by
+        `MovedWeights`, so it may communicate. It should cost no search after the first time.
         """
 
     def repeated_step(self, optimizer: Any) -> RepeatedStep | None:

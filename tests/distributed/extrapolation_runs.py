@@ -29,7 +29,7 @@ from trustratio.optimizers.sharding.local_tensors import local_part
 
 from ..reference import REFERENCES
 from .cases import Case, Leaf, gathered, initial_weights
-from .norms_runs import Run, Wrapped, running
+from .norms_runs import Run, Wrapped, counted, running
 
 CURVATURE = 0.5
 Weights = dict[str, torch.Tensor]
@@ -181,6 +181,16 @@ def result(run: Training) -> dict[str, Any]:
         "moved": moved,
         "comes_back": same(before, after) and same(locals_before, local_weights(run)),
     }
+
+
+def all_reduces_of_a_context(case: Case, wrapped: Wrapped, plan: Plan) -> int:
+    """After the first step, when the layout is known."""
+    with training(case, wrapped, plan) as run:
+        run.train(0, 1)
+        counts: list[int] = []
+        counted(counts, run.extrapolation.__enter__)
+        counted(counts, lambda: run.extrapolation.__exit__(None))
+        return sum(counts)
 
 
 def train_with_overflow(case: Case, plan: Plan, overflow: tuple[int, ...]) -> dict[str, Any]:

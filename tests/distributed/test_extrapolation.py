@@ -12,11 +12,14 @@ from ..reference import relative_error
 from .cases import Case, initial_weights
 from .exactness import BOUND
 from .extrapolation_runs import (
+    CURVATURE,
     Plan,
+    all_reduces_of_a_context,
     displaced,
     noise_of_dtensors,
     post_local_sgd,
     reference,
+    targets,
     train,
     train_by_local_norms,
     train_with_overflow,
@@ -24,10 +27,13 @@ from .extrapolation_runs import (
 )
 from .norms_runs import Wrapped
 from .pool import CaseFailed, WorkerPool
-from .test_exactness import OFFLOAD
+from .test_exactness import BF16, OFFLOAD
 from .test_layer_norms import make_case
 
 UNITS = {"units": True, "options": {"reshard_after_forward": False}}
+
+FP16 = {"dtype": "fp16", "config": {"fp16": {"enabled": True, "loss_scale": 16.0}}}
+SUMS_IN_FP32 = {"dtype": "bf16", "config": {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}}
 
 SHARDINGS: dict[str, tuple[Wrapped, str | int, dict[str, Any]]] = {
     "dense": (Wrapped(), "dense", {}),
@@ -145,8 +151,7 @@ def test_a_step_that_overflows_leaves_no_trace(
     pool: WorkerPool, stage: int, direction: str, contexts: str, world_size: int
 ) -> None:
     """In fp16, where the loss scale multiplies gradients: after it the run goes on as one without that step."""
-    scale = {"fp16": {"enabled": True, "loss_scale": 16.0}}
-    case = make_case("lamb", stage, dtype="fp16", config=scale, steps=4)
+    case = make_case("lamb", stage, steps=4, **FP16)
     plan = Plan(direction, contexts=contexts)
     undisturbed = pool.run(train_with_overflow, case, plan, ())
     disturbed = pool.run(train_with_overflow, case, plan, (2,))
@@ -154,6 +159,38 @@ def test_a_step_that_overflows_leaves_no_trace(
         assert all(torch.equal(one["weights"][name], w) for name, w in other["weights"].items())
         assert one["comes_back"]
         assert other["comes_back"]
+
+
+IN_16_BITS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    **{f"ZeRO-{stage}, fp16": ("gradient", stage, FP16) for stage in (1, 2, 3)},
+    # Not fp16, in which DeepSpeed 0.19.8 makes gradients too small without ZeRO.
+    "FP16_UnfusedOptimizer": ("gradient", 0, {"dtype": "bf16", "config": BF16}),
+    "BF16_Optimizer": ("gradient", 1, SUMS_IN_FP32),
+    "own, ZeRO-1, fp16": ("own_gradient", 1, FP16),
+    "own, BF16_Optimizer": ("own_gradient", 1, SUMS_IN_FP32),
+    "own, ZeRO-0, bf16": ("own_gradient", 0, {"dtype": "bf16", "config": BF16}),
+}
+
+
+@pytest.mark.parametrize("of", IN_16_BITS)
+@pytest.mark.parametrize("world_size", [2])
+def test_the_last_gradient_is_without_the_loss_scale(pool: WorkerPool, of: str, world_size: int) -> None:
+    """As near as 16 bits are: what is 16 times too large is far away."""
+    direction, stage, changes = IN_16_BITS[of]
+    case, plan = make_case("lamb", stage, steps=1, **changes), Plan(direction)
+    for rank, answer in enumerate(pool.run(train, case, Wrapped(), plan)):
+        assert answer["comes_back"]
+        for name, t in targets(case, 0, world_size).items():
+            own = direction == "own_gradient"
+            gradient = CURVATURE * (initial_weights(case)[name] - (t[rank] if own else t.mean(dim=0)))
+            move = answer["weights"][name] - answer["moved"][name].float()
+            assert relative_error(move, plan.step_size * gradient, torch.zeros(())) <= 0.02, name
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_loss_scale_that_nobody_tells_is_refused(pool: WorkerPool, world_size: int) -> None:
+    with pytest.raises(CaseFailed, match="does not tell the loss scale of fp16: use direction="):
+        pool.run(train, make_case("lamb", 0, **FP16), Wrapped(), Plan("own_gradient"))
 
 
 @pytest.mark.parametrize("sharding", ["ZeRO-1", "ZeRO-3", "fsdp1", "fsdp2"])
@@ -213,3 +250,12 @@ def test_local_sgd_of_torch(pool: WorkerPool, direction: str, world_size: int) -
         assert other[3] != pytest.approx(one[3])
     assert local[0][2] == local[1][2]  # they have just been averaged
     assert local[0][3] != local[1][3]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "ZeRO-1", "ZeRO-3 sub-groups", "fsdp2 units"])
+@pytest.mark.parametrize("world_size", [2])
+def test_one_all_reduce_for_the_noise_of_all_layers(pool: WorkerPool, sharding: str, world_size: int) -> None:
+    wrapped, stage, changes = SHARDINGS[sharding]
+    case = make_case("lamb", stage, **changes)
+    for direction, wanted in (("noise", int(stage != "ddp")), ("gradient", 0)):
+        assert pool.run(all_reduces_of_a_context, case, wrapped, Plan(direction)) == [wanted] * world_size

@@ -18,7 +18,6 @@ from .cases import Case
 from .extrapolation_runs import Plan, Training, result, same, targets, training
 from .norms_runs import Wrapped
 from .pool import CaseFailed, WorkerPool
-from .test_exactness import BF16
 from .test_extrapolation import SHARDINGS
 from .test_layer_norms import make_case
 
@@ -165,17 +164,3 @@ def test_what_is_measured_at_a_step_is_of_the_original_weights(
     case = make_case("torch.AdamW", stage)
     plan = Plan(contexts="attached")
     assert pool.run(measure_norms, case, plan)[0][:2] == pool.run(measure_norms, case, None)[0][:2]
-
-
-def numbers_of_noise(case: Case) -> int:
-    with training(case, Wrapped(), Plan("noise")) as run:
-        run.train(0, case.steps)
-        return int(run.extrapolation.state_dict()["number"])
-
-
-@pytest.mark.parametrize("world_size", [2])
-def test_a_step_that_a_wrapper_takes_to_make_state_is_not_counted(pool: WorkerPool, world_size: int) -> None:
-    """FP16_UnfusedOptimizer steps once with zeros; noise would differ from other wrappers' then."""
-    for changes in ({"dtype": "bf16", "config": BF16}, {}):
-        case = make_case("lamb", 0, **changes)
-        assert pool.run(numbers_of_noise, case) == [case.steps] * world_size
