@@ -32,9 +32,9 @@ def draw_curves(history: RunHistory, title: str, path: Path) -> None:
     pieces = bins(len(history.train["step"]), _MOST_POINTS)
     last = {"step", "sequences"}
     train = {name: binned(v, pieces, np.max if name in last else np.mean) for name, v in history.train.items()}
-    figure = plt.figure(figsize=(12, 8.4), layout="constrained")
-    figure.suptitle(title, fontsize=11, color=_INK)
     small = (_draw_rate, _draw_batch, _draw_speed, _draw_memory) if grows(history) else _SMALL
+    figure = plt.figure(figsize=(4 * len(small), 8.4), layout="constrained")
+    figure.suptitle(title, fontsize=11, color=_INK)
     grid = figure.add_gridspec(2, 2 * len(small), height_ratios=[2.2, 1])
     half = len(small)
     by_step, by_sample = figure.add_subplot(grid[0, :half]), figure.add_subplot(grid[0, half:])
@@ -113,12 +113,11 @@ def _draw_rate(axes: Axes, train: Series) -> None:
 
 
 def _draw_batch(axes: Axes, train: Series) -> None:
-    axes.plot(train["step"], train["batch"], color=_INK, lw=1.2, drawstyle="steps-mid", label="batch")
+    axes.plot(train["step"], train["batch"], color=_INK, lw=1.2, drawstyle="steps-mid")
     scale = train.get("noise_scale", np.full_like(train["step"], np.nan))
-    axes.plot(train["step"], np.where(scale > 0, scale, np.nan), color=_TRAIN, lw=1, label="gradient noise scale")
-    axes.set_title("batch and gradient noise scale, sequences", fontsize=10, color=_INK)
-    axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    axes.plot(train["step"], np.where(scale > 0, scale, np.nan), color=_TRAIN, lw=1)
+    axes.set_title("batch; blue: gradient noise scale", fontsize=10, color=_INK)
+    axes.set_yscale("log", base=2)
 
 
 def _draw_speed(axes: Axes, train: Series) -> None:

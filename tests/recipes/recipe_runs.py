@@ -26,6 +26,21 @@ TWO_PHASES = (
 )
 """Ten updates: six of them, then four of 2 x 4 x 1 sequences of 32."""
 
+GROWING = (
+    *("--sequence_length", "16", "--global_batch", "16", "--micro_batch", "2", "--steps", "6"),
+    *("data.vocabulary=200", "data.validation_fraction=0.2", "data.validation_sequences=10"),
+    *("model.hidden=32", "model.intermediate=64", "model.max_positions=32", "run.validate_every=0"),
+    *("run.batch_from_noise=true", "run.smallest_batch=4", "run.batch_every=2", "run.noise_per_batch=0.001"),
+    *("optimizer.lr=0.002", "run.checkpoint_every=1", "run.keep_checkpoints=99"),
+)
+"""96 sequences in updates of 4, 8 or 16 on two ranks, with a noise scale that is nearly always large enough."""
+
+GROWING_TWICE = (
+    *GROWING,
+    *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
+)
+"""After them 32 sequences of 32 tokens in updates of 2, 4 or 8."""
+
 
 def train(
     cache: str,

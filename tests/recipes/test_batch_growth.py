@@ -1,4 +1,4 @@
-"""Batches that follow the gradient noise scale: the job at two ranks, its growth, its resume, its plan and report."""
+"""Batches that follow the gradient noise scale: the job at two ranks, its growth, its resume, its report."""
 
 from __future__ import annotations
 
@@ -13,35 +13,16 @@ from safetensors.torch import load_file
 
 from trustratio.optimizers.noise_scale import NoiseScale, RunningNoise
 from trustratio.recipes.common.errors import NothingToDo, RecipeError
-from trustratio.recipes.comparison.compare import main as compare
-from trustratio.recipes.configuration.batch_growth import describe_growth, growths_of
 from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.configuration.phases import learning_rate
 from trustratio.recipes.configuration.presets import get_preset
-from trustratio.recipes.planning.plan import main as plan
 from trustratio.recipes.runs.history import load_history
 from trustratio.recipes.runs.report import notices, page_data, title
 from trustratio.recipes.training.checks import check_run
-from trustratio.recipes.training.growth_state import growth_state
 
-from .recipe_runs import losses, recipe, records, train, trained_tensors
+from .recipe_runs import GROWING, GROWING_TWICE, losses, recipe, records, train, trained_tensors
 from .test_wrappers import WRAPPERS
-
-GROWING = (
-    *("--sequence_length", "16", "--global_batch", "16", "--micro_batch", "2", "--steps", "6"),
-    *("data.vocabulary=200", "data.validation_fraction=0.2", "data.validation_sequences=10"),
-    *("model.hidden=32", "model.intermediate=64", "model.max_positions=32", "run.validate_every=0"),
-    *("run.batch_from_noise=true", "run.smallest_batch=4", "run.batch_every=2", "run.noise_per_batch=0.001"),
-    *("optimizer.lr=0.002", "run.checkpoint_every=1", "run.keep_checkpoints=99"),
-)
-"""96 sequences in updates of 4, 8 or 16 on two ranks, with a noise scale that is nearly always large enough."""
-
-TWO_PHASES = (
-    *GROWING,
-    *("phase_two.steps=4", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=1"),
-)
-"""After them 32 sequences of 32 tokens in updates of 2, 4 or 8."""
 
 REFERENCE = "deepspeed-zero-1"
 
@@ -68,7 +49,7 @@ def runs(launch):
         key = (wrapper, *arguments)
         if key not in made:
             report = wrapper == REFERENCE
-            made[key], endings = launch(f"run{len(made)}", *key, settings=TWO_PHASES, report=report)
+            made[key], endings = launch(f"run{len(made)}", *key, settings=GROWING_TWICE, report=report)
             assert endings == ["finished"] * 2
         return made[key]
 
@@ -105,19 +86,20 @@ def test_the_decisions_follow_from_the_recorded_noise(runs):
     assert len(doubled) == 2
 
 
+OVERRIDES = (
+    *("training.global_batch=16", "training.steps=6", "optimizer.lr=0.002", "data.sequence_length=16"),
+    *("phase_two.steps=4", "phase_two.global_batch=8", "model.max_positions=32"),
+)
+"""The schedule of these runs, spelt out."""
+
+
 def test_the_learning_rate_is_that_of_as_many_sequences(runs):
-    config = apply_overrides(get_preset("lamb-tiny"), list(GROWING_OVERRIDES))
+    config = apply_overrides(get_preset("lamb-tiny"), list(OVERRIDES))
     for record in records(runs(REFERENCE)):
         before = record["sequences"] - record["batch"]
         step = before / 16 if before < 96 else 6 + (before - 96) / 8
         assert record["lr"] == pytest.approx(learning_rate(config, step), rel=1e-12)
         assert record["lr"] <= (0.002 if step < 6 else 0.01)
-
-
-GROWING_OVERRIDES = (
-    *("training.global_batch=16", "training.steps=6", "optimizer.lr=0.002", "data.sequence_length=16"),
-    *("phase_two.steps=4", "phase_two.global_batch=8", "model.max_positions=32"),
-)
 
 
 def test_the_rows_are_those_of_the_stream_whatever_the_batch(runs):
@@ -127,7 +109,14 @@ def test_the_rows_are_those_of_the_stream_whatever_the_batch(runs):
     assert sum(of_run) == sum(r["masked_tokens"] for r in records(plain) if r["sequences"] <= 96)
 
 
-@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != REFERENCE])
+SLOW = ("accelerate-zero-1", "accelerate-zero-2", "trainer-zero-2", "trainer-zero-3")
+"""Which show nothing that the others do not: the loops and the engines are the same."""
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in WRAPPERS if name != REFERENCE],
+)
 def test_every_wrapper_grows_alike(runs, wrapper):
     expected, folder = runs(REFERENCE), runs(wrapper)
     assert batches(folder) == batches(expected)
@@ -150,11 +139,13 @@ def in_the_middle(folder: Path) -> tuple[Path, int]:
     raise AssertionError("no checkpoint in the middle of growth")
 
 
-@pytest.mark.parametrize("wrapper", [REFERENCE, "accelerate-ddp", "accelerate-zero-3"])
+@pytest.mark.parametrize(
+    "wrapper", [REFERENCE, "accelerate-ddp", pytest.param("accelerate-zero-3", marks=pytest.mark.slow)]
+)
 def test_a_run_resumed_in_the_middle_of_growth_is_bit_exact(runs, launch, wrapper):
     straight = runs(wrapper)
     middle, done = in_the_middle(straight)
-    resumed, endings = launch(f"{wrapper}-resumed", wrapper, "--resume", str(middle), settings=TWO_PHASES)
+    resumed, endings = launch(f"{wrapper}-resumed", wrapper, "--resume", str(middle), settings=GROWING_TWICE)
     assert endings == ["finished"] * 2
     same = ("loss", "batch", "sequences", "lr", "noise_scale", "trust_ratios", "masked_tokens")
     assert [[r[key] for key in same] for r in records(resumed)] == [
@@ -167,11 +158,11 @@ def test_a_run_resumed_in_the_middle_of_growth_is_bit_exact(runs, launch, wrappe
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("wrapper", ["trainer-ddp", "trainer-zero-1"])
+@pytest.mark.parametrize("wrapper", [pytest.param("trainer-ddp", marks=pytest.mark.slow), "trainer-zero-1"])
 def test_a_run_of_the_trainer_resumed_in_the_middle_of_growth_is_bit_exact(runs, launch, wrapper):
     straight = runs(wrapper)
     middle, done = in_the_middle(straight)
-    resumed, endings = launch(f"{wrapper}-resumed", wrapper, "--resume", str(middle), settings=TWO_PHASES)
+    resumed, endings = launch(f"{wrapper}-resumed", wrapper, "--resume", str(middle), settings=GROWING_TWICE)
     assert endings == ["finished"] * 2
     assert losses(resumed) == losses(straight)[done:]
     assert batches(resumed) == batches(straight)[done:]
@@ -184,7 +175,7 @@ def test_a_run_resumed_at_the_border_goes_on_with_the_second_phase(runs, launch,
     straight = runs(wrapper)
     border = [r["sequences"] for r in records(straight)].index(96) + 1
     checkpoint = straight / "checkpoints" / f"step-{border:08d}"
-    resumed, endings = launch(f"{wrapper}-border", wrapper, "--resume", str(checkpoint), settings=TWO_PHASES)
+    resumed, endings = launch(f"{wrapper}-border", wrapper, "--resume", str(checkpoint), settings=GROWING_TWICE)
     assert endings == ["finished"] * 2
     assert losses(resumed) == losses(straight)[border:]
     assert batches(resumed) == batches(straight)[border:]
@@ -193,12 +184,12 @@ def test_a_run_resumed_at_the_border_goes_on_with_the_second_phase(runs, launch,
 def test_a_finished_run_has_nothing_left_to_do(runs, launch):
     """Though nobody knew after how many updates it would be, and more of them would have been allowed."""
     straight = runs(REFERENCE)
-    line = recipe("nowhere", straight, "--resume", str(straight), settings=TWO_PHASES)
+    line = recipe("nowhere", straight, "--resume", str(straight), settings=GROWING_TWICE)
     with pytest.raises(NothingToDo, match=rf"is at step {len(batches(straight))} and the run ends at step "):
         check_run(parse_command_line(line))
-    _, endings = launch("cut-short", REFERENCE, "--max_steps", "3", settings=TWO_PHASES)
+    _, endings = launch("cut-short", REFERENCE, "--max_steps", "3", settings=GROWING_TWICE)
     assert endings == ["finished"] * 2
-    folder, endings = launch("cut-short", REFERENCE, "--resume", "auto", settings=TWO_PHASES)
+    folder, endings = launch("cut-short", REFERENCE, "--resume", "auto", settings=GROWING_TWICE)
     assert endings == ["finished"] * 2
     assert losses(folder) == losses(straight)
 
@@ -221,7 +212,7 @@ def test_fewer_ranks_go_on_with_the_same_batches(runs, pools, launch, text_folde
     middle, done = in_the_middle(straight)
     environment, script, own = WRAPPERS["accelerate-ddp"]
     resumed, cache = tmp_path / "one", str(straight.parent / "cache")
-    line = recipe(text_folder, resumed, *own, "--resume", str(middle), settings=TWO_PHASES)
+    line = recipe(text_folder, resumed, *own, "--resume", str(middle), settings=GROWING_TWICE)
     assert pools.get(1).run(train, cache, environment, script, line) == ["finished"]
     assert batches(resumed) == batches(straight)[done:]
     assert losses(resumed) == pytest.approx(losses(straight)[done:], rel=1e-4)
@@ -258,39 +249,6 @@ def test_an_update_that_is_skipped_has_no_noise(launch):
     assert sum(batches(folder)) == 144
 
 
-# What is refused, planned and shown -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("run.smallest_batch=16",), "cannot grow from a smallest batch of 16 to a largest of 16: give run.smallest"),
-        (("run.largest_batch=2",), "cannot grow from a smallest batch of 4 to a largest of 2"),
-        (
-            ("run.smallest_batch=5",),
-            r"run.smallest_batch makes 5 sequences in phase 1: .* 2 x 1 = 2; nearest .* 4 and 6",
-        ),
-        (("run.largest_batch=17",), r"run.largest_batch makes 17 sequences in phase 1: .* not divisible"),
-        (("run.largest_batch=98",), "run.largest_batch makes 98 sequences per update, and phase 1 has 96 in all"),
-        (("run.smallest_batch=2",), r"run.batch_from_noise=true compares the gradients of at least 2 micro-batches"),
-        (("optimizer.name=adamw",), "run.batch_from_noise=true needs one of trustratio's optimizers"),
-        (("optimizer.segments=2",), "run.batch_from_noise=true goes by the norms of whole parameters' gradients"),
-        (("run.batch_every=0",), "run.batch_every=0 is out of range: allowed is 1 to"),
-        (("run.noise_per_batch=0",), "run.noise_per_batch=0.0 is out of range: allowed is finite and above 0"),
-        (("run.batch_from_noise=false",), "run.smallest_batch=4 has no effect without run.batch_from_noise=true"),
-        (
-            ("phase_two.steps=4", "phase_two.global_batch=6", "phase_two.sequence_length=32"),
-            r"run.smallest_batch=4 is 4/16 of the first phase's global batch, .* phase 2's 6 .*: use a multiple of 8",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused_before_any_work(arguments, message, text_folder, tmp_path):
-    line = recipe(text_folder, tmp_path / "run", *arguments, settings=GROWING)
-    with pytest.raises(RecipeError, match=message):
-        check_run(parse_command_line(line))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_checkpoint_of_another_rule_is_refused(runs, tmp_path):
     checkpoint, _ = in_the_middle(runs(REFERENCE))
     for changed in (
@@ -298,61 +256,11 @@ def test_a_checkpoint_of_another_rule_is_refused(runs, tmp_path):
         "run.noise_per_batch=1",
         "run.largest_batch=8",
     ):
-        line = recipe("nowhere", tmp_path / "run", "--resume", str(checkpoint), *changed.split(), settings=TWO_PHASES)
+        line = recipe(
+            "nowhere", tmp_path / "run", "--resume", str(checkpoint), *changed.split(), settings=GROWING_TWICE
+        )
         with pytest.raises(RecipeError, match="batch_from_noise: checkpoint"):
             check_run(parse_command_line(line))
-
-
-@pytest.mark.parametrize("content", [None, "", "[]", '{"phase": 1}', '{"phase": 0, "read": 4, "rule": {}}'])
-def test_a_checkpoint_that_does_not_say_how_far_it_has_grown_is_refused(tmp_path, content):
-    if content is not None:
-        (tmp_path / "batch_growth.json").write_text(content)
-    with pytest.raises(RecipeError, match=r"cannot go on with the batch of .*batch_growth\.json: "):
-        growth_state(tmp_path)
-
-
-def test_the_plan_before_a_run_says_batches_and_updates():
-    config = parse_command_line(recipe("nowhere", Path("run"), settings=TWO_PHASES)).config
-    lines = list(describe_growth(config, 2))
-    assert lines[0] == "phase 1: batch from the gradient noise: 4 to 16 sequences = 2 x 1 to 4 x 2"
-    # At most 4, 4, 8, 8 and four of 16 and one of what is left; 96 / 4 at least.
-    assert lines[1] == "  96 sequences in 9 to 24 updates (6 of 16, by which the learning rate is scheduled)"
-    assert lines[2] == "phase 2: batch from the gradient noise: 2 to 8 sequences = 1 x 1 to 4 x 2"
-    assert lines[3] == "  32 sequences in 4 to 16 updates (4 of 8, by which the learning rate is scheduled)"
-    assert lines[4] == "  it doubles where the noise scale is at least 0.001 x the batch, looked at every 2 updates"
-    assert lines[5].startswith("  from phase 1 to 2: weights kept")
-
-
-def test_the_planner_says_batches_updates_and_time(capsys):
-    options = ["--preset", "lamb-64k-32k", "--gpus", "8", "run.batch_from_noise=true", "run.smallest_batch=8192"]
-    assert plan([*options, "--json", "--most_gpus", "8"]) == 0
-    values = json.loads(capsys.readouterr().out)
-    first, second = values["batch_from_noise"]
-    assert (first["smallest"], first["largest"], second["smallest"], second["largest"]) == (8192, 65536, 4096, 32768)
-    assert (first["most_updates"], second["most_updates"]) == (7038 * 8, 1563 * 8)
-    # 20 updates of each smaller batch, which are 20, 40 and 80 eighths of an update of the largest.
-    assert first["fewest_updates"] == 60 + math.ceil(7038 - 140 / 8)
-    assert second["fewest_updates"] == 1563
-    assert values["phases"][0]["micro"] * 8 <= 8192
-    assert first["least_hours"] < first["most_hours"]
-    assert first["least_hours"] == pytest.approx(values["phases"][0]["hours"])
-    assert plan([*options, "--most_gpus", "8"]) == 0
-    printed = capsys.readouterr().out
-    assert "  batch from the gradient noise: 8,192 to 65,536 sequences\n    7,081 to 56,304 updates; phase: " in printed
-
-
-def test_a_planned_range_that_the_gpus_cannot_share_is_named(capsys):
-    options = ["--preset", "lamb-64k-32k", "run.batch_from_noise=true", "--most_gpus", "1"]
-    assert plan([*options, "run.smallest_batch=8192", "--gpus", "8", "--micro_batch", "4096"]) == 1
-    assert "run.smallest_batch makes 8192 sequences in phase 1: global batch 8192" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="cannot grow from a smallest batch of 65536"):
-        growths_of(apply_overrides(get_preset("lamb-64k-32k"), ["run.batch_from_noise=true"]))
-
-
-def test_a_comparison_refuses_batches_of_each_optimizers_own(tmp_path, capsys):
-    options = ["--optimizers", "lamb,lans", "--lrs", "3", "--output", str(tmp_path / "comparison")]
-    assert compare([*options, "run.batch_from_noise=true", "run.smallest_batch=64"]) == 2
-    assert "gives each optimizer batches and updates of its own" in capsys.readouterr().err
 
 
 def test_the_report_shows_batch_and_noise_by_update(runs):
@@ -367,7 +275,7 @@ def test_the_report_shows_batch_and_noise_by_update(runs):
 
 
 def test_a_run_that_ended_early_is_said_to_have_by_its_sequences(launch):
-    stopped, _ = launch("early", REFERENCE, "--max_steps", "4", settings=TWO_PHASES)
+    stopped, _ = launch("early", REFERENCE, "--max_steps", "4", settings=GROWING_TWICE)
     assert not list(notices(load_history(stopped)))
     environment = json.loads((stopped / "environment.json").read_text())
     assert environment["last_sequences"] == 128
@@ -379,7 +287,7 @@ def test_a_run_that_ended_early_is_said_to_have_by_its_sequences(launch):
 
 def test_a_broken_file_stops_after_a_whole_update_on_all_ranks(launch):
     """Rounds are read ahead as far as a batch that doubles would take them."""
-    folder, endings = launch("broken", REFERENCE, settings=TWO_PHASES, sabotage="rows")
+    folder, endings = launch("broken", REFERENCE, settings=GROWING_TWICE, sabotage="rows")
     assert all("the token file is cut short" in ending for ending in endings)
     steps = records(folder)
     newest = checkpoints(folder)[-1].name
