@@ -29,8 +29,10 @@ class Belief(LayerwiseOptimizer):
         if group["adapt"] is False:
             yield Sums("g")
             return
-        rule = TrustRule(layers.adapt, direction=1.0)
-        yield Sums("w", "u", "g", of=self.update(group, layers), rules=[rule])
+        update = self.update(group, layers)
+        # Where the direction is the decay alone, a ratio would undo how small that is.
+        rule = TrustRule(layers.adapt & (update.factor != 0), direction=1.0)
+        yield Sums("w", "u", "g", of=update, rules=[rule])
         layers.trust_ratio = rule(layers)
 
     def update(self, group: dict[str, Any], layers: LayerTable) -> BeliefUpdate:
@@ -49,7 +51,7 @@ class AdaBelief(Belief):
         ρ ≥ 5:  d = √s + ε,  r = √( (1-β₂ᵗ) · (ρ-4)/(ρ∞-4) · (ρ-2)/ρ · ρ∞/(ρ∞-2) )
         ρ < 5:  d = 1,  r = 1, or 0 without ``degenerated_to_sgd``          with β₂ = 0.999 up to t = 5
 
-    Without it d = √(s/(1-β₂ᵗ)) + ε and r = 1. q is 1, or with ``adapt`` LAMB's ‖w‖/‖u‖.
+    Without it d = √(s/(1-β₂ᵗ)) + ε and r = 1. q is 1, or with ``adapt`` LAMB's ‖w‖/‖u‖ where r is not 0.
 
     The first steps are those of SGD with m̂: at ``lr`` they are as long as the gradient, not of Adam's length. The
     authors advise ε = 1e-16 for transformers and GANs, 1e-8 where SGD does better than Adam, and no element-wise

@@ -96,9 +96,10 @@ def _other_names(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> 
 
 def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator[str]:
     """State that is missing or of other shapes, given the options of the file; a parameter may have none yet."""
-    element_state, layer_state = _names_of_state(optimizer, state_dict["param_groups"])
-    wanted = {*layer_state, *element_state}
     for group, current in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        # Wrappers that step one group at a time keep what its own options ask for, and no more.
+        element_state, layer_state = _names_of_state(optimizer, group)
+        wanted = {*layer_state, *element_state}
         names = dict(enumerate(current.get("param_names") or ()))
         for position, (key, parameter) in enumerate(zip(group["params"], current["params"], strict=True)):
             state = state_dict["state"].get(key) or {}
@@ -164,9 +165,9 @@ def _is_warm_before_the_first_step(state: dict[str, Any], element_state: Sequenc
     return any(bool(local_part(state[what]).any()) for what in element_state)
 
 
-def _names_of_state(optimizer: Algorithm, saved: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the state that the optimizer keeps with the options of the file, per element and per layer."""
-    current, optimizer.param_groups = optimizer.param_groups, saved
+def _names_of_state(optimizer: Algorithm, saved: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the state that the optimizer keeps for a group with the options of the file: per element, layer."""
+    current, optimizer.param_groups = optimizer.param_groups, [saved]
     try:
         return optimizer.element_state, optimizer.layer_state
     finally:

@@ -173,6 +173,7 @@ def adabelief(
     m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
     s = state["s"] = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2 + eps
     largest = state["largest"] = torch.maximum(state.get("largest", s), s)
+    moves = True
     if rectify:
         n_max = 2 / (1 - beta2) - 1
         n = n_max - 2 * t * beta2**t / (1 - beta2**t)
@@ -180,14 +181,15 @@ def adabelief(
             r = math.sqrt((1 - beta2**t) * (n - 4) / (n_max - 4) * (n - 2) / n * n_max / (n_max - 2))
             u = r / (1 - beta1**t) * m / (s.sqrt() + eps)
         else:
-            u = m / (1 - beta1**t) if degenerated_to_sgd else torch.zeros_like(m)
+            moves = degenerated_to_sgd
+            u = m / (1 - beta1**t) if moves else torch.zeros_like(m)
     else:
         divisor = (largest if amsgrad else s).sqrt() / math.sqrt(1 - beta2**t) + eps
         u = m / (1 - beta1**t) / divisor
     if decoupled and not fixed_decay:
         u = u + weight_decay * w
     ratio = 1.0
-    if is_adapted(w, adapt) and w.norm() > 0 and u.norm() > 0:
+    if is_adapted(w, adapt) and moves and w.norm() > 0 and u.norm() > 0:
         ratio = (w.norm() / u.norm()).item()
     return w - lr * ratio * u - (weight_decay * w if fixed_decay else 0.0), ratio
 

@@ -24,6 +24,16 @@ def steps(optimizer: LayerwiseOptimizer, w: torch.nn.Parameter, gradients: Any) 
     return weights
 
 
+def steps_of_first(optimizer: LayerwiseOptimizer, w: torch.nn.Parameter, count: int) -> list[float]:
+    """The first element after each step with gradients of one."""
+    weights = []
+    for _ in range(count):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        weights.append(w[0, 0].item())
+    return weights
+
+
 def of_reference(name: str, gradients: Any, **options: Any) -> list[float]:
     w, state, weights = torch.ones(1, dtype=torch.float64), {}, []
     for g in gradients:
@@ -106,6 +116,20 @@ def test_without_the_steps_of_sgd_only_decay_moves_weights_at_first() -> None:
     optimizer = AdaBelief([w], lr=0.1, weight_decay=0.5, degenerated_to_sgd=False)
     assert steps(optimizer, w, [1.0] * 5) == pytest.approx([0.95**t for t in range(1, 6)])
     assert steps(optimizer, w, [-1.0])[0] != pytest.approx(0.95**6, rel=1e-3)
+
+
+@pytest.mark.parametrize("adapt", [True, None])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("cpu", marks=needs_compiler)])
+def test_a_ratio_does_not_undo_how_small_a_decay_is(adapt: bool | None, implementation: str) -> None:
+    """Where the direction is the decay alone, ‖w‖/‖u‖ would be 1/λ."""
+    w = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = AdaBelief(
+        [w], lr=0.1, weight_decay=0.01, degenerated_to_sgd=False, adapt=adapt, implementation=implementation
+    )
+    assert steps_of_first(optimizer, w, 5) == pytest.approx([0.999**t for t in range(1, 6)])
+    assert set(optimizer.trust_ratios().values()) == {1.0}
+    assert steps_of_first(optimizer, w, 1)[0] < 0.99
+    assert optimizer.trust_ratios()["0.0"] > 1.1
 
 
 @pytest.mark.parametrize("beta2", [0.0, 1 / 3, 0.5, 0.6])
