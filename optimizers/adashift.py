@@ -145,7 +145,7 @@ class AdaShift(LayerwiseOptimizer):
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         _, beta2 = group["betas"]
         layers.step = layers.step + 1
-        layers.moves = layers.step > group["keep"]
+        layers.is_full = layers.moves = layers.step > group["keep"]
         layers.correction = 1 - beta2 ** (layers.step - group["keep"]).clamp(min=1)
         yield self.old_squares(group)
         if group["reduction"] is not None:
@@ -198,7 +198,7 @@ class AdaShift(LayerwiseOptimizer):
         else:
             u = m.div_(x.of(layers.denominator))
         u.add_(x.w, alpha=group["weight_decay"])
-        return torch.where(x.of(layers.moves), u, torch.zeros_like(u))
+        return torch.where(x.of(layers.is_full), u, torch.zeros_like(u))
 
     def window(self, group: dict[str, Any], x: ChunkView) -> torch.Tensor:
         """m, of the gradient and the newest n-1 of those that are kept."""

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from .references.adam import (
-    adabelief,
-    adashift,
     cowclip,
     curvature_adamw,
-    fastadabelief,
     lamb,
     lambc,
     lans,
     vradam,
     vrlamb,
 )
+from .references.belief import adabelief, adashift, fastadabelief
 from .references.common import Tensor
 from .references.momentum import (
     cblr,

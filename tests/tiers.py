@@ -6,6 +6,7 @@ the other cases show besides is combinations, which `-m slow` runs.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -73,8 +74,13 @@ def _shown(case: pytest.Item) -> set[tuple[str, ...]]:
 
 def _asked_of_backends(entry: OptimizerEntry) -> str:
     """What distinguishes optimizers where every one of them has been proven already."""
-    optimizer = entry.optimizer_class([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    return f"{entry.group_statistics}, {entry.sums}, {optimizer.layer_state}"
+    return f"{entry.group_statistics}, {entry.sums}, {_layer_state(entry.optimizer_class)}"
+
+
+@functools.cache
+def _layer_state(optimizer_class: Any) -> tuple[str, ...]:
+    state: tuple[str, ...] = optimizer_class([torch.nn.Parameter(torch.ones(1))], lr=1.0).layer_state
+    return state
 
 
 def _ranks(case: pytest.Item) -> int:

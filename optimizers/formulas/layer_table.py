@@ -31,9 +31,12 @@ class LayerTable:
     Four are set by the step: the per-layer state of the algorithm (its new value is kept for layers that have a
     gradient), `adapt`, the numbers of `elements`, and the sums that a stage measured, which `total` and `norm` return
     by their names. `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it. `moves` says which
-    layers this step is meant to move: all unless an algorithm assigns it. In groups whose rows are measured, `rows`
-    tells which of them this rank holds, and `row_norm` has one entry for each.
+    layers this step is meant to move, None for all. In groups whose rows are measured, `rows` tells which of them this
+    rank holds, and `row_norm` has one entry for each.
     """
+
+    elements: torch.Tensor
+    moves: torch.Tensor | None = None
 
     def __setattr__(self, name: str, vector: Any) -> None:
         if callable(type(self).__dict__.get(name)):
@@ -50,13 +53,11 @@ class LayerTable:
         self.layers = layers
         self.adapt = adapt
         self.trust_ratio = torch.ones(len(layers), dtype=torch.float64, device=adapt.device)
-        self.moves = torch.ones_like(adapt)
         self._gradient_norm = gradient_norm
         self._totals: dict[str, torch.Tensor] = {}
         self._model_totals: dict[str, torch.Tensor] = {}
         self._row_totals: dict[str, torch.Tensor] = {}
         self.rows: Rows | None = None
-        self.elements = torch.tensor([], device="cpu")  # by the step
         self.__dict__.update(state)
 
     def __getattr__(self, name: str) -> torch.Tensor:

@@ -66,7 +66,7 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_coeff": ((), "write trust_bounds=(min_coeff, max_coeff) for LAMB"),
     "min_coeff": ((), "write trust_bounds=(min_coeff, max_coeff) for LAMB"),
     "dampening": ((0, 0.0), "no optimizer here dampens its momentum"),
-    "amsgrad": ((False,), "of the optimizers here AdaBelief alone has it"),
+    "amsgrad": ((False,), "AdaBelief alone divides by the largest second moment here"),
     "adam_w_mode": ((True, 1), "weight decay is a part of the direction, and so of the trust ratio"),
     "decoupled_decay": ((False,), "weight decay is a part of the direction, and so of the trust ratio"),
     "corrected_weight_decay": ((False,), "weight decay is a part of the direction, and so of the trust ratio"),

@@ -64,6 +64,8 @@ class RoundedUpdates:
 
     def _held(self, group: GroupOperands) -> set[int]:
         """Local tensors with layers that the algorithm itself leaves where they are."""
+        if group.table.moves is None:
+            return set()
         moves = group.table.moves.tolist()
         layers = self._operands.layout.layers
         return {layers[layer].tensor for layer, moved in zip(group.layers, moves, strict=True) if not moved}

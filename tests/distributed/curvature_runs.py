@@ -18,7 +18,7 @@ from trustratio.integrations.transformers import masked_language_modeling_loss, 
 from trustratio.optimizers import CurvatureAdamW
 from trustratio.optimizers.sampling.sample import Sample
 
-from ..curvature_reference import CurvatureReference
+from ..references.curvature import CurvatureReference
 from . import fsdp_runs, megatron_distributed_runs, norms_runs, test_fsdp1, trainer_runs
 from .cases import Case, CaseRun, Leaf, Model, gathered, group_gradients, initial_weights, masters, mean_gradients
 from .collective_counter import CollectiveCounter

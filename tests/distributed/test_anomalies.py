@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from trustratio.recipes.rules.anomalies import anomaly_scores
 from trustratio.recipes.rules.anomaly_sampler import LadSampler
 
-from ..anomaly_reference import lad, made_up
+from ..references.anomalies import lad, made_up
 from .accelerate_runs import fresh_accelerate
 from .pool import WorkerPool
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trustratio.recipes.rules.anomalies import anomaly_scores
 
-from ..anomaly_reference import lad, made_up
+from ..references.anomalies import lad, made_up
 
 SQUARE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [5.0, 0.5]])
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from trustratio.recipes.rules.anomalies import anomaly_scores
 from trustratio.recipes.rules.anomaly_sampler import LadSampler
 
-from ..anomaly_reference import made_up
+from ..references.anomalies import made_up
 
 X, LABELS = made_up(samples=200, features=4, classes=3)
 

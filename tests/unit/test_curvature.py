@@ -14,7 +14,7 @@ from trustratio.optimizers import CurvatureAdamW, CurvatureSGD
 from trustratio.optimizers.sampling.random_numbers import RandomNumbers
 from trustratio.optimizers.sampling.signs import signs
 
-from ..curvature_reference import CurvatureReference
+from ..references.curvature import CurvatureReference
 
 Tensor = torch.Tensor
 
