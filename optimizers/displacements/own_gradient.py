@@ -14,7 +14,7 @@ from ..gradient_statistics.watched import Watched, backward_pass, call_after_bac
 from ..sharding.backends import copied_parameters, find_gradient_flow
 from ..sharding.gradient_flow import GradientFlow
 from ..sharding.layout import Layout, LayoutError
-from ..sharding.local_tensors import compute_dtype
+from ..sharding.local_tensors import compute_dtype, is_flattened, is_plain
 from ..sharding.moved_weights import Change
 from ..sharding.unsharded import has_its_own_parameters
 from .displacement import Displacement, Scaler
@@ -50,10 +50,12 @@ class OwnGradient(Displacement):
         copied = [] if has_its_own_parameters(asked) else copied_parameters(asked)
         self._flow = find_gradient_flow(asked) if copied else None
         keeps_whole = self._flow is not None and all(one.kept_whole for one in self._flow.destinations.values())
-        if layout.reductions and not (copied and keeps_whole):
+        are_whole = not layout.reductions and all(is_plain(t) and not is_flattened(t) for t in layout.tensors)
+        if not (are_whole or (copied and keeps_whole)):
             raise LayoutError(
-                f"{layout.backend} leaves each rank a part of the gradients, or of the weights, so that it cannot move "
-                'by its own gradient: use direction="gradient" or "noise" there, or one process, DDP, ZeRO-0 or ZeRO-1'
+                f"{layout.backend} has parts of the gradients or the weights on each rank, or hides them, so that it "
+                'cannot move by its own gradient: use direction="gradient" or "noise" there, or one process, DDP, '
+                "ZeRO-0 or ZeRO-1"
             )
         if copied and self._flow is None and any(parameter.dtype == torch.float16 for parameter in copied):
             raise LayoutError(

@@ -45,6 +45,7 @@ SHARDINGS: dict[str, tuple[Wrapped, str | int, dict[str, Any]]] = {
     "ZeRO-3": (Wrapped(), 3, {}),
     "ZeRO-3 sub-groups": (Wrapped(), 3, {"zero": {"sub_group_size": 60}}),
     "fsdp1": (Wrapped("fsdp1"), "fsdp1", {}),
+    "fsdp1 NO_SHARD": (Wrapped("fsdp1", {"strategy": "NO_SHARD"}), "fsdp1", {}),
     "fsdp2": (Wrapped("fsdp2"), "fsdp", {}),
     "fsdp2 units": (Wrapped("fsdp2", UNITS), "fsdp", {}),
     "megatron": (Wrapped("megatron"), "megatron", {}),
@@ -107,11 +108,13 @@ def test_ranks_move_by_their_own_gradients(
         assert not torch.equal(answers[0]["moved"]["dense"], answers[1]["moved"]["dense"])
 
 
-@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3", "fsdp1", "fsdp2", "megatron"])
+@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3", "fsdp1", "fsdp1 NO_SHARD", "fsdp2", "megatron"])
 @pytest.mark.parametrize("world_size", [2])
 def test_ranks_that_have_a_part_have_no_own_gradient(pool: WorkerPool, sharding: str, world_size: int) -> None:
     wrapped, stage, changes = SHARDINGS[sharding]
-    with pytest.raises(CaseFailed, match=r"leaves each rank a part of the gradients, .* or ZeRO-1"):
+    with pytest.raises(
+        CaseFailed, match=r"has parts of the gradients or the weights on each rank, .* ZeRO-0 or ZeRO-1"
+    ):
         pool.run(train, make_case("lamb", stage, **changes), wrapped, Plan("own_gradient"))
 
 
