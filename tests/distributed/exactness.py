@@ -35,6 +35,7 @@ BASE_OPTIONS: dict[str, dict[str, Any]] = {
     "tvlars": {"lr": 2.0, "trust_coefficient": 0.04},
     "mclr": {"lr": 0.5},
     "cblr": {"lr": 0.5},
+    "curvature_sgd": {"lr": 2.0},
     "curvature_adamw": {"lr": 0.5},
     "clars": {"lr": 2.0, "trust_coefficient": 0.02},
     "vrsgd": {"lr": 2.0},
