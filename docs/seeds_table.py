@@ -256,16 +256,25 @@ def exact_under(entry: OptimizerEntry) -> str:
     return "; not ".join((shardings, *(part for part in entry.not_under if part not in SHARDINGS)))
 
 
+AUDITED = {
+    "adashift": "lr=0.03 keep=2",  # five steps must be more than it keeps
+    "mclr": "lr=0.01",
+    "cblr": "lr=0.01",  # at 1e-4 five steps are rounded too coarsely to be compared
+}
+"""Options of the audit's command, where the starting rate alone does not do."""
+
+
 def of_optimizer(name: str, entry: OptimizerEntry) -> System:
     """Return the row of an optimizer; its class's first line says what it is."""
     title = entry.optimizer_class.__name__
+    options = AUDITED.get(name, f"lr={entry.starting_rate:g}")
     return System(
         f"{title}: {entry.paper}",
         (inspect.getdoc(entry.optimizer_class) or "").partition("\n")[0].replace("``", "`"),
         (f"trustratio.optimizers.{title}",),
         entry.verified,
         exact_under(entry),
-        f"python -m trustratio.integrations.audit --optimizer {name} --options lr={entry.starting_rate:g} "
+        f"python -m trustratio.integrations.audit --optimizer {name} --options {options} "
         "--accelerate recipes/configs/zero2.yaml",
     )
 
