@@ -97,6 +97,14 @@ CASES = [
 ]
 
 
+PURPOSES = {
+    torch.bfloat16: "gradients",
+    torch.float32: "squares of gradients",
+    torch.float64: "norms",
+    torch.int64: "norms",  # maxima of layers, in the order of their bits
+}
+
+
 @pytest.mark.parametrize("world_size", [2])
 @pytest.mark.parametrize(("stage", "optimizer"), CASES)
 def test_memory_and_traffic_are_those_of_a_real_engine(pool, world_size, stage, optimizer):
@@ -118,7 +126,7 @@ def test_memory_and_traffic_are_those_of_a_real_engine(pool, world_size, stage, 
         if name.startswith("_allgather") or name.startswith("allgather"):
             purpose = "weights"
         elif amount > 16:
-            purpose = {torch.bfloat16: "gradients", torch.float32: "squares of gradients", torch.float64: "norms"}[kind]
+            purpose = PURPOSES[kind]
         count[purpose] += 1
         sent[purpose] += amount
     ring = (world_size - 1) / world_size

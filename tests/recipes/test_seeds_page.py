@@ -78,7 +78,7 @@ def check_command(command, monkeypatch):
     elif module == "trustratio.integrations.audit":
         options = audit_command._parser().parse_args(arguments)
         assert options.optimizer in OPTIMIZERS
-        assert audit_command._options(options.options).keys() == {"lr"}
+        assert audit_command._options(options.options).keys() <= OPTIMIZERS[options.optimizer].defaults.keys() | {"lr"}
         audit_command._configuration(options)  # reads the file
     else:
         assert module in PARSERS, f"how {module} reads its options is not known here"

@@ -128,7 +128,7 @@ def test_tables_of_sets_of_gradients_do_not_pile_up(implementation: str) -> None
     recent = [table for table in plan.cache.values() if isinstance(table, interface.Recent)]
     assert recent
     assert all(len(table.made) <= interface.SETS_OF_GRADIENTS for table in recent)
-    assert len(plan.cache) < 6
+    assert len(plan.cache) <= 6  # one for each kind of table
 
 
 @needs_compiler
