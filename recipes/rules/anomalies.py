@@ -97,8 +97,8 @@ def anomaly_scores(
 
     Raises:
         ValueError: On all ranks of the group, if features or labels have a wrong shape or numbers that are not finite,
-            there are no samples, a class is empty, iterations is below 1, or ranks differ in features or options. In
-            what else reading them on one rank ended, on the others.
+            there are no samples, a class is empty, iterations is below 1, or ranks differ in features or options. With
+            a group any other error in reading them becomes one, so that no rank is left waiting.
 
     Source: score, threshold and quarter are those of the authors' code (sreelekh/LAD, lib/lad_functions.py at f8fb86d).
     That has the variance over n - 1, of all samples where fewer than three members are left, and divides by the number
@@ -135,7 +135,7 @@ class _Statistics:
 class _Class(NamedTuple):
     """Number of members that were counted, mean and deviation (features, 1) of the features that count (None: all)."""
 
-    count: torch.Tensor
+    members: torch.Tensor
     mean: torch.Tensor
     deviation: torch.Tensor
     columns: torch.Tensor | None
@@ -254,7 +254,7 @@ def _deviations(x: torch.Tensor, classes: Sequence[_Class]) -> torch.Tensor:
     for k in classes:
         there = columns if k.columns is None else columns[k.columns]
         distance = (there - k.mean).div_(k.deviation).abs_().amax(dim=0)
-        nearest = nearest.minimum(distance.square_().div_(2).div_(k.count).clamp_(max=_LARGEST))
+        nearest = nearest.minimum(distance.square_().div_(2).div_(k.members).clamp_(max=_LARGEST))
     return torch.where(nearest.isinf(), 0.0, nearest)  # where no class has a variance
 
 
@@ -305,7 +305,9 @@ def _gathered(
     try:
         x, of_samples = _checked(features, labels, iterations, classes)
         sizes = tuple(zip(*(t.tolist() for t in of_samples.unique(return_counts=True)), strict=True))
-        given = _Given(None, x.shape[1], (iterations, classes, labels is None), sizes)
+        given = _Given(
+            None, x.shape[1], (int(iterations), None if classes is None else int(classes), labels is None), sizes
+        )
     except Exception as error:  # a rank that ends here would leave the others waiting
         if group is None:
             raise

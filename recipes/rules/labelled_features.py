@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import warnings
 from collections.abc import Collection
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from trustratio.optimizers.sharding.local_tensors import is_plain, placements_of, summable
 
-__all__ = ["as_features", "as_labels", "as_whole", "refuse_empty", "refuse_other_groups"]
+__all__ = ["as_features", "as_labels", "as_whole", "fingerprint", "refuse_empty", "refuse_other_groups"]
 
 _ROWS = 1 << 14  # that are looked at together
 _FEW_OPERATIONS = torch.uint16, torch.uint32, torch.uint64  # torch lacks most of them for these, and for fp8
@@ -58,7 +59,7 @@ def as_labels(labels: Any, samples: int | None, classes: int | None) -> torch.Te
     if found.dim() != 1 or samples not in (None, len(found)):
         expected = "samples" if samples is None else samples
         raise ValueError(f"labels must have one number per sample, shape ({expected},), got {tuple(found.shape)}")
-    whole = _whole_labels(summable(found))
+    whole = _whole_labels(summable(found)).contiguous()
     if classes is not None and not ((whole >= 0) & (whole < classes)).all():
         row = int(((whole < 0) | (whole >= classes)).nonzero()[0])
         raise ValueError(f"labels must be from 0 to {classes - 1}, got {int(whole[row])} in row {row}")
@@ -78,6 +79,14 @@ def as_whole(name: str, value: Any, least: int) -> int:
     if number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def fingerprint(rows: torch.Tensor) -> str:
+    """What tells tables or labels from others: the same for the same numbers on any device, and in any float dtype."""
+    found = hashlib.blake2b(str(tuple(rows.shape)).encode(), digest_size=16)
+    for part in rows.split(_ROWS):
+        found.update(part.to(torch.float64).cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def refuse_empty(present: Collection[int], classes: int | None) -> None:
