@@ -41,8 +41,8 @@ class LadSampler(Sampler[int]):
 
     Args:
         features: (samples, features), or a function that returns them, called whenever the sample is made: e.g. what
-            the model makes of the data by now. With ``group`` those of this rank's samples, which are consecutive and
-            follow those of the rank before.
+            the model makes of the data by now. A table is not copied: leave it as it is. With ``group`` those of this
+            rank's samples, which are consecutive and follow those of the rank before.
         labels: The class of each sample of the data, whole numbers, (samples,). None: all are of one class.
         sample: Size of the sample as a fraction of the data, in (0, 1].
         anomalous: Fraction of each class's members that are in the sample because of their scores, in [0, 1]; rounded
