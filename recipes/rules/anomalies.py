@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from trustratio.optimizers.sharding.local_tensors import reduction_device
 
-from .labelled_features import as_features, as_labels, refuse_empty
+from .labelled_features import as_features, as_labels, as_whole, refuse_empty, refuse_other_groups
 
 __all__ = ["Anomalies", "anomaly_scores"]
 
@@ -81,10 +81,11 @@ def anomaly_scores(
     members that are not anomalous now. In the first one nobody is.
 
     Args:
-        features: (samples, features) of this rank, real numbers; any dtype, computed in fp64. A rank may have no
-            samples.
+        features: (samples, features) of this rank, real numbers: a dense tensor, or what numpy makes an array of,
+            such as lists or a DataFrame; any dtype, computed in fp64. A rank may have no samples.
         labels: The class or cluster of each sample, whole numbers, (samples,). None: all are of one class.
-        iterations: Rounds, at least 1.
+        iterations: Rounds, at least 1. Time and memory of one grow with samples x features, and its time with
+            the number of classes: each sample is compared with each of them.
         group: The ranks over which the samples are split, in any way; each passes its own and gets its own back. None:
             all samples are here, and nothing is sent.
         classes: If given, labels must be 0 to classes - 1, and each of them must occur.
@@ -96,7 +97,8 @@ def anomaly_scores(
 
     Raises:
         ValueError: On all ranks of the group, if features or labels have a wrong shape or numbers that are not finite,
-            there are no samples, a class is empty, iterations is below 1, or ranks differ in features or options.
+            there are no samples, a class is empty, iterations is below 1, or ranks differ in features or options. With
+            a group any other error in reading them becomes one, so that no rank is left waiting.
 
     Source: score, threshold and quarter are those of the authors' code (sreelekh/LAD, lib/lad_functions.py at f8fb86d).
     That has the variance over n - 1, of all samples where fewer than three members are left, and divides by the number
@@ -121,6 +123,23 @@ class _Statistics:
     mean: torch.Tensor
     deviation: torch.Tensor
 
+    def usable(self) -> Iterator[_Class]:
+        """Yield those classes that a sample can be near to."""
+        for count, mean, deviation in zip(self.counts, self.mean, self.deviation, strict=True):
+            usable = deviation > 0
+            if usable.any():
+                columns = None if usable.all() else usable
+                yield _Class(count, mean[usable].unsqueeze(1), deviation[usable].unsqueeze(1), columns)
+
+
+class _Class(NamedTuple):
+    """Number of members that were counted, mean and deviation (features, 1) of the features that count (None: all)."""
+
+    members: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    columns: torch.Tensor | None
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -129,12 +148,14 @@ class _Rows:
     Attributes:
         features: (samples, D), as given.
         classes: int64 (samples,), from 0 to K - 1.
+        by_class: int64 (samples,): the rows of class 0, then those of class 1, and so on.
         sizes: int64 (K,): samples of each class, over all ranks.
         group: Over which they are split.
     """
 
     features: torch.Tensor
     classes: torch.Tensor
+    by_class: torch.Tensor
     sizes: torch.Tensor
     group: dist.ProcessGroup | None
 
@@ -157,20 +178,18 @@ class _Rows:
         # Between the bounds, in [-1, 1], small numbers beside large ones keep their digits.
         scale = torch.where(half > 0, half, torch.ones_like(half))
         sums = torch.zeros(2, 2, *middle.shape, dtype=torch.int64, device=middle.device)
-        for x, classes, here in self._chunks(counted):
-            for k in classes[here].unique().tolist():
-                members = x[here & (classes == k)]
-                t = ((members - middle[k]) / scale[k]).clamp_(-1.0, 1.0)
-                sums[:, :, k] += torch.stack([_integers(t), _integers(t.square())])
+        for k, members in self._members(counted):
+            t = members.sub_(middle[k]).div_(scale[k]).clamp_(-1.0, 1.0)
+            sums[:, :, k] += torch.stack([_integers(t), _integers(t.square())])
         first, second = _numbers(_reduced(sums, self.group)) / counts.unsqueeze(1)
         variance = torch.where(half > 0, second - first.square(), 0.0).clamp_(min=0.0)
         return _Statistics(counts, middle + scale * first, scale * variance.sqrt())
 
     def scores(self, of: _Statistics) -> torch.Tensor:
         """Each sample's deviation, from 0 for the smallest of all ranks to 1 for the largest; fp64 (samples,)."""
-        everyone = torch.ones_like(self.classes, dtype=torch.bool)
-        chunks = [self._deviations(x, of) for x, _, _ in self._chunks(everyone)]
-        a = torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.float64, device=self.features.device)
+        classes = list(of.usable())
+        chunks = [_deviations(x.to(torch.float64), classes) for x in self.features.split(_ROWS)]
+        a = torch.cat(chunks)
         extremes = a.new_full((2,), -torch.inf)
         if len(a):
             extremes = torch.stack([a.max(), -a.min()])
@@ -214,27 +233,29 @@ class _Rows:
         """The smallest and largest number of each class and feature, over all ranks, (K, D) each."""
         shape = 2, len(self.sizes), self.features.shape[1]
         bounds = torch.full(shape, -torch.inf, dtype=torch.float64, device=self.features.device)
-        for x, classes, here in self._chunks(counted):
-            for k in classes[here].unique().tolist():
-                members = x[here & (classes == k)]
-                bounds[:, k] = bounds[:, k].maximum(torch.stack([members.amax(dim=0), -members.amin(dim=0)]))
+        for k, members in self._members(counted):
+            bounds[:, k] = bounds[:, k].maximum(torch.stack([members.amax(dim=0), -members.amin(dim=0)]))
         high, low = _reduced(bounds, self.group, dist.ReduceOp.MAX)
         return -low, high
 
-    def _deviations(self, x: torch.Tensor, of: _Statistics) -> torch.Tensor:
-        nearest = x.new_full((len(x),), torch.inf)
-        for count, mean, deviation in zip(of.counts, of.mean, of.deviation, strict=True):
-            usable = deviation > 0
-            if usable.any():
-                distance = ((x[:, usable] - mean[usable]) / deviation[usable]).abs().amax(dim=1)
-                nearest = nearest.minimum((distance.square() / 2 / count).clamp_(max=_LARGEST))
-        return torch.where(nearest.isinf(), 0.0, nearest)  # where no class has a variance
+    def _members(self, counted: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield some of a class's rows that are counted at a time: the class, and a copy of the features in fp64."""
+        sizes = torch.bincount(self.classes, minlength=len(self.sizes)).tolist()
+        for k, rows in enumerate(self.by_class.split(sizes)):
+            for some in rows[counted[rows]].split(_ROWS):
+                if len(some):
+                    yield k, self.features[some].to(torch.float64)
 
-    def _chunks(self, chosen: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield some rows at a time: features in fp64, classes, and which are chosen."""
-        for x, classes, here in zip(*(t.split(_ROWS) for t in (self.features, self.classes, chosen)), strict=True):
-            if len(x):
-                yield x.to(torch.float64), classes, here
+
+def _deviations(x: torch.Tensor, classes: Sequence[_Class]) -> torch.Tensor:
+    """How far each row is from the class that it is nearest to, fp64 (rows,)."""
+    columns = x.t().contiguous()  # maxima over a few columns are slow along rows
+    nearest = x.new_full((len(x),), torch.inf)
+    for k in classes:
+        there = columns if k.columns is None else columns[k.columns]
+        distance = (there - k.mean).div_(k.deviation).abs_().amax(dim=0)
+        nearest = nearest.minimum(distance.square_().div_(2).div_(k.members).clamp_(max=_LARGEST))
+    return torch.where(nearest.isinf(), 0.0, nearest)  # where no class has a variance
 
 
 # Sums that do not depend on their order -----------------------------------------------------------------------------
@@ -280,14 +301,17 @@ def _gathered(
     features: Any, labels: Any, iterations: int, group: dist.ProcessGroup | None, classes: int | None
 ) -> _Rows:
     """Check what all ranks were given, and count their classes."""
-    if group is not None and dist.get_rank(group) < 0:
-        raise ValueError("group must be a process group that this rank is in")
+    refuse_other_groups(group)
     try:
         x, of_samples = _checked(features, labels, iterations, classes)
         sizes = tuple(zip(*(t.tolist() for t in of_samples.unique(return_counts=True)), strict=True))
-        given = _Given(None, x.shape[1], (iterations, classes, labels is None), sizes)
-    except ValueError as error:
-        given = _Given(str(error))
+        given = _Given(
+            None, x.shape[1], (int(iterations), None if classes is None else int(classes), labels is None), sizes
+        )
+    except Exception as error:  # a rank that ends here would leave the others waiting
+        if group is None:
+            raise
+        given = _Given(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
     everyone = [given]
     if group is not None:
         everyone = [given] * dist.get_world_size(group)
@@ -295,7 +319,8 @@ def _gathered(
     known = _agreed(everyone, classes)
     of_all = torch.tensor(list(known), device=x.device)
     counts = torch.tensor(list(known.values()), device=x.device)
-    return _Rows(x, torch.searchsorted(of_all, of_samples), counts, group)
+    of_rows = torch.searchsorted(of_all, of_samples)
+    return _Rows(x, of_rows, of_rows.argsort(stable=True), counts, group)
 
 
 def _agreed(everyone: Sequence[_Given], classes: int | None) -> dict[int, int]:
@@ -320,7 +345,6 @@ def _agreed(everyone: Sequence[_Given], classes: int | None) -> dict[int, int]:
 
 def _checked(features: Any, labels: Any, iterations: int, classes: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features (samples, D) and labels (samples,) as tensors on one device."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
+    as_whole("iterations", iterations, 1)
     x = as_features(features)
     return x, as_labels(labels, len(x), classes).to(x.device)

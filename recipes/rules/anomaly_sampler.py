@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,12 +14,15 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from .anomalies import anomaly_scores
-from .labelled_features import as_features, as_labels, refuse_empty
+from .labelled_features import as_features, as_labels, as_whole, fingerprint, refuse_empty, refuse_other_groups
 
 __all__ = ["LadSampler"]
 
 SETTINGS = ("samples", "sample", "anomalous", "every", "iterations", "seed", "num_replicas", "drop_last")
-"""What must be the same where a state is loaded."""
+"""What must be the same where a state is loaded, and on all ranks of a group."""
+
+DATA = ("labels", "features")
+"""What of the data a state has fingerprints of."""
 
 
 class LadSampler(Sampler[int]):
@@ -28,13 +33,16 @@ class LadSampler(Sampler[int]):
     Epochs from 0 to ``every`` - 1 go over one sample, each in an order of its own; then it is made anew, with other
     uniform draws, and with new scores if ``features`` is a function. An epoch is one pass over the sample.
 
+    A pass goes over the epoch that `set_epoch` named last, however far passes before it went and whatever workers ask
+    for ahead: call it before each. Without it a second pass repeats the indices of the first, and warns.
+
     Order and sample depend on seed, epoch and scores alone, so they are the same on all ranks. Rank r of n takes the
     places r, r + n, ... of each epoch's order, which is filled up from its start, as `DistributedSampler` does.
 
     Args:
         features: (samples, features), or a function that returns them, called whenever the sample is made: e.g. what
-            the model makes of the data by now. With ``group`` those of this rank's samples, which are consecutive and
-            follow those of the rank before.
+            the model makes of the data by now. A table is not copied: leave it as it is. With ``group`` those of this
+            rank's samples, which are consecutive and follow those of the rank before.
         labels: The class of each sample of the data, whole numbers, (samples,). None: all are of one class.
         sample: Size of the sample as a fraction of the data, in (0, 1].
         anomalous: Fraction of each class's members that are in the sample because of their scores, in [0, 1]; rounded
@@ -48,12 +56,13 @@ class LadSampler(Sampler[int]):
         rank: This process, from 0 to num_replicas - 1; needed with num_replicas.
         drop_last: Leave out what does not fill all ranks, in place of repeating samples.
         group: Split the scoring over these ranks; every one of them must then begin the same epochs. None: each process
-            scores all. Needed for a function where there are several processes: models on two ranks may differ in
-            their last bits, and samples with them.
+            scores all, and nothing compares them. Needed for a function where there are several processes: models on
+            two ranks may differ in their last bits, and samples with them.
 
     Raises:
         ValueError: If an argument is out of range, or features and labels do not fit; also later, of a function's
-            features. Where there are several processes, if nobody said how they share an epoch.
+            features. Where there are several processes, if nobody said how they share an epoch. Where a group scores,
+            on all of its ranks, if they differ in labels, options or epoch, or their rank numbers leave out indices.
 
     Source: that the sample is made of LAD's scores, again and again, and has the most anomalous of each class, is in
     the paper's abstract. Its size, the number of anomalous samples, how the others are drawn and how often it is made
@@ -76,18 +85,19 @@ class LadSampler(Sampler[int]):
         drop_last: bool = False,
         group: dist.ProcessGroup | None = None,
     ):
-        _check_fraction("sample", sample, above=0.0)
-        _check_fraction("anomalous", anomalous)
-        for name, number, least in (("every", every, 1), ("iterations", iterations, 1), ("seed", seed, 0)):
-            _check_whole(name, number, least)
+        refuse_other_groups(group)
+        self.sample = _fraction("sample", sample, above=0.0)
+        self.anomalous = _fraction("anomalous", anomalous)
+        self.every, self.iterations = as_whole("every", every, 1), as_whole("iterations", iterations, 1)
+        self.seed = as_whole("seed", seed, 0)
+        self.classes = None if classes is None else as_whole("classes", classes, 1)
+        self.drop_last, self.group = bool(drop_last), group
         if labels is None and (callable(features) or group is not None):
             raise ValueError("labels must be given with a function or a group: they say how many samples there are")
         self.features = features if callable(features) else as_features(features)
         whole = len(self.features) if isinstance(self.features, torch.Tensor) and group is None else None
-        self.labels = as_labels(labels, whole, classes).cpu()
+        self.labels = as_labels(labels, whole, self.classes).cpu()
         self.samples = len(self.labels)
-        self.sample, self.anomalous, self.every, self.iterations = sample, anomalous, every, iterations
-        self.classes, self.seed, self.drop_last, self.group = classes, seed, drop_last, group
         self._shared_by = num_replicas
         self.num_replicas, self.rank = _replicas(num_replicas, rank)
         self._check_group()
@@ -95,9 +105,10 @@ class LadSampler(Sampler[int]):
         self.epoch = 0
         self._scores: torch.Tensor | None = None
         self._made: tuple[int, torch.Tensor] | None = None
-        self._taken = 0  # by this rank, of this epoch
-        self._resume_at = 0
-        self._is_over = False
+        self._fingerprints: dict[str, str | None] | None = None
+        self._start = 0  # of passes over this epoch
+        self._taken = 0  # by that pass over it which handed out an index last
+        self._is_new = True  # until a pass over it begins
 
     @property
     def size(self) -> int:
@@ -110,28 +121,31 @@ class LadSampler(Sampler[int]):
         return math.floor(share) if self.drop_last else math.ceil(share)
 
     def __iter__(self) -> Iterator[int]:
-        """Go over this epoch, or what is left of it after `load_state_dict`.
-
-        An epoch that was gone over to its end is followed by the next one, also without `set_epoch`.
-        """
+        """Begin a pass over this epoch, or over what `load_state_dict` left of it; passes do not disturb each other."""
         _replicas(self._shared_by, self.rank)
         self._check_group()
-        if self._is_over:
-            self.set_epoch(self.epoch + 1)
-        self._taken, self._resume_at = self._resume_at, 0
-        order = self._order()
-        for index in order[self._taken :]:
-            self._taken += 1
-            self._is_over = self._taken == len(order)
+        if not self._is_new:
+            what = "nothing is left of" if self._start == len(self) else "another pass over the same indices of"
+            warnings.warn(f"{what} epoch {self.epoch}: call set_epoch(epoch) before each pass", stacklevel=2)
+        self._is_new = False
+        return self._pass(self.epoch, self._order(), self._start)
+
+    def _pass(self, epoch: int, order: list[int], taken: int) -> Iterator[int]:
+        for index in order[taken:]:
+            taken += 1
+            if epoch == self.epoch:
+                self._taken = taken
             yield index
-        self._is_over = True
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch; in the one that a loaded state was in, to where it was."""
-        _check_whole("epoch", epoch, 0)
+        """Go to the beginning of an epoch; in the one that a loaded state was in, to where it was.
+
+        That place is kept, for all passes over its epoch, until another epoch is set.
+        """
+        epoch = as_whole("epoch", epoch, 0)
         if epoch != self.epoch:
-            self.epoch, self._resume_at = epoch, 0
-        self._taken, self._is_over = 0, False
+            self.epoch, self._start = epoch, 0
+        self._taken, self._is_new = self._start, True
 
     def training_sample(self) -> torch.Tensor:
         """Indices of this epoch's sample, int64 (size,), ascending; made if it is not yet."""
@@ -144,25 +158,25 @@ class LadSampler(Sampler[int]):
         """Return where the sampler is, and the sample, to go on from in a new process.
 
         Args:
-            taken: Indices of this epoch that this rank is done with; 0 if somebody else skips batches. None: those that
-                were handed out, which is more where a loader with workers asks for batches ahead of the training.
+            taken: Indices of this epoch that this rank is done with, those before a resume among them; 0 if somebody
+                else skips batches. More than there are, as batches x batch size may be, mean all. None: those that the
+                pass which handed out an index last has handed out, which is more than the training is done with where
+                a loader with workers asks for batches ahead.
         """
-        if taken is not None:
-            _check_whole("taken", taken, 0)
-            if taken > len(self):
-                raise ValueError(f"taken must be at most {len(self)}, what a rank takes in an epoch, got {taken}")
+        here = self._taken if taken is None else min(as_whole("taken", taken, 0), len(self))
         settings = {name: getattr(self, name) for name in SETTINGS}
         period, indices = self._made or (None, None)
-        here = (self._taken or self._resume_at) if taken is None else taken
-        return {"epoch": self.epoch, "taken": here, "period": period, "indices": indices, "settings": settings}
+        where = {"epoch": self.epoch, "taken": here, "period": period, "indices": indices}
+        return {**where, "settings": settings, **self._fingerprints_of_data()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another sampler of the same data and options was when `state_dict` was called.
 
         Raises:
-            ValueError: If the options were others, or it is no state; nothing is changed then.
+            ValueError: If data or options were others, or it is no state; nothing is changed then. Features are
+                compared where both samplers have a table of all of them: neither a function nor a group's.
         """
-        missing = [key for key in ("epoch", "taken", "period", "indices", "settings") if key not in state]
+        missing = [key for key in ("epoch", "taken", "period", "indices", "settings", *DATA) if key not in state]
         if missing:
             raise ValueError(f"this is no state of a LadSampler: it lacks {', '.join(missing)}")
         for name in SETTINGS:
@@ -171,9 +185,18 @@ class LadSampler(Sampler[int]):
                 raise ValueError(
                     f"the state is of a sampler with {name}={theirs!r}, this one has {getattr(self, name)!r}"
                 )
-        self.epoch, self._resume_at, self._taken = state["epoch"], state["taken"], 0
+        for name, here in self._fingerprints_of_data().items():
+            if None not in (here, state[name]) and here != state[name]:
+                raise ValueError(f"the state is of a sampler of other {name}: it goes on with the same numbers only")
+        self.epoch, self._start = state["epoch"], state["taken"]
+        self._taken, self._is_new = self._start, self._start < len(self)
         self._made = None if state["period"] is None else (state["period"], state["indices"])
-        self._is_over = self._resume_at == len(self)
+
+    def _fingerprints_of_data(self) -> dict[str, str | None]:
+        if self._fingerprints is None:
+            table = None if callable(self.features) or self.group is not None else fingerprint(self.features)
+            self._fingerprints = {"labels": fingerprint(self.labels), "features": table}
+        return self._fingerprints
 
     # Making the sample and its order
 
@@ -222,15 +245,37 @@ class LadSampler(Sampler[int]):
             features = self._current_features()
         except Exception as error:  # a rank that ends here would leave the others waiting
             wrong = error
-        found = _gathered(f"{type(wrong).__name__}: {wrong}" if wrong else len(features), group)
-        for rank, of_rank in enumerate(found):
-            if isinstance(of_rank, str):
+        message = wrong and f"{type(wrong).__name__}: {wrong}"
+        messages, rows, options = zip(*_gathered((message, len(features), self._options()), group), strict=True)
+        for rank, of_rank in enumerate(messages):
+            if of_rank is not None:
                 raise ValueError(f"features of rank {rank} cannot be had: {of_rank}") from wrong
-        if sum(found) != self.samples:
+        self._compare(options)
+        if sum(rows) != self.samples:
             raise ValueError(
-                f"features must have {self.samples} rows over all ranks, one per label, got {found} by rank"
+                f"features must have {self.samples} rows over all ranks, one per label, got {list(rows)} by rank"
             )
-        return features, found
+        return features, list(rows)
+
+    def _options(self) -> dict[str, Any]:
+        """What a group's ranks compare."""
+        options = {name: getattr(self, name) for name in (*SETTINGS, "classes", "epoch", "rank")}
+        labels = self._fingerprints_of_data()["labels"]
+        return {**options, "labels (by their fingerprint)": labels, "callable(features)": callable(self.features)}
+
+    def _compare(self, options: Sequence[dict[str, Any]]) -> None:
+        """Raise ValueError if ranks would draw different samples, or not take turns."""
+        for name in options[0]:
+            found = [of_rank[name] for of_rank in options]
+            if name != "rank" and any(value != found[0] for value in found):
+                raise ValueError(f"{name} must be the same on every rank, got {found} by rank")
+        ranks = [of_rank["rank"] for of_rank in options]
+        each, rest = divmod(len(ranks), self.num_replicas)
+        if not rest and sorted(ranks) != sorted([*range(self.num_replicas)] * each):
+            raise ValueError(
+                f"rank must be each number from 0 to num_replicas - 1 = {self.num_replicas - 1} equally often, "
+                f"got {ranks} by rank of the group"
+            )
 
     def _keep(self, scores: torch.Tensor) -> torch.Tensor:
         self._scores = None if callable(self.features) else scores
@@ -238,7 +283,8 @@ class LadSampler(Sampler[int]):
 
     def _anomalous_of_classes(self) -> dict[int, int]:
         labels, counts = self.labels.unique(return_counts=True)
-        chosen = [max(1, int(self.anomalous * count)) for count in counts.tolist()]
+        # In floats 0.29 x 100 lies just below 29.
+        chosen = [max(1, math.floor(self.anomalous * count * (1 + 1e-12))) for count in counts.tolist()]
         return dict(zip(labels.tolist(), chosen, strict=True))
 
     def _check_group(self) -> None:
@@ -288,18 +334,14 @@ def _replicas(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
         if rank not in (None, 0):
             raise ValueError(f"rank needs num_replicas, got rank={rank!r} alone")
         return 1, 0
-    _check_whole("num_replicas", num_replicas, 1)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < num_replicas:
-        raise ValueError(f"rank must be a whole number from 0 to num_replicas - 1 = {num_replicas - 1}, got {rank!r}")
-    return num_replicas, rank
+    replicas, place = as_whole("num_replicas", num_replicas, 1), as_whole("rank", rank, 0)
+    if place >= replicas:
+        raise ValueError(f"rank must be a whole number from 0 to num_replicas - 1 = {replicas - 1}, got {rank!r}")
+    return replicas, place
 
 
-def _check_fraction(name: str, value: Any, above: float | None = None) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or value == above:
+def _fraction(name: str, value: Any, above: float | None = None) -> float:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 <= number <= 1 or number == above:
         raise ValueError(f"{name} must be a fraction in {'[' if above is None else '('}0, 1], got {value!r}")
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,12 +31,13 @@ def passes(sampler: LadSampler, batch: int) -> Iterator[torch.Tensor]:
     """Yield the rows of each batch without end, a sampler's epochs in turn; a batch may reach into the next.
 
     Args:
-        sampler: goes to its next epoch by itself.
+        sampler: its epochs are set, from the one it is in.
         batch: rows per update; int64 (batch,) is yielded.
     """
-    rows = torch.empty(0, dtype=torch.long)
+    rows, epochs = torch.empty(0, dtype=torch.long), itertools.count(sampler.epoch)
     while True:
         while len(rows) < batch:
+            sampler.set_epoch(next(epochs))
             rows = torch.cat([rows, torch.tensor(list(sampler))])
         yield rows[:batch]
         rows = rows[batch:]

@@ -86,6 +86,13 @@ def test_equal_scores_at_the_border(pool: WorkerPool, world_size: int) -> None:
         assert 0 < answer["anomalous"] < SAMPLES // 4
 
 
+class Unreadable:
+    """What cannot be read for a reason that has nothing to do with numbers."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise MemoryError("no room for 8 TB")
+
+
 def refused(case: str) -> str:
     """Runs on every rank: what the last one was given is wrong."""
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -98,6 +105,8 @@ def refused(case: str) -> str:
             "length": (x, labels[:2], {}),
             "iterations": (x, labels, {"iterations": 2}),
             "classes": (x, torch.tensor([0, 0, 1, 2]), {}),
+            "sparse": (x.to_sparse(), labels, {}),
+            "another error": (Unreadable(), labels, {}),
         }[case]
     if case == "classes":
         options = {"classes": 4}
@@ -115,6 +124,11 @@ def refused(case: str) -> str:
         ("width", "features must have the same number of columns on every rank, got [2, 3] by rank"),
         ("length", "rank 1: labels must have one number per sample, shape (4,), got (2,)"),
         ("iterations", "iterations, classes, and whether there are labels must be the same on every rank"),
+        (
+            "sparse",
+            "rank 1: features must be a dense tensor that holds its numbers, got a sparse one (torch.float32)",
+        ),
+        ("another error", "rank 1: MemoryError: no room for 8 TB"),
         ("classes", "every class from 0 to 3 must have a sample, got none of [3]"),
     ],
 )
@@ -132,10 +146,11 @@ def nobody() -> list[str]:
         messages.append(str(error))
     alone = dist.new_group([0])
     if dist.get_rank() == 1:
-        try:
-            anomaly_scores(torch.ones(3, 2), group=alone)
-        except ValueError as error:
-            messages.append(str(error))
+        for attempt in (anomaly_scores, LadSampler):
+            try:
+                attempt(torch.ones(3, 2), torch.zeros(3), group=alone)
+            except ValueError as error:
+                messages.append(str(error))
     return messages
 
 
@@ -143,7 +158,7 @@ def nobody() -> list[str]:
 def test_no_rows_and_another_group(pool: WorkerPool, world_size: int) -> None:
     one, other = pool.run(nobody)
     assert one == ["features must have at least one row, on some rank, got none"]
-    assert other == [*one, "group must be a process group that this rank is in"]
+    assert other == [*one, *["group must be a process group that this rank is in"] * 2]
 
 
 # Samplers -----------------------------------------------------------------------------------------------------------
@@ -187,7 +202,7 @@ def test_ranks_share_the_epochs_of_one_process(pool: WorkerPool, split_scoring: 
 
 
 def accelerated() -> dict[str, Any]:
-    """Runs on every rank: accelerate splits the batches, and goes to the next epoch by itself."""
+    """Runs on every rank: accelerate splits the batches, and goes to the next epoch by itself, but after a resume."""
     with fresh_accelerate(False):
         accelerator = Accelerator(cpu=True)
 
@@ -199,11 +214,15 @@ def accelerated() -> dict[str, Any]:
             return sampler, accelerator.prepare(DataLoader(range(SAMPLES), batch_size=7, sampler=sampler))
 
         sampler, loader = prepared()
-        epochs = [torch.cat(list(loader)).tolist() for _ in range(3)]
+        epochs = [torch.cat(list(loader)).tolist() for _ in range(4)]
+        sampler.set_epoch(1)
         _, again = prepared(sampler.state_dict(taken=0))
-        again.set_epoch(2)
-        rest = torch.cat(list(skip_first_batches(again, 2))).tolist()
-        return {"epochs": epochs, "rest": rest}
+        resumed = []
+        for epoch in range(1, 4):
+            again.set_epoch(epoch)
+            batches = skip_first_batches(again, 2) if epoch == 1 else again
+            resumed.append(torch.cat(list(batches)).tolist())
+        return {"epochs": epochs, "resumed": resumed}
 
 
 @pytest.mark.parametrize("world_size", [2])
@@ -211,13 +230,14 @@ def test_accelerate_splits_the_batches(pool: WorkerPool, world_size: int) -> Non
     answers = pool.run(accelerated)
     x, labels = made_up(SAMPLES, FEATURES, CLASSES)
     alone = LadSampler(x, labels, num_replicas=1, rank=0, **TABLE)
-    for epoch in range(3):
+    for epoch in range(4):
+        alone.set_epoch(epoch)
         order = list(alone)
         parts = [answer["epochs"][epoch] for answer in answers]
         assert parts[0][:7] + parts[1][:7] + parts[0][7:14] == order[:21]
         assert set(parts[0] + parts[1]) == set(order)
     for answer in answers:
-        assert answer["rest"] == answer["epochs"][2][14:]
+        assert answer["resumed"] == [answer["epochs"][1][14:], *answer["epochs"][2:]]
 
 
 def sampler_errors() -> list[str]:
@@ -258,3 +278,52 @@ def test_samplers_are_refused_on_all_ranks(pool: WorkerPool, world_size: int) ->
     assert failed == "features of rank 1 cannot be had: RuntimeError: out of memory"
     assert rows == "features must have 211 rows over all ranks, one per label, got [100, 100] by rank"
     assert width == "features must have the same number of columns on every rank, got [3, 4] by rank"
+
+
+DIFFERENCES = {
+    "seed": "seed must be the same on every rank, got [3, 4] by rank",
+    "anomalous": "anomalous must be the same on every rank, got [0.1, 0.2] by rank",
+    "classes": "classes must be the same on every rank, got [None, 3] by rank",
+    "epoch": "epoch must be the same on every rank, got [0, 1] by rank",
+    "labels": "labels (by their fingerprint) must be the same on every rank, got ",
+    "function": "callable(features) must be the same on every rank, got [False, True] by rank",
+    "rank": "rank must be each number from 0 to num_replicas - 1 = 1 equally often, got [0, 0] by rank of the group",
+    "rank of two loaders": "rank must be each number from 0 to num_replicas - 1 = 1 equally often, got [1, 1] by rank",
+}
+
+
+def differing() -> dict[str, str]:
+    """Runs on every rank: the last one's sampler differs."""
+    x, labels = made_up(SAMPLES, FEATURES, CLASSES)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    last = rank == ranks - 1
+    mine = x[np.arange(SAMPLES) * ranks // SAMPLES == rank]
+    messages = {}
+    for case in [*DIFFERENCES, "nothing"]:
+        options: dict[str, Any] = {**TABLE, "num_replicas": ranks, "rank": rank, "group": dist.group.WORLD}
+        features, of_all = mine, labels
+        if case.startswith("rank"):
+            options["rank"] = 0 if case == "rank" else 1
+        elif last:
+            features = (lambda: mine) if case == "function" else mine
+            of_all = labels[::-1] if case == "labels" else labels
+            options.update(
+                {"seed": {"seed": 4}, "anomalous": {"anomalous": 0.2}, "classes": {"classes": 3}}.get(case, {})
+            )
+        sampler = LadSampler(features, of_all, **options)
+        sampler.set_epoch(int(last and case == "epoch"))
+        try:
+            list(sampler)
+            messages[case] = "no message"
+        except ValueError as error:
+            messages[case] = str(error)
+    return messages
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_that_differ_are_named_on_all(pool: WorkerPool, world_size: int) -> None:
+    one, other = pool.run(differing)
+    assert one == other
+    assert one.pop("nothing") == "no message"
+    for case, message in DIFFERENCES.items():
+        assert one[case].startswith(message), case

@@ -158,10 +158,75 @@ def test_large_numbers_beside_small_ones():
         assert scores[:50].argmax() == expected.argmax() or large > 1e100
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
-def test_other_dtypes_are_computed_in_fp64(dtype):
-    x = (8 * torch.randn(100, 3, generator=torch.Generator().manual_seed(0))).round().to(dtype)
-    assert torch.equal(anomaly_scores(x).scores, anomaly_scores(x.double()).scores)
+DTYPES = "float16 bfloat16 float32 int8 int64 uint8 uint16 uint32 uint64 float8_e4m3fn float8_e5m2"
+
+
+@pytest.mark.parametrize("name", DTYPES.split())
+def test_other_dtypes_are_computed_in_fp64(name):
+    whole = (8 * torch.randn(100, 3, generator=torch.Generator().manual_seed(0))).round().abs()
+    x = whole.to(getattr(torch, name))
+    expected = anomaly_scores(x.double(), x[:, 0].long())
+    assert torch.equal(anomaly_scores(x, x[:, 0]).scores, expected.scores)
+    assert expected.scores.unique().numel() > 5
+
+
+TIMES = 1.7e9 + np.random.default_rng(0).normal(size=(60, 2)) * 10  # fp32 has them in steps of 128
+MEMBERS = np.arange(60) % 2
+
+
+def read_only():
+    x = TIMES.copy()
+    x.flags.writeable = False
+    return x
+
+
+ARRAYS = {
+    "lists": lambda: (TIMES.tolist(), [float(k) for k in MEMBERS]),
+    "tuples": lambda: (tuple(map(tuple, TIMES)), tuple(MEMBERS)),
+    "rows of tensors": lambda: (list(torch.tensor(TIMES)), list(torch.tensor(MEMBERS))),
+    "rows of arrays": lambda: (list(TIMES), list(MEMBERS)),
+    "objects": lambda: (TIMES.astype(object), MEMBERS.astype(object)),
+    "backwards": lambda: (np.flip(np.flip(TIMES, 0).copy(), 0), MEMBERS[::-1].copy()[::-1]),
+    "big-endian": lambda: (TIMES.astype(">f8"), MEMBERS.astype(">i4")),
+    "long double": lambda: (TIMES.astype(np.longdouble), MEMBERS.astype(np.longdouble)),
+    "read only": lambda: (read_only(), MEMBERS),
+    "other strides": lambda: (np.repeat(TIMES, 3, axis=1)[:, ::3], np.repeat(MEMBERS, 2)[::2]),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_what_numpy_reads_is_read_in_fp64(case, recwarn):
+    expected, _ = lad(TIMES, MEMBERS, 2)
+    scores, _ = anomaly_scores(*ARRAYS[case](), iterations=np.int64(2))
+    np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-9)
+    assert torch.equal(scores, anomaly_scores(torch.tensor(TIMES), torch.tensor(MEMBERS), 2).scores)
+    assert not recwarn
+
+
+def test_labels_in_lists_of_floats_keep_their_digits():
+    labels = [16777216.0, 16777217.0] * 30
+    assert torch.equal(anomaly_scores(TIMES, labels).scores, anomaly_scores(TIMES, MEMBERS).scores)
+
+
+def test_tables_of_pandas_are_read_by_position():
+    pandas = pytest.importorskip("pandas")
+    rows = np.random.default_rng(1).permutation(60)[:50]
+    table = pandas.DataFrame({"time": TIMES[:, 0], "kind": MEMBERS, "late": TIMES[:, 1] > 1.7e9}).iloc[rows]
+    series = pandas.Series(MEMBERS, dtype="Int64").iloc[rows]
+    expected = anomaly_scores(np.stack([TIMES[:, 0], MEMBERS, TIMES[:, 1] > 1.7e9], axis=1)[rows], MEMBERS[rows])
+    assert torch.equal(anomaly_scores(table, series).scores, expected.scores)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 40])
+def test_rows_of_many_classes_and_chunks(classes):
+    """More rows than are worked on together, and classes of other sizes than that."""
+    random = np.random.default_rng(0)
+    x, labels = random.standard_t(4, size=(40_000, 3)), random.integers(0, classes, 40_000)
+    x[labels == 1, 0] = 3.0  # without variance in this class alone
+    expected, expected_anomalous = lad(x, labels, 2)
+    scores, anomalous = anomaly_scores(x, labels, 2)
+    np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-12)
+    assert np.array_equal(anomalous, expected_anomalous)
 
 
 def test_nothing_is_kept_for_backward():
@@ -174,6 +239,15 @@ BAD = {
     "no columns": ({"features": torch.ones(3, 0)}, r"got torch.float32 \(3, 0\)"),
     "complex": ({"features": torch.ones(3, 1, dtype=torch.complex64)}, "must be real numbers"),
     "text": ({"features": "table.csv"}, "features must be a tensor or numbers in rows, got str"),
+    "ragged": ({"features": [[1.0, 2.0], [3.0]]}, "features must be a tensor or numbers in rows, got list"),
+    "labels complex": ({"labels": [0j] * 5}, "labels must be whole numbers, got torch.complex128"),
+    "labels none": ({"labels": [None] * 5}, "labels must be a tensor or numbers in rows, got list"),
+    "labels beyond int64": (
+        {"labels": np.array([0, 0, 1, 1, 2**63 + 5], dtype=np.uint64)},
+        "labels must be below 2.*, got 9223372036854775813 in row 4",
+    ),
+    "labels beyond floats": ({"labels": [0, 0, 1, 1, 2.0**60]}, "labels must be below 2.* in row 4"),
+    "group": ({"group": True}, "group must be a process group that this rank is in"),
     "no rows": ({"features": torch.ones(0, 2)}, "features must have at least one row"),
     "nan": (
         {"features": torch.tensor([[1.0, 2.0], [3.0, float("nan")]])},
@@ -190,7 +264,7 @@ BAD = {
     "names": ({"labels": ["a", "b", "a", "b", "a"]}, "labels must be a tensor or numbers"),
     "empty class": ({"labels": [0, 0, 2, 2, 2], "classes": 3}, r"every class from 0 to 2 must have a sample, .* \[1\]"),
     "label too large": ({"labels": [0, 0, 1, 2, 1], "classes": 2}, "labels must be from 0 to 1, got 2 in row 3"),
-    "classes": ({"classes": 0}, "classes must be a whole number of at least 1, or None, got 0"),
+    "classes": ({"classes": 0}, "classes must be a whole number of at least 1, got 0"),
     "iterations": ({"iterations": 0}, "iterations must be a whole number of at least 1, got 0"),
     "iterations of another kind": ({"iterations": 2.0}, "got 2.0"),
 }
@@ -201,3 +275,23 @@ def test_bad_input_is_named(case):
     arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         anomaly_scores(**{"features": SQUARE, **arguments})
+
+
+UNREADABLE = {
+    "sparse": lambda: torch.eye(5).to_sparse(),
+    "sparse by rows": lambda: torch.eye(5).to_sparse_csr(),
+    "meta": lambda: torch.ones(5, 2, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "quantized": lambda: torch.quantize_per_tensor(torch.rand(5, 2), 0.1, 0, torch.quint8),
+    "packed": lambda: torch.ones(5, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_tensors_that_do_not_hold_numbers_are_named(kind):
+    given, message = UNREADABLE[kind](), f"must be a dense tensor that holds its numbers, got a {kind.split()[0]} one"
+    with pytest.raises(ValueError, match=f"features {message}"):
+        anomaly_scores(given)
+    with pytest.raises(ValueError, match=f"labels {message}"):
+        anomaly_scores(SQUARE, given)

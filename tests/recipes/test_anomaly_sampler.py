@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -38,8 +39,9 @@ def test_a_sample_has_the_most_anomalous_of_each_class_and_others():
     sample = sampler.training_sample().tolist()
     assert len(sample) == len(set(sample)) == sampler.size == len(sampler) == 80
     assert most_anomalous() <= set(sample)
-    assert sorted(sampler) == sample
-    assert list(sampler) != sample
+    order = list(sampler)
+    assert sorted(order) == sample
+    assert order != sample
 
 
 @pytest.mark.parametrize("anomalous", [0.0, 0.001])
@@ -86,17 +88,29 @@ def test_the_sample_is_kept_for_some_epochs_and_the_order_is_not():
     assert list(sampler) == orders[0]
 
 
-def test_without_set_epoch_an_epoch_that_was_finished_is_followed_by_the_next():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_set_epoch_goes_to_another_epoch(workers):
+    """However far a pass went, and whatever workers asked for ahead; a second pass without it warns."""
     told, untold = make(), make()
-    for epoch in range(3):
-        told.set_epoch(epoch)
-        assert list(untold) == list(told)
-    steps = iter(untold)
-    first = [next(steps) for _ in range(5)]  # broken off: it is gone over again
-    assert list(untold)[:5] == first
+    loader = DataLoader(range(200), batch_size=8, sampler=untold, num_workers=workers)
+    first = torch.cat([batch for batch, _ in zip(loader, range(8), strict=False)]).tolist()
+    with pytest.warns(UserWarning, match="another pass over the same indices of epoch 0: call set_epoch"):
+        assert torch.cat(list(loader)).tolist() == list(told)
+    assert first == list(make())[:64]
     untold.set_epoch(1)
     told.set_epoch(1)
     assert list(untold) == list(told)
+
+
+def test_no_pass_warns_where_epochs_are_set(recwarn):
+    sampler = make()
+    list(sampler)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        list(sampler)
+    sampler.load_state_dict(sampler.state_dict(taken=3))
+    list(sampler)
+    assert not recwarn
 
 
 def test_seeds_differ_and_processes_do_not():
@@ -166,10 +180,10 @@ def test_going_on_in_the_middle(taken, replicas, told):
     assert second.state_dict()["taken"] == taken
     if told:
         second.set_epoch(3)
+    nothing_left = pytest.warns(UserWarning, match="nothing is left of epoch 3: call set_epoch")
+    with nothing_left if taken == len(straight) and not told else nullcontext():
         assert done + list(second) == orders[3]
-        second.set_epoch(4)
-    elif taken < len(straight):
-        assert done + list(second) == orders[3]
+    second.set_epoch(4)
     assert list(second) == orders[4]
 
 
@@ -182,6 +196,80 @@ def test_another_epoch_begins_at_its_start():
     second.set_epoch(2)
     first.set_epoch(2)
     assert list(second) == list(first)
+
+
+@pytest.mark.filterwarnings("ignore:another pass")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_look_at_the_first_batch_does_not_lose_the_place(workers):
+    second = make()
+    second.load_state_dict(make().state_dict(taken=24))
+    loader = DataLoader(range(200), batch_size=8, sampler=second, num_workers=workers)
+    left = list(make())[24:]
+    assert next(iter(loader)).tolist() == left[:8]
+    assert torch.cat(list(loader)).tolist() == left
+    second.set_epoch(0)
+    assert second.state_dict()["taken"] == 24
+    assert torch.cat(list(loader)).tolist() == left
+
+
+@pytest.mark.filterwarnings("ignore:another pass")
+def test_passes_do_not_disturb_each_other():
+    sampler = make()
+    whole, steps = list(make()), iter(sampler)
+    done = [next(steps) for _ in range(30)]
+    assert list(sampler) == whole  # e.g. an evaluation
+    done += [next(steps) for _ in range(10)]
+    state = sampler.state_dict()
+    assert (state["epoch"], state["taken"]) == (0, 40)
+    sampler.set_epoch(1)
+    assert done + list(steps) == whole
+    state = sampler.state_dict()
+    assert (state["epoch"], state["taken"]) == (1, 0)
+
+
+def test_the_last_batch_may_be_incomplete():
+    sampler = make()
+    for done, _ in enumerate(DataLoader(range(200), batch_size=64, sampler=sampler), start=1):
+        taken = sampler.state_dict(taken=64 * done)["taken"]
+    assert taken == 80
+
+
+def test_numbers_of_numpy_and_torch():
+    plain = make(every=2, iterations=2, seed=7, classes=3, num_replicas=2, rank=1)
+    numbers = {"every": 2, "iterations": 2, "seed": 7, "classes": 3, "num_replicas": 2, "rank": 1}
+    other = make(anomalous=np.float64(0.1), **{name: np.int64(number) for name, number in numbers.items()})
+    plain.set_epoch(3)
+    other.set_epoch(torch.tensor(3))
+    assert list(other) == list(plain)
+    assert {type(number) for number in other.state_dict()["settings"].values()} == {int, float, bool}
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.29, 29), (0.57, 57), (0.299, 29), (1 / 3, 33), (1.0, 100)])
+def test_fractions_are_not_below_what_was_written(fraction, count):
+    """In floats 0.29 x 100 is 28.999999999999996."""
+    x = torch.arange(100.0).unsqueeze(1)
+    by_score = anomaly_scores(x).scores.argsort(descending=True, stable=True)
+    for seed in range(3):
+        sample = set(LadSampler(x, sample=1.0 if count == 100 else count / 100, anomalous=fraction, seed=seed))
+        assert sample == set(by_score[:count].tolist())
+
+
+def test_a_state_of_other_data_is_refused():
+    state = make().state_dict(taken=8)
+    options = {"sample": 0.4, "anomalous": 0.1, "seed": 5}
+    x = X.copy()
+    x[117, 2] += 1e-9
+    for other, what in (
+        (LadSampler(X, 2 - LABELS, **options), "labels"),
+        (LadSampler(x, LABELS, **options), "features"),
+    ):
+        with pytest.raises(ValueError, match=f"the state is of a sampler of other {what}"):
+            other.load_state_dict(state)
+        assert other.state_dict()["taken"] == 0
+    for same in (X.tolist(), torch.tensor(X), X[::-1][::-1], lambda: X):
+        sampler = LadSampler(same, LABELS.tolist(), **options)
+        sampler.load_state_dict(state)
+        assert list(sampler) == list(make())[8:]
 
 
 def test_a_sample_of_a_model_that_has_changed_since_is_kept():
@@ -262,6 +350,8 @@ def test_bad_tables_are_named():
         LadSampler(lambda: X, 5)
     with pytest.raises(ValueError, match="a row for each of the 200 labels, got 100"):
         list(LadSampler(lambda: X[:100], LABELS))
+    with pytest.raises(ValueError, match="group must be a process group that this rank is in"):
+        LadSampler(X, LABELS, group=True)
     with pytest.raises(ValueError, match="got inf in row 0"):
         list(LadSampler(lambda: torch.full((200, 1), torch.inf), LABELS))
 
@@ -270,8 +360,8 @@ def test_bad_places_are_named():
     sampler = make()
     with pytest.raises(ValueError, match="epoch must be a whole number of at least 0, got -1"):
         sampler.set_epoch(-1)
-    with pytest.raises(ValueError, match="taken must be at most 80, what a rank takes in an epoch, got 81"):
-        sampler.state_dict(taken=81)
+    with pytest.raises(ValueError, match=r"taken must be a whole number of at least 0, got 0\.5"):
+        sampler.state_dict(taken=0.5)
     with pytest.raises(ValueError, match="no state of a LadSampler: it lacks taken, period"):
         sampler.load_state_dict({"epoch": 1, "indices": None, "settings": {}})
     with pytest.raises(ValueError, match="the state is of a sampler with seed=6, this one has 5"):

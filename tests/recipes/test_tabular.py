@@ -130,7 +130,11 @@ def test_batches_of_a_sampler_go_through_its_epochs(small):
     batches = tabular.rows_in_turn(data, "lad", batch=300, seed=1)
     taken = torch.cat([next(batches) for _ in range(5)]).tolist()
     sampler = LadSampler(data.features, data.labels, sample=0.5, anomalous=0.1, seed=1)
-    assert taken == [index for _ in range(3) for index in sampler]
+    expected = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected += list(sampler)
+    assert taken == expected
 
 
 def test_how_a_batch_is_cut_does_not_change_the_run(small, monkeypatch):
