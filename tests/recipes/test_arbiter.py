@@ -92,6 +92,7 @@ def test_the_next_batch_is_the_sample_with_the_largest_alpha_in_units():
     arbiter = Arbiter(Constant(2.0, -1.0, 0.5, 0.0), width=2, smallest=8, largest=512, unit=8)
     arbiter.update(torch.zeros(1, 1), validation_of(), head_of())
     for favourite, batch in enumerate((136, 256, 320, 448)):
+        arbiter.update(torch.zeros(1, 1), validation_of(), head_of())
         arbiter._begin(torch.eye(4)[favourite])
         assert arbiter.next_batch() == batch
         assert float(arbiter._alpha.abs().max()) < 1e-5  # drawn anew
