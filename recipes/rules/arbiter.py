@@ -139,7 +139,7 @@ class Arbiter:
     def update(self, inputs: Any, validation: Validation, head: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Learn from validation data once; the trained network and its gradients stay as they are.
 
-        Gradients are computed under `torch.no_grad()`, too.
+        Gradients are computed under `torch.no_grad()`, too. What the agent needs may not be an inference tensor.
 
         Args:
             inputs: a validation batch, as the agent takes it.
