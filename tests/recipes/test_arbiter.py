@@ -316,11 +316,14 @@ def test_it_learns_where_gradients_are_switched_off(mode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_head_gets_features_in_their_own_dtype(dtype):
-    rows, heads = validation_of(), []
+    rows, heads, made_of = validation_of(), [], []
     for kind in (torch.float32, dtype):
         arbiter, head, seen = Arbiter(agent_of(), **SIZES), head_of().to(kind), []
         head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].dtype))
+        head.register_forward_hook(lambda _, given, made: made_of.append(made.detach()))
         loss = arbiter.update(torch.ones(2, 2), lambda n, kind=kind: (rows(n)[0].to(kind), rows(n)[1]), head)
+        whole = functional.cross_entropy(made_of[-1].double(), rows(len(made_of[-1]))[1])
+        assert loss == pytest.approx(whole.item(), rel=1e-6)  # the loss itself is not of 16 bits
         assert seen == [kind]
         heads.append(loss)
     assert heads[1] == pytest.approx(heads[0], rel=1e-2 if dtype is torch.bfloat16 else 1e-6)
