@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -220,7 +219,8 @@ class Arbiter:
                 raise ValueError(f"the agent does not propose a batch of {batch} yet: give more batches or a higher lr")
             return inputs
 
-        for done in itertools.count():
+        done = 0
+        while True:
             own, logits = self._shared_logits(following)
             alpha = self._alpha_of(len(logits)).detach()
             position = (torch.softmax(alpha, 0) * logits.sort().values).sum()
@@ -230,7 +230,7 @@ class Arbiter:
             loss = functional.smooth_l1_loss(position, position.new_tensor(target))
             (of_logits,) = torch.autograd.grad(loss, (logits,))
             _apply(adam, self._of_agent_parameters(own, of_logits))
-        raise AssertionError("unreachable")
+            done += 1
 
     def next_batch(self) -> int:
         """Return the batch of the next interval, and begin it with a new α.
