@@ -19,7 +19,9 @@ from ..configuration.overrides import apply_overrides, set_field, with_model_siz
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
 from ..configuration.ranges import check_ranges
+from ..rules.global_batch import BatchPlan
 from .batch_range import BatchRange, batch_ranges, shared_micro_batches
+from .demands import check_demands, check_groups
 from .memory import GIB, ModelSize, model_size, planned_precision
 from .phase_plan import Machine, PhasePlan, flops_per_sequence, growth, plan_phase
 
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for phase, micro in zip(phases, shared, strict=True)
     ]
     ranges = batch_ranges(size, config, plans, machine)
+    for plan in plans:
+        if plan.fits and not plan.problem and not ranges:  # a range that cannot be measured says so itself
+            check_groups(config, BatchPlan(plan.micro, plan.accumulation, plan.gpus))
     tables = [growth(size, config, phase, machine, options.most_gpus) for phase in phases]
     if options.json:
         values = {
@@ -141,6 +146,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RecipeConf
             config = set_field(config, section, name, getattr(options, flag))
     config = apply_overrides(config, overrides)
     check_ranges(config)
+    check_demands(config)
     for flag in ("gpus", "gpus_per_node", "most_gpus", "micro_batch"):
         within(f"--{flag}", getattr(options, flag), 1)
     return config

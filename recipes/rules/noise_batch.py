@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trustratio.optimizers.noise_scale import NoiseScale, RunningNoise
@@ -64,7 +64,7 @@ class BatchFromNoise:
             raise ValueError(f"smallest must be at most largest, got {smallest} and {largest}")
         if smallest % unit or largest % unit:
             raise ValueError(f"smallest and largest must be multiples of unit={unit}, got {smallest} and {largest}")
-        if not 0 < noise_per_batch < math.inf:
+        if not _is_finite(noise_per_batch) or noise_per_batch <= 0:
             raise ValueError(f"noise_per_batch must be finite and above 0, got {noise_per_batch!r}")
         self.smallest, self.largest = smallest, largest
         self.every, self.noise_per_batch = every, noise_per_batch
@@ -96,9 +96,17 @@ class BatchFromNoise:
 
         Args:
             noise: signal and noise of the update, in samples; estimates that are not finite are left out.
+
+        Raises:
+            TypeError: anything else; the update is not counted.
         """
-        self.updates += 1
+        if not isinstance(noise, NoiseScale):
+            raise TypeError(
+                f"update takes a NoiseScale, as gradient_noise(...).model, got {type(noise).__name__}; call it without "
+                "one after an update whose noise is not known"
+            )
         self._average = self._running.update(noise)
+        self.updates += 1
         if self.updates % self.every == 0 and self.batch < self.largest and self._is_large(self.noise_scale):
             self.doublings += 1
         return self.batch
@@ -106,15 +114,73 @@ class BatchFromNoise:
     def _is_large(self, scale: float) -> bool:
         return self._average.signal > 0 and scale >= self.noise_per_batch * self.batch
 
+    @property
+    def _arguments(self) -> dict[str, float]:
+        """What decides the batches; `unit` only says which ones may be asked for."""
+        return {
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "every": self.every,
+            "noise_per_batch": self.noise_per_batch,
+            "beta": self._running.beta,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` goes on from, as plain numbers."""
-        return {"doublings": self.doublings, "updates": self.updates, "noise": self._running.state_dict()}
+        """Return what `load_state_dict` goes on from, as plain numbers, with the arguments of this rule."""
+        noise = self._running.state_dict()
+        return {**self._arguments, "doublings": self.doublings, "updates": self.updates, "noise": noise}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` of a rule with the same arguments returned."""
-        self.doublings, self.updates = int(state["doublings"]), int(state["updates"])
+        """Go on from what `state_dict` of a rule with the same arguments returned; `unit` alone may be another.
+
+        Raises:
+            ValueError: a rule with other arguments, or a damaged state. Nothing was changed then.
+        """
+        self._check(state)
+        self.doublings, self.updates = state["doublings"], state["updates"]
         self._running.load_state_dict(state["noise"])
         self._average = self._running.average
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        noise_names = self._running.state_dict().keys()
+        _require_keys("the state", state, (*self._arguments, "doublings", "updates", "noise"))
+        _require_keys("its noise", state["noise"], noise_names)
+        for name, own in self._arguments.items():
+            if state[name] != own:
+                raise ValueError(
+                    f"the state is of a BatchFromNoise with {name}={state[name]!r}, and this one has {own!r}: make it "
+                    "with the arguments of the one that was saved"
+                )
+        _require_count("updates", state["updates"], math.inf)
+        _require_count("doublings", state["doublings"], ((self.largest - 1) // self.smallest).bit_length())
+        for name in noise_names:
+            if not _is_finite(state["noise"][name]):
+                raise ValueError(
+                    f"the state's {name} must be a finite number, got {state['noise'][name]!r}: {_DAMAGED}"
+                )
+        if not 0 <= state["noise"]["weight"] <= 1 + _ROUNDING:
+            raise ValueError(f"the state's weight must be from 0 to 1, got {state['noise']['weight']!r}: {_DAMAGED}")
+
+
+_DAMAGED = "it is damaged, so load another one"
+_ROUNDING = 1e-9  # of a sum of weights that is 1
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_keys(what: str, state: Any, names: Iterable[str]) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{what} must be a mapping, got {type(state).__name__}: {_DAMAGED}")
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"{what} has no {', '.join(missing)}: it is damaged, or not a BatchFromNoise's")
+
+
+def _require_count(name: str, value: Any, most: float) -> None:
+    if type(value) is not int or not 0 <= value <= most:
+        upper = f"from 0 to {most}" if most < math.inf else "from 0"
+        raise ValueError(f"the state's {name} must be a whole number {upper}, got {value!r}: {_DAMAGED}")
 
 
 def fewest_updates(samples: int, rule: BatchFromNoise) -> tuple[int, int]:

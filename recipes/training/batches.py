@@ -232,7 +232,10 @@ class GrowingBatches(Batches):
         state = growth_state(checkpoint)
         self.phase = self.phases[min(state["phase"], len(self.phases)) - 1]
         self._read = state["read"]
-        self.rule.load_state_dict(state["rule"])
+        try:
+            self.rule.load_state_dict(state["rule"])
+        except ValueError as error:
+            raise RecipeError(f"cannot go on with the batch of {checkpoint / GROWTH}: {error}") from error
         if self._read % self.unit:
             raise RecipeError(
                 f"{checkpoint} was written after {self._read} sequences, which {self.plan.micro} x {self.plan.ranks} "

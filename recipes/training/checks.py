@@ -25,6 +25,7 @@ from ..configuration.ranges import check_ranges
 from ..data.prepared import check_sources
 from ..model.build import outline
 from ..model.optimizer import is_baseline
+from ..planning.demands import check_demands, check_groups
 from ..planning.memory import GIB, memory_parts, model_size
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
@@ -33,12 +34,10 @@ from ..runs.folder import RUNS, has_ended, require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_schema import check_settings
 from .deepspeed_settings import merge, precision_of, stage_of, without_batch_sizes
-from .discarding import check_discarding
 from .growth_state import has_read_all
 from .launchers import DeepSpeedLauncher, Launcher
 from .other_ranks import require_readable, shared_anew
 from .ranks import local_rank, ranks_on_machine, world_size
-from .step_metrics import check_noise_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +114,9 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
             saved=invocation.resume is not None and invocation.deepspeed_config is None,
         )
     check_loggers(config.run.loggers)
-    check_discarding(config)
+    check_demands(config)
     for plan in plans:
-        check_noise_scale(config, plan)
+        check_groups(config, plan)
     check_sources(config.data.sources)
     last = _last_update(config, invocation)
     run = CheckedRun(invocation, launcher, plans, settings, first=0, last=last, saved_identity=None)

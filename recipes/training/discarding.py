@@ -12,26 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..common.errors import RecipeError
 from ..common.progress import PROGRESS
-from ..configuration.config import RecipeConfig
 from ..data.masking import MaskedBatch
 from ..rules.large_batch import smallest_kept_loss
 from .engines import Observed
-
-
-def check_discarding(config: RecipeConfig) -> None:
-    """Check that the two forward passes of an update see the same dropout masks.
-
-    Raises:
-        RecipeError: the model is compiled and has dropout.
-    """
-    if config.data.discard_smallest and config.training.compile and config.model.dropout:
-        raise RecipeError(
-            f"data.discard_smallest={config.data.discard_smallest} and training.compile=true cannot go together with "
-            f"model.dropout={config.model.dropout}: the losses come from a pass without gradients, where a compiled "
-            "model is another program, which may draw other dropout masks; set model.dropout=0 or leave compile out"
-        )
 
 
 def without_smallest_losses(

@@ -22,7 +22,6 @@ from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.gradient_statistics.norms import norms_from_table
 from trustratio.optimizers.noise_scale import RunningNoise, noise_scale, sum_of_layers
 
-from ..common.errors import RecipeError
 from ..common.files import write_json
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase
@@ -45,32 +44,6 @@ def measures_noise(config: RecipeConfig, plans: Sequence[BatchPlan]) -> bool:
     several = all(plan.ranks * plan.accumulation >= 2 for plan in plans)
     # Norms are taken of whole parameters' gradients, which segments cut into several layers.
     return several and not is_baseline(config.optimizer.name) and "segments" not in config.optimizer.options
-
-
-def check_noise_scale(config: RecipeConfig, plan: BatchPlan) -> None:
-    """Check that the gradient noise scale can be measured if it is asked for.
-
-    Raises:
-        RecipeError: the optimizer keeps no gradient norms, or an update has a single micro-batch.
-    """
-    if not (config.run.noise_scale or config.run.batch_from_noise):
-        return
-    option = "run.batch_from_noise" if config.run.batch_from_noise else "run.noise_scale"
-    if config.run.batch_from_noise and "segments" in config.optimizer.options:
-        raise RecipeError(
-            f"{option}=true goes by the norms of whole parameters' gradients, and optimizer.segments cuts them up: "
-            "leave one of them out"
-        )
-    if is_baseline(config.optimizer.name):
-        raise RecipeError(
-            f"{option}=true needs one of trustratio's optimizers, which keep the norms of single micro-batches' "
-            f"gradients; {config.optimizer.name!r} does not"
-        )
-    if plan.ranks * plan.accumulation < 2:
-        raise RecipeError(
-            f"{option}=true compares the gradients of at least 2 micro-batches per update; "
-            f"{plan.describe(config.data.sequence_length)} has 1: halve --micro_batch"
-        )
 
 
 @dataclass(frozen=True)

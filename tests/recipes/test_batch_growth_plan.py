@@ -170,6 +170,34 @@ def test_a_planned_range_that_the_gpus_cannot_share_is_named(capsys):
         growths_of(apply_overrides(get_preset("lamb-64k-32k"), ["run.batch_from_noise=true"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("run.batch_from_noise=true", "run.smallest_batch=64", "optimizer.name=adamw"), "'adamw' does not"),
+        (("run.batch_from_noise=true", "run.smallest_batch=64", "optimizer.segments=2"), "optimizer.segments cuts"),
+        (("run.noise_scale=true", "optimizer.name=sgd"), "run.noise_scale=true needs one of trustratio's optimizers"),
+        (("data.discard_smallest=0.1", "training.compile=true", "model.dropout=0.1"), "cannot go together with"),
+        (("run.noise_scale=true", "--gpus", "1", "--micro_batch", "128"), "has 1: halve --micro_batch"),
+    ],
+)
+def test_what_a_run_refuses_is_not_planned(options, message, capsys):
+    assert plan(["--preset", "lamb-tiny", "--gpus", "2", "--most_gpus", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+    if "--gpus" not in options:  # the same sentence from the run itself
+        with pytest.raises(RecipeError, match=message):
+            check_run(parse_command_line(["--preset", "lamb-tiny", *options]))
+
+
+def test_a_checkpoint_of_a_damaged_rule_is_refused_by_its_file(tmp_path):
+    done(positions(), FirstOfTwo(), tmp_path)
+    file = tmp_path / "batch_growth.json"
+    state = json.loads(file.read_text())
+    for name, value in {"doublings": 77, "smallest": 2}.items():
+        file.write_text(json.dumps({**state, "rule": {**state["rule"], name: value}}))
+        with pytest.raises(RecipeError, match=rf"cannot go on with the batch of .*growth\.json: the state.* {name}"):
+            positions(first=3).load(tmp_path)
+
+
 def test_a_comparison_refuses_batches_of_each_optimizers_own(tmp_path, capsys):
     options = ["--optimizers", "lamb,lans", "--lrs", "3", "--output", str(tmp_path / "comparison")]
     assert compare([*options, "run.batch_from_noise=true", "run.smallest_batch=64"]) == 2

@@ -25,6 +25,7 @@ from trustratio.recipes.configuration.phases import Phase
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.flops import ModelFlops, device_peak, peak_of
 from trustratio.recipes.model.masked_language_model import build_model
+from trustratio.recipes.planning.demands import check_demands, check_groups
 from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.runs import loggers as metric_loggers
 from trustratio.recipes.runs.loggers import MetricLoggers, check_loggers, scalars
@@ -34,7 +35,7 @@ from trustratio.recipes.training.bert import main
 from trustratio.recipes.training.loop import TrainingLoop
 from trustratio.recipes.training.phase_data import PhaseData
 from trustratio.recipes.training.records import Records, open_records
-from trustratio.recipes.training.step_metrics import StepMetrics, Update, check_noise_scale, measures_noise
+from trustratio.recipes.training.step_metrics import StepMetrics, Update, measures_noise
 
 SHAPE = ModelConfig(layers=2, hidden=16, heads=2, intermediate=40, max_positions=16)
 PLAN = BatchPlan(micro=4, accumulation=3, ranks=1)
@@ -299,11 +300,12 @@ def test_peaks_are_found_by_the_devices_name():
 
 def test_a_noise_scale_that_cannot_be_measured_is_refused():
     config = RecipeConfig(run=RunConfig(noise_scale=True))
-    check_noise_scale(config, PLAN)
+    check_demands(config)
+    check_groups(config, PLAN)
     with pytest.raises(RecipeError, match=r"1 x 1 = 4 .* has 1: halve --micro_batch"):
-        check_noise_scale(config, BatchPlan(4, 1, 1))
+        check_groups(config, BatchPlan(4, 1, 1))
     with pytest.raises(RecipeError, match="'adamw' does not"):
-        check_noise_scale(RecipeConfig(run=config.run, optimizer=OptimizerConfig(name="adamw")), PLAN)
+        check_demands(RecipeConfig(run=config.run, optimizer=OptimizerConfig(name="adamw")))
 
 
 def test_noise_is_measured_by_default_where_it_can_be():

@@ -86,6 +86,88 @@ def test_a_restored_rule_goes_on_alike():
     assert len({batch for batch, _ in expected}) > 2
 
 
+def grown() -> BatchFromNoise:
+    rule = BatchFromNoise(256, 8192, unit=64, every=1)
+    for _ in range(3):
+        rule.update(LARGE)
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"smallest": 1024}, "smallest=256, and this one has 1024"),
+        ({"largest": 4096}, "largest=8192, and this one has 4096"),
+        ({"every": 7}, "every=1, and this one has 7"),
+        ({"noise_per_batch": 1.0}, "noise_per_batch=2.0, and this one has 1.0"),
+        ({"beta": 0.5}, "beta=0.95, and this one has 0.5"),
+    ],
+)
+def test_a_state_of_other_arguments_is_refused_by_name(options, name):
+    rule = BatchFromNoise(**{"smallest": 256, "largest": 8192, "every": 1, **options})
+    fresh = rule.state_dict()
+    with pytest.raises(ValueError, match=f"the state is of a BatchFromNoise with {name}"):
+        rule.load_state_dict(grown().state_dict())
+    assert rule.state_dict() == fresh
+
+
+def test_a_state_of_another_unit_goes_on():
+    """As of a run that goes on at another number of ranks."""
+    rule = BatchFromNoise(256, 8192, unit=128, every=1)
+    rule.load_state_dict(grown().state_dict())
+    assert rule.batch == 2048
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"doublings": -1}, "doublings must be a whole number from 0 to 5, got -1: it is damaged"),
+        ({"doublings": 6}, "doublings must be a whole number from 0 to 5, got 6"),
+        ({"doublings": 1.0}, r"doublings must be a whole number from 0 to 5, got 1\.0"),
+        ({"doublings": True}, "doublings must be a whole number from 0 to 5, got True"),
+        ({"updates": "3"}, "updates must be a whole number from 0, got '3'"),
+        ({"noise": None}, "its noise must be a mapping, got NoneType"),
+        ({"noise": {"signal": 1.0, "noise": 1.0}}, "its noise has no weight"),
+        ({"noise": {"signal": math.nan, "noise": 1.0, "weight": 0.5}}, "signal must be a finite number, got nan"),
+        ({"noise": {"signal": 1.0, "noise": "1", "weight": 0.5}}, "noise must be a finite number, got '1'"),
+        ({"noise": {"signal": 1.0, "noise": 1.0, "weight": -0.5}}, r"weight must be from 0 to 1, got -0\.5"),
+    ],
+)
+def test_a_damaged_state_is_refused_before_anything_is_changed(damage, message):
+    rule = grown()
+    before = rule.state_dict()
+    with pytest.raises(ValueError, match=message):
+        rule.load_state_dict({**BatchFromNoise(256, 8192, every=1).state_dict(), **damage})
+    assert rule.state_dict() == before
+    assert rule.noise_scale == 1e6
+    for broken in ([], {"doublings": 0, "updates": 0, "noise": before["noise"]}):
+        with pytest.raises(ValueError, match=r"the state (must be a mapping|has no smallest)"):
+            rule.load_state_dict(broken)
+
+
+def test_the_largest_number_of_doublings_is_no_damage():
+    for smallest, largest in ((8, 8), (8, 16), (8, 40), (3, 48)):
+        rule = BatchFromNoise(smallest, largest, every=1)
+        for _ in range(9):
+            rule.update(LARGE)
+        other = BatchFromNoise(smallest, largest, every=1)
+        other.load_state_dict(rule.state_dict())
+        assert other.batch == largest
+
+
+@pytest.mark.parametrize("noise", [123.0, None, {"signal": 1.0, "noise": 2.0}])
+def test_what_is_no_noise_is_refused_before_it_counts(noise):
+    rule = grown()
+    before = rule.state_dict()
+    with pytest.raises(
+        TypeError, match=rf"takes a NoiseScale, as gradient_noise\(\.\.\.\)\.model, got {type(noise).__name__}"
+    ):
+        rule.update(noise)
+    with pytest.raises(TypeError):
+        rule.update(NoiseScale("1", None))
+    assert rule.state_dict() == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -95,6 +177,7 @@ def test_a_restored_rule_goes_on_alike():
         ({"unit": 16}, "must be multiples of unit=16, got 8 and 64"),
         ({"every": 0}, "every must be a whole number from 1"),
         ({"noise_per_batch": math.nan}, "noise_per_batch must be finite and above 0, got nan"),
+        ({"noise_per_batch": "2"}, "noise_per_batch must be finite and above 0, got '2'"),
         ({"beta": 1.0}, "beta"),
     ],
 )
