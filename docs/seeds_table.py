@@ -256,6 +256,12 @@ def exact_under(entry: OptimizerEntry) -> str:
     return "; not ".join((shardings, *(part for part in entry.not_under if part not in SHARDINGS)))
 
 
+TESTED = {
+    "curvature_sgd": _test("tests/distributed/test_curvature.py", "samples_equal_one_process"),
+    "curvature_adamw": _test("tests/distributed/test_curvature.py", "samples_equal_one_process"),
+}
+"""Commands of those that need more of a loop than the audit's has."""
+
 AUDITED = {
     "adashift": "lr=0.03 keep=2",  # five steps must be more than it keeps
     "mclr": "lr=0.01",
@@ -268,14 +274,17 @@ def of_optimizer(name: str, entry: OptimizerEntry) -> System:
     """Return the row of an optimizer; its class's first line says what it is."""
     title = entry.optimizer_class.__name__
     options = AUDITED.get(name, f"lr={entry.starting_rate:g}")
+    audit = (
+        f"python -m trustratio.integrations.audit --optimizer {name} --options {options} "
+        "--accelerate recipes/configs/zero2.yaml"
+    )
     return System(
         f"{title}: {entry.paper}",
         (inspect.getdoc(entry.optimizer_class) or "").partition("\n")[0].replace("``", "`"),
         (f"trustratio.optimizers.{title}",),
         entry.verified,
         exact_under(entry),
-        f"python -m trustratio.integrations.audit --optimizer {name} --options {options} "
-        "--accelerate recipes/configs/zero2.yaml",
+        TESTED.get(name, audit),
     )
 
 

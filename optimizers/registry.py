@@ -43,6 +43,7 @@ class OptimizerEntry:
         starting_rate: Learning rate to try first, for models as small as the recipes' tiny presets: a guess.
         variants: Options that the generic tests try besides the defaults.
         extra_wire: What is sent besides the gradient, the weights and a few numbers per layer.
+        waits: Option that says how many updates a layer gets before it moves at all; None if none.
         verified: What its equations were compared with, and what could not be; for docs/seeds.md.
         not_under: Shardings of docs/seeds.md under which it is not exact or refused, besides those that
             `group_statistics` implies; or what of it is not, under which.
@@ -54,6 +55,7 @@ class OptimizerEntry:
     starting_rate: float
     variants: tuple[dict[str, Any], ...] = field(default=())
     extra_wire: str = "none"
+    waits: str | None = None
     verified: str = ""
     not_under: tuple[str, ...] = ()
 
@@ -271,7 +273,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "fastadabelief": OptimizerEntry(
         FastAdaBelief,
         "Zhou et al. 2021, arXiv 2104.13790",
-        verified="three reimplementations that agree but for the running maximum; not the authors' code",
+        verified="nothing of the authors; three codes of others agree in m, s and the missing root",
         sums=(1,),
         starting_rate=0.03,
         variants=(
@@ -284,6 +286,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         "Zhou et al. 2018, arXiv 1810.00143",
         verified="the authors' TensorFlow code: exact window of gradients, maximum over the layer",
         sums=(2,),  # maxima
+        waits="keep",
         starting_rate=0.03,
         variants=(
             {"keep": 2, "reduction": "mean", "adapt": None},

@@ -48,10 +48,25 @@ class Growth:
         return self._divided("run.smallest_batch", self.smallest, ranks)
 
     def _divided(self, option: str, batch: int, ranks: int) -> BatchPlan:
-        try:
-            return plan_batch(batch, self.phase.micro_batch, ranks)
-        except RecipeError as error:
-            raise RecipeError(f"{option} makes {batch} sequences in phase {self.phase.number}: {error}") from error
+        unit = self.phase.micro_batch * ranks
+        if batch % unit:
+            raise RecipeError(
+                f"{option} makes {batch} sequences in phase {self.phase.number}, not divisible by micro-batch "
+                f"x ranks = {self.phase.micro_batch} x {ranks} = {unit}; {self._what_fits(ranks)}"
+            )
+        return plan_batch(batch, self.phase.micro_batch, ranks)
+
+    def _what_fits(self, ranks: int) -> str:
+        """Say which micro-batch divides all three batches, and leaves two groups in the smallest, if any does."""
+        batches = (self.smallest, self.largest, self.phase.global_batch)
+        fitting = [
+            micro
+            for micro in range(1, self.phase.micro_batch)
+            if all(batch % (micro * ranks) == 0 for batch in batches) and self.smallest // micro > 1
+        ]
+        if fitting:
+            return f"--micro_batch {max(fitting)} divides the smallest, the largest and the global batch"
+        return f"choose multiples of {ranks} for the smallest and the largest batch"
 
     def rule(self, config: RecipeConfig) -> BatchFromNoise:
         """Return what chooses the phase's batches, at its smallest one."""

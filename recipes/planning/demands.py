@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trustratio.optimizers import OPTIMIZERS
+
 from ..common.errors import RecipeError
 from ..configuration.config import RecipeConfig
 from ..model.optimizer import is_baseline
@@ -15,6 +17,7 @@ def check_demands(config: RecipeConfig) -> None:
         RecipeError: options that cannot go together.
     """
     _check_discarding(config)
+    _check_waiting(config)
     if option := _measuring(config):
         _check_norms(config, option)
 
@@ -54,6 +57,20 @@ def _check_norms(config: RecipeConfig, option: str) -> None:
         raise RecipeError(
             f"{option}=true needs one of trustratio's optimizers, which keep the norms of single micro-batches' "
             f"gradients; {config.optimizer.name!r} does not"
+        )
+
+
+def _check_waiting(config: RecipeConfig) -> None:
+    """A run must be longer than its optimizer waits, or it measures the weights that it began with."""
+    entry = OPTIMIZERS.get(config.optimizer.name)
+    if entry is None or entry.waits is None:
+        return
+    waited = config.optimizer.options.get(entry.waits, entry.defaults[entry.waits])
+    updates = config.training.steps + config.phase_two.steps
+    if updates <= waited:
+        raise RecipeError(
+            f"{config.optimizer.name} moves no weight in its first {waited} updates (optimizer.{entry.waits}), and the "
+            f"run has {updates}: give more training.steps, or a smaller optimizer.{entry.waits}"
         )
 
 

@@ -101,9 +101,9 @@ def test_a_position_goes_on_from_its_file(tmp_path):
         (("run.largest_batch=2",), "cannot grow from a smallest batch of 4 to a largest of 2"),
         (
             ("run.smallest_batch=5",),
-            r"run.smallest_batch makes 5 sequences in phase 1: .* 2 x 1 = 2; nearest .* 4 and 6",
+            r"run.smallest_batch makes 5 sequences in phase 1, not .* 2 x 1 = 2; --micro_batch 1 divides the smallest",
         ),
-        (("run.largest_batch=17",), r"run.largest_batch makes 17 sequences in phase 1: .* not divisible"),
+        (("run.largest_batch=17",), r"run.largest_batch makes 17 sequences in phase 1, not divisible"),
         (("run.largest_batch=98",), "run.largest_batch makes 98 sequences per update, and phase 1 has 96 in all"),
         (("run.smallest_batch=2",), r"run.batch_from_noise=true compares the gradients of at least 2 micro-batches"),
         (("optimizer.name=adamw",), "run.batch_from_noise=true needs one of trustratio's optimizers"),
@@ -165,7 +165,7 @@ def test_the_planner_says_batches_updates_and_time(capsys):
 def test_a_planned_range_that_the_gpus_cannot_share_is_named(capsys):
     options = ["--preset", "lamb-64k-32k", "run.batch_from_noise=true", "--most_gpus", "1"]
     assert plan([*options, "run.smallest_batch=8192", "--gpus", "8", "--micro_batch", "4096"]) == 1
-    assert "run.smallest_batch makes 8192 sequences in phase 1: global batch 8192" in capsys.readouterr().out
+    assert "run.smallest_batch makes 8192 sequences in phase 1, not divisible by" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="cannot grow from a smallest batch of 65536"):
         growths_of(apply_overrides(get_preset("lamb-64k-32k"), ["run.batch_from_noise=true"]))
 
@@ -177,6 +177,8 @@ def test_a_planned_range_that_the_gpus_cannot_share_is_named(capsys):
         (("run.batch_from_noise=true", "run.smallest_batch=64", "optimizer.segments=2"), "optimizer.segments cuts"),
         (("run.noise_scale=true", "optimizer.name=sgd"), "run.noise_scale=true needs one of trustratio's optimizers"),
         (("data.discard_smallest=0.1", "training.compile=true", "model.dropout=0.1"), "cannot go together with"),
+        (("optimizer.name=adashift", "training.steps=9"), "moves no weight in its first 10 updates"),
+        (("optimizer.name=adashift", "optimizer.keep=3", "training.steps=3"), "its first 3 updates"),
         (("run.noise_scale=true", "--gpus", "1", "--micro_batch", "128"), "has 1: halve --micro_batch"),
     ],
 )
@@ -186,6 +188,17 @@ def test_what_a_run_refuses_is_not_planned(options, message, capsys):
     if "--gpus" not in options:  # the same sentence from the run itself
         with pytest.raises(RecipeError, match=message):
             check_run(parse_command_line(["--preset", "lamb-tiny", *options]))
+
+
+@pytest.mark.parametrize(("smallest", "ranks", "hint"), [(48, 1, "--micro_batch 16"), (33, 2, "choose multiples of 2")])
+def test_the_micro_batch_that_is_named_fits(smallest, ranks, hint):
+    """All three batches, with two groups in the smallest."""
+    settings = ["run.batch_from_noise=true", f"run.smallest_batch={smallest}"]
+    (growth,) = growths_of(apply_overrides(get_preset("lamb-tiny"), settings))
+    with pytest.raises(RecipeError, match=hint):
+        growth.plan(ranks)
+    if hint.startswith("--"):
+        assert check_run(parse_command_line(["--preset", "lamb-tiny", *settings, *hint.split()])) is not None
 
 
 def test_a_checkpoint_of_a_damaged_rule_is_refused_by_its_file(tmp_path):
