@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -45,22 +45,26 @@ def skip_a_batch(case: Case, folder: str) -> dict[str, Any]:
 def lose_a_sample(case: Case, folder: str | None) -> dict[str, Any]:
     """A step goes without the sample that was due; saved after it, and gone on from there, or not."""
     loop = Loop(case, Sampled())
-    with loop.stack:
+    with ExitStack() as stack:
+        stack.callback(loop.stack.close)
         loop.train(0, 3)
-        for group in loop.optimizer.param_groups:
-            group["interval"] = None
-        loop.backward(3)  # a step without its sample
-        for group in loop.optimizer.param_groups:
-            group["interval"] = 3
+        set_interval(loop, None)
+        loop.backward(3)
+        set_interval(loop, 3)
         if folder is not None:
             loop.engine.save_checkpoint(folder, tag="lost")
-            loop.stack.close()
+            stack.close()
             loop = Loop(case, Sampled())
+            stack.callback(loop.stack.close)
             loop.engine.load_checkpoint(folder, tag="lost")
-    with loop.stack:
         wanted = loop.optimizer.wants_curvature()
         loop.train(4, case.steps)
         return {"wanted": wanted, "weights": loop.weights()}
+
+
+def set_interval(loop: Loop, interval: int | None) -> None:
+    for group in loop.optimizer.param_groups:
+        group["interval"] = interval
 
 
 def in_one_region_of_autocast(wrapper: str, what: str) -> list[list[float]]:
