@@ -16,7 +16,7 @@ from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, MomentumUpdate
 from .layerwise import LayerwiseAdam, LayerwiseMomentum, LayerwiseOptimizer
 from .options.common import CommonOptions
-from .sampling.sampler import Sampler
+from .sampling.sampler import LAST_SAMPLE, Sampler
 from .sharding.layout import Layout
 from .stepping.count import most_steps
 from .stepping.plan import Plan
@@ -54,6 +54,10 @@ class SamplesCurvature(LayerwiseOptimizer):
     _has_warned: bool
 
     # Samples --------------------------------------------------------------------------------------------------------
+
+    def takes_samples(self) -> bool:
+        """Whether it takes any; `interval` may be set at any time."""
+        return any(group["interval"] is not None for group in self.param_groups)
 
     def wants_curvature(self) -> bool:
         """Whether the step that is to come should have a sample of the curvature; to be called before its forward.
@@ -148,6 +152,11 @@ class SamplesCurvature(LayerwiseOptimizer):
         self._options.check_changes(self)
         return self._plan()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `LayerwiseOptimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        self.param_groups[-1].setdefault(LAST_SAMPLE, 0)
+
     def given_parameters(self) -> list[torch.Tensor]:
         """The parameters that the optimizer was given, in their order."""
         return list(self._names)
@@ -170,6 +179,7 @@ class SamplesCurvature(LayerwiseOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `LayerwiseOptimizer.load_state_dict`. Raises RuntimeError while weights are moved for a sample."""
+        self._sampler.forget_lost()
         self._sampler.refuse_moved("load_state_dict()")
         super().load_state_dict(state_dict)
         self._sampler.restart()

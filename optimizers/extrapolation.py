@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .curvature import SamplesCurvature
 from .displacements.attachment import Attachment
 from .displacements.displacement import Displacement, Scaler
 from .displacements.layer_noise import DISTRIBUTIONS, LayerNoise
@@ -78,10 +79,12 @@ class Extrapolation:
     where that would step weights that are away.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; if the optimizer takes samples of the curvature, for which it moves
+            the weights itself.
         TypeError: If `optimizer` is none of torch's, and wraps none.
         LayoutError: At the first context or step, if weights cannot be moved exactly under the wrapper; it says why.
-        RuntimeError: If contexts are nested; if `step()`, or the optimizer's `state_dict()` is called inside of one.
+        RuntimeError: If contexts are nested; if `step()`, or the optimizer's `state_dict()` is called inside of one; if
+            weights were changed while they were away, from then on until a checkpoint is loaded.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Extrapolation:
         check_options(step_size, direction, noise=noise, seed=seed)
         self.step_size = step_size
         self._optimizer = _checked(optimizer)
+        _refuse_samples(self._optimizer)
         self._direction = direction
         self._layouts = StepLayout(self._optimizer, model)
         self._displacement = _displacement(direction, noise, seed, self._layouts, self._optimizer)
@@ -108,7 +112,8 @@ class Extrapolation:
         self._stepped: set[int] = set()  # ids of the tensors stepped since the last move
         self._loaded: dict[str, Any] | None = None
         self._replaced = ReplacedWatch(self._optimizer, model, self._another_steps)
-        self._hooks = StepHooks(self._optimizer, self._before_step, self._see, self._after_step, self._before_state)
+        before = self._before_state, self._before_load
+        self._hooks = StepHooks(self._optimizer, self._before_step, self._see, self._after_step, *before)
 
     @property
     def step_size(self) -> float:
@@ -122,7 +127,7 @@ class Extrapolation:
 
     @property
     def is_moved(self) -> bool:
-        """Whether the weights are away now."""
+        """Whether the weights are away now; also if they cannot come back, as somebody has changed them."""
         return self._moved.are_moved
 
     # In a loop of one's own ----------------------------------------------------------------------------------------
@@ -175,19 +180,20 @@ class Extrapolation:
         """
         if self._attachment is not None or self._is_inside:
             raise RuntimeError("a model is attached already, or a context is open: detach() or leave it before")
-        self._attachment = Attachment(model, self._move, self._restore)
+        self._attachment = Attachment(model, self._move, self._restore, self._before_model_load)
         return self
 
     def detach(self) -> None:
         """Have the original weights back, and extrapolate no more at the model's forwards. On all ranks alike."""
         if self._attachment is not None:
+            self._restore()
             self._attachment.remove()
             self._attachment = None
-            self._restore()
 
     def remove(self) -> None:
         """Detach, look at steps no more, and free what was kept."""
         self.detach()
+        self._moved.refuse_lost()
         self._hooks.remove()
         self._replaced.remove()
         self._displacement.remove()
@@ -198,8 +204,15 @@ class Extrapolation:
         """Return what a resumed run needs to go on bit for bit; each rank saves and loads its own.
 
         With "gradient" that is this rank's part of the last gradient, with "own_gradient" its own whole one, with
-        "noise" numbers alone. Where nothing is sharded, ranks' states are the same but for "own_gradient".
+        "noise" numbers alone. Where nothing is sharded, ranks' states are the same but for "own_gradient". Until the
+        first context or step after `load_state_dict` it is what was loaded.
+
+        Raises:
+            RuntimeError: If weights were changed while they were away.
         """
+        self._moved.refuse_lost()
+        if self._loaded is not None:
+            return dict(self._loaded)
         rank, ranks = _rank_and_ranks()
         return {
             "direction": self._direction,
@@ -213,9 +226,11 @@ class Extrapolation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; it may precede the first step.
 
+        Weights that were changed while they were away count as the original ones from here on.
+
         Raises:
-            ValueError: If it is of another direction, rank or number of ranks; at the first context or step, if it is
-                of other layers.
+            ValueError: If it is of another direction, rank or number of ranks; at the first context or step, and at
+                each until another is loaded, if it is of other layers.
         """
         if state["direction"] != self._direction:
             raise ValueError(f"the state is of direction {state['direction']!r}, and this one is {self._direction!r}")
@@ -227,7 +242,8 @@ class Extrapolation:
             )
         self._number, self._has_seen = state["number"], state["has_seen"]
         self._has_moved, self._stepped = True, set()
-        self._loaded = state["displacement"]
+        self._loaded = dict(state)
+        self._forget_lost()
         if self._layouts.layout is not None:
             self._current()
 
@@ -238,6 +254,8 @@ class Extrapolation:
     # Moving ---------------------------------------------------------------------------------------------------------
 
     def _move(self) -> None:
+        self._moved.refuse_lost()
+        _refuse_samples(self._optimizer)
         if self._moved.are_moved:
             return
         layout = self._current()
@@ -266,8 +284,8 @@ class Extrapolation:
         if is_new:
             self._displacement.check(layout)
         if self._loaded is not None:
-            loaded, self._loaded = self._loaded, None
-            self._displacement.load_state_dict(loaded, layout)
+            self._displacement.load_state_dict(self._loaded["displacement"], layout)
+            self._loaded = None
         return layout
 
     def _communicates(self) -> bool:
@@ -306,6 +324,19 @@ class Extrapolation:
                 "block, or within `original()`"
             )
         self._restore()
+
+    def _before_load(self) -> None:
+        if not self._is_inside:
+            self._forget_lost()
+        self._before_state()
+
+    def _before_model_load(self) -> None:
+        if not self._moved.are_lost:  # else loading is what helps
+            self._restore()
+
+    def _forget_lost(self) -> None:
+        if self._moved.are_lost:
+            self._moved.forget()
 
     def _another_steps(self, other: str) -> None:
         problem = (
@@ -346,6 +377,16 @@ def _checked(optimizer: Any) -> torch.optim.Optimizer:
             f"got {type(optimizer).__name__}"
         )
     return inner
+
+
+def _refuse_samples(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the optimizer moves the weights too, for samples of the curvature."""
+    if isinstance(optimizer, SamplesCurvature) and optimizer.takes_samples():
+        raise ValueError(
+            f"Extrapolation cannot go around {type(optimizer).__name__}, which takes samples of the curvature, as both "
+            "move the weights around forward and backward: give the optimizer interval=None, so that it takes none, or "
+            "leave Extrapolation out"
+        )
 
 
 def _rank_and_ranks() -> tuple[int, int]:

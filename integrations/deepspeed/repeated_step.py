@@ -19,19 +19,38 @@ __all__ = ["hold", "refuse_two_steps"]
 COUNTS = ("global_steps", "global_samples")
 
 
-def hold(reference: weakref.ref[DeepSpeedEngine]) -> Callable[[], None]:
-    """Keep the engine's scheduler and counts as they are until what is returned is called."""
+class WaitingScheduler:
+    """A scheduler that does not step, and is in all else the one that waits: checkpoints save and load that."""
+
+    def __init__(self, scheduler: Any):
+        self.waiting = scheduler
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "waiting" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.waiting, name)
+
+
+def hold(reference: weakref.ref[DeepSpeedEngine]) -> Callable[[bool], None]:
+    """Keep the engine's scheduler as it is until what is returned is called; that can put back its counts of steps."""
     engine = reference()
     assert engine is not None, "an engine in use"
-    scheduler, counts = engine.lr_scheduler, {name: getattr(engine, name) for name in COUNTS}
-    engine.lr_scheduler = None
-    return partial(_let_go, reference, scheduler, counts)
+    counts = {name: getattr(engine, name) for name in COUNTS}
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler = WaitingScheduler(engine.lr_scheduler)
+    return partial(_let_go, reference, counts)
 
 
-def _let_go(reference: weakref.ref[DeepSpeedEngine], scheduler: Any, counts: dict[str, int]) -> None:
+def _let_go(reference: weakref.ref[DeepSpeedEngine], counts: dict[str, int], is_repeated: bool) -> None:
     engine = reference()
-    if engine is not None:
-        engine.lr_scheduler = scheduler
+    if engine is None:
+        return
+    if isinstance(engine.lr_scheduler, WaitingScheduler):
+        engine.lr_scheduler = engine.lr_scheduler.waiting
+    if is_repeated:
         for name, count in counts.items():
             setattr(engine, name, count)
 
@@ -55,7 +74,7 @@ def refuse_two_steps(engine: DeepSpeedEngine, wrapper: DeepSpeedOptimizer | None
 
 def _why_clipping_is_unknown(wrapper: DeepSpeedOptimizer | None) -> str | None:
     if wrapper is None:
-        return "stage 0 in fp32 clips gradients and does not tell by what"
+        return "stage 0 in fp32 clips gradients, by default to 1.0, and does not tell by what"
     if getattr(wrapper, "has_moe_layers", False):
         return "gradients of experts are clipped by norms that are not told"
     if scales_by_torch(wrapper):

@@ -269,7 +269,7 @@ def repeated_step(wrapper: Any) -> RepeatedStep:
     return RepeatedStep(lambda: _nothing, lambda: 1.0, while_alive(wrapper))
 
 
-def _nothing() -> None:
+def _nothing(is_repeated: bool) -> None:
     pass
 
 

@@ -16,16 +16,24 @@ class Attachment:
     Args:
         model: What the loop calls; what is inside may be saved.
         move: Called before a forward in training mode with gradients.
-        restore: Called before any other forward, and before the model's state is saved or loaded.
+        restore: Called before any other forward, and before the model's state is saved.
+        load: Called before it is loaded.
     """
 
-    def __init__(self, model: torch.nn.Module, move: Callable[[], None], restore: Callable[[], None]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        move: Callable[[], None],
+        restore: Callable[[], None],
+        load: Callable[[], None],
+    ):
         self._move, self._restore = torch.compiler.disable(move), torch.compiler.disable(restore)
+        self._load = load
         # Before what wrappers do in forward, as that gathers the weights.
         self._handles = [model.register_forward_pre_hook(_Hook(self._before_forward), prepend=True)]
         for module in model.modules():
             self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_state)))
-            self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_state)))
+            self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_load)))
 
     def remove(self) -> None:
         """Watch no more."""
@@ -40,6 +48,9 @@ class Attachment:
 
     def _before_state(self, *_: Any) -> None:
         self._restore()
+
+    def _before_load(self, *_: Any) -> None:
+        self._load()
 
 
 class _Hook:

@@ -21,7 +21,8 @@ class StepHooks:
         first: Called when a `step()` begins, before all other hooks of the optimizer.
         see: Called when its gradients are there, after its closure if it has one.
         after: Called when it ends.
-        state: Called before its state is saved or loaded.
+        state: Called before its state is saved.
+        load: Called before it is loaded.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class StepHooks:
         see: Callable[[Scaler], None],
         after: Callable[[], None],
         state: Callable[[], None],
+        load: Callable[[], None],
     ):
         self._see = see
         uncompiled = torch.compiler.disable
@@ -42,7 +44,7 @@ class StepHooks:
             optimizer.register_step_pre_hook(uncompiled(self._before)),
             optimizer.register_step_post_hook(uncompiled(lambda *_: after())),
             optimizer.register_state_dict_pre_hook(lambda *_: state()),
-            optimizer.register_load_state_dict_pre_hook(lambda *_: state()),
+            optimizer.register_load_state_dict_pre_hook(lambda *_: load()),
         ]
 
     def remove(self) -> None:

@@ -23,7 +23,7 @@ from .common import COMMON_DEFAULTS, OF_THE_WHOLE, options_of
 __all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_unknown"]
 
 PACKAGE = __name__.removesuffix("options.unknown")
-OF_TORCH = ("params", "param_names", "step")
+OF_TORCH = ("params", "param_names", "step", "last_sample")
 PASSENGERS = {
     *("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "max_momentum", "min_momentum", "base_momentum"),
     *("name", "names", "tag", "group_name", "layer_name", "layer_names", "param_shapes", "param_group_id", "id"),

@@ -145,8 +145,17 @@ class Sample:
 
     # At w + v
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody has changed the weights, so that they cannot be restored."""
+        return self._moved.are_lost
+
+    def refuse_lost(self) -> None:
+        """Raise RuntimeError if it is so."""
+        self._moved.refuse_lost()
+
     def restore(self, *, publish: bool) -> None:
-        """Give the weights the bits that they had."""
+        """Give the weights the bits that they had. Raises RuntimeError if somebody has changed them."""
         self._moved.restore(publish=publish)
 
     def put_gradient_back(self) -> None:
@@ -157,7 +166,8 @@ class Sample:
     def end(self, scale: float | torch.Tensor, *, publish: bool) -> Sampled | None:
         """Take the gradient at w + v, restore weights and gradient, and add the sample to the averages.
 
-        What is not finite is not added, nor is a layer whose gradient is zero in one of the passes.
+        What is not finite is not added, nor is a layer whose gradient is zero in one of the passes, nor anything if
+        all gradients are the same in both.
 
         Args:
             scale: As in `begin`, of the second gradient.
@@ -180,6 +190,7 @@ class Sample:
         descent, change, p, *squared = self._sums(step, _Measured(names, self._products))
         curvature = change / self._factor + self._decay(step) * p
         measured = (self._factor != 0) & (squared[1] != 0) & descent.isfinite() & curvature.isfinite()
+        measured &= squared[2].sum() != 0
         self._average(step, measured, {"descent": descent, "curvature": curvature})
         return Sampled(*torch.stack(squared).sum(dim=1))
 

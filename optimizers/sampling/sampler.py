@@ -10,7 +10,7 @@ step() in it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..sharding.repeated_step import RepeatedStep
 from ..stepping.count import most_steps
 from ..stepping.plan import Plan
 from .random_numbers import RandomNumbers
-from .sample import Sample
+from .sample import Sample, Sampled
 from .signs import labels_of, signs
 
 __all__ = ["Sampler"]
@@ -30,6 +30,14 @@ __all__ = ["Sampler"]
 TWICE = (
     "run the same batch again inside `with optimizer.curvature():` after wants_curvature() was true, also where the "
     "wrapper's own step() belongs to a pass"
+)
+LAST_SAMPLE = "last_sample"
+"""Key of every group: the number of the step, from 1, that had the last sample; 0 before the first."""
+NOTHING = Sampled(*torch.zeros(3, device="cpu"))
+SAME = (
+    "both passes of a sample of the curvature had the same gradients to the bit, so the second one did not see that "
+    "the weights were moved, or the loss is linear: run the whole forward again inside curvature(), with nothing kept "
+    "that was computed from the weights, or set interval=None"
 )
 SAME_NORM, NO_CHANGE = 3e-7, 1e-4
 """Relative. Gradients that are clipped have norms as near as that; two that hardly differ say nothing."""
@@ -48,10 +56,10 @@ class Sampler:
         self._wrapper: RepeatedStep | None = None
         self._has_asked = False
         self._begun: dict[tuple[int, ...], Sample] = {}
-        self._release: Any = None
-        self._is_overdue = False
+        self._measured: list[Sampled] = []
+        self._release: Callable[[bool], None] | None = None
         self._looked_alike = False
-        self._number = self._sampled_at = -1  # of the sample that is under way, and of the last one taken
+        self._number = -1  # of the sample that is under way
 
     # Before the first pass
 
@@ -74,23 +82,28 @@ class Sampler:
             self._wrapper, self._has_asked = find_repeated_step(optimizer), True
 
     def is_due(self, optimizer: Any) -> bool:
-        """Whether the step that is to come should have one."""
-        interval, steps = optimizer.param_groups[0]["interval"], most_steps(optimizer.param_groups)
-        return interval is not None and steps != self._sampled_at and (steps % interval == 0 or self._is_overdue)
+        """Whether the step that is to come should have one: every `interval` steps, or later where that was lost."""
+        groups = optimizer.param_groups
+        interval, steps = groups[0]["interval"], most_steps(groups)
+        if interval is None:
+            return False
+        last = max(int(group.get(LAST_SAMPLE, 0)) for group in groups)
+        return not steps - steps % interval < last <= steps + 1
 
     def give_up(self) -> None:
-        """Want none any more; the next step is wanted to have one instead, if it was due."""
-        self._is_overdue |= self._random is not None
+        """Want none any more; the next step is wanted to have one instead."""
         self._random = None
-        self._let_go()
+        self._let_go(is_repeated=False)
 
-    def _let_go(self) -> None:
+    def _let_go(self, is_repeated: bool) -> None:
         release, self._release = self._release, None
         if release is not None:
-            release()
+            release(is_repeated)
 
     def refuse_moved(self, what: str) -> None:
         """Raise RuntimeError if weights are moved and somebody does what needs them where they belong."""
+        for sample in self._begun.values():
+            sample.refuse_lost()
         if self._begun:
             raise RuntimeError(f"{what} found the weights moved for a sample of the curvature: {TWICE}")
 
@@ -121,14 +134,13 @@ class Sampler:
         """Measure what a `step()` call of the second pass brings; inside, the gradient is that of the first."""
         if self._wrapper is None:
             self.refuse_moved("step()")
-        sample = self._begun.pop(_key(plan), None)
-        if sample is None:  # the wrapper has left out the first one, as for an overflow
+        key = _key(plan)
+        if key not in self._begun:  # the wrapper has left out the first one, as for an overflow
             yield
             return
         assert self._wrapper is not None
         second = [tensor.grad for tensor in plan.tensors]
-        sample.end(1 / self._wrapper.gradient_factor(), publish=False)
-        self._was_taken()
+        self._end(key, 1 / self._wrapper.gradient_factor(), publish=False)
         try:
             yield
         finally:
@@ -143,8 +155,7 @@ class Sampler:
         if self._random is None:
             raise RuntimeError("no sample of the curvature is wanted: call wants_curvature() before the first pass")
         random, self._random = self._random, None
-        self._let_go()
-        self._is_overdue = True
+        self._let_go(is_repeated=True)
         if self._wrapper is None:
             self._begin(optimizer, optimizer.plan_of_step(), 1 / loss_scale, publish=True)
             optimizer.clear_gradients()
@@ -153,37 +164,56 @@ class Sampler:
             with random.again():
                 yield
             if self._wrapper is None:
-                self._end(1 / loss_scale)
+                self._end(next(iter(self._begun)), 1 / loss_scale, publish=True)
+            self._judge(optimizer)
         finally:
-            self.is_inside = False
+            self.is_inside, self._measured = False, []
             self.abandon()
 
-    def _end(self, scale: float | torch.Tensor) -> None:
-        _, sample = self._begun.popitem()
-        sampled = sample.end(scale, publish=True)
-        squares = [] if sampled is None else [sampled.first, sampled.second, sampled.difference]
-        norms = [square.item() ** 0.5 for square in squares]  # waits for the device
-        if all(map(math.isfinite, norms)):  # else another one is wanted, as the step may be left out
-            self._was_taken()
-        if norms:
-            self._refuse_clipping(*norms)
+    def _end(self, key: tuple[int, ...], scale: float | torch.Tensor, *, publish: bool) -> None:
+        sampled = self._begun[key].end(scale, publish=publish)  # and stays, if its weights are lost
+        del self._begun[key]
+        self._measured.append(sampled or NOTHING)
 
-    def _was_taken(self) -> None:
-        self._is_overdue = False
-        self._sampled_at = self._number
+    def _judge(self, optimizer: Any) -> None:
+        """Note that the sample was taken, or raise RuntimeError if it is none. Waits for the device."""
+        if not self._measured:  # the wrapper has left the step out
+            return
+        calls = [(one.first, one.second, one.difference) for one in self._measured]
+        first, second, difference = (math.sqrt(sum(map(float, squares))) for squares in zip(*calls, strict=True))
+        if difference == 0 < first < math.inf:
+            raise RuntimeError(SAME)
+        # Else another one is wanted, as the step may be left out. A wrapper has judged by itself.
+        if self._wrapper is not None or all(map(math.isfinite, (first, second, difference))):
+            self._note_sample(optimizer)
+        if self._wrapper is None:
+            self._refuse_clipping(first, second, difference)
+
+    def _note_sample(self, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group[LAST_SAMPLE] = self._number + 1
 
     def restart(self) -> None:
-        """Go on from what a checkpoint says: nothing of the samples so far counts."""
+        """Go on from what a checkpoint says: nothing of the sample that is wanted counts."""
         self.give_up()
-        self._is_overdue, self._sampled_at = False, -1
+        self._looked_alike = False
+
+    def forget_lost(self) -> None:
+        """Forget a sample whose weights cannot be restored, as others are loaded."""
+        if any(sample.is_lost for sample in self._begun.values()):
+            self._begun = {}
 
     def abandon(self) -> None:
-        """Restore all weights that are moved, and forget the sample."""
-        begun, self._begun = list(self._begun.values()), {}
-        for number, sample in enumerate(begun, 1):
-            sample.restore(publish=number == len(begun))
+        """Restore all weights that are moved, and forget the sample.
+
+        Raises:
+            RuntimeError: If somebody has changed them; then it stays.
+        """
+        for key, sample in list(self._begun.items()):
+            sample.restore(publish=len(self._begun) == 1)
             if self._wrapper is None:
                 sample.put_gradient_back()
+            del self._begun[key]
 
     def _refuse_clipping(self, first: float, second: float, difference: float) -> None:
         """Raise RuntimeError if both gradients were clipped to one norm, in two samples one after the other.

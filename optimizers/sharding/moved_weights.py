@@ -18,6 +18,11 @@ from .local_tensors import local_part
 
 __all__ = ["Change", "MovedWeights"]
 
+LOST = (
+    "weights were changed while they were moved, and cannot be moved back: load a checkpoint of the model and then the "
+    "optimizer's state, and from then on load, average and change weights when they are restored"
+)
+
 Change = Callable[[int, torch.Tensor], Any]
 """Takes the index of a tensor and what of it is on this rank, which it changes in place."""
 
@@ -30,6 +35,7 @@ class MovedWeights:
     Megatron's DistributedOptimizer), each publishing is a copy to the model's dtype and an all-gather of the model's
     weights, as a step has one. FSDP gathers in the next forward, as always. One process and DDP pay nothing besides.
     16-bit weights without masters are moved in 16 bits, so that small moves round away; they come back all the same.
+    What `torch.autocast` has cast and kept of them is forgotten each time, also within one region.
 
     Args:
         optimizer: A `LayerwiseOptimizer`, or an `ObservedOptimizer` of another; the innermost of its wrappers.
@@ -38,12 +44,26 @@ class MovedWeights:
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
         self._kept: list[_Kept] = []
-        self._are_moved = False
+        self._are_moved = self._are_lost = False
 
     @property
     def are_moved(self) -> bool:
-        """Whether they are; so it is on a rank, too, that has none of those that are."""
+        """Whether they are; so it is on a rank, too, that has none of those that are, and if they are lost."""
         return self._are_moved
+
+    @property
+    def are_lost(self) -> bool:
+        """Whether they cannot be restored, as somebody has changed them."""
+        return self._are_lost
+
+    def refuse_lost(self) -> None:
+        """Raise RuntimeError if they are lost."""
+        if self._are_lost:
+            raise RuntimeError(LOST)
+
+    def forget(self) -> None:
+        """Take the weights as they are for the original ones, as when they are loaded."""
+        self._kept, self._are_moved, self._are_lost = [], False, False
 
     @torch.no_grad()
     def move(self, tensors: Sequence[torch.Tensor], change: Change, *, publish: bool = True) -> None:
@@ -57,6 +77,7 @@ class MovedWeights:
         Raises:
             RuntimeError: If weights are moved already.
         """
+        self.refuse_lost()
         if self._are_moved:
             raise RuntimeError("the weights are moved already: restore them before they are moved again")
         try:
@@ -70,8 +91,7 @@ class MovedWeights:
             self._kept = []
             raise
         self._are_moved = True
-        if publish:
-            self.publish()
+        self._bring_up_to_date(publish)
 
     @torch.no_grad()
     def restore(self, *, publish: bool = True) -> None:
@@ -82,24 +102,27 @@ class MovedWeights:
 
         Raises:
             RuntimeError: If somebody has written to them since they were moved, as a checkpoint does that is loaded;
-                then they stay as they are.
+                then they stay as they are, and it raises again each time until `forget`.
         """
         if not self._are_moved:
             return
-        kept, self._kept, self._are_moved = self._kept, [], False
-        if any(one.was_written() for one in kept):
-            raise RuntimeError(
-                "weights were changed while they were moved, and cannot be moved back: load checkpoints, average and "
-                "change weights when they are restored"
-            )
-        for one in kept:
+        self._are_lost |= any(one.was_written() for one in self._kept)
+        if self._are_lost:
+            self._kept = []
+        self.refuse_lost()
+        for one in self._kept:
             one.restore()
-        if publish:
-            self.publish()
+        self.forget()
+        self._bring_up_to_date(publish)
 
     def publish(self) -> None:
         """Bring the model up to date where that was left out."""
-        publish_weights(self._optimizer)
+        self._bring_up_to_date(publish=True)
+
+    def _bring_up_to_date(self, publish: bool) -> None:
+        if publish:
+            publish_weights(self._optimizer)
+        torch.clear_autocast_cache()  # else a region that has cast a weight would go on with what it was
 
 
 class _Kept:

@@ -68,6 +68,7 @@ def under_ddp(name: str, no_sync: bool = False, named: bool = True) -> list[int]
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*without the sample of the curvature.*")  # as this loop takes none
         return collectives_of(optimizer, take_step)
 
 

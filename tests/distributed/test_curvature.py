@@ -189,7 +189,9 @@ def test_an_overflow_in_the_second_pass_alone(pool: WorkerPool, stage: int, worl
 
 @pytest.mark.parametrize("world_size", [2])
 def test_what_no_sample_can_be_taken_under_is_refused(pool: WorkerPool, world_size: int) -> None:
-    with pytest.raises(CaseFailed, match="stage 0 in fp32 clips gradients and does not tell by what"):
+    with pytest.raises(
+        CaseFailed, match=r"stage 0 in fp32 clips gradients, by default to 1\.0, and does not tell by what"
+    ):
         pool.run(train, make_case("curvature_sgd", 0, clipping=1.0), Sampled())
     with pytest.raises(CaseFailed, match="clips gradients and does not tell by what: set clip_grad in Megatron"):
         pool.run(train, make_case("curvature_sgd", "megatron", clipping=1.0), Sampled("megatron"))

@@ -399,10 +399,10 @@ def test_clipping_in_the_closure_is_refused() -> None:
 
 
 def test_a_loss_without_curvature_is_not_taken_for_clipped() -> None:
-    w = torch.nn.Parameter(torch.ones(5))
-    optimizer = CurvatureSGD([("w", w)], lr=0.1, interval=1, cap=3.0)
+    w, other = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+    optimizer = CurvatureSGD([("w", w), ("other", other)], lr=0.1, interval=1, cap=3.0)
     for _ in range(3):
-        optimizer.step(closure_of(optimizer, lambda: w.sum().backward()))  # type: ignore[arg-type,return-value]
+        optimizer.step(closure_of(optimizer, lambda: (w + other.square()).sum().backward()))  # type: ignore[arg-type,return-value]
     assert optimizer.trust_ratios()["w"] == 3.0
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, Extrapolation, LayoutError, TrustRatio
+from trustratio.optimizers import LAMB, CurvatureSGD, Extrapolation, LayoutError, TrustRatio
 
 
 class Quadratic(torch.nn.Module):
@@ -370,3 +371,54 @@ def test_another_optimizer_of_the_same_parameters_is_noticed() -> None:
         torch.optim.AdamW(model.parameters()).step()
     extrapolation.remove()
     sgd(model).step()
+
+
+def test_weights_that_are_changed_while_moved_are_unusable_until_a_load() -> None:
+    model = Quadratic()
+    optimizer = sgd(model)
+    extrapolation = Extrapolation(optimizer, 0.1)
+    step(model, optimizer, extrapolation)
+    weights, saved, state = (copy.deepcopy(one.state_dict()) for one in (model, optimizer, extrapolation))
+    for load in (lambda: optimizer.load_state_dict(saved), lambda: extrapolation.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match="changed while they were moved"), extrapolation:
+            model.w.detach().zero_()
+        assert extrapolation.is_moved
+        uses = (optimizer.step, optimizer.state_dict, extrapolation.state_dict, extrapolation.__enter__)
+        for use in (*uses, extrapolation.remove):
+            with pytest.raises(RuntimeError, match="load a checkpoint of the model and then the optimizer's state"):
+                use()
+        assert not model.w.any()
+        model.load_state_dict(weights)
+        load()
+        assert not extrapolation.is_moved
+        step(model, optimizer, extrapolation)
+        model.load_state_dict(weights)
+
+
+def test_an_evaluation_before_it_in_one_region_of_autocast() -> None:
+    """Which keeps what it has cast of the weights."""
+    layer = torch.nn.Linear(4, 1, bias=False)
+    optimizer = sgd(layer, 0.0)
+    extrapolation = Extrapolation(optimizer, 0.5)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            before = layer(torch.ones(1, 4)).item()
+            with extrapolation:
+                loss = layer(torch.ones(1, 4)).sum()
+                loss.backward()
+            found += [loss.item() - before, layer(torch.ones(1, 4)).item() - before]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found == [0.0, 0.0, pytest.approx(-2.0, abs=0.05), 0.0]
+
+
+def test_samples_of_the_curvature_are_refused() -> None:
+    model = Quadratic()
+    optimizer = CurvatureSGD(model.named_parameters(), lr=0.1, interval=None)
+    extrapolation = Extrapolation(optimizer, 0.1)
+    step(model, optimizer, extrapolation)
+    optimizer.param_groups[0]["interval"] = 3
+    for use in (lambda: Extrapolation(optimizer, 0.1), extrapolation.__enter__):
+        with pytest.raises(ValueError, match="Extrapolation cannot go around CurvatureSGD, which takes samples"):
+            use()

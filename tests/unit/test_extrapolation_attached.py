@@ -206,3 +206,47 @@ def test_state_that_does_not_fit() -> None:
         other.load_state_dict(state)
         with pytest.raises(ValueError, match=message), other:
             pass
+
+
+@pytest.mark.parametrize("direction", ["gradient", "own_gradient", "noise"])
+def test_what_was_loaded_is_saved_again(direction: str) -> None:
+    model, optimizer, extrapolation = attached(direction)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(extrapolation.state_dict())
+    other = Quadratic()
+    again = Extrapolation(sgd(other), 0.5, direction, seed=9)
+    again.load_state_dict(copy.deepcopy(saved))
+    pending = again.state_dict()
+    with again:
+        pass
+    for state in (pending, again.state_dict()):
+        assert repr(state) == repr(saved)
+
+
+def test_a_model_is_loaded_where_its_weights_are_lost() -> None:
+    model, optimizer, extrapolation = attached()
+    train(model, optimizer, 2)
+    weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    model().backward()
+    model.w.detach().zero_()
+    for use in (optimizer.step, model.state_dict, model, extrapolation.detach, extrapolation.detach):
+        with pytest.raises(RuntimeError, match="changed while they were moved"):
+            use()
+    model.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match="changed while they were moved"):
+        model()  # as the optimizer's state is missing still
+    optimizer.load_state_dict(saved)
+    assert torch.equal(model.w.detach(), weights["w"])
+    train(model, optimizer, 1)
+
+
+def test_state_that_does_not_fit_is_refused_until_another_is_loaded() -> None:
+    model, optimizer, extrapolation = attached()
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(extrapolation.state_dict())
+    saved["displacement"]["gradients"][0] = torch.ones(7)
+    again = Extrapolation(sgd(Quadratic()), 0.5)
+    again.load_state_dict(saved)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has a gradient of shape"), again:
+            pass

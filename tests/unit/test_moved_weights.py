@@ -84,7 +84,31 @@ def test_what_was_loaded_meanwhile_is_not_overwritten() -> None:
     with pytest.raises(RuntimeError, match="changed while they were moved"):
         moved.restore()
     assert not weights[1].any()
+    assert moved.are_moved
+    for use in (moved.restore, lambda: moved.move(weights, lambda _, local: local.mul_(2))):
+        with pytest.raises(RuntimeError, match="load a checkpoint of the model and then the optimizer's state"):
+            use()
+    assert not weights[1].any()
+    moved.forget()
     assert not moved.are_moved
+    moved.move(weights, lambda _, local: local.mul_(2))
+    moved.restore()
+
+
+@pytest.mark.parametrize("publish", [True, False])
+def test_what_autocast_has_cast_is_forgotten(publish: bool) -> None:
+    weight = torch.nn.Parameter(torch.eye(4))
+    moved = MovedWeights(LAMB([weight]))
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for change in (
+            lambda: None,
+            lambda: moved.move([weight], lambda _, local: local.mul_(2), publish=publish),
+            lambda: moved.restore(publish=publish),
+        ):
+            change()
+            found.append(torch.nn.functional.linear(torch.ones(1, 4), weight)[0, 0].item())
+    assert found == [1.0, 2.0, 1.0]
 
 
 class Publishing(Backend):
