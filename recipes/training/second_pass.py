@@ -48,16 +48,13 @@ def _problem(config: RecipeConfig, settings: Mapping[str, Any]) -> str:
     for part in ("offload_optimizer", "offload_param"):
         if (zero.get(part) or {}).get("device") == "nvme":
             return f"weights on NVMe cannot be moved: set {part}.device to cpu"
-    if settings and _clips_untold(config, settings):
-        return "DeepSpeed does not tell by what it clips here: set --gradient_clipping 0, use --zero_stage 1"
-    return ""
-
-
-def _clips_untold(config: RecipeConfig, settings: Mapping[str, Any]) -> bool:
-    """Tell whether the engine clips the gradient itself, or where torch's GradScaler holds the loss scale."""
     stage_0 = config.training.zero_stage == 0 and config.training.precision == "fp32"
-    scaled = bool((settings.get("torch_autocast") or {}).get("enabled"))
-    return config.training.gradient_clipping > 0 and (stage_0 or scaled)
+    if settings and stage_0 and settings["gradient_clipping"] > 0:
+        return (
+            "DeepSpeed's stage 0 in fp32 does not tell by what it clips: use --zero_stage 1 or set "
+            "training.gradient_clipping=0"
+        )
+    return ""
 
 
 def wants_second_pass(optimizer: Optimizer) -> bool:
