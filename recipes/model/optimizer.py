@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trustratio.optimizers import CurvatureAdamW, CurvatureSGD
 from trustratio.optimizers.registry import OPTIMIZERS, create_optimizer
 
 from ..common.errors import RecipeError, cut, shown, unknown_name
@@ -42,6 +43,15 @@ def optimizer_names() -> list[str]:
 def is_baseline(name: str) -> bool:
     """Tell whether the name is one of torch's element-wise optimizers, which have no trust ratio."""
     return name.lower() in BASELINES
+
+
+def sample_interval(config: OptimizerConfig) -> float | None:
+    """Return every how many updates the optimizer wants a sample of the curvature, a second pass; None: never."""
+    entry = OPTIMIZERS.get(config.name.lower())
+    if entry is None or not issubclass(entry.optimizer_class, CurvatureSGD | CurvatureAdamW):
+        return None
+    interval: float | None = config.options.get("interval", entry.defaults["interval"])
+    return interval
 
 
 def starting_rates() -> dict[str, float]:

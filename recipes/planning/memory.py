@@ -15,7 +15,7 @@ from trustratio.optimizers.gradient_statistics.squares import BUCKET_ELEMENTS
 from ..configuration.config import ModelConfig, RecipeConfig
 from ..configuration.phases import Phase
 from ..model.build import outline
-from ..model.optimizer import is_baseline
+from ..model.optimizer import is_baseline, sample_interval
 
 GIB = 2**30
 FP32, FP64 = 4, 8
@@ -26,6 +26,9 @@ REDUCE_BUCKET = 5 * 10**8
 
 MOST_LIVE = 10**9
 """DeepSpeed's default of stage3_max_live_parameters and stage3_max_reuse_distance, in elements."""
+
+SAMPLE = "sample of the curvature"
+"""The name of the part that lasts from an update's first pass to the end of its second."""
 
 _PERSISTENT = 10**5  # DeepSpeed's default of stage3_param_persistence_threshold, in elements
 
@@ -41,6 +44,7 @@ class ModelSize:
         states: numbers per element that the optimizer keeps.
         statistics: of group gradients that it needs: "", "norms" or "squares".
         norm_sums: see `OptimizerEntry.sums`; None where the number is not known.
+        sample_interval: updates from one sample of the curvature to the next; None: there are none.
     """
 
     shape: ModelConfig
@@ -49,6 +53,12 @@ class ModelSize:
     states: int
     statistics: str
     norm_sums: tuple[int, ...] | None
+    sample_interval: float | None = None
+
+    @property
+    def passes(self) -> float:
+        """Passes over an update's micro-batches, on average: every sample of the curvature is one more."""
+        return 1.0 if self.sample_interval is None else 1.0 + 1.0 / self.sample_interval
 
     @property
     def elements(self) -> int:
@@ -66,6 +76,7 @@ def model_size(config: RecipeConfig, vocabulary_size: int | None = None) -> Mode
         states=_element_states(config, optimizer),
         statistics=_group_statistics(optimizer),
         norm_sums=() if is_baseline(config.optimizer.name) else _norm_sums(config),
+        sample_interval=sample_interval(config.optimizer),
     )
 
 
@@ -152,6 +163,8 @@ def memory_parts(
     if stage or width == 2:
         parts.append(MemoryPart("fp32 master weights", FP32 * sharded, True))
     parts.append(MemoryPart("optimizer state", FP32 * size.states * sharded, True))
+    if size.sample_interval is not None:  # weights and gradient of its first pass
+        parts.append(MemoryPart(SAMPLE, 2 * FP32 * sharded, False))
     if (stage == 1 and not own_sums) or (stage == 2 and not separate_sums):
         parts.append(MemoryPart("fp32 gradients of the step", FP32 * share, False))
     if size.statistics == "squares":
@@ -205,7 +218,5 @@ def _offloaded(zero: Mapping[str, Any]) -> set[str]:
     def away(name: str) -> bool:
         return (zero.get(name) or {}).get("device", "none") not in ("none", None)
 
-    gone = (
-        {"fp32 master weights", "optimizer state", "fp32 gradients of the step"} if away("offload_optimizer") else set()
-    )
-    return gone | ({"weights"} if away("offload_param") else set())
+    stepped = {"fp32 master weights", "optimizer state", "fp32 gradients of the step", SAMPLE}
+    return (stepped if away("offload_optimizer") else set()) | ({"weights"} if away("offload_param") else set())

@@ -119,7 +119,7 @@ def plan_phase(
 
     operations = flops_per_sequence(size, config, phase, recomputed=config.training.activation_checkpointing)
     compute = phase.global_batch / gpus * operations / (machine.peak * machine.utilization)
-    communication = _sending_seconds(sent, gpus, machine)
+    communication = size.passes * _sending_seconds(sent, gpus, machine)
     update = _update_seconds(size, config, gpus, machine)
     step = compute + (1 - machine.overlap) * communication + update
     return PhasePlan(
@@ -148,7 +148,7 @@ def flops_per_sequence(size: ModelSize, config: RecipeConfig, phase: Phase, reco
     flops, discarded = ModelFlops.of(size.shape, size.vocabulary), config.data.discard_smallest
     # Which predictions have the smallest losses takes a forward pass of its own.
     first = flops.forward(length, predicted, length) if discarded else 0.0
-    return first + flops.update(length, (1 - discarded) * predicted, length, recomputed)
+    return first + size.passes * flops.update(length, (1 - discarded) * predicted, length, recomputed)
 
 
 def _sending_seconds(sent: Traffic, gpus: int, machine: Machine) -> float:

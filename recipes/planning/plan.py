@@ -106,6 +106,11 @@ def _phase_lines(config: RecipeConfig, size: ModelSize, machine: Machine, plan: 
         lines.append(f"    {name:<28}{_bytes(plan.traffic.bytes[name]):>13} in {count:,} collectives")
     if config.data.discard_smallest:
         lines.append(f"  data.discard_smallest={config.data.discard_smallest:g}: one more forward pass in every update")
+    if size.sample_interval is not None:
+        lines.append(
+            f"  a sample of the curvature in every {size.sample_interval:g} updates: one more pass over the "
+            "micro-batches, computed and sent; part of the times below, not of the table above"
+        )
     model_flops = flops_per_sequence(size, config, phase) * plan.sequences_per_second / plan.gpus
     lines += [
         f"  step: {plan.compute:.3f} s computing + {plan.communication:.3f} s communicating + {plan.update:.4f} s "

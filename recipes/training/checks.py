@@ -38,6 +38,7 @@ from .growth_state import has_read_all
 from .launchers import DeepSpeedLauncher, Launcher
 from .other_ranks import require_readable, shared_anew
 from .ranks import local_rank, ranks_on_machine, world_size
+from .second_pass import check_second_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
         )
     check_loggers(config.run.loggers)
     check_demands(config)
+    check_second_pass(config, settings)
     for plan in plans:
         check_groups(config, plan)
     check_sources(config.data.sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from ..rules.global_batch import BatchPlan
 from ..rules.schedules import FactorLR
 from ..runs.checkpoints import RANKS, WRITE_ERRORS, describe_checkpoint
 from .loss_scale import SkippedUpdates
+from .second_pass import second_pass, wants_second_pass
 from .unpickling import tensors_only
 
 TRAINING_STATE = "training_state.pt"
@@ -74,7 +76,8 @@ class TrainingEngine(Observed, Protocol):
 
     The loop calls `set_batch_plan` before the first update of a phase and where the division of the batch changes, and
     `begin_micro_batch`, `loss`, `backward` and `step` once per micro-batch. The gradient of an update is the *sum* over
-    all micro-batches and ranks of what `backward` was given: an implementation undoes its wrapper's averaging.
+    all micro-batches and ranks of what `backward` was given: an implementation undoes its wrapper's averaging. Where
+    `wants_second_pass`, all that is done once more within `second_pass`, and only then is the update done.
     """
 
     def set_batch_plan(self, plan: BatchPlan) -> None:
@@ -82,6 +85,12 @@ class TrainingEngine(Observed, Protocol):
 
     def continue_schedule(self, updates: float) -> None:
         """Set the schedule to where it is after this many updates."""
+
+    def wants_second_pass(self) -> bool:
+        """Tell whether the update that begins takes two passes over its micro-batches; asked before the first."""
+
+    def second_pass(self) -> AbstractContextManager[None]:
+        """Return the context of the second pass, at whose end weights and learning rate are updated."""
 
     def begin_micro_batch(self, last: bool) -> None:
         """Begin a micro-batch; the `last` one of an accumulation will update the weights."""
@@ -117,6 +126,13 @@ class DistributedTraining:
         self.device = device
         self.rank = dist.get_rank()
         self.ranks = dist.get_world_size()
+        self._first_of_two = False
+        self.first_norm: Any = None
+
+    def wants_second_pass(self) -> bool:
+        """Tell whether the optimizer wants a sample of the curvature; see `TrainingEngine`."""
+        self._first_of_two, self.first_norm = wants_second_pass(self.optimizer), None
+        return self._first_of_two
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over all ranks."""
@@ -263,8 +279,15 @@ class DeepSpeedTraining(DistributedTraining):
         """End a micro-batch; an update that DeepSpeed skips (fp16 overflow) does not advance the schedule."""
         with self.skipped.updating():
             self.engine.step()
-        if self._last and self.skipped.count():
+        if self._last and not self._first_of_two and self.skipped.count():
             self.scheduler.step()
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Run the micro-batches again in the block; DeepSpeed's step at its end is the update."""
+        with second_pass(self.optimizer, self.engine) as self.first_norm:
+            self._first_of_two = False
+            yield
 
     def require_updates(self, most_skipped: int) -> None:
         """Check that DeepSpeed has not skipped so many updates in a row; see `SkippedUpdates`."""
@@ -280,7 +303,7 @@ class DeepSpeedTraining(DistributedTraining):
 
     def gradient_norm(self) -> float | None:
         """Return the global gradient norm of the last update before clipping."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self.first_norm is None else self.first_norm
         return None if norm is None else float(norm)
 
     def save(self, folder: Path, for_any_ranks: bool = True) -> None:
@@ -385,7 +408,7 @@ class DataParallelTraining(DistributedTraining):
 
     def step(self) -> None:
         """End a micro-batch; after the last one clip, update and advance the schedule."""
-        if not self._last:
+        if not self._last or self._first_of_two:
             return
         limit = self.gradient_clipping or float("inf")
         self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -393,6 +416,14 @@ class DataParallelTraining(DistributedTraining):
         self.optimizer.zero_grad()
         self.scheduler.step()
         self._updates += 1
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Run the micro-batches again in the block; then clip the first pass's gradient, and update."""
+        with second_pass(self.optimizer):
+            yield
+        self._first_of_two = False
+        self.step()
 
     def train(self, training: bool) -> None:
         """Switch between training and evaluation mode."""

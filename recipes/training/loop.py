@@ -36,7 +36,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def accumulate_step(
-    engine: TrainingEngine, batches: list[MaskedBatch], stop_requested: bool
+    engine: TrainingEngine, batches: list[MaskedBatch], stop_requested: bool, twice: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one update: the gradient of sum(cross-entropy) / (masked tokens of the whole global batch).
 
@@ -44,6 +44,7 @@ def accumulate_step(
         engine: wrapped model and optimizer.
         batches: this rank's micro-batches of the step.
         stop_requested: this rank was asked to stop.
+        twice: the engine wants a second pass over the micro-batches, of which the first one alone is told.
 
     Returns:
         This rank's summed cross-entropy over the number of masked tokens of the global batch (its sum over the
@@ -56,6 +57,17 @@ def accumulate_step(
     totals_on_host = totals.to("cpu", non_blocking=True)
     arrived = _mark(engine.device)
     normaliser = totals[0].clamp(min=1.0).float()
+    loss_sum = _pass(engine, batches, normaliser)
+    if twice:
+        with engine.second_pass():
+            _pass(engine, batches, normaliser)
+    if arrived is not None:
+        arrived.synchronize()
+    return loss_sum, totals_on_host
+
+
+def _pass(engine: TrainingEngine, batches: list[MaskedBatch], normaliser: torch.Tensor) -> torch.Tensor:
+    """Run all micro-batches, forward and backward; return this rank's loss."""
     loss_sum = torch.zeros((), device=engine.device)
     for number, batch in enumerate(batches, start=1):
         engine.begin_micro_batch(last=number == len(batches))
@@ -65,9 +77,7 @@ def accumulate_step(
         engine.backward(loss)
         engine.step()
         PROGRESS.move()
-    if arrived is not None:
-        arrived.synchronize()
-    return loss_sum, totals_on_host
+    return loss_sum
 
 
 def validate(engine: Observed, batches: list[MaskedBatch]) -> tuple[float, float]:
@@ -174,7 +184,8 @@ class TrainingLoop:
         if self.data.discard_smallest:
             share = self.data.discard_smallest
             micro_batches, predicted = without_smallest_losses(self.engine, micro_batches, share)
-        loss, totals = accumulate_step(self.engine, micro_batches, self._asked_to_stop(feed))
+        asked, twice = self._asked_to_stop(feed), self.engine.wants_second_pass()
+        loss, totals = accumulate_step(self.engine, micro_batches, asked, twice)
         batches.advance()
         self.step_metrics.add(
             Update(
@@ -187,6 +198,7 @@ class TrainingLoop:
                 predicted_tokens=predicted,
                 data_wait=feed.wait_seconds,
                 sequences=batches.sequences,
+                passes=1 + twice,
             )
         )
         return bool(totals[1] > 0)

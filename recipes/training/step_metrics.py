@@ -27,7 +27,7 @@ from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase
 from ..model.flops import ModelFlops, peak_of
 from ..model.masked_language_model import padded_vocabulary
-from ..model.optimizer import is_baseline
+from ..model.optimizer import is_baseline, sample_interval
 from ..rules.global_batch import BatchPlan
 from .engines import Observed
 
@@ -41,6 +41,8 @@ def measures_noise(config: RecipeConfig, plans: Sequence[BatchPlan]) -> bool:
         return True
     if config.run.noise_scale is not None:
         return config.run.noise_scale
+    if sample_interval(config.optimizer) is not None:  # its second passes would be counted
+        return False
     several = all(plan.ranks * plan.accumulation >= 2 for plan in plans)
     # Norms are taken of whole parameters' gradients, which segments cut into several layers.
     return several and not is_baseline(config.optimizer.name) and "segments" not in config.optimizer.options
@@ -60,6 +62,7 @@ class Update:
         data_wait: seconds in which this rank waited for its micro-batches.
         sequences: read since the beginning of the run.
         predicted_tokens: predicted over all ranks, if those with the smallest losses were then discarded.
+        passes: over the micro-batches, forward and backward; 2 with a sample of the curvature.
     """
 
     step: int
@@ -71,6 +74,7 @@ class Update:
     data_wait: float
     sequences: int
     predicted_tokens: int | None = None
+    passes: int = 1
 
     def record(self) -> dict[str, Any]:
         """Return what needs no reading from the device."""
@@ -213,7 +217,7 @@ class StepMetrics:
 
     def _rates(self, update: Update, seconds: float) -> dict[str, float]:
         sequences, length = update.plan.sequences, update.phase.sequence_length
-        flops = self.flops.update(sequences * length, update.masked_tokens, length)
+        flops = update.passes * self.flops.update(sequences * length, update.masked_tokens, length)
         if update.predicted_tokens is not None:  # their losses took a forward pass of its own
             flops += self.flops.forward(sequences * length, update.predicted_tokens, length)
         rates = {

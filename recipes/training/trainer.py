@@ -41,6 +41,7 @@ from .loss_scale import SkippedUpdates
 from .phase_data import PhaseData, phases_with_data
 from .ranks import collect_failures, rank, share_of_all
 from .records import Records
+from .second_pass import second_pass
 from .step_metrics import StepMetrics, Update
 from .stop_requests import StopRequests
 
@@ -57,6 +58,7 @@ class RecipeTrainer(Trainer):
         loss: this rank's part of the last update's loss.
         masked: tokens that are in the last update's loss, over all ranks.
         predicted: tokens that it predicted, over all ranks, if those with the smallest losses are discarded.
+        passes: over the last update's micro-batches; 2 with a sample of the curvature.
         norm: of the last update's gradient before clipping; None before the first.
         stopping: whether any rank was asked to stop, or cannot read its next update.
     """
@@ -85,7 +87,7 @@ class RecipeTrainer(Trainer):
         """
         self.run, self.parts, self.checkpoints, self.records, self.stop = run, parts, checkpoints, records, stop
         self.loss = torch.zeros(())
-        self.masked, self.norm, self.stopping = 0, None, False
+        self.masked, self.passes, self.norm, self.stopping = 0, 1, None, False
         self.predicted: int | None = None
         # DeepSpeed has followed this variable to the CPU, and accelerate would leave DeepSpeed out.
         with without_variable(os.environ, "ACCELERATE_USE_CPU"):
@@ -169,7 +171,19 @@ class RecipeTrainer(Trainer):
         totals = torch.tensor([float(sum(len(batch.labels) for batch in micro_batches)), float(asked)], device=device)
         dist.all_reduce(totals)
         normaliser = totals[0].clamp(min=1.0)
-        self.loss = torch.zeros((), device=device)
+        self.passes = 1 + self.progress.observed.wants_second_pass()
+        self.loss = self._pass(model, micro_batches, normaliser)
+        if self.passes == 2:
+            with self.progress.observed.second_pass():
+                self._pass(model, micro_batches, normaliser)
+        masked, stopping = totals.tolist()
+        self.masked, self.predicted, self.stopping = int(masked), predicted, stopping > 0
+        return self.loss * ranks
+
+    def _pass(self, model: Any, micro_batches: Sequence[MaskedBatch], normaliser: torch.Tensor) -> torch.Tensor:
+        """Run all micro-batches, forward and backward; return this rank's loss."""
+        ranks, device = self.data.plan.ranks, self.args.device
+        loss_sum = torch.zeros((), device=device)
         by_deepspeed = isinstance(model, DeepSpeedEngine)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
@@ -178,18 +192,17 @@ class RecipeTrainer(Trainer):
             with contextlib.nullcontext() if last or by_deepspeed else self.accelerator.no_sync(model):
                 loss, _ = model(**vars(batch.to(device)))
                 loss = loss / normaliser
-                self.loss += loss.detach()
+                loss_sum += loss.detach()
                 # DeepSpeed and DDP average over the ranks; DeepSpeed, unless told otherwise, over the accumulation too.
                 with self.progress.observed.updating():  # DeepSpeed does the update there
                     self.accelerator.backward(loss * ranks, **({"scale_wrt_gas": False} if by_deepspeed else {}))
                 PROGRESS.move()
-        masked, stopping = totals.tolist()
-        self.masked, self.predicted, self.stopping = int(masked), predicted, stopping > 0
-        return self.loss * ranks
+        return loss_sum
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Note the norm that the Trainer measures before it clips."""
-        self.norm = super()._get_grad_norm(model, grad_norm)
+        """Note the norm that the Trainer measures before it clips, of an update's first pass."""
+        norm, first = super()._get_grad_norm(model, grad_norm), self.progress.observed.first_norm
+        self.norm = norm if first is None else first
         return self.norm
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -367,6 +380,7 @@ class _Progress(TrainerCallback):
                 predicted_tokens=trainer.predicted,
                 data_wait=feed.wait_seconds,
                 sequences=trainer.batches.sequences,
+                passes=trainer.passes,
             )
         )
 
@@ -383,6 +397,13 @@ class _WrappedByTrainer(DistributedTraining):
     def updating(self) -> contextlib.AbstractContextManager[None]:
         """Return what the last micro-batch of an update is done in; see `SkippedUpdates`."""
         return contextlib.nullcontext() if self.skipped is None else self.skipped.updating()
+
+    @contextlib.contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Run the micro-batches again in the block; without DeepSpeed, the Trainer's step follows."""
+        engine = self.trainer.model_wrapped
+        with second_pass(self.optimizer, engine if isinstance(engine, DeepSpeedEngine) else None) as self.first_norm:
+            yield
 
     def count_update(self) -> None:
         """Take note of whether DeepSpeed, if it is used, has skipped the update that was just done."""

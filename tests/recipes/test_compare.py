@@ -258,7 +258,8 @@ def test_an_optimizer_that_always_diverged_comes_last():
 
 
 @pytest.mark.slow
-def test_a_comparison_of_the_recipe_itself(text_folder, tmp_path, capsys):
+@pytest.mark.parametrize("optimizers", ["lamb,adamw", "curvature_adamw,lamb"])
+def test_a_comparison_of_the_recipe_itself(text_folder, tmp_path, capsys, optimizers):
     """Two real runs of two phases: same data order, so the losses before the first update are the same."""
     small = [
         *("--data", f"{text_folder}/*.txt", "--global_batch", "8", "--micro_batch", "8", "--sequence_length", "16"),
@@ -267,10 +268,10 @@ def test_a_comparison_of_the_recipe_itself(text_folder, tmp_path, capsys):
         *("phase_two.steps=1", "phase_two.sequence_length=32", "phase_two.global_batch=8", "phase_two.micro_batch=8"),
     ]
     output = tmp_path / "runs"
-    command = ["--optimizers", "lamb,adamw", "--lrs", "0.01", "--allow-single-lr", "--output", str(output), *small]
+    command = ["--optimizers", optimizers, "--lrs", "0.01", "--allow-single-lr", "--output", str(output), *small]
     assert compare.main(command) == 0, capsys.readouterr()
     lines = {path.parent.name: path.read_text().splitlines() for path in output.glob("*/metrics.jsonl")}
-    assert sorted(lines) == ["adamw-lr0.01-seed1", "lamb-lr0.01-seed1"]
+    assert sorted(lines) == sorted(f"{name}-lr0.01-seed1" for name in optimizers.split(","))
     first = [next(r["loss"] for r in map(json.loads, of_run) if r["kind"] == "train") for of_run in lines.values()]
     assert first[0] == first[1]
     assert {r["steps"] for r in json.loads((output / "comparison.json").read_text())["runs"]} == {3}

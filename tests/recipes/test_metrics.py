@@ -59,6 +59,9 @@ class OneProcess:
     def applied(self):
         return True
 
+    def wants_second_pass(self):
+        return False
+
     def begin_micro_batch(self, last):
         pass
 
