@@ -45,13 +45,11 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     with reporter.stages("engine"):
         engine = build_engine(run, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
-    with (
-        StopRequests(reporter.active) as stop,
-        reported(folder, checkpoints, reporter),
-        reporter.stages("steps"),
-    ):
-        batches = train(run, data, engine, folder, checkpoints, reporter, stop)
-    announce_end(run, batches, folder, reporter)
+    # To the very end: a launcher that is gone asks ranks to stop once more, while the first one draws the report.
+    with StopRequests(reporter.active) as stop:
+        with reported(folder, checkpoints, reporter), reporter.stages("steps"):
+            batches = train(run, data, engine, folder, checkpoints, reporter, stop)
+        announce_end(run, batches, folder, reporter)
 
 
 def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:

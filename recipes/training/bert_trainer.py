@@ -55,14 +55,12 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     PROGRESS.begin("while building the model")
     parts = build_parts(run.config, data[0].vocabulary_size)
     folder, checkpoints = open_output(run, identity, reporter)
-    with (
-        StopRequests(reporter.active) as stop,
-        reported(folder, checkpoints, reporter),
-        reporter.stages("steps"),
-    ):
-        trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
-        _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
-    announce_end(run, trainer.batches, folder, reporter)
+    # To the very end: a launcher that is gone asks ranks to stop once more, while the first one draws the report.
+    with StopRequests(reporter.active) as stop:
+        with reported(folder, checkpoints, reporter), reporter.stages("steps"):
+            trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
+            _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
+        announce_end(run, trainer.batches, folder, reporter)
 
 
 def _train(
