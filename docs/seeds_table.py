@@ -207,7 +207,7 @@ SYSTEMS = (
         "LAD, anomaly scores: Guggilam, Chandola, Patra 2023, arXiv 2303.00954",
         "How far each sample is from its class, by large deviations.",
         (f"{RULES}.anomalies.anomaly_scores",),
-        "the authors' code (sreelekh/LAD)",
+        "score, threshold, quarter of the authors' code (sreelekh/LAD), not its variances and counts",
         "any: the same scores however the rows are split over ranks",
         _test("tests/recipes/test_anomalies.py", "worked_example"),
     ),
