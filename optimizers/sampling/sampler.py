@@ -10,6 +10,7 @@ step() in it
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,9 +36,9 @@ LAST_SAMPLE = "last_sample"
 """Key of every group: the number of the step, from 1, that had the last sample; 0 before the first."""
 NOTHING = Sampled(*torch.zeros(3, device="cpu"))
 SAME = (
-    "both passes of a sample of the curvature had the same gradients to the bit, so the second one did not see that "
-    "the weights were moved, or the loss is linear: run the whole forward again inside curvature(), with nothing kept "
-    "that was computed from the weights, or set interval=None"
+    "both passes of a sample of the curvature had the same gradients to the bit, so the sample does not count: the "
+    "second one did not see that the weights were moved, or the loss is linear. Run the whole forward again inside "
+    "curvature(), with nothing kept that was computed from the weights; where that is so, interval=None saves the pass"
 )
 SAME_NORM, NO_CHANGE = 3e-7, 1e-4
 """Relative. Gradients that are clipped have norms as near as that; two that hardly differ say nothing."""
@@ -58,7 +59,7 @@ class Sampler:
         self._begun: dict[tuple[int, ...], Sample] = {}
         self._measured: list[Sampled] = []
         self._release: Callable[[bool], None] | None = None
-        self._looked_alike = False
+        self._looked_alike = self._has_warned = False
         self._number = -1  # of the sample that is under way
 
     # Before the first pass
@@ -176,13 +177,14 @@ class Sampler:
         self._measured.append(sampled or NOTHING)
 
     def _judge(self, optimizer: Any) -> None:
-        """Note that the sample was taken, or raise RuntimeError if it is none. Waits for the device."""
+        """Note that the sample was taken, and warn once of one that says nothing. Waits for the device."""
         if not self._measured:  # the wrapper has left the step out
             return
         calls = [(one.first, one.second, one.difference) for one in self._measured]
         first, second, difference = (math.sqrt(sum(map(float, squares))) for squares in zip(*calls, strict=True))
-        if difference == 0 < first < math.inf:
-            raise RuntimeError(SAME)
+        if difference == 0 < first < math.inf and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(SAME, stacklevel=5)
         # Else another one is wanted, as the step may be left out. A wrapper has judged by itself.
         if self._wrapper is not None or all(map(math.isfinite, (first, second, difference))):
             self._note_sample(optimizer)
