@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from ..formulas.chunk_view import ChunkView
 from ..formulas.chunks import Flattened, Summand, cut_into_chunks, squares, values
 from ..formulas.layer_table import LayerTable
+from ..formulas.stages import Stage, sums_over_layers
 from ..formulas.updates import Update
 from ..kernels.eager import EagerSweeps
 from ..sharding.moved_weights import MovedWeights
@@ -48,29 +49,6 @@ class Sampled:
     first: torch.Tensor
     second: torch.Tensor
     difference: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """A stage of sums over layers, by name, with what a chunk adds to them."""
-
-    names: tuple[str, ...]
-    of: Callable[[dict[str, Any], LayerTable, ChunkView], Sequence[Summand]]
-
-    @property
-    def sum_sizes(self) -> Mapping[str, int]:
-        return dict.fromkeys(self.names, 1)
-
-    @property
-    def maximum_names(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def row_names(self) -> tuple[str, ...]:
-        return ()
-
-    def __call__(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> Sequence[Summand]:
-        return self.of(group, layers, x)
 
 
 class Sample:
@@ -111,12 +89,13 @@ class Sample:
         step = Step(self._algorithm, self._plan)
         self._scale = self._vector(scale)
         _hand_out(step, "scale", self._scale)
-        w, p, g = self._sums(step, _Measured(("w", "p", "g"), self._squares)).sqrt()
+        w, p, g = self._sums(step, self._squares).sqrt()
         factor = signs.to(w.device) * self._option(step, "perturbation") * torch.maximum(w, self._smallest_norms(w)) / p
         self._factor = torch.where((g != 0) & g.isfinite() & factor.isfinite(), factor, torch.zeros_like(factor))
         _hand_out(step, "factor", self._factor)
         self._move(step, publish)
 
+    @sums_over_layers("w", "p", "g")
     def _squares(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
         return squares(x.w), squares(self._formula.direction(group, layers).change(x)), squares(x.g)
 
@@ -186,14 +165,14 @@ class Sample:
         step.operands.inputs["second"] = self._like_first(step, second), None
         _hand_out(step, "scale", self._scale)
         _hand_out(step, "second_scale", self._vector(scale))
-        names = ("descent", "curvature", "p", "first", "second", "difference")
-        descent, change, p, *squared = self._sums(step, _Measured(names, self._products))
+        descent, change, p, *squared = self._sums(step, self._products)
         curvature = change / self._factor + self._decay(step) * p
         measured = (self._factor != 0) & (squared[1] != 0) & descent.isfinite() & curvature.isfinite()
         measured &= squared[2].sum() != 0
         self._average(step, measured, {"descent": descent, "curvature": curvature})
         return Sampled(*torch.stack(squared).sum(dim=1))
 
+    @sums_over_layers("descent", "curvature", "p", "first", "second", "difference")
     def _products(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
         against = self._formula.direction(group, layers).change(x)  # -p
         first, second = x.g * x.of(layers.scale), x.second * x.of(layers.second_scale)
@@ -223,11 +202,12 @@ class Sample:
 
     # Numbers of layers, shape (layers,), fp64
 
-    def _sums(self, step: Step, stage: _Measured) -> torch.Tensor:
+    def _sums(self, step: Step, stage: Stage) -> torch.Tensor:
         """The sums of a stage over all shards, shape (sums, layers): one all-reduce."""
         layout = self._plan.layout
         sweeps = EagerSweeps(step.operands, step.takes_part, self._plan.cache)
-        packed = torch.zeros(len(stage.names), len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
+        shape = len(stage.sum_sizes), len(layout.layers)
+        packed = torch.zeros(shape, dtype=torch.float64, device=layout.numbers_device)
         for index, group in step.groups.items():
             packed[:, group.layers.start : group.layers.stop] = sweeps.measure(index, stage, keep=False).of_layers
         return layout.reduce(packed)
