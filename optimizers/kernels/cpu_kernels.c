@@ -24,6 +24,8 @@
 #define MAX_THREADS 256
 
 enum { FP32, BF16, FP16 };
+enum { TO_NEAREST, STOCHASTIC, KAHAN }; /* how bf16 weights are kept */
+#define FIELD_OF_WEIGHTS 3              /* of the random bits; states have 0, 1 and 2 */
 
 enum kind {
     SUM_G, SUM_W_G, SUM_W_G_D, SUM_W_G_GSNR, SUM_R_G,
@@ -36,19 +38,22 @@ enum kind {
 
 /* What one sweep does; cpu.py fills in the same fields. Vectors over layers have one entry per layer of the group. */
 typedef struct {
-    int64_t kind, threads, shards, layers;
+    int64_t kind, threads, shards, layers, state_type, master;
     const int64_t *tensor, *start, *length, *layer; /* per shard */
+    const int64_t *position;                        /* per shard, which is a run then: of its first element */
     const int64_t *first_block;                     /* per shard, and the number of blocks */
     const uint8_t *weight_type, *gradient_type;     /* per tensor */
     void *const *weight;                            /* per tensor */
     const void *const *gradient;                    /* per tensor; NULL counts as zero */
-    float *const *first, *const *second, *const *third; /* per tensor: state */
+    void *const *first, *const *second, *const *third; /* per tensor: state, all of `state_type` */
+    void *const *compensation;                      /* per tensor: what bf16 weights lack of the sum */
     const float *const *mean_square;                /* per tensor */
     const uint8_t *changes;                         /* per layer: whether to touch it; NULL: all */
     uint8_t *idle;                                  /* per block: its gradient was zero and its state not kept */
     double *partial;                                /* per block: SUMS sums */
     double *sums;                                   /* SUMS x layers */
     /* Vectors over layers */
+    const uint64_t *key, *gamma;                    /* of random bits; NULL where nothing is rounded by them */
     const float *gradient_scale, *weight_scale, *step, *second_step, *correction1, *correction2, *correction3;
     const float *resolution, *gsnr_scale, *decay, *rate, *offset;
     double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor, growth, l2, fixed_decay;
@@ -250,6 +255,18 @@ static block_function function_of(int64_t level)
 #endif
     (void)level;
     return block_baseline;
+}
+
+/* The random words of neighbours, for tests. `level` as above. */
+void trustratio_random_words(uint64_t key, uint64_t gamma, int64_t position, uint64_t *to, int64_t count, int64_t level)
+{
+    uint64_t first = key + gamma * (uint64_t)(position + 1);
+#if defined(__x86_64__)
+    if (level == 2) return random_words_avx512(first, gamma, to, count);
+    if (level == 1) return random_words_avx2(first, gamma, to, count);
+#endif
+    (void)level;
+    random_words_baseline(first, gamma, to, count);
 }
 
 /* The last of several runs of blocks, of `first[0]` to `first[count]`, that begins at or before a block. */
