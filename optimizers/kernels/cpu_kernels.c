@@ -20,6 +20,7 @@
 
 #define BLOCK 16384        /* elements; a block of four fp32 tensors stays in a core's own cache */
 #define TILE 1024          /* elements that are widened at a time where weights or gradients have 16 bits */
+#define AHEAD 768          /* elements from one that is computed to one that is asked for */
 #define SUMS 4             /* places for sums: w, g, a direction, a second direction */
 #define MAX_THREADS 256
 
@@ -201,6 +202,15 @@ static int all_zero(const void *tensor, int type, int64_t start, int64_t count)
 #define SQRT(x) ((F)_mm512_sqrt_ps((__m512)(x)))
 #define LOW(x) ((D)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)(x))))
 #define HIGH(x) ((D)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)(x), 1)))
+#define WIDENED(x) ((U)_mm512_cvtepu16_epi32((__m256i)(x)))
+#define ODD_HALVES _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d, 0xb0009, 0x70005, 0x30001)
+#define UPPER(x) ((H)_mm512_castsi512_si256(_mm512_permutexvar_epi16(ODD_HALVES, (__m512i)(x))))
+#define LOWER_WORDS(even, odd) ((U)_mm512_mask_shuffle_epi32((__m512i)(even), 0xaaaa, (__m512i)(odd), 0xa0))
+#define UPPER_WORDS(even, odd) ((U)_mm512_mask_shuffle_epi32((__m512i)(odd), 0x5555, (__m512i)(even), 0xf5))
+#define IS_NUMBER(x) _mm512_cmp_ps_mask((__m512)(x), (__m512)(x), _CMP_ORD_Q)
+#define UPPER_OR_NAN(x, sum)                                                                          \
+    ((F)_mm512_mask_and_epi32(_mm512_set1_epi32(0x7fc00000), IS_NUMBER(x), (__m512i)(sum),            \
+                              _mm512_set1_epi32((int)0xffff0000)))
 #include "cpu_sweeps.h"
 #define LANES 8
 #define NAME(x) x##_avx2
@@ -208,6 +218,9 @@ static int all_zero(const void *tensor, int type, int64_t start, int64_t count)
 #define SQRT(x) ((F)_mm256_sqrt_ps((__m256)(x)))
 #define LOW(x) ((D)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(x))))
 #define HIGH(x) ((D)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(x), 1)))
+#define WIDENED(x) ((U)_mm256_cvtepu16_epi32((__m128i)(x)))
+#define PACKED(x) _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 8)
+#define UPPER(x) ((H)_mm256_castsi256_si128(PACKED(_mm256_srli_epi32((__m256i)(x), 16))))
 #include "cpu_sweeps.h"
 #define LANES 4
 #define NAME(x) x##_baseline
@@ -262,10 +275,10 @@ void trustratio_random_words(uint64_t key, uint64_t gamma, int64_t position, uin
 {
     uint64_t first = key + gamma * (uint64_t)(position + 1);
 #if defined(__x86_64__)
-    if (level == 2) return random_words_avx512(first, gamma, to, count);
-    if (level == 1) return random_words_avx2(first, gamma, to, count);
+    if (level == 2) random_words_avx512(first, gamma, to, count);
+    if (level == 1) random_words_avx2(first, gamma, to, count);
+    if (level > 0) return;
 #endif
-    (void)level;
     random_words_baseline(first, gamma, to, count);
 }
 

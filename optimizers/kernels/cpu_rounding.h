@@ -8,10 +8,39 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 typedef uint64_t W __attribute__((vector_size(4 * LANES)));
 
+/* What some instruction sets have better instructions for than the compiler finds: widen to 32 bits; the upper halves; the
+   lower or upper halves of words, even lanes' and odd lanes' in turn; the upper half of `sum`, or NaN where x is NaN. */
+#ifndef WIDENED
+#define WIDENED(x) __builtin_convertvector(x, U)
+#define UPPER(x) __builtin_convertvector((U)(x) >> 16, H)
+#endif
+#ifndef LOWER_WORDS
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#define LOWER_WORDS(even, odd) ((U)((even) << 32 | ((odd) & 0xffffffff)))
+#define UPPER_WORDS(even, odd) ((U)((even) >> 32 << 32 | (odd) >> 32))
+#else
+#define LOWER_WORDS(even, odd) ((U)(((even) & 0xffffffff) | (odd) << 32))
+#define UPPER_WORDS(even, odd) ((U)((even) >> 32 | (odd) >> 32 << 32))
+#endif
+#define UPPER_OR_NAN(x, sum) NAME(choose)((x) == (x), (F)((sum) & 0xffff0000), (F)((U){0} + 0x7fc00000))
+#endif
+
+/* The random words of neighbours, LANES at a time, before they are mixed. */
+typedef struct {
+    W next, gamma, stride; /* of the even lanes; to the odd ones; to the next even ones */
+} NAME(stream);
+
 /* The words of LANES elements, cut in two. */
 typedef struct {
     U low, high;
 } NAME(words);
+
+INLINE TARGET NAME(stream) NAME(stream_at)(uint64_t first, uint64_t gamma)
+{
+    W lane;
+    for (int k = 0; k < LANES / 2; k++) lane[k] = 2 * (uint64_t)k;
+    return (NAME(stream)){lane * gamma + first, (W){0} + gamma, (W){0} + LANES * gamma};
+}
 
 INLINE TARGET W NAME(mixed)(W z)
 {
@@ -20,18 +49,12 @@ INLINE TARGET W NAME(mixed)(W z)
     return z ^ z >> 31;
 }
 
-/* Of neighbours, of which `first` is the first one's word before it is mixed. Even and odd lanes are mixed apart: two
-   shifts then bring all into order. */
-INLINE TARGET NAME(words) NAME(random)(uint64_t first, uint64_t gamma)
+/* Even and odd lanes are mixed apart: that brings the halves into the order of the elements without shuffling. */
+INLINE TARGET NAME(words) NAME(next)(NAME(stream) * stream)
 {
-    W lane;
-    for (int k = 0; k < LANES / 2; k++) lane[k] = 2 * (uint64_t)k;
-    W even = NAME(mixed)(lane * gamma + first), odd = NAME(mixed)(lane * gamma + (first + gamma));
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return (NAME(words)){(U)((even << 32) | (odd & 0xffffffff)), (U)((even >> 32 << 32) | (odd >> 32))};
-#else
-    return (NAME(words)){(U)((even & 0xffffffff) | (odd << 32)), (U)((even >> 32) | (odd >> 32 << 32))};
-#endif
+    W even = NAME(mixed)(stream->next), odd = NAME(mixed)(stream->next + stream->gamma);
+    stream->next += stream->stride;
+    return (NAME(words)){LOWER_WORDS(even, odd), UPPER_WORDS(even, odd)};
 }
 
 /* Field 0 to 3 of 16 bits. */
@@ -44,35 +67,31 @@ INLINE TARGET U NAME(field)(NAME(words) words, int field)
 /* What to add in place of random bits to round to nearest, ties to even. */
 INLINE TARGET U NAME(to_nearest)(F x) { return 0x7fff + (((U)x >> 16) & 1); }
 
-/* As bf16 has it; a NaN whose bits would carry over into another number becomes the usual one. */
-INLINE TARGET F NAME(rounded)(F x, U added)
-{
-    U kept = ((U)x + added) & 0xffff0000, nan = (U){0} + 0x7fc00000;
-    return NAME(choose)(x != x, (F)nan, (F)kept);
-}
+INLINE TARGET F NAME(rounded)(F x, U added) { return UPPER_OR_NAN(x, (U)x + added); }
 
 /* `rest`, 0 or 1, fills the lanes from `count` on. */
 INLINE TARGET F NAME(load_half)(const uint16_t *from, int64_t count, float rest)
 {
     H x = (H){0} + (uint16_t)(rest == 1 ? 0x3f80 : 0);
     memcpy(&x, from, 2 * (size_t)count);
-    return (F)(__builtin_convertvector(x, U) << 16);
+    return (F)(WIDENED(x) << 16);
 }
 
 INLINE TARGET void NAME(store_half)(F x, uint16_t *to, int64_t count)
 {
-    H kept = __builtin_convertvector((U)x >> 16, H);
+    H kept = UPPER(x);
     memcpy(to, &kept, 2 * (size_t)count);
 }
 
 /* Element-wise state, in fp32 or bf16 by a `type` that is known when this is compiled. */
-INLINE TARGET F NAME(load_state)(const void *from, int64_t i, int64_t count, float rest, int type)
+INLINE TARGET F NAME(read_state)(const void *from, int64_t i, int64_t count, float rest, int type)
 {
-    if (type == BF16) return NAME(load_half)((const uint16_t *)from + i, count, rest);
-    return NAME(load)((const float *)from + i, count, rest);
+    if (type == FP32) return NAME(read)((const float *)from, i, count, rest);
+    __builtin_prefetch((const uint16_t *)from + i + AHEAD);
+    return NAME(load_half)((const uint16_t *)from + i, count, rest);
 }
 
-INLINE TARGET void NAME(store_state)(F x, void *to, int64_t i, int64_t count, int type)
+INLINE TARGET void NAME(write_state)(F x, void *to, int64_t i, int64_t count, int type)
 {
     if (type == BF16) NAME(store_half)(x, (uint16_t *)to + i, count);
     else NAME(store)(x, (float *)to + i, count);
@@ -99,19 +118,19 @@ static TARGET void NAME(narrow_sums)(const float *tile, uint16_t *weight, uint16
     });
 }
 
-static TARGET void NAME(narrow_randomly)(
-    const float *tile, uint16_t *weight, uint64_t first, uint64_t gamma, int64_t length)
+static TARGET void NAME(narrow_randomly)(const float *tile, uint16_t *weight, NAME(stream) random, int64_t length)
 {
     LOOP({
-        NAME(words) words = NAME(random)(first + (uint64_t)i * gamma, gamma);
-        NAME(store_half)(NAME(rounded)(NAME(load)(tile + i, n, 0), NAME(field)(words, FIELD_OF_WEIGHTS)), weight + i, n);
+        U added = NAME(field)(NAME(next)(&random), FIELD_OF_WEIGHTS);
+        NAME(store_half)(NAME(rounded)(NAME(load)(tile + i, n, 0), added), weight + i, n);
     });
 }
 
 static TARGET void NAME(random_words)(uint64_t first, uint64_t gamma, uint64_t *to, int64_t length)
 {
+    NAME(stream) random = NAME(stream_at)(first, gamma);
     LOOP({
-        NAME(words) words = NAME(random)(first + (uint64_t)i * gamma, gamma);
+        NAME(words) words = NAME(next)(&random);
         for (int64_t k = 0; k < n; k++) to[i + k] = (uint64_t)words.high[k] << 32 | words.low[k];
     });
 }

@@ -26,6 +26,13 @@ INLINE TARGET F NAME(load)(const float *from, int64_t count, float rest)
     return x;
 }
 
+/* The same of a tensor. What the loop comes to later is asked for: the processor does that only as far as a page goes. */
+INLINE TARGET F NAME(read)(const float *from, int64_t i, int64_t count, float rest)
+{
+    __builtin_prefetch(from + i + AHEAD);
+    return NAME(load)(from + i, count, rest);
+}
+
 INLINE TARGET void NAME(store)(F x, float *to, int64_t count) { memcpy(to, &x, 4 * (size_t)count); }
 
 INLINE TARGET F NAME(choose)(I condition, F a, F b) { return (F)((condition & (I)a) | (~condition & (I)b)); }
@@ -110,68 +117,63 @@ typedef struct {
     const float *g, *mean_square;
     float *w;
     void *first, *second, *third;
-    uint64_t word, gamma; /* of the first element before it is mixed; from one element to the next */
+    NAME(stream) random;
     int64_t layer;
 } NAME(tile);
-
-INLINE TARGET NAME(words) NAME(words_at)(const NAME(tile) * t, int64_t i)
-{
-    return NAME(random)(t->word + (uint64_t)i * t->gamma, t->gamma);
-}
 
 /* The loops below call these with a constant kind, so that only what it needs is left of them. Elements past `count`
    are padding that adds nothing to a sum. */
 
 INLINE TARGET void NAME(sum_lanes)(const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int kind, ACC *sums)
 {
-    F g = NAME(load)(t->g + i, count, 0);
-    if (kind == SUM_R_G) NAME(add)(sums, 2, NAME(raw_gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0)), 0);
-    if (kind == SUM_W_G_GSNR) g *= NAME(gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0));
+    F g = NAME(read)(t->g, i, count, 0);
+    if (kind == SUM_R_G) NAME(add)(sums, 2, NAME(raw_gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0)), 0);
+    if (kind == SUM_W_G_GSNR) g *= NAME(gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0));
     NAME(add)(sums, 1, g, 1);
     if (kind == SUM_G || kind == SUM_R_G) return;
-    F w = NAME(load)(t->w + i, count, 0);
+    F w = NAME(read)(t->w, i, count, 0);
     NAME(add)(sums, 0, w, 1);
     if (kind == SUM_W_G_D) NAME(add)(sums, 2, g + c->weight_decay * w, 1);
 }
 
 INLINE TARGET void NAME(momentum_lanes)(
-    const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int gsnr, int type)
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int gsnr, int type)
 {
-    F g = NAME(load)(t->g + i, count, 0), w = NAME(load)(t->w + i, count, 0);
-    if (gsnr) g *= NAME(gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0));
+    F g = NAME(read)(t->g, i, count, 0), w = NAME(read)(t->w, i, count, 0);
+    if (gsnr) g *= NAME(gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0));
     F change = c->gradient_scale * g + c->weight_scale * w;
     if (t->first) {
-        F v = c->beta1 * NAME(load_state)(t->first, i, count, 0, type) + change;
-        v = NAME(kept)(v, NAME(words_at)(t, i), 0, type);
-        NAME(store_state)(v, t->first, i, count, type);
+        F v = c->beta1 * NAME(read_state)(t->first, i, count, 0, type) + change;
+        v = NAME(kept)(v, NAME(next)(&t->random), 0, type);
+        NAME(write_state)(v, t->first, i, count, type);
         change = c->nesterov ? change + c->beta1 * v : v;
     }
     NAME(store)(w - c->step * change, t->w + i, count);
 }
 
 INLINE TARGET void NAME(adam_lanes)(
-    const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
     int type, ACC *sums)
 {
-    F w = NAME(load)(t->w + i, count, 0), m = NAME(load_state)(t->first, i, count, 0, type);
-    F v = NAME(load_state)(t->second, i, count, 1, type), g = (F){0};
-    if (fresh || form == LANS) g = NAME(load)(t->g + i, count, 0);
+    F w = NAME(read)(t->w, i, count, 0), m = NAME(read_state)(t->first, i, count, 0, type);
+    F v = NAME(read_state)(t->second, i, count, 1, type), g = (F){0};
+    if (fresh || form == LANS) g = NAME(read)(t->g, i, count, 0);
     if (!apply) NAME(add)(sums, 1, g, 1);
     if (fresh) {
-        NAME(words) words = NAME(words_at)(t, i);
+        NAME(words) words = NAME(next)(&t->random);
         F scaled = g * c->gradient_scale, adapted = scaled;
         if (form == ADAM_GSNR || form == ADAM_GSNR_MEAN) {
-            F r = NAME(gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0));
-            F p = c->beta3 * NAME(load_state)(t->third, i, count, 0, type) + c->gain3 * r;
+            F r = NAME(gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0));
+            F p = c->beta3 * NAME(read_state)(t->third, i, count, 0, type) + c->gain3 * r;
             p = NAME(kept)(p, words, 2, type);
-            if (keep) NAME(store_state)(p, t->third, i, count, type);
+            if (keep) NAME(write_state)(p, t->third, i, count, type);
             adapted = p * c->correction3 * scaled;
         }
         F second = form == ADAM_GSNR_MEAN ? scaled : adapted;
         m = NAME(kept)(c->beta1 * m + c->gain1 * adapted, words, 0, type);
         v = NAME(kept)(c->beta2 * v + c->gain2 * (second * second), words, 1, type);
-        if (keep) NAME(store_state)(m, t->first, i, count, type);
-        if (keep) NAME(store_state)(v, t->second, i, count, type);
+        if (keep) NAME(write_state)(m, t->first, i, count, type);
+        if (keep) NAME(write_state)(v, t->second, i, count, type);
     }
     F denominator = SQRT(v * c->correction2) + c->eps;
     F u = m * c->correction1 / denominator + c->weight_decay * w, of_gradient = u;
@@ -192,24 +194,24 @@ INLINE TARGET void NAME(adam_lanes)(
 }
 
 INLINE TARGET void NAME(belief_lanes)(
-    const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
     int type, ACC *sums)
 {
     int maximum = form == BELIEF_MAX || form == BELIEF_MAX_NO_ROOT, root = form == BELIEF || form == BELIEF_MAX;
-    F w = NAME(load)(t->w + i, count, 0), m = NAME(load_state)(t->first, i, count, 0, type);
-    F s = NAME(load_state)(t->second, i, count, 1, type), g = fresh || !apply ? NAME(load)(t->g + i, count, 0) : (F){0};
-    F largest = maximum ? NAME(load_state)(t->third, i, count, 1, type) : s;
+    F w = NAME(read)(t->w, i, count, 0), m = NAME(read_state)(t->first, i, count, 0, type);
+    F s = NAME(read_state)(t->second, i, count, 1, type), g = fresh || !apply ? NAME(read)(t->g, i, count, 0) : (F){0};
+    F largest = maximum ? NAME(read_state)(t->third, i, count, 1, type) : s;
     if (!apply) NAME(add)(sums, 1, g, 1);
     if (fresh) {
-        NAME(words) words = NAME(words_at)(t, i);
+        NAME(words) words = NAME(next)(&t->random);
         g += c->l2 * w;
         F surprise = c->beta1 * (g - m);
         m = NAME(kept)(c->beta1 * m + c->gain1 * g, words, 0, type);
         s = NAME(kept)(c->decay * s + c->rate * (surprise * surprise) + c->growth, words, 1, type);
         largest = maximum ? NAME(choose)(largest >= s, largest, s) : s; /* NaN stays NaN */
-        if (keep) NAME(store_state)(m, t->first, i, count, type);
-        if (keep) NAME(store_state)(s, t->second, i, count, type);
-        if (keep && maximum) NAME(store_state)(largest, t->third, i, count, type);
+        if (keep) NAME(write_state)(m, t->first, i, count, type);
+        if (keep) NAME(write_state)(s, t->second, i, count, type);
+        if (keep && maximum) NAME(write_state)(largest, t->third, i, count, type);
     }
     F scaled = largest * c->correction2, denominator = (root ? SQRT(scaled) : scaled) + c->offset;
     F u = m * c->correction1 / denominator + c->weight_decay * w;
@@ -327,15 +329,14 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
             .first = NAME(state_at)(s->first, tensor, at, s->state_type),
             .second = NAME(state_at)(s->second, tensor, at, s->state_type),
             .third = NAME(state_at)(s->third, tensor, at, s->state_type),
-            .word = word + gamma * (uint64_t)done,
-            .gamma = gamma,
+            .random = NAME(stream_at)(word + gamma * (uint64_t)done, gamma),
             .layer = layer,
         };
         if (rest) NAME(widen_sums)(halves + at, rest + at, weights, length);
         function(s, &tile, length, &total);
         if (!writes) continue;
         if (rest) NAME(narrow_sums)(weights, halves + at, rest + at, length);
-        else if (master == STOCHASTIC) NAME(narrow_randomly)(weights, halves + at, tile.word, gamma, length);
+        else if (master == STOCHASTIC) NAME(narrow_randomly)(weights, halves + at, tile.random, length);
         else narrow(tile.w, halves, weight_type, at, length);
     }
     if (!s->partial) return;
@@ -367,3 +368,8 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
 #undef SQRT
 #undef LOW
 #undef HIGH
+#undef WIDENED
+#undef UPPER
+#undef LOWER_WORDS
+#undef UPPER_WORDS
+#undef UPPER_OR_NAN
