@@ -56,7 +56,7 @@ def wanted(pool: WorkerPool, case: Case) -> Bits:
     of_squares = OPTIMIZERS[case.optimizer].group_statistics == "squares"
     if not (of_squares and pool.world_size == 3):
         return one_process(case, pool.world_size)
-    return whole(pool.run(train, replace(case, stage="ddp", zero={}, config={})))
+    return whole(pool.run(train, replace(case, stage="ddp" if case.accumulation == 1 else 0, zero={}, config={})))
 
 
 def assert_same(pool: WorkerPool, cases: list[Case], **setup: Any) -> None:

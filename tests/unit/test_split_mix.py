@@ -1,7 +1,7 @@
 """The generator behind stochastic rounding: what the contract says bit for bit, and that it looks random.
 
-Each statistic is a number of standard deviations, which must be below 4, for fixed keys: a few hundred numbers, of which
-not even one in ten is expected beyond.
+Each statistic is a number of standard deviations, which must be below 4, for fixed keys: some five hundred numbers, of
+which not even one in ten is expected beyond.
 """
 
 from __future__ import annotations
