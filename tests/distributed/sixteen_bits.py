@@ -177,10 +177,16 @@ def assert_same_bits(found: Bits, wanted: Bits) -> None:
             assert not other, f"{layer}: {other} of {len(elements)} elements of {name} have other bits"
 
 
-def differing(found: Bits, wanted: Bits) -> float:
-    """The share of elements that have other bits."""
-    pairs = [(found[layer][name], bits) for layer, of in wanted.items() for name, bits in of.items()]
-    return sum((a != b).sum().item() for a, b in pairs) / sum(len(b) for _, b in pairs)
+def differing(found: Bits, wanted: Bits, of_bits: int | None = None, tolerance: int = 0) -> float:
+    """The share of elements that are further apart than so many neighbours; of numbers of so many bits, or of all."""
+    pairs = [
+        (found[layer][name].long(), bits.long())
+        for layer, of in wanted.items()
+        for name, bits in of.items()
+        if of_bits in (None, 8 * bits.element_size())
+    ]
+    elements = sum(len(bits) for _, bits in pairs)
+    return sum(int(((a - b).abs() > tolerance).sum()) for a, b in pairs) / max(1, elements)
 
 
 # Naive variants -----------------------------------------------------------------------------------------------------

@@ -240,16 +240,26 @@ def test_the_harness_catches_of_weights(pool: WorkerPool, way: str, mistake: str
 # Who computes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", [None, "eager"])
-@pytest.mark.parametrize("way", ["ddp", 1, 3, "fsdp1", "fsdp2", "fsdp2 columns"])
+@pytest.mark.parametrize("way", ["ddp", 1, 3, "fsdp1", "fsdp2"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_implementations(pool: WorkerPool, way: str | int, implementation: str | None, world_size: int) -> None:
-    """Sharded by one against one process by tensor operations."""
-    constructor = {"implementation": implementation}
-    cases = [make_case(name, way, options=STATE, constructor=constructor) for name in NAMES[:3]]
+def test_compiled_code_rounds_as_tensor_operations_do(pool: WorkerPool, way: str | int, world_size: int) -> None:
+    """It multiplies and adds at once, so that fp32 numbers differ in their last bit; then chance has the same number
+    to decide about but for one in 2^16. The same bits under every sharding are those of one implementation."""
+    cases = [make_case(name, way, options=STATE) for name in NAMES[:3]]
     if way in BF16_PARAMETERS:
-        cases += [replace(in_bf16("lamb", way, master, **STATE), constructor=constructor) for master in MASTERS]
+        cases += [in_bf16("lamb", way, master, **STATE) for master in MASTERS]
     for case, *answers in zip(cases, *pool.run(train_all, cases), strict=True):
-        assert_same_bits(
-            whole(answers), one_process(replace(case, constructor={"implementation": "eager"}), world_size)
-        )
+        eager = one_process(replace(case, constructor={"implementation": "eager"}), world_size)
+        assert differing(whole(answers), eager, of_bits=16) < 0.01
+        assert differing(whole(answers), eager, of_bits=32, tolerance=16) < 0.01
+
+
+@pytest.mark.parametrize("way", [1, "fsdp2"])
+@pytest.mark.parametrize("world_size", [2])
+def test_compiled_code_takes_positions_in_the_layer(pool: WorkerPool, way: str | int, world_size: int) -> None:
+    """What it is compared with above catches positions in the shard."""
+    case = make_case("lamb", way, options=STATE)
+    (answers,) = zip(*pool.run(train_all, [case]), strict=True)
+    eager = replace(case, constructor={"implementation": "eager"})
+    (naive,) = zip(*pool.run(train_all, [eager], "a position in the shard"), strict=True)
+    assert differing(whole(answers), whole(naive), of_bits=16) > 0.2
