@@ -34,7 +34,7 @@ from .sharding.resolve import resolve_layout
 from .sharding.unsharded import has_its_own_parameters
 from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
-from .stepping.kept_storage import Conversions, kept_as_here
+from .stepping.kept_storage import Conversions, in_one_dtype, kept_as_here
 from .stepping.loaded_state import LoadedState, prove_loaded_state, with_layer_names
 from .stepping.lost_updates import RoundedUpdates
 from .stepping.plan import Plan, options_of_plan
@@ -335,7 +335,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         """As in torch.optim; of flat tensors that a wrapper made, it has the names and places of their layers too."""
         tensors = [p for group in self.param_groups for p in group["params"]]
         layouts = [plan.layout for plan in self._plans.values()]
-        return with_layer_names(super().state_dict(), tensors, layouts, [self.was_given(p) for p in tensors])
+        saved = in_one_dtype(self, super().state_dict())
+        return with_layer_names(saved, tensors, layouts, [self.was_given(p) for p in tensors])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, hooks included, but into the dtype in which state is kept here.

@@ -10,9 +10,10 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..formulas.chunk_view import COMPENSATION
 from ..options.common import STORAGE_OPTIONS
-from .state import keeps_compensation
+from ..sharding.local_tensors import is_flattened
+from .state import element_dtype, keeps_compensation
 
-__all__ = ["Conversions", "kept_as_here"]
+__all__ = ["Conversions", "in_one_dtype", "kept_as_here"]
 
 LEFT_BEHIND = (
     'the rest of bf16 weights that the file has of master="kahan" is left behind, as nothing here keeps one: weights '
@@ -30,6 +31,22 @@ def kept_as_here(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, 
     ]
     others = state_dict["param_groups"][len(groups) :]  # too many, which torch refuses
     return {**state_dict, "param_groups": [*groups, *others]}
+
+
+def in_one_dtype(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The `state_dict` with each compensation of a parameter that FSDP1 has flattened as wide as its other state.
+
+    FSDP1 gathers state of one dtype alone. No bit is lost, and loading makes bf16 of it again.
+    """
+    if not algorithm.keeps_own_state:
+        return state_dict
+    state = dict(state_dict["state"])
+    parameters = [(group, parameter) for group in algorithm.param_groups for parameter in group["params"]]
+    for index, (group, parameter) in enumerate(parameters):
+        if COMPENSATION in state.get(index, {}) and is_flattened(parameter) and algorithm.element_state:
+            wide = state[index][COMPENSATION].to(element_dtype(parameter, algorithm.element_state[0], group))
+            state[index] = {**state[index], COMPENSATION: wide}
+    return {**state_dict, "state": state}
 
 
 class Conversions:

@@ -6,8 +6,8 @@ Gradients are the same on all ranks and of bf16, so that their mean over a power
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,13 @@ def _load_state_dicts(run: Any, path: str) -> None:
 
 
 def _whole_states(run: Any) -> Any:
+    """Whole tensors; True aliases states that are on the CPU."""
     return FullyShardedDataParallel.state_dict_type(
         run.trained,
         StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(rank0_only=False),
-        FullOptimStateDictConfig(rank0_only=False),
+        FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
+        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
     )
-
-
-def _sharded_states(run: Any) -> Any:
-    return FullyShardedDataParallel.state_dict_type(run.trained, StateDictType.SHARDED_STATE_DICT)
 
 
 def _save_fsdp1(run: Any, path: str) -> None:
@@ -181,10 +178,7 @@ def _load_fsdp1(run: Any, path: str) -> None:
 
 
 def _dcp_state(run: Any) -> dict[str, Any]:
-    context = _sharded_states(run) if run.case.stage == "fsdp1" else nullcontext()
-    with context:
-        model = run.trained.state_dict()
-    return {"model": model, "optimizer": get_optimizer_state_dict(run.trained, run.optimizer)}
+    return {"model": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
 
 
 def _save_dcp(run: Any, path: str) -> None:
@@ -194,9 +188,8 @@ def _save_dcp(run: Any, path: str) -> None:
 def _load_dcp(run: Any, path: str) -> None:
     state = _dcp_state(run)
     dcp.load(state, checkpoint_id=path)
-    with _sharded_states(run) if run.case.stage == "fsdp1" else nullcontext():
-        run.trained.load_state_dict(state["model"])
-    set_optimizer_state_dict(run.trained, run.optimizer, state["optimizer"])
+    run.model.load_state_dict(state["model"])
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
 
 
 def _save_engine_checkpoint(run: Any, path: str) -> None:
@@ -210,7 +203,7 @@ def _load_engine_checkpoint(run: Any, path: str) -> None:
 
 WAYS_HERE = {
     "consolidated": Way(_save_consolidated, _load_consolidated),
-    "engine": replace(WAYS["engine"], load=lambda run, path: WAYS["engine"].load(run, path)),
+    "engine": WAYS["engine"],
     "engine's own": Way(_save_engine_checkpoint, _load_engine_checkpoint),
     "dcp": Way(_save_dcp, _load_dcp),
     "fsdp1": Way(_save_fsdp1, _load_fsdp1),
@@ -221,7 +214,7 @@ WAYS_HERE = {
 # Outside ------------------------------------------------------------------------------------------------------------
 
 
-def assert_same(one: str | Path, other: str | Path, *, weights: bool = True) -> None:
+def assert_same(one: str | Path, other: str | Path) -> None:
     """The same tensors in both files, in the same dtypes, to the bit."""
     found, expected = load_file(one), load_file(other)
     assert found.keys() == expected.keys()
@@ -229,6 +222,3 @@ def assert_same(one: str | Path, other: str | Path, *, weights: bool = True) -> 
         assert found[key].dtype == value.dtype, key
         here, there = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (found[key], value))
         assert torch.equal(here, there), f"{key}: {(found[key] != value).sum()} of {value.numel()} differ"
-
-
-Start = Callable[..., list[Any]]

@@ -1,13 +1,11 @@
-"""Runs that keep numbers of 16 bits go on from every kind of checkpoint to the bit, under the same sharding and others."""
+"""Runs that keep numbers of 16 bits go on from every kind of checkpoint to the bit, however they are sharded."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from .pool import Pools, WorkerPool
 from .sixteen_bit_runs import BF16_OPTIMIZER, FP32, KEPT, assert_same, make_case, resume, straight, write
@@ -47,7 +45,6 @@ OWN = [
     *[("fsdp", kept, "state_dict", {}) for kept in ROUNDED],
     *[("fsdp", kept, "dcp", {}) for kept in ROUNDED],
     *[("fsdp1", kept, "fsdp1", {}) for kept in ROUNDED],
-    *[("fsdp1", kept, "dcp", {}) for kept in ROUNDED],
 ]
 
 
@@ -67,3 +64,72 @@ def test_own_checkpoints(
 ) -> None:
     case = make_case(name, stage, kept, config=config)
     assert_same(go_on(pool, way, case, kept, tmp_path), alone(name, kept))
+
+
+# From one sharding to another ----------------------------------------------------------------------------------------
+
+# Written on so many ranks, by this wrapper, with this configuration; read on so many, by that, with that.
+BETWEEN: tuple[tuple[str, int, Any, dict[str, Any], int, Any, dict[str, Any]], ...] = (
+    ("consolidated", 1, "ddp", {}, 2, 3, {}),
+    ("consolidated", 2, 3, FP32, 2, "fsdp", {}),
+    ("consolidated", 2, "fsdp", {}, 2, 1, BF16_OPTIMIZER),
+    ("consolidated", 2, "fsdp1", {}, 4, 2, {}),
+    ("consolidated", 2, "megatron", {}, 2, "fsdp1", {}),
+    ("consolidated", 4, 2, {}, 2, "megatron", {}),
+    ("consolidated", 4, "hsdp", {}, 2, "ddp", {}),
+    ("engine", 2, 1, {}, 4, 3, {}),
+    ("engine", 4, 3, {}, 2, 2, {}),
+    ("dcp", 2, "fsdp", {}, 4, "fsdp", {}),
+    ("dcp", 4, "hsdp", {}, 2, "fsdp", {}),
+)
+BETWEEN_BF16: tuple[tuple[str, int, str, int, str], ...] = (
+    ("consolidated", 2, "fsdp", 4, "hsdp"),
+    ("consolidated", 4, "fsdp", 2, "fsdp1"),
+    ("consolidated", 2, "fsdp1", 2, "ddp"),
+    ("consolidated", 1, "ddp", 2, "fsdp"),
+    ("dcp", 2, "fsdp", 4, "fsdp"),
+    ("dcp", 4, "fsdp", 2, "fsdp"),
+)
+
+
+@pytest.mark.parametrize("name", ["lamb", "novograd"])
+@pytest.mark.parametrize(("way", "writers", "written", "before", "world_size", "stage", "config"), BETWEEN)
+def test_state_in_bf16_under_another_sharding(
+    pools: Pools,
+    alone: Any,
+    tmp_path: Path,
+    name: str,
+    way: str,
+    writers: int,
+    written: Any,
+    before: dict[str, Any],
+    world_size: int,
+    stage: Any,
+    config: dict[str, Any],
+) -> None:
+    case = make_case(name, written, "state", config=before)
+    pools.get(writers).run(write, way, case, "state", str(tmp_path / "middle"))
+    case = make_case(name, stage, "state", config=config)
+    pools.get(world_size).run(resume, way, case, "state", str(tmp_path / "middle"), str(tmp_path / "end"))
+    assert_same(tmp_path / "end", alone(name, "state"))
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+@pytest.mark.parametrize("kept", ["stochastic", "kahan", "kahan and state"])
+@pytest.mark.parametrize(("way", "writers", "written", "world_size", "stage"), BETWEEN_BF16)
+def test_bf16_weights_under_another_sharding(
+    pools: Pools,
+    alone: Any,
+    tmp_path: Path,
+    name: str,
+    kept: str,
+    way: str,
+    writers: int,
+    written: str,
+    world_size: int,
+    stage: str,
+) -> None:
+    pools.get(writers).run(write, way, make_case(name, written, kept), kept, str(tmp_path / "middle"))
+    case = make_case(name, stage, kept)
+    pools.get(world_size).run(resume, way, case, kept, str(tmp_path / "middle"), str(tmp_path / "end"))
+    assert_same(tmp_path / "end", alone(name, kept))
