@@ -192,7 +192,8 @@ class AdaShift(LayerwiseOptimizer):
         if group["reduction"] is None:
             _, beta2 = group["betas"]
             old = self.oldest(group, x)
-            v = x.exp_avg_sq.mul_(beta2).addcmul_(old, old, value=1 - beta2)
+            x.exp_avg_sq.mul_(beta2).addcmul_(old, old, value=1 - beta2)
+            v = x.kept("exp_avg_sq")
             denominator = (v / x.of(layers.correction)).sqrt_().add_(group["eps"])
             u = torch.where(v == 0, torch.zeros_like(m), m.div_(denominator))
         else:

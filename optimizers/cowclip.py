@@ -283,8 +283,9 @@ class CowClip(LayerwiseAdam):
         d = self.decayed(group, x)
         if group["cowclip"]:
             d.mul_(x.of_rows(layers.clip))
-        m = x.exp_avg.mul_(beta1).add_(d, alpha=1 - beta1)
-        v = x.exp_avg_sq.mul_(beta2).addcmul_(d, d, value=1 - beta2)
+        x.exp_avg.mul_(beta1).add_(d, alpha=1 - beta1)
+        x.exp_avg_sq.mul_(beta2).addcmul_(d, d, value=1 - beta2)
+        m, v = x.kept("exp_avg"), x.kept("exp_avg_sq")
         denominator = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
         return (m / x.of(layers.correction1)).div_(denominator).mul_(group["lr"])
 

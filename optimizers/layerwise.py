@@ -33,12 +33,14 @@ from .sharding.resolve import resolve_layout
 from .sharding.unsharded import has_its_own_parameters
 from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
+from .stepping.kept_storage import Conversions, kept_as_here
 from .stepping.loaded_state import LoadedState, prove_loaded_state, with_layer_names
+from .stepping.lost_updates import RoundedUpdates
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
-from .stepping.rounding import RoundedUpdates
-from .stepping.state import as_kept, on_device
+from .stepping.state import element_dtype, on_device
 from .stepping.step import Step
+from .stepping.storage import refuse_storage
 from .stepping.taking_part import frozen_layers, taking_part
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
@@ -335,9 +337,11 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         return with_layer_names(super().state_dict(), tensors, layouts, [self.was_given(p) for p in tensors])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch.optim does, hooks included, but keep the state's own dtype: fp32 also for 16-bit parameters.
+        """Load as torch.optim does, hooks included, but into the dtype in which state is kept here.
 
-        State and group keys that others put beside the optimizer's own, e.g. a wrapper's slow weights, are kept.
+        That is fp32 also for 16-bit parameters, or what `state_dtype` says, with a warning where the file has another.
+        How numbers are kept (`state_dtype`, `master`, `rounding_seed`) stays as it is. State and group keys that others
+        put beside the optimizer's own, e.g. a wrapper's slow weights, are kept.
 
         Raises:
             ValueError: Before anything is changed, if what the pre-hooks made of it is the state of another optimizer,
@@ -345,9 +349,10 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def check(_: Any, found: dict[str, Any]) -> None:
+        def check(_: Any, found: dict[str, Any]) -> dict[str, Any]:
             refuse_foreign_state(self, found)
-            loaded.update(found)
+            loaded.update(kept_as_here(self, found))
+            return loaded
 
         # The last of the hooks before, which sees what the user's have made; the first after, so that theirs are last.
         handles = [
@@ -362,20 +367,24 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
 
     def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Set the state again, which torch has cast to the parameters' dtype."""
-        current = [p for group in self.param_groups for p in group["params"]]
+        current = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(current, saved, strict=True):
+        conversions = Conversions()
+        for (group, parameter), index in zip(current, saved, strict=True):
             if self.state.get(parameter, {}) is None:  # as some files say that there is none yet
                 del self.state[parameter]
             for name, value in (state_dict["state"].get(index) or {}).items():
-                self.state[parameter][name] = self._as_loaded(parameter, name, value)
+                kept = self._as_loaded(group, parameter, name, value)
+                conversions.note(name, value, kept)
+                self.state[parameter][name] = kept
+        conversions.warn()
         self._plans.clear()
         self._count.restart()
         self._loaded = LoadedState(self, state_dict)
 
-    def _as_loaded(self, parameter: torch.Tensor, name: str, value: Any) -> Any:
+    def _as_loaded(self, group: dict[str, Any], parameter: torch.Tensor, name: str, value: Any) -> Any:
         kept = on_device(value, parameter.device)
-        return as_kept(parameter, name, kept) if name in self.element_state else kept
+        return kept.to(element_dtype(parameter, name, group)) if name in self.element_state else kept
 
     def _warn_of(self, lost_updates: str | None) -> None:
         if lost_updates is not None:
@@ -402,6 +411,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
             _check_parameter(tensor, self.parameter_name(tensor))
         layout = resolve_layout(self, list(zip(groups, tensors, strict=True)))
         self._refuse_segments_of_groups(layout)
+        refuse_storage(self, layout)
         self.check_layout(layout)
         plan = Plan.of(self, layout, tensors, groups)
         if self._loaded is not None:

@@ -45,7 +45,7 @@ from .proposals.instances import (
 from .proposals.made_of_zeros import MadeOfZeros
 from .proposals.nature import Nature, kinds_of, nature_of, unread_keys
 from .proposals.rates import at_rate
-from .proposals.refusals import refuse_layout, refuse_loss, warn_of_lost_digits
+from .proposals.refusals import refuse_layout, refuse_loss, refuse_storage_options, warn_of_lost_digits
 from .proposals.trial import LARGE_RATE
 from .sharding.layout import Layout
 from .sharding.local_tensors import is_plain, local_part, placements_of
@@ -111,6 +111,7 @@ class TrustRatio(LayerwiseOptimizer):
 
     layer_state = ()
     counts_steps = False
+    keeps_own_state = False
     plain_options = ("lr", *OWN_OPTIONS)
     _most_groups: int
 
@@ -232,6 +233,7 @@ class TrustRatio(LayerwiseOptimizer):
         check_range("lr", group["lr"], 0.0)
         check_bounds("trust_bounds", group["trust_bounds"])
         options = self._options_of_base(group)
+        refuse_storage_options(self.base_class.__name__, group, options)
         if group["maximize"] and "maximize" not in options:
             raise ValueError(f"maximize must be False: {self.base_class.__name__} has no such option")
         known = repr(options)
@@ -468,12 +470,12 @@ class TrustRatio(LayerwiseOptimizer):
             saved = [{**{name: mine[name] for name in OWN_OPTIONS}, **theirs} for theirs, mine in pairs]
         super().load_state_dict({**state_dict, "param_groups": saved})
 
-    def _as_loaded(self, parameter: torch.Tensor, name: str, value: Any) -> Any:
+    def _as_loaded(self, group: dict[str, Any], parameter: torch.Tensor, name: str, value: Any) -> Any:
         # As torch loads it, for the base expects that. But torch makes floats of masks and counts, and nothing of text;
         # and who loads by itself does so to keep the dtypes.
         made_of_it = self.state[parameter][name]
         if not isinstance(value, torch.Tensor):
-            return super()._as_loaded(parameter, name, value)
+            return super()._as_loaded(group, parameter, name, value)
         loads_itself = type(self.base).load_state_dict is not torch.optim.Optimizer.load_state_dict
         as_torch_casts = value.is_floating_point() and not loads_itself
         return (made_of_it if as_torch_casts else value.to(made_of_it.device)).detach().clone()

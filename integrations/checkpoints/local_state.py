@@ -14,7 +14,13 @@ from trustratio.optimizers.sharding.backends import publish_weights, stepped_ten
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.resolve import resolve_layout
 from trustratio.optimizers.stepping.foreign_state import without_wrappers
-from trustratio.optimizers.stepping.state import layer_numbers, make_element_state, set_layer_numbers, state_dtype
+from trustratio.optimizers.stepping.state import (
+    element_dtype,
+    layer_numbers,
+    make_element_state,
+    number_dtype,
+    set_layer_numbers,
+)
 
 from .pieces import Piece, ReadBlock, pieces_by_layer
 
@@ -102,7 +108,11 @@ class LocalState:
 
     def dtype(self, layer: LocalLayer, what: str) -> torch.dtype:
         """In which a layer's weight or state is kept."""
-        return layer.tensor.dtype if what == WEIGHT else state_dtype(layer.tensor, what)
+        if what == WEIGHT:
+            return layer.tensor.dtype
+        if what in self.layer_state:
+            return number_dtype(layer.tensor, what)
+        return element_dtype(layer.tensor, what, self.optimizer.param_groups[layer.group])
 
     def layer_numbers(self, layer: LocalLayer, what: str) -> torch.Tensor:
         """The per-layer state of all layers in the layer's tensor, fp64."""
@@ -130,7 +140,9 @@ class LocalState:
         whole = (
             layer.tensor
             if what == WEIGHT
-            else make_element_state(self.optimizer.state[layer.tensor], layer.tensor, what)
+            else make_element_state(
+                self.optimizer.state[layer.tensor], layer.tensor, what, self.optimizer.param_groups[layer.group]
+            )
         )
         part = local_part(whole).detach()
         flat = part.reshape(-1)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from ..formulas.split_mix import key_of
 from ..sharding.layout import Layout, LayoutError, Shard
 from ..sharding.local_tensors import local_part, summable
 from ..sharding.moved_weights import Change
-from .counter_noise import gaussian, key_of, uniform
+from ..sharding.positions import positions
+from .counter_noise import gaussian, uniform
 from .displacement import Displacement
-from .positions import positions
 
 __all__ = ["DISTRIBUTIONS", "LayerNoise"]
 

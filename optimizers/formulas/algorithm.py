@@ -35,6 +35,9 @@ class Algorithm:
     group_statistics: ClassVar[str | None] = None
     """What is kept of the groups' gradients: None, "norms" per layer, or "squares" per element besides."""
 
+    keeps_own_state: ClassVar[bool] = True
+    """Whether state and weights are written here alone, so that the options in `STORAGE_OPTIONS` say how."""
+
     plan_options: ClassVar[tuple[str, ...]] = ("adapt", "segments")
     """Group options that `check_layout` and `has_rows` ask for, and the base's: setting one makes a new plan."""
 

@@ -9,14 +9,18 @@ import torch
 
 from ..sharding.local_tensors import compute_dtype
 from .chunks import Chunk
+from .rounding import FIELD_OF_WEIGHTS, RandomFields, field_of_state, rounded_stochastically
 
 if TYPE_CHECKING:
     from .rows import Rows
 
-__all__ = ["ChunkView", "Input"]
+__all__ = ["COMPENSATION", "ChunkView", "Input"]
 
 Input = tuple[Sequence[torch.Tensor], torch.Tensor | None]
 """Tensors like the local ones, and the number that multiplies them; None for 1."""
+
+COMPENSATION = "compensation"
+"""The state with what bf16 weights lack of the sum, where a group's `master` is "kahan"."""
 
 
 class ChunkView:
@@ -24,6 +28,7 @@ class ChunkView:
 
     `x.w` and `x.g` are the weights and the gradient, flat, in fp32 (fp64 for fp64 parameters). Element-wise state is
     read by its name, e.g. `x.exp_avg`, and may be updated in place: the view holds a scratch copy until `store`.
+    State that is kept in bf16 is rounded then at the latest, and `x.kept("exp_avg")` is what will be kept of it.
     `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements, and
     `x.of_rows(vector)` one with a number per row, in groups whose rows are measured.
     """
@@ -37,6 +42,7 @@ class ChunkView:
         first_layer: int,
         rows: Rows | None = None,
         inputs: Mapping[str, Input] | None = None,
+        random: RandomFields | None = None,
         *,
         in_place: bool,
     ):
@@ -50,6 +56,7 @@ class ChunkView:
             first_layer: Index of the group's first layer in the layout.
             rows: The group's rows, where they are measured.
             inputs: Further flat tensors by name, which are read only.
+            random: For what the group keeps with 16 bits.
             in_place: Update state where it lies if no conversion or packing is needed, instead of in a scratch copy.
         """
         self._chunk = chunk
@@ -58,11 +65,25 @@ class ChunkView:
         self._first_layer = first_layer
         self._rows = rows
         self._inputs = inputs or {}
+        self._random = random
         self._in_place = in_place
         self._scratch: dict[str, torch.Tensor] = {}
         self.dtype = compute_dtype(weights[chunk.pieces[0].tensor])
-        self.w, self._w_is_view = chunk.read(weights, self.dtype)
+        self.w, self._w_is_view = self._read_weights()
         self.g = self._read_gradient(gradients)
+
+    @property
+    def _master(self) -> str | None:
+        """Of these weights."""
+        if self._random is None or self._weights[self._chunk.pieces[0].tensor].dtype != torch.bfloat16:
+            return None
+        return self._random.rounding.master
+
+    def _read_weights(self) -> tuple[torch.Tensor, bool]:
+        w, is_view = self._chunk.read(self._weights, self.dtype)
+        if self._master == "kahan":
+            w = w + self._chunk.read(self._state[COMPENSATION], self.dtype)[0]
+        return w, is_view
 
     def _read_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         pieces = self._chunk.pieces
@@ -96,6 +117,17 @@ class ChunkView:
         self.__dict__[name] = elements
         return elements
 
+    def kept(self, name: str) -> torch.Tensor:
+        """An element-wise state as it will be kept, rounded in place: what a step is made of, once it is updated."""
+        elements: torch.Tensor = getattr(self, name)
+        if self._random is not None and self._random.rounding.state:
+            elements.copy_(self._rounded(name, elements))
+        return elements
+
+    def _rounded(self, name: str, elements: torch.Tensor) -> torch.Tensor:
+        assert self._random is not None
+        return rounded_stochastically(elements, self._random(field_of_state(list(self._state).index(name))))
+
     def of(self, per_layer: torch.Tensor) -> torch.Tensor:
         """Spread a vector of the group's layers, shape (layers,), so that it multiplies the chunk's elements."""
         return self._chunk.spread(self._beside_elements(per_layer), self._first_layer, self.dtype)
@@ -118,16 +150,36 @@ class ChunkView:
             change: Flat, the chunk's elements.
             where: Boolean, broadcastable to the elements: those that may change. Everything if None.
         """
-        for name, new in self._scratch.items():
+        for name in self._scratch:
+            new = self.kept(name)
             if where is not None:
                 new = torch.where(where, new, self._chunk.read(self._state[name], self.dtype)[0])
             self._chunk.write(self._state[name], new)
         if where is not None:
             change = torch.where(where, change, torch.zeros_like(change))
-        self.move(change)
+        if self._master == "kahan":
+            self.w.sub_(change)
+            self._write_sum(where)
+        elif self._master == "stochastic":
+            assert self._random is not None
+            self.w.sub_(change)
+            self._chunk.write(self._weights, rounded_stochastically(self.w, self._random(FIELD_OF_WEIGHTS)))
+        else:
+            self.move(change)
 
     def move(self, change: torch.Tensor) -> None:
         """Subtract `change`, flat, the chunk's elements, from the weights; the state stays as it is."""
         self.w.sub_(change)
         if not self._w_is_view:
             self._chunk.write(self._weights, self.w)
+
+    def _write_sum(self, where: torch.Tensor | None) -> None:
+        """Write weights as the sum of two numbers of bf16."""
+        compensation = self._state[COMPENSATION]
+        nearest = self.w.to(torch.bfloat16)
+        rest = self.w - nearest
+        if where is not None:  # the same sum may have other summands
+            nearest = torch.where(where, nearest, self._chunk.read(self._weights, nearest.dtype)[0])
+            rest = torch.where(where, rest, self._chunk.read(compensation, rest.dtype)[0])
+        self._chunk.write(self._weights, nearest)
+        self._chunk.write(compensation, rest)

@@ -70,13 +70,17 @@ class Flattened(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of one shard: `length` elements from `start` in local tensor `tensor`, from `offset` in layer `layer`."""
+    """A run of one shard: `length` elements from `start` in local tensor `tensor`, from `offset` in layer `layer`.
+
+    `shard` is its index in the layout. Of a shard that is no run of the layer, `offset` counts from its first element.
+    """
 
     tensor: int
     layer: int
     start: int
     length: int
     offset: int
+    shard: int
 
 
 @dataclass(frozen=True)
@@ -199,12 +203,12 @@ def cut_into_chunks(layout: Layout) -> list[Chunk]:
             chunks.append(Chunk(layout.groups[pending[0].tensor], tuple(pending)))
             pending.clear()
 
-    for shard in layout.shards:
+    for index, shard in enumerate(layout.shards):
         carrier = layout.layers[shard.layer].tensor
         limit = CHUNK_ELEMENTS.get(layout.tensors[carrier].device.type, LARGE_CHUNK_ELEMENTS)
         for start in range(0, shard.length, limit):
             length = min(limit, shard.length - start)
-            piece = Piece(carrier, shard.layer, shard.start + start, length, shard.offset + start)
+            piece = Piece(carrier, shard.layer, shard.start + start, length, shard.offset + start, index)
             if pending and not _fit_together(layout, pending, piece, limit):
                 flush()
             pending.append(piece)

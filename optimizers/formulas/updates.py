@@ -159,7 +159,8 @@ class MomentumUpdate:
         increment = self.direction(x, self.gradient(x)).mul_(x.of(self.factor))
         if not self.momentum:
             return increment.mul_(x.of(self.step))
-        v = getattr(x, self.buffer).mul_(self.momentum).add_(increment)
+        getattr(x, self.buffer).mul_(self.momentum).add_(increment)
+        v = x.kept(self.buffer)
         return (increment.add_(v, alpha=self.momentum) if self.nesterov else v) * x.of(self.step)
 
 
@@ -215,8 +216,8 @@ class AdamUpdate:
         if self.gsnr is None:
             return g
         assert self.correction3 is not None
-        p = x.exp_avg_gsnr.mul_(self.gsnr_beta).add_(self.gsnr(x), alpha=1 - self.gsnr_beta)
-        return p / x.of(self.correction3) * g
+        x.exp_avg_gsnr.mul_(self.gsnr_beta).add_(self.gsnr(x), alpha=1 - self.gsnr_beta)
+        return x.kept("exp_avg_gsnr") / x.of(self.correction3) * g
 
     def directions(self, x: ChunkView) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Directions u and, where there is one, u_g, with all averages updated."""
@@ -224,8 +225,9 @@ class AdamUpdate:
         g = x.g if self.scale is None else x.g * x.of(self.scale)
         h = self.adapted(x, g)
         second = h if self.second_moment == "adapted" else g
-        m = x.exp_avg.mul_(beta1).add_(h, alpha=self.gain)
-        v = x.exp_avg_sq.mul_(beta2).addcmul_(second, second, value=1 - beta2)
+        x.exp_avg.mul_(beta1).add_(h, alpha=self.gain)
+        x.exp_avg_sq.mul_(beta2).addcmul_(second, second, value=1 - beta2)
+        m, v = x.kept("exp_avg"), x.kept("exp_avg_sq")
         d = (v / x.of(self.correction2)).sqrt_().add_(self.eps)
         u = (m / x.of(self.correction1)).div_(d).add_(x.w, alpha=self.weight_decay)
         return u, None if self.second_step is None else (g / d).add_(x.w, alpha=self.weight_decay)
@@ -295,7 +297,8 @@ class BeliefUpdate:
         # β₁ times the difference to the old m, which has more digits than the difference to the new one.
         surprise = (g - x.exp_avg).mul_(self.beta1)
         x.exp_avg.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
-        s = x.exp_avg_var.mul_(x.of(self.beta2)).add_(surprise.square_().mul_(x.of(self.rate))).add_(self.growth)
+        x.exp_avg_var.mul_(x.of(self.beta2)).add_(surprise.square_().mul_(x.of(self.rate))).add_(self.growth)
+        s = x.kept("exp_avg_var")
         return torch.maximum(x.max_exp_avg_var, s, out=x.max_exp_avg_var) if self.maximum else s
 
     def direction(self, x: ChunkView) -> torch.Tensor:
@@ -303,7 +306,7 @@ class BeliefUpdate:
         g = x.g.add(x.w, alpha=self.l2) if self.l2 else x.g
         d = self.variance(x, g) * x.of(self.scale)
         d = (d.sqrt_() if self.root else d).add_(x.of(self.offset))
-        return (x.exp_avg * x.of(self.factor)).div_(d).add_(x.w, alpha=self.weight_decay)
+        return (x.kept("exp_avg") * x.of(self.factor)).div_(d).add_(x.w, alpha=self.weight_decay)
 
     def measure(self, x: ChunkView) -> dict[str, Summand]:
         """Sums of squares: "w", "g" (as it comes) and "u"."""

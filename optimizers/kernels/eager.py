@@ -15,6 +15,7 @@ import torch
 
 from ..formulas.chunk_view import ChunkView
 from ..formulas.chunks import Chunk, Flattened, cut_into_chunks
+from ..formulas.rounding import RandomFields
 from ..formulas.stages import Stage
 from .interface import SETS_OF_GRADIENTS, ElementUpdate, GroupOperands, LocalSums, Operands, Recent
 
@@ -95,7 +96,9 @@ class EagerSweeps:
     def _view(self, operands: GroupOperands, chunk: Chunk, *, in_place: bool) -> ChunkView:
         flat = {name: (Flattened(tensors), factor) for name, (tensors, factor) in self.operands.inputs.items()}
         rows, first = operands.table.rows, operands.layers.start
-        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, flat, in_place=in_place)
+        rounding = operands.rounding
+        random = None if rounding is None else RandomFields(rounding, chunk, self.operands.layout, first)
+        return ChunkView(chunk, self.weights, self.gradients, self.state, first, rows, flat, random, in_place=in_place)
 
     def _zero_row_sums(self, operands: GroupOperands, stage: Stage) -> dict[str, torch.Tensor]:
         return {name: self._zeros(operands.rows.count) for name in stage.row_names}

@@ -11,6 +11,7 @@ import torch
 
 from ..formulas.chunk_view import ChunkView, Input
 from ..formulas.layer_table import LayerTable
+from ..formulas.rounding import Rounding
 from ..formulas.rows import Rows
 from ..formulas.stages import Stage
 from ..sharding.layout import Layout
@@ -66,12 +67,14 @@ class GroupOperands:
         layers: Indices of its layers into `Layout.layers`.
         tensors: Indices of its local tensors into `Layout.tensors`.
         table: The numbers of its layers. Sums that have been reduced are there.
+        rounding: How what it keeps with 16 bits is rounded; None where nothing is, or to nearest.
     """
 
     options: dict[str, Any]
     layers: range
     tensors: Sequence[int]
     table: LayerTable
+    rounding: Rounding | None = None
 
     @property
     def rows(self) -> Rows:
@@ -88,7 +91,8 @@ class Operands:
         layout: Of the call.
         weights: Local parts.
         gradients: None counts as zero.
-        state: Element-wise state by name.
+        state: Element-wise state by name, in the order of `Algorithm.element_state`; then what groups with the master
+            "kahan" keep of bf16 weights, `COMPENSATION`, empty tensors elsewhere.
         groups: The parameter groups by their index.
         inputs: What chunks show besides, by name: `mean_square`, of the groups' gradients, where it is wanted, and what
             the algorithm's `inputs` returns.

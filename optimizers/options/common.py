@@ -7,15 +7,20 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from typing_extensions import TypedDict
 
 from ..formulas.hyperparameters import check_choice, check_flag, check_segments
+from ..formulas.rounding import MASTERS
 
 __all__ = [
     "COMMON_DEFAULTS",
     "OF_THE_WHOLE",
+    "STATE_DTYPES",
+    "STORAGE_OPTIONS",
     "CommonOptions",
     "check_common",
+    "check_storage",
     "fill_in",
     "floats_of",
     "options_of",
@@ -32,6 +37,11 @@ class CommonOptions(TypedDict, total=False):
         segments: Into how many equal parts along dimension 0 a layer is cut, each with a ratio of its own: a number,
             or numbers by parameter name or pattern.
         maximize: Ascend: the gradient counts with the other sign. Costs a copy of the gradient in a step.
+        state_dtype: In what element-wise state is kept: "float32", or "bfloat16" with stochastic rounding that is the
+            same under every sharding; None for fp32, and fp64 of fp64 parameters. docs/sixteen_bits.md has all three.
+        master: How bf16 weights that nobody keeps in fp32 are rounded: "stochastic", "kahan" with what is lost in a
+            second bf16 number, or to nearest (None), which loses small updates.
+        rounding_seed: A whole number ≥ 0 of which chance follows.
         implementation: "eager", "cpu" or "triton"; None chooses by device. See `LayerwiseOptimizer.implementation`.
         foreach: As torch.optim's, for programs that pass it: None, True or False. Which code computes the step is for
             ``implementation`` to say, and the numbers are the same.
@@ -43,6 +53,9 @@ class CommonOptions(TypedDict, total=False):
     adapt: bool | None
     segments: int | Mapping[str, int] | None
     maximize: bool
+    state_dtype: str | torch.dtype | None
+    master: str | None
+    rounding_seed: int
     implementation: str | None
     foreach: bool | None
     fused: bool | None
@@ -54,6 +67,9 @@ COMMON_DEFAULTS: CommonOptions = {
     "adapt": None,
     "segments": None,
     "maximize": False,
+    "state_dtype": None,
+    "master": None,
+    "rounding_seed": 0,
     "implementation": None,
     "foreach": None,
     "fused": None,
@@ -66,6 +82,11 @@ NOT_OPTIONS = ("params", "defaults")
 
 OF_THE_WHOLE = ("implementation",)
 """Options of the whole optimizer, which no group has."""
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+STORAGE_OPTIONS = ("state_dtype", "master", "rounding_seed")
+"""Options that say how a run keeps its numbers, so that it keeps them so whatever it loads."""
 
 
 def fill_in(group: dict[str, Any]) -> None:
@@ -88,6 +109,17 @@ def check_common(group: Mapping[str, Any]) -> None:
             "differentiable must be False, got True: a step changes weights and state in place and outside of "
             "autograd, so no gradient can flow through it"
         )
+
+
+def check_storage(group: dict[str, Any]) -> None:
+    """Raise ValueError if a group's value of `STORAGE_OPTIONS` cannot be; a dtype becomes its name."""
+    dtype = group["state_dtype"]
+    group["state_dtype"] = next((name for name, known in STATE_DTYPES.items() if known is dtype), dtype)
+    check_choice("state_dtype", group["state_dtype"], (None, *STATE_DTYPES))
+    check_choice("master", group["master"], (None, *MASTERS))
+    seed = group["rounding_seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"rounding_seed must be a whole number of at least 0, got {seed!r}")
 
 
 def signature_of(optimizer_class: type) -> inspect.Signature:

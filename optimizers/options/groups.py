@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..formulas.algorithm import Algorithm
-from .common import OF_THE_WHOLE, check_common, fill_in, floats_of
+from .common import OF_THE_WHOLE, check_common, check_storage, fill_in, floats_of
 from .plain import make_plain
 
 __all__ = ["GroupOptions"]
@@ -33,6 +33,8 @@ class GroupOptions:
         if missing:
             raise ValueError(f"the group must have the options {', '.join(missing)}, which somebody took out of it")
         check_common(group)
+        if algorithm.keeps_own_state:
+            check_storage(group)
         algorithm.check(group)
         self._checked[id(group)] = self._values(algorithm, group)
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..formulas.layer_table import LayerTable
+from ..options.common import COMMON_DEFAULTS, STORAGE_OPTIONS
 from ..sharding.layout import Layout, LayoutError, listing
 from ..sharding.local_tensors import local_part, placements_of
 from .nature import Nature
 
-__all__ = ["refuse_layout", "refuse_loss", "warn_of_lost_digits"]
+__all__ = ["refuse_layout", "refuse_loss", "refuse_storage_options", "warn_of_lost_digits"]
 
 MOST_ROUNDING = 0.01
 """The largest share of a direction that may be rounding without a word."""
@@ -128,3 +129,17 @@ def _why(nature: Nature) -> str:
     if nature.failure:
         return f"fails when it is tried on flat pieces of layers (in the trial: {nature.failure})"
     return "makes other steps of flat pieces of a layer, as TrustRatio would step them, than of the whole layer"
+
+
+def refuse_storage_options(name: str, group: Mapping[str, Any], of_base: Collection[str]) -> None:
+    """Raise ValueError if a group says how state or weights are kept, which is the base's business.
+
+    Args:
+        name: The base's.
+        group: With all common options.
+        of_base: The base's own options.
+    """
+    for option in STORAGE_OPTIONS:
+        default = COMMON_DEFAULTS[option]  # type: ignore[literal-required]
+        if option not in of_base and group[option] != default:
+            raise ValueError(f"{option} must be {default!r}, got {group[option]!r}: {name} keeps state and weights")

@@ -13,11 +13,13 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..formulas.layer_table import adapts
 from ..formulas.rows import Rows
+from ..options.common import STORAGE_OPTIONS
 from ..sharding.abandoned_parameters import Places
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
 from .agreement import Agreement
-from .state import read_numbers, state_dtype, write_numbers
+from .state import number_dtype, read_numbers, write_numbers
+from .storage import Storage
 from .storage_order import goes_as_it_lies
 
 __all__ = ["Plan", "options_of_plan"]
@@ -34,6 +36,7 @@ class Plan:
     group_layers: dict[int, range]  # group index -> its layers
     group_tensors: dict[int, list[int]]  # group index -> its local tensors
     tensor_layers: list[range]  # local tensor -> the layers it carries
+    storage: Storage  # in how many bits what is kept
     adapted: dict[int, list[bool]]  # group index -> for each of its layers, whether the ratio scales it
     as_they_lie: frozenset[int]  # local tensors whose elements are gone over in the order of memory
     agreement: Agreement = field(default_factory=Agreement)
@@ -54,6 +57,7 @@ class Plan:
         for tensor, (group, layers) in enumerate(zip(layout.groups, carried, strict=True)):
             group_layers.setdefault(group, []).extend(layers)
             group_tensors.setdefault(group, []).append(tensor)
+        storage = Storage(algorithm, layout)
         option = {group: algorithm.param_groups[group]["adapt"] for group in group_layers}
         plan = cls(
             layout=layout,
@@ -62,7 +66,8 @@ class Plan:
             options=options_of_plan(algorithm, layout.groups if groups is None else groups),
             group_layers={group: _as_range(layers) for group, layers in group_layers.items()},
             group_tensors=group_tensors,
-            as_they_lie=frozenset(goes_as_it_lies(algorithm, layout)),
+            as_they_lie=frozenset(i for i in goes_as_it_lies(algorithm, layout) if not storage.rounds[i]),
+            storage=storage,
             tensor_layers=[_as_range(layers) for layers in carried],
             adapted={
                 group: [adapts(layout.layers[layer], option[group]) for layer in layers]
@@ -111,7 +116,7 @@ class Plan:
             shared = (total / ranks.clamp(min=1)).split(self.layer_counts)
             for state, there, of_tensor, tensor in zip(states_here, known, shared, self.layout.tensors, strict=True):
                 if not there and len(of_tensor):
-                    write_numbers(state, name, of_tensor.to(state_dtype(tensor, name)))
+                    write_numbers(state, name, of_tensor.to(number_dtype(tensor, name)))
 
     @functools.cached_property
     def has_16_bit_weights(self) -> bool:
@@ -140,10 +145,9 @@ def options_of_plan(algorithm: Algorithm, groups: Sequence[int]) -> tuple[Any, .
 
     Asked at every step, so it compares what is there and waits for nothing.
     """
+    names = (*algorithm.plan_options, *STORAGE_OPTIONS)
     of_groups = [
-        tuple(_unchanging(group.get(name)) for name in algorithm.plan_options)
-        for group in algorithm.param_groups
-        if group["params"]
+        tuple(_unchanging(group.get(name)) for name in names) for group in algorithm.param_groups if group["params"]
     ]
     return tuple(groups), algorithm.statistics is None, *of_groups
 

@@ -1,6 +1,7 @@
 """The state of one local tensor: how a step and checkpoints read, make and set it.
 
-State with one value per element is a tensor like the local tensor, under its name. State with one number per layer is a
+State with one value per element is a tensor like the local tensor, under its name, in the dtype that the group's
+`state_dtype` says. State with one number per layer is a
 0-d tensor under its name where the tensor carries one layer; where it carries several, a vector in the dict "layers",
 because DeepSpeed cuts the padding's length off every tensor that lies in a flat tensor's state itself.
 """
@@ -8,35 +9,45 @@ because DeepSpeed cuts the padding's length off every tensor that lies in a flat
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..formulas.chunk_view import COMPENSATION
+from ..options.common import STATE_DTYPES
 from ..sharding.local_tensors import compute_dtype, has_fp64, is_plain, numbers_device
 
 __all__ = [
-    "as_kept",
+    "element_dtype",
+    "keeps_compensation",
     "layer_numbers",
     "make_element_state",
+    "number_dtype",
     "on_device",
     "read_all_numbers",
     "read_numbers",
     "set_layer_numbers",
-    "state_dtype",
     "write_all_numbers",
     "write_numbers",
 ]
 
 
-def state_dtype(tensor: torch.Tensor, name: str) -> torch.dtype:
-    """The dtype of a local tensor's state: fp64 for fp64 tensors, else fp32; of `step` fp32, as torch keeps it."""
+def number_dtype(tensor: torch.Tensor, name: str) -> torch.dtype:
+    """The dtype of the numbers of a local tensor's layers: fp64 for fp64 tensors, else fp32; `step` as in torch."""
     return torch.float32 if name == "step" else compute_dtype(tensor)
 
 
-def as_kept(tensor: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A local tensor's state, of whatever dtype it comes in, in the dtype that it is kept in."""
-    return value.to(state_dtype(tensor, name))
+def element_dtype(tensor: torch.Tensor, name: str, group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of a local tensor's element-wise state in a group; fp64 for fp64 tensors."""
+    if name == COMPENSATION:
+        return tensor.dtype
+    return STATE_DTYPES.get(group.get("state_dtype") or "", compute_dtype(tensor))
+
+
+def keeps_compensation(tensor: torch.Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a local tensor of a group has the state `COMPENSATION`."""
+    return group.get("master") == "kahan" and tensor.dtype == torch.bfloat16
 
 
 def on_device(value: Any, device: torch.device) -> Any:
@@ -52,14 +63,20 @@ def on_device(value: Any, device: torch.device) -> Any:
     return copy.deepcopy(value)
 
 
-def make_element_state(state: dict[str, Any], tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return an element-wise state of a local tensor, which is made of zeros where there is none.
+def make_element_state(
+    state: dict[str, Any], tensor: torch.Tensor, name: str, group: Mapping[str, Any]
+) -> torch.Tensor:
+    """Return an element-wise state of a local tensor in a group, which is made of zeros where there is none.
 
-    It has the tensor's shape, and its order in memory; of a DTensor it is a DTensor with the same placements.
+    It has the tensor's shape, and its order in memory; of a DTensor it is a DTensor with the same placements. State of
+    another dtype, as before an option was set, is rounded to nearest.
     """
+    dtype = element_dtype(tensor, name, group)
     if name not in state:
         order = torch.preserve_format if is_plain(tensor) else torch.contiguous_format
-        state[name] = torch.zeros_like(tensor, dtype=state_dtype(tensor, name), memory_format=order)
+        state[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=order)
+    elif state[name].dtype != dtype:
+        state[name] = state[name].to(dtype)
     values: torch.Tensor = state[name]
     return values
 
@@ -72,7 +89,7 @@ def layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: 
 
 def set_layer_numbers(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, values: torch.Tensor) -> None:
     """Set the per-layer state of the layers that a local tensor carries, shape (layers,)."""
-    write_numbers(optimizer.state[tensor], name, values.to(state_dtype(tensor, name)).to(tensor.device))
+    write_numbers(optimizer.state[tensor], name, values.to(number_dtype(tensor, name)).to(tensor.device))
 
 
 def read_numbers(state: dict[str, Any], name: str, layers: int, device: torch.device) -> torch.Tensor:
@@ -122,14 +139,14 @@ def write_all_numbers(
         if state is None:
             continue
         if count != 1:
-            write_numbers(state, name, values[begin:first].to(state_dtype(tensor, name)))
+            write_numbers(state, name, values[begin:first].to(number_dtype(tensor, name)))
             continue
         value = state.get(name)
         if isinstance(value, torch.Tensor) and value.dim() == 0 and value.device == values.device:
             known.append(value)
             new.append(numbers[begin])
         else:
-            state[name] = numbers[begin].to(state_dtype(tensor, name), copy=True)
+            state[name] = numbers[begin].to(number_dtype(tensor, name), copy=True)
     if known:
         torch._foreach_copy_(known, new)
 

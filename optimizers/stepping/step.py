@@ -64,7 +64,7 @@ class Step:
                 for index, tensor in enumerate(self.locals)
             ],
             gradients=self._descending(),
-            state={name: self._element_state(name) for name in algorithm.element_state},
+            state={name: self._element_state(name) for name in plan.storage.names(algorithm.element_state)},
             groups=self.groups,
         )
         self.sweeps = open_sweeps(algorithm.implementation, self.operands, self.takes_part, plan.cache)
@@ -249,18 +249,22 @@ class Step:
     # State
 
     def _element_state(self, name: str) -> list[torch.Tensor]:
-        nothing = self.locals[0].new_empty(0, dtype=torch.float32)
         values: list[torch.Tensor] = []
         for index, (tensor, state) in enumerate(zip(self.layout.tensors, self.states, strict=True)):
-            value = nothing if state is None else state.get(name)
-            in_order = type(value) is torch.Tensor and _lies_like(value, tensor) and index not in self.plan.as_they_lie
-            if state is not None and not in_order:
+            dtype = self.plan.storage.dtype(index, name)
+            if state is None or dtype is None:
+                values.append(self.locals[0].new_empty(0, dtype=dtype or torch.bfloat16))
+                continue
+            value = state.get(name)
+            lies_ready = type(value) is torch.Tensor and value.dtype is dtype and _lies_like(value, tensor)
+            if not lies_ready or index in self.plan.as_they_lie:
                 value = self._element_state_of(index, tensor, state, name)
             values.append(value)
         return values
 
     def _element_state_of(self, index: int, tensor: torch.Tensor, state: dict[str, Any], name: str) -> torch.Tensor:
-        value = make_element_state(state, tensor, name)
+        group = self.algorithm.param_groups[self.layout.groups[index]]
+        value = make_element_state(state, tensor, name, group)
         if not cut_alike(value, tensor):
             layer = self.layout.layers[self.plan.tensor_layers[index].start]
             resized = value.shape != tensor.shape
@@ -304,7 +308,8 @@ class Step:
         layer_list = list(self.layout.layers[layers.start : layers.stop])
         table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
         table.rows, table.elements = self.plan.rows.get(index), self._elements(index, layer_list)
-        return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table)
+        rounding = self.plan.storage.rounding(index, options, layers, state)
+        return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table, rounding)
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options with a learning rate that vectors of layers can be multiplied by."""

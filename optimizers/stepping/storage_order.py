@@ -1,8 +1,8 @@
 """The order in which a tensor's elements lie in memory, which need not be the one of its indices: channels_last.
 
 Sums over a layer and what happens to an element do not depend on the order. So where a whole layer lies without gaps,
-weights, gradient and state are gone over as they lie, in the same order, and nothing is copied. Rows, segments and
-what is kept of single gradients are counted by index; there the elements are put in order first.
+weights, gradient and state are gone over as they lie, in the same order, and nothing is copied. Rows, segments, what is
+kept of single gradients and chances of rounding are counted by index; there the elements are put in order first.
 """
 
 from __future__ import annotations

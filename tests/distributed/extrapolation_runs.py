@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trustratio.optimizers import LAMB, Extrapolation
 from trustratio.optimizers.displacements import layer_noise
-from trustratio.optimizers.displacements.counter_noise import gaussian, key_of, uniform
+from trustratio.optimizers.displacements.counter_noise import gaussian, uniform
+from trustratio.optimizers.formulas.split_mix import key_of
 from trustratio.optimizers.sharding.local_tensors import local_part
 
 from ..reference import REFERENCES

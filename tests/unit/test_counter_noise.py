@@ -8,8 +8,9 @@ from itertools import product
 import pytest
 import torch
 
-from trustratio.optimizers.displacements.counter_noise import gaussian, key_of, split_mix, uniform
-from trustratio.optimizers.displacements.positions import positions
+from trustratio.optimizers.displacements.counter_noise import gaussian, uniform
+from trustratio.optimizers.formulas.split_mix import key_of, split_mix
+from trustratio.optimizers.sharding.positions import positions
 from trustratio.optimizers.sharding.layout import Layer, LayoutError, Shard
 
 COUNT = 200_000

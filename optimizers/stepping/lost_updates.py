@@ -25,10 +25,16 @@ class RoundedUpdates:
 
     def __init__(self, operands: Operands):
         self._operands = operands
+        mastered = {
+            index
+            for group in operands.groups.values()
+            if group.rounding is not None and group.rounding.master is not None
+            for index in group.tensors
+        }
         self._before = {
             index: _sample(weights).clone()
             for index, weights in enumerate(operands.weights)
-            if weights.dtype in NAMES and operands.gradients[index] is not None
+            if weights.dtype in NAMES and operands.gradients[index] is not None and index not in mastered
         }
 
     def describe(self, groups: Mapping[int, GroupOperands]) -> str | None:
@@ -57,8 +63,9 @@ class RoundedUpdates:
         return (
             f"{lost / made:.1%} of the {' and '.join(dtypes)} weights that have a gradient did not move in this step "
             f"(lr {listing(sorted(rates), shown=3)}): their updates are below half the distance to the next number, "
-            "and nobody keeps fp32 master weights. Keep the parameters in fp32 and compute under torch.autocast, or "
-            "let DeepSpeed (bf16 or fp16 in its config) or FSDP over fp32 parameters (MixedPrecisionPolicy, "
+            "and nobody keeps fp32 master weights. Round bf16 weights stochastically or with a rest "
+            '(master="stochastic" or "kahan"), or keep the parameters in fp32 and compute under torch.autocast, or let '
+            "DeepSpeed (bf16 or fp16 in its config) or FSDP over fp32 parameters (MixedPrecisionPolicy, "
             "MixedPrecision) keep them"
         )
 

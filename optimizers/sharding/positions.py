@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
 
-from ..sharding.layout import Layer, LayoutError, Shard
+from .layout import Layer, LayoutError, Shard
 
-__all__ = ["positions"]
+__all__ = ["positions", "runs"]
 
 
 def positions(layer: Layer, shard: Shard, local_shape: tuple[int, ...], elements: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,30 @@ def positions(layer: Layer, shard: Shard, local_shape: tuple[int, ...], elements
             "known: cut it along its first or its second dimension"
         )
     return _in_box(layer.shape, local_shape, elements) + shard.offset
+
+
+def runs(layer: Layer, shard: Shard, local_shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Yield the runs of a shard whose elements are neighbours in the whole layer too.
+
+    Args:
+        layer: The layer.
+        shard: The part of it.
+        local_shape: Of the local tensor that the shard lies in.
+
+    Yields:
+        First element in the local tensor, its position in the layer, and the length.
+
+    Raises:
+        LayoutError: As `positions`.
+    """
+    if shard.is_run:
+        yield shard.start, shard.offset, shard.length
+        return
+    places = positions(layer, shard, local_shape, torch.arange(shard.length, device="cpu"))
+    begins = torch.cat([places.new_ones(1, dtype=torch.bool), places.diff() != 1]).nonzero().flatten()
+    lengths = begins.diff(append=begins.new_tensor([shard.length]))
+    for begin, position, length in zip(begins.tolist(), places[begins].tolist(), lengths.tolist(), strict=True):
+        yield shard.start + begin, position, length
 
 
 def _width(layer: Layer, shard: Shard) -> int:
