@@ -93,7 +93,7 @@ def _check_optimizer(config: RecipeConfig) -> None:
     name = config.optimizer.name
     if name.lower() in _COUNTERPARTS:
         raise RecipeError(
-            f"{_given(config.training)} needs one of trustratio's optimizers, and {name!r} is torch's: "
+            f"only trustratio's optimizers take {_given(config.training)}, and {name!r} is torch's: "
             f"{_COUNTERPARTS[name.lower()]}"
         )
 

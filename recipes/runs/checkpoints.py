@@ -19,7 +19,7 @@ RANKS = "ranks"
 """In a checkpoint's identity: how many wrote it."""
 
 STATE_DTYPE = "state_dtype"
-"""In a checkpoint's identity: what its optimizer state is kept in; None, and missing in an earlier release's, is fp32."""
+"""In a checkpoint's identity: what optimizer state is kept in; None, and missing in earlier releases', is fp32."""
 
 _FREE = (RANKS, STATE_DTYPE)
 """What a continued run may have otherwise."""
