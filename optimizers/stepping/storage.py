@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ import torch
 from ..formulas.algorithm import Algorithm
 from ..formulas.chunk_view import COMPENSATION
 from ..formulas.rounding import LayerKeys, Rounding
-from ..sharding.layout import Layout, LayoutError
+from ..sharding.layout import Layer, Layout, LayoutError
+from ..sharding.names import observed
 from .foreign_state import without_wrappers
 from .state import element_dtype, keeps_compensation
 
 __all__ = ["Storage", "refuse_storage"]
+
+SEGMENT = re.compile(r"\[[0-9]+\]$")
 
 
 class Storage:
@@ -27,6 +31,7 @@ class Storage:
     """
 
     def __init__(self, algorithm: Algorithm, layout: Layout):
+        self._algorithm = algorithm
         self._layout = layout
         self._keys: dict[int, LayerKeys] = {}
         groups = [algorithm.param_groups[index] for index in layout.groups]
@@ -63,12 +68,31 @@ class Storage:
         if index not in self._rounding_groups:
             return None
         if index not in self._keys:
-            names = [without_wrappers(self._layout.layers[layer].name) for layer in layers]
+            names = list(_names(self._algorithm, self._layout.layers[layers.start : layers.stop]))
             self._keys[index] = LayerKeys(group["rounding_seed"], names, self._layout.device)
         keys = self._keys[index]
         # The step that these layers are about to take, if they have a gradient.
         now = keys.at(state["step"] + 1)
         return Rounding(now, keys.gammas, group["state_dtype"] == "bfloat16", group["master"])
+
+
+def _names(algorithm: Any, layers: Sequence[Layer]) -> Iterator[str]:
+    """Names of layers that are the same under every wrapper.
+
+    Some wrappers know the model's names of parameters that were given without one, and others do not.
+    """
+    nameless = {id(layer) for layer in layers if not _has_name(algorithm, layer)}
+    in_model = observed(algorithm, None) if nameless else None
+    for layer in layers:
+        name = None
+        if id(layer) in nameless and in_model is not None and layer.parameter is not None:
+            name = in_model.parameter_name(layer.parameter)
+        segment = SEGMENT.search(layer.name)
+        yield without_wrappers(layer.name) if name is None else name + (segment.group() if segment else "")
+
+
+def _has_name(algorithm: Any, layer: Layer) -> bool:
+    return layer.parameter is None or algorithm.parameter_name(layer.parameter) is not None
 
 
 def _rounds(tensor: torch.Tensor, group: Mapping[str, Any]) -> bool:

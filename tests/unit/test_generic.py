@@ -405,6 +405,12 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "adapt": [("yes", "adapt must be one of None, True, False, got 'yes'")],
     "segments": [(0, "segments must be a number of equal parts .* got 0"), ("3", "got '3'"), (2.0, "got 2.0")],
     "maximize": [(1, "maximize must be True or False, got 1")],
+    "state_dtype": [
+        ("float16", "state_dtype must be one of None, 'float32', 'bfloat16', got 'float16'"),
+        (torch.float16, "got torch.float16"),
+    ],
+    "master": [("fp32", "master must be one of None, 'stochastic', 'kahan', got 'fp32'"), (True, "got True")],
+    "rounding_seed": [(-1, "rounding_seed must be a whole number of at least 0, got -1"), (0.5, "got 0.5")],
     "foreach": [(1, "foreach must be one of None, True, False, got 1")],
     "fused": [("yes", "fused must be one of None, True, False, got 'yes'")],
     "capturable": [(None, "capturable must be True or False, got None")],

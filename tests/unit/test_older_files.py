@@ -52,6 +52,7 @@ SAVED_AFTER, CONTINUED = 3, 3
 NEWER: dict[str, Any] = {
     **{"step": SAVED_AFTER, "maximize": False, "capturable": False, "differentiable": False},
     **{"foreach": None, "fused": None},
+    **{"state_dtype": None, "master": None, "rounding_seed": 0},
 }
 """Group keys that the files lack, as they are after reading them."""
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

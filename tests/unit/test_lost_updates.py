@@ -11,7 +11,7 @@ import torch
 
 from trustratio.optimizers import LAMB, LARS, create_optimizer
 from trustratio.optimizers.kernels import cpu
-from trustratio.optimizers.stepping import rounding
+from trustratio.optimizers.stepping import lost_updates
 
 IMPLEMENTATIONS = ["eager", *(["cpu"] if cpu.KERNELS.missing() is None else [])]
 
@@ -57,9 +57,9 @@ def test_the_share_is_that_of_the_first_step(name: str, lr: float, dtype: torch.
 
 
 def test_large_layers_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "SAMPLE", 500)
+    monkeypatch.setattr(lost_updates, "SAMPLE", 500)
     exact = messages(LAMB(layers(torch.bfloat16), lr=1e-3))
-    monkeypatch.setattr(rounding, "SAMPLE", 1 << 16)
+    monkeypatch.setattr(lost_updates, "SAMPLE", 1 << 16)
     assert share_of(exact[0]) == pytest.approx(share_of(messages(LAMB(layers(torch.bfloat16), lr=1e-3))[0]), abs=0.05)
 
 
