@@ -119,7 +119,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
             config.training.precision,
             config.training.gradient_clipping,
             elementwise=is_baseline(config.optimizer.name),
-            saved=invocation.resume is not None and invocation.deepspeed_config is None,
+            saved=_keeps_its_sums(invocation),
             master=config.training.master,
         )
     check_loggers(config.run.loggers)
@@ -137,6 +137,14 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     else:
         _check_output(invocation)
     return run
+
+
+def _keeps_its_sums(invocation: Invocation) -> bool:
+    """Tell whether a run is continued that an earlier release began, which left the sums of gradients to DeepSpeed."""
+    if invocation.resume is None or invocation.deepspeed_config is not None:
+        return False
+    saved = describe_checkpoint(invocation.resume)["identity"].get("deepspeed") or {}
+    return "data_types" not in saved
 
 
 def _plans_of(config: RecipeConfig, ranks: int) -> tuple[BatchPlan, ...]:
