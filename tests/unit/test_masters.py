@@ -94,9 +94,13 @@ def test_norms_are_those_of_the_sum(implementation: str | None) -> None:
 @all_optimizers
 @pytest.mark.parametrize(("master", "state_dtype"), [("stochastic", None), ("kahan", None), ("kahan", "bfloat16")])
 @pytest.mark.parametrize("kind", ["none", "zero", "frozen"])
-def test_layers_without_gradient_are_untouched(name: str, kind: str, master: str, state_dtype: str | None) -> None:
+@implementations
+def test_layers_without_gradient_are_untouched(
+    name: str, kind: str, master: str, state_dtype: str | None, implementation: str | None
+) -> None:
     parameters = make_parameters(torch.bfloat16)
-    optimizer = make(name, parameters, weight_decay=0.1, master=master, state_dtype=state_dtype)
+    options = {"weight_decay": 0.1, "master": master, "state_dtype": state_dtype}
+    optimizer = make(name, parameters, implementation=implementation, **options)
     train(optimizer, parameters, range(2))
     for layers in (("matrix",), ("matrix", "bias"), tuple(parameters)):
         before, state = values(parameters), copy.deepcopy(optimizer.state_dict()["state"])
