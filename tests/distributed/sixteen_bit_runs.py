@@ -96,10 +96,9 @@ class Run:
 def running(case: Case, kept: str, seed: int = 0) -> Iterator[Any]:
     """A run with weights of another seed."""
     if case.stage == "megatron":
-        with megatron_distributed_runs.running(replace(case, dtype="fp32"), perturbed=bool(seed)) as run:
-            run.optimizer = run.wrapper
-            run.gradients = mean_gradients(case)
-            yield run
+        with megatron_distributed_runs.running(case, perturbed=bool(seed)) as megatron:
+            megatron.optimizer = megatron.wrapper
+            yield megatron
         return
     run = Run(case, kept, seed) if isinstance(case.stage, str) else cases.CaseRun(case, perturbed=bool(seed))
     try:
