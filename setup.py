@@ -8,7 +8,7 @@ setup(
         Extension(
             "trustratio.optimizers.kernels._cpu_kernels",
             sources=["optimizers/kernels/cpu_kernels.c"],
-            depends=["optimizers/kernels/cpu_sweeps.h"],
+            depends=["optimizers/kernels/cpu_sweeps.h", "optimizers/kernels/cpu_rounding.h"],
             extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
             extra_link_args=["-pthread"],
             optional=True,

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from ..formulas.chunk_view import COMPENSATION
+from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage, Sums
 from ..formulas.updates import TrustRule
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update, targets_of
+from .cpu_shards import Shards, scattered_tensors
 from .interface import IMPORTED_IN, SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
 __all__ = ["KERNELS", "CpuKernels"]
@@ -32,30 +35,22 @@ CODES = {
 }
 MEASURE_AND_KEEP, APPLY, APPLY_KEPT = 1, 2, 3
 
-FUNCTIONS = ("block", "size", "best_level", "cache_bytes", "lend_threads", "sweep", "step", "ratio")
+MASTERS: dict[str | None, int] = {None: 0, "stochastic": 1, "kahan": 2}
+
+FUNCTIONS = ("block", "size", "best_level", "cache_bytes", "lend_threads", "sweep", "step", "ratio", "random_words")
 
 
 class _Sweep(ctypes.Structure):
     """The struct of the same name in cpu_kernels.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("kind", "threads", "shards", "layers")),
+        *((name, ctypes.c_int64) for name in ("kind", "threads", "shards", "layers", "state_type", "master")),
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("tensor", "start", "length", "layer", "first_block", "weight_type", "gradient_type"),
-                *(
-                    "weight",
-                    "gradient",
-                    "first",
-                    "second",
-                    "third",
-                    "mean_square",
-                    "changes",
-                    "idle",
-                    "partial",
-                    "sums",
-                ),
+                *("tensor", "start", "length", "layer", "position", "first_block", "weight_type", "gradient_type"),
+                *("weight", "gradient", "first", "second", "third", "compensation", "mean_square"),
+                *("changes", "idle", "partial", "sums", "key", "gamma"),
                 *("gradient_scale", "weight_scale", "step", "second_step"),
                 *("correction1", "correction2", "correction3", "resolution", "gsnr_scale"),
                 *("decay", "rate", "offset"),
@@ -119,6 +114,11 @@ def _library() -> ctypes.CDLL | None:
     library.trustratio_step.argtypes = (ctypes.POINTER(_Step), ctypes.c_int64)
     library.trustratio_ratio.argtypes = (ctypes.POINTER(_Rule), ctypes.c_int64, *[ctypes.c_double] * 3)
     library.trustratio_ratio.restype = ctypes.c_double
+    library.trustratio_random_words.argtypes = (
+        *[ctypes.c_uint64] * 2,
+        *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+    )
+    library.trustratio_random_words.restype = None
     library.trustratio_sweep.restype = library.trustratio_step.restype = None
     if library.trustratio_size() != ctypes.sizeof(_Sweep) + ctypes.sizeof(_Step):
         return None
@@ -154,56 +154,51 @@ class CpuKernels:
         return None
 
     def serves(self, operands: Operands) -> list[bool]:
+        roundings = {group: of_group.rounding for group, of_group in operands.groups.items()}
+        of_tensors = [roundings.get(group) for group in operands.layout.groups]
+        wanted = [_state_dtype(rounding) for rounding in of_tensors]
         served = [weight.dtype in TYPES and weight.is_cpu for weight in operands.weights]
-        for state in operands.state.values():
-            served = [ok and s.dtype is torch.float32 and s.is_cpu for ok, s in zip(served, state, strict=True)]
+        for name, state in operands.state.items():
+            if name != COMPENSATION:
+                columns = zip(served, state, wanted, strict=True)
+                served = [ok and s.dtype is dtype and s.is_cpu for ok, s, dtype in columns]
+        if any(roundings.values()):
+            compensated = [_is_compensated(operands, tensor, of) for tensor, of in enumerate(of_tensors)]
+            scattered = scattered_tensors(operands)
+            served = [ok and compensated[tensor] and tensor not in scattered for tensor, ok in enumerate(served)]
         return [
             ok and (gradient is None or (gradient.dtype in TYPES and gradient.is_cpu))
             for ok, gradient in zip(served, operands.gradients, strict=True)
         ]
 
     def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> CpuSweeps:
-        if "shards" not in cache:
-            cache["shards"] = _Shards.of(operands)
-        tables = cache.setdefault("tables", Recent(SETS_OF_GRADIENTS)).find(served, dict)
-        return CpuSweeps(operands, cache["shards"], served, tables)
+        rounded = tuple(group for group, of_group in operands.groups.items() if of_group.rounding is not None)
+        shards = cache.setdefault("shards", Recent(2)).find(rounded, lambda: Shards.of(operands, rounded))
+        tables = cache.setdefault("tables", Recent(SETS_OF_GRADIENTS)).find((served, rounded), dict)
+        return CpuSweeps(operands, shards, served, tables)
 
 
 KERNELS = CpuKernels()
 
 
-@dataclass(frozen=True)
-class _Shards:
-    """The shards of a layout as vectors, int64."""
+def _state_dtype(rounding: Rounding | None) -> torch.dtype:
+    return torch.bfloat16 if rounding is not None and rounding.state else torch.float32
 
-    tensor: torch.Tensor
-    start: torch.Tensor
-    length: torch.Tensor
-    layer: torch.Tensor
-    group: torch.Tensor
 
-    @classmethod
-    def of(cls, operands: Operands) -> _Shards:
-        layout = operands.layout
-        carriers = [layout.layers[shard.layer].tensor for shard in layout.shards]
-        columns = (
-            carriers,
-            [shard.start for shard in layout.shards],
-            [shard.length for shard in layout.shards],
-            [shard.layer for shard in layout.shards],
-            [layout.groups[tensor] for tensor in carriers],
-        )
-        return cls(*(torch.tensor(column, dtype=torch.int64, device="cpu") for column in columns))
-
-    def only(self, wanted: torch.Tensor) -> _Shards:
-        return _Shards(*(getattr(self, name)[wanted] for name in ("tensor", "start", "length", "layer", "group")))
+def _is_compensated(operands: Operands, tensor: int, rounding: Rounding | None) -> bool:
+    """Whether bf16 weights have the rest beside them that their group keeps, if it keeps any."""
+    weight = operands.weights[tensor]
+    if rounding is None or rounding.master != "kahan" or weight.dtype is not torch.bfloat16:
+        return True
+    rest = operands.state[COMPENSATION][tensor]
+    return rest.dtype is torch.bfloat16 and rest.is_cpu and rest.numel() == weight.numel()
 
 
 @dataclass
 class _GroupTable:
     """One group's shards, with layers counted from its first."""
 
-    shards: _Shards
+    shards: Shards
     layers: int
     elements: int
     first_block: torch.Tensor
@@ -241,7 +236,7 @@ class _GroupTable:
 class CpuSweeps:
     """See `Sweeps`."""
 
-    def __init__(self, operands: Operands, shards: _Shards, served: Sequence[bool], tables: dict[int, _GroupTable]):
+    def __init__(self, operands: Operands, shards: Shards, served: Sequence[bool], tables: dict[int, _GroupTable]):
         self.operands = operands
         if not all(served):
             shards = shards.only(torch.tensor(served, device="cpu")[shards.tensor])
@@ -272,8 +267,8 @@ class CpuSweeps:
             return None
         # Runs of layers that stay in cache: each is measured, and applied before the next one is.
         table = self._table(group)
-        tensors = 2 + len(measured.state)  # of which `measure` reads four bytes per element
-        batches = table.batches(cache_bytes(table.threads) // (4 * tensors))
+        read = 8 + len(measured.state) * self._state_dtype(group).itemsize  # bytes per element, by `measure`
+        batches = table.batches(cache_bytes(table.threads) // read)
         if batches is None:
             return None
         measure, sums = self._measuring(group, measured, keep=True)
@@ -302,7 +297,7 @@ class CpuSweeps:
         """The struct, and where the sums will be, shape (PLACES, layers)."""
         table = self._table(group)
         sums = torch.zeros(PLACES, table.layers, dtype=torch.float64, device="cpu")
-        sweep = self._sweep(table, form, self.operands.groups[group].table.may_change())
+        sweep = self._sweep(group, form, self.operands.groups[group].table.may_change())
         if form.kind.is_adam and keep:
             assert group not in self.idle, "a direction is measured once per step"
             self.idle[group] = torch.zeros(table.blocks, dtype=torch.uint8, device="cpu")
@@ -312,7 +307,7 @@ class CpuSweeps:
         return sweep, sums
 
     def _applying(self, group: int, form: CompiledForm, changing: torch.Tensor | None) -> _Sweep:
-        sweep = self._sweep(self._table(group), form, changing)
+        sweep = self._sweep(group, form, changing)
         if form.kind.is_adam:
             idle = self.idle.get(group)
             sweep.kind += APPLY if idle is None else APPLY_KEPT
@@ -322,8 +317,7 @@ class CpuSweeps:
     def _table(self, group: int) -> _GroupTable:
         if group not in self.tables:
             layers = self.operands.groups[group].layers
-            shards = self.shards.only(self.shards.group == group)
-            shards = _Shards(shards.tensor, shards.start, shards.length, shards.layer - layers.start, shards.group)
+            shards = self.shards.only(self.shards.group == group).counted_from(layers.start)
             # Each block of a shard has a place of its own for its sums, so that threads need not agree on an order.
             block = _block()
             ends = ((shards.length + block - 1) // block).cumsum(0)
@@ -335,8 +329,9 @@ class CpuSweeps:
             )
         return self.tables[group]
 
-    def _sweep(self, table: _GroupTable, form: CompiledForm, changing: torch.Tensor | None) -> _Sweep:
+    def _sweep(self, group: int, form: CompiledForm, changing: torch.Tensor | None) -> _Sweep:
         """The struct, with everything that it points to kept alive by it."""
+        table = self._table(group)
         sweep = _Sweep(kind=CODES[form.kind], threads=table.threads, shards=len(table.shards.tensor))
         sweep.layers = table.layers
         sweep.alive = form, table
@@ -357,7 +352,22 @@ class CpuSweeps:
             sweep.changes = sweep.changing.data_ptr()
         if form.kind.has_gsnr:
             self._mean_square(sweep)
+        self._rounding(sweep, group)
         return sweep
+
+    def _rounding(self, sweep: _Sweep, group: int) -> None:
+        rounding = self.operands.groups[group].rounding
+        if rounding is None:
+            return
+        sweep.state_type, sweep.master = TYPES[self._state_dtype(group)], MASTERS[rounding.master]
+        sweep.position = self._table(group).shards.position.data_ptr()
+        sweep.numbers = rounding.keys.contiguous(), rounding.gammas.contiguous()
+        sweep.key, sweep.gamma = (numbers.data_ptr() for numbers in sweep.numbers)
+        if rounding.master == "kahan":
+            sweep.compensation = _address(self.state[COMPENSATION])
+
+    def _state_dtype(self, group: int) -> torch.dtype:
+        return _state_dtype(self.operands.groups[group].rounding)
 
     def _mean_square(self, sweep: _Sweep) -> None:
         squares, factor = self.operands.inputs["mean_square"]

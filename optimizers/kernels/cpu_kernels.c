@@ -20,10 +20,13 @@
 
 #define BLOCK 16384        /* elements; a block of four fp32 tensors stays in a core's own cache */
 #define TILE 1024          /* elements that are widened at a time where weights or gradients have 16 bits */
+#define AHEAD 768          /* elements from one that is computed to one that is asked for */
 #define SUMS 4             /* places for sums: w, g, a direction, a second direction */
 #define MAX_THREADS 256
 
 enum { FP32, BF16, FP16 };
+enum { TO_NEAREST, STOCHASTIC, KAHAN }; /* how bf16 weights are kept */
+#define FIELD_OF_WEIGHTS 3              /* of the random bits; states have 0, 1 and 2 */
 
 enum kind {
     SUM_G, SUM_W_G, SUM_W_G_D, SUM_W_G_GSNR, SUM_R_G,
@@ -36,19 +39,22 @@ enum kind {
 
 /* What one sweep does; cpu.py fills in the same fields. Vectors over layers have one entry per layer of the group. */
 typedef struct {
-    int64_t kind, threads, shards, layers;
+    int64_t kind, threads, shards, layers, state_type, master;
     const int64_t *tensor, *start, *length, *layer; /* per shard */
+    const int64_t *position;                        /* per shard, which is a run then: of its first element */
     const int64_t *first_block;                     /* per shard, and the number of blocks */
     const uint8_t *weight_type, *gradient_type;     /* per tensor */
     void *const *weight;                            /* per tensor */
     const void *const *gradient;                    /* per tensor; NULL counts as zero */
-    float *const *first, *const *second, *const *third; /* per tensor: state */
+    void *const *first, *const *second, *const *third; /* per tensor: state, all of `state_type` */
+    void *const *compensation;                      /* per tensor: what bf16 weights lack of the sum */
     const float *const *mean_square;                /* per tensor */
     const uint8_t *changes;                         /* per layer: whether to touch it; NULL: all */
     uint8_t *idle;                                  /* per block: its gradient was zero and its state not kept */
     double *partial;                                /* per block: SUMS sums */
     double *sums;                                   /* SUMS x layers */
     /* Vectors over layers */
+    const uint64_t *key, *gamma;                    /* of random bits; NULL where nothing is rounded by them */
     const float *gradient_scale, *weight_scale, *step, *second_step, *correction1, *correction2, *correction3;
     const float *resolution, *gsnr_scale, *decay, *rate, *offset;
     double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor, growth, l2, fixed_decay;
@@ -196,6 +202,15 @@ static int all_zero(const void *tensor, int type, int64_t start, int64_t count)
 #define SQRT(x) ((F)_mm512_sqrt_ps((__m512)(x)))
 #define LOW(x) ((D)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)(x))))
 #define HIGH(x) ((D)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)(x), 1)))
+#define WIDENED(x) ((U)_mm512_cvtepu16_epi32((__m256i)(x)))
+#define ODD_HALVES _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d, 0xb0009, 0x70005, 0x30001)
+#define UPPER(x) ((H)_mm512_castsi512_si256(_mm512_permutexvar_epi16(ODD_HALVES, (__m512i)(x))))
+#define LOWER_WORDS(even, odd) ((U)_mm512_mask_shuffle_epi32((__m512i)(even), 0xaaaa, (__m512i)(odd), 0xa0))
+#define UPPER_WORDS(even, odd) ((U)_mm512_mask_shuffle_epi32((__m512i)(odd), 0x5555, (__m512i)(even), 0xf5))
+#define IS_NUMBER(x) _mm512_cmp_ps_mask((__m512)(x), (__m512)(x), _CMP_ORD_Q)
+#define UPPER_OR_NAN(x, sum)                                                                          \
+    ((F)_mm512_mask_and_epi32(_mm512_set1_epi32(0x7fc00000), IS_NUMBER(x), (__m512i)(sum),            \
+                              _mm512_set1_epi32((int)0xffff0000)))
 #include "cpu_sweeps.h"
 #define LANES 8
 #define NAME(x) x##_avx2
@@ -203,6 +218,9 @@ static int all_zero(const void *tensor, int type, int64_t start, int64_t count)
 #define SQRT(x) ((F)_mm256_sqrt_ps((__m256)(x)))
 #define LOW(x) ((D)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(x))))
 #define HIGH(x) ((D)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(x), 1)))
+#define WIDENED(x) ((U)_mm256_cvtepu16_epi32((__m128i)(x)))
+#define PACKED(x) _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 8)
+#define UPPER(x) ((H)_mm256_castsi256_si128(PACKED(_mm256_srli_epi32((__m256i)(x), 16))))
 #include "cpu_sweeps.h"
 #define LANES 4
 #define NAME(x) x##_baseline
@@ -250,6 +268,18 @@ static block_function function_of(int64_t level)
 #endif
     (void)level;
     return block_baseline;
+}
+
+/* The random words of neighbours, for tests. `level` as above. */
+void trustratio_random_words(uint64_t key, uint64_t gamma, int64_t position, uint64_t *to, int64_t count, int64_t level)
+{
+    uint64_t first = key + gamma * (uint64_t)(position + 1);
+#if defined(__x86_64__)
+    if (level == 2) random_words_avx512(first, gamma, to, count);
+    if (level == 1) random_words_avx2(first, gamma, to, count);
+    if (level > 0) return;
+#endif
+    random_words_baseline(first, gamma, to, count);
 }
 
 /* The last of several runs of blocks, of `first[0]` to `first[count]`, that begins at or before a block. */

@@ -6,6 +6,9 @@
 #define F NAME(floats)
 #define I NAME(ints)
 #define D NAME(doubles)
+#define U NAME(unsigneds)
+#define H NAME(halves)
+#define W NAME(longs)
 #define ACC NAME(accumulators)
 
 typedef float F __attribute__((vector_size(4 * LANES)));
@@ -23,9 +26,26 @@ INLINE TARGET F NAME(load)(const float *from, int64_t count, float rest)
     return x;
 }
 
+/* The same of a tensor. What the loop comes to later is asked for: the processor does that only as far as a page goes. */
+INLINE TARGET F NAME(read)(const float *from, int64_t i, int64_t count, float rest)
+{
+    __builtin_prefetch(from + i + AHEAD);
+    return NAME(load)(from + i, count, rest);
+}
+
 INLINE TARGET void NAME(store)(F x, float *to, int64_t count) { memcpy(to, &x, 4 * (size_t)count); }
 
 INLINE TARGET F NAME(choose)(I condition, F a, F b) { return (F)((condition & (I)a) | (~condition & (I)b)); }
+
+#define LOOP(...)                                         \
+    do {                                                  \
+        int64_t i = 0;                                    \
+        for (int64_t n = LANES; i + LANES <= length; i += LANES) { __VA_ARGS__; } \
+        int64_t n = length - i;                           \
+        if (n) { __VA_ARGS__; }                                  \
+    } while (0)
+
+#include "cpu_rounding.h"
 
 INLINE TARGET void NAME(add)(ACC *sums, int place, F x, int squared)
 {
@@ -95,7 +115,9 @@ INLINE TARGET F NAME(gsnr)(const NAME(numbers) * c, F g, F mean_square)
 
 typedef struct {
     const float *g, *mean_square;
-    float *w, *first, *second, *third;
+    float *w;
+    void *first, *second, *third;
+    NAME(stream) random;
     int64_t layer;
 } NAME(tile);
 
@@ -104,49 +126,54 @@ typedef struct {
 
 INLINE TARGET void NAME(sum_lanes)(const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int kind, ACC *sums)
 {
-    F g = NAME(load)(t->g + i, count, 0);
-    if (kind == SUM_R_G) NAME(add)(sums, 2, NAME(raw_gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0)), 0);
-    if (kind == SUM_W_G_GSNR) g *= NAME(gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0));
+    F g = NAME(read)(t->g, i, count, 0);
+    if (kind == SUM_R_G) NAME(add)(sums, 2, NAME(raw_gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0)), 0);
+    if (kind == SUM_W_G_GSNR) g *= NAME(gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0));
     NAME(add)(sums, 1, g, 1);
     if (kind == SUM_G || kind == SUM_R_G) return;
-    F w = NAME(load)(t->w + i, count, 0);
+    F w = NAME(read)(t->w, i, count, 0);
     NAME(add)(sums, 0, w, 1);
     if (kind == SUM_W_G_D) NAME(add)(sums, 2, g + c->weight_decay * w, 1);
 }
 
-INLINE TARGET void NAME(momentum_lanes)(const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int gsnr)
+INLINE TARGET void NAME(momentum_lanes)(
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int gsnr, int type)
 {
-    F g = NAME(load)(t->g + i, count, 0), w = NAME(load)(t->w + i, count, 0);
-    if (gsnr) g *= NAME(gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0));
+    F g = NAME(read)(t->g, i, count, 0), w = NAME(read)(t->w, i, count, 0);
+    if (gsnr) g *= NAME(gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0));
     F change = c->gradient_scale * g + c->weight_scale * w;
     if (t->first) {
-        F v = c->beta1 * NAME(load)(t->first + i, count, 0) + change;
-        NAME(store)(v, t->first + i, count);
+        F v = c->beta1 * NAME(read_state)(t->first, i, count, 0, type) + change;
+        v = NAME(kept)(v, NAME(next)(&t->random), 0, type);
+        NAME(write_state)(v, t->first, i, count, type);
         change = c->nesterov ? change + c->beta1 * v : v;
     }
     NAME(store)(w - c->step * change, t->w + i, count);
 }
 
 INLINE TARGET void NAME(adam_lanes)(
-    const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply, ACC *sums)
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
+    int type, ACC *sums)
 {
-    F w = NAME(load)(t->w + i, count, 0), m = NAME(load)(t->first + i, count, 0);
-    F v = NAME(load)(t->second + i, count, 1), g = (F){0};
-    if (fresh || form == LANS) g = NAME(load)(t->g + i, count, 0);
+    F w = NAME(read)(t->w, i, count, 0), m = NAME(read_state)(t->first, i, count, 0, type);
+    F v = NAME(read_state)(t->second, i, count, 1, type), g = (F){0};
+    if (fresh || form == LANS) g = NAME(read)(t->g, i, count, 0);
     if (!apply) NAME(add)(sums, 1, g, 1);
     if (fresh) {
+        NAME(words) words = NAME(next)(&t->random);
         F scaled = g * c->gradient_scale, adapted = scaled;
         if (form == ADAM_GSNR || form == ADAM_GSNR_MEAN) {
-            F r = NAME(gsnr)(c, g, NAME(load)(t->mean_square + i, count, 0));
-            F p = c->beta3 * NAME(load)(t->third + i, count, 0) + c->gain3 * r;
-            if (keep) NAME(store)(p, t->third + i, count);
+            F r = NAME(gsnr)(c, g, NAME(read)(t->mean_square, i, count, 0));
+            F p = c->beta3 * NAME(read_state)(t->third, i, count, 0, type) + c->gain3 * r;
+            p = NAME(kept)(p, words, 2, type);
+            if (keep) NAME(write_state)(p, t->third, i, count, type);
             adapted = p * c->correction3 * scaled;
         }
         F second = form == ADAM_GSNR_MEAN ? scaled : adapted;
-        m = c->beta1 * m + c->gain1 * adapted;
-        v = c->beta2 * v + c->gain2 * (second * second);
-        if (keep) NAME(store)(m, t->first + i, count);
-        if (keep) NAME(store)(v, t->second + i, count);
+        m = NAME(kept)(c->beta1 * m + c->gain1 * adapted, words, 0, type);
+        v = NAME(kept)(c->beta2 * v + c->gain2 * (second * second), words, 1, type);
+        if (keep) NAME(write_state)(m, t->first, i, count, type);
+        if (keep) NAME(write_state)(v, t->second, i, count, type);
     }
     F denominator = SQRT(v * c->correction2) + c->eps;
     F u = m * c->correction1 / denominator + c->weight_decay * w, of_gradient = u;
@@ -167,22 +194,24 @@ INLINE TARGET void NAME(adam_lanes)(
 }
 
 INLINE TARGET void NAME(belief_lanes)(
-    const NAME(numbers) * c, const NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply, ACC *sums)
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
+    int type, ACC *sums)
 {
     int maximum = form == BELIEF_MAX || form == BELIEF_MAX_NO_ROOT, root = form == BELIEF || form == BELIEF_MAX;
-    F w = NAME(load)(t->w + i, count, 0), m = NAME(load)(t->first + i, count, 0);
-    F s = NAME(load)(t->second + i, count, 1), g = fresh || !apply ? NAME(load)(t->g + i, count, 0) : (F){0};
-    F largest = maximum ? NAME(load)(t->third + i, count, 1) : s;
+    F w = NAME(read)(t->w, i, count, 0), m = NAME(read_state)(t->first, i, count, 0, type);
+    F s = NAME(read_state)(t->second, i, count, 1, type), g = fresh || !apply ? NAME(read)(t->g, i, count, 0) : (F){0};
+    F largest = maximum ? NAME(read_state)(t->third, i, count, 1, type) : s;
     if (!apply) NAME(add)(sums, 1, g, 1);
     if (fresh) {
+        NAME(words) words = NAME(next)(&t->random);
         g += c->l2 * w;
         F surprise = c->beta1 * (g - m);
-        m = c->beta1 * m + c->gain1 * g;
-        s = c->decay * s + c->rate * (surprise * surprise) + c->growth;
+        m = NAME(kept)(c->beta1 * m + c->gain1 * g, words, 0, type);
+        s = NAME(kept)(c->decay * s + c->rate * (surprise * surprise) + c->growth, words, 1, type);
         largest = maximum ? NAME(choose)(largest >= s, largest, s) : s; /* NaN stays NaN */
-        if (keep) NAME(store)(m, t->first + i, count);
-        if (keep) NAME(store)(s, t->second + i, count);
-        if (keep && maximum) NAME(store)(largest, t->third + i, count);
+        if (keep) NAME(write_state)(m, t->first, i, count, type);
+        if (keep) NAME(write_state)(s, t->second, i, count, type);
+        if (keep && maximum) NAME(write_state)(largest, t->third, i, count, type);
     }
     F scaled = largest * c->correction2, denominator = (root ? SQRT(scaled) : scaled) + c->offset;
     F u = m * c->correction1 / denominator + c->weight_decay * w;
@@ -194,14 +223,6 @@ INLINE TARGET void NAME(belief_lanes)(
     }
     NAME(store)(w - (u * c->step + c->fixed_decay * w), t->w + i, count);
 }
-
-#define LOOP(CALL)                                        \
-    do {                                                  \
-        int64_t i = 0;                                    \
-        for (int64_t n = LANES; i + LANES <= length; i += LANES) { CALL; } \
-        int64_t n = length - i;                           \
-        if (n) { CALL; }                                  \
-    } while (0)
 
 #define TILE_FUNCTION(name, CALL)                                                                                    \
     static TARGET void NAME(name)(const Sweep *s, const NAME(tile) * tile, int64_t length, ACC *total)                \
@@ -220,14 +241,20 @@ SUM_FUNCTION(SUM_W_G_D)
 SUM_FUNCTION(SUM_W_G_GSNR)
 SUM_FUNCTION(SUM_R_G)
 
-TILE_FUNCTION(tile_MOMENTUM, NAME(momentum_lanes)(&c, &t, i, n, 0))
-TILE_FUNCTION(tile_MOMENTUM_GSNR, NAME(momentum_lanes)(&c, &t, i, n, 1))
+#define MOMENTUM_FUNCTIONS(TYPE)                                                               \
+    TILE_FUNCTION(tile_MOMENTUM_##TYPE, NAME(momentum_lanes)(&c, &t, i, n, 0, TYPE))           \
+    TILE_FUNCTION(tile_MOMENTUM_GSNR_##TYPE, NAME(momentum_lanes)(&c, &t, i, n, 1, TYPE))
+MOMENTUM_FUNCTIONS(FP32)
+MOMENTUM_FUNCTIONS(BF16)
 
-#define MOMENT_FUNCTIONS(FORM, LANES_OF)                                                     \
-    TILE_FUNCTION(measure_##FORM, LANES_OF(&c, &t, i, n, FORM, 1, 0, 0, &sums))               \
-    TILE_FUNCTION(measure_and_keep_##FORM, LANES_OF(&c, &t, i, n, FORM, 1, 1, 0, &sums))      \
-    TILE_FUNCTION(apply_##FORM, LANES_OF(&c, &t, i, n, FORM, 1, 1, 1, &sums))                 \
-    TILE_FUNCTION(apply_kept_##FORM, LANES_OF(&c, &t, i, n, FORM, 0, 0, 1, &sums))
+#define MOMENT_FUNCTIONS_OF(FORM, LANES_OF, TYPE)                                                       \
+    TILE_FUNCTION(measure_##FORM##_##TYPE, LANES_OF(&c, &t, i, n, FORM, 1, 0, 0, TYPE, &sums))          \
+    TILE_FUNCTION(measure_and_keep_##FORM##_##TYPE, LANES_OF(&c, &t, i, n, FORM, 1, 1, 0, TYPE, &sums)) \
+    TILE_FUNCTION(apply_##FORM##_##TYPE, LANES_OF(&c, &t, i, n, FORM, 1, 1, 1, TYPE, &sums))            \
+    TILE_FUNCTION(apply_kept_##FORM##_##TYPE, LANES_OF(&c, &t, i, n, FORM, 0, 0, 1, TYPE, &sums))
+#define MOMENT_FUNCTIONS(FORM, LANES_OF)       \
+    MOMENT_FUNCTIONS_OF(FORM, LANES_OF, FP32)  \
+    MOMENT_FUNCTIONS_OF(FORM, LANES_OF, BF16)
 MOMENT_FUNCTIONS(ADAM, NAME(adam_lanes))
 MOMENT_FUNCTIONS(LANS, NAME(adam_lanes))
 MOMENT_FUNCTIONS(ADAM_GSNR, NAME(adam_lanes))
@@ -239,27 +266,22 @@ MOMENT_FUNCTIONS(BELIEF_MAX_NO_ROOT, NAME(belief_lanes))
 
 typedef void (*NAME(tile_function))(const Sweep *, const NAME(tile) *, int64_t, ACC *);
 
-#define MOMENT_ENTRIES(FORM)                                                                 \
-    [FORM] = NAME(measure_##FORM), [FORM + 1] = NAME(measure_and_keep_##FORM),             \
-    [FORM + 2] = NAME(apply_##FORM), [FORM + 3] = NAME(apply_kept_##FORM)
+#define MOMENT_ENTRIES(FORM, TYPE)                                                                        \
+    [FORM] = NAME(measure_##FORM##_##TYPE), [FORM + 1] = NAME(measure_and_keep_##FORM##_##TYPE),          \
+    [FORM + 2] = NAME(apply_##FORM##_##TYPE), [FORM + 3] = NAME(apply_kept_##FORM##_##TYPE)
+#define ENTRIES(TYPE)                                                                                     \
+    {                                                                                                     \
+        [SUM_G] = NAME(tile_SUM_G), [SUM_W_G] = NAME(tile_SUM_W_G), [SUM_W_G_D] = NAME(tile_SUM_W_G_D),   \
+        [SUM_W_G_GSNR] = NAME(tile_SUM_W_G_GSNR), [SUM_R_G] = NAME(tile_SUM_R_G),                         \
+        [MOMENTUM] = NAME(tile_MOMENTUM_##TYPE), [MOMENTUM_GSNR] = NAME(tile_MOMENTUM_GSNR_##TYPE),       \
+        MOMENT_ENTRIES(ADAM, TYPE), MOMENT_ENTRIES(LANS, TYPE), MOMENT_ENTRIES(ADAM_GSNR, TYPE),          \
+        MOMENT_ENTRIES(ADAM_GSNR_MEAN, TYPE), MOMENT_ENTRIES(BELIEF, TYPE),                               \
+        MOMENT_ENTRIES(BELIEF_MAX, TYPE), MOMENT_ENTRIES(BELIEF_NO_ROOT, TYPE),                           \
+        MOMENT_ENTRIES(BELIEF_MAX_NO_ROOT, TYPE),                                                         \
+    }
 
-static const NAME(tile_function) NAME(tile_functions)[KINDS] = {
-    [SUM_G] = NAME(tile_SUM_G),
-    [SUM_W_G] = NAME(tile_SUM_W_G),
-    [SUM_W_G_D] = NAME(tile_SUM_W_G_D),
-    [SUM_W_G_GSNR] = NAME(tile_SUM_W_G_GSNR),
-    [SUM_R_G] = NAME(tile_SUM_R_G),
-    [MOMENTUM] = NAME(tile_MOMENTUM),
-    [MOMENTUM_GSNR] = NAME(tile_MOMENTUM_GSNR),
-    MOMENT_ENTRIES(ADAM),
-    MOMENT_ENTRIES(LANS),
-    MOMENT_ENTRIES(ADAM_GSNR),
-    MOMENT_ENTRIES(ADAM_GSNR_MEAN),
-    MOMENT_ENTRIES(BELIEF),
-    MOMENT_ENTRIES(BELIEF_MAX),
-    MOMENT_ENTRIES(BELIEF_NO_ROOT),
-    MOMENT_ENTRIES(BELIEF_MAX_NO_ROOT),
-};
+/* By the type of the state, FP32 or BF16. */
+static const NAME(tile_function) NAME(tile_functions)[2][KINDS] = {ENTRIES(FP32), ENTRIES(BF16)};
 
 /* What a kind does to a block whose state was not kept because its gradient is zero. */
 INLINE int64_t NAME(kind_of_block)(const Sweep *s, int64_t block, int zero)
@@ -273,18 +295,28 @@ INLINE int64_t NAME(kind_of_block)(const Sweep *s, int64_t block, int zero)
     return mode == 3 && s->idle[block] ? s->kind - 1 : s->kind;
 }
 
+INLINE void *NAME(state_at)(void *const *tensors, int64_t tensor, int64_t at, int64_t type)
+{
+    return tensors ? (char *)tensors[tensor] + at * (type == BF16 ? 2 : 4) : NULL;
+}
+
 static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int64_t count, int64_t block)
 {
     float weights[TILE], gradients[TILE];
-    int64_t tensor = s->tensor[shard], start = s->start[shard] + begin;
+    int64_t tensor = s->tensor[shard], start = s->start[shard] + begin, layer = s->layer[shard];
     int weight_type = s->weight_type[tensor], gradient_type = s->gradient_type[tensor];
+    int64_t master = weight_type == BF16 ? s->master : TO_NEAREST;
+    uint16_t *rest = master == KAHAN ? (uint16_t *)s->compensation[tensor] : NULL;
+    uint16_t *halves = (uint16_t *)s->weight[tensor];
     const void *gradient = s->gradient[tensor];
     int measures_and_keeps = s->kind >= ADAM && (s->kind - ADAM) % 4 == 1;
     int zero = measures_and_keeps && (!gradient || all_zero(gradient, gradient_type, start, count));
     int64_t kind = NAME(kind_of_block)(s, block, zero);
-    NAME(tile_function) function = NAME(tile_functions)[kind];
+    NAME(tile_function) function = NAME(tile_functions)[s->state_type][kind];
     int writes = kind == MOMENTUM || kind == MOMENTUM_GSNR || (kind >= ADAM && (kind - ADAM) % 4 >= 2);
     int64_t step = weight_type == FP32 && gradient && gradient_type == FP32 ? BLOCK : TILE;
+    uint64_t gamma = s->gamma ? s->gamma[layer] : 0, word = 0;
+    if (s->gamma) word = s->key[layer] + gamma * (uint64_t)(s->position[shard] + begin + 1);
     ACC total;
     memset(&total, 0, sizeof total);
     if (!gradient) memset(gradients, 0, sizeof gradients);
@@ -293,14 +325,19 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
         NAME(tile) tile = {
             .g = gradient ? widen(gradient, gradient_type, at, length, gradients) : gradients,
             .mean_square = s->mean_square ? s->mean_square[tensor] + at : NULL,
-            .w = (float *)widen(s->weight[tensor], weight_type, at, length, weights),
-            .first = s->first ? s->first[tensor] + at : NULL,
-            .second = s->second ? s->second[tensor] + at : NULL,
-            .third = s->third ? s->third[tensor] + at : NULL,
-            .layer = s->layer[shard],
+            .w = rest ? weights : (float *)widen(halves, weight_type, at, length, weights),
+            .first = NAME(state_at)(s->first, tensor, at, s->state_type),
+            .second = NAME(state_at)(s->second, tensor, at, s->state_type),
+            .third = NAME(state_at)(s->third, tensor, at, s->state_type),
+            .random = NAME(stream_at)(word + gamma * (uint64_t)done, gamma),
+            .layer = layer,
         };
+        if (rest) NAME(widen_sums)(halves + at, rest + at, weights, length);
         function(s, &tile, length, &total);
-        if (writes) narrow(tile.w, s->weight[tensor], weight_type, at, length);
+        if (!writes) continue;
+        if (rest) NAME(narrow_sums)(weights, halves + at, rest + at, length);
+        else if (master == STOCHASTIC) NAME(narrow_randomly)(weights, halves + at, tile.random, length);
+        else narrow(tile.w, halves, weight_type, at, length);
     }
     if (!s->partial) return;
     for (int k = 0; k < SUMS; k++) {
@@ -313,15 +350,26 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
 #undef F
 #undef I
 #undef D
+#undef U
+#undef H
+#undef W
 #undef ACC
 #undef LOOP
 #undef TILE_FUNCTION
 #undef SUM_FUNCTION
+#undef MOMENTUM_FUNCTIONS
+#undef MOMENT_FUNCTIONS_OF
 #undef MOMENT_FUNCTIONS
 #undef MOMENT_ENTRIES
+#undef ENTRIES
 #undef LANES
 #undef NAME
 #undef TARGET
 #undef SQRT
 #undef LOW
 #undef HIGH
+#undef WIDENED
+#undef UPPER
+#undef LOWER_WORDS
+#undef UPPER_WORDS
+#undef UPPER_OR_NAN

@@ -24,7 +24,7 @@ all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 
 COMMON = ("adapt", "segments", "maximize", "implementation", "foreach", "fused", "capturable", "differentiable")
 PAIRS = ("betas", "trust_bounds")
-COUNTS = ("keep",)
+COUNTS = ("keep", "rounding_seed")
 A_NUMBER = {"max_grad_norm": 1.0, "lr": 0.5}
 """Of options whose default is none."""
 
