@@ -6,9 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+from trustratio.optimizers.formulas.chunk_view import COMPENSATION
+from trustratio.optimizers.sharding.local_tensors import local_part
 
 from .pool import Pools, WorkerPool
-from .sixteen_bit_runs import BF16_OPTIMIZER, FP32, KEPT, assert_same, make_case, resume, straight, write
+from .sixteen_bit_runs import (
+    BF16_OPTIMIZER,
+    FP32,
+    KEPT,
+    WAYS_HERE,
+    assert_same,
+    dcp_state,
+    make_case,
+    resume,
+    running,
+    straight,
+    warned_resume,
+    write,
+)
 
 NAMES = ("lamb", "lars", "novograd", "adabelief")
 ROUNDED = [kept for kept in KEPT if kept != "fp32"]
@@ -133,3 +152,67 @@ def test_bf16_weights_under_another_sharding(
     case = make_case(name, stage, kept)
     pools.get(world_size).run(resume, way, case, kept, str(tmp_path / "middle"), str(tmp_path / "end"))
     assert_same(tmp_path / "end", alone(name, kept))
+
+
+# Files of runs that keep numbers otherwise ----------------------------------------------------------------------------
+
+CONVERTED: tuple[tuple[str, Any, dict[str, Any], str, str], ...] = (
+    *[
+        ("engine's own", stage, FP32, *pair)
+        for stage in (0, 1, 2, 3)
+        for pair in (("fp32", "state"), ("state", "fp32"))
+    ],
+    ("engine's own", 2, {}, "fp32", "state"),
+    ("engine", 3, {}, "fp32", "state"),
+    ("state_dict", "ddp", {}, "kahan", "stochastic"),
+    ("dcp", "fsdp", {}, "fp32", "state"),
+    ("dcp", "fsdp", {}, "kahan", "stochastic"),
+    ("fsdp1", "fsdp1", {}, "state", "fp32"),
+    ("fsdp1", "fsdp1", {}, "kahan", "stochastic"),
+    ("consolidated", "fsdp", {}, "kahan", "stochastic"),
+    ("consolidated", "fsdp", {}, "fp32", "kahan"),
+    ("consolidated", 2, {}, "fp32", "state"),
+)
+
+
+@pytest.mark.parametrize(("way", "stage", "config", "saved", "kept"), CONVERTED)
+@pytest.mark.parametrize("world_size", [2])
+def test_state_is_converted_as_in_one_process(
+    pool: WorkerPool,
+    tmp_path: Path,
+    way: str,
+    stage: Any,
+    config: dict[str, Any],
+    saved: str,
+    kept: str,
+    world_size: int,
+) -> None:
+    pool.run(write, way, make_case("lamb", stage, saved, config=config), saved, str(tmp_path / "middle"))
+    case = make_case("lamb", stage, kept, config=config)
+    warned = pool.run(warned_resume, way, case, kept, str(tmp_path / "middle"), str(tmp_path / "end"))
+    whole = "consolidated" if way == "consolidated" else "state_dict"
+    write(whole, make_case("lamb", "dense", saved), saved, str(tmp_path / "alone"))
+    here = make_case("lamb", "dense", kept)
+    expected = warned_resume(whole, here, kept, str(tmp_path / "alone"), str(tmp_path / "expected"))
+    assert_same(tmp_path / "end", tmp_path / "expected")
+    said = int((saved, kept) != ("fp32", "kahan"))
+    assert [len(sentences) for sentences in (expected, *warned)] == [said] * (1 + world_size)
+
+
+def load_partly(case: Any, kept: str, path: str) -> bool:
+    """Whether DCP without and with `allow_partial_load` reads it; then all compensation is zero."""
+    missing = pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: .*\.compensation")
+    with running(case, kept, seed=7) as run, missing:
+        WAYS_HERE["dcp"].load(run, path)
+    with running(case, kept, seed=7) as run:
+        state = dcp_state(run)
+        dcp.load(state, checkpoint_id=path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+        return not any(bool(local_part(s[COMPENSATION]).any()) for s in run.optimizer.state.values())
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_dcp_asks_for_a_compensation(pool: WorkerPool, tmp_path: Path, world_size: int) -> None:
+    path = str(tmp_path / "middle")
+    pool.run(write, "dcp", make_case("lamb", "fsdp", "stochastic"), "stochastic", path)
+    assert pool.run(load_partly, make_case("lamb", "fsdp", "kahan and state"), "kahan and state", path) == [True, True]
