@@ -62,7 +62,7 @@ def test_state_in_bf16_is_exact(pool: WorkerPool, configuration: Any, world_size
 
 
 @pytest.mark.parametrize("master", ["stochastic", "kahan"])
-@pytest.mark.parametrize("configuration", ["ddp", {"fsdp": 2}], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("configuration", ["ddp", {"fsdp": 1}, {"fsdp": 2}], ids=["ddp", "fsdp1", "fsdp2"])
 @pytest.mark.parametrize("world_size", [2])
 def test_bf16_weights_are_exact(pool: WorkerPool, configuration: Any, master: str, world_size: int) -> None:
     """Which to nearest could not be told: see test_what_rounding_hides_is_not_called_exact."""
