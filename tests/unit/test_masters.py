@@ -122,13 +122,15 @@ def test_layers_without_gradient_are_untouched(
 
 
 @all_optimizers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_of_more_bits_have_no_use_for_it(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [(torch.float32, None), (torch.float32, "bfloat16"), (torch.float64, None)]
+)
+def test_weights_of_more_bits_have_no_use_for_it(name: str, dtype: torch.dtype, state_dtype: str | None) -> None:
     plain, other = make_parameters(dtype), make_parameters(dtype)
-    train(make(name, plain), plain, range(3))
+    train(make(name, plain, state_dtype=state_dtype), plain, range(3))
     for master in MASTERS:
         other = make_parameters(dtype)
-        optimizer = make(name, other, master=master)
+        optimizer = make(name, other, master=master, state_dtype=state_dtype)
         train(optimizer, other, range(3))
         assert all(torch.equal(plain[layer], other[layer]) for layer in plain)
         assert not any("compensation" in state for state in optimizer.state.values())
