@@ -31,7 +31,7 @@ def belief(
     w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(at_first, mask=mask, other=0.0)
     s = tl.load(at_second, mask=mask, other=1.0)
-    fresh = mask  # as in _adam
+    fresh = mask  # as in triton_adam.py
     written = mask
     if MODE == 3:
         fresh = offsets < length * tl.load(idle + tl.program_id(0))

@@ -286,148 +286,10 @@ def _family(kind: Kind) -> str:
 if triton is not None:
     _TL_TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
-    from .triton_belief import belief as _belief
-    from .triton_parts import address as _address
-    from .triton_parts import gradient as _gradient
-    from .triton_parts import gsnr as _gsnr
-    from .triton_parts import put_square as _put_square
-    from .triton_parts import raw_gsnr as _raw_gsnr
-
-    @triton.jit
-    def _sums(
-        rows, changing, idle, partial, count,
-        weights, gradients, first, second, third, mean_squares, factor,
-        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        decay, rate, offset,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
-        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = rows + 4 * tl.program_id(0)
-        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        offsets = tl.arange(0, BLOCK)
-        length *= tl.load(changing + layer)
-        mask = offsets < length
-        g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
-        if KIND == "SUM_R_G" or KIND == "SUM_W_G_GSNR":
-            mean_square = tl.load(_address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
-            mean_square = mean_square * tl.load(factor)
-            bound = tl.load(resolution + layer)
-            if KIND == "SUM_R_G":
-                r = _raw_gsnr(g, mean_square, bound)
-                tl.store(partial + 2 * count + tl.program_id(0), tl.sum(r.to(tl.float64), 0))
-            else:
-                g = g * _gsnr(g, mean_square, bound, tl.load(gsnr_scale + layer), gsnr_floor)
-        _put_square(partial, 1, count, g)
-        if KIND != "SUM_G" and KIND != "SUM_R_G":
-            w = tl.load(_address(weights, tensor, start, WEIGHT) + offsets, mask=mask, other=0.0).to(tl.float32)
-            _put_square(partial, 0, count, w)
-            if KIND == "SUM_W_G_D":
-                _put_square(partial, 2, count, g + weight_decay * w)
-
-    @triton.jit
-    def _momentum(
-        rows, changing, idle, partial, count,
-        weights, gradients, first, second, third, mean_squares, factor,
-        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        decay, rate, offset,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
-        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = rows + 4 * tl.program_id(0)
-        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        offsets = tl.arange(0, BLOCK)
-        length *= tl.load(changing + layer)
-        mask = offsets < length
-        g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
-        if KIND == "MOMENTUM_GSNR":
-            mean_square = tl.load(_address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
-            mean_square = mean_square * tl.load(factor)
-            g = g * _gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
-        at_weight = _address(weights, tensor, start, WEIGHT) + offsets
-        w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
-        change = tl.load(gradient_scale + layer) * g + tl.load(weight_scale + layer) * w
-        if MOMENTUM:
-            at_state = _address(first, tensor, start, tl.float32) + offsets
-            v = beta1 * tl.load(at_state, mask=mask, other=0.0) + change
-            tl.store(at_state, v, mask=mask)
-            if NESTEROV:
-                change = change + beta1 * v
-            else:
-                change = v
-        tl.store(at_weight, (w - tl.load(step + layer) * change).to(WEIGHT), mask=mask)
-
-    @triton.jit
-    def _adam(
-        rows, changing, idle, partial, count,
-        weights, gradients, first, second, third, mean_squares, factor,
-        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        decay, rate, offset,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
-        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = rows + 4 * tl.program_id(0)
-        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        offsets = tl.arange(0, BLOCK)
-        length *= tl.load(changing + layer)
-        mask = offsets < length
-        at_weight = _address(weights, tensor, start, WEIGHT) + offsets
-        at_first = _address(first, tensor, start, tl.float32) + offsets
-        at_second = _address(second, tensor, start, tl.float32) + offsets
-        w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(at_first, mask=mask, other=0.0)
-        v = tl.load(at_second, mask=mask, other=1.0)
-        # Which elements' averages are updated here. Of a block whose gradient is zero, not while measuring.
-        fresh = mask
-        written = mask
-        if MODE == 3:
-            fresh = offsets < length * tl.load(idle + tl.program_id(0))
-            written = fresh
-        g = tl.zeros((BLOCK,), tl.float32)
-        if MODE != 3 or KIND == "LANS":
-            g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
-        if MODE == 1:
-            any_gradient = tl.max(tl.where(g != 0.0, 1, 0), 0)  # NaN counts
-            tl.store(idle + tl.program_id(0), 1 - any_gradient)
-            written = offsets < length * any_gradient
-        scaled = g * tl.load(gradient_scale + layer)
-        adapted = scaled
-        if KIND == "ADAM_GSNR" or KIND == "ADAM_GSNR_MEAN":
-            at_mean = _address(mean_squares, tensor, start, tl.float32) + offsets
-            at_third = _address(third, tensor, start, tl.float32) + offsets
-            mean_square = tl.load(at_mean, mask=fresh, other=0.0) * tl.load(factor)
-            r = _gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
-            p = beta3 * tl.load(at_third, mask=fresh, other=0.0) + complement3 * r
-            adapted = p * tl.load(correction3 + layer) * scaled
-            if MODE != 0:
-                tl.store(at_third, p, mask=written)
-        squared = adapted
-        if KIND == "ADAM_GSNR_MEAN":
-            squared = scaled
-        m = tl.where(fresh, beta1 * m + gain * adapted, m)
-        v = tl.where(fresh, beta2 * v + complement2 * (squared * squared), v)
-        if MODE != 0:
-            tl.store(at_first, m, mask=written)
-            tl.store(at_second, v, mask=written)
-        denominator = tl.sqrt_rn(v * tl.load(correction2 + layer)) + eps
-        u = m * tl.load(correction1 + layer) / denominator + weight_decay * w
-        u = tl.where(mask, u, 0.0)
-        u_g = u
-        if KIND == "LANS":
-            u_g = tl.where(mask, scaled / denominator + weight_decay * w, 0.0)
-        if MODE < 2:
-            _put_square(partial, 0, count, w)
-            _put_square(partial, 1, count, g)
-            _put_square(partial, 2, count, u)
-            if KIND == "LANS":
-                _put_square(partial, 3, count, u_g)
-        else:
-            change = u * tl.load(step + layer)
-            if KIND == "LANS":
-                change = change + u_g * tl.load(second_step + layer)
-            tl.store(at_weight, (w - change).to(WEIGHT), mask=mask)
+    from .triton_adam import adam
+    from .triton_belief import belief
+    from .triton_momentum import momentum
+    from .triton_sums import sums
 
     @triton.jit
     def _fold(partial, ends, total, blocks, layers, BLOCK: tl.constexpr):
@@ -441,4 +303,4 @@ if triton is not None:
         at_total = total + place * layers + layer
         tl.store(at_total, tl.load(at_total) + tl.sum(parts, 0))
 
-    _KERNELS = {"sums": _sums, "momentum": _momentum, "adam": _adam, "belief": _belief}
+    _KERNELS = {"sums": sums, "momentum": momentum, "adam": adam, "belief": belief}
