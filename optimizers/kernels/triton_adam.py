@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_parts import address, gradient, gsnr, put_square
+from .triton_parts import ROW, address, gradient, gsnr, put_square
+from .triton_rounding import kept, places, put_weight, rounding_bits, weight
 
 __all__ = ["adam"]
 
@@ -13,24 +14,24 @@ __all__ = ["adam"]
 @triton.jit
 def adam(
     rows, changing, idle, partial, count,
-    weights, gradients, first, second, third, mean_squares, factor,
+    weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
     decay, rate, offset,
     beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = rows + 4 * tl.program_id(0)
+    row = rows + ROW * tl.program_id(0)
     tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     offsets = tl.arange(0, BLOCK)
     length *= tl.load(changing + layer)
     mask = offsets < length
-    at_weight = address(weights, tensor, start, WEIGHT) + offsets
-    at_first = address(first, tensor, start, tl.float32) + offsets
-    at_second = address(second, tensor, start, tl.float32) + offsets
-    w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(at_first, mask=mask, other=0.0)
-    v = tl.load(at_second, mask=mask, other=1.0)
+    at_weight, at_rest = places(weights, compensations, tensor, start, offsets, WEIGHT, MASTER)
+    at_first = address(first, tensor, start, STATE) + offsets
+    at_second = address(second, tensor, start, STATE) + offsets
+    w = weight(at_weight, at_rest, mask, MASTER)
+    m = tl.load(at_first, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(at_second, mask=mask, other=1.0).to(tl.float32)
     # Which elements' averages are updated here. Of a block whose gradient is zero, not while measuring.
     fresh = mask
     written = mask
@@ -40,6 +41,7 @@ def adam(
     g = tl.zeros((BLOCK,), tl.float32)
     if MODE != 3 or KIND == "LANS":
         g = gradient(gradients, tensor, start, offsets, length, GRADIENT)
+    bits = rounding_bits(rows, keys, gammas, idle, layer, offsets, length, STATE, MASTER, MODE)
     if MODE == 1:
         any_gradient = tl.max(tl.where(g != 0.0, 1, 0), 0)  # NaN counts
         tl.store(idle + tl.program_id(0), 1 - any_gradient)
@@ -48,21 +50,21 @@ def adam(
     adapted = scaled
     if KIND == "ADAM_GSNR" or KIND == "ADAM_GSNR_MEAN":
         at_mean = address(mean_squares, tensor, start, tl.float32) + offsets
-        at_third = address(third, tensor, start, tl.float32) + offsets
+        at_third = address(third, tensor, start, STATE) + offsets
         mean_square = tl.load(at_mean, mask=fresh, other=0.0) * tl.load(factor)
         r = gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
-        p = beta3 * tl.load(at_third, mask=fresh, other=0.0) + complement3 * r
+        p = kept(beta3 * tl.load(at_third, mask=fresh, other=0.0).to(tl.float32) + complement3 * r, bits, 2, STATE)
         adapted = p * tl.load(correction3 + layer) * scaled
         if MODE != 0:
-            tl.store(at_third, p, mask=written)
+            tl.store(at_third, p.to(STATE), mask=written)
     squared = adapted
     if KIND == "ADAM_GSNR_MEAN":
         squared = scaled
-    m = tl.where(fresh, beta1 * m + gain * adapted, m)
-    v = tl.where(fresh, beta2 * v + complement2 * (squared * squared), v)
+    m = tl.where(fresh, kept(beta1 * m + gain * adapted, bits, 0, STATE), m)
+    v = tl.where(fresh, kept(beta2 * v + complement2 * (squared * squared), bits, 1, STATE), v)
     if MODE != 0:
-        tl.store(at_first, m, mask=written)
-        tl.store(at_second, v, mask=written)
+        tl.store(at_first, m.to(STATE), mask=written)
+        tl.store(at_second, v.to(STATE), mask=written)
     denominator = tl.sqrt_rn(v * tl.load(correction2 + layer)) + eps
     u = m * tl.load(correction1 + layer) / denominator + weight_decay * w
     u = tl.where(mask, u, 0.0)
@@ -79,4 +81,4 @@ def adam(
         change = u * tl.load(step + layer)
         if KIND == "LANS":
             change = change + u_g * tl.load(second_step + layer)
-        tl.store(at_weight, (w - change).to(WEIGHT), mask=mask)
+        put_weight(at_weight, at_rest, mask, w - change, bits, WEIGHT, MASTER)

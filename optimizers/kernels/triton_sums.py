@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_parts import address, gradient, gsnr, put_square, raw_gsnr
+from .triton_parts import ROW, address, gradient, gsnr, put_square, raw_gsnr
+from .triton_rounding import places, weight
 
 __all__ = ["sums"]
 
@@ -13,14 +14,14 @@ __all__ = ["sums"]
 @triton.jit
 def sums(
     rows, changing, idle, partial, count,
-    weights, gradients, first, second, third, mean_squares, factor,
+    weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
     decay, rate, offset,
     beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = rows + 4 * tl.program_id(0)
+    row = rows + ROW * tl.program_id(0)
     tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     offsets = tl.arange(0, BLOCK)
     length *= tl.load(changing + layer)
@@ -37,7 +38,8 @@ def sums(
             g = g * gsnr(g, mean_square, bound, tl.load(gsnr_scale + layer), gsnr_floor)
     put_square(partial, 1, count, g)
     if KIND != "SUM_G" and KIND != "SUM_R_G":
-        w = tl.load(address(weights, tensor, start, WEIGHT) + offsets, mask=mask, other=0.0).to(tl.float32)
+        at_weight, at_rest = places(weights, compensations, tensor, start, offsets, WEIGHT, MASTER)
+        w = weight(at_weight, at_rest, mask, MASTER)
         put_square(partial, 0, count, w)
         if KIND == "SUM_W_G_D":
             put_square(partial, 2, count, g + weight_decay * w)
