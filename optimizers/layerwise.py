@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import Unpack
 
 from .formulas.algorithm import Algorithm
+from .formulas.chunk_view import COMPENSATION
 from .formulas.hyperparameters import check_betas, check_choice, check_range
 from .gradient_statistics.watch import GradientStatistics
 from .kernels.choice import IMPLEMENTATIONS
@@ -33,14 +34,14 @@ from .sharding.resolve import resolve_layout
 from .sharding.unsharded import has_its_own_parameters
 from .stepping.count import StepCount, most_steps, steps_of, whole_steps
 from .stepping.foreign_state import refuse_foreign_state
-from .stepping.kept_storage import Conversions, kept_as_here
+from .stepping.kept_storage import Conversions, in_one_dtype, kept_as_here
 from .stepping.loaded_state import LoadedState, prove_loaded_state, with_layer_names
 from .stepping.lost_updates import RoundedUpdates
 from .stepping.plan import Plan, options_of_plan
 from .stepping.plans import Plans
 from .stepping.state import element_dtype, on_device
 from .stepping.step import Step
-from .stepping.storage import refuse_storage
+from .stepping.storage import forget_compensation, refuse_storage
 from .stepping.taking_part import frozen_layers, taking_part
 
 __all__ = ["LayerwiseAdam", "LayerwiseMomentum", "LayerwiseOptimizer"]
@@ -334,57 +335,62 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         """As in torch.optim; of flat tensors that a wrapper made, it has the names and places of their layers too."""
         tensors = [p for group in self.param_groups for p in group["params"]]
         layouts = [plan.layout for plan in self._plans.values()]
-        return with_layer_names(super().state_dict(), tensors, layouts, [self.was_given(p) for p in tensors])
+        saved = in_one_dtype(self, super().state_dict())
+        return with_layer_names(saved, tensors, layouts, [self.was_given(p) for p in tensors])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch.optim does, hooks included, but into the dtype in which state is kept here.
 
         That is fp32 also for 16-bit parameters, or what `state_dtype` says, with a warning where the file has another.
-        How numbers are kept (`state_dtype`, `master`, `rounding_seed`) stays as it is. State and group keys that others
-        put beside the optimizer's own, e.g. a wrapper's slow weights, are kept.
+        How numbers are kept (`state_dtype`, `master`, `rounding_seed`) stays as it is; the compensation of a file with
+        master "kahan" is dropped where none is kept, with a warning. State and group keys that others put beside the
+        optimizer's own, e.g. a wrapper's slow weights, are kept.
 
         Raises:
             ValueError: Before anything is changed, if what the pre-hooks made of it is the state of another optimizer,
                 or of other parameters.
         """
         loaded: dict[str, Any] = {}
+        conversions = Conversions(self)
 
         def check(_: Any, found: dict[str, Any]) -> dict[str, Any]:
             refuse_foreign_state(self, found)
+            conversions.note_groups(found)
             loaded.update(kept_as_here(self, found))
             return loaded
 
         # The last of the hooks before, which sees what the user's have made; the first after, so that theirs are last.
         handles = [
             self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(lambda _: self._keep_dtypes(loaded), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._keep_dtypes(loaded, conversions), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
         finally:
             for handle in handles:
                 handle.remove()
+        conversions.warn(stacklevel=2)
 
-    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+    def _keep_dtypes(self, state_dict: dict[str, Any], conversions: Conversions) -> None:
         """Set the state again, which torch has cast to the parameters' dtype."""
         current = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        conversions = Conversions()
         for (group, parameter), index in zip(current, saved, strict=True):
             if self.state.get(parameter, {}) is None:  # as some files say that there is none yet
                 del self.state[parameter]
             for name, value in (state_dict["state"].get(index) or {}).items():
-                kept = self._as_loaded(group, parameter, name, value)
-                conversions.note(name, value, kept)
-                self.state[parameter][name] = kept
-        conversions.warn()
+                kept = self.state[parameter][name] = self._as_loaded(group, parameter, name, value)
+                conversions.note(name, getattr(value, "dtype", None), getattr(kept, "dtype", None))
+            if conversions.leaves_behind(group, parameter, self.state.get(parameter, {})):
+                del self.state[parameter][COMPENSATION]
         self._plans.clear()
         self._count.restart()
         self._loaded = LoadedState(self, state_dict)
 
     def _as_loaded(self, group: dict[str, Any], parameter: torch.Tensor, name: str, value: Any) -> Any:
         kept = on_device(value, parameter.device)
-        return kept.to(element_dtype(parameter, name, group)) if name in self.element_state else kept
+        is_ours = name in (*self.element_state, COMPENSATION)
+        return kept.to(element_dtype(parameter, name, group)) if is_ours else kept
 
     def _warn_of(self, lost_updates: str | None) -> None:
         if lost_updates is not None:
@@ -413,6 +419,7 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
         self._refuse_segments_of_groups(layout)
         refuse_storage(self, layout)
         self.check_layout(layout)
+        forget_compensation(self, layout)
         plan = Plan.of(self, layout, tensors, groups)
         if self._loaded is not None:
             plan.share_layer_state(self.layer_state, self.state)

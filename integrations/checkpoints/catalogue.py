@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from trustratio.optimizers.sharding.local_tensors import local_part, reduction_device, summable
 
-from .local_state import WEIGHT, LocalLayer, LocalState
+from .local_state import LocalLayer, LocalState
 from .plain import as_json
 from .ranks import device_for, of_rank, raise_together, rank, ranks_that_differ, several_ranks
 
@@ -88,7 +88,7 @@ def _describe(local: LocalState) -> tuple[dict[str, DescribedLayer], list[str]]:
     return {
         layer.name: DescribedLayer(
             shape=layer.shape,
-            dtypes={what: local.dtype(layer, what) for what in (WEIGHT, *local.element_state, *local.layer_state)},
+            dtypes={what: local.dtype(layer, what) for what in local.kept_of(layer)},
             group=layer.group,
             options=options[layer.group],
             frozen=layer.frozen,

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from trustratio.optimizers.sharding.layout import listing
 from trustratio.optimizers.stepping.count import steps_of
+from trustratio.optimizers.stepping.kept_storage import Conversions
 
 from .catalogue import Catalogue, prove_positions, share_out
 from .content import CONTENT, UNKNOWN
@@ -116,7 +117,8 @@ def load_optimizer_state(
     """Restore what `save_optimizer_state` wrote, under any backend and number of ranks. Call it on all ranks.
 
     It may precede the first step. All group options are restored, `lr` and a scheduler's `initial_lr` among them, so
-    change an option after loading. Make a scheduler before loading, and load its own state_dict() after it.
+    change an option after loading. Make a scheduler before loading, and load its own state_dict() after it. How numbers
+    are kept (`state_dtype`, `master`, `rounding_seed`) stays as it is, and state is converted, with a warning.
 
     Nothing is unpickled. Memory: this rank's part of one layer.
 
@@ -159,6 +161,7 @@ def load_optimizer_state(
     raise_together(_damage(stored, path) if verify else [])
     if any(other_layers.values()):
         warnings.warn("; ".join(_described(other_layers)), stacklevel=2)
+    _converted(stored, local, weights).warn(stacklevel=2)
     _set_state(stored, local, weights)
     for index, group in enumerate(local.optimizer.param_groups):
         for options in stored.options_of(local.names_of_group(index)):
@@ -183,8 +186,27 @@ def _set_state(stored: StoredFile, local: LocalState, weights: bool) -> None:
                 continue
             for what in local.layer_state:
                 local.set_numbers(layer, what, stored.number(name, what))
-            for what in (*local.element_state, *([WEIGHT] if weights else [])):
+            for what in local.element_state:
                 local.copy_from(stored.reader(name, what), layer, what)
+            if weights:
+                is_sum = name in stored.compensated and local.dtype(layer, WEIGHT) != torch.bfloat16
+                local.copy_from(stored.sum_reader(name) if is_sum else stored.reader(name, WEIGHT), layer, WEIGHT)
+            if local.has_compensation(layer):
+                local.copy_compensation_from(stored.rest_reader(name), stored.reader(name, WEIGHT), layer)
+
+
+def _converted(stored: StoredFile, local: LocalState, weights: bool) -> Conversions:
+    """What this rank keeps with another number of bits than the file."""
+    conversions = Conversions(local.optimizer)
+    for name, layer in local.by_name.items():
+        if name not in stored.shapes:
+            continue
+        for what in local.element_state:
+            conversions.note(what, stored.dtype(name, what), local.dtype(layer, what))
+        has_place = local.has_compensation(layer) or (weights and local.dtype(layer, WEIGHT) != torch.bfloat16)
+        if name in stored.compensated and not has_place:
+            conversions.note_left_behind()
+    return conversions
 
 
 # Writing ------------------------------------------------------------------------------------------------------------

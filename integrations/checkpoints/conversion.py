@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from trustratio.optimizers.formulas.chunk_view import COMPENSATION
 from trustratio.optimizers.lars import ACCUMULATES
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.sharding.layout import listing
@@ -147,6 +148,8 @@ def _differences(
     kind = type(target).__name__
     kept = {*target.element_state, *target.layer_state} - {"step"}
     missing, additional = kept - state.keys(), state.keys() - kept - {"step"}
+    if group["master"] == "kahan":
+        additional -= {COMPENSATION}
     wanted, added = target.accumulates(group), _accumulated(theirs)
     if missing:
         yield f"{kind} keeps {', '.join(sorted(missing))}, which it lacks"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trustratio.optimizers import TrustRatio
+from trustratio.optimizers.formulas.chunk_view import COMPENSATION
 from trustratio.optimizers.layerwise import LayerwiseOptimizer
 from trustratio.optimizers.sharding.backends import publish_weights, stepped_tensors
 from trustratio.optimizers.sharding.local_tensors import local_part
@@ -16,6 +17,7 @@ from trustratio.optimizers.sharding.resolve import resolve_layout
 from trustratio.optimizers.stepping.foreign_state import without_wrappers
 from trustratio.optimizers.stepping.state import (
     element_dtype,
+    keeps_compensation,
     layer_numbers,
     make_element_state,
     number_dtype,
@@ -98,13 +100,22 @@ class LocalState:
     @property
     def state_of_others(self) -> list[str]:
         """What a wrapper has put beside the optimizer's own state."""
-        known = {*self.element_state, *self.layer_state, "layers"}
+        known = {*self.element_state, *self.layer_state, COMPENSATION, "layers"}
         found = (self.optimizer.state.get(tensor, {}).keys() - known for tensor in self.layout.tensors)
         return sorted(set().union(*found))
 
     def names_of_group(self, index: int) -> list[str]:
         """The layers of one parameter group."""
         return [layer.name for layer in self.layers if layer.group == index]
+
+    def has_compensation(self, layer: LocalLayer) -> bool:
+        """Whether a layer's weight is the sum of two bf16 numbers, of which the second is state."""
+        return keeps_compensation(layer.tensor, self.optimizer.param_groups[layer.group])
+
+    def kept_of(self, layer: LocalLayer) -> tuple[str, ...]:
+        """What is kept of a layer: its weight, and its state by name."""
+        compensation = [COMPENSATION] if self.has_compensation(layer) else []
+        return (WEIGHT, *self.element_state, *compensation, *self.layer_state)
 
     def dtype(self, layer: LocalLayer, what: str) -> torch.dtype:
         """In which a layer's weight or state is kept."""
@@ -137,19 +148,30 @@ class LocalState:
 
     def copy_from(self, read: ReadBlock, layer: LocalLayer, what: str) -> None:
         """Set this rank's elements of a layer."""
-        whole = (
-            layer.tensor
-            if what == WEIGHT
-            else make_element_state(
-                self.optimizer.state[layer.tensor], layer.tensor, what, self.optimizer.param_groups[layer.group]
-            )
-        )
-        part = local_part(whole).detach()
+        part = self._part(layer, what)
         flat = part.reshape(-1)
         for piece in layer.pieces:
             piece.copy_from(read, flat)
         if not part.is_contiguous():
             part.copy_(flat.view(part.shape))
+
+    def copy_compensation_from(self, read: ReadBlock, read_weight: ReadBlock, layer: LocalLayer) -> None:
+        """Set what this rank's elements of a layer lack of their sums, where the weights are those that it is of."""
+        weights, part = self._part(layer, WEIGHT), self._part(layer, COMPENSATION)
+        theirs, rest = (
+            torch.full_like(one, torch.nan, memory_format=torch.contiguous_format) for one in (weights, part)
+        )
+        for piece in layer.pieces:
+            piece.copy_from(read_weight, theirs.view(-1))
+            piece.copy_from(read, rest.view(-1))
+        part.copy_(torch.where(theirs == weights, rest, part))
+
+    def _part(self, layer: LocalLayer, what: str) -> torch.Tensor:
+        """The local part of the tensor that carries a layer, or of its state, which is made if there is none."""
+        if what == WEIGHT:
+            return local_part(layer.tensor).detach()
+        state, group = self.optimizer.state[layer.tensor], self.optimizer.param_groups[layer.group]
+        return local_part(make_element_state(state, layer.tensor, what, group)).detach()
 
     def publish_weights(self) -> None:
         """Bring the model's parameters up to date where the optimizer's weights are not the model's own."""

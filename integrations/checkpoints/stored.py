@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from trustratio.optimizers.formulas.chunk_view import COMPENSATION
+from trustratio.optimizers.options.common import STORAGE_OPTIONS
+
 from .content import CONTENT, has_content
 from .local_state import WEIGHT
 from .pieces import ReadBlock
 from .plain import from_json
-from .safetensors_file import refuse_damaged_header
+from .safetensors_file import DTYPE_NAMES, refuse_damaged_header
 
 __all__ = ["DAMAGED", "FORMAT", "VERSION", "StoredFile", "key_of"]
 
@@ -51,8 +54,12 @@ class StoredFile:
         self.extra = from_json(metadata["extra"])
         self._content = metadata.get(CONTENT)
         self.shapes = {name: self._shape(name, WEIGHT) for group in self.groups for name in group["layers"]}
+        keys = set(self._file.keys())
+        self.compensated = {name for name in self.shapes if key_of(name, COMPENSATION) in keys}
+        """Layers whose weight is a sum of two bf16 numbers: master="kahan"."""
         for name, shape in self.shapes.items():
-            for what in (*self.element_state, *self.layer_state):
+            compensation = [COMPENSATION] if name in self.compensated else []
+            for what in (*self.element_state, *compensation, *self.layer_state):
                 wanted = () if what in self.layer_state else shape
                 if self._shape(name, what) != wanted:
                     raise ValueError(f"{what} of {name} has shape {self._shape(name, what)} instead of {wanted}")
@@ -77,15 +84,38 @@ class StoredFile:
 
         return read
 
+    def sum_reader(self, name: str) -> ReadBlock:
+        """The same of a layer's weight with all that the file has of it, where it is a sum in fp32."""
+        parts = [self.reader(name, what) for what in (WEIGHT, COMPENSATION)]
+        return lambda slices: parts[0](slices).float() + parts[1](slices).float()
+
+    def rest_reader(self, name: str) -> ReadBlock:
+        """The same of what bf16 weights lack of the file's, whatever dtype those are in."""
+        if name in self.compensated:
+            return self.reader(name, COMPENSATION)
+        weight = self.reader(name, WEIGHT)
+
+        def read(slices: tuple[slice, ...]) -> torch.Tensor:
+            block = weight(slices)
+            return block - block.to(torch.bfloat16)
+
+        return read
+
+    def dtype(self, name: str, what: str) -> torch.dtype:
+        """The dtype of a layer's weight or state."""
+        kept = self._file.get_slice(key_of(name, what)).get_dtype()
+        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == kept)
+
     def number(self, name: str, what: str) -> float:
         """A layer's per-layer state."""
         with torch.device("cpu"):
             return self._file.get_tensor(key_of(name, what)).item()
 
     def options_of(self, names: list[str]) -> list[dict[str, Any]]:
-        """The different options that these layers have."""
+        """The different options that these layers have, but for how numbers are kept, which is each run's own."""
         options: list[dict[str, Any]] = []
         for group in self.groups:
-            if group["options"] not in options and not set(names).isdisjoint(group["layers"]):
-                options.append(group["options"])
+            restored = {key: value for key, value in group["options"].items() if key not in STORAGE_OPTIONS}
+            if restored not in options and not set(names).isdisjoint(group["layers"]):
+                options.append(restored)
         return options

@@ -8,9 +8,9 @@ from math import inf, nan, sqrt
 
 import torch
 
-from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.stepping.agreement import GRADIENT as GRADIENT_NORM
 from trustratio.optimizers.stepping.gradients import read_gradients
+from trustratio.optimizers.stepping.state import stepped_weights
 
 from .clips import Clips
 from .records import LayerNorm, MeasuredNorms
@@ -31,8 +31,9 @@ class MeasuredStep:
         stepped: Ids of the tensors that have been stepped.
     """
 
-    def __init__(self, number: int, sums: ShardSums):
+    def __init__(self, number: int, sums: ShardSums, optimizer: torch.optim.Optimizer):
         self.number = number
+        self._optimizer = optimizer
         self.layout = sums.layout
         self.clips: list[Clips] = []
         self.stepped: set[int] = set()
@@ -45,7 +46,9 @@ class MeasuredStep:
     def before(self, call: Collection[int]) -> None:
         """Copy the weights of a call's local tensors, given by their indices."""
         self._old = [
-            local_part(tensor).detach().clone(memory_format=torch.contiguous_format) if index in call else None
+            stepped_weights(self._optimizer, tensor).clone(memory_format=torch.contiguous_format)
+            if index in call
+            else None
             for index, tensor in enumerate(self.layout.tensors)
         ]
 
@@ -74,7 +77,7 @@ class MeasuredStep:
         """
         old, sums = self._old, self._sums
         new = [
-            local_part(tensor).detach().contiguous() if index in call else None
+            stepped_weights(self._optimizer, tensor).contiguous() if index in call else None
             for index, tensor in enumerate(self.layout.tensors)
         ]
         self._numbers[WEIGHT] += sums.numbers(lambda chunk: sums.read(old, chunk), call)

@@ -105,7 +105,7 @@ class Observation:
             self._resolve()
             assert self._sums is not None
             if self._step is None:
-                self._step = MeasuredStep(self.steps, self._sums)
+                self._step = MeasuredStep(self.steps, self._sums, self._kept.optimizer)
             self._call = frozenset(self._kept.of_call())
             self._step.before(self._call)
 

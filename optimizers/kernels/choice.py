@@ -82,8 +82,8 @@ def _warn_of_others(requested: str | None) -> None:
     asked = requested or os.environ.get(VARIABLE)
     if asked:
         _warn_once(
-            f"implementation {asked!r} serves weights and gradients in fp32, bf16 and fp16 with state in fp32 on one "
-            "device; other tensors are computed by tensor operations"
+            f"implementation {asked!r} serves weights and gradients in fp32, bf16 and fp16 with state in fp32 or bf16 "
+            "on one device; other tensors are computed by tensor operations"
         )
 
 

@@ -40,7 +40,7 @@ class EagerSweeps:
         maxima: dict[str, list[torch.Tensor]] = {name: [] for name in stage.maximum_names}
         of_rows = self._zero_row_sums(operands, stage)
         for chunk in group_chunks.chunks:
-            summands = stage(operands.options, operands.table, self._view(operands, chunk, in_place=False))
+            summands = stage(operands.options, operands.table, self.view(operands, chunk, in_place=False))
             named = dict(zip((*of_pieces, *maxima, *of_rows), summands, strict=True))
             for name, pieces in of_pieces.items():
                 pieces += chunk.sums(named[name])
@@ -90,10 +90,11 @@ class EagerSweeps:
         if known is not None and not any(known):
             return
         all_change = known is not None and all(known)
-        view = self._view(operands, chunk, in_place=all_change)
+        view = self.view(operands, chunk, in_place=all_change)
         view.store(update.change(view), None if all_change else view.of(changing))
 
-    def _view(self, operands: GroupOperands, chunk: Chunk, *, in_place: bool) -> ChunkView:
+    def view(self, operands: GroupOperands, chunk: Chunk, *, in_place: bool) -> ChunkView:
+        """What an algorithm sees of a chunk of a group."""
         flat = {name: (Flattened(tensors), factor) for name, (tensors, factor) in self.operands.inputs.items()}
         rows, first = operands.table.rows, operands.layers.start
         rounding = operands.rounding

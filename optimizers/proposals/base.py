@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..options.common import STORAGE_OPTIONS
 from ..options.unknown import nearest
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import local_part, placements_of
@@ -99,9 +100,10 @@ def refuse_unknown_options(
     for name in options:
         if name not in names and not takes_others:
             allowed = [*own, *(known for known in names if known not in own)]
+            keeps = f"{base_class.__name__} keeps state and weights" if name in STORAGE_OPTIONS else None
             raise TypeError(
                 f"TrustRatio({base_class.__name__}) got an unexpected keyword argument {name!r}; "
-                f"{nearest(name, allowed)}"
+                f"{keeps or nearest(name, allowed)}"
             )
 
 

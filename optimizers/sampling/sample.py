@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..formulas.chunk_view import ChunkView
-from ..formulas.chunks import Flattened, Summand, cut_into_chunks, squares, values
+from ..formulas.chunks import Summand, cut_into_chunks, squares, values
 from ..formulas.layer_table import LayerTable
 from ..formulas.stages import Stage, sums_over_layers
 from ..formulas.updates import Update
@@ -104,8 +104,7 @@ class Sample:
         return torch.tensor(roots, dtype=like.dtype, device="cpu").to(like.device)
 
     def _move(self, step: Step, publish: bool) -> None:
-        weights, gradients = Flattened(step.operands.weights), Flattened(step.operands.gradients)
-        state = {name: Flattened(tensors) for name, tensors in step.operands.state.items()}
+        sweeps = EagerSweeps(step.operands, step.takes_part, self._plan.cache)
         chunks = cut_into_chunks(self._plan.layout)
 
         def change(index: int, local: torch.Tensor) -> None:
@@ -113,7 +112,7 @@ class Sample:
                 return
             for chunk in filter(None, (whole.only(index.__eq__) for whole in chunks)):
                 group = step.groups[chunk.group]
-                x = ChunkView(chunk, weights, gradients, state, group.layers.start, in_place=False)
+                x = sweeps.view(group, chunk, in_place=False)
                 by, factor = self._formula.direction(group.options, group.table).change(x), x.of(group.table.factor)
                 x.move(torch.where(factor != 0, by * factor, torch.zeros_like(by)))
             in_order = step.operands.weights[index]

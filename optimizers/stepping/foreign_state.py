@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..formulas.algorithm import Algorithm
+from ..formulas.chunk_view import COMPENSATION
 from ..options.common import COMMON_DEFAULTS, options_of
 from ..options.unknown import chooses_elsewhere, options_of_others
 from ..sharding.layout import listing
@@ -110,7 +111,8 @@ def _foreign_state(optimizer: Algorithm, state_dict: dict[str, Any]) -> Iterator
             if missing:
                 yield f"parameter {name} lacks the state {', '.join(sorted(missing))}"
                 continue
-            problems = [*_misshapen(layer_state, element_state, state, parameter, name)] or [*_miscounted(state, name)]
+            of_elements = (*element_state, *({COMPENSATION} & state.keys() if optimizer.keeps_own_state else ()))
+            problems = [*_misshapen(layer_state, of_elements, state, parameter, name)] or [*_miscounted(state, name)]
             yield from problems
             if not problems and _is_warm_before_the_first_step(state, element_state):
                 yield (

@@ -8,9 +8,17 @@ from typing import Any
 import torch
 
 from ..formulas.algorithm import Algorithm
+from ..formulas.chunk_view import COMPENSATION
 from ..options.common import STORAGE_OPTIONS
+from ..sharding.local_tensors import is_flattened
+from .state import element_dtype, keeps_compensation
 
-__all__ = ["Conversions", "kept_as_here"]
+__all__ = ["Conversions", "in_one_dtype", "kept_as_here"]
+
+LEFT_BEHIND = (
+    'the rest of bf16 weights that the file has of master="kahan" is left behind, as nothing here keeps one: weights '
+    "go on as the bf16 numbers that are loaded"
+)
 
 
 def kept_as_here(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -25,26 +33,68 @@ def kept_as_here(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, 
     return {**state_dict, "param_groups": [*groups, *others]}
 
 
+def in_one_dtype(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The `state_dict` with each compensation of a parameter that FSDP1 has flattened as wide as its other state.
+
+    FSDP1 gathers state of one dtype alone. No bit is lost, and loading makes bf16 of it again.
+    """
+    if not algorithm.keeps_own_state:
+        return state_dict
+    state = dict(state_dict["state"])
+    parameters = [(group, parameter) for group in algorithm.param_groups for parameter in group["params"]]
+    for index, (group, parameter) in enumerate(parameters):
+        if COMPENSATION in state.get(index, {}) and is_flattened(parameter) and algorithm.element_state:
+            wide = state[index][COMPENSATION].to(element_dtype(parameter, algorithm.element_state[0], group))
+            state[index] = {**state[index], COMPENSATION: wide}
+    return {**state_dict, "state": state}
+
+
 class Conversions:
-    """Which state had another number of bits in the file, for one warning."""
+    """What was kept with another number of bits in the file, for one warning.
 
-    def __init__(self) -> None:
-        self._found: set[tuple[str, torch.dtype, torch.dtype]] = set()
+    Args:
+        algorithm: Which loads it.
+    """
 
-    def note(self, name: str, value: Any, kept: Any) -> None:
-        if not (isinstance(value, torch.Tensor) and isinstance(kept, torch.Tensor)):
+    def __init__(self, algorithm: Algorithm):
+        self._algorithm = algorithm
+        self._found: dict[tuple[torch.dtype, torch.dtype], set[str]] = {}
+        self._left_behind = False
+
+    def note(self, name: str, old: torch.dtype | None, new: torch.dtype | None) -> None:
+        """Note which dtype a state has in the file, and which one here; None where it is no tensor."""
+        if old is None or new is None or old == new or name == COMPENSATION:
             return
-        if torch.bfloat16 in (value.dtype, kept.dtype) and value.dtype != kept.dtype:
-            self._found.add((name, value.dtype, kept.dtype))
+        if torch.bfloat16 in (old, new):
+            self._found.setdefault((old, new), set()).add(name)
 
-    def warn(self) -> None:
-        if self._found:
-            names = ", ".join(sorted({name for name, _, _ in self._found}))
-            dtypes = sorted({f"{_name(old)} in the file is kept in {_name(new)}" for _, old, new in self._found})
-            warnings.warn(
-                f"the loaded state {names}, {' and '.join(dtypes)} here, rounded to nearest, as state_dtype says",
-                stacklevel=6,
-            )
+    def note_left_behind(self) -> None:
+        """Note that what the file has of `COMPENSATION` is not kept."""
+        self._left_behind = True
+
+    def note_groups(self, state_dict: dict[str, Any]) -> None:
+        """Note groups whose compensation is not even asked of a file, as by torch.distributed.checkpoint."""
+        pairs = zip(self._algorithm.param_groups, state_dict["param_groups"], strict=False)
+        for group, saved in pairs if self._algorithm.keeps_own_state and state_dict["state"] else ():
+            has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in group["params"])
+            self._left_behind |= has_bf16 and saved.get("master") == "kahan" != group["master"]
+
+    def leaves_behind(self, group: dict[str, Any], parameter: torch.Tensor, state: dict[str, Any]) -> bool:
+        """Whether a parameter's loaded state has a compensation that is not kept here."""
+        is_ours = self._algorithm.keeps_own_state and COMPENSATION in state
+        left = is_ours and not keeps_compensation(parameter, group)
+        self._left_behind |= left
+        return left
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn once of all that was noted."""
+        sentences = [
+            f"the loaded state {', '.join(sorted(names))} is {_name(old)} in the file and kept in {_name(new)} here, "
+            f"{'rounded to nearest, ' if new == torch.bfloat16 else ''}as state_dtype says"
+            for (old, new), names in sorted(self._found.items(), key=str)
+        ] + ([LEFT_BEHIND] if self._left_behind else [])
+        if sentences:
+            warnings.warn("; ".join(sentences), stacklevel=stacklevel + 1)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..formulas.chunk_view import COMPENSATION
 from ..sharding.layout import Layer, Layout, LayoutError, listing
 from ..sharding.local_tensors import held_alike, local_part, numbers_device, placements_of
 from .foreign_state import without_wrappers
@@ -87,10 +88,11 @@ def _misplaced_tensors(optimizer: Any, state_dict: dict[str, Any]) -> list[torch
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     states = [state_dict["state"].get(index) or {} for index in saved]
+    names = (*optimizer.element_state, *([COMPENSATION] if optimizer.keeps_own_state else []))
     return [
         tensor
         for tensor, state in zip(tensors, states, strict=True)
-        if not all(held_alike(state[what], tensor) for what in optimizer.element_state if what in state)
+        if not all(held_alike(state[what], tensor) for what in names if what in state)
     ]
 
 

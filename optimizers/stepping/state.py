@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from ..formulas.algorithm import Algorithm
 from ..formulas.chunk_view import COMPENSATION
 from ..options.common import STATE_DTYPES
-from ..sharding.local_tensors import compute_dtype, has_fp64, is_plain, numbers_device
+from ..sharding.local_tensors import compute_dtype, has_fp64, is_plain, local_part, numbers_device
 
 __all__ = [
     "element_dtype",
@@ -28,6 +29,7 @@ __all__ = [
     "read_all_numbers",
     "read_numbers",
     "set_layer_numbers",
+    "stepped_weights",
     "write_all_numbers",
     "write_numbers",
 ]
@@ -48,6 +50,14 @@ def element_dtype(tensor: torch.Tensor, name: str, group: Mapping[str, Any]) -> 
 def keeps_compensation(tensor: torch.Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a local tensor of a group has the state `COMPENSATION`."""
     return group.get("master") == "kahan" and tensor.dtype == torch.bfloat16
+
+
+def stepped_weights(optimizer: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A local tensor's part here as any optimizer steps it: of bf16 weights with a compensation the sum, in fp32."""
+    weights = local_part(tensor).detach()
+    is_ours = isinstance(optimizer, Algorithm) and optimizer.keeps_own_state
+    rest = optimizer.state.get(tensor, {}).get(COMPENSATION) if is_ours else None
+    return weights if rest is None else weights.float() + local_part(rest)
 
 
 def on_device(value: Any, device: torch.device) -> Any:

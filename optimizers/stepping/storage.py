@@ -16,7 +16,7 @@ from ..sharding.names import observed
 from .foreign_state import without_wrappers
 from .state import element_dtype, keeps_compensation
 
-__all__ = ["Storage", "refuse_storage"]
+__all__ = ["Storage", "forget_compensation", "refuse_storage"]
 
 SEGMENT = re.compile(r"\[[0-9]+\]$")
 
@@ -129,3 +129,11 @@ def refuse_storage(algorithm: Algorithm, layout: Layout) -> None:
                 f"{layout.backend} does not tell at which positions of a layer the elements of a rank are, and what is "
                 "rounded by chance would depend on the sharding: use state_dtype=None and master=None"
             )
+
+
+def forget_compensation(algorithm: Algorithm, layout: Layout) -> None:
+    """Drop what weights lack of sums where none is kept any more; a later "kahan" would add it to other weights."""
+    if algorithm.keeps_own_state:
+        for index, tensor in zip(layout.groups, layout.tensors, strict=True):
+            if not keeps_compensation(tensor, algorithm.param_groups[index]):
+                algorithm.state.get(tensor, {}).pop(COMPENSATION, None)

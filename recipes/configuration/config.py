@@ -9,6 +9,8 @@ from typing import Any
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHAPES = ("polynomial", "exponential")
+STATE_DTYPES = ("float32", "bfloat16")
+MASTERS = ("stochastic", "kahan", "none")
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,11 @@ class TrainingConfig:
 
     `compile` runs the model through torch.compile; `activation_checkpointing` keeps only each encoder layer's input and
     computes the rest again in backward.
+
+    `state_dtype` is what the optimizer keeps its element-wise state in, "float32" or "bfloat16", which is rounded
+    stochastically; None: fp32. With `master` the weights are bf16 and nobody keeps fp32 masters of them: an update is
+    rounded stochastically ("stochastic"), or what rounding left is kept beside it in bf16 ("kahan"), or it is rounded
+    to nearest ("none", which loses small updates). None: fp32 weights, or masters kept by the wrapper.
     """
 
     global_batch: int = 512
@@ -148,6 +155,8 @@ class TrainingConfig:
     seed: int = 1
     compile: bool = False
     activation_checkpointing: bool = False
+    state_dtype: str | None = None
+    master: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ _IN_WORDS = {
 }
 """What the values of a field's type are called in messages."""
 
+_NONE_IS_A_NAME = ("training.master",)
+"""Fields that have a value called none, which is not null."""
+
 
 def section_names() -> tuple[str, ...]:
     """Return the names that may stand before the dot of an override."""
@@ -57,7 +60,8 @@ def apply_overrides(config: RecipeConfig, overrides: Iterable[str]) -> RecipeCon
             raise RecipeError(f"override {shown(text)} is not of the form section.field=value, e.g. optimizer.lr=0.01")
         if section not in section_names():
             raise unknown_name("configuration section", section, section_names())
-        config = set_field(config, section, name, _read_value(value))
+        named = key.strip() in _NONE_IS_A_NAME and value.strip().lower() == "none"
+        config = set_field(config, section, name, "none" if named else _read_value(value))
     return config
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.command import MOST, MOST_SEED
 from ..common.errors import RecipeError, shown
-from .config import PRECISIONS, SHAPES, RecipeConfig
+from .config import MASTERS, PRECISIONS, SHAPES, STATE_DTYPES, RecipeConfig
 
 
 def check_ranges(config: RecipeConfig) -> None:
@@ -44,6 +44,8 @@ def check_ranges(config: RecipeConfig) -> None:
     _require(config, "training.zero_stage", lambda v: v in (0, 1, 2, 3), "0, 1, 2 or 3")
     _require(config, "training.gradient_clipping", _finite, "finite, 0 (no clipping) or more")
     _require(config, "training.precision", lambda v: v in PRECISIONS, ", ".join(PRECISIONS))
+    _require(config, "training.state_dtype", lambda v: v in (None, *STATE_DTYPES), f"{', '.join(STATE_DTYPES)} or null")
+    _require(config, "training.master", lambda v: v in (None, *MASTERS), f"{', '.join(MASTERS)} or null")
     _require(config, "run.hang_seconds", _is_patience, "0 or null (for ever), or a finite number from 1")
     _require(config, "run.noise_per_batch", lambda v: 0 < v < math.inf, "finite and above 0")
     _require(config, "run.peak_tflops", lambda v: v is None or 0 < v < math.inf, "above 0, or null: a table's")

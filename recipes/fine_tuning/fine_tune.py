@@ -209,10 +209,11 @@ def _question_answering(
 
 
 def _build(kind: Any, model: str, random_start: bool, **shape: Any) -> Any:
+    """Build the network in fp32, whatever its file is in: updates of bf16 weights would be lost."""
     if random_start:
-        return kind.from_config(AutoConfig.from_pretrained(model, **shape))
+        return kind.from_config(AutoConfig.from_pretrained(model, **shape), dtype=torch.float32)
     try:
-        return kind.from_pretrained(model, trust_remote_code=False, **shape)
+        return kind.from_pretrained(model, trust_remote_code=False, dtype=torch.float32, **shape)
     except Exception as error:  # of many classes: the weights are damaged, foreign, or of another kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"the model in {model} cannot be read: {reason}") from error

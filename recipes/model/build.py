@@ -13,6 +13,7 @@ from ..configuration.config import RecipeConfig
 from ..configuration.phases import PhasedSchedule, phased_schedule
 from .masked_language_model import GatheredBertForMaskedLM, build_model, padded_vocabulary
 from .optimizer import build_optimizer
+from .sixteen_bits import storage_options
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class RecipeParts:
     """What is trained, before any wrapper.
 
     Attributes:
-        model: on the CPU, in fp32, with the weights that the seed or `model.initial_weights` decides.
+        model: on the CPU, with the weights that the seed or `model.initial_weights` decides; in fp32, or with
+            `training.master` in bf16.
         optimizer: over the model's named parameters, in two groups (with and without weight decay).
         schedule: puts the learning-rate schedule of all phases on an optimizer; step it once per update.
     """
@@ -38,12 +40,13 @@ def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[G
         vocabulary_size: tokens; None: the configuration's.
 
     Raises:
-        RecipeError: an unknown optimizer, or options that it refuses.
+        RecipeError: an unknown optimizer, or options that it refuses or that contradict each other.
     """
+    storage = storage_options(config)
     shape = dataclasses.replace(config.model, initial_weights=None)
     with torch.device("meta"):
         model = build_model(shape, padded_vocabulary(vocabulary_size or config.data.vocabulary))
-    return model, build_optimizer(config.optimizer, model)
+    return _in_its_precision(model, config), build_optimizer(config.optimizer, model, storage)
 
 
 def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
@@ -60,7 +63,12 @@ def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
     model = build_model(config.model, padded_vocabulary(vocabulary_size))
     if config.training.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_optimizer(config.optimizer, _in_its_precision(model, config), storage_options(config))
     if config.training.compile:
         model.compile()  # in place: parameters keep their names
     return RecipeParts(model, optimizer, phased_schedule(config))
+
+
+def _in_its_precision(model: GatheredBertForMaskedLM, config: RecipeConfig) -> GatheredBertForMaskedLM:
+    """Cast the model's weights, in place, to what they are trained in where nobody keeps others."""
+    return model if config.training.master is None else model.to(torch.bfloat16)

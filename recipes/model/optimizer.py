@@ -69,8 +69,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, storage: Mapping[str, Any] | None = None
+) -> torch.optim.Optimizer:
     """Build the optimizer over the model's parameters.
+
+    Args:
+        config: name and options.
+        model: whose parameters it trains.
+        storage: options that the rest of the configuration decides, see `storage_options`; none of torch's has them.
 
     Raises:
         RecipeError: unknown name (the nearest are given), or options that its constructor refuses.
@@ -84,7 +91,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         if name in BASELINES:
             _require_kinds(BASELINES[name].optimizer_class, options)
             return BASELINES[name].optimizer_class(groups, lr=config.lr, **options)
-        return create_optimizer(name, groups, lr=config.lr, **options)
+        return create_optimizer(name, groups, lr=config.lr, **{**options, **(storage or {})})
     except (TypeError, ValueError) as error:
         given = shown(config.options, 300)
         raise RecipeError(

@@ -16,9 +16,10 @@ from ..configuration.config import ModelConfig, RecipeConfig
 from ..configuration.phases import Phase
 from ..model.build import outline
 from ..model.optimizer import is_baseline, sample_interval
+from ..model.sixteen_bits import state_bytes
 
 GIB = 2**30
-FP32, FP64 = 4, 8
+BF16, FP32, FP64 = 2, 4, 8
 """Bytes per number."""
 
 REDUCE_BUCKET = 5 * 10**8
@@ -127,7 +128,7 @@ def memory_parts(
 
     Args:
         size: see `model_size`.
-        config: ZeRO stage, precision and checkpointing.
+        config: ZeRO stage, precision, bits of state and weights, checkpointing.
         phase: sequence length.
         micro: sequences per forward pass.
         ranks: data-parallel processes.
@@ -139,8 +140,11 @@ def memory_parts(
     width = FP32 if precision == "fp32" else 2
     bucket = int(_number(zero, "reduce_bucket_size", REDUCE_BUCKET))
     sharded = share if stage else elements
-    own_sums = stage == 1 and precision == "bf16" and _sums_in_fp32(settings, stage)  # BF16_Optimizer
-    separate_sums = precision != "fp32" and _sums_in_fp32(settings, stage)
+    master = config.training.master
+    stepped = FP32 if master is None else BF16  # what the optimizer is given: masters, or the weights as they are
+    sums_in_fp32 = _sums_in_fp32(settings, stage) and (master is None or stage > 1)
+    own_sums = stage == 1 and precision == "bf16" and sums_in_fp32  # BF16_Optimizer
+    separate_sums = precision != "fp32" and sums_in_fp32
 
     # In the precision of training: weights and the gradients of a micro-batch.
     parts = [MemoryPart("weights", width * (share if stage == 3 else elements), True)]
@@ -157,16 +161,21 @@ def memory_parts(
     else:
         parts.append(MemoryPart("gradients", width * elements, False))
 
-    # In fp32: what the update is computed with.
+    # What the update is computed with.
     if separate_sums and stage == 1:
         parts.append(MemoryPart("fp32 sum of gradients", FP32 * elements, own_sums))
-    if stage or width == 2:
+    if master is None and (stage or width == 2):
         parts.append(MemoryPart("fp32 master weights", FP32 * sharded, True))
-    parts.append(MemoryPart("optimizer state", FP32 * size.states * sharded, True))
+    if master is not None and stage:
+        parts.append(MemoryPart("copy of this rank's weights", BF16 * share, True))
+    if master == "kahan":
+        parts.append(MemoryPart("what rounding left", BF16 * sharded, True))
+    parts.append(MemoryPart("optimizer state", state_bytes(config.training) * size.states * sharded, True))
     if size.sample_interval is not None:  # weights and gradient of its first pass
         parts.append(MemoryPart(SAMPLE, 2 * FP32 * sharded, False))
     if (stage == 1 and not own_sums) or (stage == 2 and not separate_sums):
-        parts.append(MemoryPart("fp32 gradients of the step", FP32 * share, False))
+        name = "fp32 gradients of the step" if master is None else "bf16 gradients of the step"
+        parts.append(MemoryPart(name, stepped * share, False))
     if size.statistics == "squares":
         whole = elements if stage < 2 else 0  # until the step, as its gradients
         parts.append(MemoryPart("squares of gradients", FP32 * (whole + (share if stage else 0)), True))

@@ -17,8 +17,9 @@ from ..common.errors import RecipeError
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase, phases_of
 from ..model.flops import ModelFlops
+from ..model.sixteen_bits import state_bytes
 from ..rules.global_batch import plan_batch
-from .memory import FP32, GIB, MemoryPart, ModelSize, memory_parts, model_size, planned_precision
+from .memory import BF16, FP32, GIB, MemoryPart, ModelSize, memory_parts, model_size, planned_precision
 from .traffic import Traffic, traffic
 
 
@@ -159,8 +160,12 @@ def _sending_seconds(sent: Traffic, gpus: int, machine: Machine) -> float:
 
 def _update_seconds(size: ModelSize, config: RecipeConfig, gpus: int, machine: Machine) -> float:
     elements = size.elements / gpus if config.training.zero_stage else size.elements
+    master = config.training.master
+    gradient = FP32 if master is None else BF16
+    weights = gradient + (BF16 if master == "kahan" else 0)
+    kept = weights + size.states * state_bytes(config.training)
     # Measuring and applying both read weights, gradient and state; applying writes weights and state.
-    return elements * FP32 * (2 * (2 + size.states) + 1 + size.states) / machine.memory_rate
+    return elements * (2 * (gradient + kept) + kept) / machine.memory_rate
 
 
 def _undivided(global_batch: int, micro: int | None, gpus: int) -> str:

@@ -19,6 +19,7 @@ from ..configuration.overrides import apply_overrides, set_field, with_model_siz
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
 from ..configuration.ranges import check_ranges
+from ..model.sixteen_bits import describe_storage
 from ..rules.global_batch import BatchPlan
 from .batch_range import BatchRange, batch_ranges, shared_micro_batches
 from .demands import check_demands, check_groups
@@ -81,6 +82,7 @@ def _text(
         f"{machine.gpus_per_node} GPUs, {machine.network / 1e9:.0f} GB/s per GPU between nodes, "
         f"{machine.memory_rate / 1e12:.1f} TB/s memory, {machine.latency * 1e6:.0f} us per hop, "
         f"{machine.overlap:.0%} of communication hidden, {machine.reserve / GIB:.1f} GiB reserved",
+        describe_storage(dataclasses.replace(training, precision=planned_precision(config)), True),
     ]
     for number, (plan, table) in enumerate(zip(plans, tables, strict=True)):
         lines += ["", *_phase_lines(config, size, machine, plan)]

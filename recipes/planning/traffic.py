@@ -56,7 +56,8 @@ def traffic(size: ModelSize, config: RecipeConfig, accumulation: int, ranks: int
 
     if stage and size.norm_sums:
         # BF16_Optimizer (stage 1, bf16) steps all groups in one call; each call carries the layers of its groups.
-        steps = 1 if stage == 1 and precision == "bf16" else groups
+        in_one_call = stage == 1 and precision == "bf16" and config.training.master is None
+        steps = 1 if in_one_call else groups
         calls["norms"] = steps * len(size.norm_sums)
         sent["norms"] = 2 * ring * FP64 * sum(size.norm_sums) * len(size.layers)
     if stage and size.norm_sums is None:

@@ -18,6 +18,12 @@ from .folder import CHECKPOINTS, CONFIG, require_in_place
 RANKS = "ranks"
 """In a checkpoint's identity: how many wrote it."""
 
+STATE_DTYPE = "state_dtype"
+"""In a checkpoint's identity: what optimizer state is kept in; None, and missing in earlier releases', is fp32."""
+
+_FREE = (RANKS, STATE_DTYPE)
+"""What a continued run may have otherwise."""
+
 WRITE_ERRORS = (OSError, RuntimeError, MemoryError)
 """What fails where a part of a checkpoint cannot be written; torch.save makes a RuntimeError of a full disk."""
 
@@ -182,7 +188,9 @@ def _reason(error: Exception) -> str:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Check that a checkpoint can continue with what this run would train; the number of ranks is free.
+    """Check that a checkpoint can continue with what this run would train.
+
+    The number of ranks is free, and what the optimizer state is kept in.
 
     Raises:
         RecipeError: lists each difference.
@@ -190,7 +198,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
     differences = [
         f"  {key}: checkpoint {saved.get(key)!r}, this run {value!r}"
         for key, value in current.items()
-        if saved.get(key) != value and key != RANKS
+        if saved.get(key) != value and key not in _FREE
     ]
     if differences:
         raise RecipeError(

@@ -29,7 +29,14 @@ from ..planning.demands import check_demands, check_groups
 from ..planning.memory import GIB, memory_parts, model_size
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
-from ..runs.checkpoints import RANKS, check_same_run, describe_checkpoint, require_newest, run_of
+from ..runs.checkpoints import (
+    RANKS,
+    STATE_DTYPE,
+    check_same_run,
+    describe_checkpoint,
+    require_newest,
+    run_of,
+)
 from ..runs.folder import RUNS, has_ended, require_free
 from ..runs.loggers import check_loggers
 from .deepspeed_schema import check_settings
@@ -112,7 +119,8 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
             config.training.precision,
             config.training.gradient_clipping,
             elementwise=is_baseline(config.optimizer.name),
-            saved=invocation.resume is not None and invocation.deepspeed_config is None,
+            saved=_keeps_its_sums(invocation),
+            master=config.training.master,
         )
     check_loggers(config.run.loggers)
     check_demands(config)
@@ -129,6 +137,14 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     else:
         _check_output(invocation)
     return run
+
+
+def _keeps_its_sums(invocation: Invocation) -> bool:
+    """Tell whether a run is continued that an earlier release began, which left the sums of gradients to DeepSpeed."""
+    if invocation.resume is None or invocation.deepspeed_config is not None:
+        return False
+    saved = describe_checkpoint(invocation.resume)["identity"].get("deepspeed") or {}
+    return "data_types" not in saved
 
 
 def _plans_of(config: RecipeConfig, ranks: int) -> tuple[BatchPlan, ...]:
@@ -184,7 +200,8 @@ def complete_config(invocation: Invocation, settings: dict[str, Any] | None) -> 
         _require_agreement(invocation, settings, "precision", training.precision, precision)
         training = dataclasses.replace(training, precision=precision)
     elif training.precision == "auto":
-        training = dataclasses.replace(training, precision=_best_precision())
+        best = _best_precision() if training.master is None else "bf16"
+        training = dataclasses.replace(training, precision=best)
     if settings is None and training.precision == "fp16":
         raise RecipeError("--precision fp16 needs DeepSpeed, which scales the loss: use a zero*.yaml, or bf16")
     return dataclasses.replace(invocation.config, training=training)
@@ -304,6 +321,7 @@ def early_identity(run: CheckedRun) -> dict[str, Any]:
     return {
         **_identity_of(run.config),
         RANKS: run.plans[0].ranks,
+        STATE_DTYPE: run.config.training.state_dtype,
         "deepspeed": None if run.settings is None else without_batch_sizes(run.settings),
     }
 
@@ -321,6 +339,7 @@ def _identity_of(config: RecipeConfig) -> dict[str, Any]:
         **_second_phase(config),
         "seed": training.seed,
         "precision": training.precision,
+        "master": training.master,
         "zero_stage": training.zero_stage,
     }
 

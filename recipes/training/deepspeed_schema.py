@@ -28,6 +28,9 @@ from ..rules.global_batch import BatchPlan
 
 AUTO = "auto"
 WHAT = "the DeepSpeed configuration"
+NO_MASTERS_KEYS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+"""With both in section bf16, DeepSpeed keeps no fp32 masters of bf16 weights; the second says nothing of the state of
+an optimizer that is not its own."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 Kind = tuple[str, Callable[[Any], bool]]
@@ -320,10 +323,13 @@ def _refuse_without_effect(settings: Mapping[str, Any]) -> None:
         raise RecipeError("tensorboard.enabled needs the package tensorboard: pip install tensorboard, or remove it")
     if zero.get("compute_grad_norm") is False:
         raise RecipeError("zero_optimization.compute_grad_norm=false is not supported: the norm is logged; remove it")
-    for precision in ("bf16", "fp16"):
-        for key in (f"{precision}_master_weights_and_grads", "bf16_optimizer_states"):
-            if section(settings, precision).get(key):
-                raise RecipeError(f"{precision}.{key} is not supported: it needs DeepSpeed's CPU Adam; remove it")
+    if section(settings, "fp16").get("fp16_master_weights_and_grads"):
+        raise RecipeError(
+            "fp16.fp16_master_weights_and_grads is not supported: it needs DeepSpeed's CPU Adam; remove it"
+        )
+    for key in NO_MASTERS_KEYS:
+        if section(settings, "bf16").get(key):
+            raise RecipeError(f"bf16.{key} is not supported: remove it; training.master=stochastic keeps no masters")
     if all(section(settings, name).get("enabled") is True for name in ("bf16", "fp16")):
         raise RecipeError(f"{WHAT} enables both bf16 and fp16; choose one")
     switched_on = [key for key, value in section(settings, "activation_checkpointing").items() if value]

@@ -9,7 +9,17 @@ from typing import Any
 
 from ..common.errors import RecipeError, kind_of
 from ..rules.global_batch import BatchPlan
-from .deepspeed_schema import AUTO, BATCH_KEYS, VALUES, WHAT, check_complete, check_device, check_settings, section
+from .deepspeed_schema import (
+    AUTO,
+    BATCH_KEYS,
+    NO_MASTERS_KEYS,
+    VALUES,
+    WHAT,
+    check_complete,
+    check_device,
+    check_settings,
+    section,
+)
 
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines; the recipe prints its own
 
@@ -47,6 +57,7 @@ def merge(
     gradient_clipping: float,
     elementwise: bool,
     saved: bool = False,
+    master: str | None = None,
 ) -> dict[str, Any]:
     """Complete a configuration with the recipe's batch sizes, ZeRO stage, precision and clipping.
 
@@ -60,6 +71,7 @@ def merge(
         gradient_clipping: global-norm limit, 0 for none.
         elementwise: the optimizer is element-wise and DeepSpeed may not know it (SGD): exact under any sharding.
         saved: `settings` are those that a run was started with, which a resumed one keeps.
+        master: of `TrainingConfig`: DeepSpeed keeps no fp32 copy of the weights unless it is None.
 
     Raises:
         RecipeError: contradictions, with both values; what `check_settings` or DeepSpeed refuse.
@@ -83,9 +95,11 @@ def merge(
         merged["zero_allow_untested_optimizer"] = True
     if merged.get("gradient_clipping", AUTO) == AUTO:
         merged["gradient_clipping"] = gradient_clipping  # explicit: DeepSpeed's default has changed between versions
-    if precision != "fp32":
+    if master is not None:
+        _keep_no_masters(merged, zero_stage, master)
+    elif precision != "fp32":
         merged.setdefault(precision, {})["enabled"] = True
-    _choose_sums(merged, zero_stage, precision, saved)
+    _choose_sums(merged, zero_stage, precision, saved, master)
     _check_offload(zero, zero_stage)
     _check_buckets(zero, zero_stage)
     _check_scaling(merged, zero_stage)
@@ -101,13 +115,48 @@ def _is_left_open(key: str, value: Any) -> bool:
     return key in VALUES and value in (None, AUTO)
 
 
-def _choose_sums(merged: dict[str, Any], zero_stage: int, precision: str, saved: bool) -> None:
+def _keep_no_masters(merged: dict[str, Any], zero_stage: int, master: str) -> None:
+    """Have DeepSpeed 0.19.8 give bf16 weights, or this rank's part of them, to the optimizer as they are.
+
+    From stage 1 on that is a setting. At stage 0 it keeps fp32 masters of whatever it casts itself, and none of a model
+    that is bf16 already.
+    """
+    for part in ("offload_optimizer", "offload_param"):
+        if section(section(merged, "zero_optimization"), part).get("device", "none") not in ("none", None):
+            raise RecipeError(
+                f"training.master={master} and zero_optimization.{part} cannot go together: without fp32 masters "
+                "DeepSpeed offloads to its own CPU Adam alone; leave one of them out"
+            )
+    if zero_stage == 0:
+        if section(merged, "bf16").get("enabled") is True:
+            raise RecipeError(
+                f"{WHAT} enables bf16, of which DeepSpeed keeps fp32 masters at stage 0, and training.master={master} "
+                "asks for none: remove bf16, which the model then is by itself, or use --zero_stage 1"
+            )
+        return
+    merged.setdefault("bf16", {}).update({"enabled": True}, **dict.fromkeys(NO_MASTERS_KEYS, True))
+
+
+def _choose_sums(
+    merged: dict[str, Any], zero_stage: int, precision: str, saved: bool, master: str | None = None
+) -> None:
     """Have the 16-bit gradients of an update's many micro-batches summed in fp32, where DeepSpeed can.
 
-    DeepSpeed 0.19.8 can at every stage but 0, for bf16 and fp16, with and without offload.
+    DeepSpeed 0.19.8 can at every stage but 0, for bf16 and fp16, with and without offload; without fp32 masters from
+    stage 2 on.
     """
     asked = section(merged, "data_types").get("grad_accum_dtype", AUTO)
-    if asked not in (AUTO, None):
+    if master is not None and zero_stage < 2:
+        if asked not in (AUTO, None) and (zero_stage == 0 or asked != "bf16"):
+            raise RecipeError(
+                f"{WHAT} has data_types.grad_accum_dtype={asked}, which DeepSpeed cannot do at stage {zero_stage} with "
+                f"training.master={master}: remove it, or use --zero_stage 2"
+            )
+        if zero_stage == 0:
+            merged.pop("data_types", None)
+        else:  # else DeepSpeed's stage 1 takes another wrapper, which keeps fp32 masters whatever it is told
+            merged.setdefault("data_types", {})["grad_accum_dtype"] = "bf16"
+    elif asked not in (AUTO, None):
         if asked != precision and (zero_stage == 0 or asked != "fp32"):
             allowed = "remove it, or use --zero_stage 1" if zero_stage == 0 else "set it to fp32 or remove it"
             raise RecipeError(
@@ -120,29 +169,38 @@ def _choose_sums(merged: dict[str, Any], zero_stage: int, precision: str, saved:
         del merged["data_types"]
 
 
-def sums_dtype(settings: Mapping[str, Any] | None, precision: str) -> str:
+def sums_dtype(settings: Mapping[str, Any] | None, precision: str, master: str | None = None) -> str:
     """Return what the gradients of an update's micro-batches are summed in: "fp32", "bf16" or "fp16".
 
     Args:
-        settings: complete DeepSpeed settings; None without DeepSpeed, where weights and gradients are fp32.
+        settings: complete DeepSpeed settings; None without DeepSpeed, where gradients are what the weights are.
         precision: of training.
+        master: of `TrainingConfig`: weights are fp32 without DeepSpeed if it is None, else bf16.
     """
     if settings is None:
-        return "fp32"
+        return "fp32" if master is None else "bf16"
     asked = section(settings, "data_types").get("grad_accum_dtype", AUTO)
     return precision if asked in (AUTO, None) else asked
 
 
-def describe_sums(settings: Mapping[str, Any] | None, precision: str, zero_stage: int, accumulation: int) -> list[str]:
+def describe_sums(
+    settings: Mapping[str, Any] | None,
+    precision: str,
+    zero_stage: int,
+    accumulation: int,
+    master: str | None = None,
+) -> list[str]:
     """Return the lines that say so where an update's gradients are summed in less than fp32."""
-    dtype = sums_dtype(settings, precision)
+    dtype = sums_dtype(settings, precision, master)
     if dtype == "fp32" or accumulation == 1:
         return []
-    why = (
-        "DeepSpeed has no fp32 sums at stage 0: --zero_stage 1 has"
-        if zero_stage == 0
-        else 'as the DeepSpeed configuration says; data_types.grad_accum_dtype="fp32" sums in fp32'
-    )
+    if settings is None:
+        why = f"training.master={master} has gradients in bf16: DeepSpeed's --zero_stage 2 sums them in fp32"
+    elif zero_stage < (1 if master is None else 2):
+        why = f"DeepSpeed has no fp32 sums at stage {zero_stage}: --zero_stage {1 if master is None else 2} has"
+        why += "" if master is None else f" with training.master={master}"
+    else:
+        why = 'as the DeepSpeed configuration says; data_types.grad_accum_dtype="fp32" sums in fp32'
     return [f"warning: the gradients of {accumulation} micro-batches are summed in {dtype} ({why})"]
 
 
@@ -190,6 +248,14 @@ def _check_loss_scale(zero_stage: int, precision: str) -> None:
 def without_batch_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that stay the same when a run is continued with another micro-batch."""
     return {key: value for key, value in settings.items() if key not in BATCH_KEYS}
+
+
+def as_given(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's saved settings as a file may have them: without what the recipe decides anew."""
+    given = without_batch_sizes(saved)
+    if "bf16" in given:
+        given["bf16"] = {key: value for key, value in given["bf16"].items() if key not in NO_MASTERS_KEYS}
+    return given
 
 
 def stage_of(settings: Mapping[str, Any]) -> int | None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import trustratio.integrations.deepspeed  # noqa: F401 - makes the optimizers ZeRO-supported
 from trustratio.integrations.checkpoints.deepspeed_engine import load_engine_state, save_engine_state
 from trustratio.integrations.checkpoints.ranks import OptimizerStateError
+from trustratio.integrations.layer_norms import clip_grad_norm_
 from trustratio.optimizers import LayerwiseOptimizer
 
 from ..common.errors import RecipeError
@@ -381,6 +382,7 @@ class DataParallelTraining(DistributedTraining):
         super().__init__(optimizer, scheduler(optimizer), device)
         self.model = model
         self.gradient_clipping = gradient_clipping
+        self.in_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
         self._last = True
         self._updates = 0
         self._norm: torch.Tensor | None = None
@@ -410,12 +412,17 @@ class DataParallelTraining(DistributedTraining):
         """End a micro-batch; after the last one clip, update and advance the schedule."""
         if not self._last or self._first_of_two:
             return
-        limit = self.gradient_clipping or float("inf")
-        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self._norm = self._clip(self.gradient_clipping or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         self._updates += 1
+
+    def _clip(self, limit: float) -> torch.Tensor:
+        """Clip the gradient by its global norm, and return that, which torch rounds to the gradient's precision."""
+        if self.in_fp32:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return clip_grad_norm_(self.optimizer, limit)
 
     @contextlib.contextmanager
     def second_pass(self) -> Iterator[None]:

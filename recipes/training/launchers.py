@@ -23,7 +23,7 @@ from ..model.build import RecipeParts
 from ..rules.global_batch import BatchPlan
 from ..runs.checkpoints import run_of
 from ..runs.folder import DEEPSPEED_CONFIG
-from .deepspeed_settings import load_file, without_batch_sizes
+from .deepspeed_settings import as_given, load_file
 from .engines import DataParallelTraining, DeepSpeedTraining, TrainingEngine
 
 
@@ -58,7 +58,7 @@ class DeepSpeedLauncher:
         saved = run_of(invocation.resume) / DEEPSPEED_CONFIG
         if not saved.exists():
             raise RecipeError(f"{saved.parent} was trained without DeepSpeed; continue it with bert_accelerate.py")
-        return without_batch_sizes(load_file(str(saved)))
+        return as_given(load_file(str(saved)))
 
     def engine(
         self, parts: RecipeParts, training: TrainingConfig, plan: BatchPlan, settings: dict[str, Any] | None
@@ -119,7 +119,7 @@ class AccelerateLauncher:
             plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
         accelerator = Accelerator(
             deepspeed_plugin=plugin,
-            mixed_precision=training.precision.replace("fp32", "no"),
+            mixed_precision=mixed_precision(training, settings),
             gradient_accumulation_steps=plan.accumulation,
         )
         engine, _ = accelerator.prepare(parts.model, parts.optimizer)
@@ -131,7 +131,7 @@ class AccelerateLauncher:
         from accelerate import Accelerator
 
         on_cpu = get_accelerator().device_name() == "cpu"  # else accelerate would not wrap for several CPU processes
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=training.precision.replace("fp32", "no"))
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision(training))
         model = accelerator.prepare(parts.model)
         if dist.get_world_size() > 1 and not isinstance(model, DistributedDataParallel):
             raise RecipeError(
@@ -160,6 +160,18 @@ class AccelerateLauncher:
 
     def _precision(self) -> str:
         return self.environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def mixed_precision(training: TrainingConfig, settings: Mapping[str, Any] | None = None) -> str:
+    """Return what accelerate or DeepSpeed is to compute in, "no" where that is what the model is given in.
+
+    Args:
+        training: precision and masters.
+        settings: complete DeepSpeed settings, None without DeepSpeed.
+    """
+    if training.master is not None and "bf16" not in (settings or {}):
+        return "no"
+    return "no" if training.precision == "fp32" else training.precision
 
 
 def launcher_of_this_process() -> Launcher:

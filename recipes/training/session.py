@@ -27,8 +27,10 @@ from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import mended, prepare
 from ..data.prepared import PreparedData
 from ..data.verification import damaged_files, expected_hashes
+from ..model.sixteen_bits import describe_conversion, describe_storage
 from ..runs.checkpoints import (
     RANKS,
+    STATE_DTYPE,
     CheckpointFolder,
     check_same_run,
     drop_checkpoints_after,
@@ -141,9 +143,19 @@ def announce(run: CheckedRun, reporter: Reporter) -> None:
     describe = describe_growth if run.config.run.batch_from_noise else describe_plan
     for line in describe(run.config, world_size()):
         reporter.line(line)
-    training, accumulation = run.config.training, run.most_accumulation
-    for line in describe_sums(run.settings, training.precision, training.zero_stage, accumulation):
+    for line in _numbers(run):
         reporter.line(folded(line))
+
+
+def _numbers(run: CheckedRun) -> Iterator[str]:
+    """Yield the lines that say with how many bits weights, optimizer state and sums of gradients are kept."""
+    training, saved = run.config.training, run.saved_identity
+    yield describe_storage(training, run.settings is not None)
+    if saved is not None:
+        yield from describe_conversion(saved.get(STATE_DTYPE), training.state_dtype)
+    yield from describe_sums(
+        run.settings, training.precision, training.zero_stage, run.most_accumulation, training.master
+    )
 
 
 def _configuration(run: CheckedRun) -> Iterator[str]:

@@ -22,6 +22,8 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from trustratio.integrations.layer_norms import clip_grad_norm_
+
 from ..common.errors import RecipeError, TrainingFailure
 from ..common.progress import PROGRESS
 from ..configuration.phases import carry_over
@@ -35,7 +37,7 @@ from .batches import batches_of
 from .checks import CheckedRun
 from .discarding import without_smallest_losses
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
-from .launchers import without_variable
+from .launchers import mixed_precision, without_variable
 from .loop import due, require_sound_weights, seed_step, validate
 from .loss_scale import SkippedUpdates
 from .phase_data import PhaseData, phases_with_data
@@ -199,8 +201,21 @@ class RecipeTrainer(Trainer):
                 PROGRESS.move()
         return loss_sum
 
+    @property
+    def _clips_bf16(self) -> bool:
+        """Whether gradients are bf16 and nobody else clips them; torch would round their norm to bf16, too."""
+        return self.run.config.training.master is not None and self.run.settings is None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip by the global norm; return it."""
+        if self._clips_bf16:
+            return clip_grad_norm_(self.parts.optimizer, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Note the norm that the Trainer measures before it clips, of an update's first pass."""
+        if grad_norm is None and self._clips_bf16:
+            grad_norm = clip_grad_norm_(self.parts.optimizer, float("inf"))
         norm, first = super()._get_grad_norm(model, grad_norm), self.progress.observed.first_norm
         self.norm = norm if first is None else first
         return self.norm
@@ -450,8 +465,8 @@ def training_arguments(run: CheckedRun, folder: Path) -> TrainingArguments:
             per_device_train_batch_size=run.plans[0].micro,
             gradient_accumulation_steps=run.plans[0].accumulation,
             max_grad_norm=training.gradient_clipping,
-            bf16=training.precision == "bf16",
-            fp16=training.precision == "fp16",
+            bf16=mixed_precision(training, settings) == "bf16",
+            fp16=mixed_precision(training, settings) == "fp16",
             seed=training.seed,
             logging_strategy="no",
             eval_strategy="no",

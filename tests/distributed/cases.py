@@ -50,6 +50,7 @@ class Case:
         steps: Optimizer steps.
         accumulation: Micro-batches per step.
         dtype: "fp32", "bf16" or "fp16".
+        parameters: dtype of the model's parameters before it is wrapped.
         zero: Entries of the config's zero_optimization.
         config: Other entries of the DeepSpeed config.
         clipping: The config's gradient_clipping.
@@ -58,6 +59,8 @@ class Case:
         overflow: Steps whose gradient is infinite.
         spread: Relative difference of the gradients of ranks and micro-batches; their mean is the injected one.
         noise: Difference of those gradients that has another pattern in every element, relative to the layer's size.
+        whole_numbers: Inject gradients of few digits instead, another one in each rank and micro-batch; see
+            `whole_numbers`.
         named: Hand named parameters to the optimizer.
         regroup: Move the last parameter of the first group to the front of the second after construction.
         poison: Fill everything outside the shards with NaN before the first step.
@@ -74,6 +77,7 @@ class Case:
     steps: int = 5
     accumulation: int = 1
     dtype: str = "fp32"
+    parameters: str = "fp32"
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     clipping: float = 0.0
@@ -82,6 +86,7 @@ class Case:
     overflow: tuple[int, ...] = ()
     spread: float = 0.5
     noise: float = 0.0
+    whole_numbers: bool = False
     named: bool = True
     regroup: bool = False
     poison: bool = False
@@ -94,7 +99,10 @@ def initial_weights(case: Case) -> dict[str, torch.Tensor]:
     """fp32 weights by name, representable in the case's dtype."""
     generator = torch.Generator().manual_seed(case.seed)
     return {
-        layer.name: torch.randn(layer.shape, generator=generator).to(DTYPES[case.dtype]).float()
+        layer.name: torch.randn(layer.shape, generator=generator)
+        .to(DTYPES[case.dtype])
+        .to(DTYPES[case.parameters])
+        .float()
         for layer in case.layers
         if layer.tied_to is None
     }
@@ -121,6 +129,8 @@ def group_gradients(case: Case, step: int, mean: dict[str, torch.Tensor], groups
     Noise moves each element by levels that are spread evenly around zero, to a different group in every element. So no
     element's variance is nearly zero, where the ratio of mean to variance would magnify fp32's rounding.
     """
+    if case.whole_numbers:
+        return whole_numbers(case, step, mean, groups)
     levels = 2 * (torch.arange(groups) + 0.5) / groups - 1
     factors = 1.0 + case.spread * levels / 2
     gradients = {}
@@ -140,6 +150,19 @@ def group_gradients(case: Case, step: int, mean: dict[str, torch.Tensor], groups
     return gradients
 
 
+def whole_numbers(case: Case, step: int, like: dict[str, torch.Tensor], groups: int) -> dict[str, torch.Tensor]:
+    """Gradients like `group_gradients`, of which up to six have a mean that is exact in 16 bits, in whatever order.
+
+    They are multiples of 3, so that a third of one is exact too, times powers of two.
+    """
+    gradients = {}
+    for number, (name, g) in enumerate(like.items()):
+        generator = torch.Generator().manual_seed(1000 * case.seed + 100 * step + number)
+        exponent = torch.randint(-7, -3, (), generator=generator)
+        gradients[name] = 3 * torch.randint(-14, 15, (groups, *g.shape), generator=generator) * 2.0**exponent
+    return gradients
+
+
 def _small_integers(mean: torch.Tensor, size: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Noisy gradients in eighths, such that sums of up to four and products with powers of two are exact in 16 bits."""
     steps = (24 * size / max(1, len(levels) - 1)).floor().clamp(min=1)
@@ -149,9 +172,9 @@ def _small_integers(mean: torch.Tensor, size: torch.Tensor, levels: torch.Tensor
 class Leaf(torch.nn.Module):
     """One layer whose gradient is exactly the tensor it is called with."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None = None):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(shape))
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=dtype))
 
     def forward(self, gradient: torch.Tensor) -> torch.Tensor:
         return (self.weight * gradient).sum()
@@ -162,7 +185,8 @@ class Model(torch.nn.Module):
 
     def __init__(self, case: Case):
         super().__init__()
-        self.leaves = torch.nn.ModuleDict({layer.name: Leaf(layer.shape) for layer in case.layers})
+        dtype = None if case.parameters == "fp32" else DTYPES[case.parameters]
+        self.leaves = torch.nn.ModuleDict({layer.name: Leaf(layer.shape, dtype) for layer in case.layers})
         for layer in case.layers:
             if layer.tied_to is not None:
                 self.leaves[layer.name].weight = self.leaves[layer.tied_to].weight

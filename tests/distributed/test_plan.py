@@ -21,11 +21,18 @@ VOCABULARY, MICRO, ACCUMULATION = 2000, 2, 2
 SETTINGS = {"zero_optimization": {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000}}
 
 
-def config_of(stage: int, optimizer: str) -> RecipeConfig:
+def config_of(stage: int, optimizer: str, state_dtype: str | None = None, master: str | None = None) -> RecipeConfig:
     return RecipeConfig(
         model=ModelConfig(layers=2, hidden=64, heads=2, intermediate=128, max_positions=32),
         optimizer=OptimizerConfig(name=optimizer, lr=0.01),
-        training=TrainingConfig(zero_stage=stage, precision="bf16", global_batch=8, micro_batch=MICRO),
+        training=TrainingConfig(
+            zero_stage=stage,
+            precision="bf16",
+            global_batch=8,
+            micro_batch=MICRO,
+            state_dtype=state_dtype,
+            master=master,
+        ),
     )
 
 
@@ -63,19 +70,36 @@ def update(engine: Any) -> None:
         engine.step()
 
 
-def measure(stage: int, optimizer: str) -> dict[str, Any]:
-    """Train three updates; return the bytes held after the second and the collectives of the third."""
-    from trustratio.recipes.model.build import build_parts
+def wrapped(config: RecipeConfig, parts: Any, by_deepspeed: bool) -> Any:
+    """The parts in DeepSpeed's engine, or in DDP."""
     from trustratio.recipes.rules.global_batch import BatchPlan
     from trustratio.recipes.training import deepspeed_settings
-    from trustratio.recipes.training.engines import DeepSpeedTraining
+    from trustratio.recipes.training.engines import DataParallelTraining, DeepSpeedTraining
 
-    config = config_of(stage, optimizer)
+    training = config.training
+    if not by_deepspeed:
+        model = torch.nn.parallel.DistributedDataParallel(parts.model)
+        return DataParallelTraining(model, parts.optimizer, parts.schedule, torch.device("cpu"), 1.0)
+    plan, master = BatchPlan(MICRO, ACCUMULATION, 2), training.master
+    settings = deepspeed_settings.merge(SETTINGS, plan, training.zero_stage, "bf16", 1.0, False, master=master)
+    return DeepSpeedTraining.initialize(parts.model, parts.optimizer, parts.schedule, settings)
+
+
+def measure(
+    stage: int,
+    optimizer: str,
+    state_dtype: str | None = None,
+    master: str | None = None,
+    by_deepspeed: bool = True,
+) -> dict[str, Any]:
+    """Train three updates; return the bytes held after the second and the collectives of the third."""
+    from trustratio.recipes.model.build import build_parts
+
+    config = config_of(stage, optimizer, state_dtype, master)
     # Kept alive, so that what earlier cases left neither goes away meanwhile nor lends its addresses.
     before = living_storages()
     parts = build_parts(config, VOCABULARY)
-    settings = deepspeed_settings.merge(SETTINGS, BatchPlan(MICRO, ACCUMULATION, 2), stage, "bf16", 1.0, False)
-    engine = DeepSpeedTraining.initialize(parts.model, parts.optimizer, parts.schedule, settings)
+    engine = wrapped(config, parts, by_deepspeed)
     del parts
 
     update(engine)
@@ -83,7 +107,8 @@ def measure(stage: int, optimizer: str) -> dict[str, Any]:
     held = sum(storage.nbytes() for address, storage in living_storages().items() if address not in before)
     with Collectives() as collectives:  # last: a dispatch mode keeps some of the tensors that it sees alive
         update(engine)
-    engine.engine.destroy()
+    if by_deepspeed:
+        engine.engine.destroy()
     del engine
     gc.collect()
     return {"held": held, "seen": collectives.seen}
@@ -142,6 +167,40 @@ def test_memory_and_traffic_are_those_of_a_real_engine(pool, world_size, stage, 
     if stage == 3:
         assert ring * 2 * size.elements <= ring * sent["weights"] <= 2 * plan.bytes["weights"]
     assert count["other"] <= plan.collectives["scalars"]
+
+
+IN_16_BITS = [
+    *((1, name, "bfloat16", None) for name in OPTIMIZERS),
+    *((stage, "lamb", "bfloat16", None) for stage in (0, 2, 3)),
+    *((stage, "lamb", "bfloat16", "kahan") for stage in (0, 1, 2, 3)),
+    *((stage, "vrlamb", None, "stochastic") for stage in (0, 1, 3)),
+]
+
+
+def parts_held(config: RecipeConfig, ranks: int) -> dict[str, float]:
+    """The bytes of what the plan says lasts from step to step."""
+    size, (phase,) = model_size(config, VOCABULARY), phases_of(config)
+    return {part.name: part.bytes for part in memory_parts(size, config, phase, MICRO, ranks, SETTINGS) if part.held}
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("options", IN_16_BITS, ids=lambda options: "-".join(map(str, options)))
+def test_memory_of_16_bits_is_that_of_a_real_engine(pool, world_size, options):
+    held = pool.run(measure, *options)[0]["held"]
+    parts = parts_held(config_of(*options), world_size)
+    planned, kept = sum(parts.values()), parts.get("kept embedding gradient", 0)
+    assert 0.97 * (planned - kept) <= held <= 1.03 * planned
+    # The bounds would not let pass a plan that forgets what the options leave out.
+    with_fp32 = sum(parts_held(config_of(*options[:2]), world_size).values())
+    stateless = parts["optimizer state"] == 0 and options[3] is None
+    assert stateless or held < 0.97 * (with_fp32 - kept)
+
+
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("options", [("bfloat16", "kahan"), (None, "stochastic"), ("bfloat16", "none")])
+def test_memory_of_16_bits_without_deepspeed(pool, world_size, options):
+    held = pool.run(measure, 0, "lamb", *options, False)[0]["held"]
+    assert held == pytest.approx(sum(parts_held(config_of(0, "lamb", *options), world_size).values()), rel=0.03)
 
 
 @pytest.mark.parametrize("world_size", [2])

@@ -73,7 +73,10 @@ def train(
     reporter = Reporter(active=dist.get_rank() == 0)
     drawn = report or bool(sabotage)
     pictures = contextlib.nullcontext() if drawn else mock.patch.object(reports, "write_report", return_value="")
-    with mock.patch.dict(os.environ, {**environment, "TRUSTRATIO_CACHE": cache}), _sabotaged(sabotage), pictures:
+    # DeepSpeed's stage 3 leaves a linear layer of its own behind, which rounds bf16 otherwise.
+    linear = mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear)
+    environment = {**environment, "TRUSTRATIO_CACHE": cache}
+    with mock.patch.dict(os.environ, environment), linear, _sabotaged(sabotage), pictures:
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             invocation = parse_command_line(arguments)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .common import Tensor, is_adapted, signal_to_noise_ratio
+from .rounding import kept
 
 
 def lamb(
@@ -28,7 +29,7 @@ def lamb(
     t = state["t"] = state.get("t", 0) + 1
     m = beta1 * state.get("m", torch.zeros_like(w)) + ((1 - beta1) if grad_averaging else 1.0) * g
     v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
-    state["m"], state["v"] = m, v
+    m, v = kept(state, m=m, v=v)
     c1, c2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
     u = (m / c1) / ((v / c2).sqrt() + eps) + weight_decay * w
     w_norm, u_norm = w.norm().item(), u.norm().item()
@@ -63,7 +64,7 @@ def lans(
         g = g / g.norm()
     m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
     v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
-    state["m"], state["v"] = m, v
+    m, v = kept(state, m=m, v=v)
     d = (v / (1 - beta2**t)).sqrt() + eps
     u_m = m / (1 - beta1**t) / d + weight_decay * w
     u_g = g / d + weight_decay * w
@@ -105,7 +106,7 @@ def cowclip(
         d = torch.stack(rows)
     m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * d
     v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * d * d
-    state["m"], state["v"] = m, v
+    m, v = kept(state, m=m, v=v)
     return w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps), 1.0
 
 
@@ -129,12 +130,12 @@ def vrlamb(
     beta1, beta2 = betas
     t = state["t"] = state.get("t", 0) + 1
     r = signal_to_noise_ratio(state, g, gsnr_floor)
-    p = state["p"] = gsnr_beta * state.get("p", torch.zeros_like(w)) + (1 - gsnr_beta) * r
+    (p,) = kept(state, p=gsnr_beta * state.get("p", torch.zeros_like(w)) + (1 - gsnr_beta) * r)
     h = p / (1 - gsnr_beta**t) * g
     for_v = h if second_moment == "adapted" else g
     m = beta1 * state.get("m", torch.zeros_like(w)) + ((1 - beta1) if grad_averaging else 1.0) * h
     v = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * for_v * for_v
-    state["m"], state["v"] = m, v
+    m, v = kept(state, m=m, v=v)
     c1, c2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
     u = (m / c1) / ((v / c2).sqrt() + eps) + weight_decay * w
     ratio = 1.0
@@ -165,7 +166,8 @@ def curvature_adamw(
     """Without samples."""
     ratio = min(1.0, cap) if is_adapted(w, adapt) else 1.0
     t = state["t"] = state.get("t", 0) + 1
-    m = state["m"] = betas[0] * state.get("m", torch.zeros_like(w)) + (1 - betas[0]) * g
-    v = state["v"] = betas[1] * state.get("v", torch.zeros_like(w)) + (1 - betas[1]) * g.square()
+    m = betas[0] * state.get("m", torch.zeros_like(w)) + (1 - betas[0]) * g
+    v = betas[1] * state.get("v", torch.zeros_like(w)) + (1 - betas[1]) * g.square()
+    m, v = kept(state, m=m, v=v)
     u = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
     return w - lr * ratio * (u + weight_decay * w), ratio

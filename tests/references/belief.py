@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .common import Tensor, is_adapted
+from .rounding import kept
 
 
 def ratio_of(w: Tensor, u: Tensor, adapt: bool | None) -> float:
@@ -35,8 +36,9 @@ def adabelief(
     t = state["t"] = state.get("t", 0) + 1
     if not decoupled:
         g = g + weight_decay * w
-    m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
-    s = state["s"] = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2 + eps
+    m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    s = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2 + eps
+    m, s = kept(state, m=m, s=s)
     largest = state["largest"] = torch.maximum(state.get("largest", s), s)
     moves = True
     if rectify:
@@ -76,8 +78,9 @@ def fastadabelief(
     beta2 = 1 - gamma / t
     if not decoupled:
         g = g + weight_decay * w
-    m = state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
-    s = state["s"] = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2
+    m = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
+    s = beta2 * state.get("s", torch.zeros_like(w)) + (1 - beta2) * (g - m) ** 2
+    m, s = kept(state, m=m, s=s)
     largest = state["largest"] = torch.maximum(state.get("largest", s), s)
     u = m / ((largest if running_maximum else s) + delta / t)
     if decoupled:
@@ -101,7 +104,8 @@ def adashift(
 ) -> tuple[Tensor, float]:
     beta1, beta2 = betas
     queue = state.setdefault("queue", [])
-    queue.append(g)
+    newest = g, *reversed(queue[1:])
+    queue += kept(state, newest=g)
     if len(queue) <= keep:
         return w, 1.0
     old = queue.pop(0)
@@ -109,9 +113,9 @@ def adashift(
     square = old * old
     if reduction is not None:
         square = torch.full_like(w, {"max": square.max, "mean": square.mean}[reduction]().item())
-    v = state["v"] = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * square
+    (v,) = kept(state, v=beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * square)
     weights = [beta1**i for i in range(keep)]
-    m = sum(weight * queue[-1 - i] for i, weight in enumerate(weights)) / sum(weights)
+    m = sum(weight * of_age for weight, of_age in zip(weights, newest, strict=True)) / sum(weights)
     u = torch.where(v == 0, 0.0, m / ((v / (1 - beta2**k)).sqrt() + eps)) + weight_decay * w
     ratio = ratio_of(w, u, adapt)
     return w - lr * ratio * u, ratio

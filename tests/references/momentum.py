@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .common import Tensor, is_adapted, signal_to_noise_ratio
+from .rounding import kept
 
 
 def lars(
@@ -36,8 +37,7 @@ def lars(
         increment, outside = q * d, lr
     else:
         increment, outside = d, lr * q
-    v = momentum * v + increment
-    state["v"] = v
+    (v,) = kept(state, v=momentum * v + increment)
     update = momentum * v + increment if nesterov else v
     return w - outside * update, q
 
@@ -46,7 +46,7 @@ def sngm(
     w: Tensor, g: Tensor, state: dict[str, Any], *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> tuple[Tensor, float]:
     u = momentum * state.get("u", torch.zeros_like(w)) + (g + weight_decay * w) / state["model_gradient_norm"]
-    state["u"] = u
+    (u,) = kept(state, u=u)
     return w - lr * u, 1.0
 
 
@@ -77,7 +77,7 @@ def tvlars(
             phi = 1 / (alpha + math.exp(decay * (t - delay))) + floor
             q = trust_coefficient * phi * w_norm / (g_norm + weight_decay * w_norm)
     v = momentum * state.get("v", torch.zeros_like(w)) + q * d
-    state["v"] = v
+    (v,) = kept(state, v=v)
     return w - lr * v, q
 
 
@@ -100,7 +100,7 @@ def mclr(
     median = steps[(len(steps) - 1) // 2]
     q = median if is_adapted(w, adapt) and median > 0 else 1.0
     v = momentum * state.get("v", torch.zeros_like(w)) + lr * q * (g + weight_decay * w)
-    state["v"] = v
+    (v,) = kept(state, v=v)
     return w - v, q
 
 
@@ -126,7 +126,7 @@ def cblr(
         q = w.norm() / (g.norm() + weight_decay * w.norm() + eps)
     ratio = q.item() if is_adapted(w, adapt) and q > 0 else 1.0
     v = momentum * state.get("v", torch.zeros_like(w)) + lr * ratio * (g + weight_decay * w)
-    state["v"] = v
+    (v,) = kept(state, v=v)
     return w - v, ratio
 
 
@@ -150,7 +150,7 @@ def clars(
     if is_adapted(w, adapt) and w.norm() > 0:
         q = trust_coefficient * w.norm().item() / (single + weight_decay * w.norm().item())
     v = momentum * state.get("v", torch.zeros_like(w)) + lr * q * (g + weight_decay * w)
-    state["v"] = v
+    (v,) = kept(state, v=v)
     return w - v, q
 
 
@@ -165,7 +165,7 @@ def vrsgd(
     gsnr_floor: float = 0.1,
 ) -> tuple[Tensor, float]:
     d = signal_to_noise_ratio(state, g, gsnr_floor) * g + weight_decay * w
-    v = state["v"] = momentum * state.get("v", torch.zeros_like(w)) + d
+    (v,) = kept(state, v=momentum * state.get("v", torch.zeros_like(w)) + d)
     return w - lr * v, 1.0
 
 
@@ -193,7 +193,8 @@ def novograd(
     if grad_averaging:
         d = (1 - beta1) * d
     m = beta1 * state["m"] + d if "m" in state else d
-    state["v"], state["m"] = v, m
+    state["v"] = v
+    (m,) = kept(state, m=m)
     return w - lr * m, 1.0
 
 
@@ -211,5 +212,5 @@ def curvature_sgd(
 ) -> tuple[Tensor, float]:
     """Without samples."""
     ratio = min(1.0, cap) if is_adapted(w, adapt) else 1.0
-    state["v"] = momentum * state.get("v", torch.zeros_like(w)) + g + weight_decay * w
-    return w - lr * ratio * state["v"], ratio
+    (v,) = kept(state, v=momentum * state.get("v", torch.zeros_like(w)) + g + weight_decay * w)
+    return w - lr * ratio * v, ratio

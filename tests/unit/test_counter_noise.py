@@ -10,8 +10,8 @@ import torch
 
 from trustratio.optimizers.displacements.counter_noise import gaussian, uniform
 from trustratio.optimizers.formulas.split_mix import key_of, split_mix
-from trustratio.optimizers.sharding.positions import positions
 from trustratio.optimizers.sharding.layout import Layer, LayoutError, Shard
+from trustratio.optimizers.sharding.positions import positions
 
 COUNT = 200_000
 DRAWS = {"gaussian": (gaussian, 3.0), "uniform": (uniform, 9 / 5)}  # and the fourth moment
