@@ -68,8 +68,9 @@ class _Shared:
 class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     """Base of all optimizers here. A subclass names its state and fills in `stages` and `update`; see `Algorithm`.
 
-    State and arithmetic are fp32 whatever the parameter's dtype (fp64 for fp64 parameters); a 16-bit parameter without
-    a wrapper that keeps master weights is rounded once per step, when it is written.
+    Arithmetic is fp32 whatever the parameter's dtype (fp64 for fp64 parameters), and so is state, or what `state_dtype`
+    says; a 16-bit parameter without a wrapper that keeps master weights is rounded once per step, when it is written,
+    as `master` says.
     """
 
     _shared: _Shared

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trustratio.optimizers import LayerwiseOptimizer
+
 from .errors import CannotAudit
 from .subject import Subject
 from .training import OTHER_SEED, SEED, Course, numbers_in_groups, numbers_outside_groups, state_bytes
@@ -31,6 +33,8 @@ class Alone:
         state_bytes: Of the optimizer's state.
         parameters: Number of trainable elements.
         left_out: Layers that the optimizer was not given.
+        has_coarse_state: Whether any state of elements has 16 bits, where two ways to one number may be far apart.
+        rounds_weights: Whether the optimizer itself rounds 16-bit weights, so that agreement is no matter of luck.
     """
 
     before: dict[str, torch.Tensor]
@@ -44,6 +48,8 @@ class Alone:
     state_bytes: int
     parameters: int
     left_out: frozenset[str]
+    has_coarse_state: bool = False
+    rounds_weights: bool = False
 
 
 def train_alone(
@@ -109,7 +115,15 @@ def train_alone(
         state_bytes=state_bytes(run.optimizer),
         parameters=sum(weights.numel() for weights in before.values()),
         left_out=frozenset(name for name in paths if id(named[name]) not in trained),
+        has_coarse_state=_has_coarse_state(run.optimizer),
+        rounds_weights=isinstance(run.optimizer, LayerwiseOptimizer)
+        and any(group["master"] is not None for group in run.optimizer.param_groups),
     )
+
+
+def _has_coarse_state(optimizer: torch.optim.Optimizer) -> bool:
+    kept = [value for state in optimizer.state.values() if isinstance(state, dict) for value in state.values()]
+    return any(isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in kept)
 
 
 def _refuse_what_says_nothing(subject: Subject, after: dict[str, torch.Tensor], paths: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from trustratio.optimizers.sharding.layout import listing
 
 from .configurations import Configuration
 from .errors import CannotAudit
+from .neighbours import IN_NORMS, without_neighbours
 from .reference import Alone
 from .subject import Subject
 from .training import CHECKPOINT, PADDING, Recorded, Weights
@@ -191,8 +192,13 @@ def _layer(name: str, alone: Alone, weights: torch.Tensor) -> AuditedLayer:
     path = alone.paths[name]
     # Two ways to the same number may end in neighbours of it.
     resolution = max(torch.finfo(one.dtype).eps for one in (weights, alone.weights[name]))
-    rounding = resolution * float(reference.norm())
-    distance = float((found - reference).norm())
+    by_chance = alone.rounds_weights and alone.weights[name].dtype == torch.bfloat16
+    rounding = 0.0 if by_chance else resolution * float(reference.norm())
+    apart = (found - reference).abs()
+    if alone.has_coarse_state or by_chance:
+        apart = without_neighbours(apart, path, 2 * resolution * reference.abs() if by_chance else None)
+        rounding += IN_NORMS * path
+    distance = float(apart.norm())
     has_gradient = name not in alone.without_gradient
     return AuditedLayer(
         name=name,

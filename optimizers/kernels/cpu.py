@@ -362,7 +362,7 @@ class CpuSweeps:
         sweep.position = self._table(group).shards.position.data_ptr()
         sweep.numbers = rounding.keys.contiguous(), rounding.gammas.contiguous()
         sweep.key, sweep.gamma = (numbers.data_ptr() for numbers in sweep.numbers)
-        if rounding.master == "kahan":
+        if rounding.master == "kahan" and COMPENSATION in self.state:  # not where all weights are fp32
             sweep.compensation = _address(self.state[COMPENSATION])
 
     def _state_dtype(self, group: int) -> torch.dtype:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_parts import address, gradient, put_square
+from .triton_parts import ROW, address, gradient, put_square
+from .triton_rounding import kept, places, put_weight, rounding_bits, weight
 
 __all__ = ["belief"]
 
@@ -13,25 +14,25 @@ __all__ = ["belief"]
 @triton.jit
 def belief(
     rows, changing, idle, partial, count,
-    weights, gradients, first, second, third, mean_squares, factor,
+    weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
     decay, rate, offset,
     beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = rows + 4 * tl.program_id(0)
+    row = rows + ROW * tl.program_id(0)
     tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     offsets = tl.arange(0, BLOCK)
     length *= tl.load(changing + layer)
     mask = offsets < length
-    at_weight = address(weights, tensor, start, WEIGHT) + offsets
-    at_first = address(first, tensor, start, tl.float32) + offsets
-    at_second = address(second, tensor, start, tl.float32) + offsets
-    w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(at_first, mask=mask, other=0.0)
-    s = tl.load(at_second, mask=mask, other=1.0)
-    fresh = mask  # as in _adam
+    at_weight, at_rest = places(weights, compensations, tensor, start, offsets, WEIGHT, MASTER)
+    at_first = address(first, tensor, start, STATE) + offsets
+    at_second = address(second, tensor, start, STATE) + offsets
+    w = weight(at_weight, at_rest, mask, MASTER)
+    m = tl.load(at_first, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(at_second, mask=mask, other=1.0).to(tl.float32)
+    fresh = mask  # as in triton_adam.py
     written = mask
     if MODE == 3:
         fresh = offsets < length * tl.load(idle + tl.program_id(0))
@@ -39,23 +40,25 @@ def belief(
     g = tl.zeros((BLOCK,), tl.float32)
     if MODE != 3:
         g = gradient(gradients, tensor, start, offsets, length, GRADIENT)
+    bits = rounding_bits(rows, keys, gammas, idle, layer, offsets, length, STATE, MASTER, MODE)
     if MODE == 1:
         any_gradient = tl.max(tl.where(g != 0.0, 1, 0), 0)  # NaN counts
         tl.store(idle + tl.program_id(0), 1 - any_gradient)
         written = offsets < length * any_gradient
     decayed = g + l2 * w
     surprise = beta1 * (decayed - m)
-    m = tl.where(fresh, beta1 * m + gain * decayed, m)
-    s = tl.where(fresh, tl.load(decay + layer) * s + tl.load(rate + layer) * (surprise * surprise) + growth, s)
+    m = tl.where(fresh, kept(beta1 * m + gain * decayed, bits, 0, STATE), m)
+    variance = tl.load(decay + layer) * s + tl.load(rate + layer) * (surprise * surprise) + growth
+    s = tl.where(fresh, kept(variance, bits, 1, STATE), s)
     if MODE != 0:
-        tl.store(at_first, m, mask=written)
-        tl.store(at_second, s, mask=written)
+        tl.store(at_first, m.to(STATE), mask=written)
+        tl.store(at_second, s.to(STATE), mask=written)
     if KIND == "BELIEF_MAX" or KIND == "BELIEF_MAX_NO_ROOT":
-        at_third = address(third, tensor, start, tl.float32) + offsets
-        largest = tl.load(at_third, mask=mask, other=1.0)
+        at_third = address(third, tensor, start, STATE) + offsets
+        largest = tl.load(at_third, mask=mask, other=1.0).to(tl.float32)
         s = tl.where(fresh, tl.where(largest >= s, largest, s), largest)  # NaN stays NaN
         if MODE != 0:
-            tl.store(at_third, s, mask=written)
+            tl.store(at_third, s.to(STATE), mask=written)
     denominator = s * tl.load(correction2 + layer)
     if KIND == "BELIEF" or KIND == "BELIEF_MAX":
         denominator = tl.sqrt_rn(denominator)
@@ -67,4 +70,4 @@ def belief(
         put_square(partial, 2, count, u)
     else:
         change = u * tl.load(step + layer) + fixed_decay * w
-        tl.store(at_weight, (w - change).to(WEIGHT), mask=mask)
+        put_weight(at_weight, at_rest, mask, w - change, bits, WEIGHT, MASTER)

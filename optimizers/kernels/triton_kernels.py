@@ -11,15 +11,19 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..formulas.chunk_view import COMPENSATION
+from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage
+from ..sharding.layout import Shard
+from ..sharding.positions import run_length, runs
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update
 from .interface import SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
@@ -29,10 +33,13 @@ try:
 except ImportError:
     triton = None
 
-__all__ = ["KERNELS", "TritonKernels"]
+__all__ = ["KERNELS", "TritonKernels", "Types"]
 
 BLOCK = 2048
 FOLD = 1024  # partial sums that are added at a time
+WARPS = 4
+WARPS_THAT_ROUND = 8  # random bits take registers, so that fewer elements go to a thread
+SHORTEST_RUN = 64  # elements: a block that is cut into shorter ones is left to tensor operations
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
@@ -59,13 +66,22 @@ class TritonKernels:
     def serves(self, operands: Operands) -> list[bool]:
         device = operands.layout.device
         types = {dtype: name for dtype, name in TYPES.items() if name != "bf16" or _has_bf16(device)}
-        served = [weight.dtype in types and weight.device == device for weight in operands.weights]
-        for tensors in operands.state.values():
+        kept_in = [_state_dtype(operands, index) for index in range(len(operands.weights))]
+        served = [
+            weight.dtype in types and weight.device == device and state_dtype in types
+            for weight, state_dtype in zip(operands.weights, kept_in, strict=True)
+        ]
+        for name, tensors in operands.state.items():
             for index, value in enumerate(tensors):
-                served[index] &= value.dtype is torch.float32 and value.device == device
+                wanted = torch.bfloat16 if name == COMPENSATION else kept_in[index]
+                nothing = name == COMPENSATION and not value.numel()
+                served[index] &= nothing or (value.dtype is wanted and value.device == device)
         for index, gradient in enumerate(operands.gradients):
             served[index] &= gradient is None or (gradient.dtype in types and gradient.device == device)
-        if len(types) < len(TYPES) and any(weight.dtype not in types for weight in operands.weights):
+        for index in _in_short_runs(operands):
+            served[index] = False
+        dtypes = {*kept_in, *(weight.dtype for weight in operands.weights)}
+        if torch.bfloat16 in dtypes and torch.bfloat16 not in types:
             _warn_of_bf16(device)
         return served
 
@@ -79,19 +95,32 @@ _captured: dict[int, Any] = {}
 """Tables that a CUDA graph reads at every replay. Nobody tells when a graph is gone, so they stay."""
 
 
+class Types(NamedTuple):
+    """Names of dtypes of a local tensor, and its master, "none" for weights that are rounded to nearest if at all."""
+
+    weight: str
+    gradient: str
+    state: str
+    master: str
+
+    def warps(self, mode: int) -> int:
+        """Of a block, in a sweep of this mode."""
+        rounds = self.state == "bf16" or self.master == "kahan" or (self.master == "stochastic" and mode >= APPLY)
+        return WARPS_THAT_ROUND if rounds else WARPS
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """The blocks of one group and one combination of dtypes.
 
     Attributes:
-        weight_type, gradient_type: Names of dtypes.
-        rows: int64, shape (blocks, 4): tensor, start, length, layer counted from the group's first; in the order of
-            layers.
+        types: See there.
+        rows: int64, shape (blocks, 5): tensor, start, length, layer counted from the group's first, position of the
+            first element in the layer; in the order of layers.
         ends: int64, shape (layers + 1,): where each layer's blocks begin in `rows`.
     """
 
-    weight_type: str
-    gradient_type: str
+    types: Types
     rows: torch.Tensor
     ends: torch.Tensor
 
@@ -103,10 +132,7 @@ class TritonSweeps:
         self.operands = operands
         self.device = operands.layout.device
         self.cache = cache
-        self.types = [
-            (TYPES[w.dtype], "fp32" if g is None else TYPES[g.dtype]) if wanted else None
-            for w, g, wanted in zip(operands.weights, operands.gradients, served, strict=True)
-        ]
+        self.types = [_types(operands, index) if wanted else None for index, wanted in enumerate(served)]
         self.idle: dict[int, list[torch.Tensor]] = {}
 
     def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
@@ -164,6 +190,7 @@ class TritonSweeps:
             assert given is not None
             mean_square = self._pointers("mean_square", squares)
             factor = given.to(torch.float32).reshape(1)
+        compensations, keys, gammas = self._rounding(group, weights)
         results = []
         for index, blocks in enumerate(all_blocks):
             count = len(blocks.rows)
@@ -173,17 +200,33 @@ class TritonSweeps:
             with _launching_on(self.device):
                 _KERNELS[_family(form.kind)][(count,)](
                     *(blocks.rows, changing, idle, partial, count),
-                    *(weights, gradients, *state, mean_square, factor, *vectors, *scalars, *complements),
+                    *(weights, gradients, *state, mean_square, factor, compensations, keys, gammas),
+                    *(*vectors, *scalars, *complements),
                     KIND=form.kind.name,
                     MODE=mode,
                     MOMENTUM=bool(form.state),
                     NESTEROV=bool(form.scalars.get("nesterov", 0)),
-                    WEIGHT=_TL_TYPES[blocks.weight_type],
-                    GRADIENT=_TL_TYPES[blocks.gradient_type],
+                    WEIGHT=_TL_TYPES[blocks.types.weight],
+                    GRADIENT=_TL_TYPES[blocks.types.gradient],
+                    STATE=_TL_TYPES[blocks.types.state],
+                    MASTER=blocks.types.master,
                     BLOCK=BLOCK,
+                    num_warps=blocks.types.warps(mode),
                 )
             results.append((blocks, partial))
         return results
+
+    def _rounding(self, group: int, nothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pointers of `COMPENSATION`, keys and gammas of the group's layers; `nothing` in place of what is not read."""
+        rounding = self.operands.groups[group].rounding
+        if rounding is None:
+            return nothing, nothing, nothing
+        compensations = nothing
+        if rounding.master == "kahan" and COMPENSATION in self.operands.state:
+            compensations = self._pointers(COMPENSATION, self.operands.state[COMPENSATION])
+        if self._is_capturing():
+            _captured[id(rounding.gammas)] = rounding.gammas  # the keys are the graph's own
+        return compensations, rounding.keys, rounding.gammas
 
     # What lies on the device
 
@@ -200,18 +243,25 @@ class TritonSweeps:
         for shard in layout.shards:
             tensor = layout.layers[shard.layer].tensor
             if layout.groups[tensor] == group and self.types[tensor] is not None:
-                for begin in range(0, shard.length, BLOCK):
-                    length = min(BLOCK, shard.length - begin)
-                    row = tensor, shard.start + begin, length, shard.layer - layers.start
-                    rows.append((self.types[tensor], row))
+                for start, position, run in self._runs(group, shard):
+                    for begin in range(0, run, BLOCK):
+                        length, layer = min(BLOCK, run - begin), shard.layer - layers.start
+                        rows.append((self.types[tensor], (tensor, start + begin, length, layer, position + begin)))
         rows.sort(key=lambda typed: (typed[0], typed[1][3]))
         by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
         return [self._blocks(types, of, len(layers)) for types, of in by_type]
 
-    def _blocks(self, types: tuple[str, str], rows: list[tuple[int, ...]], layers: int) -> _Blocks:
+    def _runs(self, group: int, shard: Shard) -> Iterable[tuple[int, int, int]]:
+        """Of what may be in one block: starts, positions and lengths. Without rounding, positions do not matter."""
+        if self.operands.groups[group].rounding is None:
+            return [(shard.start, shard.offset, shard.length)]
+        layer = self.operands.layout.layers[shard.layer]
+        return runs(layer, shard, tuple(self.operands.weights[layer.tensor].shape))
+
+    def _blocks(self, types: Types, rows: list[tuple[int, ...]], layers: int) -> _Blocks:
         counts = torch.bincount(torch.tensor([row[3] for row in rows], device="cpu"), minlength=layers)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return _Blocks(*types, torch.tensor(rows, device="cpu").to(self.device), ends.to(self.device))
+        return _Blocks(types, torch.tensor(rows, device="cpu").to(self.device), ends.to(self.device))
 
     def _pointers(self, name: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Addresses as a tensor on the device, sent there if they differ from the last step's."""
@@ -228,7 +278,7 @@ class TritonSweeps:
     def _table(self, name: tuple[str, Any], content: list[Any], make: Callable[[], Any], most: int = 1) -> Any:
         """What was made of this content in one of the last steps, or is made now; only the newest are kept."""
         tables = self.cache.setdefault(name, Recent(most))
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = self._is_capturing()
         if capturing and content not in tables:
             raise RuntimeError(
                 f"the {' of '.join(map(str, name))} changed since the last step, and a CUDA graph cannot capture how "
@@ -239,6 +289,44 @@ class TritonSweeps:
         if capturing:
             _captured[id(table)] = table
         return table
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _rounding_of(operands: Operands, index: int) -> Rounding | None:
+    """Of the group that a local tensor is in."""
+    group = operands.groups.get(operands.layout.groups[index])
+    return None if group is None else group.rounding
+
+
+def _state_dtype(operands: Operands, index: int) -> torch.dtype:
+    """What a local tensor's state is to be kept in; with any other it is left to tensor operations."""
+    rounding = _rounding_of(operands, index)
+    return torch.bfloat16 if rounding is not None and rounding.state else torch.float32
+
+
+def _types(operands: Operands, index: int) -> Types:
+    weight, gradient = operands.weights[index], operands.gradients[index]
+    rounding = _rounding_of(operands, index)
+    master = rounding.master if rounding is not None and weight.dtype is torch.bfloat16 else None
+    return Types(
+        weight=TYPES[weight.dtype],
+        gradient="fp32" if gradient is None else TYPES[gradient.dtype],
+        state=TYPES[_state_dtype(operands, index)],
+        master=master or "none",
+    )
+
+
+def _in_short_runs(operands: Operands) -> Iterator[int]:
+    """Yield local tensors whose elements must be rounded by their positions, and are neighbours in short runs only."""
+    layout = operands.layout
+    for shard in layout.shards:
+        layer = layout.layers[shard.layer]
+        if shard.is_run or _rounding_of(operands, layer.tensor) is None:
+            continue
+        if run_length(layer, shard, tuple(operands.weights[layer.tensor].shape)) < SHORTEST_RUN:
+            yield layer.tensor
 
 
 @functools.cache
@@ -266,8 +354,8 @@ def _has_bf16(device: torch.device) -> bool:
 @functools.cache
 def _warn_of_bf16(device: torch.device) -> None:
     warnings.warn(
-        f"bf16 layers on {device}, which is older than sm_80, are stepped by tensor operations: Triton does not "
-        "compile bf16 for it",
+        f"bf16 layers, and layers with state in bf16, on {device}, which is older than sm_80, are stepped by tensor "
+        "operations: Triton does not compile bf16 for it",
         stacklevel=3,
     )
 
@@ -286,148 +374,10 @@ def _family(kind: Kind) -> str:
 if triton is not None:
     _TL_TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
-    from .triton_belief import belief as _belief
-    from .triton_parts import address as _address
-    from .triton_parts import gradient as _gradient
-    from .triton_parts import gsnr as _gsnr
-    from .triton_parts import put_square as _put_square
-    from .triton_parts import raw_gsnr as _raw_gsnr
-
-    @triton.jit
-    def _sums(
-        rows, changing, idle, partial, count,
-        weights, gradients, first, second, third, mean_squares, factor,
-        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        decay, rate, offset,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
-        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = rows + 4 * tl.program_id(0)
-        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        offsets = tl.arange(0, BLOCK)
-        length *= tl.load(changing + layer)
-        mask = offsets < length
-        g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
-        if KIND == "SUM_R_G" or KIND == "SUM_W_G_GSNR":
-            mean_square = tl.load(_address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
-            mean_square = mean_square * tl.load(factor)
-            bound = tl.load(resolution + layer)
-            if KIND == "SUM_R_G":
-                r = _raw_gsnr(g, mean_square, bound)
-                tl.store(partial + 2 * count + tl.program_id(0), tl.sum(r.to(tl.float64), 0))
-            else:
-                g = g * _gsnr(g, mean_square, bound, tl.load(gsnr_scale + layer), gsnr_floor)
-        _put_square(partial, 1, count, g)
-        if KIND != "SUM_G" and KIND != "SUM_R_G":
-            w = tl.load(_address(weights, tensor, start, WEIGHT) + offsets, mask=mask, other=0.0).to(tl.float32)
-            _put_square(partial, 0, count, w)
-            if KIND == "SUM_W_G_D":
-                _put_square(partial, 2, count, g + weight_decay * w)
-
-    @triton.jit
-    def _momentum(
-        rows, changing, idle, partial, count,
-        weights, gradients, first, second, third, mean_squares, factor,
-        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        decay, rate, offset,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
-        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = rows + 4 * tl.program_id(0)
-        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        offsets = tl.arange(0, BLOCK)
-        length *= tl.load(changing + layer)
-        mask = offsets < length
-        g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
-        if KIND == "MOMENTUM_GSNR":
-            mean_square = tl.load(_address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
-            mean_square = mean_square * tl.load(factor)
-            g = g * _gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
-        at_weight = _address(weights, tensor, start, WEIGHT) + offsets
-        w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
-        change = tl.load(gradient_scale + layer) * g + tl.load(weight_scale + layer) * w
-        if MOMENTUM:
-            at_state = _address(first, tensor, start, tl.float32) + offsets
-            v = beta1 * tl.load(at_state, mask=mask, other=0.0) + change
-            tl.store(at_state, v, mask=mask)
-            if NESTEROV:
-                change = change + beta1 * v
-            else:
-                change = v
-        tl.store(at_weight, (w - tl.load(step + layer) * change).to(WEIGHT), mask=mask)
-
-    @triton.jit
-    def _adam(
-        rows, changing, idle, partial, count,
-        weights, gradients, first, second, third, mean_squares, factor,
-        gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-        decay, rate, offset,
-        beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
-        KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-        WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = rows + 4 * tl.program_id(0)
-        tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        offsets = tl.arange(0, BLOCK)
-        length *= tl.load(changing + layer)
-        mask = offsets < length
-        at_weight = _address(weights, tensor, start, WEIGHT) + offsets
-        at_first = _address(first, tensor, start, tl.float32) + offsets
-        at_second = _address(second, tensor, start, tl.float32) + offsets
-        w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(at_first, mask=mask, other=0.0)
-        v = tl.load(at_second, mask=mask, other=1.0)
-        # Which elements' averages are updated here. Of a block whose gradient is zero, not while measuring.
-        fresh = mask
-        written = mask
-        if MODE == 3:
-            fresh = offsets < length * tl.load(idle + tl.program_id(0))
-            written = fresh
-        g = tl.zeros((BLOCK,), tl.float32)
-        if MODE != 3 or KIND == "LANS":
-            g = _gradient(gradients, tensor, start, offsets, length, GRADIENT)
-        if MODE == 1:
-            any_gradient = tl.max(tl.where(g != 0.0, 1, 0), 0)  # NaN counts
-            tl.store(idle + tl.program_id(0), 1 - any_gradient)
-            written = offsets < length * any_gradient
-        scaled = g * tl.load(gradient_scale + layer)
-        adapted = scaled
-        if KIND == "ADAM_GSNR" or KIND == "ADAM_GSNR_MEAN":
-            at_mean = _address(mean_squares, tensor, start, tl.float32) + offsets
-            at_third = _address(third, tensor, start, tl.float32) + offsets
-            mean_square = tl.load(at_mean, mask=fresh, other=0.0) * tl.load(factor)
-            r = _gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
-            p = beta3 * tl.load(at_third, mask=fresh, other=0.0) + complement3 * r
-            adapted = p * tl.load(correction3 + layer) * scaled
-            if MODE != 0:
-                tl.store(at_third, p, mask=written)
-        squared = adapted
-        if KIND == "ADAM_GSNR_MEAN":
-            squared = scaled
-        m = tl.where(fresh, beta1 * m + gain * adapted, m)
-        v = tl.where(fresh, beta2 * v + complement2 * (squared * squared), v)
-        if MODE != 0:
-            tl.store(at_first, m, mask=written)
-            tl.store(at_second, v, mask=written)
-        denominator = tl.sqrt_rn(v * tl.load(correction2 + layer)) + eps
-        u = m * tl.load(correction1 + layer) / denominator + weight_decay * w
-        u = tl.where(mask, u, 0.0)
-        u_g = u
-        if KIND == "LANS":
-            u_g = tl.where(mask, scaled / denominator + weight_decay * w, 0.0)
-        if MODE < 2:
-            _put_square(partial, 0, count, w)
-            _put_square(partial, 1, count, g)
-            _put_square(partial, 2, count, u)
-            if KIND == "LANS":
-                _put_square(partial, 3, count, u_g)
-        else:
-            change = u * tl.load(step + layer)
-            if KIND == "LANS":
-                change = change + u_g * tl.load(second_step + layer)
-            tl.store(at_weight, (w - change).to(WEIGHT), mask=mask)
+    from .triton_adam import adam
+    from .triton_belief import belief
+    from .triton_momentum import momentum
+    from .triton_sums import sums
 
     @triton.jit
     def _fold(partial, ends, total, blocks, layers, BLOCK: tl.constexpr):
@@ -441,4 +391,4 @@ if triton is not None:
         at_total = total + place * layers + layer
         tl.store(at_total, tl.load(at_total) + tl.sum(parts, 0))
 
-    _KERNELS = {"sums": _sums, "momentum": _momentum, "adam": _adam, "belief": _belief}
+    _KERNELS = {"sums": sums, "momentum": momentum, "adam": adam, "belief": belief}

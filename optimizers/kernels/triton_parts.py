@@ -5,7 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["address", "gradient", "gsnr", "put_square", "raw_gsnr"]
+__all__ = ["ROW", "address", "gradient", "gsnr", "put_square", "raw_gsnr"]
+
+ROW = tl.constexpr(5)
+"""Numbers in a row of the table of blocks: tensor, start, length, layer, position of the first element in the layer."""
 
 
 @triton.jit

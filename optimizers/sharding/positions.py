@@ -9,7 +9,7 @@ import torch
 
 from .layout import Layer, LayoutError, Shard
 
-__all__ = ["positions", "runs"]
+__all__ = ["positions", "run_length", "runs"]
 
 
 def positions(layer: Layer, shard: Shard, local_shape: tuple[int, ...], elements: torch.Tensor) -> torch.Tensor:
@@ -51,14 +51,26 @@ def runs(layer: Layer, shard: Shard, local_shape: tuple[int, ...]) -> Iterator[t
     Raises:
         LayoutError: As `positions`.
     """
-    if shard.is_run:
-        yield shard.start, shard.offset, shard.length
-        return
-    places = positions(layer, shard, local_shape, torch.arange(shard.length, device="cpu"))
-    begins = torch.cat([places.new_ones(1, dtype=torch.bool), places.diff() != 1]).nonzero().flatten()
-    lengths = begins.diff(append=begins.new_tensor([shard.length]))
-    for begin, position, length in zip(begins.tolist(), places[begins].tolist(), lengths.tolist(), strict=True):
+    length = run_length(layer, shard, local_shape)
+    begins = torch.arange(0, shard.length, length, device="cpu")
+    for begin, position in zip(begins.tolist(), positions(layer, shard, local_shape, begins).tolist(), strict=True):
         yield shard.start + begin, position, length
+
+
+def run_length(layer: Layer, shard: Shard, local_shape: tuple[int, ...]) -> int:
+    """Elements of each of the shard's `runs`, which all have as many. Arguments and errors as there."""
+    if shard.is_run:
+        return shard.length
+    width = _width(layer, shard)
+    if width:
+        return width
+    positions(layer, shard, local_shape, torch.empty(0, dtype=torch.int64, device="cpu"))  # whether they are known
+    length = 1
+    for size, here in zip(reversed(layer.shape), reversed(local_shape), strict=True):
+        length *= here
+        if here < size:
+            break
+    return length
 
 
 def _width(layer: Layer, shard: Shard) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..formulas.algorithm import Algorithm
 from ..formulas.chunk_view import COMPENSATION
-from ..options.common import STORAGE_OPTIONS
+from ..options.common import STATE_DTYPES, STORAGE_OPTIONS
 from ..sharding.local_tensors import is_flattened
 from .state import element_dtype, keeps_compensation
 
@@ -73,9 +74,11 @@ class Conversions:
         self._left_behind = True
 
     def note_groups(self, state_dict: dict[str, Any]) -> None:
-        """Note groups whose compensation is not even asked of a file, as by torch.distributed.checkpoint."""
+        """Note what options tell: torch.distributed.checkpoint reads into tensors like those that are there."""
         pairs = zip(self._algorithm.param_groups, state_dict["param_groups"], strict=False)
         for group, saved in pairs if self._algorithm.keeps_own_state and state_dict["state"] else ():
+            for name in self._algorithm.element_state:
+                self.note(name, _state_dtype(saved), _state_dtype(group))
             has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in group["params"])
             self._left_behind |= has_bf16 and saved.get("master") == "kahan" != group["master"]
 
@@ -95,6 +98,11 @@ class Conversions:
         ] + ([LEFT_BEHIND] if self._left_behind else [])
         if sentences:
             warnings.warn("; ".join(sentences), stacklevel=stacklevel + 1)
+
+
+def _state_dtype(group: Mapping[str, Any]) -> torch.dtype:
+    given = group.get("state_dtype")
+    return given if isinstance(given, torch.dtype) else STATE_DTYPES.get(given or "", torch.float32)
 
 
 def _name(dtype: torch.dtype) -> str:

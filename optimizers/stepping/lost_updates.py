@@ -42,6 +42,8 @@ class RoundedUpdates:
 
         None where there was no update. Waits for the device.
         """
+        if not self._before:  # as at every step, where all weights have a master
+            return None
         counts, rates = [], set()
         for group in groups.values():
             rate = float(group.options["lr"])

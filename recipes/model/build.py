@@ -71,4 +71,4 @@ def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
 
 def _in_its_precision(model: GatheredBertForMaskedLM, config: RecipeConfig) -> GatheredBertForMaskedLM:
     """Cast the model's weights, in place, to what they are trained in where nobody keeps others."""
-    return model if config.training.master is None else model.to(torch.bfloat16)
+    return model if config.training.master is None else model.bfloat16()

@@ -6,6 +6,7 @@ Gradients are the same on all ranks and of bf16, so that their mean over a power
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,10 +97,9 @@ class Run:
 def running(case: Case, kept: str, seed: int = 0) -> Iterator[Any]:
     """A run with weights of another seed."""
     if case.stage == "megatron":
-        with megatron_distributed_runs.running(replace(case, dtype="fp32"), perturbed=bool(seed)) as run:
-            run.optimizer = run.wrapper
-            run.gradients = mean_gradients(case)
-            yield run
+        with megatron_distributed_runs.running(case, perturbed=bool(seed)) as megatron:
+            megatron.optimizer = megatron.wrapper
+            yield megatron
         return
     run = Run(case, kept, seed) if isinstance(case.stage, str) else cases.CaseRun(case, perturbed=bool(seed))
     try:
@@ -127,6 +127,15 @@ def resume(way: str, case: Case, kept: str, path: str, then: str) -> None:
         WAYS_HERE[way].load(run, path)
         run.train(SAVED, STEPS)
         save_optimizer_state(run.optimizer, then, model=run.model)
+
+
+def warned_resume(way: str, case: Case, kept: str, path: str, then: str) -> list[str]:
+    """The same, and what was said of how numbers are kept."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resume(way, case, kept, path, then)
+    sentences = [str(one.message) for one in caught]
+    return [sentence for sentence in sentences if "as state_dtype says" in sentence or "left behind" in sentence]
 
 
 def _save_consolidated(run: Any, path: str) -> None:
@@ -177,16 +186,16 @@ def _load_fsdp1(run: Any, path: str) -> None:
     run.optimizer.load_state_dict(loadable)
 
 
-def _dcp_state(run: Any) -> dict[str, Any]:
+def dcp_state(run: Any) -> dict[str, Any]:
     return {"model": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
 
 
 def _save_dcp(run: Any, path: str) -> None:
-    dcp.save(_dcp_state(run), checkpoint_id=path)
+    dcp.save(dcp_state(run), checkpoint_id=path)
 
 
 def _load_dcp(run: Any, path: str) -> None:
-    state = _dcp_state(run)
+    state = dcp_state(run)
     dcp.load(state, checkpoint_id=path)
     run.model.load_state_dict(state["model"])
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])

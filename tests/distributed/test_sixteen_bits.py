@@ -252,7 +252,7 @@ def test_compiled_code_rounds_as_tensor_operations_do(pool: WorkerPool, way: str
     for case, *answers in zip(cases, *pool.run(train_all, cases), strict=True):
         eager = one_process(replace(case, constructor={"implementation": "eager"}), world_size)
         assert differing(whole(answers), eager, of_bits=16) < 0.01
-        assert differing(whole(answers), eager, of_bits=32, tolerance=16) < 0.01
+        assert differing(whole(answers), eager, of_bits=32, tolerance=16) < 0.03
 
 
 @pytest.mark.parametrize("way", [1, "fsdp2"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from .recipe_runs import losses, recipe, records, train, trained_tensors
 from .test_wrappers import NO_DROPOUT, REFERENCE
 from .test_wrappers import WRAPPERS as WITH_MASTERS
 
-STATE, KAHAN = "training.state_dtype=bfloat16", "training.master=kahan"
+STATE = "training.state_dtype=bfloat16"
+STOCHASTIC, KAHAN = "training.master=stochastic", "training.master=kahan"
 FEW = (NO_DROPOUT, "--steps", "4", "phase_two.steps=2", "run.checkpoint_every=3", "run.validate_every=0")
 ACCELERATE = "accelerate-ddp"
 WRAPPERS = {
@@ -32,6 +36,15 @@ WRAPPERS = {
 WITHOUT_MASTERS = [ACCELERATE, "trainer-ddp", "trainer-zero-2", "accelerate-zero-3"] + [
     f"deepspeed-zero-{stage}" for stage in range(4)
 ]
+
+
+def few(cases: Sequence[Any], quick: Sequence[Any]) -> list[Any]:
+    """The cases, all but some of them among the slow tests: each is a run, or two."""
+    return [pytest.param(*_several(case), marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+def _several(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,7 @@ def elements(run: Path) -> int:
 # Losses and what is kept
 
 
-@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+@pytest.mark.parametrize("wrapper", few(sorted(WRAPPERS), [ACCELERATE, "trainer-ddp", REFERENCE, "deepspeed-zero-3"]))
 def test_state_in_bf16_trains_alike_under_every_wrapper(runs, wrapper):
     run, with_fp32 = runs(wrapper, STATE), losses(runs(REFERENCE))
     assert losses(run) == pytest.approx(losses(runs(REFERENCE, STATE)), rel=1e-5)
@@ -93,7 +106,9 @@ def test_state_in_bf16_trains_alike_under_every_wrapper(runs, wrapper):
     assert kept(run)[torch.bfloat16] == pytest.approx(2 * elements(run), rel=0.01)  # two moments
 
 
-@pytest.mark.parametrize("wrapper", WITHOUT_MASTERS)
+@pytest.mark.parametrize(
+    "wrapper", few(WITHOUT_MASTERS, [ACCELERATE, "trainer-ddp", "deepspeed-zero-0", REFERENCE, "deepspeed-zero-3"])
+)
 def test_weights_without_masters_train_alike_under_every_wrapper(runs, wrapper):
     """Gradients are averaged over ranks in bf16, in an order of each wrapper's own."""
     run, dense = runs(wrapper, KAHAN, STATE), runs(ACCELERATE, KAHAN, STATE)
@@ -114,17 +129,18 @@ def test_masters_differ(runs):
 
 def test_random_bits_follow_the_seed(runs):
     """With the same weights: those of another run's beginning."""
-    seeds = [runs(ACCELERATE, "training.master=stochastic", f"optimizer.rounding_seed={seed}") for seed in (1, 2)]
-    assert losses(seeds[0]) == losses(runs(ACCELERATE, "training.master=stochastic"))  # training.seed is 1
+    seeds = [runs(ACCELERATE, STOCHASTIC, f"optimizer.rounding_seed={seed}") for seed in (1, 2)]
+    assert losses(seeds[0]) == losses(runs(ACCELERATE, STOCHASTIC))  # training.seed is 1
     assert losses(seeds[0]) != losses(seeds[1])
 
 
-@pytest.mark.parametrize("wrapper", [ACCELERATE, "trainer-ddp", "deepspeed-zero-1"])
+@pytest.mark.parametrize("wrapper", few([ACCELERATE, "trainer-ddp", REFERENCE], []))
 def test_one_process(runs, wrapper):
-    options = ("training.master=stochastic", STATE)
+    options = (STOCHASTIC, STATE)
     assert losses(runs(wrapper, *options, ranks=1)) == pytest.approx(losses(runs(wrapper, *options)), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["vrlamb", "curvature_adamw", "lars"])
 @pytest.mark.parametrize("wrapper", [ACCELERATE, REFERENCE])
 def test_other_optimizers(runs, wrapper, optimizer):
@@ -138,21 +154,26 @@ def test_other_optimizers(runs, wrapper, optimizer):
 # Runs that go on
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "options"),
-    [
-        (ACCELERATE, (STATE,)),
-        (ACCELERATE, (KAHAN, STATE)),
-        (ACCELERATE, ("training.master=stochastic",)),
-        ("trainer-ddp", ("training.master=stochastic", STATE)),
-        ("trainer-zero-2", (KAHAN, STATE)),
-        ("deepspeed-zero-0", (KAHAN, STATE)),
-        ("deepspeed-zero-1", (STATE,)),
-        ("deepspeed-zero-1", ("training.master=stochastic",)),
-        ("deepspeed-zero-2", (KAHAN, STATE)),
-        ("deepspeed-zero-3", ("training.master=stochastic", STATE)),
-    ],
-)
+QUICK = [
+    (ACCELERATE, (KAHAN, STATE)),
+    ("trainer-ddp", (KAHAN, STATE)),
+    (REFERENCE, (STATE,)),
+    ("deepspeed-zero-3", (KAHAN, STATE)),
+]
+RESUMED = [
+    *QUICK,
+    (ACCELERATE, (STATE,)),
+    (ACCELERATE, (STOCHASTIC,)),
+    ("trainer-ddp", (STOCHASTIC,)),
+    ("trainer-zero-2", (KAHAN, STATE)),
+    ("deepspeed-zero-0", (KAHAN, STATE)),
+    (REFERENCE, (STOCHASTIC,)),
+    ("deepspeed-zero-2", (KAHAN, STATE)),
+    ("deepspeed-zero-3", (STOCHASTIC,)),
+]
+
+
+@pytest.mark.parametrize(("wrapper", "options"), few(RESUMED, QUICK))
 def test_a_resumed_run_is_bit_exact(runs, launch, wrapper, options):
     straight = runs(wrapper, *options)
     checkpoint = straight / "checkpoints" / "step-00000003"
@@ -165,8 +186,10 @@ def test_a_resumed_run_is_bit_exact(runs, launch, wrapper, options):
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("wrapper", ["deepspeed-zero-1", "deepspeed-zero-3", ACCELERATE])
-@pytest.mark.parametrize("options", [(STATE,), (KAHAN, STATE)])
+@pytest.mark.parametrize(
+    ("wrapper", "options"),
+    few([*itertools.product((REFERENCE, "deepspeed-zero-3", ACCELERATE), ((STATE,), (KAHAN, STATE)))], QUICK[2:]),
+)
 def test_another_number_of_ranks_goes_on(runs, launch, wrapper, options):
     straight = runs(wrapper, *options)
     checkpoint = straight / "checkpoints" / "step-00000003"
@@ -178,8 +201,13 @@ def test_another_number_of_ranks_goes_on(runs, launch, wrapper, options):
         assert losses(resumed)[0] == pytest.approx(losses(straight)[3], rel=1e-6)
 
 
-@pytest.mark.parametrize("wrapper", [ACCELERATE, "trainer-ddp", "deepspeed-zero-1", "deepspeed-zero-3"])
-@pytest.mark.parametrize(("before", "after"), [(None, "bfloat16"), ("bfloat16", None)])
+DTYPES = [(None, "bfloat16"), ("bfloat16", None)]
+CONVERTED = [
+    (wrapper, *pair) for wrapper in (ACCELERATE, "trainer-ddp", REFERENCE, "deepspeed-zero-3") for pair in DTYPES
+]
+
+
+@pytest.mark.parametrize(("wrapper", "before", "after"), few(CONVERTED, [CONVERTED[0], CONVERTED[4], CONVERTED[5]]))
 def test_a_run_goes_on_with_its_state_in_another_dtype(runs, launch, wrapper, before, after):
     options = () if before is None else (STATE,)
     straight = runs(wrapper, *options)
@@ -198,7 +226,7 @@ def test_a_run_goes_on_with_its_state_in_another_dtype(runs, launch, wrapper, be
 # What is left
 
 
-@pytest.mark.parametrize("wrapper", [ACCELERATE, "deepspeed-zero-0", "deepspeed-zero-1", "deepspeed-zero-3"])
+@pytest.mark.parametrize("wrapper", [ACCELERATE, "deepspeed-zero-0", REFERENCE, "deepspeed-zero-3"])
 def test_an_exported_checkpoint_has_the_weights_that_were_trained(runs, cache, wrapper, tmp_path, monkeypatch):
     monkeypatch.setenv("TRUSTRATIO_CACHE", str(cache))
     run = runs(wrapper, KAHAN, STATE)
@@ -227,7 +255,7 @@ def test_initial_weights_of_another_precision(runs, launch):
 
 
 def test_the_saved_settings_say_what_was_used(runs):
-    run = runs("deepspeed-zero-1", KAHAN, STATE)
+    run = runs(REFERENCE, KAHAN, STATE)
     settings = json.loads((run / "deepspeed_config.json").read_text())
     assert settings["bf16"] == {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     assert settings["data_types"] == {"grad_accum_dtype": "bf16"}

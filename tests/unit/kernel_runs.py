@@ -55,12 +55,20 @@ def states(optimizer: LayerwiseOptimizer, parameters: dict[str, torch.nn.Paramet
     return {layer: optimizer.state[p][name] for layer, p in parameters.items()}
 
 
-def flat_run(name: str, implementation: str, lengths: Sequence[int], gaps: Sequence[int]) -> dict[str, Tensor]:
+def flat_run(
+    name: str,
+    implementation: str,
+    lengths: Sequence[int],
+    gaps: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> dict[str, Tensor]:
     """Steps over one flat tensor with layers at odd places and NaN between them."""
     generator = torch.Generator().manual_seed(1)
     total = sum(lengths) + sum(gaps)
-    flat = torch.nn.Parameter(torch.full((total,), torch.nan))
-    optimizer = create_optimizer(name, [flat], lr=LR, weight_decay=0.1, implementation=implementation, adapt=True)
+    flat = torch.nn.Parameter(torch.full((total,), torch.nan, dtype=dtype))
+    given = {"lr": LR, "weight_decay": 0.1, "implementation": implementation, "adapt": True, **options}
+    optimizer = create_optimizer(name, [flat], **given)
     layers, shards, start = [], [], 0
     for index, (length, gap) in enumerate(zip(lengths, gaps, strict=True)):
         start += gap
@@ -69,10 +77,10 @@ def flat_run(name: str, implementation: str, lengths: Sequence[int], gaps: Seque
         with torch.no_grad():
             flat[start : start + length] = torch.randn(length, generator=generator)
         start += length
-    layout = Layout("test", (flat,), (0,), tuple(layers), tuple(shards))
+    layout = Layout("test", (flat,), (0,), tuple(layers), tuple(shards), placed=True)
     optimizer._plans.add(Plan.of(optimizer, layout, [flat]))
     for _ in range(3):
-        flat.grad = torch.full((total,), torch.nan)
+        flat.grad = torch.full((total,), torch.nan, dtype=dtype)
         for index, shard in enumerate(shards):
             part = flat.grad[shard.start : shard.start + shard.length]
             part.copy_(torch.randn(shard.length, generator=generator) * (index != 2))
@@ -82,7 +90,9 @@ def flat_run(name: str, implementation: str, lengths: Sequence[int], gaps: Seque
         outside[shard.start : shard.start + shard.length] = False
     assert flat[outside].isnan().all()
     state = optimizer.state[flat]
-    for key in optimizer.element_state:
-        assert (state[key][outside] == 0).all()  # never written
+    unchanged = shards[2].start, shards[2].start + shards[2].length
+    for value in (value for value in state.values() if isinstance(value, Tensor) and value.shape == flat.shape):
+        assert (value[outside] == 0).all()  # never written
+        assert (value[slice(*unchanged)] == 0).all()
     assert state["layers"]["step"].tolist() == [0.0 if index == 2 else 3.0 for index in range(len(lengths))]
     return {layer.name: flat[s.start : s.start + s.length] for layer, s in zip(layers, shards, strict=True)}

@@ -11,7 +11,7 @@ import torch
 from trustratio.optimizers.displacements.counter_noise import gaussian, uniform
 from trustratio.optimizers.formulas.split_mix import key_of, split_mix
 from trustratio.optimizers.sharding.layout import Layer, LayoutError, Shard
-from trustratio.optimizers.sharding.positions import positions
+from trustratio.optimizers.sharding.positions import positions, run_length, runs
 
 COUNT = 200_000
 DRAWS = {"gaussian": (gaussian, 3.0), "uniform": (uniform, 9 / 5)}  # and the fourth moment
@@ -85,22 +85,35 @@ SHAPE = (6, 4, 10)
 WHOLE = torch.arange(240).view(SHAPE)
 
 
-@pytest.mark.parametrize(
-    "box",
-    [
-        (slice(2, 5), slice(0, 4), slice(0, 10)),  # a run
-        (slice(0, 6), slice(1, 3), slice(0, 10)),  # a block of rows
-        (slice(0, 6), slice(0, 4), slice(3, 7)),  # a box
-        (slice(1, 4), slice(2, 4), slice(5, 10)),
-        (slice(5, 6), slice(3, 4), slice(9, 10)),
-    ],
-)
+BOXES = [
+    (slice(2, 5), slice(0, 4), slice(0, 10)),  # a run
+    (slice(0, 6), slice(1, 3), slice(0, 10)),  # a block of rows
+    (slice(0, 6), slice(0, 4), slice(3, 7)),  # a box
+    (slice(1, 4), slice(2, 4), slice(5, 10)),
+    (slice(5, 6), slice(3, 4), slice(9, 10)),
+]
+
+
+@pytest.mark.parametrize("box", BOXES)
 def test_positions(box: tuple[slice, ...]) -> None:
     local = WHOLE[box]
     first, last = int(local.flatten()[0]), int(local.flatten()[-1])
     shard = Shard(0, 0, first, local.numel(), span=last - first + 1)
     found = positions(Layer("layer", SHAPE, 0), shard, tuple(local.shape), torch.arange(local.numel()))
     assert torch.equal(found, local.flatten())
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_runs(box: tuple[slice, ...]) -> None:
+    """They are the longest ones of neighbours, all of one length, and tell the same positions."""
+    local = WHOLE[box].flatten()
+    shard = Shard(0, 7, int(local[0]), local.numel(), span=int(local[-1] - local[0]) + 1)
+    layer, shape = Layer("layer", SHAPE, 0), tuple(WHOLE[box].shape)
+    found = list(runs(layer, shard, shape))
+    assert [start for start, _, _ in found] == list(range(7, 7 + local.numel(), run_length(layer, shard, shape)))
+    assert [p for _, first, length in found for p in range(first, first + length)] == local.tolist()
+    ends = [first + length for _, first, length in found]
+    assert not set(ends) & {first for _, first, _ in found}
 
 
 def test_blocks_of_unknown_rows_are_refused() -> None:

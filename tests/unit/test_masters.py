@@ -94,9 +94,13 @@ def test_norms_are_those_of_the_sum(implementation: str | None) -> None:
 @all_optimizers
 @pytest.mark.parametrize(("master", "state_dtype"), [("stochastic", None), ("kahan", None), ("kahan", "bfloat16")])
 @pytest.mark.parametrize("kind", ["none", "zero", "frozen"])
-def test_layers_without_gradient_are_untouched(name: str, kind: str, master: str, state_dtype: str | None) -> None:
+@implementations
+def test_layers_without_gradient_are_untouched(
+    name: str, kind: str, master: str, state_dtype: str | None, implementation: str | None
+) -> None:
     parameters = make_parameters(torch.bfloat16)
-    optimizer = make(name, parameters, weight_decay=0.1, master=master, state_dtype=state_dtype)
+    options = {"weight_decay": 0.1, "master": master, "state_dtype": state_dtype}
+    optimizer = make(name, parameters, implementation=implementation, **options)
     train(optimizer, parameters, range(2))
     for layers in (("matrix",), ("matrix", "bias"), tuple(parameters)):
         before, state = values(parameters), copy.deepcopy(optimizer.state_dict()["state"])
@@ -118,13 +122,15 @@ def test_layers_without_gradient_are_untouched(name: str, kind: str, master: str
 
 
 @all_optimizers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_of_more_bits_have_no_use_for_it(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [(torch.float32, None), (torch.float32, "bfloat16"), (torch.float64, None)]
+)
+def test_weights_of_more_bits_have_no_use_for_it(name: str, dtype: torch.dtype, state_dtype: str | None) -> None:
     plain, other = make_parameters(dtype), make_parameters(dtype)
-    train(make(name, plain), plain, range(3))
+    train(make(name, plain, state_dtype=state_dtype), plain, range(3))
     for master in MASTERS:
         other = make_parameters(dtype)
-        optimizer = make(name, other, master=master)
+        optimizer = make(name, other, master=master, state_dtype=state_dtype)
         train(optimizer, other, range(3))
         assert all(torch.equal(plain[layer], other[layer]) for layer in plain)
         assert not any("compensation" in state for state in optimizer.state.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
@@ -185,7 +186,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*did not move in this step")
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("make", [LAMB, LARS])
+@pytest.mark.parametrize("make", [LAMB, functools.partial(LARS, trust_coefficient=1.0)], ids=["lamb", "lars"])
 @pytest.mark.parametrize("implementation", [None, "eager"])
 def test_layers_of_a_chunk_that_do_not_change_write_nothing(
     make: Any, options: dict[str, Any], implementation: str | None

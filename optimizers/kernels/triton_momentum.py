@@ -1,0 +1,46 @@
+"""LARS and its relatives on a GPU: `MomentumUpdate` in Triton. Imported only where there is Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_parts import ROW, address, gradient, gsnr
+from .triton_rounding import kept, places, put_weight, rounding_bits, weight
+
+__all__ = ["momentum"]
+
+
+@triton.jit
+def momentum(
+    rows, changing, idle, partial, count,
+    weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
+    gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
+    decay, rate, offset,
+    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
+    KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = rows + ROW * tl.program_id(0)
+    tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    offsets = tl.arange(0, BLOCK)
+    length *= tl.load(changing + layer)
+    mask = offsets < length
+    g = gradient(gradients, tensor, start, offsets, length, GRADIENT)
+    if KIND == "MOMENTUM_GSNR":
+        mean_square = tl.load(address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
+        mean_square = mean_square * tl.load(factor)
+        g = g * gsnr(g, mean_square, tl.load(resolution + layer), tl.load(gsnr_scale + layer), gsnr_floor)
+    at_weight, at_rest = places(weights, compensations, tensor, start, offsets, WEIGHT, MASTER)
+    w = weight(at_weight, at_rest, mask, MASTER)
+    bits = rounding_bits(rows, keys, gammas, idle, layer, offsets, length, STATE, MASTER, MODE)
+    change = tl.load(gradient_scale + layer) * g + tl.load(weight_scale + layer) * w
+    if MOMENTUM:
+        at_state = address(first, tensor, start, STATE) + offsets
+        v = kept(beta1 * tl.load(at_state, mask=mask, other=0.0).to(tl.float32) + change, bits, 0, STATE)
+        tl.store(at_state, v.to(STATE), mask=mask)
+        if NESTEROV:
+            change = change + beta1 * v
+        else:
+            change = v
+    put_weight(at_weight, at_rest, mask, w - tl.load(step + layer) * change, bits, WEIGHT, MASTER)
