@@ -17,7 +17,7 @@ from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage, Sums
 from ..formulas.updates import TrustRule
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update, targets_of
-from .cpu_shards import Shards, scattered_tensors
+from .cpu_shards import Shards
 from .interface import IMPORTED_IN, SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
 __all__ = ["KERNELS", "CpuKernels"]
@@ -164,8 +164,7 @@ class CpuKernels:
                 served = [ok and s.dtype is dtype and s.is_cpu for ok, s, dtype in columns]
         if any(roundings.values()):
             compensated = [_is_compensated(operands, tensor, of) for tensor, of in enumerate(of_tensors)]
-            scattered = scattered_tensors(operands)
-            served = [ok and compensated[tensor] and tensor not in scattered for tensor, ok in enumerate(served)]
+            served = [ok and here for ok, here in zip(served, compensated, strict=True)]
         return [
             ok and (gradient is None or (gradient.dtype in TYPES and gradient.is_cpu))
             for ok, gradient in zip(served, operands.gradients, strict=True)

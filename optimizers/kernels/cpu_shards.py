@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
 
-from ..sharding.layout import Layer, Shard
 from ..sharding.positions import runs
 from .interface import Operands
 
-__all__ = ["Shards", "scattered_tensors"]
-
-SHORT_RUN = 64  # elements, on average
+__all__ = ["Shards"]
 
 
 @dataclass(frozen=True)
@@ -52,22 +48,3 @@ class Shards:
 
     def counted_from(self, layer: int) -> Shards:
         return replace(self, layer=self.layer - layer)
-
-
-def scattered_tensors(operands: Operands) -> set[int]:
-    """Local tensors of groups that round whose shards are short runs: a table of them would be as large as they are."""
-    layout = operands.layout
-    rounding = {group for group, of_group in operands.groups.items() if of_group.rounding is not None}
-    found = set()
-    for shard in layout.shards:
-        layer = layout.layers[shard.layer]
-        if not shard.is_run and layout.groups[layer.tensor] in rounding and layer.tensor not in found:
-            local_shape = tuple(operands.weights[layer.tensor].shape)
-            if _mean_run(layer.shape, shard, local_shape) < SHORT_RUN:
-                found.add(layer.tensor)
-    return found
-
-
-@functools.lru_cache(maxsize=10_000)
-def _mean_run(shape: tuple[int, ...], shard: Shard, local_shape: tuple[int, ...]) -> float:
-    return shard.length / sum(1 for _ in runs(Layer("", shape, 0), shard, local_shape))
