@@ -41,7 +41,7 @@ from .sixteen_bit_runs import (
     write,
 )
 
-NAMES = ("lamb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lars", "novograd", "adabelief")))
+NAMES = ("lamb", "lars", "novograd", "adabelief")
 ROUNDED = [kept for kept in KEPT if kept != "fp32"]
 
 
@@ -123,7 +123,7 @@ BETWEEN_BF16: tuple[tuple[str, int, str, int, str], ...] = (
 )
 
 
-@pytest.mark.parametrize("name", ["lamb", pytest.param("novograd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["lamb", "novograd"])
 @pytest.mark.parametrize(("way", "writers", "written", "before", "world_size", "stage", "config"), BETWEEN)
 def test_state_in_bf16_under_another_sharding(
     pools: Pools,
@@ -145,7 +145,7 @@ def test_state_in_bf16_under_another_sharding(
     assert_same(tmp_path / "end", alone(name, "state"))
 
 
-@pytest.mark.parametrize("name", ["lamb", pytest.param("lars", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["lamb", "lars"])
 @pytest.mark.parametrize("kept", ["stochastic", "kahan", "kahan and state"])
 @pytest.mark.parametrize(("way", "writers", "written", "world_size", "stage"), BETWEEN_BF16)
 def test_bf16_weights_under_another_sharding(
