@@ -268,7 +268,12 @@ def stepped(name: str, shape: tuple[int, int], rows: slice, columns: slice, dtyp
 @pytest.mark.parametrize("name", ["lars", "lamb", "adabelief"])
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [(slice(1, 15), slice(0, 301)), (slice(0, 16), slice(37, 137)), (slice(3, 9), slice(150, 301)), (slice(0, 16), slice(5, 8))],
+    [
+        (slice(1, 15), slice(0, 301)),
+        (slice(0, 16), slice(37, 137)),
+        (slice(3, 9), slice(150, 301)),
+        (slice(0, 16), slice(5, 8)),
+    ],
 )
 def test_a_part_of_a_layer_has_the_bits_of_the_whole(name: str, rows: slice, columns: slice, master: str) -> None:
     """Runs begin and end anywhere, in memory and in the layer."""
