@@ -164,7 +164,7 @@ class CpuKernels:
                 served = [ok and s.dtype is dtype and s.is_cpu for ok, s, dtype in columns]
         if any(roundings.values()):
             compensated = [_is_compensated(operands, tensor, of) for tensor, of in enumerate(of_tensors)]
-            served = [ok and here for ok, here in zip(served, compensated, strict=True)]
+            served = [ok and has_rest for ok, has_rest in zip(served, compensated, strict=True)]
         return [
             ok and (gradient is None or (gradient.dtype in TYPES and gradient.is_cpu))
             for ok, gradient in zip(served, operands.gradients, strict=True)

@@ -69,10 +69,9 @@ INLINE TARGET U NAME(to_nearest)(F x) { return 0x7fff + (((U)x >> 16) & 1); }
 
 INLINE TARGET F NAME(rounded)(F x, U added) { return UPPER_OR_NAN(x, (U)x + added); }
 
-/* `rest`, 0 or 1, fills the lanes from `count` on. */
-INLINE TARGET F NAME(load_half)(const uint16_t *from, int64_t count, float rest)
+INLINE TARGET F NAME(load_half)(const uint16_t *from, int64_t count)
 {
-    H x = (H){0} + (uint16_t)(rest == 1 ? 0x3f80 : 0);
+    H x = (H){0};
     memcpy(&x, from, 2 * (size_t)count);
     return (F)(WIDENED(x) << 16);
 }
@@ -88,7 +87,7 @@ INLINE TARGET F NAME(read_state)(const void *from, int64_t i, int64_t count, flo
 {
     if (type == FP32) return NAME(read)((const float *)from, i, count, rest);
     __builtin_prefetch((const uint16_t *)from + i + AHEAD);
-    return NAME(load_half)((const uint16_t *)from + i, count, rest);
+    return NAME(load_half)((const uint16_t *)from + i, count); /* whoever adds up leaves the lanes behind out */
 }
 
 INLINE TARGET void NAME(write_state)(F x, void *to, int64_t i, int64_t count, int type)
@@ -106,7 +105,7 @@ INLINE TARGET F NAME(kept)(F x, NAME(words) words, int place, int type)
 /* bf16 weights as the sums of two numbers. */
 static TARGET void NAME(widen_sums)(const uint16_t *weight, const uint16_t *rest, float *tile, int64_t length)
 {
-    LOOP(NAME(store)(NAME(load_half)(weight + i, n, 0) + NAME(load_half)(rest + i, n, 0), tile + i, n));
+    LOOP(NAME(store)(NAME(load_half)(weight + i, n) + NAME(load_half)(rest + i, n), tile + i, n));
 }
 
 static TARGET void NAME(narrow_sums)(const float *tile, uint16_t *weight, uint16_t *rest, int64_t length)
