@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = ["TABLES", "filled", "write_page"]
 
 Results = dict[str, Any]
 NOT_MEASURED = "not measured"
+MOMENTS = {"second_moment_unmoved", "second_moment_mean_root"}
 
 
 def write_page(results: Results, page: Path) -> None:
@@ -72,7 +74,8 @@ def memory_table(results: Results) -> str:
 def training_table(results: Results) -> str:
     """Final validation losses: mean over the seeds and half the range, and what changed beside fp32 seed by seed."""
     part = results["training"]
-    return "\n\n".join(_training_table(part, size) for size in TRAININGS if size in part["unigram_entropy"])
+    tables = [_training_table(part, size) for size in TRAININGS if size in part["unigram_entropy"]]
+    return "\n\n".join([*tables, *_moments_tables(part["runs"])])
 
 
 def _training_table(part: Results, size: str) -> str:
@@ -108,28 +111,28 @@ def _loss(runs: Results, size: str, optimizer: str, variant: str, seed: int) -> 
 
 
 def _spread(values: list[float], sign: str = "") -> str:
-    return f"{statistics.mean(values):{sign}.3f} ± {(max(values) - min(values)) / 2:.3f}"
+    mean = f"{statistics.mean(values):{sign}.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.3f}"
 
 
-def moments_table(results: Results) -> str:
-    """What became of the second moments in the runs: those that the last update did not move, and their mean root."""
-    runs = results["training"]["runs"]
+def _moments_tables(runs: Results) -> Iterator[str]:
+    """What became of the second moments in the runs, if there is any that tells."""
+    plain = next(iter(VARIANTS))
     lines = []
-    for size in TRAININGS:
-        for optimizer in OPTIMIZERS:
-            of_fp32 = _moments(runs, size, optimizer, next(iter(VARIANTS)))
-            for variant in (name for name in VARIANTS if name.startswith("fp32 weights")):
-                found = _moments(runs, size, optimizer, variant)
-                if found and of_fp32:
-                    unmoved, root = found[0], found[1] / of_fp32[1]
-                    lines.append([size, optimizer, variant, f"{unmoved:.1%}", f"{root:.3f}"])
-    head = ("", "", "", "second moments that the last update left", "mean root, over that of fp32")
-    return _table(head, lines)
+    for size, optimizer in itertools.product(TRAININGS, OPTIMIZERS):
+        of_fp32 = _moments(runs, size, optimizer, plain)
+        for variant in (name for name in VARIANTS if name.startswith("fp32 weights")):
+            found = _moments(runs, size, optimizer, variant)
+            if found and of_fp32:
+                lines.append([size, optimizer, variant, f"{found[0]:.1%}", f"{found[1] / of_fp32[1]:.3f}"])
+    if lines:
+        head = ("", "", "", "second moments that the last update left", "mean root over that of fp32")
+        yield f"Adam's second moments at the end of these runs:\n\n{_table(head, lines)}"
 
 
 def _moments(runs: Results, size: str, optimizer: str, variant: str) -> tuple[float, float] | None:
     of_seeds = [runs.get(f"{size}, {optimizer}, {variant}, seed {seed}", {}) for seed in SEEDS]
-    found = [(run["second_moment_unmoved"], run["second_moment_mean_root"]) for run in of_seeds if "loss" in run]
+    found = [(run["second_moment_unmoved"], run["second_moment_mean_root"]) for run in of_seeds if set(run) >= MOMENTS]
     if not found:
         return None
     unmoved, roots = zip(*found, strict=True)
@@ -146,7 +149,8 @@ def peers_table(results: Results) -> str:
         if "missing" in row:
             lines.append([name, row["missing"], "–", "–", peer.ratio])
             continue
-        ratio = f"{row['milliseconds']:.1f}, {row['ratio']:.1f} times"
+        is_timed = "milliseconds" in row
+        ratio = f"{row['milliseconds']:.1f}, {row['ratio']:.1f} times" if is_timed else NOT_MEASURED
         ratio_word = f"none: {WITHOUT_RATIO[name]}'s steps" if part["without_ratio"].get(name) is True else peer.ratio
         lines.append([name, f"{row['state_bytes_per_parameter']:.2f}", ratio, _peer_loss(part, runs, name), ratio_word])
     versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items()) or "no other package"

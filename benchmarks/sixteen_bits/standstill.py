@@ -24,7 +24,7 @@ FALL = 0.1
 
 
 def measure_standstill(
-    elements: int = 1 << 14, steps: int = 4000, betas: Sequence[float] = SECOND_BETAS
+    elements: int = 1 << 12, steps: int = 4000, betas: Sequence[float] = SECOND_BETAS
 ) -> dict[str, Any]:
     """Let the gradients of one layer be normal, of variance 1, and fall to a tenth after half of the steps.
 

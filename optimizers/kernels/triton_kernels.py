@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +23,7 @@ from ..formulas.chunk_view import COMPENSATION
 from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage
 from ..sharding.layout import Shard
-from ..sharding.positions import run_length, runs
+from ..sharding.positions import runs
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update
 from .interface import SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
 
@@ -39,7 +39,6 @@ BLOCK = 2048
 FOLD = 1024  # partial sums that are added at a time
 WARPS = 4
 WARPS_THAT_ROUND = 8  # random bits take registers, so that fewer elements go to a thread
-SHORTEST_RUN = 64  # elements: a block that is cut into shorter ones is left to tensor operations
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
@@ -78,8 +77,6 @@ class TritonKernels:
                 served[index] &= nothing or (value.dtype is wanted and value.device == device)
         for index, gradient in enumerate(operands.gradients):
             served[index] &= gradient is None or (gradient.dtype in types and gradient.device == device)
-        for index in _in_short_runs(operands):
-            served[index] = False
         dtypes = {*kept_in, *(weight.dtype for weight in operands.weights)}
         if torch.bfloat16 in dtypes and torch.bfloat16 not in types:
             _warn_of_bf16(device)
@@ -316,17 +313,6 @@ def _types(operands: Operands, index: int) -> Types:
         state=TYPES[_state_dtype(operands, index)],
         master=master or "none",
     )
-
-
-def _in_short_runs(operands: Operands) -> Iterator[int]:
-    """Yield local tensors whose elements must be rounded by their positions, and are neighbours in short runs only."""
-    layout = operands.layout
-    for shard in layout.shards:
-        layer = layout.layers[shard.layer]
-        if shard.is_run or _rounding_of(operands, layer.tensor) is None:
-            continue
-        if run_length(layer, shard, tuple(operands.weights[layer.tensor].shape)) < SHORTEST_RUN:
-            yield layer.tensor
 
 
 @functools.cache
