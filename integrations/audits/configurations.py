@@ -87,6 +87,11 @@ class Configuration:
         return stage
 
     @property
+    def keeps_masters(self) -> bool:
+        """Whether fp32 weights are stepped, whatever the model's dtype under DeepSpeed is; True elsewhere."""
+        return not (self.dtype == "bf16" and self.options.get("bf16", {}).get("bf16_master_weights_and_grads"))
+
+    @property
     def clips_what_is_stepped(self) -> bool:
         """Whether the norm for clipping is of the optimizer's layers alone: under ZeRO, and in DeepSpeed's 16 bits."""
         return self.wrapper == "deepspeed" and (self.zero_stage > 0 or self.dtype != "fp32")
@@ -194,9 +199,10 @@ def _refuse_values(config: dict[str, Any]) -> None:
     if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
         raise CannotAudit(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
     for precision in PRECISIONS:
-        enabled = config.get(precision, {}).get("enabled", False)
-        if not isinstance(enabled, bool):
-            raise CannotAudit(f"{precision}.enabled must be true or false, not {enabled!r}")
+        for key in ("enabled", f"{precision}_master_weights_and_grads"):
+            given = config.get(precision, {}).get(key, False)
+            if not isinstance(given, bool):
+                raise CannotAudit(f"{precision}.{key} must be true or false, not {given!r}")
 
 
 def _with_exact_scales(section: dict[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -71,8 +71,7 @@ def examine(
     if ranks.world_size == 1:
         configuration = configuration.noting("one rank shards nothing: what goes wrong shows at 2 or more")
     configuration = with_few_micro_batches(configuration, ranks.world_size)
-    is_deepspeed = configuration.wrapper == "deepspeed"
-    dtype = torch.float32 if is_deepspeed else None
+    dtype = _dtype_alone(configuration)
     micro_batches = ranks.world_size * configuration.accumulation
 
     def alone(
@@ -109,6 +108,13 @@ def examine(
         course = replace(course, early=recorded.early)
         first = alone(course, recorded.clipping, recorded.scheduled if recorded.has_scheduler else None)
     return _dated(judge(subject, configuration, first, answers, failed))
+
+
+def _dtype_alone(configuration: Configuration) -> torch.dtype | None:
+    """Of the weights that one process steps: those that the wrapper steps; None: as the user made them."""
+    if configuration.wrapper != "deepspeed":
+        return None
+    return torch.float32 if configuration.keeps_masters else torch.bfloat16
 
 
 def _on_ranks(

@@ -11,6 +11,7 @@ from trustratio.optimizers.sharding.layout import Layout, LayoutError
 from trustratio.optimizers.sharding.local_tensors import local_part
 from trustratio.optimizers.sharding.observed import ObservedOptimizer
 from trustratio.optimizers.sharding.resolve import resolve_layout
+from trustratio.optimizers.stepping.state import stepped_weights
 
 __all__ = ["Shards", "find_shards", "layers_of"]
 
@@ -38,8 +39,8 @@ class Shards:
                 filled += int(outside.sum())
         return filled
 
-    def values(self) -> dict[str, list[tuple[int, torch.Tensor]]]:
-        """Return the parts of the layers here, as (first element, values), of layers whose parts are runs."""
+    def values(self, optimizer: torch.optim.Optimizer) -> dict[str, list[tuple[int, torch.Tensor]]]:
+        """Return what is stepped of the layers here, as (first element, values), of layers whose parts are runs."""
         layers = self.layout.layers
         cut_up = {layers[shard.layer].name for shard in self.layout.shards if not shard.is_run}
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {
@@ -47,7 +48,7 @@ class Shards:
         }
         for shard in self.layout.shards:
             layer = layers[shard.layer]
-            flat = local_part(self.layout.tensors[layer.tensor].detach()).reshape(-1)
+            flat = stepped_weights(optimizer, self.layout.tensors[layer.tensor]).reshape(-1)
             if layer.name in parts:
                 parts[layer.name].append((shard.offset, flat[shard.start : shard.start + shard.length].cpu().clone()))
         return parts

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from trustratio.optimizers import LayerwiseOptimizer
+from trustratio.optimizers.stepping.state import keeps_compensation, stepped_weights
 
 from .errors import CannotAudit
 from .subject import Subject
 from .training import OTHER_SEED, SEED, Course, numbers_in_groups, numbers_outside_groups, state_bytes
 
 __all__ = ["Alone", "train_alone"]
+
+BETWEEN_SUMS = 2.0**-16
+"""Distance of neighbours among the sums of two bf16 numbers, relative."""
 
 
 @dataclass
@@ -34,7 +38,8 @@ class Alone:
         parameters: Number of trainable elements.
         left_out: Layers that the optimizer was not given.
         has_coarse_state: Whether any state of elements has 16 bits, where two ways to one number may be far apart.
-        rounds_weights: Whether the optimizer itself rounds 16-bit weights, so that agreement is no matter of luck.
+        rounded: Of layers whose 16-bit weights the optimizer itself rounds, so that agreement is no matter of luck: how
+            far apart neighbours are that it rounds to, relative.
     """
 
     before: dict[str, torch.Tensor]
@@ -49,7 +54,7 @@ class Alone:
     parameters: int
     left_out: frozenset[str]
     has_coarse_state: bool = False
-    rounds_weights: bool = False
+    rounded: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_alone(
@@ -116,9 +121,20 @@ def train_alone(
         parameters=sum(weights.numel() for weights in before.values()),
         left_out=frozenset(name for name in paths if id(named[name]) not in trained),
         has_coarse_state=_has_coarse_state(run.optimizer),
-        rounds_weights=isinstance(run.optimizer, LayerwiseOptimizer)
-        and any(group["master"] is not None for group in run.optimizer.param_groups),
+        rounded=_rounded(run.optimizer, named),
     )
+
+
+def _rounded(optimizer: torch.optim.Optimizer, named: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    if not isinstance(optimizer, LayerwiseOptimizer):
+        return {}
+    names = {id(p): name for name, p in named.items()}
+    return {
+        names[id(p)]: BETWEEN_SUMS if keeps_compensation(p, group) else torch.finfo(p.dtype).eps
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if group["master"] is not None and p.dtype == torch.bfloat16
+    }
 
 
 def _has_coarse_state(optimizer: torch.optim.Optimizer) -> bool:
@@ -165,7 +181,7 @@ class _Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         named = dict(self.model.named_parameters())
-        return {name: named[name].detach().cpu().clone() for name in self.injection.shapes}
+        return {name: stepped_weights(self.optimizer, named[name]).cpu().clone() for name in self.injection.shapes}
 
     def step(self, step: int, scheduled: Sequence[Mapping[str, Any]] | None) -> None:
         self.injection.step = step
@@ -194,4 +210,5 @@ class _Run:
         gradients = [p.grad for p in clipped if p.grad is not None]
         norm = torch.stack([g.double().norm() for g in gradients]).norm()
         for gradient in gradients:
-            gradient.mul_((self.clipping / (norm + 1e-6)).clamp(max=1.0).to(gradient))
+            # A number, since in bf16 the factor itself would be rounded.
+            gradient.mul_(float((self.clipping / (norm + 1e-6)).clamp(max=1.0)))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trustratio.optimizers.stepping.state import keeps_compensation
+
 from .collectives import CollectiveCount
 from .configurations import Configuration
 from .errors import CannotAudit, Failure
@@ -73,7 +75,7 @@ class Course:
 
 
 Weights = dict[str, list[tuple[int, torch.Tensor]]]
-"""What this rank tells of each layer, as (first element, values): of 16-bit models the fp32 weights it steps."""
+"""What this rank tells of each layer, as (first element, values): of 16-bit models what it steps, fp32 or sums."""
 
 
 Layers = list[tuple[str, tuple[int, ...], tuple[int, ...], str, str]]
@@ -263,9 +265,13 @@ class _Training:
 
 def _weights(run: Wrapped, shards: Shards | None) -> Weights:
     # From every rank: each may hold a copy of its own, which only the gradients keep the same.
-    told = {name: [(0, weights.reshape(-1))] for name, weights in run.weights().items()}
-    if run.configuration.dtype != "fp32" and shards is not None:
-        told |= {name: parts for name, parts in shards.values().items() if name in told}
+    weights = run.weights()
+    told = {name: [(0, whole.reshape(-1))] for name, whole in weights.items()}
+    groups = run.optimizer.param_groups
+    has_sums = any(keeps_compensation(tensor, group) for group in groups for tensor in group["params"])
+    if shards is not None and (has_sums or run.configuration.dtype != "fp32"):
+        stepped = shards.values(run.optimizer)
+        told |= {name: stepped[name] for name, whole in weights.items() if name in stepped and whole.is_contiguous()}
     return told
 
 

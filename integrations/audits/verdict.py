@@ -164,9 +164,10 @@ def judge(
     wrong = [layer for layer in layers if not layer.is_exact]
     coarse = [layer.name for layer in layers if layer.has_gradient and layer.bound > COARSE]
     if coarse and not wrong:
+        in_fp32 = "the model in fp32" if configuration.keeps_masters else "it without bf16_master_weights_and_grads"
         raise CannotAudit(
             f"the weights are rounded so coarsely beside their movement ({listing(coarse)}) that it cannot be told "
-            "from that of one process: audit the model in fp32, or with a larger lr"
+            f"from that of one process: audit {in_fp32}, or with a larger lr"
         )
     verdict = WRONG if wrong or any(finding.is_wrong for finding in findings) else EXACT
     parameters, steps = alone.parameters, len(answers[0].scheduled)
@@ -187,16 +188,18 @@ def judge(
 
 
 def _layer(name: str, alone: Alone, weights: torch.Tensor) -> AuditedLayer:
-    before, reference, found = alone.before[name].double(), alone.weights[name].double(), weights.double()
+    wanted, between = alone.weights[name], alone.rounded.get(name)
+    if between is not None:
+        wanted = wanted.to(weights.dtype)  # where the ranks could not tell sums
+    before, reference, found = alone.before[name].double(), wanted.double(), weights.double()
     change, change_alone = float((found - before).norm()), float((reference - before).norm())
     path = alone.paths[name]
     # Two ways to the same number may end in neighbours of it.
-    resolution = max(torch.finfo(one.dtype).eps for one in (weights, alone.weights[name]))
-    by_chance = alone.rounds_weights and alone.weights[name].dtype == torch.bfloat16
-    rounding = 0.0 if by_chance else resolution * float(reference.norm())
+    resolution = max(torch.finfo(one.dtype).eps for one in (weights, wanted))
+    rounding = resolution * float(reference.norm()) if between is None else 0.0
     apart = (found - reference).abs()
-    if alone.has_coarse_state or by_chance:
-        apart = without_neighbours(apart, path, 2 * resolution * reference.abs() if by_chance else None)
+    if alone.has_coarse_state or between is not None:
+        apart = without_neighbours(apart, path, None if between is None else 2 * between * reference.abs())
         rounding += IN_NORMS * path
     distance = float(apart.norm())
     has_gradient = name not in alone.without_gradient

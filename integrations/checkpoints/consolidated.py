@@ -127,7 +127,8 @@ def load_optimizer_state(
         path: The file; every rank reads it.
         model: As in `save_optimizer_state`.
         weights: Also restore what the optimizer steps, and with it the model's trained parameters: exact where a
-            wrapper keeps fp32 master weights of 16-bit parameters. False leaves all weights as they are.
+            wrapper keeps fp32 master weights of 16-bit parameters. False leaves all weights as they are; load the
+            model first then, since the file's compensation is taken where weights are the file's alone.
         strict: Whether the file must hold the same layers. With False, after layers were thawed, frozen, added or
             removed, those that both have are restored, and one warning lists the others. A layer that the file lacks
             keeps its weights and state (in a new optimizer none: its `step` counts from 0), a group of such layers
@@ -180,6 +181,7 @@ def load_optimizer_state(
 
 def _set_state(stored: StoredFile, local: LocalState, weights: bool) -> None:
     """Set what this rank holds of the layers that the file has."""
+    without_rest = []
     with torch.no_grad():
         for name, layer in local.by_name.items():
             if name not in stored.shapes:
@@ -192,7 +194,15 @@ def _set_state(stored: StoredFile, local: LocalState, weights: bool) -> None:
                 is_sum = name in stored.compensated and local.dtype(layer, WEIGHT) != torch.bfloat16
                 local.copy_from(stored.sum_reader(name) if is_sum else stored.reader(name, WEIGHT), layer, WEIGHT)
             if local.has_compensation(layer):
-                local.copy_compensation_from(stored.rest_reader(name), stored.reader(name, WEIGHT), layer)
+                readers = stored.rest_reader(name), stored.reader(name, WEIGHT)
+                if not local.copy_compensation_from(*readers, layer) and name in stored.compensated:
+                    without_rest.append(name)
+    if without_rest:
+        warnings.warn(
+            f"the file's compensation of {listing(without_rest)} was not taken, since with weights=False it is taken "
+            "where the weights here are the file's, and none of these is: load the model first",
+            stacklevel=3,
+        )
 
 
 def _converted(stored: StoredFile, local: LocalState, weights: bool) -> Conversions:

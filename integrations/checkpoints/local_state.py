@@ -155,8 +155,11 @@ class LocalState:
         if not part.is_contiguous():
             part.copy_(flat.view(part.shape))
 
-    def copy_compensation_from(self, read: ReadBlock, read_weight: ReadBlock, layer: LocalLayer) -> None:
-        """Set what this rank's elements of a layer lack of their sums, where the weights are those that it is of."""
+    def copy_compensation_from(self, read: ReadBlock, read_weight: ReadBlock, layer: LocalLayer) -> bool:
+        """Set what this rank's elements of a layer lack of their sums, where the weights are those that it is of.
+
+        Returns False if none of them are.
+        """
         weights, part = self._part(layer, WEIGHT), self._part(layer, COMPENSATION)
         theirs, rest = (
             torch.full_like(one, torch.nan, memory_format=torch.contiguous_format) for one in (weights, part)
@@ -164,7 +167,9 @@ class LocalState:
         for piece in layer.pieces:
             piece.copy_from(read_weight, theirs.view(-1))
             piece.copy_from(read, rest.view(-1))
-        part.copy_(torch.where(theirs == weights, rest, part))
+        same = theirs == weights
+        part.copy_(torch.where(same, rest, part))
+        return bool(same.any()) or bool(theirs.isnan().all())
 
     def _part(self, layer: LocalLayer, what: str) -> torch.Tensor:
         """The local part of the tensor that carries a layer, or of its state, which is made if there is none."""

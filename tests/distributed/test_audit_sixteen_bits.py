@@ -9,15 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from trustratio.integrations.audits.errors import CannotAudit
 from trustratio.integrations.audits.neighbours import without_neighbours
 from trustratio.integrations.audits.verdict import EXACT, WRONG
 from trustratio.optimizers import LAMB
+from trustratio.optimizers.formulas.layer_table import LayerTable
 from trustratio.optimizers.formulas.rounding import LayerKeys
+from trustratio.optimizers.formulas.updates import AdamUpdate
 
 from . import audited
 from .pool import WorkerPool
 from .test_audit import BF16, audit, zero
 
+NO_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 STATE = {"lr": 0.02, "weight_decay": 0.1, "state_dtype": "bfloat16", "implementation": "eager"}
 
 
@@ -47,6 +51,13 @@ class ALittleFurther(LAMB):
         return answer
 
 
+class AtALargerRate(LAMB):
+    """The same, before the step is rounded to weights of 16 bits, which would not keep a thousandth of it after."""
+
+    def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
+        return super().update({**group, "lr": group["lr"] * (1 + 1e-3 * _rank())}, layers)
+
+
 @pytest.mark.parametrize(
     "configuration",
     ["ddp", {"fsdp": 1}, {"fsdp": 2}, zero(1, **BF16, gradient_clipping=0.1), zero(3, gradient_clipping=0.5)],
@@ -69,6 +80,40 @@ def test_bf16_weights_are_exact(pool: WorkerPool, configuration: Any, master: st
     options = {**STATE, "lr": 1e-3, "state_dtype": None, "master": master}
     report = audit(pool, "lamb", configuration, audited.bf16_model, **options)
     assert report.verdict == EXACT, report.sentence
+
+
+@pytest.mark.parametrize("master", ["stochastic", "kahan"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_bf16_weights_without_masters_are_exact(pool: WorkerPool, stage: int, master: str, world_size: int) -> None:
+    """One process steps bf16 weights, too, and clips gradients as DeepSpeed clips those of 16 bits."""
+    report = audit(pool, "lamb", zero(stage, **NO_MASTERS), **{**STATE, "master": master})
+    assert report.verdict == EXACT, report.sentence
+    assert all(layer.bound < 1e-4 for layer in report.layers if layer.has_gradient)
+
+
+@pytest.mark.parametrize("master", ["stochastic", "kahan"])
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_thousandth_is_found_without_masters(pool: WorkerPool, stage: int, master: str, world_size: int) -> None:
+    report = audit(pool, AtALargerRate, zero(stage, **NO_MASTERS), **{**STATE, "master": master})
+    assert report.verdict == WRONG, report.sentence
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_thousandth_is_found_in_the_sums(pool: WorkerPool, world_size: int) -> None:
+    """Of which the model's own weights have the first half alone."""
+    options = {**STATE, "lr": 1e-3, "state_dtype": None, "master": "kahan"}
+    report = audit(pool, AtALargerRate, {"fsdp": 2}, audited.bf16_model, **options)
+    assert report.verdict == WRONG, report.sentence
+    wrong = [layer for layer in report.layers if not layer.is_exact]
+    assert len(wrong) > len(report.layers) / 4
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_weights_to_nearest_without_masters_are_refused(pool: WorkerPool, world_size: int) -> None:
+    with pytest.raises(CannotAudit, match="audit it without bf16_master_weights_and_grads"):
+        audit(pool, "lamb", zero(1, **NO_MASTERS), **STATE)
 
 
 @pytest.mark.parametrize("optimizer", [OfTheRank, ALittleFurther])

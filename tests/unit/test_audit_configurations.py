@@ -143,6 +143,7 @@ def test_the_recipes_files() -> None:
         ({"zero_optimization": {"stage": "2"}}, "stage must be 0, 1, 2 or 3, not '2'"),
         ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3, not 4"),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled must be true or false"),
+        ({"bf16": {"bf16_master_weights_and_grads": "false"}}, "master_weights_and_grads must be true or false"),
         ({"gradient_accumulation_steps": True}, "a whole number of at least 1, not True"),
     ],
 )

@@ -340,6 +340,24 @@ def test_weights_that_are_left_alone_get_the_rest_of_the_same_weights_only(tmp_p
     assert theirs[2].any()
 
 
+def test_state_that_is_loaded_before_the_model_warns_of_the_rest(tmp_path: Path) -> None:
+    source = make(dtype=torch.bfloat16, master="kahan")
+    train(source, 0, 3)
+    save_optimizer_state(source[1], tmp_path / "state")
+    target = make(dtype=torch.bfloat16, master="kahan", seed=1)
+    with torch.no_grad():
+        for name, parameter in target[0].items():
+            parameter.copy_(source[0][name] if name == "dense" else source[0][name] + 1)
+    with pytest.warns(UserWarning, match="none of these is: load the model first") as caught:
+        load_optimizer_state(target[1], tmp_path / "state", weights=False)
+    (text,) = [str(warning.message) for warning in caught if "load the model first" in str(warning.message)]
+    assert all((name in text) == (name != "dense") for name in target[0])
+    load_weights(target, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_optimizer_state(target[1], tmp_path / "state", weights=False)
+
+
 # The state of others ------------------------------------------------------------------------------------------------
 
 
