@@ -76,7 +76,7 @@ class AdaBelief(Belief):
     Raises:
         ValueError: If an argument is out of range, or options contradict each other.
 
-    State: ``exp_avg``, ``exp_avg_var``, with amsgrad ``max_exp_avg_var`` (per element, fp32), ``step``. Sums per step:
+    State: ``exp_avg``, ``exp_avg_var``, with amsgrad ``max_exp_avg_var`` (per element), ``step``. Sums per step:
     ‖g‖², and unless ``adapt`` is False ‖w‖² and ‖u‖² with it: one all-reduce if sharded.
 
     Source: the authors' code, adabelief_pytorch 0.2.0 (juntang-zhuang/Adabelief-Optimizer). The ratio is LAMB's and not
@@ -190,7 +190,7 @@ class FastAdaBelief(Belief):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``exp_avg``, ``exp_avg_var``, with the running maximum ``max_exp_avg_var`` (per element, fp32), ``step``.
+    State: ``exp_avg``, ``exp_avg_var``, with the running maximum ``max_exp_avg_var`` (per element), ``step``.
     Sums per step: as `AdaBelief`.
 
     Source: unverified; neither the paper (arXiv 2104.13790) nor its authors' code was at hand. Three codes of others

@@ -53,7 +53,7 @@ class AdaShift(LayerwiseOptimizer):
         ValueError: If an argument is out of range, or groups differ in what they keep; at a step, if ``keep`` or
             ``reduction`` has changed so that the state is another one.
 
-    State: ``past_gradient_0`` (the newest) to ``past_gradient_{n-1}`` (per element, fp32), ``step`` (per layer), and
+    State: ``past_gradient_0`` (the newest) to ``past_gradient_{n-1}`` (per element), ``step`` (per layer), and
     ``exp_avg_sq``: per layer, with ``reduction=None`` per element. Numbers per step: the largest g²_{t-n} and g², or
     Σg²_{t-n} and ‖g‖², or ‖g‖² alone: one all-reduce if sharded. Unless ``adapt`` is False another one, of ‖w‖², ‖u‖².
 

@@ -53,7 +53,7 @@ class CBLR(MCLR):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step, if sharded: as `MCLR` for the median, four
+    State: ``momentum_buffer`` (per element), ``step``. Sums per step, if sharded: as `MCLR` for the median, four
     all-reduces; ‖g‖², the sum of the ratios (fp64) and their count for the mean, one all-reduce; ‖w‖² and ‖g‖² for the
     norm, one all-reduce.
 

@@ -53,7 +53,7 @@ class CLARS(LayerwiseMomentum):
         LayoutError: At a step where there are several ranks and nobody is known to average gradients; see
             `data_parallel_group`.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖g‖² and the groups' norms, in one
+    State: ``momentum_buffer`` (per element), ``step``. Sums per step: ‖w‖², ‖g‖² and the groups' norms, in one
     all-reduce if sharded or under DDP. No more is sent, since each rank has its groups' whole layers in backward.
 
     Source: only the paper's abstract was at hand, and no code by its authors is known. ``statistic="norm"`` is the

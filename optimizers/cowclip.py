@@ -62,7 +62,7 @@ class CowClip(LayerwiseAdam):
             two dimensions.
         RuntimeError: On every rank, if an embedding has a gradient but none of its lookups were counted.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (per element, fp32), ``step``. Sums per step: ‖g‖² per layer, and ‖w_c‖², ‖d_c‖²
+    State: ``exp_avg``, ``exp_avg_sq`` (per element), ``step``. Sums per step: ‖g‖² per layer, and ‖w_c‖², ‖d_c‖²
     of those rows alone that a shard boundary cuts (at most ranks - 1 per layer): one all-reduce if sharded. Counts: one
     all-reduce of 4 bytes per embedding row, 1/D of the fp32 gradient's, in each `step()` call that has embeddings.
 

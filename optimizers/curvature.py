@@ -261,7 +261,7 @@ class CurvatureSGD(SamplesCurvature, LayerwiseMomentum):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``momentum_buffer`` (per element, fp32); ``descent``, ``curvature`` (averages, without bias correction),
+    State: ``momentum_buffer`` (per element); ``descent``, ``curvature`` (averages, without bias correction),
     ``samples`` and ``step`` (per layer). Sums per step: ‖g‖², one all-reduce if sharded; two more in a sample.
 
     Source: the abstract of arXiv 2305.13664, which has step sizes from the curvature of each layer's diagonal block, at
@@ -344,7 +344,7 @@ class CurvatureAdamW(SamplesCurvature, LayerwiseAdam):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (per element, fp32); ``descent``, ``curvature``, ``samples`` and ``step`` (per
+    State: ``exp_avg``, ``exp_avg_sq`` (per element); ``descent``, ``curvature``, ``samples`` and ``step`` (per
     layer). Sums per step: ‖g‖², one all-reduce if sharded; two more in a sample.
 
     Source: as `CurvatureSGD`.

@@ -55,7 +55,7 @@ class LAMB(LayerwiseAdam):
     Raises:
         ValueError: If an argument is out of range, or at the first step if ``max_grad_norm`` meets such a wrapper.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖u‖², ‖g‖², one all-reduce
+    State: ``exp_avg``, ``exp_avg_sq`` (per element), ``step``. Sums per step: ‖w‖², ‖u‖², ‖g‖², one all-reduce
     if sharded, two with ``max_grad_norm``.
 
     Source: Algorithm 2 of the paper (v5); options as in apex's FusedLAMB, checked against timm's ``Lamb``.

@@ -45,7 +45,7 @@ class LANS(LayerwiseAdam):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (per element, fp32), ``step``. Sums per step: ‖g‖², then ‖w‖², ‖u_m‖², ‖u_g‖²,
+    State: ``exp_avg``, ``exp_avg_sq`` (per element), ``step``. Sums per step: ‖g‖², then ‖w‖², ‖u_m‖², ‖u_g‖²,
     two all-reduces if sharded. ``trust_ratios()`` reports the ratio of the momentum's direction, ‖w‖/‖u_m‖.
 
     Source: the authors' fused kernel (szhengac/apex, csrc/multi_tensor_lans.cu), which this follows term by term; the

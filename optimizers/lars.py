@@ -55,7 +55,7 @@ class LARS(LayerwiseMomentum):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖g‖², one all-reduce if sharded.
+    State: ``momentum_buffer`` (per element), ``step``. Sums per step: ‖w‖², ‖g‖², one all-reduce if sharded.
 
     Source: Algorithm 1 of the paper; the momentum forms from the reference code named above.
     """

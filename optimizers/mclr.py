@@ -51,7 +51,7 @@ class MCLR(LayerwiseMomentum):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖g‖² and four histograms of 256 bins per
+    State: ``momentum_buffer`` (per element), ``step``. Sums per step: ‖g‖² and four histograms of 256 bins per
     layer, four all-reduces if sharded.
 
     The median is found exactly, however a layer is cut: the ratios are non-negative fp32 numbers (rounded to fp32 also

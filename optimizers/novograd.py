@@ -41,7 +41,7 @@ class NovoGrad(LayerwiseAdam):
     Raises:
         ValueError: If an argument is out of range.
 
-    State: ``exp_avg`` (per element, fp32); ``exp_avg_sq`` and ``step`` (per layer). The first step is told by the
+    State: ``exp_avg`` (per element); ``exp_avg_sq`` and ``step`` (per layer). The first step is told by the
     layer's own ``step``, never by v = 0, so a layer whose gradient was zero at first starts when it gets one. Sums per
     step: ‖g‖², one all-reduce if sharded.
 

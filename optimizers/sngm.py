@@ -41,7 +41,7 @@ class SNGM(LayerwiseMomentum):
         LayoutError: At a step whose wrapper does not know the norm of the whole model's gradient; the message says
             which setting to change.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖g‖² per layer, one all-reduce if sharded.
+    State: ``momentum_buffer`` (per element), ``step``. Sums per step: ‖g‖² per layer, one all-reduce if sharded.
 
     Source: Algorithm 1 of the paper as another text gives it, without decay; neither the paper nor official code was at
     hand, so it is unverified. The gradient contains the L2 term here, but ‖g‖ is the norm without it: under ZeRO no

@@ -60,7 +60,7 @@ class TVLARS(LayerwiseMomentum):
         ValueError: If an argument is out of range, or ``form="released"`` meets a delay, an alpha or a floor, none of
             which that code has.
 
-    State: ``momentum_buffer`` (per element, fp32), ``step``. Sums per step: ‖w‖², ‖g‖², ‖d‖², one all-reduce if
+    State: ``momentum_buffer`` (per element), ``step``. Sums per step: ‖w‖², ‖g‖², ‖d‖², one all-reduce if
     sharded.
 
     Source: arXiv 2309.14053. The released form follows opt/tvlars.py of KhoiDOO/tvlars and agrees with its results.

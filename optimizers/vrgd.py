@@ -87,7 +87,7 @@ class VRSGD(VarianceReduced, LayerwiseMomentum):
         ValueError: If an argument is out of range.
         StatisticsError: At a step whose group gradients were never seen.
 
-    State: ``momentum_buffer`` with momentum (per element, fp32), ``step``. Sums per step: Σr, ‖g‖², one all-reduce if
+    State: ``momentum_buffer`` with momentum (per element), ``step``. Sums per step: Σr, ‖g‖², one all-reduce if
     sharded. The groups' squares are reduced besides: what the gradient's own reduction sends, once more (see
     `GradientStatistics`). Warns once if there are fewer than 8 groups per step, as the paper demands.
 
@@ -241,7 +241,7 @@ class VRAdam(VRMoments, LayerwiseAdam):
         ValueError: If an argument is out of range.
         StatisticsError: At a step whose group gradients were never seen.
 
-    State: ``exp_avg``, ``exp_avg_sq``, ``exp_avg_gsnr`` (p; per element, fp32), ``step``. Sums per step: Σr, ‖g‖², one
+    State: ``exp_avg``, ``exp_avg_sq``, ``exp_avg_gsnr`` (p; per element), ``step``. Sums per step: Σr, ‖g‖², one
     all-reduce if sharded, and the reduction of the groups' squares (see `VRSGD`).
 
     Source: the paper's text has the running average of r and adapts the gradient before both moments, which is

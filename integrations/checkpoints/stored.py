@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from trustratio.optimizers.formulas.chunk_view import COMPENSATION
+from trustratio.optimizers.formulas.rounding import rest_of, sum_of
 from trustratio.optimizers.options.common import STORAGE_OPTIONS
 
 from .content import CONTENT, has_content
@@ -87,7 +88,7 @@ class StoredFile:
     def sum_reader(self, name: str) -> ReadBlock:
         """The same of a layer's weight with all that the file has of it, where it is a sum in fp32."""
         parts = [self.reader(name, what) for what in (WEIGHT, COMPENSATION)]
-        return lambda slices: parts[0](slices).float() + parts[1](slices).float()
+        return lambda slices: sum_of(*(part(slices) for part in parts))
 
     def rest_reader(self, name: str) -> ReadBlock:
         """The same of what bf16 weights lack of the file's, whatever dtype those are in."""
@@ -95,11 +96,7 @@ class StoredFile:
             return self.reader(name, COMPENSATION)
         weight = self.reader(name, WEIGHT)
 
-        def read(slices: tuple[slice, ...]) -> torch.Tensor:
-            block = weight(slices)
-            return block - block.to(torch.bfloat16)
-
-        return read
+        return lambda slices: rest_of(weight(slices).float())
 
     def dtype(self, name: str, what: str) -> torch.dtype:
         """The dtype of a layer's weight or state."""

@@ -9,7 +9,7 @@ import torch
 
 from ..sharding.local_tensors import compute_dtype
 from .chunks import Chunk
-from .rounding import FIELD_OF_WEIGHTS, RandomFields, field_of_state, rounded_stochastically
+from .rounding import FIELD_OF_WEIGHTS, RandomFields, field_of_state, rounded_stochastically, split_sum, sum_of
 
 if TYPE_CHECKING:
     from .rows import Rows
@@ -82,7 +82,7 @@ class ChunkView:
     def _read_weights(self) -> tuple[torch.Tensor, bool]:
         w, is_view = self._chunk.read(self._weights, self.dtype)
         if self._master == "kahan":
-            w = w + self._chunk.read(self._state[COMPENSATION], self.dtype)[0]
+            w = sum_of(w, self._chunk.read(self._state[COMPENSATION], self.dtype)[0])
         return w, is_view
 
     def _read_gradient(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -176,8 +176,8 @@ class ChunkView:
     def _write_sum(self, where: torch.Tensor | None) -> None:
         """Write weights as the sum of two numbers of bf16."""
         compensation = self._state[COMPENSATION]
-        nearest = self.w.to(torch.bfloat16)
-        rest = self.w - nearest
+        assert self._random is not None
+        nearest, rest = split_sum(self.w, self._random(FIELD_OF_WEIGHTS))
         if where is not None:  # the same sum may have other summands
             nearest = torch.where(where, nearest, self._chunk.read(self._weights, nearest.dtype)[0])
             rest = torch.where(where, rest, self._chunk.read(compensation, rest.dtype)[0])

@@ -30,7 +30,10 @@ __all__ = [
     "RandomFields",
     "Rounding",
     "field_of_state",
+    "rest_of",
     "rounded_stochastically",
+    "split_sum",
+    "sum_of",
 ]
 
 MASTERS = ("stochastic", "kahan")
@@ -125,3 +128,54 @@ def rounded_stochastically(x: torch.Tensor, random: torch.Tensor) -> torch.Tenso
     """
     kept = (x.contiguous().view(torch.int32) + random.to(torch.int32)) & -0x10000
     return torch.where(x.isnan(), torch.nan, kept.view(torch.float32))
+
+
+def sum_of(weights: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Weights that are kept as the sums of two bf16 numbers, the first of which is the one nearest to the sum.
+
+    Where it is not, somebody has written other weights since, and the rest is not theirs: it counts as zero.
+
+    Args:
+        weights: bf16, or fp32 with what bf16 has.
+        rest: Likewise, of the same shape.
+
+    Returns:
+        fp32, of the same shape.
+    """
+    weights = weights.float()
+    total = weights + rest.float()
+    return torch.where(_nearest(total) == weights, total, weights)
+
+
+def split_sum(total: torch.Tensor, random: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two numbers of `sum_of`: bf16 weights and what they lack, which is rounded in its turn.
+
+    Args:
+        total: fp32.
+        random: By which the rest is rounded stochastically; None for to nearest.
+
+    Returns:
+        Weights and rest, both fp32 with what bf16 has. The rest is zero of weights that are not finite.
+    """
+    nearest = _nearest(total)
+    rest = _finite(total - nearest)
+    # A rest that is rounded to half a distance lies as near to the next weight, which may be the even one.
+    kept = nearest + (_nearest(rest) if random is None else rounded_stochastically(rest, random))
+    weights = _nearest(kept)
+    return weights, _finite(kept - weights)
+
+
+def rest_of(total: torch.Tensor) -> torch.Tensor:
+    """The rest beside the nearest bf16 weights, for those who write these by themselves; arguments as `split_sum`."""
+    nearest = _nearest(total)
+    rest = _nearest(_finite(total - nearest))
+    # Half a distance would be the next weight's: the next smaller number.
+    return torch.where(_nearest(nearest + rest) == nearest, rest, rest * (1 - 2.0**-8))
+
+
+def _nearest(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isfinite(), x, 0.0)

@@ -102,18 +102,29 @@ INLINE TARGET F NAME(kept)(F x, NAME(words) words, int place, int type)
     return type == BF16 ? NAME(rounded)(x, NAME(field)(words, place)) : x;
 }
 
-/* bf16 weights as the sums of two numbers. */
+INLINE TARGET F NAME(nearest)(F x) { return NAME(rounded)(x, NAME(to_nearest)(x)); }
+
+INLINE TARGET F NAME(finite)(F x) { return NAME(choose)(x - x == (F){0}, x, (F){0}); }
+
+/* bf16 weights as the sums of two numbers; a rest beside which the weight is not the nearest is of other weights. */
 static TARGET void NAME(widen_sums)(const uint16_t *weight, const uint16_t *rest, float *tile, int64_t length)
 {
-    LOOP(NAME(store)(NAME(load_half)(weight + i, n) + NAME(load_half)(rest + i, n), tile + i, n));
+    LOOP({
+        F w = NAME(load_half)(weight + i, n), sum = w + NAME(load_half)(rest + i, n);
+        NAME(store)(NAME(choose)(NAME(nearest)(sum) == w, sum, w), tile + i, n);
+    });
 }
 
-static TARGET void NAME(narrow_sums)(const float *tile, uint16_t *weight, uint16_t *rest, int64_t length)
+/* A rest that is rounded to half a distance lies as near to the next weight, which may be the even one. */
+static TARGET void NAME(narrow_sums)(
+    const float *tile, uint16_t *weight, uint16_t *rest, NAME(stream) random, int64_t length)
 {
     LOOP({
-        F sum = NAME(load)(tile + i, n, 0), nearest = NAME(rounded)(sum, NAME(to_nearest)(sum)), left = sum - nearest;
-        NAME(store_half)(nearest, weight + i, n);
-        NAME(store_half)(NAME(rounded)(left, NAME(to_nearest)(left)), rest + i, n);
+        U added = NAME(field)(NAME(next)(&random), FIELD_OF_WEIGHTS);
+        F sum = NAME(load)(tile + i, n, 0), nearest = NAME(nearest)(sum);
+        F kept = nearest + NAME(rounded)(NAME(finite)(sum - nearest), added), w = NAME(nearest)(kept);
+        NAME(store_half)(w, weight + i, n);
+        NAME(store_half)(NAME(finite)(kept - w), rest + i, n);
     });
 }
 

@@ -335,7 +335,7 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
         if (rest) NAME(widen_sums)(halves + at, rest + at, weights, length);
         function(s, &tile, length, &total);
         if (!writes) continue;
-        if (rest) NAME(narrow_sums)(weights, halves + at, rest + at, length);
+        if (rest) NAME(narrow_sums)(weights, halves + at, rest + at, tile.random, length);
         else if (master == STOCHASTIC) NAME(narrow_randomly)(weights, halves + at, tile.random, length);
         else narrow(tile.w, halves, weight_type, at, length);
     }

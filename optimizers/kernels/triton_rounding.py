@@ -35,9 +35,9 @@ def rounding_bits(
 ):
     """The random bits of a block whose state is updated, of the weights too in a mode that writes them."""
     bits = offsets  # nobody reads these
-    if tl.bfloat16 == STATE or (MASTER == "stochastic" and MODE >= 2):
+    if tl.bfloat16 == STATE or (MASTER != "none" and MODE >= 2):
         wanted = length
-        if MODE == 3 and MASTER != "stochastic":
+        if MODE == 3 and MASTER == "none":
             wanted *= tl.load(idle + tl.program_id(0))  # the state of all other blocks is up to date
         bits = random_bits(rows, keys, gammas, layer, offsets, wanted)
     return bits
@@ -69,6 +69,12 @@ def to_nearest(x):
 
 
 @triton.jit
+def _finite(x):
+    """Zero in the place of NaN and infinity."""
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
 def kept(x, bits, FIELD: tl.constexpr, STATE: tl.constexpr):
     """Updated state, in fp32, as it will be read again."""
     if tl.bfloat16 == STATE:
@@ -91,7 +97,8 @@ def weight(at_weight, at_rest, mask, MASTER: tl.constexpr):
     """The weights in fp32."""
     w = tl.load(at_weight, mask=mask, other=0.0).to(tl.float32)
     if MASTER == "kahan":
-        w = w + tl.load(at_rest, mask=mask, other=0.0).to(tl.float32)
+        total = w + tl.load(at_rest, mask=mask, other=0.0).to(tl.float32)
+        w = tl.where(to_nearest(total) == w, total, w)  # else the rest is of other weights
     return w
 
 
@@ -101,7 +108,9 @@ def put_weight(at_weight, at_rest, mask, w, bits, WEIGHT: tl.constexpr, MASTER: 
     if MASTER == "stochastic":
         w = stochastic(w, bits, 3)
     if MASTER == "kahan":
-        total = w
+        nearest = to_nearest(w)
+        # A rest that is rounded to half a distance lies as near to the next weight, which may be the even one.
+        total = nearest + stochastic(_finite(w - nearest), bits, 3)
         w = to_nearest(total)
-        tl.store(at_rest, to_nearest(total - w).to(WEIGHT), mask=mask)
+        tl.store(at_rest, _finite(total - w).to(WEIGHT), mask=mask)
     tl.store(at_weight, w.to(WEIGHT), mask=mask)

@@ -16,6 +16,7 @@ import torch
 
 from ..formulas.algorithm import Algorithm
 from ..formulas.chunk_view import COMPENSATION
+from ..formulas.rounding import sum_of
 from ..options.common import STATE_DTYPES
 from ..sharding.local_tensors import compute_dtype, has_fp64, is_plain, local_part, numbers_device
 
@@ -57,7 +58,7 @@ def stepped_weights(optimizer: Any, tensor: torch.Tensor) -> torch.Tensor:
     weights = local_part(tensor).detach()
     is_ours = isinstance(optimizer, Algorithm) and optimizer.keeps_own_state
     rest = optimizer.state.get(tensor, {}).get(COMPENSATION) if is_ours else None
-    return weights if rest is None else weights.float() + local_part(rest)
+    return weights if rest is None else sum_of(weights, local_part(rest))
 
 
 def on_device(value: Any, device: torch.device) -> Any:

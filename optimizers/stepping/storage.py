@@ -77,22 +77,15 @@ class Storage:
 
 
 def _names(algorithm: Any, layers: Sequence[Layer]) -> Iterator[str]:
-    """Names of layers that are the same under every wrapper.
+    """Names of layers that are the same under every wrapper: those that were given, or else the model's.
 
-    Some wrappers know the model's names of parameters that were given without one, and others do not.
+    What wrappers put before names is taken off as of a whole model's, so that a module that is called "module" stays.
     """
-    nameless = {id(layer) for layer in layers if not _has_name(algorithm, layer)}
-    in_model = observed(algorithm, None) if nameless else None
+    known = observed(algorithm, None)
     for layer in layers:
-        name = None
-        if id(layer) in nameless and in_model is not None and layer.parameter is not None:
-            name = in_model.parameter_name(layer.parameter)
+        name = None if layer.parameter is None else known.parameter_name(layer.parameter)
         segment = SEGMENT.search(layer.name)
         yield without_wrappers(layer.name) if name is None else name + (segment.group() if segment else "")
-
-
-def _has_name(algorithm: Any, layer: Layer) -> bool:
-    return layer.parameter is None or algorithm.parameter_name(layer.parameter) is not None
 
 
 def _rounds(tensor: torch.Tensor, group: Mapping[str, Any]) -> bool:

@@ -75,6 +75,66 @@ def test_ties_and_their_rest(implementation: str | None) -> None:
 
 
 @implementations
+@pytest.mark.parametrize("rate", [1e-5, 3e-6, 1e-6])
+def test_small_updates_of_a_sum_arrive_in_the_mean(implementation: str | None, rate: float) -> None:
+    """Also those that are far below the last place of the compensation, as at the end of a schedule."""
+    p = torch.nn.Parameter((1 + torch.rand(4000, generator=torch.Generator().manual_seed(0)) / 2).bfloat16())
+    wide = torch.nn.Parameter(p.detach().float())
+    options = {"lr": rate, "momentum": 0.0, "adapt": False, "implementation": implementation}
+    optimizer, exact = LARS([p], master="kahan", **options), LARS([wide], **options)
+    p.grad, wide.grad = torch.ones_like(p), torch.ones_like(wide)
+    for _ in range(300):
+        optimizer.step()
+        exact.step()
+    # A rest of up to 2^-8 is kept in steps of up to 2^-16: so far is an element off in one step at most.
+    assert (summed(optimizer, p) - wide.double()).mean().abs() < 4 * 2**-17 * (300 / 4000) ** 0.5
+
+
+@implementations
+def test_a_step_of_nothing_leaves_both_numbers(implementation: str | None) -> None:
+    """A rest is never half a distance, from which the next rounding might choose the other neighbour."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(20_000, generator=generator).bfloat16())
+    optimizer = LAMB([("p", p)], lr=1e-4, master="kahan", implementation=implementation)
+    for _ in range(3):
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        optimizer.step()
+    before = p.detach().clone(), optimizer.state[p]["compensation"].clone()
+    assert torch.equal(before[0], (before[0].float() + before[1].float()).bfloat16())
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(optimizer.state[p]["compensation"], before[1])
+
+
+OTHER_WEIGHTS = {
+    "smaller ones": lambda p: p.mul_(1e-2),
+    "some are zero": lambda p: p[::2].zero_(),
+    "clamped": lambda p: p.clamp_(-0.01, 0.01),
+}
+
+
+@implementations
+@pytest.mark.parametrize("kind", OTHER_WEIGHTS)
+def test_a_rest_is_not_added_to_weights_of_somebody_else(implementation: str | None, kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64, generator=generator).bfloat16())
+    optimizer = LAMB([("p", p)], lr=1e-3, master="kahan", implementation=implementation)
+    for _ in range(5):
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        optimizer.step()
+    assert optimizer.state[p]["compensation"].any()
+    with torch.no_grad():
+        OTHER_WEIGHTS[kind](p)
+        written = p.clone()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(p, written)
+    # No more than rounding them to bf16 has cost.
+    assert ((summed(optimizer, p) - written.double()).abs() <= 2**-8 * written.double().abs()).all()
+
+
+@implementations
 def test_norms_are_those_of_the_sum(implementation: str | None) -> None:
     """The trust ratio of the second step, of weights that differ in the compensation alone."""
     p = torch.nn.Parameter(torch.full((8, 8), 1.0, dtype=torch.bfloat16))

@@ -14,7 +14,7 @@ import torch
 
 from trustratio.optimizers import LAMB, LARS
 from trustratio.optimizers.formulas import chunk_view, rounding
-from trustratio.optimizers.formulas.rounding import LayerKeys, rounded_stochastically
+from trustratio.optimizers.formulas.rounding import LayerKeys, rest_of, rounded_stochastically, split_sum, sum_of
 from trustratio.optimizers.sharding.layout import Layer, LayoutError, Shard
 from trustratio.optimizers.sharding.positions import positions, runs
 
@@ -319,3 +319,74 @@ def test_weights_below_the_resolution_move_on_average() -> None:
         moves[master] = 1 - p.detach().double()
     assert not moves[None].any()
     assert abs(moves["stochastic"].mean() - 0.01) < 4 * moves["stochastic"].std() / 64
+
+
+# Sums of two numbers ------------------------------------------------------------------------------------------------
+
+
+def some_sums() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-(1 << 31), 1 << 31, (100_000,), generator=generator).to(torch.int32).view(torch.float32)
+    near = 1 + torch.rand(100_000, generator=generator)
+    return torch.cat([whole[whole.isfinite() & (whole.abs() < LARGEST)], near, torch.tensor([0.0, -0.0, 1 + 2**-8])])
+
+
+@pytest.mark.parametrize("random", [None, 0, 0xFFFF, "any"])
+def test_a_sum_is_split_so_that_its_weight_is_the_nearest(random: int | str | None) -> None:
+    total = some_sums()
+    numbers = torch.randint(1 << 16, total.shape) if random == "any" else None
+    if isinstance(random, int):
+        numbers = torch.full(total.shape, random)
+    weights, rest = split_sum(total, numbers)
+    for part in (weights, rest):
+        assert torch.equal(part, part.bfloat16().float())
+    assert torch.equal((weights + rest).bfloat16().float(), weights)
+    assert torch.equal(sum_of(weights, rest), weights + rest)
+    assert torch.equal(sum_of(weights.bfloat16(), rest.bfloat16()), weights + rest)
+    normal = total.abs() > 2.0**-100
+    assert ((weights + rest - total).abs() <= 2.0**-15 * total.abs())[normal].all()
+    again = split_sum(weights + rest, numbers)
+    assert torch.equal(again[0], weights)
+    assert torch.equal(again[1], rest)
+
+
+def test_what_the_nearest_weights_lack_is_less_than_half_a_distance() -> None:
+    total = some_sums()
+    weights, rest = total.bfloat16().float(), rest_of(total)
+    assert torch.equal(sum_of(weights, rest), weights + rest)
+    normal = total.abs() > 2.0**-100
+    assert ((weights + rest - total).abs() <= 2.0**-16 * total.abs())[normal].all()
+
+
+def test_weights_that_are_not_finite_have_no_rest() -> None:
+    total = torch.tensor([torch.inf, -torch.inf, LARGEST_FP32, torch.nan])
+    weights, rest = split_sum(total, torch.zeros(4))
+    assert weights.tolist()[:3] == [torch.inf, -torch.inf, torch.inf]
+    assert weights[3].isnan()
+    assert not rest.any()
+    assert not rest_of(total).any()
+    assert sum_of(weights, rest).tolist()[:3] == weights.tolist()[:3]
+
+
+class Nested(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Linear(300, 7)
+        self.weight = torch.nn.Parameter(torch.zeros(7, 300))
+
+
+def test_a_module_called_module_keeps_its_name_under_wrappers() -> None:
+    """And its layers draw other bits than those outside of it that are called alike."""
+    kept = []
+    for prefix in ("", "module.", "module._orig_mod."):
+        model = Nested()
+        torch.nn.init.zeros_(model.module.weight)
+        named = [(f"{prefix}{name}", p) for name, p in model.named_parameters()]
+        optimizer = LAMB(named, lr=0.01, adapt=False, state_dtype="bfloat16", implementation="eager")
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1.001)
+        optimizer.step()
+        kept.append([optimizer.state[p]["exp_avg"] for p in (model.module.weight, model.weight)])
+    for inside, outside in kept:
+        assert torch.equal(inside, kept[0][0])
+        assert not torch.equal(inside, outside)
