@@ -61,6 +61,7 @@ class Conversions:
         self._algorithm = algorithm
         self._found: dict[tuple[torch.dtype, torch.dtype], set[str]] = {}
         self._left_behind = False
+        self._seeds: set[tuple[int, int]] = set()
 
     def note(self, name: str, old: torch.dtype | None, new: torch.dtype | None) -> None:
         """Note which dtype a state has in the file, and which one here; None where it is no tensor."""
@@ -79,6 +80,9 @@ class Conversions:
         for group, saved in pairs if self._algorithm.keeps_own_state and state_dict["state"] else ():
             for name in self._algorithm.element_state:
                 self.note(name, _state_dtype(saved), _state_dtype(group))
+            rounds_alike = saved.get("state_dtype") or saved.get("master"), group["state_dtype"] or group["master"]
+            if all(rounds_alike) and saved.get("rounding_seed", 0) != group["rounding_seed"]:
+                self._seeds.add((saved.get("rounding_seed", 0), group["rounding_seed"]))
             has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in group["params"])
             self._left_behind |= has_bf16 and saved.get("master") == "kahan" != group["master"]
 
@@ -96,6 +100,11 @@ class Conversions:
             f"{'rounded to nearest, ' if new == torch.bfloat16 else ''}as state_dtype says"
             for (old, new), names in sorted(self._found.items(), key=str)
         ] + ([LEFT_BEHIND] if self._left_behind else [])
+        sentences += [
+            f"rounding_seed is {theirs} in the file and stays {ours} here: what is rounded by chance goes other ways "
+            "than in the run that was saved"
+            for theirs, ours in sorted(self._seeds)
+        ]
         if sentences:
             warnings.warn("; ".join(sentences), stacklevel=stacklevel + 1)
 

@@ -62,8 +62,9 @@ class RoundedUpdates:
         if not lost:
             return ""
         dtypes = sorted({NAMES[sample.dtype] for sample in self._before.values()})
+        share = f"{lost / made:.1%}" if lost >= 0.001 * made else "less than 0.1%"
         return (
-            f"{lost / made:.1%} of the {' and '.join(dtypes)} weights that have a gradient did not move in this step "
+            f"{share} of the {' and '.join(dtypes)} weights that have a gradient did not move in this step "
             f"(lr {listing(sorted(rates), shown=3)}): their updates are below half the distance to the next number, "
             "and nobody keeps fp32 master weights. Round bf16 weights stochastically or with a rest "
             '(master="stochastic" or "kahan"), or keep the parameters in fp32 and compute under torch.autocast, or let '

@@ -34,7 +34,7 @@ def layers(dtype: torch.dtype, count: int = 3) -> list[torch.nn.Parameter]:
 
 
 def share_of(message: str) -> float:
-    found = re.match(r"([\d.]+)% of the", message)
+    found = re.match(r"(?:less than )?([\d.]+)% of the", message)
     assert found
     return float(found[1]) / 100
 
@@ -50,7 +50,7 @@ def test_the_share_is_that_of_the_first_step(name: str, lr: float, dtype: torch.
     moved = [(p.grad != 0) & (p != w) for p, w in zip(ps, before, strict=True)]
     made = [p.grad != 0 for p in ps]
     expected = 1 - sum(m.sum().item() for m in moved) / sum(m.sum().item() for m in made)
-    assert share_of(message) == pytest.approx(expected, abs=6e-4)
+    assert share_of(message) == pytest.approx(expected, abs=1e-3)
     assert {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype] in message
     assert f"(lr {lr:g})" in message
     assert messages(optimizer, 3) == []

@@ -411,3 +411,16 @@ def test_channels_last_weights_go_on_to_the_bit(tmp_path: Path) -> None:
     assert bits(runs[0][0]["conv"]) == bits(runs[1][0]["conv"])
     states = [optimizer.state[layers["conv"]] for layers, optimizer in runs]
     assert all(bits(states[0][what]) == bits(states[1][what]) for what in states[0])
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_file_with_another_seed_is_told(kept: str) -> None:
+    """The run that loads it draws by its own."""
+    dtype, options = KEPT[kept]
+    source, target = make(dtype=dtype, **{**options, "rounding_seed": 9}), make(dtype=dtype, **options)
+    train(source, 0, 2)
+    own = options.get("rounding_seed", 0)
+    with pytest.warns(UserWarning, match=f"rounding_seed is 9 in the file and stays {own} here") as told:
+        target[1].load_state_dict(reloaded(source[1].state_dict()))
+    assert len(told) == 1
+    assert {group["rounding_seed"] for group in target[1].param_groups} == {own}
