@@ -80,8 +80,7 @@ class Conversions:
         for group, saved in pairs if self._algorithm.keeps_own_state and state_dict["state"] else ():
             for name in self._algorithm.element_state:
                 self.note(name, _state_dtype(saved), _state_dtype(group))
-            rounds_alike = saved.get("state_dtype") or saved.get("master"), group["state_dtype"] or group["master"]
-            if all(rounds_alike) and saved.get("rounding_seed", 0) != group["rounding_seed"]:
+            if _by_chance(saved) and _by_chance(group) and saved.get("rounding_seed", 0) != group["rounding_seed"]:
                 self._seeds.add((saved.get("rounding_seed", 0), group["rounding_seed"]))
             has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in group["params"])
             self._left_behind |= has_bf16 and saved.get("master") == "kahan" != group["master"]
@@ -112,6 +111,10 @@ class Conversions:
 def _state_dtype(group: Mapping[str, Any]) -> torch.dtype:
     given = group.get("state_dtype")
     return given if isinstance(given, torch.dtype) else STATE_DTYPES.get(given or "", torch.float32)
+
+
+def _by_chance(group: Mapping[str, Any]) -> bool:
+    return group.get("master") is not None or _state_dtype(group) == torch.bfloat16
 
 
 def _name(dtype: torch.dtype) -> str:
