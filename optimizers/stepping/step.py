@@ -308,7 +308,7 @@ class Step:
         layer_list = list(self.layout.layers[layers.start : layers.stop])
         table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
         table.rows, table.elements = self.plan.rows.get(index), self._elements(index, layer_list)
-        rounding = self.plan.storage.rounding(index, options, layers, state)
+        rounding = self.plan.storage.rounding(index, options, state)
         return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table, rounding)
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:

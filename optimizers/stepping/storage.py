@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,7 @@ class Storage:
     """
 
     def __init__(self, algorithm: Algorithm, layout: Layout):
-        self._algorithm = algorithm
         self._layout = layout
-        self._keys: dict[int, LayerKeys] = {}
         groups = [algorithm.param_groups[index] for index in layout.groups]
         pairs = [*zip(layout.tensors, groups, strict=True)]
         if not algorithm.keeps_own_state:
@@ -41,8 +39,8 @@ class Storage:
         self.state_dtypes = [element_dtype(tensor, "", group) for tensor, group in pairs]
         self.has_compensation = [keeps_compensation(tensor, group) for tensor, group in pairs]
         in_tensors = [_rounds(tensor, group) for tensor, group in pairs]
-        self._rounding_groups = {index for index, here in zip(layout.groups, in_tensors, strict=True) if here}
-        self.rounds = [index in self._rounding_groups for index in layout.groups]
+        self._keys = _keys(algorithm, layout, {i for i, here in zip(layout.groups, in_tensors, strict=True) if here})
+        self.rounds = [index in self._keys for index in layout.groups]
 
     def names(self, element_state: tuple[str, ...]) -> tuple[str, ...]:
         """Of all that is kept per element."""
@@ -54,26 +52,32 @@ class Storage:
             return self.state_dtypes[index]
         return self._layout.tensors[index].dtype if self.has_compensation[index] else None
 
-    def rounding(
-        self, index: int, group: Mapping[str, Any], layers: range, state: Mapping[str, torch.Tensor]
-    ) -> Rounding | None:
+    def rounding(self, index: int, group: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Rounding | None:
         """How a group's numbers of 16 bits are rounded in a step; None where nothing is, or to nearest.
 
         Args:
             index: The group's.
             group: It.
-            layers: Its layers.
-            state: Their numbers, before the step.
+            state: The numbers of its layers, before the step.
         """
-        if index not in self._rounding_groups:
+        keys = self._keys.get(index)
+        if keys is None:
             return None
-        if index not in self._keys:
-            names = list(_names(self._algorithm, self._layout.layers[layers.start : layers.stop]))
-            self._keys[index] = LayerKeys(group["rounding_seed"], names, self._layout.device)
-        keys = self._keys[index]
         # The step that these layers are about to take, if they have a gradient.
         now = keys.at(state["step"] + 1)
         return Rounding(now, keys.gammas, group["state_dtype"] == "bfloat16", group["master"])
+
+
+def _keys(algorithm: Algorithm, layout: Layout, groups: Collection[int]) -> dict[int, LayerKeys]:
+    """Those of the layers of each group that rounds."""
+    if not groups:
+        return {}
+    names = list(_names(algorithm, layout.layers))
+    of_groups: dict[int, list[str]] = {index: [] for index in groups}
+    for name, layer in zip(names, layout.layers, strict=True):
+        of_groups.get(layout.groups[layer.tensor], []).append(name)
+    seeds = {index: algorithm.param_groups[index]["rounding_seed"] for index in groups}
+    return {index: LayerKeys(seeds[index], of_group, layout.device) for index, of_group in of_groups.items()}
 
 
 def _names(algorithm: Any, layers: Sequence[Layer]) -> Iterator[str]:

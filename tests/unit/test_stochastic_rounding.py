@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 import struct
+import weakref
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +18,9 @@ from trustratio.optimizers import LAMB, LARS
 from trustratio.optimizers.formulas import chunk_view, rounding
 from trustratio.optimizers.formulas.rounding import LayerKeys, rest_of, rounded_stochastically, split_sum, sum_of
 from trustratio.optimizers.sharding.layout import Layer, LayoutError, Shard
+from trustratio.optimizers.sharding.names import observed
 from trustratio.optimizers.sharding.positions import positions, runs
+from trustratio.optimizers.stepping import storage
 
 from ..references.rounding import rounded
 
@@ -390,3 +394,33 @@ def test_a_module_called_module_keeps_its_name_under_wrappers() -> None:
     for inside, outside in kept:
         assert torch.equal(inside, kept[0][0])
         assert not torch.equal(inside, outside)
+
+
+def test_names_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of groups: the search goes through all objects of the process."""
+    searches = []
+    monkeypatch.setattr(storage, "observed", lambda *given: searches.append(given) or observed(*given))
+    ps = [torch.nn.Parameter(torch.ones(3)) for _ in range(5)]
+    optimizer = LAMB([{"params": [p]} for p in ps], lr=0.01, state_dtype="bfloat16")
+    for _ in range(2):
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert len(searches) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}])
+def test_an_optimizer_that_nobody_holds_is_gone_at_once(options: dict[str, Any]) -> None:
+    """And its state with it: nothing that it keeps from step to step refers to it."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = LAMB([p], lr=0.01, **options)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    gc.collect()
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
