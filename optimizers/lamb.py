@@ -142,6 +142,9 @@ class LAMB(LayerwiseAdam):
         yield Sums("w", "u", "g", of=self.update(group, layers), rules=[rule])
         layers.trust_ratio = rule(layers)
 
+    def needs_model_norm(self, group: dict[str, Any]) -> bool:
+        return group["max_grad_norm"] is not None
+
     def gradient_norm(self, group: dict[str, Any], layers: LayerTable) -> Stage:
         return Sums("g")
 

@@ -62,6 +62,9 @@ class SNGM(LayerwiseMomentum):
             **common,
         )
 
+    def needs_model_norm(self, group: dict[str, Any]) -> bool:
+        return True
+
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
         yield Sums("g")

@@ -95,6 +95,10 @@ class Algorithm:
         """Whether sums over the rows of this group's layers are measured; they must be two-dimensional."""
         return False
 
+    def needs_model_norm(self, group: dict[str, Any]) -> bool:
+        """Whether a step of this group uses the norm of the whole model's gradient."""
+        return False
+
     def before_stages(self, layout: Layout) -> None:
         """Do what precedes the stages of one `step()` call, e.g. a reduction that cannot ride in theirs."""
 
