@@ -1,4 +1,4 @@
-"""LAMB in torchtitan's container, with or without GPUs: torchrun --nproc_per_node 2 docs/examples/with_torchtitan.py."""
+"""LAMB in torchtitan's container, with or without GPU: torchrun --nproc_per_node 2 docs/examples/with_torchtitan.py."""
 
 import os
 
