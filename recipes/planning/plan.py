@@ -224,7 +224,7 @@ def _parser() -> CommandParser:
         ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"named configuration (default {DEFAULT_PRESET})")
-    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
+    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT or ModernBERT: {', '.join(MODEL_SIZES)}")
     parser.add_argument("--gpus", type=int, default=8, help="data-parallel ranks (default 8)")
     parser.add_argument("--micro_batch", type=int, help="plan this micro-batch instead of the largest that fits")
     for flag, (section, name) in _FIELDS.items():
