@@ -189,7 +189,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--preset", metavar="NAME", help=f"named configuration (default: {DEFAULT_PRESET})")
     parser.add_argument("--list_presets", action="store_true", help="print all presets with their sources, and stop")
-    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
+    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT or ModernBERT: {', '.join(MODEL_SIZES)}")
     parser.add_argument(
         "--data",
         nargs="+",

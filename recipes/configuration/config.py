@@ -5,18 +5,66 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+ARCHITECTURES = {"bert": "BERT", "modernbert": "ModernBERT"}
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHAPES = ("polynomial", "exponential")
 STATE_DTYPES = ("float32", "bfloat16")
 MASTERS = ("stochastic", "kahan", "none")
 
 
+class Shape(NamedTuple):
+    """What a name of `MODEL_SIZES` stands for; `local_attention` means something to ModernBERT alone."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    local_attention: int = 128
+
+
+def _bert(layers: int, hidden: int) -> Shape:
+    """Return a shape of the BERT family: heads are 64 wide, the inner layer 4 x hidden."""
+    return Shape("bert", layers, hidden, hidden // 64, 4 * hidden)
+
+
+MODEL_SIZES: dict[str, Shape] = {
+    "tiny": _bert(2, 128),
+    "mini": _bert(4, 256),
+    "small": _bert(4, 512),
+    "medium": _bert(8, 512),
+    "base": _bert(12, 768),
+    "large": _bert(24, 1024),
+    "modernbert-tiny": Shape("modernbert", 3, 128, 2, 192, 32),
+    "modernbert-mini": Shape("modernbert", 6, 256, 4, 384, 64),
+    "modernbert-small": Shape("modernbert", 9, 512, 8, 768),
+    "modernbert-base": Shape("modernbert", 22, 768, 12, 1152),
+    "modernbert-large": Shape("modernbert", 28, 1024, 16, 2624),
+}
+"""Shapes by name. BERT's base and large are of Devlin et al. 2018 (arXiv 1810.04805), the rest of Turc et al. 2019
+(1908.08962). ModernBERT's base and large are of Warner et al. 2024 (2412.13663); its smaller ones are scaled down here:
+inner layers 1.5 x hidden as base has, windows cut as a preset's twin cuts its sequences."""
+
+MODERNBERT_FIELDS = ("global_attention_every", "local_attention", "global_rope_theta", "local_rope_theta")
+"""Fields of `ModelConfig` that BERT has no use for."""
+
+MOST_POSITIONS = {"bert": 512, "modernbert": 8192}
+"""`max_positions` of the published models."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the BERT encoder. `max_positions` stays at 512 so that a later phase can use longer sequences.
+    """Shape of the encoder, "bert" or "modernbert". `max_positions` is more than a first phase's sequences have, so
+    that a later phase can use longer ones.
 
+    ModernBERT alone has the next four: every `global_attention_every`th layer, from the first on, attends to the whole
+    sequence, the others to a window of `local_attention` tokens, half of them on either side; `global_rope_theta` and
+    `local_rope_theta` are the bases of the rotary positions in the two kinds of layer.
+
+    `attention` computes it: "sdpa", "flash_attention_2", or "auto", see `attention_of`.
     `initial_weights` is a folder in transformers' format whose weights training starts from; None: random ones.
     """
 
@@ -27,23 +75,32 @@ class ModelConfig:
     max_positions: int = 512
     dropout: float = 0.0
     initial_weights: str | None = None
+    architecture: str = "bert"
+    global_attention_every: int = 3
+    local_attention: int = 128
+    global_rope_theta: float = 160000.0
+    local_rope_theta: float = 10000.0
+    attention: str = "auto"
+
+    @property
+    def local_layers(self) -> int:
+        """How many layers attend to windows; none of BERT."""
+        if self.architecture == "bert":
+            return 0
+        return self.layers - len(range(0, self.layers, self.global_attention_every))
 
     def of_size(self, name: str) -> ModelConfig:
-        """Return the same with the shape of one of `MODEL_SIZES`: heads are 64 wide, the inner layer 4 x hidden."""
-        layers, hidden = MODEL_SIZES[name]
-        return dataclasses.replace(self, layers=layers, hidden=hidden, heads=hidden // 64, intermediate=4 * hidden)
-
-
-MODEL_SIZES: dict[str, tuple[int, int]] = {
-    "tiny": (2, 128),
-    "mini": (4, 256),
-    "small": (4, 512),
-    "medium": (8, 512),
-    "base": (12, 768),
-    "large": (24, 1024),
-}
-"""(layers, hidden) by name: base and large of Devlin et al. 2018 (arXiv 1810.04805), the rest of Turc et al. 2019
-(1908.08962)."""
+        """Return the same with one of `MODEL_SIZES`; of another architecture it has the published limits and bases."""
+        shape = MODEL_SIZES[name]
+        if shape.architecture == self.architecture:
+            return dataclasses.replace(self, **shape._asdict())
+        return ModelConfig(
+            max_positions=MOST_POSITIONS[shape.architecture],
+            dropout=self.dropout,
+            initial_weights=self.initial_weights,
+            attention=self.attention,
+            **shape._asdict(),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +174,9 @@ class PhaseTwoConfig:
     count of updates, which bias correction uses, begins anew if `reset_step`. With `reset_schedule` the learning rate
     begins anew too: `lr`, `warmup`, `constant`, `decay_steps` and `offset` are the second phase's, everything else of
     `schedule` holds for both. Without it, one schedule goes over the updates of both phases and these five are unused.
+
+    `global_rope_theta` is ModernBERT's from the second phase on, which was trained on long sequences with a larger one
+    than on short ones; None: the model's.
     """
 
     steps: int = 0
@@ -131,6 +191,7 @@ class PhaseTwoConfig:
     keep_moments: bool = True
     reset_step: bool = True
     reset_schedule: bool = True
+    global_rope_theta: float | None = None
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,17 @@ def set_field(config: RecipeConfig, section: str, name: str, value: Any) -> Reci
 
 
 def with_model_size(config: RecipeConfig, size: str) -> RecipeConfig:
-    """Return `config` with the model's size replaced by one of `MODEL_SIZES`.
+    """Return `config` with the model's size, and with it the architecture, replaced by one of `MODEL_SIZES`.
 
     Raises:
         RecipeError: there is no such size; the nearest names are given.
     """
     if size not in MODEL_SIZES:
         raise unknown_name("model size", size, MODEL_SIZES)
-    return dataclasses.replace(config, model=config.model.of_size(size))
+    model, second = config.model.of_size(size), config.phase_two
+    if model.architecture != config.model.architecture:
+        second = dataclasses.replace(second, global_rope_theta=None)
+    return dataclasses.replace(config, model=model, phase_two=second)
 
 
 def from_dict(values: Mapping[str, Any]) -> RecipeConfig:

@@ -9,7 +9,17 @@ from typing import Any
 
 from ..common.command import MOST, MOST_SEED
 from ..common.errors import RecipeError, shown
-from .config import MASTERS, PRECISIONS, SHAPES, STATE_DTYPES, RecipeConfig
+from .config import (
+    ARCHITECTURES,
+    ATTENTIONS,
+    MASTERS,
+    MODERNBERT_FIELDS,
+    PRECISIONS,
+    SHAPES,
+    STATE_DTYPES,
+    ModelConfig,
+    RecipeConfig,
+)
 
 
 def check_ranges(config: RecipeConfig) -> None:
@@ -25,6 +35,8 @@ def check_ranges(config: RecipeConfig) -> None:
     _require(config, "data.discard_smallest", lambda v: 0 <= v < 1, "0 (none) to below 1")
     _require(config, "data.validation_fraction", lambda v: 0 < v < 1, "above 0 and below 1")
     _require(config, "model.dropout", lambda v: 0 <= v < 1, "0 to below 1")
+    _require(config, "model.architecture", lambda v: v in ARCHITECTURES, ", ".join(ARCHITECTURES))
+    _require(config, "model.attention", lambda v: v in ATTENTIONS, ", ".join(ATTENTIONS))
     _require(config, "optimizer.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "optimizer.weight_decay", _finite, "finite and not negative")
     _require(config, "schedule.shape", lambda v: v in SHAPES, ", ".join(SHAPES))
@@ -54,6 +66,7 @@ def check_ranges(config: RecipeConfig) -> None:
             f"model.hidden={config.model.hidden} is not divisible by model.heads={config.model.heads}; "
             "each head takes an equal share of the hidden size"
         )
+    _check_modernbert(config)
     _require(config, "phase_two.steps", lambda v: 0 <= v <= MOST, f"0 (no second phase) to {MOST}")
     for field in fields(config.phase_two):  # of no phase, too: the file that keeps them has no infinite numbers
         _require(config, f"phase_two.{field.name}", lambda v: not isinstance(v, float) or math.isfinite(v), "finite")
@@ -69,6 +82,8 @@ def _check_whole_numbers(config: RecipeConfig) -> None:
         "model.heads": (1, 2**20),
         "model.intermediate": (1, 2**22),
         "model.max_positions": (1, 2**22),
+        "model.global_attention_every": (1, 1_000),
+        "model.local_attention": (2, 2**22),
         "data.vocabulary": (1, 2**24),
         "data.validation_sequences": (1, MOST),
         "data.workers": (0, 4096),
@@ -88,6 +103,33 @@ def _check_whole_numbers(config: RecipeConfig) -> None:
     }
     for key, (least, most) in bounds.items():
         _require(config, key, partial(_between, least, most), f"{least} to {most}")
+
+
+def _check_modernbert(config: RecipeConfig) -> None:
+    """Check the fields that ModernBERT alone has, and that nobody gives them for nothing."""
+    model, usual = config.model, ModelConfig()
+    if model.architecture == "modernbert":
+        for name in ("model.global_rope_theta", "model.local_rope_theta", "phase_two.global_rope_theta"):
+            _require(config, name, lambda v: v is None or 1 <= v <= 1e12, "1 to 1e12")
+        _require(config, "model.local_attention", lambda v: v % 2 == 0, "an even number: half lies on either side")
+        if model.hidden // model.heads % 2:
+            raise RecipeError(
+                f"model.hidden={model.hidden} over model.heads={model.heads} makes heads of "
+                f"{model.hidden // model.heads}, and rotary positions turn pairs of numbers: choose an even width"
+            )
+        return
+    for name in MODERNBERT_FIELDS:
+        if getattr(model, name) != getattr(usual, name):
+            raise _of_modernbert(f"model.{name}={getattr(model, name)}")
+    if config.phase_two.global_rope_theta is not None:
+        raise _of_modernbert(f"phase_two.global_rope_theta={config.phase_two.global_rope_theta}")
+
+
+def _of_modernbert(given: str) -> RecipeError:
+    return RecipeError(
+        f"{given} has no effect in BERT, whose layers all attend to the whole sequence by learned positions: leave it "
+        "out, or choose a ModernBERT by --model"
+    )
 
 
 def _between(least: int, most: int, value: int | None) -> bool:

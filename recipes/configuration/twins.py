@@ -87,7 +87,7 @@ def twin(preset: Preset, size: str) -> Preset:
     scaled = dataclasses.replace(
         config,
         preset=f"{config.preset}-{size}",
-        model=config.model.of_size(size),
+        model=config.model.of_size(size if config.model.architecture == "bert" else f"modernbert-{size}"),
         data=dataclasses.replace(
             config.data,
             vocabulary=DataConfig().vocabulary,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.reporter import clock
-from ..configuration.config import MODEL_SIZES, RecipeConfig
+from ..configuration.config import ARCHITECTURES, MODEL_SIZES, RecipeConfig
 from ..configuration.overrides import apply_overrides, set_field, with_model_size
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
@@ -75,7 +75,8 @@ def _text(
 ) -> list[str]:
     training = config.training
     lines = [
-        f"{config.preset}: BERT {config.model.layers} x {config.model.hidden}, {size.elements / 1e6:.1f} million "
+        f"{config.preset}: {ARCHITECTURES[config.model.architecture]} {config.model.layers} x {config.model.hidden}, "
+        f"{size.elements / 1e6:.1f} million "
         f"parameters in {len(size.layers)} layers, {config.optimizer.name}, ZeRO-{training.zero_stage}, "
         f"{planned_precision(config)}, activation checkpointing {'on' if training.activation_checkpointing else 'off'}",
         f"assumed: {machine.peak / 1e12:.0f} TFLOP/s x {machine.utilization:.0%}, {machine.link / 1e9:.0f} GB/s inside "
@@ -224,7 +225,7 @@ def _parser() -> CommandParser:
         ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"named configuration (default {DEFAULT_PRESET})")
-    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT: {', '.join(MODEL_SIZES)}")
+    parser.add_argument("--model", metavar="SIZE", help=f"size of BERT or ModernBERT: {', '.join(MODEL_SIZES)}")
     parser.add_argument("--gpus", type=int, default=8, help="data-parallel ranks (default 8)")
     parser.add_argument("--micro_batch", type=int, help="plan this micro-batch instead of the largest that fits")
     for flag, (section, name) in _FIELDS.items():

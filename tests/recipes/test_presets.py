@@ -95,7 +95,7 @@ def test_published_presets_have_their_sources_numbers(name):
     for step, rate in rates:
         assert learning_rate(config, step) == pytest.approx(rate, rel=2e-4, abs=1e-12), step
     size, vocabulary = OTHER_MODELS.get(name, ("large", 30522))
-    assert (config.model.layers, config.model.hidden) == MODEL_SIZES[size]
+    assert (config.model.layers, config.model.hidden) == (MODEL_SIZES[size].layers, MODEL_SIZES[size].hidden)
     assert (config.model.max_positions, config.data.vocabulary) == (512, vocabulary)
 
 
@@ -190,6 +190,12 @@ def test_the_plan_of_both_phases_is_printed(capsys):
 @pytest.mark.parametrize("size", MODEL_SIZES)
 def test_model_sizes_by_name(size):
     model = check_run(parse_command_line(["--model", size, "model.dropout=0.1"])).config.model
-    layers, hidden = MODEL_SIZES[size]
-    assert (model.layers, model.hidden, model.heads, model.intermediate) == (layers, hidden, hidden // 64, 4 * hidden)
-    assert (model.dropout, model.max_positions) == (0.1, 512)
+    shape = MODEL_SIZES[size]
+    assert (model.architecture, model.layers, model.hidden, model.heads, model.intermediate) == shape[:5]
+    assert model.heads * 64 == model.hidden
+    assert model.dropout == 0.1
+    if size.startswith("modernbert"):
+        assert (model.max_positions, model.local_attention) == (8192, shape.local_attention)
+        assert (model.global_attention_every, model.global_rope_theta, model.local_rope_theta) == (3, 160e3, 10e3)
+    else:
+        assert (model.max_positions, model.intermediate) == (512, 4 * model.hidden)
