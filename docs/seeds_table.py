@@ -175,7 +175,7 @@ SYSTEMS = (
         "Warm-up, stable, decay",
         "A plateau whose end can be chosen late, then a short decay.",
         (f"{RULES}.schedules.warmup_stable_decay", f"{RULES}.schedules.WarmupStableDecay"),
-        "nothing: both shapes of the decay are from memory",
+        "ModernBERT's code",
         ANYWHERE,
         _test("tests/recipes/test_training_rules.py", "warmup_stable_decay"),
     ),
