@@ -17,6 +17,7 @@ from .novograd import NovoGrad
 from .registry import OPTIMIZERS, OptimizerEntry, create_optimizer, register_optimizer
 from .sharding.layout import LayoutError
 from .sngm import SNGM
+from .stableadamw import StableAdamW
 from .trust_ratio import TrustRatio
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
@@ -46,6 +47,7 @@ __all__ = [
     "LayoutError",
     "NovoGrad",
     "OptimizerEntry",
+    "StableAdamW",
     "StatisticsError",
     "TrustRatio",
     "VRAdam",

@@ -21,6 +21,7 @@ from .novograd import NovoGrad
 from .options.common import options_of
 from .options.unknown import nearest
 from .sngm import SNGM
+from .stableadamw import StableAdamW
 from .trust_ratio import TrustRatio
 from .tvlars import TVLARS
 from .vrgd import VRLAMB, VRLARS, VRSGD, VRAdam
@@ -292,6 +293,17 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             {"keep": 2, "reduction": "mean", "adapt": None},
             {"keep": 1, "reduction": None, "betas": (0.5, 0.9)},
             {"keep": 2, "adapt": True},
+        ),
+    ),
+    "stableadamw": OptimizerEntry(
+        StableAdamW,
+        "Wortsman et al. 2023, arXiv 2304.13013",
+        verified="steps of torch-optimi 0.3.3; the paper itself was not at hand",
+        sums=(2,),
+        starting_rate=0.01,
+        variants=(
+            {"update_clip": 0.5, "decay_form": "unclipped", "betas": (0.5, 0.9)},
+            {"update_clip": None, "decay_form": "fixed", "eps": 1e-3},
         ),
     ),
 }

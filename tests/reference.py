@@ -16,6 +16,7 @@ from .references.adam import (
     lamb,
     lambc,
     lans,
+    stableadamw,
     vradam,
     vrlamb,
 )
@@ -55,6 +56,7 @@ REFERENCES: dict[str, Callable[..., tuple[Tensor, float]]] = {
     "adabelief": adabelief,
     "fastadabelief": fastadabelief,
     "adashift": adashift,
+    "stableadamw": stableadamw,
 }
 
 

@@ -88,6 +88,12 @@ def check_bounds(name: str, bounds: Any) -> None:
         check_range(f"{name}[1]", high, low)
 
 
+def check_update_clip(value: Any) -> None:
+    """Raise ValueError unless the option `update_clip` is a number above 0, or None for no clip."""
+    if value is not None:
+        check_range("update_clip", value, 0.0, low_open=True)
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise ValueError unless `value` is one of `allowed`; 1 is not True."""
     if not any(value is choice or (_same_kind(value, choice) and value == choice) for choice in allowed):

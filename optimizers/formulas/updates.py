@@ -20,6 +20,7 @@ from .layer_table import LayerTable, safe_ratio
 __all__ = ["AdamUpdate", "BeliefUpdate", "Gsnr", "Measurable", "MomentumUpdate", "TrustRule", "Update"]
 
 SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
+SMALLEST_ROOT = torch.finfo(torch.float32).tiny  # and c = 0, also where ε is
 
 
 class Measurable(Protocol):
@@ -47,7 +48,9 @@ class TrustRule:
         ratio = coefficient·‖w‖ / (weight·‖w‖ + gradient·‖g‖ + direction·‖u‖ + constant)
 
     It is 1 where the numerator, the denominator or ‖g‖ is zero; then it is kept within `bounds`. Layers that are not
-    adapted have 1. NaN stays NaN. Norms whose factor is zero are left out. All is fp64, added in the order above.
+    adapted have 1. With `update_clip` the ratio of every layer, adapted or not, is divided by max(1, RMS / update_clip)
+    in the end, where RMS² is the sum "c" of the layer by the number of its elements. NaN stays NaN. Norms whose factor
+    is zero are left out. All is fp64, added in the order above.
 
     Attributes:
         adapt: Vector of booleans: the layers that are adapted.
@@ -59,6 +62,7 @@ class TrustRule:
         direction_name: Name of u among the sums.
         constant: See above.
         bounds: (low, high).
+        update_clip: See above; None for no clip.
     """
 
     adapt: torch.Tensor
@@ -70,10 +74,22 @@ class TrustRule:
     direction_name: str = "u"
     constant: float = 0.0
     bounds: tuple[float, float] = (0.0, math.inf)
+    update_clip: float | None = None
 
     def __call__(self, layers: LayerTable) -> torch.Tensor:
         """Return the ratio of each layer, of sums that are complete."""
-        numerator = self.coefficient * layers.norm("w")
+        ratio = self.of_norms(layers)
+        return ratio if self.update_clip is None else ratio / self.excess(layers, self.update_clip)
+
+    def excess(self, layers: LayerTable, update_clip: float) -> torch.Tensor:
+        """By how much each layer's update is too large: max(1, RMS / update_clip)."""
+        return ((layers.total("c") / layers.elements).sqrt() / update_clip).clamp(min=1.0)
+
+    def of_norms(self, layers: LayerTable) -> torch.Tensor:
+        """The ratio before the clip."""
+        numerator = torch.zeros_like(layers.total("g"))
+        if self.coefficient != 0:
+            numerator = self.coefficient * layers.norm("w")
         denominator = torch.zeros_like(numerator)
         for name, factor in (("w", self.weight), ("g", self.gradient), (self.direction_name, self.direction)):
             if factor != 0:
@@ -172,10 +188,11 @@ class AdamUpdate:
         m ← β₁m + gain·h             v ← β₂v + (1-β₂)h²          g'² in place of h² with `second_moment="mean"`
         d = √(v/correction2) + ε
         u = m/correction1 / d + λw
-        w ← w - step·u               with a second direction u_g = g'/d + λw:  w ← w - step·u - second_step·u_g
+        w ← w - step·u - outside·w   with a second direction u_g = g'/d + λw:  - second_step·u_g besides
+        c = h / max(√(v/correction2), ε)    g' in place of h if v is made of that
 
-    m, v and p are `exp_avg`, `exp_avg_sq` and `exp_avg_gsnr`. When sums of u are measured, everything but `step` and
-    `second_step` must be known: state may be written then.
+    m, v and p are `exp_avg`, `exp_avg_sq` and `exp_avg_gsnr`. When sums of u or c are measured, everything but `step`
+    and `second_step` must be known: state may be written then.
 
     Attributes:
         betas: (β₁, β₂).
@@ -191,6 +208,8 @@ class AdamUpdate:
         gsnr_beta: β₃.
         correction3: Vector, 1-β₃ᵗ.
         second_moment: "adapted" or "mean".
+        outside: Vector, the decay beside u; None for none.
+        clips: Whether the sum "c" of c² can be measured, of which `TrustRule.update_clip` makes the layer's RMS.
     """
 
     betas: tuple[float, float]
@@ -206,6 +225,8 @@ class AdamUpdate:
     gsnr_beta: float = 0.0
     correction3: torch.Tensor | None = None
     second_moment: str = "adapted"
+    outside: torch.Tensor | None = None
+    clips: bool = False
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -219,8 +240,8 @@ class AdamUpdate:
         x.exp_avg_gsnr.mul_(self.gsnr_beta).add_(self.gsnr(x), alpha=1 - self.gsnr_beta)
         return x.kept("exp_avg_gsnr") / x.of(self.correction3) * g
 
-    def directions(self, x: ChunkView) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Directions u and, where there is one, u_g, with all averages updated."""
+    def directions(self, x: ChunkView, *, clips: bool = False) -> dict[str, torch.Tensor]:
+        """Directions "u", with a second one "u_g", and if wanted "c", with all averages updated."""
         beta1, beta2 = self.betas
         g = x.g if self.scale is None else x.g * x.of(self.scale)
         h = self.adapted(x, g)
@@ -228,20 +249,25 @@ class AdamUpdate:
         x.exp_avg.mul_(beta1).add_(h, alpha=self.gain)
         x.exp_avg_sq.mul_(beta2).addcmul_(second, second, value=1 - beta2)
         m, v = x.kept("exp_avg"), x.kept("exp_avg_sq")
-        d = (v / x.of(self.correction2)).sqrt_().add_(self.eps)
-        u = (m / x.of(self.correction1)).div_(d).add_(x.w, alpha=self.weight_decay)
-        return u, None if self.second_step is None else (g / d).add_(x.w, alpha=self.weight_decay)
+        root = (v / x.of(self.correction2)).sqrt_()
+        found = {"c": second / root.clamp(min=max(self.eps, SMALLEST_ROOT))} if clips else {}
+        d = root.add_(self.eps)
+        found["u"] = (m / x.of(self.correction1)).div_(d).add_(x.w, alpha=self.weight_decay)
+        if self.second_step is not None:
+            found["u_g"] = (g / d).add_(x.w, alpha=self.weight_decay)
+        return found
 
     def measure(self, x: ChunkView) -> dict[str, Summand]:
-        """Sums of squares: "w", "g" (as it comes), "u", and "u_g" of the second direction."""
-        u, u_g = self.directions(x)
-        summands = {"w": squares(x.w), "g": squares(x.g), "u": squares(u)}
-        return summands if u_g is None else {**summands, "u_g": squares(u_g)}
+        """Sums of squares: "w", "g" (as it comes), "u", and where there are, "u_g" and "c"."""
+        directions = {name: squares(direction) for name, direction in self.directions(x, clips=self.clips).items()}
+        return {"w": squares(x.w), "g": squares(x.g), **directions}
 
     def change(self, x: ChunkView) -> torch.Tensor:
-        u, u_g = self.directions(x)
-        u.mul_(x.of(self.step))
-        return u if u_g is None else u.add_(u_g.mul_(x.of(self.second_step)))  # type: ignore[arg-type]
+        found = self.directions(x)
+        change = found["u"].mul_(x.of(self.step))
+        if self.second_step is not None:
+            change.add_(found["u_g"].mul_(x.of(self.second_step)))
+        return change if self.outside is None else change.add_(x.w * x.of(self.outside))
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,7 +93,11 @@ def compiled_update(update: Any) -> CompiledForm | None:
     """The form of an update, None if it has none."""
     if isinstance(update, MomentumUpdate):
         return _momentum(update)
-    if isinstance(update, AdamUpdate) and not (update.gsnr is not None and update.second_step is not None):
+    if (
+        isinstance(update, AdamUpdate)
+        and update.outside is None
+        and not (update.gsnr is not None and update.second_step is not None)
+    ):
         return _adam(update)
     if isinstance(update, BeliefUpdate):
         return _belief(update)

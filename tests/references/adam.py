@@ -171,3 +171,35 @@ def curvature_adamw(
     m, v = kept(state, m=m, v=v)
     u = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
     return w - lr * ratio * (u + weight_decay * w), ratio
+
+
+def excess(g: Tensor, v: Tensor, eps: float, update_clip: float | None) -> float:
+    """By how much the update of a whole layer is too large; `g` is what `v`, free of bias, averages the squares of."""
+    if update_clip is None:
+        return 1.0
+    rms = math.sqrt((g.square() / v.clamp(min=eps**2)).mean().item())
+    return max(1.0, rms / update_clip)
+
+
+def stableadamw(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    update_clip: float | None = 1.0,
+    decay_form: str = "clipped",
+    adapt: bool | None = None,
+) -> tuple[Tensor, float]:
+    """With moments that are divided by 1-βᵗ; debiased averages, as in other codes, are in test_stableadamw.py."""
+    t = state["t"] = state.get("t", 0) + 1
+    m = betas[0] * state.get("m", torch.zeros_like(w)) + (1 - betas[0]) * g
+    v = betas[1] * state.get("v", torch.zeros_like(w)) + (1 - betas[1]) * g.square()
+    m, v = kept(state, m=m, v=v)
+    m, v = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    rate = lr / excess(g, v, eps, update_clip)
+    decay = weight_decay * {"clipped": rate, "unclipped": lr, "fixed": 1.0}[decay_form]
+    return w - rate * m / (v.sqrt() + eps) - decay * w, rate / lr

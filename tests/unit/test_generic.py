@@ -402,6 +402,8 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     "running_maximum": [(1, "running_maximum must be True or False, got 1")],
     "keep": [(0, "keep must be a whole number of at least 1, got 0"), (2.5, "got 2.5"), (True, "got True")],
     "reduction": [("sum", "reduction must be one of 'max', 'mean', None, got 'sum'")],
+    "update_clip": [(0.0, r"update_clip must be in \(0, inf\), got 0.0"), (math.inf, "got inf"), ("1", "got '1'")],
+    "decay_form": [("other", "decay_form must be one of 'clipped', 'unclipped', 'fixed', got 'other'")],
     "adapt": [("yes", "adapt must be one of None, True, False, got 'yes'")],
     "segments": [(0, "segments must be a number of equal parts .* got 0"), ("3", "got '3'"), (2.0, "got 2.0")],
     "maximize": [(1, "maximize must be True or False, got 1")],
