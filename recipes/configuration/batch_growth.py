@@ -1,4 +1,4 @@
-"""Batches that grow, by the gradient noise scale or in a warm-up: how large they may be, and how many updates that makes.
+"""Batches that grow, by the gradient noise scale or in a warm-up: how large they may be, in how many updates.
 
 A phase trains on as many sequences as it would with its own global batch, `steps` x `global_batch`, in fewer or more
 updates; its last update takes what is left. The learning rate of an update is the one that the schedule has after as

@@ -70,7 +70,9 @@ def shared_micro_batches(size: ModelSize, config: RecipeConfig, gpus: int, machi
     shared = []
     for growth in growths_of(config):
         common = math.gcd(*growth.sizes)
-        if config.run.batch_from_noise and gpus == 1 and common % 2 == 0:  # two micro-batches at least, whose gradients are compared
+        if (
+            config.run.batch_from_noise and gpus == 1 and common % 2 == 0
+        ):  # two micro-batches at least, whose gradients are compared
             common //= 2
         phase = dataclasses.replace(growth.phase, global_batch=common)
         plan = plan_phase(size, config, phase, gpus, machine)
@@ -113,7 +115,8 @@ def _hours(growth: Growth, updates: int, shortest: float, longest: float, by_noi
     Args:
         growth: of the phase.
         updates: of it, at the most.
-        shortest, longest: seconds of an update of the smallest and of the largest batch.
+        shortest: seconds of an update of the smallest batch.
+        longest: seconds of one of the largest.
         by_noise: the batches follow the gradient noise.
     """
     sequences, smallest, largest = growth.phase.sequences, growth.smallest, growth.largest

@@ -11,8 +11,9 @@ class BatchWarmup:
     """Grows the global batch from `smallest` to `largest` over the first `sequences`, in steps of `smallest`.
 
     Every size below the largest has as many updates as every other, up to one: with m of them, the batch of k times the
-    smallest is over when k (k + 1) of m (m + 1) equal parts of the warm-up have been read. As ModernBERT does (Warner et al. 2024, arXiv 2412.13663;
-    AnswerDotAI/ModernBERT, src/sequence_packer.py, BatchSizeWarmupScheduler, which counts tokens on each rank).
+    smallest is over when k (k + 1) of m (m + 1) equal parts of the warm-up have been read. As ModernBERT does (Warner
+    et al. 2024, arXiv 2412.13663; AnswerDotAI/ModernBERT, src/sequence_packer.py, BatchSizeWarmupScheduler, which
+    counts the tokens of each rank).
 
     Attributes:
         smallest: sequences of the first updates, over all ranks.

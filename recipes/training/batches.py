@@ -1,4 +1,4 @@
-"""Where a run is in its data, and how large its next update is: always the same, growing in a warm-up or by the noise."""
+"""Where a run is in its data, and how large its next update is: the same, growing in a warm-up, or by the noise."""
 
 from __future__ import annotations
 
@@ -200,8 +200,8 @@ class GrowingBatches(Batches):
             )
         self.enter_phase()
 
-    def _load(self, checkpoint: Path, by_noise: bool = False) -> dict[str, Any]:
-        state = growth_state(checkpoint, by_noise)
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        state = growth_state(checkpoint)
         self.phase = self.phases[min(state["phase"], len(self.phases)) - 1]
         self._read = state["read"]
         return state
@@ -314,10 +314,10 @@ class NoiseBatches(GrowingBatches):
     def _rule_state(self) -> dict[str, Any]:
         return {"rule": self.rule.state_dict()}
 
-    def _load(self, checkpoint: Path, by_noise: bool = True) -> dict[str, Any]:
-        state = super()._load(checkpoint, by_noise)
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        state = super()._load(checkpoint)
         try:
-            self.rule.load_state_dict(state["rule"])
+            self.rule.load_state_dict(state.get("rule", {}))
         except ValueError as error:
             raise RecipeError(f"cannot go on with the batch of {checkpoint / GROWTH}: {error}") from error
         return state

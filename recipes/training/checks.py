@@ -366,7 +366,9 @@ def _second_phase(config: RecipeConfig) -> dict[str, Any]:
     if not config.phase_two.steps:
         return {}
     second = config.to_dict()["phase_two"]
-    free = ("micro_batch", "steps")
+    free = ["micro_batch", "steps"]
+    if config.schedule.shape != "wsd":  # earlier releases' checkpoints do not have it
+        free.append("cooldown")
     return {
         "phase_one_steps": config.training.steps,
         "phase_two": {name: value for name, value in second.items() if name not in free},

@@ -14,29 +14,30 @@ GROWTH = "batch_growth.json"
 """The file of a checkpoint from which a batch that grows goes on."""
 
 
-def growth_state(checkpoint: Path, by_noise: bool = True) -> dict[str, Any]:
+def growth_state(checkpoint: Path) -> dict[str, Any]:
     """Return what `GrowingBatches.save` wrote.
-
-    Args:
-        checkpoint: to read.
-        by_noise: its batch follows the gradient noise, whose averages must be there, too.
 
     Raises:
         RecipeError: there is no such file, or it cannot be read.
     """
     try:
         state = json.loads((checkpoint / GROWTH).read_text())
-        counts = [state["phase"], state["read"]]
-        if by_noise:
-            rule, noise = state["rule"], state["rule"]["noise"]
-            counts += [rule["doublings"], rule["updates"]]
-            for name in ("signal", "noise", "weight"):
-                noise[name] = float(noise[name])
+        counts = [state["phase"], state["read"], *_noise_counts(state)]
         if any(type(count) is not int or count < 0 for count in counts) or not state["phase"]:
             raise ValueError(f"it has the counts {counts}")
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"cannot go on with the batch of {checkpoint / GROWTH}: {error or 'it is broken'}") from error
+
+
+def _noise_counts(state: dict[str, Any]) -> list[Any]:
+    """Return the counts of the rule by which a batch follows the noise, whose averages become numbers here."""
+    if "rule" not in state:
+        return []
+    rule, noise = state["rule"], state["rule"]["noise"]
+    for name in ("signal", "noise", "weight"):
+        noise[name] = float(noise[name])
+    return [rule["doublings"], rule["updates"]]
 
 
 def has_read_all(checkpoint: Path, phases: Sequence[Phase]) -> bool:

@@ -197,7 +197,9 @@ def test_a_checkpoint_of_another_warmup_is_refused(runs, tmp_path):
     checkpoint = checkpoint_of(runs(REFERENCE), 3)
     for changed in ("run.batch_warmup=0.25", "run.smallest_batch=8", "run.batch_warmup=0 run.smallest_batch=null"):
         line = recipe("nowhere", tmp_path / "run", "--resume", str(checkpoint), *changed.split(), settings=WARMED_UP)
-        with pytest.raises(RecipeError, match=r"batch_warmup: checkpoint \{'smallest': 4, 'largest': 16, 'sequences': 48"):
+        with pytest.raises(
+            RecipeError, match=r"batch_warmup: checkpoint \{'smallest': 4, 'largest': 16, 'sequences': 48"
+        ):
             check_run(parse_command_line(line))
 
 
@@ -271,8 +273,14 @@ def test_a_position_goes_on_from_its_file(tmp_path):
         (("run.batch_warmup=7",), r"run.batch_warmup=7 in updates is 112 sequences, and the first phase has 96"),
         (("run.batch_warmup=1e-9",), r"run.batch_warmup=1e-09 in updates is 0 sequences"),
         (("run.batch_warmup=-1",), r"run.batch_warmup=-1.0 is out of range: allowed is finite, 0 \(none\) or more"),
-        (("run.batch_warmup=0",), r"run.smallest_batch=4 has no effect without run.batch_from_noise=true or run.batch_w"),
-        (("run.smallest_batch=5",), r"run.smallest_batch makes 5 sequences in phase 1, not .*; --micro_batch 1 divides"),
+        (
+            ("run.batch_warmup=0",),
+            r"run.smallest_batch=4 has no effect without run.batch_from_noise=true or run.batch_w",
+        ),
+        (
+            ("run.smallest_batch=5",),
+            r"run.smallest_batch makes 5 sequences in phase 1, not .*; --micro_batch 1 divides",
+        ),
         (("--global_batch", "17"), r"global batch 17 is not divisible by micro-batch x ranks = 2 x 1 = 2"),
     ],
 )

@@ -119,7 +119,12 @@ def test_one_warmup_stable_decay_over_both_phases():
 
 @pytest.mark.parametrize(
     ("unit", "warmup", "cooldown"),
-    [("updates", 4, 6), ("sequences", 4 * 16, 6 * 16 + 7), ("tokens", 4 * 16 * 8 - 9, 6 * 16 * 8), ("tokens", 0.2, 0.3)],
+    [
+        ("updates", 4, 6),
+        ("sequences", 4 * 16, 6 * 16 + 7),
+        ("tokens", 4 * 16 * 8 - 9, 6 * 16 * 8),
+        ("tokens", 0.2, 0.3),
+    ],
 )
 def test_durations_may_be_counted_in_sequences_and_tokens(unit, warmup, cooldown):
     """To the nearest update of the global batch; what is below 1 is a share in any unit."""
@@ -139,7 +144,10 @@ def test_a_second_phase_counts_its_own_sequences():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("schedule.shape=trapezoid",), "schedule.shape='trapezoid' is out of range: allowed is polynomial, exp.*, wsd"),
+        (
+            ("schedule.shape=trapezoid",),
+            "schedule.shape='trapezoid' is out of range: allowed is polynomial, exp.*, wsd",
+        ),
         (("schedule.cooldown_form=sqrt",), "schedule.cooldown_form='sqrt' is out of range: allowed is linear, 1-sqrt"),
         (("schedule.unit=epochs",), "schedule.unit='epochs' is out of range: allowed is updates, sequences, tokens"),
         (("schedule.cooldown=341",), "schedule.cooldown=341.0 is out of range: allowed is 0 to training.steps"),
