@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-ARCHITECTURES = ("bert", "modernbert")
+ARCHITECTURES = {"bert": "BERT", "modernbert": "ModernBERT"}
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHAPES = ("polynomial", "exponential", "wsd")
@@ -50,6 +50,9 @@ MODEL_SIZES: dict[str, Shape] = {
 (1908.08962). ModernBERT's base and large are of Warner et al. 2024 (2412.13663); its smaller ones are scaled down here:
 inner layers 1.5 x hidden as base has, windows cut as a preset's twin cuts its sequences."""
 
+MODERNBERT_FIELDS = ("global_attention_every", "local_attention", "global_rope_theta", "local_rope_theta")
+"""Fields of `ModelConfig` that BERT has no use for."""
+
 MOST_POSITIONS = {"bert": 512, "modernbert": 8192}
 """`max_positions` of the published models."""
 
@@ -80,6 +83,13 @@ class ModelConfig:
     global_rope_theta: float = 160000.0
     local_rope_theta: float = 10000.0
     attention: str = "auto"
+
+    @property
+    def local_layers(self) -> int:
+        """How many layers attend to windows; none of BERT."""
+        if self.architecture == "bert":
+            return 0
+        return self.layers - len(range(0, self.layers, self.global_attention_every))
 
     def of_size(self, name: str) -> ModelConfig:
         """Return the same with one of `MODEL_SIZES`; of another architecture it has the published limits and bases."""

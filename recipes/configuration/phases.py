@@ -34,6 +34,7 @@ class Phase:
         global_batch: sequences per update over all ranks.
         micro_batch: sequences per rank and forward pass.
         sequences_before: sequences read before the phase.
+        global_rope_theta: base of the rotary positions in ModernBERT's global layers; None of BERT, which has none.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Phase:
     global_batch: int
     micro_batch: int
     sequences_before: int
+    global_rope_theta: float | None = None
 
     @property
     def last(self) -> int:
@@ -80,6 +82,7 @@ class Phase:
 def phases_of(config: RecipeConfig) -> tuple[Phase, ...]:
     """Return the one or two phases of a configuration."""
     training, second = config.training, config.phase_two
+    base = config.model.global_rope_theta if config.model.architecture == "modernbert" else None
     one = Phase(
         number=1,
         first=0,
@@ -88,6 +91,7 @@ def phases_of(config: RecipeConfig) -> tuple[Phase, ...]:
         global_batch=training.global_batch,
         micro_batch=training.micro_batch,
         sequences_before=0,
+        global_rope_theta=base,
     )
     if not second.steps:
         return (one,)
@@ -99,6 +103,7 @@ def phases_of(config: RecipeConfig) -> tuple[Phase, ...]:
         global_batch=second.global_batch,
         micro_batch=second.micro_batch,
         sequences_before=training.steps * training.global_batch,
+        global_rope_theta=base if second.global_rope_theta is None else second.global_rope_theta,
     )
     return (one, two)
 
@@ -240,7 +245,8 @@ def _peak(config: RecipeConfig, phase: Phase) -> int:
 
 def describe_border(config: RecipeConfig) -> str:
     """Return the line that says what the second phase takes over."""
-    second = config.phase_two
+    second, bases = config.phase_two, [phase.global_rope_theta for phase in phases_of(config)]
+    rotary = [f"global rotary base {bases[0]:g} becomes {bases[-1]:g}"] if bases[0] != bases[-1] else []
     return "  from phase 1 to 2: " + "; ".join(
         (
             "weights kept",
@@ -249,5 +255,6 @@ def describe_border(config: RecipeConfig) -> str:
             "learning rate begins anew with its own warm-up"
             if second.reset_schedule
             else "one learning-rate schedule over both phases",
+            *rotary,
         )
     )

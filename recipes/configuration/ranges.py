@@ -14,6 +14,7 @@ from .config import (
     ATTENTIONS,
     COOLDOWNS,
     MASTERS,
+    MODERNBERT_FIELDS,
     PRECISIONS,
     SHAPES,
     STATE_DTYPES,
@@ -122,7 +123,7 @@ def _check_modernbert(config: RecipeConfig) -> None:
                 f"{model.hidden // model.heads}, and rotary positions turn pairs of numbers: choose an even width"
             )
         return
-    for name in ("global_attention_every", "local_attention", "global_rope_theta", "local_rope_theta"):
+    for name in MODERNBERT_FIELDS:
         if getattr(model, name) != getattr(usual, name):
             raise _of_modernbert(f"model.{name}={getattr(model, name)}")
     if config.phase_two.global_rope_theta is not None:

@@ -78,6 +78,12 @@ class PreparedData:
         ordinary = np.setdiff1d(np.arange(self.vocabulary_size, dtype=np.int64), special)
         return Vocabulary(self.mask_id, special, ordinary)
 
+    def special_tokens(self) -> dict[str, int | None]:
+        """Return the ids of "cls", "sep" and "pad"; None where the tokenizer has no [PAD]."""
+        folder = Path(self.folder)
+        manifest, tokenizer = read_manifest(folder), Tokenizer.from_file(str(folder / TOKENIZER))
+        return {"cls": manifest["cls_id"], "sep": manifest["sep_id"], "pad": tokenizer.token_to_id("[PAD]")}
+
     def describe(self, global_batch: int) -> list[str]:
         """Return the lines that are printed before training, with a warning if one batch is more than the corpus."""
         tokens = self.train_rows * self.sequence_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import PhasedSchedule, phased_schedule
-from .masked_language_model import GatheredBertForMaskedLM, build_model, padded_vocabulary
+from .attention import attention_of
+from .masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary
 from .optimizer import build_optimizer
 from .sixteen_bits import storage_options
 
@@ -27,12 +28,12 @@ class RecipeParts:
         schedule: puts the learning-rate schedule of all phases on an optimizer; step it once per update.
     """
 
-    model: GatheredBertForMaskedLM
+    model: MaskedLanguageModel
     optimizer: Optimizer
     schedule: Callable[[Optimizer], PhasedSchedule]
 
 
-def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[GatheredBertForMaskedLM, Optimizer]:
+def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[MaskedLanguageModel, Optimizer]:
     """Build model and optimizer without memory for their tensors: to measure them, or to see whether they can be built.
 
     Args:
@@ -49,18 +50,21 @@ def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[G
     return _in_its_precision(model, config), build_optimizer(config.optimizer, model, storage)
 
 
-def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
+def build_parts(
+    config: RecipeConfig, vocabulary_size: int, special_tokens: Mapping[str, int | None] | None = None
+) -> RecipeParts:
     """Build model, optimizer and schedule of a configuration; equal on every rank and for every launcher.
 
     Args:
         config: resolved and checked.
         vocabulary_size: tokens of the prepared data; padded to a multiple of 8.
+        special_tokens: ids of the data's tokenizer, see `PreparedData.special_tokens`; None: left open.
 
     Raises:
         RecipeError: options that the optimizer refuses, or initial weights of another shape.
     """
     torch.manual_seed(config.training.seed)
-    model = build_model(config.model, padded_vocabulary(vocabulary_size))
+    model = build_model(config.model, padded_vocabulary(vocabulary_size), special_tokens, attention_of(config))
     if config.training.activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = build_optimizer(config.optimizer, _in_its_precision(model, config), storage_options(config))
@@ -69,6 +73,6 @@ def build_parts(config: RecipeConfig, vocabulary_size: int) -> RecipeParts:
     return RecipeParts(model, optimizer, phased_schedule(config))
 
 
-def _in_its_precision(model: GatheredBertForMaskedLM, config: RecipeConfig) -> GatheredBertForMaskedLM:
+def _in_its_precision(model: MaskedLanguageModel, config: RecipeConfig) -> MaskedLanguageModel:
     """Cast the model's weights, in place, to what they are trained in where nobody keeps others."""
     return model if config.training.master is None else model.bfloat16()

@@ -1,4 +1,4 @@
-"""Floating-point operations of a BERT update, and what devices can do at most.
+"""Floating-point operations of an update of BERT or ModernBERT, and what devices can do at most.
 
 A multiplication and an addition count as two. Backward costs twice the forward pass. Recomputation under activation
 checkpointing counts only where it is asked for: model FLOP/s tell what the model needed, not what the device did
@@ -24,22 +24,35 @@ class ModelFlops:
     8 H^2: query, key, value and output; 4 H I: the feed-forward pair; 4 S H: scores and their weighted sum. With I = 4H
     the first is 3 L (24 H^2 + 4 S H).
 
+    A gated layer has three matrices between H and I, and 6 H I. In a layer with windows S is the number of tokens that
+    a token attends to, averaged over the sequence. That is what the mathematics needs: an implementation that masks
+    what lies outside the windows computes more.
+
     Attributes:
         layers: L.
         hidden: H.
         intermediate: I.
         vocabulary: V, rows of the output projection.
+        gated: whether the feed-forward layers are gated.
+        local_layers: how many of the layers attend to windows.
+        reach: tokens on either side of a token that are in its window.
     """
 
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int
+    gated: bool = False
+    local_layers: int = 0
+    reach: int = 0
 
     @classmethod
     def of(cls, shape: ModelConfig, vocabulary: int) -> ModelFlops:
         """Return those of a model of this shape with `vocabulary` rows of the output projection."""
-        return cls(shape.layers, shape.hidden, shape.intermediate, vocabulary)
+        sizes = (shape.layers, shape.hidden, shape.intermediate, vocabulary)
+        if shape.architecture == "bert":
+            return cls(*sizes)
+        return cls(*sizes, gated=True, local_layers=shape.local_layers, reach=shape.local_attention // 2)
 
     def update(self, tokens: int, predicted: float, length: int, recomputed: bool = False) -> float:
         """Return the operations of an update over all ranks.
@@ -55,9 +68,17 @@ class ModelFlops:
 
     def forward(self, tokens: int, predicted: float, length: int) -> float:
         """Return the operations of a forward pass alone, over all ranks; arguments as for `update`."""
-        encoder = tokens * self.layers * self.hidden * (8 * self.hidden + 4 * self.intermediate + 4 * length)
+        feed_forward = (6 if self.gated else 4) * self.intermediate
+        attended = (self.layers - self.local_layers) * length + self.local_layers * tokens_in_window(length, self.reach)
+        encoder = tokens * self.hidden * (self.layers * (8 * self.hidden + feed_forward) + 4 * attended)
         head = predicted * 2 * self.hidden * (self.hidden + self.vocabulary)
         return float(encoder + head)
+
+
+def tokens_in_window(length: int, reach: int) -> float:
+    """Return how many tokens of a sequence a token attends to on average, if `reach` on either side and itself."""
+    reach = min(reach, length - 1)
+    return 2 * reach + 1 - reach * (reach + 1) / length  # the ends of the sequence cut windows off
 
 
 # Dense peaks in TFLOP/s from the manufacturers' data sheets, (16-bit matrix units, fp32 without them). The first name

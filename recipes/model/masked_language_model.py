@@ -1,59 +1,78 @@
-"""BERT for masked language modelling whose vocabulary projection runs on the masked positions only."""
+"""BERT and ModernBERT for masked language modelling whose vocabulary projection runs on the masked positions only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
 
 from ..common.errors import RecipeError
 from ..common.marks import require_unchanged
 from ..configuration.config import ModelConfig
+from .gathered_head import GatheredHead
+from .modern_bert import GatheredModernBertForMaskedLM, modern_bert_config
 
 
-class GatheredBertForMaskedLM(BertForMaskedLM):
-    """`transformers`' BertForMaskedLM with another forward; parameters, names and checkpoints are unchanged.
+class GatheredBertForMaskedLM(GatheredHead, BertForMaskedLM):
+    """`transformers`' BertForMaskedLM with a gathered head."""
 
-    The stock head computes logits at every position and throws 85 % of them away. Here the hidden states at the
-    masked positions are gathered first: the same loss, and for small models a fraction of the work.
-    """
-
-    def forward(  # type: ignore[override]
-        self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, reduction: str = "sum"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed cross-entropy in nats and the number of right predictions, both scalars.
-
-        Args:
-            input_ids: int64 (sequences, length).
-            positions: int64 (masked,), indices into the flattened (sequences * length) positions.
-            labels: int64 (masked,), the tokens to predict.
-            reduction: "sum", or "none" for the cross-entropy of each prediction, fp32 (masked,), in place of the sum.
-
-        The sum, not the mean: only the training loop knows how many tokens the whole global batch masks.
-        """
+    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the encoder's output; see `GatheredHead`."""
         # Rows are packed full, so every position is attended to; saying so explicitly is not needed and SDPA
         # takes its fastest path without a mask.
-        hidden = self.bert(input_ids=input_ids).last_hidden_state
-        gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
-        logits = self.cls(gathered).float()
-        loss = F.cross_entropy(logits, labels, reduction=reduction)
-        correct = (logits.detach().argmax(dim=-1) == labels).sum()
-        return loss, correct
+        return self.bert(input_ids=input_ids).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of gathered hidden states."""
+        return self.cls(hidden)
 
 
-def build_model(config: ModelConfig, vocabulary_size: int) -> GatheredBertForMaskedLM:
-    """Build a model with SDPA attention, initialised from torch's current random state or from saved weights.
+MaskedLanguageModel = GatheredBertForMaskedLM | GatheredModernBertForMaskedLM
+"""What the recipe trains."""
+
+STOCK: dict[str, Any] = {"bert": BertForMaskedLM, "modernbert": ModernBertForMaskedLM}
+"""transformers' own class of each architecture."""
+
+
+def build_model(
+    config: ModelConfig,
+    vocabulary_size: int,
+    special_tokens: Mapping[str, int | None] | None = None,
+    attention: str = "sdpa",
+) -> MaskedLanguageModel:
+    """Build a model, initialised from torch's current random state or from saved weights.
 
     Args:
         config: shape of the encoder, and the folder of initial weights if there are any.
         vocabulary_size: rows of the embedding table, see `padded_vocabulary`.
+        special_tokens: ids of "pad", "cls" and "sep", for ModernBERT's configuration; None: left open.
+        attention: transformers' name of what computes it, see `attention_of`.
 
     Raises:
         RecipeError: the initial weights are missing or not those of this model.
     """
-    bert = BertConfig(
+    if config.architecture == "modernbert":
+        shape: Any = modern_bert_config(config, vocabulary_size, special_tokens or {})
+        kind: Any = GatheredModernBertForMaskedLM
+    else:
+        shape, kind = _bert_config(config, vocabulary_size), GatheredBertForMaskedLM
+    shape._attn_implementation = attention
+    model = kind(shape)
+    if config.initial_weights is not None:
+        _load_weights(model, config)
+    return model
+
+
+def stock_model(model: MaskedLanguageModel) -> Any:
+    """Return transformers' own class in the model's shape, with other random weights."""
+    return STOCK[model.config.model_type](model.config)
+
+
+def _bert_config(config: ModelConfig, vocabulary_size: int) -> BertConfig:
+    return BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=config.hidden,
         num_hidden_layers=config.layers,
@@ -63,30 +82,46 @@ def build_model(config: ModelConfig, vocabulary_size: int) -> GatheredBertForMas
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
     )
-    bert._attn_implementation = "sdpa"
-    model = GatheredBertForMaskedLM(bert)
-    if config.initial_weights is not None:
-        _load_weights(model, config.initial_weights)
-    return model
 
 
-def _load_weights(model: GatheredBertForMaskedLM, folder: str) -> None:
+def _load_weights(model: MaskedLanguageModel, config: ModelConfig) -> None:
     """Copy the weights of a folder that `save_pretrained` wrote, all of them."""
+    folder = config.initial_weights
+    assert folder is not None
     if not Path(folder).is_dir():
         raise RecipeError(f"model.initial_weights={folder!r} is not a folder; give one in transformers' format")
     require_unchanged(Path(folder))
     try:
-        saved = BertForMaskedLM.from_pretrained(folder, trust_remote_code=False).state_dict()
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        _require_architecture(config, found)
+        loaded, report = STOCK[config.architecture].from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True
+        )
+    except RecipeError:
+        raise
     except Exception as error:  # of many classes: it is damaged, foreign, or of another kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"model.initial_weights={folder!r} cannot be read: {reason}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise RecipeError(
+            f"model.initial_weights={folder!r} lacks {', '.join(missing[:3])}{' and more' * (len(missing) > 3)}: give "
+            "the folder of a model with its masked-token head"
+        )
     try:
-        model.load_state_dict(saved)
+        model.load_state_dict(loaded.state_dict())
     except RuntimeError as error:
         raise RecipeError(
             f"model.initial_weights={folder!r} does not fit the model of this run (layers, sizes, positions and the "
             f"padded vocabulary must agree): {error}"
         ) from error
+
+
+def _require_architecture(config: ModelConfig, found: str) -> None:
+    if found != config.architecture:
+        raise RecipeError(
+            f"model.initial_weights={config.initial_weights!r} holds a model of the architecture {found}, and this run "
+            f"trains {config.architecture}: choose its --model, or other weights"
+        )
 
 
 def padded_vocabulary(size: int) -> int:

@@ -195,12 +195,10 @@ def memory_parts(
 def _activations(size: ModelSize, config: RecipeConfig, length: int, micro: int, width: int) -> float:
     """Bytes that autograd keeps of one micro-batch, with fused attention, and the logits' gradient.
 
-    Per token and encoder layer of width h and inner width f: the layer's input, q, k, v, the attention's output, the
-    inputs and outputs of both norms and the two sides of the activation function, 7 h + 2 f numbers; with dropout one
-    byte per element of its two masks. Checkpointing keeps the input and, while it computes one layer again, the rest.
+    Checkpointing keeps each layer's input and, while it computes one layer again, the rest.
     """
     shape, tokens = size.shape, micro * length
-    layer = tokens * ((7 * shape.hidden + 2 * shape.intermediate) * width + 2 * shape.hidden * (shape.dropout > 0))
+    layer = tokens * _per_token(shape, width)
     boundary = tokens * shape.hidden * width
     checkpointing = config.training.activation_checkpointing
     encoder = shape.layers * boundary + layer if checkpointing else shape.layers * layer
@@ -208,7 +206,30 @@ def _activations(size: ModelSize, config: RecipeConfig, length: int, micro: int,
     masked = math.ceil(tokens * config.data.mask_probability)
     # Logits in the model's precision, in fp32, their log-softmax, and the gradients of the last two.
     head = masked * (4 * shape.hidden * width + size.vocabulary * (width + (2 if width == 2 else 1) * FP32 + FP32))
-    return encoder + embeddings + head
+    return encoder + _masks(shape, length, width, checkpointing) + embeddings + head
+
+
+def _per_token(shape: ModelConfig, width: int) -> float:
+    """Bytes per token and encoder layer of width h and inner width f.
+
+    BERT: the layer's input, q, k, v, the attention's output, the inputs and outputs of both norms and the two sides of
+    the activation function, 7 h + 2 f numbers; with dropout one byte per element of its two masks.
+
+    ModernBERT: the layer's input, its norm, q, k, v, turned q and k, the attention's output, the second norm's input
+    and output, both halves of the gated layer, the activation and the product, 10 h + 4 f; with dropout one byte per
+    element of its two masks, of h and f, and the f that were dropped from.
+    """
+    h, f, dropped = shape.hidden, shape.intermediate, shape.dropout > 0
+    if shape.architecture == "bert":
+        return (7 * h + 2 * f) * width + 2 * h * dropped
+    return (10 * h + 4 * f) * width + (h + f) * dropped
+
+
+def _masks(shape: ModelConfig, length: int, width: int, checkpointing: bool) -> float:
+    """Bytes of the windows' masks, which torch makes for every layer; FlashAttention 2 has none, and is not planned."""
+    if length - 1 <= shape.local_attention // 2:
+        return 0.0
+    return (min(1, shape.local_layers) if checkpointing else shape.local_layers) * length**2 * width
 
 
 def _sums_in_fp32(settings: Mapping[str, Any] | None, stage: int) -> bool:

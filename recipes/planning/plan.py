@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.reporter import clock
-from ..configuration.config import MODEL_SIZES, RecipeConfig
+from ..configuration.config import ARCHITECTURES, MODEL_SIZES, RecipeConfig
 from ..configuration.overrides import apply_overrides, set_field, with_model_size
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
@@ -77,7 +77,8 @@ def _text(
 ) -> list[str]:
     training = config.training
     lines = [
-        f"{config.preset}: BERT {config.model.layers} x {config.model.hidden}, {size.elements / 1e6:.1f} million "
+        f"{config.preset}: {ARCHITECTURES[config.model.architecture]} {config.model.layers} x {config.model.hidden}, "
+        f"{size.elements / 1e6:.1f} million "
         f"parameters in {len(size.layers)} layers, {config.optimizer.name}, ZeRO-{training.zero_stage}, "
         f"{planned_precision(config)}, activation checkpointing {'on' if training.activation_checkpointing else 'off'}",
         f"assumed: {machine.peak / 1e12:.0f} TFLOP/s x {machine.utilization:.0%}, {machine.link / 1e9:.0f} GB/s inside "

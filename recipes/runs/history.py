@@ -115,8 +115,16 @@ def binned(values: NDArray[Any], pieces: Sequence[slice], how: Any) -> NDArray[n
 
 
 def short_name(layer: str) -> str:
-    """Shorten a BERT parameter name to what tells layers apart."""
+    """Shorten a parameter name of BERT or ModernBERT to what tells layers apart."""
     for long, short in (
+        ("model.layers.", "layer "),
+        ("model.embeddings.tok_embeddings", "embeddings word"),
+        ("model.embeddings.", "embeddings "),
+        ("model.final_norm", "final norm"),
+        ("attn.Wqkv", "attention query, key, value"),
+        ("attn.Wo", "attention output"),
+        ("mlp.Wi", "feed-forward in"),
+        ("mlp.Wo", "feed-forward out"),
         ("bert.encoder.layer.", "layer "),
         ("bert.embeddings.", "embeddings "),
         ("cls.predictions.", "head "),

@@ -60,8 +60,9 @@ def make_report(folder: Path) -> None:
 def title(history: RunHistory) -> str:
     """Return one line: model, optimizer, batch and sharding."""
     model, training = history.config.get("model", {}), history.config.get("training", {})
+    name = "ModernBERT" if model.get("architecture") == "modernbert" else "BERT"  # earlier releases' runs do not say
     parts = [
-        f"BERT {model['layers']} × {model['hidden']}" if {"layers", "hidden"} <= set(model) else "",
+        f"{name} {model['layers']} × {model['hidden']}" if {"layers", "hidden"} <= set(model) else "",
         str(history.config.get("optimizer", {}).get("name", "")),
         f"{_batches(history)} sequences per step" if "global_batch" in training else "",
         f"ZeRO-{training['zero_stage']}" if "zero_stage" in training else "",

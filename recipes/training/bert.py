@@ -43,7 +43,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     """
     data, identity = prepare_run(run, reporter)
     with reporter.stages("engine"):
-        engine = build_engine(run, data[0].vocabulary_size)
+        engine = build_engine(run, data[0])
     folder, checkpoints = open_output(run, identity, reporter)
     # To the very end: a launcher that is gone asks ranks to stop once more, while the first one draws the report.
     with StopRequests(reporter.active) as stop:
@@ -52,10 +52,10 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         announce_end(run, batches, folder, reporter)
 
 
-def build_engine(run: CheckedRun, vocabulary_size: int) -> TrainingEngine:
+def build_engine(run: CheckedRun, data: PreparedData) -> TrainingEngine:
     """Build model, optimizer and schedule, and wrap them (collective); load the checkpoint to resume, if any."""
     PROGRESS.begin("while building the model")
-    parts = build_parts(run.config, vocabulary_size)
+    parts = build_parts(run.config, data.vocabulary_size, data.special_tokens())
     engine = run.launcher.engine(parts, run.config.training, run.plans[0], run.settings)
     if run.invocation.resume is not None:
         engine.load(run.invocation.resume)
@@ -97,6 +97,7 @@ def train(
         phases = phases_with_data(run, data, engine.device)
         while not (stopped or batches.is_over):
             batches.enter_phase()
+            engine.begin_phase(batches.phase)
             phase_data = phases[batches.phase.number - 1]
             if batches.at_border:
                 carry_over(engine.optimizer, config.phase_two.keep_moments, config.phase_two.reset_step)

@@ -14,11 +14,12 @@ from ..common.marks import write_checksums
 from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.command_line import Invocation
-from ..data.prepared import TOKENIZER, PreparedData
+from ..data.prepared import PreparedData
 from ..model.build import RecipeParts, build_parts
 from ..runs.checkpoints import CheckpointFolder
 from ..runs.folder import MODEL
 from .checks import CheckedRun, check_run
+from .export import save_tokenizer, takes_token_types
 from .launchers import launcher_of_this_process
 from .ranks import collect_failures
 from .records import open_records
@@ -53,13 +54,13 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     """
     data, identity = prepare_run(run, reporter)
     PROGRESS.begin("while building the model")
-    parts = build_parts(run.config, data[0].vocabulary_size)
+    parts = build_parts(run.config, data[0].vocabulary_size, data[0].special_tokens())
     folder, checkpoints = open_output(run, identity, reporter)
     # To the very end: a launcher that is gone asks ranks to stop once more, while the first one draws the report.
     with StopRequests(reporter.active) as stop:
         with reported(folder, checkpoints, reporter), reporter.stages("steps"):
             trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
-            _save_model(trainer, folder, Path(data[0].folder, TOKENIZER))
+            _save_model(trainer, folder, data[0])
         announce_end(run, trainer.batches, folder, reporter)
 
 
@@ -87,7 +88,7 @@ def _train(
     return trainer
 
 
-def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
+def _save_model(trainer: RecipeTrainer, folder: Path, data: PreparedData) -> None:
     """Write the model in transformers' format with its tokenizer into the run's folder `MODEL` (collective).
 
     Raises:
@@ -99,7 +100,9 @@ def _save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Path) -> None:
     try:
         save_weights(trainer, unfinished)
         if trainer.args.should_save:
-            (unfinished / TOKENIZER).write_bytes(tokenizer.read_bytes())
+            save_tokenizer(
+                data, trainer.run.config.model.max_positions, unfinished, takes_token_types(trainer.parts.model)
+            )
             write_checksums(unfinished)
             finish_folder(unfinished, folder / MODEL)
     except (OSError, SafetensorError) as error:

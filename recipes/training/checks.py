@@ -19,10 +19,11 @@ from ..common.errors import NothingToDo, RecipeError
 from ..common.files import require_writable
 from ..configuration.batch_growth import growths_of, most_updates
 from ..configuration.command_line import Invocation
-from ..configuration.config import RecipeConfig
+from ..configuration.config import MODERNBERT_FIELDS, RecipeConfig
 from ..configuration.phases import Phase, phases_of
 from ..configuration.ranges import check_ranges
 from ..data.prepared import check_sources
+from ..model.attention import attention_of
 from ..model.build import outline
 from ..model.optimizer import is_baseline
 from ..planning.demands import check_demands, check_groups
@@ -106,6 +107,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     invocation = dataclasses.replace(invocation, config=config)
     check_ranges(config)
     _, optimizer = outline(config)  # refuses optimizers and their options before any data are read
+    attention_of(config)  # refuses what is not installed
     _require_kernels(optimizer)
     if invocation.resume is not None:
         config = _check_resumable(invocation, config)
@@ -328,7 +330,7 @@ def early_identity(run: CheckedRun) -> dict[str, Any]:
 def _identity_of(config: RecipeConfig) -> dict[str, Any]:
     values, training = config.to_dict(), config.training
     return {
-        "model": values["model"],
+        "model": _model_identity(config),
         "optimizer": values["optimizer"],
         "sequence_length": config.data.sequence_length,
         "mask_probability": config.data.mask_probability,
@@ -342,6 +344,14 @@ def _identity_of(config: RecipeConfig) -> dict[str, Any]:
         "master": training.master,
         "zero_stage": training.zero_stage,
     }
+
+
+def _model_identity(config: RecipeConfig) -> dict[str, Any]:
+    """Return the model's fields that a resumed run must agree with, of BERT those that earlier releases had."""
+    others = ["attention"]
+    if config.model.architecture == "bert":
+        others += ["architecture", *MODERNBERT_FIELDS]
+    return {name: value for name, value in config.to_dict()["model"].items() if name not in others}
 
 
 def _growth(config: RecipeConfig) -> dict[str, Any] | None:
@@ -367,8 +377,11 @@ def _second_phase(config: RecipeConfig) -> dict[str, Any]:
         return {}
     second = config.to_dict()["phase_two"]
     free = ["micro_batch", "steps"]
-    if config.schedule.shape != "wsd":  # earlier releases' checkpoints do not have it
+    # Earlier releases' checkpoints do not have these.
+    if config.schedule.shape != "wsd":
         free.append("cooldown")
+    if second["global_rope_theta"] is None:
+        free.append("global_rope_theta")
     return {
         "phase_one_steps": config.training.steps,
         "phase_two": {name: value for name, value in second.items() if name not in free},

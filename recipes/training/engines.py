@@ -24,6 +24,7 @@ from trustratio.integrations.layer_norms import clip_grad_norm_
 from trustratio.optimizers import LayerwiseOptimizer
 
 from ..common.errors import RecipeError
+from ..configuration.phases import Phase
 from ..data.masking import MaskedBatch
 from ..rules.global_batch import BatchPlan
 from ..rules.schedules import FactorLR
@@ -80,6 +81,9 @@ class TrainingEngine(Observed, Protocol):
     all micro-batches and ranks of what `backward` was given: an implementation undoes its wrapper's averaging. Where
     `wants_second_pass`, all that is done once more within `second_pass`, and only then is the update done.
     """
+
+    def begin_phase(self, phase: Phase) -> None:
+        """Tell the model which phase the updates that follow are of."""
 
     def set_batch_plan(self, plan: BatchPlan) -> None:
         """Take note of the batch division of the updates that follow."""
@@ -252,6 +256,10 @@ class DeepSpeedTraining(DistributedTraining):
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         return cls(engine, optimizer, scheduler)
 
+    def begin_phase(self, phase: Phase) -> None:
+        """Tell the model inside the engine; see `GatheredHead.begin_phase`."""
+        self.engine.module.begin_phase(phase)
+
     def set_batch_plan(self, plan: BatchPlan) -> None:
         """Tell DeepSpeed the batch division."""
         set_batch_plan(self.engine, plan)
@@ -387,6 +395,10 @@ class DataParallelTraining(DistributedTraining):
         self._updates = 0
         self._norm: torch.Tensor | None = None
 
+    def begin_phase(self, phase: Phase) -> None:
+        """Tell the model inside the wrapper; see `GatheredHead.begin_phase`."""
+        self._bare_model().begin_phase(phase)
+
     def set_batch_plan(self, plan: BatchPlan) -> None:
         """Nothing depends on the batch division here."""
 
@@ -465,5 +477,5 @@ class DataParallelTraining(DistributedTraining):
         self._updates = state["updates"]
         self.continue_schedule(self._updates)
 
-    def _bare_model(self) -> nn.Module:
+    def _bare_model(self) -> Any:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

@@ -10,19 +10,21 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..common.errors import RecipeError
 from ..common.files import parse_json
 from ..common.marks import write_checksums
 from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
+from ..configuration.phases import phases_of
 from ..data.preparation import prepare
 from ..data.prepared import PreparedData
-from ..model.masked_language_model import build_model, padded_vocabulary
+from ..model.masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary, stock_model
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
 from .engines import ENGINE_STATE, TRAINING_STATE
+from .growth_state import trained_phase
 from .unpickling import tensors_only
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -62,21 +64,35 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
             "$TRUSTRATIO_CACHE"
         )
     shape = dataclasses.replace(config.model, initial_weights=None)
-    model = BertForMaskedLM(build_model(shape, padded_vocabulary(data.vocabulary_size)).config)
+    trained = build_model(shape, padded_vocabulary(data.vocabulary_size), data.special_tokens())
+    trained.begin_phase(trained_phase(checkpoint, phases_of(config)))
+    model = stock_model(trained)
     missing, unexpected = model.load_state_dict(trained_weights(checkpoint), strict=False)
-    # The decoder's weight and bias are tied; a checkpoint may hold them once.
-    missing = [name for name in missing if not name.startswith("cls.predictions.decoder")]
+    own = dict(model.named_parameters())  # a tied weight has one name here; a checkpoint may hold it once
+    missing = [name for name in missing if name in own]
     if missing or unexpected:
         raise RecipeError(f"{checkpoint} does not fit its configuration: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     model.save_pretrained(output)
-    save_tokenizer(data, config.model.max_positions, output)
+    save_tokenizer(data, config.model.max_positions, output, takes_token_types(trained))
     write_checksums(output)
     return output
 
 
-def save_tokenizer(data: PreparedData, max_positions: int, output: Path) -> None:
-    """Write the tokenizer of prepared data such that it adds BERT's special tokens and knows pairs of texts."""
+def takes_token_types(model: MaskedLanguageModel) -> bool:
+    """Tell whether the architecture tells the texts of a pair apart by embeddings, as BERT does."""
+    return hasattr(model.config, "type_vocab_size")
+
+
+def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_types: bool = True) -> None:
+    """Write the tokenizer of prepared data such that it adds BERT's special tokens and knows pairs of texts.
+
+    Args:
+        data: that was trained on.
+        max_positions: of the model.
+        output: folder to write into.
+        token_types: the model takes the number of each token's text, see `takes_token_types`.
+    """
     tokenizer = Tokenizer.from_file(str(Path(data.folder, "tokenizer.json")))
     special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     ids = {token: tokenizer.token_to_id(token) for token in special.values()}
@@ -89,7 +105,7 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path) -> None
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_positions,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=["input_ids", *["token_type_ids"] * token_types, "attention_mask"],
         **tokens,
     )
     fast.save_pretrained(output)

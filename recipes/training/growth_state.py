@@ -1,4 +1,4 @@
-"""What a checkpoint says of a batch that grows: what was read, and how far it has grown where the noise decides."""
+"""What a checkpoint says of a batch that grows, and of the phase that it was written in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ..common.errors import RecipeError
 from ..configuration.phases import Phase
+from ..runs.checkpoints import describe_checkpoint
 
 GROWTH = "batch_growth.json"
 """The file of a checkpoint from which a batch that grows goes on."""
@@ -44,3 +45,11 @@ def has_read_all(checkpoint: Path, phases: Sequence[Phase]) -> bool:
     """Tell whether the run of a checkpoint whose batches follow the noise has come to the end of its last phase."""
     state = growth_state(checkpoint)
     return state["phase"] >= len(phases) and state["read"] >= phases[-1].sequences
+
+
+def trained_phase(checkpoint: Path, phases: Sequence[Phase]) -> Phase:
+    """Return the phase of the last update before a checkpoint: at the border, the one that has just ended."""
+    if (checkpoint / GROWTH).is_file():
+        return phases[min(growth_state(checkpoint)["phase"], len(phases)) - 1]
+    step = describe_checkpoint(checkpoint)["step"]
+    return next((phase for phase in phases if step <= phase.last), phases[-1])

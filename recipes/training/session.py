@@ -27,6 +27,7 @@ from ..configuration.presets import PRESETS, list_presets
 from ..data.preparation import mended, prepare
 from ..data.prepared import PreparedData
 from ..data.verification import damaged_files, expected_hashes
+from ..model.attention import describe_attention
 from ..model.sixteen_bits import describe_conversion, describe_storage
 from ..runs.checkpoints import (
     RANKS,
@@ -148,8 +149,9 @@ def announce(run: CheckedRun, reporter: Reporter) -> None:
 
 
 def _numbers(run: CheckedRun) -> Iterator[str]:
-    """Yield the lines that say with how many bits weights, optimizer state and sums of gradients are kept."""
+    """Yield the lines that say what attention is computed by, and with how many bits numbers are kept."""
     training, saved = run.config.training, run.saved_identity
+    yield describe_attention(run.config)
     yield describe_storage(training, run.settings is not None)
     if saved is not None:
         yield from describe_conversion(saved.get(STATE_DTYPE), training.state_dtype)

@@ -135,10 +135,9 @@ class StepMetrics:
             plans: batch division of each phase.
             vocabulary_size: tokens of the prepared data.
         """
-        shape = config.model
         return cls(
             engine,
-            ModelFlops(shape.layers, shape.hidden, shape.intermediate, padded_vocabulary(vocabulary_size)),
+            ModelFlops.of(config.model, padded_vocabulary(vocabulary_size)),
             peak_of(engine.device, config.training.precision, config.run.peak_tflops),
             measures_noise(config, plans),
         )

@@ -37,6 +37,7 @@ from .batches import batches_of
 from .checks import CheckedRun
 from .discarding import without_smallest_losses
 from .engines import DistributedTraining, postponed_failures, set_batch_plan
+from .growth_state import trained_phase
 from .launchers import mixed_precision, without_variable
 from .loop import due, require_sound_weights, seed_step, validate
 from .loss_scale import SkippedUpdates
@@ -337,6 +338,8 @@ class _Progress(TrainerCallback):
         self.trainer.records.begin(self.run.first)
         if not self.trainer.batches.is_over:
             self._begin_phase()
+        elif self.run.invocation.resume is not None:  # all that is left to do is to write the model
+            self.trainer.parts.model.begin_phase(trained_phase(self.run.invocation.resume, self.run.phases))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step
@@ -352,6 +355,7 @@ class _Progress(TrainerCallback):
 
     def _begin_phase(self) -> None:
         self.trainer.batches.enter_phase()
+        self.trainer.parts.model.begin_phase(self.trainer.batches.phase)
         self.trainer.open_feed()
         self.step_metrics.begin()
 
