@@ -223,7 +223,7 @@ def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
         lines.append(head + phase.plan(ranks).describe(phase.sequence_length))
         if not config.phase_two.steps:
             continue
-        peak = _peak(config, phase)
+        peak = peak_update(config, phase)
         first, highest, last = (learning_rate(config, step) for step in (phase.first, peak, phase.last - 1))
         lines.append(
             f"  updates {phase.first + 1:,} to {phase.last:,}; learning rate {first:.3g}, "
@@ -234,7 +234,7 @@ def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
     return lines
 
 
-def _peak(config: RecipeConfig, phase: Phase) -> int:
+def peak_update(config: RecipeConfig, phase: Phase) -> int:
     """Return the update of the highest rate: the first that is not followed by a higher one, in any number of them."""
 
     def is_over(step: int) -> bool:
