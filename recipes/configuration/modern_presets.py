@@ -43,6 +43,7 @@ _MOSAIC_SEQUENCES = 286_720_000
 
 _MOSAIC_UNVERIFIED = {
     "model.dropout": "the recipe's one number; theirs is 0.1 without any in the attention, as their kernel demands",
+    "optimizer.weight_decay": "none on biases and norm weights, as everywhere here; whether theirs have was not read",
     "model.architecture": "BERT-Base's: MosaicBERT's ALiBi and gated layers are not in transformers",
 }
 
