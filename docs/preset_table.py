@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trustratio.recipes.configuration.batch_growth import updates_of
 from trustratio.recipes.configuration.config import RecipeConfig, ScheduleConfig
 from trustratio.recipes.configuration.phases import phases_of
 from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED
@@ -25,7 +26,14 @@ def _table(name: str, *columns: str):
 
 
 def _batches(config: RecipeConfig) -> str:
-    return "; then ".join(f"{p.global_batch:,} x {p.sequence_length}, {p.steps:,} updates" for p in phases_of(config))
+    texts = [f"{p.global_batch:,} x {p.sequence_length}, {p.steps:,} updates" for p in phases_of(config)]
+    if config.run.batch_warmup:
+        first, updates = phases_of(config)[0], updates_of(config)[0][0]
+        texts[0] = (
+            f"{first.global_batch:,} x {first.sequence_length}, from {config.run.smallest_batch:,} over the first "
+            f"{_share(config.run.batch_warmup)}, {updates:,} updates"
+        )
+    return "; then ".join(texts)
 
 
 def _schedule(preset: Preset) -> str:
@@ -34,6 +42,8 @@ def _schedule(preset: Preset) -> str:
     texts = [_shape(schedule, config.optimizer.lr)]
     if second.steps and second.reset_schedule:
         texts.append(f"then {second.lr:g}, warm-up {_share(second.warmup)}")
+        if schedule.shape == "wsd":
+            texts[-1] += _cooldown(second.cooldown, schedule)
         if second.constant:
             texts[-1] += f", constant {_share(second.constant)}"
     elif second.steps:
@@ -49,7 +59,17 @@ def _shape(schedule: ScheduleConfig, peak: float) -> str:
         text += f", constant {_share(schedule.constant)}"
     if schedule.shape == "exponential":
         return f"{text}, offset {schedule.offset:g}, x{schedule.decay_rate:g} every {schedule.decay_steps:g} updates"
+    if schedule.shape == "wsd":
+        return text + _cooldown(schedule.cooldown, schedule)
+    if schedule.final:
+        return f"{text}, (1 - p)^{schedule.degree:g} to {schedule.final:g} of it"
     return f"{text}, (1 - p)^{schedule.degree:g}" + (", p from the start" if schedule.decay_from_start else "")
+
+
+def _cooldown(cooldown: float, schedule: ScheduleConfig) -> str:
+    if not cooldown:
+        return ", then constant"
+    return f", constant, {schedule.cooldown_form} over the last {_share(cooldown)} to {schedule.final:g} of it"
 
 
 def _share(value: float) -> str:
@@ -83,7 +103,8 @@ def unverified():
             section, field = key.split(".")
             part = getattr(preset.config, section)
             value = part.options[field] if not hasattr(part, field) else getattr(part, field)
-            yield f"`{name}`", f"`{key}`", str(value), why
+            shown = float(f"{value:.4g}") if isinstance(value, float) else value
+            yield f"`{name}`", f"`{key}`", str(shown), why
 
 
 @_table("twins", "preset", "batch x tokens", "learning rate")

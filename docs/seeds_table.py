@@ -175,7 +175,7 @@ SYSTEMS = (
         "Warm-up, stable, decay",
         "A plateau whose end can be chosen late, then a short decay.",
         (f"{RULES}.schedules.warmup_stable_decay", f"{RULES}.schedules.WarmupStableDecay"),
-        "nothing: both shapes of the decay are from memory",
+        "ModernBERT's code",
         ANYWHERE,
         _test("tests/recipes/test_training_rules.py", "warmup_stable_decay"),
     ),
@@ -234,6 +234,14 @@ SYSTEMS = (
         "the estimator; that the batch starts small and only doubles is this package's choice",
         "any: all ranks see the same estimates; in BERT's recipe DDP and ZeRO-1 to 3",
         "python recipes/bert.py --preset lamb-tiny run.batch_from_noise=true run.largest_batch=1024",
+    ),
+    System(
+        "A batch that warms up: ModernBERT, Warner et al. 2024, arXiv 2412.13663",
+        "The global batch grows to its full size in equal steps of as many updates each.",
+        (f"{RULES}.batch_warmup.BatchWarmup",),
+        "the authors' code",
+        "any: made of the run's numbers alone; in BERT's recipe DDP and ZeRO-1 to 3",
+        "python recipes/bert.py --preset lamb-tiny run.batch_warmup=0.2 run.smallest_batch=32",
     ),
 )
 

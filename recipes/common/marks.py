@@ -23,6 +23,9 @@ PIECE = 1 << 26
 CHECKSUMS = "checksums.json"
 """In the folder of a finished model: the marks of its files."""
 
+CARD = "README.md"
+"""Beside it: the model card, which is there to be written on and so has no mark."""
+
 _AT_ONCE = 1 << 22  # bytes in memory, per thread
 _MOST_THREADS = 8
 _END = 1 << 20  # what the marks of earlier releases cover: a file's end alone
@@ -168,7 +171,7 @@ def _is_whole(mark: str) -> bool:
 
 def write_checksums(folder: Path) -> None:
     """Write a list of the files in a folder, by which `require_unchanged` tells those that were damaged later."""
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name != CHECKSUMS]
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (CHECKSUMS, CARD)]
     write_sealed(folder / CHECKSUMS, {"files": mark_files(folder, names, Share())})
 
 

@@ -23,9 +23,9 @@ from typing import Any
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
 from ..common.files import read_json, require_place_for, require_writable, write_sealed
+from ..configuration.batch_growth import most_updates
 from ..configuration.command_line import parse_command_line
 from ..configuration.overrides import is_override
-from ..configuration.phases import total_steps
 from ..configuration.presets import DEFAULT_PRESET
 from ..model.build import outline
 from ..model.optimizer import starting_rates
@@ -167,7 +167,7 @@ def compare(arguments: Sequence[str]) -> str:
             "run.batch_from_noise=true gives each optimizer batches and updates of its own, and a comparison goes by "
             "updates: leave it out, or start the runs with bert.py"
         )
-    last_step = min(total_steps(config), invocation.max_steps or total_steps(config))
+    last_step = min(most_updates(config), invocation.max_steps or most_updates(config))
     claim(options.output, {"preset": options.preset, "passed_on": passed_on})
     runs = [Run(name, lr, seed) for name in optimizers for lr in rates[name] for seed in options.seeds]
     launcher = shlex.split(options.launcher)

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 ARCHITECTURES = {"bert": "BERT", "modernbert": "ModernBERT"}
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-SHAPES = ("polynomial", "exponential")
+SHAPES = ("polynomial", "exponential", "wsd")
+COOLDOWNS = ("linear", "1-sqrt")
+UNITS = ("updates", "sequences", "tokens")
 STATE_DTYPES = ("float32", "bfloat16")
 MASTERS = ("stochastic", "kahan", "none")
 
@@ -150,8 +152,12 @@ class ScheduleConfig:
     shape "exponential": quadratic warm-up, then the rate falls by the factor `decay_rate` every `decay_steps` updates
     (DeepSpeed's EE).
 
-    `warmup` and `constant` below 1 are fractions of the steps, from 1 on numbers of steps. `offset` is added to the
-    learning rate at every update.
+    shape "wsd" (warmup-stable-decay, trapezoidal): linear warm-up, the peak, and over the last `cooldown` a decay to
+    `final` times the peak, "linear" or "1-sqrt" as `cooldown_form` says. 0: it stays at the peak.
+
+    `warmup`, `constant` and `cooldown` below 1 are fractions of the phase, from 1 on numbers in `unit`: "updates" of
+    the phase's global batch, "sequences" or "tokens"; so is `run.batch_warmup`. `offset` is added to the learning rate
+    at every update.
     """
 
     shape: str = "polynomial"
@@ -164,6 +170,9 @@ class ScheduleConfig:
     decay_rate: float = 0.9
     decay_steps: float = 250.0
     offset: float = 0.0
+    cooldown: float = 0.1
+    cooldown_form: str = "1-sqrt"
+    unit: str = "updates"
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,9 @@ class PhaseTwoConfig:
 
     What it takes over from the first phase is explicit: weights always; the optimizer's moments if `keep_moments`; its
     count of updates, which bias correction uses, begins anew if `reset_step`. With `reset_schedule` the learning rate
-    begins anew too: `lr`, `warmup`, `constant`, `decay_steps` and `offset` are the second phase's, everything else of
-    `schedule` holds for both. Without it, one schedule goes over the updates of both phases and these five are unused.
+    begins anew too: `lr`, `warmup`, `constant`, `cooldown`, `decay_steps` and `offset` are the second phase's,
+    everything else of `schedule` holds for both. Without it, one schedule goes over the updates of both phases and
+    these six are unused.
 
     `global_rope_theta` is ModernBERT's from the second phase on, which was trained on long sequences with a larger one
     than on short ones; None: the model's.
@@ -186,6 +196,7 @@ class PhaseTwoConfig:
     lr: float = 0.01
     warmup: float = 0.1
     constant: float = 0.0
+    cooldown: float = 0.1
     decay_steps: float = 250.0
     offset: float = 0.0
     keep_moments: bool = True
@@ -235,7 +246,11 @@ class RunConfig:
     With `batch_from_noise` the batch grows from `smallest_batch` to at most `largest_batch` (both in the first phase's
     sequences; None: the global batch): it doubles where the averaged gradient noise scale is at least `noise_per_batch`
     times the batch, which is looked at every `batch_every` updates. The noise is measured then whatever `noise_scale`
-    says. See `batch_growth`.
+    says.
+
+    With `batch_warmup` above 0 the batch of the first phase grows from `smallest_batch` to the global batch over so
+    much of the phase, counted as `schedule.unit` says, in steps of `smallest_batch`; every size has as many updates.
+    See `batch_growth` for both.
     """
 
     log_every: int = 10
@@ -254,6 +269,7 @@ class RunConfig:
     largest_batch: int | None = None
     batch_every: int = 20
     noise_per_batch: float = 2.0
+    batch_warmup: float = 0.0
 
 
 @dataclass(frozen=True)

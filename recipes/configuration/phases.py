@@ -12,7 +12,13 @@ import torch
 from torch.optim import Optimizer
 
 from ..rules.global_batch import BatchPlan, plan_batch
-from ..rules.schedules import FactorLR, resolve_warmup, warmup_exponential, warmup_polynomial
+from ..rules.schedules import (
+    FactorLR,
+    resolve_warmup,
+    warmup_exponential,
+    warmup_polynomial,
+    warmup_stable_decay,
+)
 from .config import RecipeConfig, ScheduleConfig
 
 
@@ -49,6 +55,23 @@ class Phase:
     def sequences(self) -> int:
         """Sequences that the phase reads."""
         return self.steps * self.global_batch
+
+    def updates(self, duration: float, unit: str) -> int:
+        """Return a duration of a schedule in updates of the global batch, see `duration_in_sequences`."""
+        if duration < 1 or unit == "updates":
+            return resolve_warmup(duration, self.steps)
+        return round(self.duration_in_sequences(duration, unit) / self.global_batch)
+
+    def duration_in_sequences(self, duration: float, unit: str) -> float:
+        """Return a duration in sequences: below 1 it is a share of the phase, from 1 on a number in `unit`.
+
+        Args:
+            duration: not negative.
+            unit: "updates" of the global batch, "sequences" or "tokens".
+        """
+        if duration < 1:
+            return duration * self.sequences
+        return duration * {"updates": self.global_batch, "sequences": 1, "tokens": 1 / self.sequence_length}[unit]
 
     def plan(self, ranks: int) -> BatchPlan:
         """Return the phase's batch division; see `plan_batch` for the error."""
@@ -90,43 +113,56 @@ def total_steps(config: RecipeConfig) -> int:
     return phases_of(config)[-1].last
 
 
+def scheduled_phases(config: RecipeConfig) -> tuple[Phase, ...]:
+    """Return the phases that have a learning-rate schedule of their own: one as long as both if they share theirs."""
+    phases = phases_of(config)
+    if len(phases) == 1 or config.phase_two.reset_schedule:
+        return phases
+    return (dataclasses.replace(phases[0], steps=phases[-1].last),)
+
+
 def learning_rate(config: RecipeConfig, step: float) -> float:
     """Return the learning rate of the update number `step` of the run, counted from 0 over all phases.
 
     Where batches differ, `step` is the number of updates that as many sequences make with the phases' global batches.
     """
-    border, second = config.training.steps, config.phase_two
-    if not second.steps or not second.reset_schedule:
-        return _phase_rate(config.schedule, config.optimizer.lr, step, total_steps(config))
-    if step < border:
-        return _phase_rate(config.schedule, config.optimizer.lr, step, border)
+    phases, second = scheduled_phases(config), config.phase_two
+    if len(phases) == 1 or step < phases[1].first:
+        return _phase_rate(config.schedule, config.optimizer.lr, step, phases[0])
     schedule = dataclasses.replace(
         config.schedule,
         warmup=second.warmup,
         warmup_start=0,
         constant=second.constant,
+        cooldown=second.cooldown,
         decay_steps=second.decay_steps,
         offset=second.offset,
     )
-    return _phase_rate(schedule, second.lr, step - border, second.steps)
+    return _phase_rate(schedule, second.lr, step - phases[1].first, phases[1])
 
 
-def _phase_rate(schedule: ScheduleConfig, peak: float, step: float, steps: int) -> float:
-    warmup = resolve_warmup(schedule.warmup, steps)
+def _phase_rate(schedule: ScheduleConfig, peak: float, step: float, phase: Phase) -> float:
+    return peak * _phase_factor(schedule, step, phase) + schedule.offset
+
+
+def _phase_factor(schedule: ScheduleConfig, step: float, phase: Phase) -> float:
+    warmup, constant, cooldown = (
+        phase.updates(duration, schedule.unit) for duration in (schedule.warmup, schedule.constant, schedule.cooldown)
+    )
     if schedule.shape == "exponential":
-        factor = warmup_exponential(step, warmup, schedule.decay_rate, schedule.decay_steps)
-    else:
-        factor = warmup_polynomial(
-            step,
-            warmup,
-            steps,
-            schedule.degree,
-            schedule.final,
-            resolve_warmup(schedule.constant, steps),
-            schedule.warmup_start,
-            schedule.decay_from_start,
-        )
-    return peak * factor + schedule.offset
+        return warmup_exponential(step, warmup, schedule.decay_rate, schedule.decay_steps)
+    if schedule.shape == "wsd":
+        return warmup_stable_decay(step, warmup, phase.steps, cooldown, schedule.final, schedule.cooldown_form)
+    return warmup_polynomial(
+        step,
+        warmup,
+        phase.steps,
+        schedule.degree,
+        schedule.final,
+        constant,
+        schedule.warmup_start,
+        schedule.decay_from_start,
+    )
 
 
 class PhasedSchedule(FactorLR):
@@ -187,7 +223,7 @@ def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
         lines.append(head + phase.plan(ranks).describe(phase.sequence_length))
         if not config.phase_two.steps:
             continue
-        peak = _peak(config, phase)
+        peak = peak_update(config, phase)
         first, highest, last = (learning_rate(config, step) for step in (phase.first, peak, phase.last - 1))
         lines.append(
             f"  updates {phase.first + 1:,} to {phase.last:,}; learning rate {first:.3g}, "
@@ -198,7 +234,7 @@ def describe_plan(config: RecipeConfig, ranks: int) -> list[str]:
     return lines
 
 
-def _peak(config: RecipeConfig, phase: Phase) -> int:
+def peak_update(config: RecipeConfig, phase: Phase) -> int:
     """Return the update of the highest rate: the first that is not followed by a higher one, in any number of them."""
 
     def is_over(step: int) -> bool:

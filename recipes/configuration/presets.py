@@ -16,17 +16,12 @@ from .config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from .twins import TWIN_SIZES, Preset, twin
+from .modern_presets import MODERN
+from .twins import CHOSEN, TWIN_SIZES, Preset, named, twin
 
 DEFAULT_PRESET = "lamb-tiny"
 
 REMEMBERED = "quoted from memory, not read in the source"
-CHOSEN = "not published; chosen here and not tuned"
-
-
-def _named(name: str, description: str, source: str, **sections: Any) -> tuple[str, Preset]:
-    unverified = sections.pop("unverified", {})
-    return name, Preset(RecipeConfig(preset=name, **sections), description, source, unverified)
 
 
 def _large_bert(**sections: Any) -> dict[str, Any]:
@@ -69,7 +64,7 @@ class _Regime(NamedTuple):
 
 def _vr_lamb(name: str, first: _Regime, second: _Regime) -> tuple[str, Preset]:
     total = f"{first.steps + second.steps:,}"
-    return _named(
+    return named(
         name,
         f"BERT-Large with VR-LAMB at {first.batch // 1024}K, then {second.batch // 1024}K: {total} updates",
         f"{_VRGD_PAPER}: batches and {total} updates; schedule of {_NVIDIA}",
@@ -120,7 +115,7 @@ _REFERENCE_POINTS = {
 
 
 def _mlperf(batch: int, point: _ReferencePoint) -> tuple[str, Preset]:
-    return _named(
+    return named(
         f"mlperf-{batch}",
         f"BERT-Large at 512 tokens with LAMB, MLPerf's reference point of batch {batch:,}, from a checkpoint of 28,252 "
         "earlier updates: model.initial_weights=FOLDER",
@@ -142,7 +137,7 @@ def _mlperf(batch: int, point: _ReferencePoint) -> tuple[str, Preset]:
 
 PUBLISHED: dict[str, Preset] = dict(
     [
-        _named(
+        named(
             "lamb-64k-32k",
             "BERT-Large with LAMB at 64K, then 32K, NVIDIA's hyper-parameters",
             f"{_NVIDIA} (pretrain_config.sh, run_pretraining.py, schedulers.py)",
@@ -155,7 +150,7 @@ PUBLISHED: dict[str, Preset] = dict(
                 ),
             ),
         ),
-        _named(
+        named(
             "lamb-64k-32k-deepspeed",
             "BERT-Large with LAMB at 64K, then 32K, DeepSpeed's hyper-parameters",
             "DeepSpeedExamples, bing_bert (bert_large_lamb.json, deepspeed_bsz64k_lamb_config_seq128.json, "
@@ -183,7 +178,7 @@ PUBLISHED: dict[str, Preset] = dict(
                 "phase_two.steps": "20 million samples, between the tutorial's 18 and 22, over the batch",
             },
         ),
-        _named(
+        named(
             "lamb-32k",
             "BERT-Large with LAMB at 32K in both phases, the paper's hyper-parameters",
             f"{_LAMB_PAPER}: batch and 15,625 updates, the first 90 % of them short, as cited by {_VRGD_PAPER}",
@@ -206,7 +201,7 @@ PUBLISHED: dict[str, Preset] = dict(
                 "phase_two.reset_schedule": f"one schedule over both phases is {REMEMBERED}",
             },
         ),
-        _named(
+        named(
             "lans-96k-33k",
             "BERT-Large with LANS at 96K, then 33K: 4,301 updates",
             f"{_LANS_PAPER}: batches and target; 98,304 as in GluonNLP's recipe, of the same group",
@@ -243,7 +238,7 @@ PUBLISHED: dict[str, Preset] = dict(
                 "training.gradient_clipping": f"{CHOSEN}: LANS normalises every layer's gradient itself",
             },
         ),
-        _named(
+        named(
             "lans-96k-gluonnlp",
             "BERT-Base with LANS at 96K, sequences of 128 alone: 3,870 updates",
             f"{_GLUONNLP}: cased, beside its own sentence objective; a second phase is announced there and not given",
@@ -274,7 +269,7 @@ PUBLISHED: dict[str, Preset] = dict(
             _Regime(batch=131072, micro=256, steps=3519, lr=8.485e-3),
             _Regime(batch=65536, micro=32, steps=782, lr=5.657e-3),
         ),
-        _named(
+        named(
             "adamw-64k",
             "BERT-Large with AdamW at 64K, then 32K, the baseline that is often left untuned",
             "Nado et al. 2021 (arXiv 2102.06356): batches and 8,599 updates, as cited by " + _VRGD_PAPER,
@@ -303,6 +298,7 @@ PUBLISHED: dict[str, Preset] = dict(
             },
         ),
         *(_mlperf(batch, point) for batch, point in _REFERENCE_POINTS.items()),
+        *MODERN,
     ]
 )
 
@@ -316,14 +312,14 @@ _TINY: dict[str, Any] = {
 
 SMALL: dict[str, Preset] = dict(
     [
-        _named(
+        named(
             "lamb-tiny",
             "2 x 128 BERT on the installed packages' documentation with LAMB: minutes on two CPU cores",
             "this recipe; vocabulary, batch and learning rate chosen for what is learned from 72,000 sequences",
             **_TINY,
             optimizer=OptimizerConfig(name="lamb", lr=0.01),
         ),
-        _named(
+        named(
             "adamw-tiny",
             "the same model, data and schedule with AdamW, as a baseline",
             "this recipe; the learning rate is a common one for models of this size, not tuned here",

@@ -12,14 +12,17 @@ from ..common.errors import RecipeError, shown
 from .config import (
     ARCHITECTURES,
     ATTENTIONS,
+    COOLDOWNS,
     MASTERS,
     MODERNBERT_FIELDS,
     PRECISIONS,
     SHAPES,
     STATE_DTYPES,
+    UNITS,
     ModelConfig,
     RecipeConfig,
 )
+from .phases import Phase, phases_of, scheduled_phases
 
 
 def check_ranges(config: RecipeConfig) -> None:
@@ -40,9 +43,11 @@ def check_ranges(config: RecipeConfig) -> None:
     _require(config, "optimizer.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "optimizer.weight_decay", _finite, "finite and not negative")
     _require(config, "schedule.shape", lambda v: v in SHAPES, ", ".join(SHAPES))
-    _require(config, "schedule.warmup", lambda v: 0 <= v <= config.training.steps, "0 to training.steps")
+    _require(config, "schedule.unit", lambda v: v in UNITS, ", ".join(UNITS))
+    _require(config, "schedule.cooldown_form", lambda v: v in COOLDOWNS, ", ".join(COOLDOWNS))
+    _check_durations(config, "schedule", phases_of(config)[0])
+    _require(config, "run.batch_warmup", lambda v: v >= 0 and math.isfinite(v), "finite, 0 (none) or more")
     _require(config, "schedule.warmup_start", lambda v: -MOST <= v <= 0, "0 or less: updates before the run")
-    _require(config, "schedule.constant", lambda v: 0 <= v <= config.training.steps, "0 to training.steps")
     _require(config, "schedule.degree", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "schedule.final", lambda v: 0 <= v <= 1, "0 to 1")
     _require(config, "schedule.decay_rate", lambda v: 0 < v <= 1, "above 0, at most 1")
@@ -144,14 +149,38 @@ def _finite(value: float) -> bool:
     return value >= 0 and math.isfinite(value)
 
 
+def _check_durations(config: RecipeConfig, section: str, phase: Phase) -> None:
+    """Check how long warm-up, plateau and cooldown of a phase are, each and together."""
+    unit, steps = config.schedule.unit, f"{'training' if phase.number == 1 else 'phase_two'}.steps"
+    most = phase.steps if unit == "updates" else phase.duration_in_sequences(phase.steps, "updates")
+    most *= phase.sequence_length if unit == "tokens" else 1
+    allowed = f"0 to {steps}" if unit == "updates" else f"0 to {most:.0f}, the {unit} of {steps}"
+    for name in ("warmup", "constant", "cooldown"):
+        _require(config, f"{section}.{name}", lambda v: 0 <= v <= most, allowed)
+    part, scheduled = getattr(config, section), scheduled_phases(config)
+    if config.schedule.shape != "wsd" or phase.number > len(scheduled):
+        return
+    whole = scheduled[phase.number - 1]
+    rise, fall = (whole.updates(duration, unit) for duration in (part.warmup, part.cooldown))
+    if rise + fall > whole.steps:
+        raise RecipeError(
+            f"{section}.warmup={part.warmup:g} and {section}.cooldown={part.cooldown:g} are {rise} and {fall} updates, "
+            f"more than the {whole.steps} that there are: make one of them shorter"
+        )
+
+
 def _check_phase_two(config: RecipeConfig) -> None:
-    limit, steps = config.model.max_positions, config.phase_two.steps
+    limit = config.model.max_positions
     _require(config, "phase_two.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
     _require(config, "phase_two.global_batch", lambda v: 1 <= v <= MOST, f"1 to {MOST}")
     _require(config, "phase_two.micro_batch", lambda v: 1 <= v <= MOST, f"1 to {MOST}")
     _require(config, "phase_two.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
-    _require(config, "phase_two.warmup", lambda v: 0 <= v <= steps, "0 to phase_two.steps")
-    _require(config, "phase_two.constant", lambda v: 0 <= v <= steps, "0 to phase_two.steps")
+    _check_durations(config, "phase_two", phases_of(config)[1])
+    if config.schedule.unit != "updates" and not config.phase_two.reset_schedule:
+        raise RecipeError(
+            f"schedule.unit={config.schedule.unit} counts in sequences of one length, and phase_two.reset_schedule="
+            "false makes one schedule of both phases: give its durations in updates, or as fractions"
+        )
     _require(config, "phase_two.decay_steps", lambda v: v > 0 and math.isfinite(v), "finite and above 0")
     _require(config, "phase_two.offset", _finite, "finite and not negative")
 

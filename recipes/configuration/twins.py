@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from .config import DataConfig, PhaseTwoConfig, RecipeConfig, RunConfig
 
@@ -26,6 +27,16 @@ class Preset:
     source: str
     unverified: dict[str, str] = field(default_factory=dict)
     twin_of: str | None = None
+
+
+CHOSEN = "not published; chosen here and not tuned"
+"""Why a value is unverified that has no source."""
+
+
+def named(name: str, description: str, source: str, **sections: Any) -> tuple[str, Preset]:
+    """Return an entry of a table of presets: its `sections` that differ from the defaults, and what is `unverified`."""
+    unverified = sections.pop("unverified", {})
+    return name, Preset(RecipeConfig(preset=name, **sections), description, source, unverified)
 
 
 _CORPUS_RATIO = 2048 / 3
@@ -84,6 +95,7 @@ def twin(preset: Preset, size: str) -> Preset:
     """
     scale, config = TWIN_SIZES[size], preset.config
     global_batch = scale.batch(config.training.global_batch)
+    run = _run(config, global_batch)
     scaled = dataclasses.replace(
         config,
         preset=f"{config.preset}-{size}",
@@ -103,11 +115,11 @@ def twin(preset: Preset, size: str) -> Preset:
         training=dataclasses.replace(
             config.training,
             global_batch=global_batch,
-            micro_batch=_micro_batch(global_batch),
+            micro_batch=run.smallest_batch // 4 if run.smallest_batch else _micro_batch(global_batch),
             steps=scale.updates(config.training.steps),
         ),
         phase_two=_phase_two(config.phase_two, scale),
-        run=RunConfig(),
+        run=run,
     )
     return Preset(
         scaled,
@@ -117,6 +129,19 @@ def twin(preset: Preset, size: str) -> Preset:
         {**preset.unverified, "optimizer.lr": "the published recipe's, not tuned for this size"},
         twin_of=config.preset,
     )
+
+
+def _run(config: RecipeConfig, global_batch: int) -> RunConfig:
+    """Return a twin's intervals, and its batch's warm-up, which begins with the same share of the global batch.
+
+    That is, the largest up to it, of at least 4 sequences, by which up to 4 ranks can share out every size.
+    """
+    run = config.run
+    if not run.batch_warmup or run.smallest_batch is None:
+        return RunConfig()
+    share = max(4, run.smallest_batch * global_batch // config.training.global_batch)
+    smallest = max(size for size in range(4, share + 1, 4) if global_batch % size == 0)
+    return RunConfig(smallest_batch=smallest, batch_warmup=run.batch_warmup)
 
 
 def _phase_two(second: PhaseTwoConfig, scale: TwinSize) -> PhaseTwoConfig:

@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "parameters": size.elements,
             "machine": dataclasses.asdict(machine),
             "phases": [plan.to_dict() for plan in plans],
-            "batch_from_noise": [dataclasses.asdict(batches) for batches in ranges],
+            ("batch_from_noise" if not config.run.batch_warmup else "batch_warmup"): [
+                dataclasses.asdict(batches) for batches in ranges
+            ],
             "growth": [[plan.to_dict() for plan in table] for table in tables],
         }
         print(json.dumps(values, indent=1))

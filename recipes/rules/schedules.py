@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-DECAYS = ("linear", "sqrt")
+DECAYS = ("linear", "1-sqrt", "sqrt")
+"""Forms of the decay in `warmup_stable_decay`; "sqrt" is another name of "1-sqrt"."""
 
 
 def resolve_warmup(warmup: float, total_steps: int) -> int:
@@ -71,14 +72,18 @@ def warmup_stable_decay(
     """Return the factor of the warm-up-stable-decay schedule for update `step`.
 
     Warm-up as in `warmup_polynomial`, then 1 until `decay_steps` updates are left, then with p growing from 0 to 1 over
-    those: final + (1 - final) * (1 - p) for "linear", final + (1 - final) * (1 - sqrt(p)) for "sqrt". The length of
-    a run can be chosen late, since only its last part depends on it. Both shapes are quoted from memory, unverified.
+    those: final + (1 - final) * (1 - p) for "linear", final + (1 - final) * (1 - sqrt(p)) for "1-sqrt". The length of
+    a run can be chosen late, since only its last part depends on it. `decay_steps` 0 is no decay. Both forms as in
+    ModernBERT's code (AnswerDotAI/ModernBERT, src/scheduler.py: WarmupStableDecayScheduler, OneMinusSqrtScheduler),
+    whose warm-up begins at a rate of zero.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay must be one of {', '.join(map(repr, DECAYS))}, got {decay!r}")
     if step < warmup_steps:
         return min(1.0, (step + 1) / warmup_steps)
-    past = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / max(1, decay_steps)))
+    if not decay_steps:
+        return 1.0
+    past = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps))
     return final + (1.0 - final) * (1.0 - (past if decay == "linear" else past**0.5))
 
 

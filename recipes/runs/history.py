@@ -89,8 +89,9 @@ def load_history(folder: Path) -> RunHistory:
 
 
 def grows(history: RunHistory) -> bool:
-    """Tell whether the run's batch follows the gradient noise scale."""
-    return bool(history.config.get("run", {}).get("batch_from_noise")) and "batch" in history.train
+    """Tell whether the run's batch grows, by the gradient noise scale or in a warm-up."""
+    run = history.config.get("run", {})
+    return bool(run.get("batch_from_noise") or run.get("batch_warmup")) and "batch" in history.train
 
 
 def bins(count: int, most: int) -> list[slice]:

@@ -72,7 +72,7 @@ def title(history: RunHistory) -> str:
 
 
 def _batches(history: RunHistory) -> str:
-    """Return the batch, or the smallest and the largest that one which follows the gradient noise has had."""
+    """Return the batch, or the smallest and the largest that one which grows has had."""
     if not grows(history):
         return f"{history.config['training']['global_batch']:,}"
     batch = history.train["batch"]

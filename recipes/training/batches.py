@@ -1,4 +1,4 @@
-"""Where a run is in its data, and how large its next update is: always the same, or by the gradient noise scale."""
+"""Where a run is in its data, and how large its next update is: the same, growing in a warm-up, or by the noise."""
 
 from __future__ import annotations
 
@@ -122,7 +122,125 @@ class Batches:
 
 
 class GrowingBatches(Batches):
-    """Batches that follow the gradient noise scale; see `batch_growth` for the rules."""
+    """Batches that grow; see `batch_growth` for the rules. A subclass says how large the next one is."""
+
+    _read = 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences of the next update, unless fewer are left of the phase."""
+        raise NotImplementedError
+
+    @property
+    def most_next(self) -> int:
+        """The most sequences that the update after the next one may have."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> int:
+        """Sequences of one micro-batch on every rank."""
+        smallest = self.plans[self.phase.number - 1]
+        return smallest.micro * smallest.ranks
+
+    @property
+    def plan(self) -> BatchPlan:
+        """Batch division of the next update; the last one of a phase takes what is left."""
+        smallest = self.plans[self.phase.number - 1]
+        sequences = min(self.batch, self.phase.sequences - self._read)
+        return BatchPlan(smallest.micro, sequences // self.unit, smallest.ranks)
+
+    @property
+    def read(self) -> int:
+        """Sequences of the phase that were read."""
+        return self._read
+
+    @property
+    def position(self) -> float:
+        """Where the schedule is: after as many updates as these sequences make with the phases' global batches."""
+        return self.phase.first + self._read / self.phase.global_batch
+
+    def _enter(self, phase: Phase) -> None:
+        super()._enter(phase)
+        self._read = 0
+
+    def feed(self, data: PhaseData, rank: int, device: torch.device) -> BatchFeed:
+        """Return what makes a rank's micro-batches of the phase from here on, round by round."""
+        feed = data.rounds(self._read // self.unit, self.phase.sequences // self.unit, rank, device)
+        feed.look_ahead(self.plan.accumulation)
+        return feed
+
+    def take(self, feed: BatchFeed) -> list[MaskedBatch]:
+        """Return a rank's micro-batches of the next update; those that the one after it may take are known then."""
+        return feed.take(self.plan.accumulation, ahead=self.most_next // self.unit)
+
+    def advance(self) -> None:
+        """Take note that the next update was done."""
+        self._read += self.plan.sequences
+        super().advance()
+
+    def save(self, checkpoint: Path, engine: Observed) -> None:
+        """Write phase, position and what the rule needs, on the first rank; they are the same on all."""
+        if engine.rank == 0:
+            write_json(checkpoint / GROWTH, {"phase": self.phase.number, "read": self._read, **self._rule_state()})
+
+    def _rule_state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            RecipeError: it has no such state, or these ranks cannot go on at its position.
+        """
+        self._load(checkpoint)
+        if self._read % self.unit:
+            raise RecipeError(
+                f"{checkpoint} was written after {self._read} sequences, which {self.plan.micro} x {self.plan.ranks} "
+                "does not divide: continue it with the micro-batch and ranks that wrote it"
+            )
+        self.enter_phase()
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        state = growth_state(checkpoint)
+        self.phase = self.phases[min(state["phase"], len(self.phases)) - 1]
+        self._read = state["read"]
+        return state
+
+
+class WarmedUpBatches(GrowingBatches):
+    """Batches of which the first ones are smaller, by what was read alone."""
+
+    def __init__(
+        self, config: RecipeConfig, phases: Sequence[Phase], plans: Sequence[BatchPlan], first: int, last: int
+    ) -> None:
+        """Begin with the smallest batch; `load` goes on from a checkpoint.
+
+        Args:
+            config: of the run.
+            phases: of it.
+            plans: division of each phase's smallest batch.
+            first: updates done.
+            last: updates to end after.
+        """
+        self.schedules = [growth.schedule() for growth in growths_of(config)]
+        super().__init__(phases, plans, first, last)
+
+    @property
+    def batch(self) -> int:
+        """Sequences of the next update, unless fewer are left of the phase."""
+        return self._batch_at(self._read)
+
+    @property
+    def most_next(self) -> int:
+        """The sequences of the update after the next one."""
+        return self._batch_at(self._read + self.plan.sequences)
+
+    def _batch_at(self, read: int) -> int:
+        return self.schedules[self.phase.number - 1].batch_at(read)
+
+
+class NoiseBatches(GrowingBatches):
+    """Batches that follow the gradient noise scale."""
 
     def __init__(
         self, config: RecipeConfig, phases: Sequence[Phase], plans: Sequence[BatchPlan], first: int, last: int
@@ -137,7 +255,7 @@ class GrowingBatches(Batches):
             last: updates to end after, at the latest.
         """
         self.rules = [growth.rule(config) for growth in growths_of(config)]
-        self._read = self._pending = 0
+        self._pending = 0
         super().__init__(phases, plans, first, last)
 
     @property
@@ -146,27 +264,14 @@ class GrowingBatches(Batches):
         return self.rules[self.phase.number - 1]
 
     @property
-    def unit(self) -> int:
-        """Sequences of one micro-batch on every rank."""
-        smallest = self.plans[self.phase.number - 1]
-        return smallest.micro * smallest.ranks
+    def batch(self) -> int:
+        """Sequences of the next update, unless fewer are left of the phase."""
+        return self.rule.batch
 
     @property
-    def plan(self) -> BatchPlan:
-        """Batch division of the next update; the last one of a phase takes what is left."""
-        smallest = self.plans[self.phase.number - 1]
-        sequences = min(self.rule.batch, self.phase.sequences - self._read)
-        return BatchPlan(smallest.micro, sequences // self.unit, smallest.ranks)
-
-    @property
-    def read(self) -> int:
-        """Sequences of the phase that were read."""
-        return self._read
-
-    @property
-    def position(self) -> float:
-        """Where the schedule is: after as many updates as these sequences make with the phases' global batches."""
-        return self.phase.first + self._read / self.phase.global_batch
+    def most_next(self) -> int:
+        """The batch after one more doubling."""
+        return self.rule.most_next
 
     @property
     def expected_last(self) -> int:
@@ -180,24 +285,13 @@ class GrowingBatches(Batches):
     def _enter(self, phase: Phase) -> None:
         doublings = self.rule.doublings
         super()._enter(phase)
-        self._read = self._pending = 0
+        self._pending = 0
         self.rule.doublings = doublings
-
-    def feed(self, data: PhaseData, rank: int, device: torch.device) -> BatchFeed:
-        """Return what makes a rank's micro-batches of the phase from here on, round by round."""
-        feed = data.rounds(self._read // self.unit, self.phase.sequences // self.unit, rank, device)
-        feed.look_ahead(self.plan.accumulation)
-        return feed
-
-    def take(self, feed: BatchFeed) -> list[MaskedBatch]:
-        """Return a rank's micro-batches of the next update; those that the one after it may take are known then."""
-        return feed.take(self.plan.accumulation, ahead=self.rule.most_next // self.unit)
 
     def advance(self) -> None:
         """Take note that the next update was done."""
-        self._read += self.plan.sequences
-        self._pending += 1
         super().advance()
+        self._pending += 1
 
     @property
     def decides(self) -> bool:
@@ -217,31 +311,16 @@ class GrowingBatches(Batches):
             f"from {before:,} to {self.rule.batch:,}"
         )
 
-    def save(self, checkpoint: Path, engine: Observed) -> None:
-        """Write phase, position and averages, on the first rank; they are the same on all."""
-        if engine.rank == 0:
-            state = {"phase": self.phase.number, "read": self._read, "rule": self.rule.state_dict()}
-            write_json(checkpoint / GROWTH, state)
+    def _rule_state(self) -> dict[str, Any]:
+        return {"rule": self.rule.state_dict()}
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            RecipeError: it has no such state, or these ranks cannot go on at its position.
-        """
-        state = growth_state(checkpoint)
-        self.phase = self.phases[min(state["phase"], len(self.phases)) - 1]
-        self._read = state["read"]
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        state = super()._load(checkpoint)
         try:
-            self.rule.load_state_dict(state["rule"])
+            self.rule.load_state_dict(state.get("rule", {}))
         except ValueError as error:
             raise RecipeError(f"cannot go on with the batch of {checkpoint / GROWTH}: {error}") from error
-        if self._read % self.unit:
-            raise RecipeError(
-                f"{checkpoint} was written after {self._read} sequences, which {self.plan.micro} x {self.plan.ranks} "
-                "does not divide: continue it with the micro-batch and ranks that wrote it"
-            )
-        self.enter_phase()
+        return state
 
 
 def _of_first_rank(records: Sequence[dict[str, Any]], engine: Observed) -> list[NoiseScale]:
@@ -262,9 +341,10 @@ def batches_of(run: CheckedRun) -> Batches:
     Raises:
         RecipeError: the checkpoint to go on from does not say how large its batch has grown.
     """
-    if not run.config.run.batch_from_noise:
+    if not growths_of(run.config):
         return Batches(run.phases, run.plans, run.first, run.last)
-    batches = GrowingBatches(run.config, run.phases, run.plans, run.first, run.last)
+    kind = NoiseBatches if run.config.run.batch_from_noise else WarmedUpBatches
+    batches = kind(run.config, run.phases, run.plans, run.first, run.last)
     if run.invocation.resume is not None:
         batches.load(run.invocation.resume)
     return batches

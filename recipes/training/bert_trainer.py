@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..common.errors import TrainingFailure
+from ..common.errors import RecipeError, TrainingFailure
 from ..common.files import WRITING, finish_folder
 from ..common.marks import write_checksums
 from ..common.progress import PROGRESS
@@ -21,6 +21,7 @@ from ..runs.folder import MODEL
 from .checks import CheckedRun, check_run
 from .export import save_tokenizer, takes_token_types
 from .launchers import launcher_of_this_process
+from .model_card import write_card
 from .ranks import collect_failures
 from .records import open_records
 from .session import announce_end, open_output, prepare_run, reported, run_command
@@ -104,8 +105,9 @@ def _save_model(trainer: RecipeTrainer, folder: Path, data: PreparedData) -> Non
                 data, trainer.run.config.model.max_positions, unfinished, takes_token_types(trainer.parts.model)
             )
             write_checksums(unfinished)
+            write_card(folder, trainer.batches.step, unfinished)
             finish_folder(unfinished, folder / MODEL)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RecipeError) as error:
         failure = error
     failures = collect_failures(failure)
     if failures:

@@ -17,10 +17,10 @@ from trustratio.optimizers.kernels.interface import ImplementationError
 
 from ..common.errors import NothingToDo, RecipeError
 from ..common.files import require_writable
-from ..configuration.batch_growth import growths_of, updates_of
+from ..configuration.batch_growth import growths_of, most_updates
 from ..configuration.command_line import Invocation
 from ..configuration.config import MODERNBERT_FIELDS, RecipeConfig
-from ..configuration.phases import Phase, phases_of, total_steps
+from ..configuration.phases import Phase, phases_of
 from ..configuration.ranges import check_ranges
 from ..data.prepared import check_sources
 from ..model.attention import attention_of
@@ -157,10 +157,9 @@ def _plans_of(config: RecipeConfig, ranks: int) -> tuple[BatchPlan, ...]:
 
 def _last_update(config: RecipeConfig, invocation: Invocation) -> int:
     """Return after how many updates the run ends, at the latest."""
-    total = total_steps(config)
-    if ranges := updates_of(config):
-        done = 0 if invocation.resume is None else describe_checkpoint(invocation.resume)["step"]
-        total = done + sum(most for _, most in ranges)
+    total = most_updates(config)
+    if config.run.batch_from_noise and invocation.resume is not None:
+        total += describe_checkpoint(invocation.resume)["step"]
     return min(total, invocation.max_steps or total)
 
 
@@ -338,6 +337,7 @@ def _identity_of(config: RecipeConfig) -> dict[str, Any]:
         "discard_smallest": config.data.discard_smallest or None,  # earlier releases' checkpoints do not have it
         "global_batch": training.global_batch,
         "batch_from_noise": _growth(config),
+        "batch_warmup": _warmup(config),
         **_second_phase(config),
         "seed": training.seed,
         "precision": training.precision,
@@ -363,13 +363,24 @@ def _growth(config: RecipeConfig) -> dict[str, Any] | None:
     return {**sizes, "every": run.batch_every, "noise_per_batch": run.noise_per_batch}
 
 
+def _warmup(config: RecipeConfig) -> dict[str, int] | None:
+    """Return the warm-up of the batch; None where there is none."""
+    if not config.run.batch_warmup:
+        return None
+    warmup = growths_of(config)[0].schedule()
+    return dataclasses.asdict(warmup)
+
+
 def _second_phase(config: RecipeConfig) -> dict[str, Any]:
     """Return what a resumed run of two phases must agree with besides: where the border is, and what follows."""
     if not config.phase_two.steps:
         return {}
     second = config.to_dict()["phase_two"]
     free = ["micro_batch", "steps"]
-    if second["global_rope_theta"] is None:  # earlier releases' checkpoints do not have it
+    # Earlier releases' checkpoints do not have these.
+    if config.schedule.shape != "wsd":
+        free.append("cooldown")
+    if second["global_rope_theta"] is None:
         free.append("global_rope_theta")
     return {
         "phase_one_steps": config.training.steps,

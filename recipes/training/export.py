@@ -25,6 +25,7 @@ from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_who
 from ..runs.folder import CONFIG
 from .engines import ENGINE_STATE, TRAINING_STATE
 from .growth_state import trained_phase
+from .model_card import write_card
 from .unpickling import tensors_only
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -39,7 +40,7 @@ def is_exported(path: Path) -> bool:
 
 
 def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
-    """Write model and tokenizer of a checkpoint in transformers' format.
+    """Write model, tokenizer and model card of a checkpoint in transformers' format.
 
     Args:
         path: a run's folder (its newest checkpoint) or one checkpoint, of `bert.py` or `bert_accelerate.py`.
@@ -76,6 +77,7 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
     model.save_pretrained(output)
     save_tokenizer(data, config.model.max_positions, output, takes_token_types(trained))
     write_checksums(output)
+    write_card(run_of(checkpoint), describe_checkpoint(checkpoint)["step"], output)
     return output
 
 

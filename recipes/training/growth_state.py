@@ -1,4 +1,4 @@
-"""What a checkpoint says of a batch that follows the gradient noise, and of the phase that it was written in."""
+"""What a checkpoint says of a batch that grows, and of the phase that it was written in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..configuration.phases import Phase
 from ..runs.checkpoints import describe_checkpoint
 
 GROWTH = "batch_growth.json"
-"""The file of a checkpoint from which a batch that follows the noise goes on."""
+"""The file of a checkpoint from which a batch that grows goes on."""
 
 
 def growth_state(checkpoint: Path) -> dict[str, Any]:
@@ -23,19 +23,26 @@ def growth_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((checkpoint / GROWTH).read_text())
-        rule, noise = state["rule"], state["rule"]["noise"]
-        counts = (state["phase"], state["read"], rule["doublings"], rule["updates"])
+        counts = [state["phase"], state["read"], *_noise_counts(state)]
         if any(type(count) is not int or count < 0 for count in counts) or not state["phase"]:
             raise ValueError(f"it has the counts {counts}")
-        for name in ("signal", "noise", "weight"):
-            noise[name] = float(noise[name])
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"cannot go on with the batch of {checkpoint / GROWTH}: {error or 'it is broken'}") from error
 
 
+def _noise_counts(state: dict[str, Any]) -> list[Any]:
+    """Return the counts of the rule by which a batch follows the noise, whose averages become numbers here."""
+    if "rule" not in state:
+        return []
+    rule, noise = state["rule"], state["rule"]["noise"]
+    for name in ("signal", "noise", "weight"):
+        noise[name] = float(noise[name])
+    return [rule["doublings"], rule["updates"]]
+
+
 def has_read_all(checkpoint: Path, phases: Sequence[Phase]) -> bool:
-    """Tell whether the run of a checkpoint whose batches grow has come to the end of its last phase."""
+    """Tell whether the run of a checkpoint whose batches follow the noise has come to the end of its last phase."""
     state = growth_state(checkpoint)
     return state["phase"] >= len(phases) and state["read"] >= phases[-1].sequences
 

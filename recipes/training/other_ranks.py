@@ -51,7 +51,8 @@ def shared_anew(
         )
     for section, phase in zip(("training", "phase_two"), phases, strict=False):
         if f"{section}.micro_batch" not in given:
-            part = dataclasses.replace(getattr(config, section), micro_batch=_fitting(phase, ranks))
+            common = math.gcd(*(batch for owner, batch in _batches(config, phases) if owner == phase))
+            part = dataclasses.replace(getattr(config, section), micro_batch=_fitting(common, phase.micro_batch, ranks))
             config = dataclasses.replace(config, **{section: part})
     return config
 
@@ -91,9 +92,9 @@ def _takes_statistics(config: RecipeConfig) -> bool:
     return isinstance(optimizer, LayerwiseOptimizer) and bool(optimizer.group_statistics)
 
 
-def _fitting(phase: Phase, ranks: int) -> int:
-    """Return the largest micro-batch, at most the phase's own, that divides a rank's share of the global batch."""
-    return max(size for size in divisors(phase.global_batch // ranks) if size <= phase.micro_batch)
+def _fitting(batch: int, micro_batch: int, ranks: int) -> int:
+    """Return the largest micro-batch, at most the given one, that divides a rank's share of the batch."""
+    return max(size for size in divisors(batch // ranks) if size <= micro_batch)
 
 
 def _listed(share: int, ranks: int) -> str:

@@ -19,7 +19,7 @@ from ..common.machine import describe_machine
 from ..common.progress import PROGRESS
 from ..common.reporter import Reporter, clock, folded
 from ..common.stages import cpu_seconds
-from ..configuration.batch_growth import describe_growth
+from ..configuration.batch_growth import describe_growth, growths_of
 from ..configuration.command_line import Invocation, parse_command_line
 from ..configuration.config import DataConfig, RecipeConfig
 from ..configuration.phases import Phase, describe_plan
@@ -141,7 +141,7 @@ def announce(run: CheckedRun, reporter: Reporter) -> None:
     """Print what is special about the configuration, or with --verbose all of it, and the plan of the phases."""
     for line in _configuration(run):
         reporter.line(line)
-    describe = describe_growth if run.config.run.batch_from_noise else describe_plan
+    describe = describe_growth if growths_of(run.config) else describe_plan
     for line in describe(run.config, world_size()):
         reporter.line(line)
     for line in _numbers(run):

@@ -41,6 +41,12 @@ GROWING_TWICE = (
 )
 """After them 32 sequences of 32 tokens in updates of 2, 4 or 8."""
 
+WARMED_UP = (
+    *(option for option in GROWING_TWICE if not option.startswith(("run.batch_", "run.noise_"))),
+    *("run.batch_warmup=0.5", "schedule.shape=wsd", "run.noise_scale=false"),
+)
+"""96 sequences in two updates each of 4, 8 and 12 and three of 16, then 32 of 32 tokens in four of 8."""
+
 
 def train(
     cache: str,

@@ -18,7 +18,7 @@ from trustratio.recipes.configuration.phases import phases_of
 from trustratio.recipes.configuration.presets import get_preset
 from trustratio.recipes.planning.plan import main as plan
 from trustratio.recipes.rules.global_batch import BatchPlan
-from trustratio.recipes.training.batches import GrowingBatches
+from trustratio.recipes.training.batches import NoiseBatches
 from trustratio.recipes.training.checks import check_run
 from trustratio.recipes.training.growth_state import growth_state
 
@@ -28,7 +28,7 @@ from .recipe_runs import GROWING, GROWING_TWICE, recipe
 
 
 class FirstOfTwo:
-    """What `GrowingBatches` asks of an engine: this rank's number, and sums to which the other one adds nothing."""
+    """What `NoiseBatches` asks of an engine: this rank's number, and sums to which the other one adds nothing."""
 
     rank = 0
 
@@ -44,13 +44,13 @@ class SecondOfTwo(FirstOfTwo):
         return values + torch.tensor([1.0, 1e9], dtype=torch.float64)
 
 
-def positions(first: int = 0, last: int = 1000) -> GrowingBatches:
+def positions(first: int = 0, last: int = 1000) -> NoiseBatches:
     config = parse_command_line(recipe("nowhere", Path("run"), settings=GROWING_TWICE)).config
     plans = [growth.plan(2) for growth in growths_of(config)]
-    return GrowingBatches(config, phases_of(config), plans, first, last)
+    return NoiseBatches(config, phases_of(config), plans, first, last)
 
 
-def done(batches: GrowingBatches, engine: FirstOfTwo, checkpoint: Path | None = None) -> list[tuple[int, float, int]]:
+def done(batches: NoiseBatches, engine: FirstOfTwo, checkpoint: Path | None = None) -> list[tuple[int, float, int]]:
     """Do all updates that are left, each with much noise; return batch, position and sequences so far of each."""
     updates = []
     while not batches.is_over:

@@ -1,13 +1,16 @@
 """Published presets against the numbers of their sources, their twins' proportions, and the page that lists them."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.batch_growth import describe_growth, growths_of, updates_of
 from trustratio.recipes.configuration.command_line import parse_command_line
-from trustratio.recipes.configuration.config import MODEL_SIZES
+from trustratio.recipes.configuration.config import MODEL_SIZES, ModelConfig
 from trustratio.recipes.configuration.phases import describe_plan, learning_rate, phases_of
 from trustratio.recipes.configuration.presets import PRESETS, PUBLISHED, get_preset
 from trustratio.recipes.configuration.twins import TWIN_SIZES, twin
@@ -62,6 +65,32 @@ NUMBERS = {
     ),
     "mlperf-16384": ([(16384, 512, 600)], [(0, 3.3e-3 * 101 / 290), (189, 3.3e-3), (190, 3.3e-3 * (1 - 191 / 600))]),
 }
+# Composer's schedules count what was trained on before the update, in tokens or samples; the warm-up here is one ahead.
+NUMBERS |= {
+    "mosaicbert-base": (
+        [(4096, 128, 70000)],
+        [(4199, 5e-4), (4200 + 32900, 5e-4 * 0.51), (69999, 5e-4 * (0.02 + 0.98 / 65800))],
+    ),
+    "lamb-mosaicbert-64k": ([(65536, 128, 4375)], [(874, 6e-3), (875 + 1750, 6e-3 * 0.51)]),
+    "modernbert-base": (
+        [(4608, 1024, round(1.719e12 / 1024 / 4608)), (576, 8192, round(300e9 / 8192 / 576))],
+        [
+            (317, 8e-4 / 2),
+            (round(3e9 / 1024 / 4608) - 1, 8e-4),
+            (364303, 8e-4),
+            (364304, 3e-4),
+            (364304 + round(250e9 / 8192 / 576), 3e-4),
+            (364304 + round(275e9 / 8192 / 576), 3e-4 * (0.001 + 0.999 * (1 - 0.5**0.5))),
+        ],
+    ),
+    "modernbert-large": (
+        [(4928, 1024, 340648), (616, 8192, 59450)],
+        [(round(2e9 / 1024 / 4928) - 1, 5e-4), (340647, 5e-4), (340648, 5e-5), (340648 + 49541, 5e-5)],
+    ),
+    "lamb-modernbert-32k": ([(32768, 1024, 51230), (4096, 8192, 8941)], [(1489, 6e-3 / 2**0.5), (51230, 1.591e-3)]),
+    "lamb-modernbert-64k": ([(65536, 1024, 25615), (8192, 8192, 4470)], [(1489, 6e-3), (25615, 2.25e-3)]),
+    "lans-modernbert-64k": ([(65536, 1024, 25615), (8192, 8192, 4470)], [(1489, 5e-3), (25615, 1.875e-3)]),
+}
 # MLPerf's other reference points: batch, rate, betas, decay, updates, warm-up and its start, as the file has them
 REFERENCE_POINTS = [
     (256, 3.5e-4, 0.9, 0.999, 0.01, 13700, 0, 0),
@@ -84,7 +113,15 @@ for batch, rate, _, _, _, steps, warmup, start in REFERENCE_POINTS:
         for step in (0, 50, steps // 2, steps - 1)
     ]
     NUMBERS.setdefault(f"mlperf-{batch}", ([(batch, 512, steps)], expected))
-OTHER_MODELS = {"lans-96k-gluonnlp": ("base", 28996)}
+OTHER_MODELS = {
+    "lans-96k-gluonnlp": ("base", 28996),
+    **dict.fromkeys(("mosaicbert-base", "lamb-mosaicbert-64k"), ("base", 30522)),
+    "modernbert-large": ("modernbert-large", 50368),
+    **dict.fromkeys(
+        ("modernbert-base", "lamb-modernbert-32k", "lamb-modernbert-64k", "lans-modernbert-64k"),
+        ("modernbert-base", 50368),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -96,7 +133,7 @@ def test_published_presets_have_their_sources_numbers(name):
         assert learning_rate(config, step) == pytest.approx(rate, rel=2e-4, abs=1e-12), step
     size, vocabulary = OTHER_MODELS.get(name, ("large", 30522))
     assert (config.model.layers, config.model.hidden) == (MODEL_SIZES[size].layers, MODEL_SIZES[size].hidden)
-    assert (config.model.max_positions, config.data.vocabulary) == (512, vocabulary)
+    assert (config.model.max_positions, config.data.vocabulary) == (8192 if "modern" in size else 512, vocabulary)
 
 
 @pytest.mark.parametrize("point", REFERENCE_POINTS, ids=lambda point: str(point[0]))
@@ -118,9 +155,18 @@ def test_lamb_of_nvidia_and_deepspeed_differ_as_documented():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_presets_run_as_they_are_on_1_to_64_ranks_and_others_on_1_to_4(name):
+    config = get_preset(name)
     for ranks in (1, 2, 4, 8, 16, 32, 64) if name in PUBLISHED else (1, 2, 4):
-        printed = "\n".join(describe_plan(get_preset(name), ranks))
-        assert f" x {ranks} = {get_preset(name).training.global_batch:,} sequences" in printed
+        if name == "modernbert-large" and ranks > 8:  # its second phase's 616 = 8 x 7 x 11
+            with pytest.raises(RecipeError, match="global batch 616 is not divisible"):
+                list(describe_growth(config, ranks))
+            continue
+        if growths_of(config):
+            printed = "\n".join(describe_growth(config, ranks))
+            assert f" to {config.training.global_batch:,} sequences = {config.training.micro_batch} x " in printed
+        else:
+            printed = "\n".join(describe_plan(config, ranks))
+            assert f" x {ranks} = {config.training.global_batch:,} sequences" in printed
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -131,6 +177,40 @@ def test_unverified_values_exist(name):
         part = getattr(preset.config, section)
         assert why
         assert hasattr(part, field) or field in ("eps", "betas"), key
+
+
+def test_modernberts_stages_are_its_authors():
+    for name, smallest, billions, second in (("base", 768, 50, 3e-4), ("large", 448, 10, 5e-5)):
+        config = get_preset(f"modernbert-{name}")
+        assert dataclasses.replace(config.model, global_rope_theta=1.6e5) == ModelConfig().of_size(f"modernbert-{name}")
+        assert (config.model.global_rope_theta, config.phase_two.global_rope_theta) == (1e4, 1.6e5)
+        assert (config.data.mask_probability, config.training.gradient_clipping) == (0.3, 0.0)
+        warmup = growths_of(config)[0]
+        assert (warmup.smallest, warmup.largest) == (smallest, config.training.global_batch)
+        assert warmup.warmup == pytest.approx(billions * 1e9 / 1024, rel=1e-5)
+        assert config.phase_two.lr == second
+        assert config.optimizer.name == "stableadamw"
+        assert config.optimizer.options == {"betas": [0.9, 0.98], "eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("mosaicbert-base", 5e-4), ("modernbert-base", 8e-4), ("modernbert-large", 5e-4)]
+)
+def test_a_decay_beside_the_rate_is_the_same_at_the_peak(name, peak):
+    """Composer multiplies a weight by 1 - 1e-5 x rate / peak: what AdamW does with 1e-5 / peak."""
+    optimizer = get_preset(name).optimizer
+    assert optimizer.lr == peak
+    assert optimizer.lr * optimizer.weight_decay == pytest.approx(1e-5, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.config.run.batch_warmup])
+def test_a_warmed_up_batch_begins_small_in_twins_too(name):
+    config = get_preset(name)
+    growth = growths_of(config)[0]
+    assert growth.smallest % 4 == growth.largest % growth.smallest == 0
+    assert growth.warmup == pytest.approx(config.run.batch_warmup * growth.phase.sequences, abs=1)
+    updates = updates_of(config)[0][0]
+    assert growth.phase.steps < updates < 1.1 * growth.phase.steps
 
 
 def test_every_optimizer_of_a_preset_takes_its_options():
@@ -158,7 +238,8 @@ def test_twins_keep_the_proportions(name, size):
             found = learning_rate(small, other.first + int(part * other.steps))
             assert found == pytest.approx(expected, abs=0.1 * full.optimizer.lr)
     assert small.optimizer == full.optimizer
-    assert small.model == full.model.of_size(size)
+    family = "" if full.model.architecture == "bert" else "modernbert-"
+    assert small.model == full.model.of_size(f"{family}{size}")
 
 
 def test_the_page_lists_the_presets_as_they_are():

@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.training.export import export_checkpoint
 
-from .recipe_runs import SMALL, recipe, train
+from .recipe_runs import SMALL, recipe, records, train
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
 ZERO = {**ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true"}
@@ -61,6 +62,9 @@ def test_the_model_loads_in_transformers(runs):
         model = AutoModelForMaskedLM.from_pretrained(runs[name] / "model")
         assert model.config.hidden_size == 32
         assert type(model).__name__ == "BertForMaskedLM"
+        card = ModelCard.load(runs[name] / "model" / "README.md")
+        losses = [record["validation_loss"] for record in records(runs[name], "validation")]
+        assert card.data.eval_results[0].metric_value == pytest.approx(losses[-1], rel=1e-5)
         assert (runs[name] / "report.png").exists()
 
 
@@ -77,6 +81,10 @@ def test_an_exported_checkpoint_has_the_trained_weights(runs, cache, name, tmp_p
     ids = tokenizer("trust ratio", "large batch")
     assert tokenizer.decode(ids["input_ids"]) == "[CLS] trust ratio [SEP] large batch [SEP]"
     assert set(ids["token_type_ids"]) == {0, 1}
+    card = ModelCard.load(tmp_path / "README.md")
+    validations = records(runs[name], "validation")
+    assert validations[-1]["step"] == 10
+    assert card.data.eval_results[0].metric_value == pytest.approx(validations[-1]["validation_loss"], rel=1e-5)
 
 
 def test_a_checkpoint_of_other_data_is_refused(runs, cache, tmp_path, monkeypatch):

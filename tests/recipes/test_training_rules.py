@@ -47,7 +47,7 @@ def test_deepspeeds_exponential_schedule():
     assert warmup_exponential(25, 50, degree=1.0) == 0.5
 
 
-@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("sqrt", 1 - 0.5**0.5)])
+@pytest.mark.parametrize(("decay", "half"), [("linear", 0.5), ("1-sqrt", 1 - 0.5**0.5), ("sqrt", 1 - 0.5**0.5)])
 def test_warmup_stable_decay(decay, half):
     def factor(step):
         return warmup_stable_decay(step, 10, 100, 20, final=0.1, decay=decay)
@@ -56,10 +56,11 @@ def test_warmup_stable_decay(decay, half):
     assert {factor(step) for step in range(9, 81)} == {1.0}
     assert factor(90) == pytest.approx(0.1 + 0.9 * half)
     assert factor(100) == factor(500) == pytest.approx(0.1)
+    assert {warmup_stable_decay(step, 0, 5, 0, decay=decay) for step in range(9)} == {1.0}  # none at all
 
 
 def test_an_unknown_decay_is_named():
-    with pytest.raises(ValueError, match="decay must be one of 'linear', 'sqrt', got 'exp'"):
+    with pytest.raises(ValueError, match="decay must be one of 'linear', '1-sqrt', 'sqrt', got 'exp'"):
         warmup_stable_decay(1, 0, 2, 1, decay="exp")
 
 
