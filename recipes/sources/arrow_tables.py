@@ -13,7 +13,7 @@ from .columns import column_hint, require_one
 
 _ROWS_AT_ONCE = 256  # rows may be whole books
 _FILE_FORM = b"ARROW1"
-_END_OF_STREAM = b"\0\0\0\0"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _TEXT = re.compile(r"(large_)?string(_view)?|null")  # null: a column without a single text
 
 

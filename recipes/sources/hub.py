@@ -18,7 +18,7 @@ from .columns import text_of
 from .limit import Limit
 
 _WAITS = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds before each attempt after the connection was lost
-_RECORDS_BETWEEN_STATES = 1000  # of the data set, which are some microseconds of copying each
+_RECORDS_BETWEEN_STATES = 100  # of the data set, which are some microseconds of copying each
 _CHARACTERS_BETWEEN_SAVES = 16_000_000  # what a kill loses at most; Ctrl-C and lost connections lose nothing
 _RECORDS_BETWEEN_LINES = 100_000
 _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3")
