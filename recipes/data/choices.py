@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.errors import RecipeError
 from ..configuration.config import DataConfig
 from .documents import TOKENS, expand_sources, kind_of_file
-from .given_masks import AS_GIVEN
+from .given_masks import AS_GIVEN, MOST_TOKENS
 from .prepared import check_sources, is_prepared, read_manifest
 from .wordpiece import load_tokenizer
 
@@ -57,6 +57,15 @@ def check_choices(config: DataConfig, sources: Sequence[str]) -> None:
             f"{others[0] if others else 'the documentation'} is text; leave it out"
         )
     _check_lowercase(config)
+
+
+def check_vocabulary(config: DataConfig, size: int) -> None:
+    """Check that given masks can be kept with a vocabulary of `size` tokens; raises RecipeError if not."""
+    if config.masks == AS_GIVEN and size > MOST_TOKENS:
+        raise RecipeError(
+            f"data.masks={AS_GIVEN} takes vocabularies of up to {MOST_TOKENS:,} tokens, and {config.tokenizer!r} has "
+            f"{size:,}; leave it out: the tokens are then masked anew"
+        )
 
 
 def _check_lowercase(config: DataConfig) -> None:

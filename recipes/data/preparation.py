@@ -23,7 +23,7 @@ from ..configuration.config import DataConfig
 from ..sources.bert_shards import require_vocabulary
 from ..sources.hub import fetch_hub
 from ..sources.limit import Limit
-from .choices import check_choices, check_prepared
+from .choices import check_choices, check_prepared, check_vocabulary
 from .docstrings import corpus_key, harvest, missing_packages, package_folders, require_text
 from .documents import (
     HUB_PREFIX,
@@ -156,6 +156,8 @@ def prepare_into(output: Path | None, config: DataConfig, how: Preparation, repo
     sources, column = _text_sources(config, reporter)
     check_choices(config, sources)
     tokenizer = load_tokenizer(config.tokenizer, config.lowercase) if config.tokenizer is not None else None
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer.size)
     settings = settings_of(config, sources, column, tokenizer.fingerprint if tokenizer else None)
     settings |= {"shard_characters": how.shard_characters, "skip_broken": how.skip_broken}
     in_cache = cache_folder() / f"tokens-{hash_of_parts(settings)}"

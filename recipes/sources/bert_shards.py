@@ -36,8 +36,11 @@ def read_bert_shard(path: Path) -> Iterator[NDArray[np.int64]]:
         RecipeError: h5py is missing, the file is damaged or no such shard, or its numbers contradict each other.
     """
     with _open(path) as file:
-        for number, (ids, positions, labels) in enumerate(_samples(path, file)):
-            yield _restored(ids, positions, labels, f"{path}, sample {number}")
+        for ids, positions, labels in _samples(path, file):
+            sample = np.stack([ids, np.full(len(ids), -1)])
+            sample[1, positions] = ids[positions]
+            sample[0, positions] = labels
+            yield sample[:, 1:-1]
 
 
 def require_vocabulary(path: Path, cls_id: int, sep_id: int, mask_id: int, size: int) -> None:
@@ -101,16 +104,16 @@ def _samples(path: Path, file: Any) -> Iterator[tuple[NDArray[np.int64], ...]]:
                 counts = f"{len(positions)} masked_lm_positions for {len(labels)} masked_lm_ids"
                 raise RecipeError(f"{path}, sample {start + row}: {counts}")
             end = int(np.argmax(np.append(positions, 0) == 0))  # position 0, of [CLS], is never predicted
-            yield ids, positions[:end], labels[:end]
+            positions, labels = positions[:end], labels[:end]
+            _check(ids, positions, labels, f"{path}, sample {start + row}")
+            yield ids, positions, labels
 
 
 def _whole(row: Any) -> NDArray[np.int64]:
     return np.asarray(row).astype(np.int64, casting="safe" if np.asarray(row).dtype != np.uint64 else "unsafe")
 
 
-def _restored(
-    ids: NDArray[np.int64], positions: NDArray[np.int64], labels: NDArray[np.int64], where: str
-) -> NDArray[np.int64]:
+def _check(ids: NDArray[np.int64], positions: NDArray[np.int64], labels: NDArray[np.int64], where: str) -> None:
     last = len(ids) - 1
     if last < 1 or ids[0] == ids[last]:
         raise RecipeError(f"{where}: it has no [CLS] at its start and [SEP] at its end")
@@ -120,10 +123,6 @@ def _restored(
         raise RecipeError(f"{where}: a position is masked twice")
     if ids.min() < 0 or max(ids.max(), labels.max(initial=0)) >= _UNKNOWN or labels.min(initial=0) < 0:
         raise RecipeError(f"{where}: it holds numbers that are no token ids")
-    sample = np.stack([ids, np.full(len(ids), -1)])
-    sample[1, positions] = ids[positions]
-    sample[0, positions] = labels
-    return sample[:, 1:-1]
 
 
 @contextlib.contextmanager
