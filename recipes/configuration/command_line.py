@@ -23,8 +23,9 @@ _FLAGS: dict[str, tuple[str, str, type, str]] = {
         "data",
         "tokenizer",
         str,
-        "tokenizer.json, folder or hub name (default: train WordPiece on the text)",
+        "vocab.txt, tokenizer.json, folder or hub name (default: train WordPiece on the text)",
     ),
+    "text_column": ("data", "text_column", str, "column of the text in tables and data sets"),
     "sequence_length": ("data", "sequence_length", int, "tokens per sequence"),
     "optimizer": ("optimizer", "name", str, "optimizer by name; its options as optimizer.OPTION=VALUE"),
     "lr": ("optimizer", "lr", float, "peak learning rate"),
@@ -194,8 +195,8 @@ def _parser() -> CommandParser:
         "--data",
         nargs="+",
         metavar="SOURCE",
-        help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT], or a folder of prepare.py (default: the documentation of "
-        "the installed packages)",
+        help="files, globs, hf:NAME[:CONFIGURATION][@SPLIT], or a folder of prepare.py or save_to_disk (default: the "
+        "documentation of the installed packages); docs/data.md has the formats",
     )
     for flag, (section, name, kind, text) in _FLAGS.items():
         value = getattr(getattr(usual, section), name)

@@ -13,6 +13,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SHAPES = ("polynomial", "exponential", "wsd")
 COOLDOWNS = ("linear", "1-sqrt")
 UNITS = ("updates", "sequences", "tokens")
+MASKS = ("anew", "as_given")
 STATE_DTYPES = ("float32", "bfloat16")
 MASTERS = ("stochastic", "kahan", "none")
 
@@ -109,9 +110,12 @@ class ModelConfig:
 class DataConfig:
     """Text, tokenizer, packing and masking.
 
-    `sources` holds files, globs, `hf:NAME` data sets, or one folder that `prepare` wrote; empty means the
-    documentation of the installed packages.
+    `sources` holds files, globs, folders of `Dataset.save_to_disk`, `hf:NAME` data sets, or one folder that `prepare`
+    wrote; empty means the documentation of the installed packages. Tables have their text in `text_column`.
+    Reading stops after `max_documents`, or when there are `max_characters`; None: at the end.
     `tokenizer` is a local path or a hub name; None trains a WordPiece vocabulary of `vocabulary` tokens on the text.
+    `lowercase` is for a tokenizer that is a `vocab.txt`; None: as a file beside it or its own letters say.
+    `masks` is "anew", drawn in every epoch, or "as_given", those of shards that are masked already.
     `workers` processes per rank read and mask ahead; None: up to two where there is an accelerator, none on a CPU.
     `validation_fraction` is a share of the documents, `validation_sequences` the most rows that a validation reads.
     `discard_smallest` of an update's masked tokens, those with the smallest losses, are left out of its loss.
@@ -120,10 +124,14 @@ class DataConfig:
 
     sources: tuple[str, ...] = ()
     text_column: str = "text"
+    max_documents: int | None = None
+    max_characters: int | None = None
     tokenizer: str | None = None
+    lowercase: bool | None = None
     vocabulary: int = 8192
     sequence_length: int = 32
     mask_probability: float = 0.15
+    masks: str = "anew"
     discard_smallest: float = 0.0
     validation_fraction: float = 0.02
     validation_sequences: int = 2048

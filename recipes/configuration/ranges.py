@@ -13,6 +13,7 @@ from .config import (
     ARCHITECTURES,
     ATTENTIONS,
     COOLDOWNS,
+    MASKS,
     MASTERS,
     MODERNBERT_FIELDS,
     PRECISIONS,
@@ -23,6 +24,9 @@ from .config import (
     RecipeConfig,
 )
 from .phases import Phase, phases_of, scheduled_phases
+
+MOST_TEXT = 2**53
+"""The most documents or characters that can be asked for."""
 
 
 def check_ranges(config: RecipeConfig) -> None:
@@ -35,6 +39,7 @@ def check_ranges(config: RecipeConfig) -> None:
     limit = config.model.max_positions
     _require(config, "data.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
     _require(config, "data.mask_probability", lambda v: 0 < v < 1, "above 0 and below 1")
+    _require(config, "data.masks", lambda v: v in MASKS, ", ".join(MASKS))
     _require(config, "data.discard_smallest", lambda v: 0 <= v < 1, "0 (none) to below 1")
     _require(config, "data.validation_fraction", lambda v: 0 < v < 1, "above 0 and below 1")
     _require(config, "model.dropout", lambda v: 0 <= v < 1, "0 to below 1")
@@ -90,6 +95,8 @@ def _check_whole_numbers(config: RecipeConfig) -> None:
         "model.global_attention_every": (1, 1_000),
         "model.local_attention": (2, 2**22),
         "data.vocabulary": (1, 2**24),
+        "data.max_documents": (1, MOST_TEXT),
+        "data.max_characters": (1, MOST_TEXT),
         "data.validation_sequences": (1, MOST),
         "data.workers": (0, 4096),
         "training.global_batch": (1, MOST),

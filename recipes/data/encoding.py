@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,11 +11,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.errors import RecipeError
 from ..common.workers import end_with_parent
+from .given_masks import pack
 from .wordpiece import TextTokenizer
 
 _WORDS = re.compile(r"[^ \t\n\r]+")
@@ -44,22 +48,44 @@ class StreamEncoder:
     """Turns documents into one array of ids with a separator after each document.
 
     Text repeats its words: a table from word to ids does the work of the tokenizer many times faster, with the same
-    result. Where a tokenizer does not treat words alone, whole documents go through it.
+    result. Where a tokenizer does not treat words alone, whole documents go through it. Samples of token ids need none.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, most_words: int = _MOST_WORDS) -> None:
-        """Encode with `tokenizer`; `most_words` bounds the table."""
+    def __init__(self, tokenizer: TextTokenizer, most_words: int = _MOST_WORDS, given_masks: bool = False) -> None:
+        """Encode with `tokenizer`; `most_words` bounds the table; `given_masks` keeps those of samples."""
         self.tokenizer = tokenizer
         self.by_word = tokenizes_words_alone(tokenizer)
-        self.dtype = stream_dtype(tokenizer.size)
+        self.dtype = stream_dtype(tokenizer.size, given_masks)
+        self.given_masks = given_masks
         self.most_words = most_words
         self._numbers: dict[str, int]
         self._ids: NDArray[np.unsignedinteger]
         self._starts: NDArray[np.int64]
         self._forget()
 
-    def encode(self, documents: Sequence[str]) -> NDArray[np.unsignedinteger]:
-        """Return the ids of the documents in order, each followed by the separator's."""
+    def encode(self, documents: Sequence[str | NDArray[np.int64]]) -> NDArray[np.unsignedinteger]:
+        """Return the ids of the documents, texts or samples (2, tokens), in order, each followed by the separator's.
+
+        Raises:
+            RecipeError: a sample holds an id that the tokenizer does not have.
+        """
+        pieces = []
+        for is_text, group in itertools.groupby(documents, lambda document: isinstance(document, str)):
+            alike: list[Any] = list(group)
+            pieces.append(self._encode_texts(alike) if is_text else self._join(alike))
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def _join(self, samples: Sequence[NDArray[np.int64]]) -> NDArray[np.unsignedinteger]:
+        separator = np.asarray([[self.tokenizer.sep_id], [-1]])
+        joined = np.concatenate([part for sample in samples for part in (sample, separator)], axis=1)
+        if (largest := int(joined.max())) >= self.tokenizer.size:
+            raise RecipeError(
+                f"the shards of token ids hold the id {largest}, and --tokenizer has {self.tokenizer.size:,} tokens; "
+                "give the vocab.txt that they were made with"
+            )
+        return pack(joined) if self.given_masks else joined[0].astype(self.dtype)
+
+    def _encode_texts(self, documents: Sequence[str]) -> NDArray[np.unsignedinteger]:
         if not self.by_word:
             separator = [self.tokenizer.sep_id]
             pieces = [np.asarray(ids + separator, self.dtype) for ids in self.tokenizer.encode(documents)]
@@ -92,9 +118,9 @@ class StreamEncoder:
         self._starts = np.asarray([0, 1], dtype=np.int64)
 
 
-def stream_dtype(vocabulary_size: int) -> type[np.unsignedinteger]:
-    """Return the smallest unsigned type that holds every id."""
-    return np.uint16 if vocabulary_size <= 2**16 else np.uint32
+def stream_dtype(vocabulary_size: int, given_masks: bool = False) -> type[np.unsignedinteger]:
+    """Return the smallest unsigned type that holds every id, and with it a mask that was given."""
+    return np.uint16 if vocabulary_size <= 2**16 and not given_masks else np.uint32
 
 
 def _gather(
@@ -114,7 +140,7 @@ class Block:
 
     shard: int
     splits: tuple[str, ...]
-    documents: dict[str, list[str]] = field(init=False)
+    documents: dict[str, list[str | NDArray[np.int64]]] = field(init=False)
     characters: int = 0
 
     def __post_init__(self) -> None:
@@ -124,22 +150,25 @@ class Block:
 _Streams = dict[str, NDArray[np.unsignedinteger]]
 
 
-def encode_blocks(blocks: Iterable[Block], tokenizer: TextTokenizer, workers: int) -> Iterator[tuple[Block, _Streams]]:
+def encode_blocks(
+    blocks: Iterable[Block], tokenizer: TextTokenizer, workers: int, given_masks: bool = False
+) -> Iterator[tuple[Block, _Streams]]:
     """Yield the blocks with their splits' token streams, in order.
 
     Args:
         blocks: read as they are needed; a few per worker are in flight at a time.
         tokenizer: the workers get a copy.
         workers: processes; 0 tokenizes in this one.
+        given_masks: keep the masks of samples.
     """
     if workers == 0:
-        encoder = StreamEncoder(tokenizer)
+        encoder = StreamEncoder(tokenizer, given_masks=given_masks)
         for block in blocks:
             yield block, {split: encoder.encode(texts) for split, texts in block.documents.items()}
         return
     # Spawned workers import this module alone, and no state of a rank is forked.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, given_masks)) as pool:
         waiting: deque[tuple[Block, Future[_Streams]]] = deque()
         try:
             for block in blocks:
@@ -161,12 +190,12 @@ def _first(waiting: deque[tuple[Block, Future[_Streams]]]) -> tuple[Block, _Stre
 _encoder: StreamEncoder
 
 
-def _start_worker(tokenizer: TextTokenizer) -> None:
+def _start_worker(tokenizer: TextTokenizer, given_masks: bool) -> None:
     global _encoder
     end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    _encoder = StreamEncoder(tokenizer)
+    _encoder = StreamEncoder(tokenizer, given_masks=given_masks)
 
 
-def _encode_in_worker(documents: dict[str, list[str]]) -> _Streams:
+def _encode_in_worker(documents: dict[str, list[str | NDArray[np.int64]]]) -> _Streams:
     return {split: _encoder.encode(texts) for split, texts in documents.items()}

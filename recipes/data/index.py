@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ..common.errors import RecipeError
 from ..common.files import whole_file
 from ..common.progress import PROGRESS
-from .documents import read_source
+from ..sources.limit import UNLIMITED, Limit
+from .documents import Document, length_of, read_records
 
 REPEATED, TRAINING, VALIDATION = 0, 1, 2
 
@@ -32,6 +33,7 @@ class DocumentIndex:
         digests: uint64 (documents,), content hashes.
         characters: uint32 (documents,), lengths.
         roles: uint8 (documents,), TRAINING, VALIDATION, or REPEATED for all but the first of equal documents.
+        without_text: records that held nothing: null, empty, or white space.
     """
 
     sources: tuple[str, ...]
@@ -39,6 +41,7 @@ class DocumentIndex:
     digests: NDArray[np.uint64]
     characters: NDArray[np.uint32]
     roles: NDArray[np.uint8]
+    without_text: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -73,8 +76,8 @@ class DocumentIndex:
         # The low half of the hash: the split has used the high one.
         return training & ((self.digests & np.uint64(0xFFFFFFFF)) < np.uint64(int(characters / total * 2**32)))
 
-    def read(self, chosen: NDArray[np.bool_], text_column: str) -> Iterator[tuple[int, str]]:
-        """Yield (number, text) of the chosen documents in order; sources without any are not opened.
+    def read(self, chosen: NDArray[np.bool_], text_column: str) -> Iterator[tuple[int, Document]]:
+        """Yield (number, document) of the chosen documents in order; sources without any are not opened.
 
         Raises:
             RecipeError: a source has changed since it was indexed.
@@ -87,17 +90,19 @@ class DocumentIndex:
 
     def _read_source(
         self, source: str, first: int, end: int, chosen: NDArray[np.bool_], text_column: str
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Iterator[tuple[int, Document]]:
         last = first + int(np.flatnonzero(chosen[first:end])[-1])
         number = first
-        for text in stripped_documents(source, text_column):
+        for document in stripped_documents(source, text_column):
+            if document is None:
+                continue
+            if chosen[number]:
+                if length_of(document) != self.characters[number]:
+                    break
+                yield number, document
+            number += 1
             if number > last:
                 return
-            if chosen[number]:
-                if len(text) != self.characters[number]:
-                    break
-                yield number, text
-            number += 1
         if number <= last:
             raise RecipeError(f"{source} has changed while it was being prepared; start again with the new file")
 
@@ -111,6 +116,7 @@ class DocumentIndex:
                 digests=self.digests,
                 characters=self.characters,
                 roles=self.roles,
+                without_text=self.without_text,
             )
 
     @classmethod
@@ -124,20 +130,46 @@ class DocumentIndex:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in ("ends", "digests", "characters", "roles")}
-                return cls(sources=tuple(stored["sources"].tolist()), **arrays)
+                skipped = int(stored["without_text"]) if "without_text" in stored else 0  # earlier releases' have none
+                return cls(sources=tuple(stored["sources"].tolist()), **arrays, without_text=skipped)
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"is damaged ({error})") from error
         except (zipfile.BadZipFile, zlib.error, struct.error) as error:
             raise ValueError(f"is damaged ({error})") from error
 
 
-def stripped_documents(source: str, text_column: str) -> Iterator[str]:
-    """Yield the non-empty documents of a source without surrounding white space."""
-    for document in read_source(source, text_column):
+def stripped_documents(source: str, text_column: str) -> Iterator[Document | None]:
+    """Yield the documents of a source without surrounding white space, None for records that hold nothing else."""
+    for record in read_records(source, text_column):
         PROGRESS.move()
-        text = document.strip()
-        if text:
-            yield text
+        document = record.strip() if isinstance(record, str) else record
+        yield document if document is not None and length_of(document) else None
+
+
+class _Entries:
+    """The index while it grows."""
+
+    def __init__(self) -> None:
+        self.digests, self.lengths = array("Q"), array("I")
+        self.characters = self.without_text = 0
+
+    def add(self, source: str, text_column: str, limit: Limit) -> None:
+        """Add the documents of a source up to a limit, or none of them if it is broken."""
+        before, characters, without_text = len(self.digests), self.characters, self.without_text
+        try:
+            for document in stripped_documents(source, text_column):
+                if document is None:
+                    self.without_text += 1
+                    continue
+                self.digests.append(_digest(document))
+                self.lengths.append(length_of(document))
+                self.characters += length_of(document)
+                if limit.after(len(self.digests), self.characters).is_reached:
+                    return
+        except RecipeError:
+            del self.digests[before:], self.lengths[before:]
+            self.characters, self.without_text = characters, without_text
+            raise
 
 
 def index_documents(
@@ -145,6 +177,8 @@ def index_documents(
     text_column: str,
     validation_fraction: float,
     skipped: Callable[[str, RecipeError], None] | None = None,
+    limit: Limit = UNLIMITED,
+    fetch: Callable[[str, Limit], None] | None = None,
 ) -> DocumentIndex:
     """Read all sources once and decide which documents are trained on and which are held out.
 
@@ -154,34 +188,36 @@ def index_documents(
 
     Args:
         sources: expanded files and `hf:` names.
-        text_column: of JSON Lines, Parquet and data sets.
+        text_column: of tables and data sets.
         validation_fraction: share of the documents to hold out.
         skipped: told of every broken source, which is then left out as a whole; None raises instead.
+        limit: reading stops there; sources that were not reached have no documents.
+        fetch: called before a source is read, with what is left of the limit; may make the file.
 
     Raises:
         RecipeError: a broken source; no text; a single document.
     """
-    digests, characters = array("Q"), array("I")
+    entries = _Entries()
     seen: list[str] = []
     read: list[str] = []
     ends: list[int] = []
     for source in sources:
         seen.append(source)
-        before = len(digests)
-        try:
-            for text in stripped_documents(source, text_column):
-                digests.append(_digest(text))
-                characters.append(len(text))
-        except RecipeError as error:
-            if skipped is None:
-                raise
-            skipped(source, error)
-            del digests[before:], characters[before:]
-            continue
+        left = limit.after(len(entries.digests), entries.characters)
+        if not left.is_reached:
+            if fetch is not None:
+                fetch(source, left)
+            try:
+                entries.add(source, text_column, limit)
+            except RecipeError as error:
+                if skipped is None:
+                    raise
+                skipped(source, error)
+                continue
         read.append(source)
-        ends.append(len(digests))
-    hashes = np.frombuffer(digests, dtype=np.uint64) if digests else np.empty(0, dtype=np.uint64)
-    lengths = np.frombuffer(characters, dtype=np.uint32) if characters else np.empty(0, dtype=np.uint32)
+        ends.append(len(entries.digests))
+    hashes = np.frombuffer(entries.digests, dtype=np.uint64) if ends and ends[-1] else np.empty(0, dtype=np.uint64)
+    lengths = np.frombuffer(entries.lengths, dtype=np.uint32) if ends and ends[-1] else np.empty(0, dtype=np.uint32)
     roles = split_roles(hashes, validation_fraction)
     if len(hashes) == 0:
         raise RecipeError(f"the data have no text: {', '.join(seen)} hold no non-empty document")
@@ -190,7 +226,8 @@ def index_documents(
             "the data are a single document, and whole documents are held out for validation; give more text "
             "(text files are cut into documents of about 4,000 characters)"
         )
-    return DocumentIndex(tuple(read), np.asarray(ends, dtype=np.int64), hashes, lengths, roles)
+    ends_of = np.asarray(ends, dtype=np.int64)
+    return DocumentIndex(tuple(read), ends_of, hashes, lengths, roles, entries.without_text)
 
 
 def split_roles(digests: NDArray[np.uint64], validation_fraction: float) -> NDArray[np.uint8]:
@@ -202,6 +239,8 @@ def split_roles(digests: NDArray[np.uint64], validation_fraction: float) -> NDAr
     return roles
 
 
-def _digest(text: str) -> int:
+def _digest(document: Document) -> int:
     # Sixty-four bits: among a billion documents, one pair in 40 such corpora is taken for equal without being so.
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()[:8], "big")
+    # Of a sample its original ids alone: other masks make no other text.
+    content = document.encode("utf-8", "replace") if isinstance(document, str) else document[0].tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest()[:8], "big")

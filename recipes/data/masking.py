@@ -77,6 +77,19 @@ def hashed_uniform(seed: int, epoch: int, rows: NDArray[np.int64], length: int, 
     return _uniform(_draw(_position_keys(seed, epoch, rows, length), draw))
 
 
+def masked_as_given(tokens: NDArray[np.int64], shown: NDArray[np.int64]) -> MaskedBatch:
+    """Mask tokens as their source did.
+
+    Args:
+        tokens: int64 (sequences, length), the original ids.
+        shown: int64 (sequences, length), the ids at predicted positions, -1 elsewhere.
+    """
+    positions = np.flatnonzero(shown >= 0)
+    masked = np.where(shown >= 0, shown, tokens)
+    labels = tokens.reshape(-1)[positions]
+    return MaskedBatch(torch.from_numpy(masked), torch.from_numpy(positions), torch.from_numpy(labels))
+
+
 def mask_sequences(
     tokens: NDArray[np.int64],
     rows: NDArray[np.int64],

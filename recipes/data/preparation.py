@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import time
@@ -18,28 +15,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.errors import RecipeError
-from ..common.files import read_sealed, require_writable, whole_file, write_sealed, write_text
+from ..common.files import require_writable, whole_file, write_sealed, write_text
 from ..common.marks import Share
 from ..common.progress import PROGRESS
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
+from ..sources.bert_shards import require_vocabulary
+from ..sources.hub import fetch_hub
+from ..sources.limit import Limit
+from .choices import check_choices, check_prepared, check_vocabulary
 from .docstrings import corpus_key, harvest, missing_packages, package_folders, require_text
-from .documents import HUB_PREFIX, expand_sources, read_source
+from .documents import (
+    HUB_PREFIX,
+    TOKENS,
+    check_format,
+    expand_sources,
+    kind_of_file,
+    length_of,
+)
 from .encoding import Block, encode_blocks, stream_dtype
+from .given_masks import AS_GIVEN
 from .index import REPEATED, TRAINING, VALIDATION, DocumentIndex, index_documents
 from .prepared import (
+    COUNTED_IN,
     FILES,
     FORMAT,
     INDEX,
-    SETTINGS,
     TOKENIZER,
     PreparedData,
     check_sources,
     is_prepared,
     open_prepared,
-    read_manifest,
     rows_of,
 )
+from .settings import claim, hash_of_parts, only_one, settings_of
 from .shards import (
     MANIFEST,
     SPLITS,
@@ -90,7 +99,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> PreparedData:
     if any(map(is_prepared, config.sources)):
         check_sources(config.sources)
         folder = Path(config.sources[0])
-        _check_tokenizer(config, folder)
+        check_prepared(config, folder)
     else:
         folder = prepare_into(None, config, Preparation(), reporter)
         try:
@@ -145,22 +154,18 @@ def prepare_into(output: Path | None, config: DataConfig, how: Preparation, repo
     if output is not None:
         require_writable(output)
     sources, column = _text_sources(config, reporter)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-    settings = {
-        "format": FORMAT,
-        "sources": [_identity(source) for source in sources],
-        "text_column": column,
-        "tokenizer": tokenizer.fingerprint if tokenizer else f"WordPiece {config.vocabulary}",
-        "validation_fraction": config.validation_fraction,
-        "shard_characters": how.shard_characters,
-        "skip_broken": how.skip_broken,
-    }
-    in_cache = cache_folder() / f"tokens-{_hash(settings)}"
+    check_choices(config, sources)
+    tokenizer = load_tokenizer(config.tokenizer, config.lowercase) if config.tokenizer is not None else None
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer.size)
+    settings = settings_of(config, sources, column, tokenizer.fingerprint if tokenizer else None)
+    settings |= {"shard_characters": how.shard_characters, "skip_broken": how.skip_broken}
+    in_cache = cache_folder() / f"tokens-{hash_of_parts(settings)}"
     folder = output or in_cache
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder, reporter):
-            _claim(folder, settings, of_cache=folder == in_cache)
+        with only_one(folder, reporter):
+            claim(folder, settings, of_cache=folder == in_cache)
             _Preparer(folder, column, config, how, reporter).run(sources, tokenizer, verify=output is not None)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -187,16 +192,16 @@ class _Preparer:
             self._remove_streamed()
             return
         self._discard_damaged()
-        # A data set of the hub is streamed once, into a file that every pass reads.
+        # A data set of the hub is streamed once, into a file that every pass reads and an interrupted run goes on with.
         self.hub = {
-            str(self.folder / f"hub-{_hash(source)}.jsonl"): source
+            str(self.folder / f"hub-{hash_of_parts(source)}.jsonl"): source
             for source in sources
             if source.startswith(HUB_PREFIX)
         }
         files = {source: file for file, source in self.hub.items()}
-        index = self._index([files.get(source, source) for source in sources])
+        index = self._index([files.get(source, source) for source in sources], ready)
         tokenizer = self._tokenizer(index, ready)
-        dtype = np.dtype(stream_dtype(tokenizer.size))
+        dtype = np.dtype(stream_dtype(tokenizer.size, self._given_masks))
         shard_of = index.shards(self.how.shard_characters)
         count = int(shard_of[-1]) + 1
         shards = finished_shards(self.folder, dtype)
@@ -231,21 +236,55 @@ class _Preparer:
         if TOKENIZER in damaged:  # the tokens are of a vocabulary that is not known any more
             remove_other_shards(self.folder, 0)
 
-    def _index(self, sources: Sequence[str]) -> DocumentIndex:
+    @property
+    def _given_masks(self) -> bool:
+        return self.config.masks == AS_GIVEN
+
+    def _index(self, sources: Sequence[str], tokenizer: TextTokenizer | None) -> DocumentIndex:
         path = self.folder / INDEX
         index = self._known_index(path) if path.exists() else None
-        for file in index.sources if index else sources:
-            if file in self.hub and not Path(file).exists():
-                self.reporter.line(f"streaming {self.hub[file]}")
-                texts = read_source(self.hub[file], self.column)
-                _write_json_lines(Path(file), self.column, texts)
-        if index is None:
-            visited = self.reporter.progress(sources, len(sources), "reading sources")
-            skipped = self._skip if self.how.skip_broken else None
-            with self.reporter.stages("indexing"):
-                index = index_documents(visited, self.column, self.config.validation_fraction, skipped)
-            index.save(path)
+        if index is not None:
+            self._fetch_again(index)
+            return index
+        sources = [source for source in sources if self._fits(source, tokenizer)]
+        visited = self.reporter.progress(sources, len(sources), "reading sources")
+        skipped = self._skip if self.how.skip_broken else None
+        limit = Limit(self.config.max_documents, self.config.max_characters)
+        with self.reporter.stages("indexing"):
+            index = index_documents(visited, self.column, self.config.validation_fraction, skipped, limit, self._fetch)
+        if index.without_text:
+            self.reporter.line(f"{index.without_text:,} records without text (null, empty, white space) were left out")
+        if limit.after(len(index.roles), int(index.characters.sum(dtype=np.int64))).is_reached:
+            self.reporter.line(f"stopped after {len(index.roles):,} documents, as max_documents or max_characters says")
+        index.save(path)
         return index
+
+    def _fits(self, source: str, tokenizer: TextTokenizer | None) -> bool:
+        """Check a source as far as that is quick; tell whether it is read."""
+        try:
+            if source not in self.hub:
+                check_format(source)
+            if tokenizer is not None and kind_of_file(Path(source)) == TOKENS:
+                ids = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+                require_vocabulary(Path(source), *ids, tokenizer.size)
+        except RecipeError as error:
+            if not self.how.skip_broken:
+                raise
+            self._skip(source, error)
+            return False
+        return True
+
+    def _fetch(self, file: str, limit: Limit) -> None:
+        if file in self.hub and not Path(file).exists():
+            self.reporter.line(f"streaming {self.hub[file]}")
+            name = self.hub[file].removeprefix(HUB_PREFIX)
+            fetch_hub(name, self.column, Path(file), limit, self.reporter.line)
+
+    def _fetch_again(self, index: DocumentIndex) -> None:
+        """Stream what a known index was made of, and is gone, once more."""
+        for file, documents in zip(index.sources, np.diff(index.ends, prepend=0).tolist(), strict=True):
+            if documents:
+                self._fetch(file, Limit(documents))
 
     def _known_index(self, path: Path) -> DocumentIndex | None:
         try:
@@ -269,7 +308,7 @@ class _Preparer:
                 f"training a WordPiece vocabulary of {self.config.vocabulary:,} tokens on {characters / 1e6:.1f} "
                 f"million of {index.kept_characters() / 1e6:.1f} million characters"
             )
-            texts = (text for _, text in index.read(chosen, self.column))
+            texts = (text for _, text in index.read(chosen, self.column) if isinstance(text, str))
             with self.reporter.stages("vocabulary"):
                 write_text(path, train_wordpiece(texts, self.config.vocabulary).tokenizer.to_str())
         return load_tokenizer(str(path))
@@ -282,7 +321,7 @@ class _Preparer:
         workers = 0 if characters < _ALONE else self.how.workers or len(os.sched_getaffinity(0))
         blocks = _blocks(index, shard_of, chosen, self.column)
         began, written = time.perf_counter(), 0
-        encoded = encode_blocks(blocks, tokenizer, workers)
+        encoded = encode_blocks(blocks, tokenizer, workers, self._given_masks)
         for shard in self.reporter.progress(self._shards(index, shard_of, encoded), len(todo), "tokenizing shards"):
             written += shard.characters
             if len(todo) > 1 and not self.reporter.terminal:
@@ -328,7 +367,7 @@ class _Preparer:
     ) -> None:
         manifest: dict[str, Any] = {
             "format": FORMAT,
-            "fingerprint": _hash(FORMAT, index.fingerprint, tokenizer.fingerprint),
+            "fingerprint": hash_of_parts(FORMAT, index.fingerprint, tokenizer.fingerprint),
             "documents": index.count(TRAINING) + index.count(VALIDATION),
             "validation_documents": index.count(VALIDATION),
             "repeated_documents": index.count(REPEATED),
@@ -342,6 +381,9 @@ class _Preparer:
             "special_ids": list(tokenizer.special_ids),
             "tokenizer": tokenizer.fingerprint,
             "skipped_sources": skipped,
+            "records_without_text": index.without_text,
+            **({"masks": AS_GIVEN} if self._given_masks else {}),
+            **({COUNTED_IN: "token ids"} if all(kind_of_file(Path(s)) == TOKENS for s in index.sources) else {}),
             "shards": [asdict(shard) for shard in shards],
             FILES: hash_files(self.folder),
         }
@@ -353,7 +395,7 @@ class _Preparer:
 
     def _remove_streamed(self) -> None:
         """Remove what was streamed from the hub, which nobody reads once the manifest is there."""
-        for path in self.folder.glob("hub-*.jsonl"):
+        for path in self.folder.glob("hub-*"):
             path.unlink()
 
 
@@ -368,7 +410,7 @@ def _blocks(
             block = None
         block = block or Block(shard, SPLITS)
         block.documents[SPLITS[_ROLES.index(int(index.roles[number]))]].append(text)
-        block.characters += len(text)
+        block.characters += length_of(text)
     if block is not None:
         yield block
 
@@ -389,65 +431,6 @@ def _text_sources(config: DataConfig, reporter: Reporter) -> tuple[list[str], st
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json_lines(path, "text", documents)
     return [str(path)], "text"
-
-
-def _identity(source: str) -> list[Any]:
-    """Return what tells a source from a changed one without reading it."""
-    if source.startswith(HUB_PREFIX):
-        return [source]
-    status = os.stat(source)
-    return [os.path.abspath(source), status.st_size, status.st_mtime_ns]
-
-
-def _claim(folder: Path, settings: dict[str, Any], of_cache: bool) -> None:
-    path = folder / SETTINGS
-    others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p != path]
-    if not path.exists() or not others:  # settings alone: a run that stopped at bad data, which may have been mended
-        if others:
-            raise RecipeError(f"{folder} holds {others[0]!r} and no prepared data; give an empty or a new folder")
-        write_sealed(path, settings, indent=1)
-        return
-    try:
-        stored = read_sealed(path)
-    except ValueError as error:
-        if not of_cache:  # whose folders are named by their settings
-            raise RecipeError(f"cannot read {path}: {error}; or remove {folder} to start again") from error
-        write_sealed(path, settings, indent=1)
-        return
-    changed = [name for name in settings if stored.get(name) != settings[name]]
-    if changed:
-        raise RecipeError(
-            f"{folder} holds data prepared with other settings ({', '.join(changed)} differ); give another folder, "
-            "or remove it to start again"
-        )
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path, reporter: Reporter) -> Iterator[None]:
-    """Let one process at a time write a folder; the others wait and then find the work done."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            reporter.line(f"waiting for another process that prepares {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: two writers write the same files, each as a whole
-        yield
-
-
-def _check_tokenizer(config: DataConfig, folder: Path) -> None:
-    if config.tokenizer is None:
-        return
-    if load_tokenizer(config.tokenizer).fingerprint != read_manifest(folder)["tokenizer"]:
-        raise RecipeError(
-            f"{folder} was prepared with another tokenizer than {config.tokenizer!r}; leave --tokenizer out, or "
-            "prepare the text with it"
-        )
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _write_json_lines(path: Path, column: str, texts: Iterable[str]) -> None:

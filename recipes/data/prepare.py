@@ -15,9 +15,11 @@ from pathlib import Path
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
 from ..common.reporter import Reporter, clock
-from ..configuration.config import DataConfig
+from ..configuration.config import MASKS, DataConfig
+from ..configuration.ranges import MOST_TEXT
+from .given_masks import AS_GIVEN
 from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
-from .prepared import read_manifest
+from .prepared import COUNTED_IN, read_manifest
 
 _MOST_WORKERS = 4096
 
@@ -48,6 +50,8 @@ def _config(options: argparse.Namespace) -> DataConfig:
             f"--validation_fraction {options.validation_fraction} is out of range: allowed is above 0 and below 1"
         )
     within("--vocabulary", options.vocabulary, 0, above=True)
+    within("--max_documents", options.max_documents, 1, MOST_TEXT)
+    within("--max_characters", options.max_characters, 1, MOST_TEXT)
     within("--shard_megabytes", options.shard_megabytes, 0, above=True)
     within("--workers", options.workers, 0, _MOST_WORKERS)  # 0: one per core
     for length in options.sequence_lengths:
@@ -55,7 +59,11 @@ def _config(options: argparse.Namespace) -> DataConfig:
     return DataConfig(
         sources=tuple(options.data),
         text_column=options.text_column,
+        max_documents=options.max_documents,
+        max_characters=options.max_characters,
         tokenizer=options.tokenizer,
+        lowercase=None if options.lowercase is None else options.lowercase == "true",
+        masks=options.masks,
         vocabulary=options.vocabulary,
         validation_fraction=options.validation_fraction,
     )
@@ -67,7 +75,8 @@ def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
     rows = ", ".join(f"{tokens['train'] // (length - 2):,} of {length}" for length in lengths)
     return [
         f"{manifest['documents']:,} documents ({manifest['repeated_documents']:,} repeated ones left out), "
-        f"{manifest['characters'] / 1e6:.1f} million characters, {len(manifest['shards'])} shards in {folder}",
+        f"{manifest['characters'] / 1e6:.1f} million {manifest.get(COUNTED_IN, 'characters')}, "
+        f"{len(manifest['shards'])} shards in {folder}",
         f"{tokens['train']:,} training tokens and {tokens['validation']:,} held out; vocabulary "
         f"{manifest['vocabulary_size']:,}; training sequences: {rows}",
     ]
@@ -89,12 +98,30 @@ def _parser() -> CommandParser:
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="text, .jsonl or .parquet files (text and .jsonl also .gz, .bz2, .xz, .zst), globs, "
-        "hf:NAME[:CONFIGURATION][@SPLIT] (streamed); default: the documentation of the installed packages",
+        help="text, .jsonl, .csv, .tsv (these also .gz, .bz2, .xz, .zst), .parquet, .arrow or .hdf5 files, globs, "
+        "folders of save_to_disk, hf:NAME[:CONFIGURATION][@SPLIT] (streamed); docs/data.md has them all; default: the "
+        "documentation of the installed packages",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write or to continue")
-    parser.add_argument("--text_column", default=defaults.text_column, help="of .jsonl, .parquet and data sets")
-    parser.add_argument("--tokenizer", help="tokenizer.json, folder or hub name (default: train WordPiece on the text)")
+    parser.add_argument("--text_column", default=defaults.text_column, help="of tables and data sets")
+    parser.add_argument("--max_documents", type=int, metavar="N", help="read the first N documents of the sources")
+    parser.add_argument(
+        "--max_characters", type=int, metavar="N", help="stop at N characters (English has 4 to 5 per token)"
+    )
+    parser.add_argument(
+        "--tokenizer", help="vocab.txt, tokenizer.json, folder or hub name (default: train WordPiece on the text)"
+    )
+    parser.add_argument(
+        "--lowercase",
+        choices=("true", "false"),
+        help="of a vocab.txt (default: as tokenizer_config.json beside it or its own letters say)",
+    )
+    parser.add_argument(
+        "--masks",
+        choices=MASKS,
+        default=defaults.masks,
+        help=f"{AS_GIVEN}: keep those of .hdf5 shards, as data.masks={AS_GIVEN} then trains on them",
+    )
     parser.add_argument("--vocabulary", type=int, default=defaults.vocabulary, help="size of a trained vocabulary")
     parser.add_argument(
         "--validation_fraction",

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from ..common.errors import RecipeError
 from ..common.files import read_sealed
 from ..common.marks import hash_of
-from .documents import expand_sources
+from .documents import check_format, expand_sources
+from .given_masks import AS_GIVEN
 from .shards import MANIFEST, SPLITS, BrokenShard, TokenFile, TokenRows
 from .wordpiece import Vocabulary
 
@@ -33,6 +34,9 @@ _IN_MANIFEST: dict[str, type | UnionType] = {
 SETTINGS, INDEX, TOKENIZER = "settings.json", "index.npz", "tokenizer.json"
 """Files of a prepared folder besides the shards and their manifest: what it was made with, and on the way."""
 
+COUNTED_IN = "counted_in"
+"""In the manifest: what `characters` counts, if it is not characters: of data that came as token ids."""
+
 FILES = "files"
 """In the manifest: the hashes of all files but the tokens'; earlier releases wrote none."""
 
@@ -45,10 +49,12 @@ class PreparedData:
         folder: holds the token files, manifest.json and tokenizer.json.
         fingerprint: hash of the documents, the split and the tokenizer; the same for every sequence length.
         documents: without repeated ones; `validation_documents` of them are held out.
-        characters: of all these documents.
+        characters: of all these documents; of samples that came as token ids, these.
         train_rows, validation_rows: full rows of `sequence_length` tokens.
         vocabulary_size: tokens, special ones included.
         unigram_entropy: of the training tokens, in nats; special tokens are left out, as they are never predicted.
+        given_masks: whether the masks that came with the data are there besides the tokens.
+        counted_in: what `characters` counts.
     """
 
     folder: str
@@ -63,6 +69,8 @@ class PreparedData:
     mask_id: int
     special_ids: list[int]
     unigram_entropy: float
+    given_masks: bool = False
+    counted_in: str = "characters"
 
     def rows(self, split: str) -> TokenRows:
         """Return the rows of "train" or "validation"; the token files are mapped into memory."""
@@ -89,7 +97,7 @@ class PreparedData:
         tokens = self.train_rows * self.sequence_length
         steps = self.train_rows / global_batch
         lines = [
-            f"data: {self.documents:,} documents, {self.characters / 1e6:.1f} million characters; "
+            f"data: {self.documents:,} documents, {self.characters / 1e6:.1f} million {self.counted_in}; "
             f"{self.validation_documents:,} documents held out for validation ({self.validation_rows:,} sequences)",
             f"training: {tokens:,} tokens in {self.train_rows:,} sequences of {self.sequence_length}; "
             f"{steps:.1f} steps per epoch; vocabulary {self.vocabulary_size:,}; "
@@ -109,14 +117,16 @@ def is_prepared(source: str) -> bool:
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Check that the sources exist; a prepared folder stands alone.
+    """Check that the sources exist and are of formats that are read; a prepared folder stands alone.
 
     Raises:
-        RecipeError: a source is missing or unreadable, or a prepared folder is unfinished or mixed with others.
+        RecipeError: a source is missing, unreadable or of another format, or a prepared folder is unfinished or mixed
+            with others.
     """
     prepared = [source for source in sources if is_prepared(source)]
     if not prepared:
-        expand_sources(sources)
+        for source in expand_sources(sources):
+            check_format(source)
     elif len(sources) > 1:
         raise RecipeError(f"--data {prepared[0]!r} is a prepared folder and has to be the only source")
     else:
@@ -148,6 +158,8 @@ def open_prepared(folder: Path, sequence_length: int) -> PreparedData:
         train_rows=len(rows["train"]),
         validation_rows=len(rows["validation"]),
         unigram_entropy=manifest["unigram_entropy"],
+        given_masks=manifest.get("masks") == AS_GIVEN,
+        counted_in=manifest.get(COUNTED_IN, "characters"),
         **{name: manifest[name] for name in names},
     )
 
@@ -205,4 +217,5 @@ def rows_of(folder: Path, manifest: dict[str, Any], split: str, length: int) -> 
     """Return the rows of one split of a folder with this manifest; their files are not looked at yet."""
     files = [TokenFile(**shard["files"][split]) for shard in manifest["shards"]]
     ids = (manifest["cls_id"], manifest["sep_id"], manifest["vocabulary_size"])
-    return TokenRows(folder, files, np.dtype(manifest["dtype"]), length, *ids)
+    given = manifest.get("masks") == AS_GIVEN  # which older folders and those without such masks do not say
+    return TokenRows(folder, files, np.dtype(manifest["dtype"]), length, *ids, given_masks=given)

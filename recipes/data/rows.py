@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..rules.global_batch import BatchPlan
-from .masking import VALIDATION_EPOCH, MaskedBatch, mask_sequences, splitmix64
+from .given_masks import original, shown
+from .masking import VALIDATION_EPOCH, MaskedBatch, mask_sequences, masked_as_given, splitmix64
+from .shards import TokenRows
 from .wordpiece import Vocabulary
 
 _FEISTEL_ROUNDS = 8
@@ -76,12 +78,15 @@ class RowOrder:
 class MaskedRows:
     """Packed rows with their masking; makes the micro-batches of a step and of a validation."""
 
-    def __init__(self, rows: Rows, vocabulary: Vocabulary, probability: float, seed: int) -> None:
-        """Mask `rows` (rows, length) with `probability`, seeded by `seed`."""
+    def __init__(
+        self, rows: Rows, vocabulary: Vocabulary, probability: float, seed: int, as_given: bool = False
+    ) -> None:
+        """Mask `rows` (rows, length) with `probability`, seeded by `seed`, or `as_given` with those of `TokenRows`."""
         self.rows = rows
         self.vocabulary = vocabulary
         self.probability = probability
         self.seed = seed
+        self.as_given = as_given
         self.order = RowOrder(len(rows), seed)
 
     def step_batches(self, step: int, plan: BatchPlan, rank: int) -> list[MaskedBatch]:
@@ -114,6 +119,9 @@ class MaskedRows:
         return batches[0] if len(batches) == 1 else join_batches(batches)
 
     def _masked(self, epoch: int, rows: NDArray[np.int64]) -> MaskedBatch:
+        if self.as_given and isinstance(self.rows, TokenRows):
+            packed = self.rows.with_masks(rows)
+            return masked_as_given(original(packed).astype(np.int64), shown(packed))
         tokens = self.rows[rows].astype(np.int64)
         return mask_sequences(tokens, rows, epoch, self.seed, self.vocabulary, self.probability)
 

@@ -20,6 +20,7 @@ from ..common.errors import RecipeError
 from ..common.files import WRITING, read_sealed, whole_file, write_sealed
 from ..common.marks import hash_of
 from ..common.progress import PROGRESS
+from .given_masks import original
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
@@ -82,13 +83,18 @@ class TokenRows:
         cls_id: int,
         sep_id: int,
         vocabulary_size: int,
+        given_masks: bool = False,
     ) -> None:
-        """Read `files` of `folder`, ids of `dtype` below `vocabulary_size`, in rows of `length` tokens."""
+        """Read `files` of `folder`, ids of `dtype` below `vocabulary_size`, in rows of `length` tokens.
+
+        With `given_masks` each number holds an id and the mask that its source gave it.
+        """
         self.folder = folder
         self.files = [file for file in files if file.tokens]
         self.dtype = dtype
         self.length = length
         self.cls_id, self.sep_id, self.vocabulary_size = cls_id, sep_id, vocabulary_size
+        self.given_masks = given_masks
         self._ends = np.cumsum([file.tokens for file in self.files], dtype=np.int64)
         self._mapped: dict[int, NDArray[np.unsignedinteger]] = {}
         self._written: list[int] | None = None
@@ -108,6 +114,11 @@ class TokenRows:
         Raises:
             BrokenShard: a file that they lie in is missing, cut short or holds ids outside the vocabulary.
         """
+        packed = self.with_masks(rows)
+        return original(packed) if self.given_masks else packed
+
+    def with_masks(self, rows: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+        """Return the rows as they are stored: with `given_masks` each number is an id and its mask; errors as above."""
         body = self.length - 2
         packed = np.empty((len(rows), self.length), dtype=self.dtype)
         packed[:, 0], packed[:, -1] = self.cls_id, self.sep_id
@@ -138,7 +149,8 @@ class TokenRows:
         for number, file in enumerate(self.files):
             for start in range(0, file.tokens, _COUNTED_AT_ONCE):
                 piece = self._checked(number, self._tokens(number)[start : start + _COUNTED_AT_ONCE])
-                counts += np.bincount(piece, minlength=self.vocabulary_size)
+                ids = original(piece) if self.given_masks else piece
+                counts += np.bincount(ids, minlength=self.vocabulary_size)
                 PROGRESS.move()
             self._mapped.pop(number, None)  # its pages would stay part of this process's memory
         return counts
@@ -177,9 +189,10 @@ class TokenRows:
         return self._mapped[number]
 
     def _checked(self, number: int, ids: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-        if ids.size and int(ids.max()) >= self.vocabulary_size:
+        largest = int((original(ids) if self.given_masks else ids).max(initial=0))
+        if largest >= self.vocabulary_size:
             path = self.folder / self.files[number].name
-            raise _broken(path, f"holds the id {int(ids.max())}, beyond the vocabulary of {self.vocabulary_size:,}")
+            raise _broken(path, f"holds the id {largest}, beyond the vocabulary of {self.vocabulary_size:,}")
         return ids
 
 

@@ -14,6 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 
 from ..common.errors import RecipeError
+from .vocabulary_file import read_vocabulary, vocabulary_of
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _NEEDED = ("cls", "sep", "mask")
@@ -84,13 +85,26 @@ def train_wordpiece(documents: Iterable[str], size: int) -> TextTokenizer:
     return from_tokenizer(tokenizer, "the trained vocabulary")
 
 
-def load_tokenizer(name: str) -> TextTokenizer:
-    """Load a tokenizer from a tokenizer.json file, a folder that `transformers` can read, or the hub by name.
+def load_tokenizer(name: str, lowercase: bool | None = None) -> TextTokenizer:
+    """Load a tokenizer.
+
+    Args:
+        name: a `vocab.txt` or a folder with one, a `tokenizer.json`, a folder that `transformers` can read, or a name
+            on the hub, which is looked for in the local cache where there is no network.
+        lowercase: of a `vocab.txt` alone, see `read_vocabulary`; all others say themselves.
 
     Raises:
         RecipeError: it cannot be loaded, or lacks a mask, separator or classification token.
     """
     path = Path(name)
+    file = vocabulary_of(path)
+    if file is not None:
+        return from_tokenizer(read_vocabulary(file, lowercase, SPECIAL_TOKENS), name)
+    if lowercase is not None:
+        raise RecipeError(
+            f"data.lowercase={str(lowercase).lower()} is for a vocab.txt, and the tokenizer {name!r} says itself "
+            "whether it lower-cases; leave it out"
+        )
     try:
         if path.is_file() and path.suffix == ".json":
             return from_tokenizer(Tokenizer.from_file(str(path)), name)
@@ -102,9 +116,10 @@ def load_tokenizer(name: str) -> TextTokenizer:
     except Exception as error:  # tokenizers raises bare Exception, the hub client many classes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
-            f"cannot load tokenizer {name!r}: {reason[0]}; give a tokenizer.json, a folder or a hub name, or leave "
-            "--tokenizer out to train a vocabulary on the text"
+            f"cannot load tokenizer {name!r}: {reason[0]}; give a vocab.txt, a tokenizer.json, a folder or a hub name, "
+            "or leave --tokenizer out to train a vocabulary on the text"
         ) from error
+    _require_dense(name, loaded.backend_tokenizer)
     ids = _require_tokens(name, {kind: getattr(loaded, f"{kind}_token_id") for kind in _NEEDED})
     return TextTokenizer(
         loaded.backend_tokenizer, ids["cls"], ids["sep"], ids["mask"], tuple(sorted(set(loaded.all_special_ids)))
@@ -117,11 +132,21 @@ def from_tokenizer(tokenizer: Tokenizer, name: str) -> TextTokenizer:
     Raises:
         RecipeError: one of [CLS], [SEP], [MASK] is missing.
     """
+    _require_dense(name, tokenizer)
     ids = _require_tokens(name, {kind: tokenizer.token_to_id(f"[{kind.upper()}]") for kind in _NEEDED})
     special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     return TextTokenizer(
         tokenizer, ids["cls"], ids["sep"], ids["mask"], tuple(sorted(i for i in special if i is not None))
     )
+
+
+def _require_dense(name: str, tokenizer: Tokenizer) -> None:
+    """Refuse ids beyond the number of tokens: the model has one row for each."""
+    largest, size = max(tokenizer.get_vocab().values(), default=0), tokenizer.get_vocab_size()
+    if largest >= size:
+        raise RecipeError(
+            f"tokenizer {name!r} numbers its {size:,} tokens up to {largest:,}: ids with gaps are not supported"
+        )
 
 
 def _require_tokens(name: str, ids: dict[str, int | None]) -> dict[str, int]:

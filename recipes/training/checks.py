@@ -22,7 +22,8 @@ from ..configuration.command_line import Invocation
 from ..configuration.config import MODERNBERT_FIELDS, RecipeConfig
 from ..configuration.phases import Phase, phases_of
 from ..configuration.ranges import check_ranges
-from ..data.prepared import check_sources
+from ..data.choices import check_data
+from ..data.given_masks import AS_GIVEN
 from ..model.attention import attention_of
 from ..model.build import outline
 from ..model.optimizer import is_baseline
@@ -129,7 +130,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     check_second_pass(config, settings)
     for plan in plans:
         check_groups(config, plan)
-    check_sources(config.data.sources)
+    check_data(config.data)
     last = _last_update(config, invocation)
     run = CheckedRun(invocation, launcher, plans, settings, first=0, last=last, saved_identity=None)
     require_memory(run, None)
@@ -334,6 +335,7 @@ def _identity_of(config: RecipeConfig) -> dict[str, Any]:
         "optimizer": values["optimizer"],
         "sequence_length": config.data.sequence_length,
         "mask_probability": config.data.mask_probability,
+        "masks": AS_GIVEN if config.data.masks == AS_GIVEN else None,
         "discard_smallest": config.data.discard_smallest or None,  # earlier releases' checkpoints do not have it
         "global_batch": training.global_batch,
         "batch_from_noise": _growth(config),

@@ -19,7 +19,7 @@ from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
 from ..configuration.phases import phases_of
 from ..data.preparation import prepare
-from ..data.prepared import PreparedData
+from ..data.prepared import PreparedData, read_manifest
 from ..model.masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary, stock_model
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
@@ -96,14 +96,14 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_t
         token_types: the model takes the number of each token's text, see `takes_token_types`.
     """
     tokenizer = Tokenizer.from_file(str(Path(data.folder, "tokenizer.json")))
-    special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    ids = {token: tokenizer.token_to_id(token) for token in special.values()}
+    special = _special_tokens(data, tokenizer)
+    cls, sep = special["cls"], special["sep"]
     tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
-    tokens: dict[str, Any] = {f"{name}_token": token for name, token in special.items() if ids[token] is not None}
+    tokens: dict[str, Any] = {f"{name}_token": token for name, token in special.items()}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_positions,
@@ -111,6 +111,17 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_t
         **tokens,
     )
     fast.save_pretrained(output)
+
+
+def _special_tokens(data: PreparedData, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the special tokens that the data were packed and masked with, and those for padding and unknown words."""
+    manifest = read_manifest(Path(data.folder))
+    special = {name: str(tokenizer.id_to_token(manifest[f"{name}_id"])) for name in ("cls", "sep", "mask")}
+    for name in ("pad", "unk"):
+        for token in (f"<{name}>", f"[{name.upper()}]"):
+            if tokenizer.token_to_id(token) is not None:
+                special[name] = token
+    return special
 
 
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 
 from ..configuration.phases import Phase
 from ..data.feed import BatchFeed, default_workers
+from ..data.given_masks import AS_GIVEN
 from ..data.masking import MaskedBatch
 from ..data.prepared import PreparedData
 from ..data.rows import MaskedRows
@@ -61,7 +62,13 @@ def phases_with_data(run: CheckedRun, data: Sequence[PreparedData], device: torc
     for phase, plan, prepared in zip(run.phases, run.plans, data, strict=True):
         vocabulary = prepared.vocabulary()
         training_rows, validation_rows = (
-            MaskedRows(prepared.rows(part), vocabulary, config.data.mask_probability, config.training.seed)
+            MaskedRows(
+                prepared.rows(part),
+                vocabulary,
+                config.data.mask_probability,
+                config.training.seed,
+                as_given=config.data.masks == AS_GIVEN,
+            )
             for part in ("train", "validation")
         )
         if isinstance(training_rows.rows, TokenRows):

@@ -24,8 +24,8 @@ TOPS = ("recipes", "integrations", "optimizers")
 
 FLOORS = {
     "recipes": (
-        *("", "fine_tuning", "studies", "training", "comparison", "planning", "model", "data", "configuration"),
-        *("runs", "rules", "common"),
+        *("", "fine_tuning", "studies", "training", "comparison", "planning", "model", "data", "sources"),
+        *("configuration", "runs", "rules", "common"),
     ),
     "integrations": ("", "audits", "norms", "pages", "checkpoints", "deepspeed", "fsdp2", "megatron", "guards"),
     "optimizers": (
