@@ -21,7 +21,13 @@ from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.backends import Backend, register_backend
 
 from .guards.first_step import FirstStepCheck
-from .guards.lightning import Callback, guard_trainers, refuse_other_intervals, refuse_other_windows
+from .guards.lightning import (
+    Callback,
+    guard_trainers,
+    refuse_backward_in_forward,
+    refuse_other_intervals,
+    refuse_other_windows,
+)
 from .guards.replaced import ReplacedOptimizerError, innermost
 from .layer_norms import LayerNorms
 from .named_layers import named_layers
@@ -262,6 +268,7 @@ def _refuse_other_settings(optimizer: Any) -> None:
     refuse_other_intervals(optimizer)
     for trainer in guard_trainers():  # that were made after the optimizer
         if any(innermost(one) is optimizer for one in trainer.optimizers):
+            refuse_backward_in_forward(trainer, trainer.lightning_module)
             refuse_other_windows(trainer)
 
 

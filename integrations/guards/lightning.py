@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from trustratio.optimizers import LayerwiseOptimizer
@@ -19,7 +20,14 @@ from trustratio.optimizers.sharding.living import living
 
 from .replaced import ConflictingSettingsError, innermost
 
-__all__ = ["Callback", "WindowGuard", "guard_trainers", "refuse_other_intervals", "refuse_other_windows"]
+__all__ = [
+    "Callback",
+    "WindowGuard",
+    "guard_trainers",
+    "refuse_backward_in_forward",
+    "refuse_other_intervals",
+    "refuse_other_windows",
+]
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 """One package under two names, of whose classes none is the other's."""
@@ -104,6 +112,21 @@ def refuse_other_windows(trainer: Any) -> None:
     _refuse_rest(trainer.num_training_batches, accumulation)
 
 
+def refuse_backward_in_forward(trainer: Any, module: Any) -> None:
+    """Raise if FSDP1 would see backward passes within its own forward, after which it reads stale weights.
+
+    Raises:
+        ConflictingSettingsError: If so: FSDPStrategy has made the whole module one of FSDP1, and steps are by hand.
+    """
+    if isinstance(trainer.strategy.model, FullyShardedDataParallel) and not module.automatic_optimization:
+        raise ConflictingSettingsError(
+            "with manual optimization, training_step() calls backward() within the forward of the "
+            "FullyShardedDataParallel around the whole module, and later steps are made of stale weights, with any "
+            "optimizer. Wrap parts of the module in configure_model(), which FSDPStrategy leaves as they are, or use "
+            "ModelParallelStrategy"
+        )
+
+
 def _refuse_rest(batches: float, accumulation: int) -> None:
     if math.isfinite(batches) and batches % accumulation:
         raise ConflictingSettingsError(
@@ -120,7 +143,8 @@ def _notice_begun_window(trainer: Any) -> None:
     Raises:
         ConflictingSettingsError: Under DeepSpeed.
     """
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    # A checkpoint may be written within the last batch, before Lightning calls it completed.
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     lost = 0 if done >= trainer.num_training_batches else done % trainer.accumulate_grad_batches
     if not lost:
         return
@@ -155,6 +179,7 @@ class WindowGuard(Callback):
         """Look at the settings."""
         self._backwards = 0
         if _steps_ours(trainer):
+            refuse_backward_in_forward(trainer, pl_module)
             refuse_other_windows(trainer)
             _notice_begun_window(trainer)
 
