@@ -1,48 +1,160 @@
-"""Lightning: layer norms of any optimizer; and a schedule that counts updates is stepped once per update, or refused.
+"""Lightning: trust ratios and layer norms in its logs, and errors where it would not train as the program reads.
 
-`configure_optimizers` that returns a scheduler alone means ``"interval": "epoch"``: the rate of the first update of a
-warm-up would stay for a whole epoch. Read from Lightning 2.6, of both names, `lightning` and `pytorch_lightning`.
+    Trainer(callbacks=[TrustRatioCallback(), LayerNormsCallback(file="layer_norms.jsonl")], ...)
+
+`configure_optimizers` returns an optimizer like any other, under every strategy. A scheduler that it returns alone
+means ``"interval": "epoch"``: the rate of the first update of a warm-up would stay for a whole epoch, so a schedule
+that counts updates is stepped once per update, or refused. Read from Lightning 2.5 and 2.6, of both names, `lightning`
+and `pytorch_lightning`.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
+from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.backends import Backend, register_backend
-from trustratio.optimizers.sharding.living import living
 
 from .guards.first_step import FirstStepCheck
-from .guards.replaced import ConflictingSettingsError, innermost
+from .guards.lightning import (
+    Callback,
+    guard_trainers,
+    refuse_backward_in_forward,
+    refuse_other_intervals,
+    refuse_other_windows,
+)
+from .guards.replaced import ReplacedOptimizerError, innermost
 from .layer_norms import LayerNorms
+from .named_layers import named_layers
+from .norms.ratios import RatioScalars
 from .norms.scalars import SHOWN, Scalars
 from .norms.targets import Writer, begin_file, check_every, check_file
 
-__all__ = ["LayerNormsCallback", "LightningBackend"]
-
-NAMES = ("lightning.pytorch", "pytorch_lightning")
-"""One package under two names, of whose classes none is the other's."""
+__all__ = ["DivideLossOnce", "LayerNormsCallback", "LightningBackend", "TrustRatioCallback"]
 
 
-def _callback_class() -> Any:
-    """The base of callbacks: of the package that is imported, or else installed; `object` without one."""
-    for name in sorted(NAMES, key=lambda name: name not in sys.modules):
-        try:
-            return importlib.import_module(name).Callback
-        except (ImportError, AttributeError):
-            continue
-    return object
+class _OptimizerCallback(Callback):
+    """Of one of the module's optimizers, in every n-th of its steps."""
+
+    def __init__(self, every: int | None, optimizer: int | None):
+        name = type(self).__name__
+        if Callback is object:
+            raise ImportError(f"{name} needs Lightning: pip install lightning")
+        if every is not None:
+            check_every(every)
+        if isinstance(optimizer, bool) or not (optimizer is None or isinstance(optimizer, int)):
+            raise TypeError(f"{name} takes an optimizer's number, from 0, and was given {optimizer!r}")
+        self.every = every
+        self.optimizer = optimizer
+
+    def _chosen(self, optimizers: list[Any]) -> Any:
+        if self.optimizer is None and len(optimizers) == 1:
+            return optimizers[0]
+        if self.optimizer is None or not 0 <= self.optimizer < len(optimizers):
+            raise ValueError(
+                f"{type(self).__name__} measures one of the module's {len(optimizers)} optimizers, and was given "
+                f"optimizer={self.optimizer}: give its number, from 0; another callback can measure another"
+            )
+        return optimizers[self.optimizer]
+
+    def _is_wanted(self, trainer: Any, step: int) -> bool:
+        return step % (self.every or max(1, trainer.log_every_n_steps)) == 0
 
 
-Callback: Any = _callback_class()
+def _steps_taken(trainer: Any) -> int:
+    return int(trainer.global_step) // max(1, len(trainer.optimizers))  # the Trainer counts those of all optimizers
 
 
-class LayerNormsCallback(Callback):
+class TrustRatioCallback(_OptimizerCallback):
+    """Logs trust ratios and gradient noise to the Trainer's loggers, in every n-th step; others cost nothing.
+
+    Keys as of the Hugging Face Trainer's callback: `trust_ratio/min`, `/median` and `/max` over the layers that the
+    ratio scales, `trust_ratio/LAYER` if asked for; with `noise` also `gradient_noise/scale` (tr(S)/|G|^2 in samples,
+    averaged over logged steps), `gradient_noise/signal` (|G|^2) and `gradient_noise/noise` (tr(S)) of the step, and
+    `gradient_noise/adascale_gain`. The numbers are of whole layers under every strategy. Only the first rank waits for
+    the device. Layers that the optimizer was given without names get the module's.
+
+    Args:
+        every: Log every how many steps of the optimizer; by default the Trainer's `log_every_n_steps`.
+        per_layer: Log each layer's ratio too.
+        noise: How many samples a batch of one rank has, to keep the norms of the micro-batches' gradients and log what
+            follows from them. Costs some numbers per layer in each backward pass. A step of a single micro-batch, in
+            one process, has none.
+        optimizer: Which of the optimizers, counted from 0, if there are several.
+
+    Raises:
+        ImportError: If Lightning is not installed.
+        TypeError: If `optimizer` is no number.
+        ValueError: If `every` or `noise` is no positive integer; when training begins, if there is no such optimizer,
+            or several and none was chosen, or if `noise` is asked for and a step has a single micro-batch.
+        ReplacedOptimizerError: When training begins, if the optimizer is none of ours, e.g. that of a section
+            "optimizer" in the config of DeepSpeedStrategy, under which Lightning calls no `configure_optimizers`.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int | None = None,
+        per_layer: bool = False,
+        noise: int | None = None,
+        optimizer: int | None = None,
+    ):
+        super().__init__(every, optimizer)
+        if noise is not None and (isinstance(noise, bool) or not isinstance(noise, int) or noise < 1):
+            raise ValueError(f"noise must be the samples of one rank's batch, an integer of at least 1, got {noise!r}")
+        self.noise = noise
+        self._scalars = RatioScalars(per_layer, noise is not None)
+        self._watched: LayerwiseOptimizer | None = None
+        self._logged = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the optimizer, name its layers, and start to collect norms."""
+        self._watched = watched = _layerwise(self._chosen(trainer.optimizers))
+        watched.name_parameters((layer.name, layer.parameter) for layer in named_layers(pl_module))
+        self._logged = _steps_taken(trainer)
+        if self.noise is not None:
+            _check_groups(trainer, pl_module)
+            watched.collect_group_norms()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Log if the batch has ended such a step."""
+        step = _steps_taken(trainer)
+        if step == self._logged or not self._is_wanted(trainer, step) or not trainer.is_global_zero:
+            return
+        self._logged = step
+        assert self._watched is not None
+        scalars = self._scalars.of(self._watched, self.noise or 1)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+
+def _layerwise(optimizer: Any) -> LayerwiseOptimizer:
+    inner = innermost(optimizer)
+    if not isinstance(inner, LayerwiseOptimizer):
+        raise ReplacedOptimizerError(
+            f"TrustRatioCallback logs an optimizer of trustratio, and {type(inner).__name__} steps: return one from "
+            'configure_optimizers, and leave the section "optimizer" out of the config of DeepSpeedStrategy. '
+            "LayerNormsCallback is for any optimizer"
+        )
+    return inner
+
+
+def _check_groups(trainer: Any, pl_module: Any) -> None:
+    groups = trainer.accumulate_grad_batches * trainer.world_size
+    if pl_module.automatic_optimization and groups < 2:
+        raise ValueError(
+            "TrustRatioCallback(noise=...) compares the gradients of 2 or more micro-batches per step, and there is 1 "
+            f"(accumulate_grad_batches={trainer.accumulate_grad_batches} x {trainer.world_size} rank): halve the batch "
+            "and double accumulate_grad_batches, or leave out noise"
+        )
+
+
+class LayerNormsCallback(_OptimizerCallback):
     """Logs exact norms of weights, gradients and updates to the Trainer's loggers, and writes them to a file.
 
     For every strategy and optimizer: see `LayerNorms`. Keys: `layer_norms/model/NUMBER` of the whole model, and of
@@ -73,14 +185,9 @@ class LayerNormsCallback(Callback):
         numbers: Iterable[str] = SHOWN,
         optimizer: int | None = None,
     ):
-        if Callback is object:
-            raise ImportError("LayerNormsCallback needs Lightning: pip install lightning")
-        if every is not None:
-            check_every(every)
+        super().__init__(every, optimizer)
         check_file(file)
-        self.every = every
         self.file = file
-        self.optimizer = optimizer
         self._scalars = Scalars(layers, numbers)
         self._norms: LayerNorms | None = None
         self._write: Writer | None = None
@@ -90,14 +197,14 @@ class LayerNormsCallback(Callback):
         """Find the optimizer, and open the file."""
         self.on_train_end(trainer, pl_module)  # of a training that was broken off
 
-        def step() -> int:  # the Trainer counts the steps of all optimizers
-            return int(trainer.global_step) // len(trainer.optimizers) + 1
+        def step() -> int:  # that is under way
+            return _steps_taken(trainer) + 1
 
         def was_measured(norms: LayerNorms) -> None:
             self._measured = step()
 
         def is_wanted(_: int) -> bool:
-            return step() % (self.every or max(1, trainer.log_every_n_steps)) == 0
+            return self._is_wanted(trainer, step())
 
         self._norms = LayerNorms(self._chosen(trainer.optimizers), pl_module, every=is_wanted)
         self._norms.on_measure(was_measured)
@@ -126,47 +233,43 @@ class LayerNormsCallback(Callback):
         """Measure no more."""
         self.on_train_end(trainer, pl_module)
 
-    def _chosen(self, optimizers: list[Any]) -> Any:
-        if self.optimizer is None and len(optimizers) == 1:
-            return optimizers[0]
-        if self.optimizer is None or not 0 <= self.optimizer < len(optimizers):
-            raise ValueError(
-                f"LayerNormsCallback measures one of the module's {len(optimizers)} optimizers, and was given "
-                f"optimizer={self.optimizer}: give its number, from 0; another callback can measure another"
-            )
-        return optimizers[self.optimizer]
+
+class DivideLossOnce(Callback):
+    """Has DeepSpeed not divide the loss by `accumulate_grad_batches`, which Lightning has done before.
+
+    Under `DeepSpeedStrategy` both divide it, and gradients are too small by that factor: to weight decay inside the
+    trust ratio, to SGD's and to clipping that matters. It calls ``engine.backward(..., scale_wrt_gas=False)``. Under
+    other strategies, and without accumulation, it does nothing.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Bind the argument, to the engine of this training."""
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if engine is not None:
+            engine.backward = partial(engine.backward, scale_wrt_gas=False)
 
 
 class LightningBackend(Backend):
-    """Looks at the schedulers that Lightning will step."""
+    """Looks at the schedulers that Lightning will step, and at what becomes of gradients that are added up."""
 
     def __init__(self) -> None:
-        self._refuse_other_intervals = FirstStepCheck(_refuse_other_intervals)
+        self._refuse_other_settings = FirstStepCheck(_refuse_other_settings)
+
+    def admit(self, optimizer_class: type[Optimizer]) -> None:
+        """Have all Trainers looked at when their training begins."""
+        guard_trainers()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Raise ConflictingSettingsError if Lightning would step a schedule of ours less than once per update."""
-        self._refuse_other_intervals(optimizer)
+        """Raise ConflictingSettingsError if Lightning would not train as the program reads."""
+        self._refuse_other_settings(optimizer)
 
 
-def _refuse_other_intervals(optimizer: Optimizer) -> None:
-    for config in _stepped_by_lightning():
-        scheduler = config.scheduler
-        counts = getattr(scheduler, "counts_updates", False) and innermost(scheduler) is optimizer
-        if counts and (config.interval, config.frequency) != ("step", 1):
-            raise ConflictingSettingsError(
-                f"{type(scheduler).__name__} counts updates, but Lightning would step it every "
-                f"{config.frequency} {config.interval}: return from configure_optimizers "
-                '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}'
-            )
-
-
-def _stepped_by_lightning() -> Iterator[Any]:
-    modules = (sys.modules.get(name) for name in NAMES)
-    kinds = [module.Trainer for module in modules if module is not None and hasattr(module, "Trainer")]
-    for trainer in living(*kinds) if kinds else ():
-        module = trainer.lightning_module
-        if module is not None and module.automatic_optimization:
-            yield from trainer.lr_scheduler_configs
+def _refuse_other_settings(optimizer: Any) -> None:
+    refuse_other_intervals(optimizer)
+    for trainer in guard_trainers():  # that were made after the optimizer
+        if any(innermost(one) is optimizer for one in trainer.optimizers):
+            refuse_backward_in_forward(trainer, trainer.lightning_module)
+            refuse_other_windows(trainer)
 
 
 register_backend(LightningBackend())

@@ -25,7 +25,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy
 
 from trustratio.optimizers import CowClip, LayerwiseOptimizer, create_optimizer
-from trustratio.optimizers.noise_scale import RunningNoise, adascale, gradient_noise, sum_of_layers
 from trustratio.optimizers.sharding.backends import Backend, given_to, register_backend
 from trustratio.optimizers.sharding.living import living
 
@@ -41,6 +40,7 @@ from .guards.trainer import (
 )
 from .layer_norms import LayerNorms
 from .named_layers import named_layers
+from .norms.ratios import RatioScalars
 from .norms.scalars import SHOWN, Scalars
 from .norms.targets import Writer, begin_file, check_every, check_file
 
@@ -190,9 +190,8 @@ class TrustRatioCallback(TrainerCallback):
                 "trainer.add_callback(TrustRatioCallback(trainer)) afterwards"
             )
         self.trainer = trainer
-        self.per_layer = per_layer
         self.noise = noise
-        self._running = RunningNoise()
+        self._scalars = RatioScalars(per_layer, noise)
         self._optimizer: LayerwiseOptimizer | None = None
         self._logged = 0
 
@@ -212,7 +211,8 @@ class TrustRatioCallback(TrainerCallback):
         """Log if the Trainer is about to."""
         if control.should_log and state.global_step > self._logged:
             self._logged = state.global_step
-            self.trainer.log({**self._trust_ratios(), **(self._gradient_noise() if self.noise else {})})
+            assert self._optimizer is not None
+            self.trainer.log(self._scalars.of(self._optimizer, self.trainer.args.per_device_train_batch_size))
             control.should_log = True  # which log() has reset, and the Trainer has yet to log its loss
 
     def on_epoch_end(
@@ -220,35 +220,6 @@ class TrustRatioCallback(TrainerCallback):
     ) -> None:
         """Log the epoch's last step under ``logging_strategy="epoch"``."""
         self.on_step_end(args, state, control, **kwargs)
-
-    def _trust_ratios(self) -> dict[str, float]:
-        assert self._optimizer is not None
-        names, vector = self._optimizer.trust_ratio_vector()
-        ratios = dict(zip(names, vector.tolist(), strict=True))
-        scaling = self._optimizer.adapted_layers()
-        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in scaling], device="cpu")
-        logged = {}
-        if len(adapted):
-            summary = zip(("min", "median", "max"), (adapted.min(), adapted.median(), adapted.max()), strict=True)
-            logged = {f"trust_ratio/{name}": value.item() for name, value in summary}
-        if self.per_layer:
-            logged |= {f"trust_ratio/{name}": ratio for name, ratio in ratios.items()}
-        return logged
-
-    def _gradient_noise(self) -> dict[str, float]:
-        assert self._optimizer is not None
-        assert self._optimizer.statistics is not None
-        norms = self._optimizer.statistics.norms()
-        if min((of_layer.groups for of_layer in norms.values()), default=0) < 2:
-            return {}
-        noise = gradient_noise(self._optimizer, group_size=self.trainer.args.per_device_train_batch_size)
-        gain = adascale(sum_of_layers(norms.values())).gain
-        return {
-            "gradient_noise/scale": self._running.update(noise.model).scale,
-            "gradient_noise/signal": noise.model.signal,
-            "gradient_noise/noise": noise.model.noise,
-            "gradient_noise/adascale_gain": gain,
-        }
 
 
 def _check_groups(args: TrainingArguments) -> None:

@@ -20,6 +20,8 @@ class Trainer:
     """Has what Lightning's Trainer has of schedulers."""
 
     def __init__(self, automatic: bool, config: SimpleNamespace):
+        self.callbacks, self.optimizers, self.strategy = [], [config.scheduler.optimizer], None
+        self.accumulate_grad_batches = 1
         self.lightning_module = SimpleNamespace(automatic_optimization=automatic)
         self.lr_scheduler_configs = [config]
 
