@@ -118,9 +118,24 @@ def start() -> None:
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_machine()))
     else:
+        if get_accelerator().device_name() != "cpu":  # which ranks share
+            require_own_device(local_rank(), get_accelerator().device_count())
         get_accelerator().set_device(local_rank())
     with _telling_if_it_waits():
         deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+
+
+def require_own_device(local_rank: int, devices: int) -> None:
+    """Check that this rank sees the device that is its own.
+
+    Raises:
+        LauncherError: there are fewer, or another program hid them.
+    """
+    if local_rank >= devices:
+        raise LauncherError(
+            f"LOCAL_RANK={local_rank}, but this rank sees {devices} {'GPU' if devices == 1 else 'GPUs'}: start no more "
+            "ranks on a machine than it has GPUs; under srun give --gpus-per-node and --gpu-bind=none, not --gpus-per-task"
+        )
 
 
 @contextlib.contextmanager
