@@ -1,18 +1,17 @@
 """SLURM's variables in place of a launcher's: `srun` starts one task per GPU, which is a rank each.
 
-A process is a rank of its step only. Inside `sbatch` and `salloc`, SLURM_NTASKS counts the tasks of the allocation, which
-nobody has started; so it is not read. Names and meanings are those of srun's manual (schedmd.com).
+A process is a rank of its step only. Inside `sbatch` and `salloc`, SLURM_NTASKS counts the tasks of the allocation,
+which nobody has started: it is not read. Names and meanings are those of srun's manual (slurm.schedmd.com).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from .errors import RecipeError
 
 _LAUNCHED = ("RANK", "ACCELERATE_MIXED_PRECISION")  # the second is always set by `accelerate launch`
-_IN_A_SHELL = "SLURM_PTY_PORT"  # of `srun --pty bash`, whose other tasks, if any, have no terminal
 _PORTS = range(10_000, 30_000)  # below those that Linux gives to outgoing connections
 
 Environment = MutableMapping[str, str]
@@ -25,12 +24,12 @@ def adopt_slurm(environment: Environment) -> None:
     that are given stay.
 
     Args:
-        environment: of this process, which gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+        environment: of this process; gets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
     Raises:
         RecipeError: a variable is missing, or contradicts another.
     """
-    if _IN_A_SHELL in environment or any(name in environment for name in _LAUNCHED):
+    if is_in_a_shell(environment) or any(name in environment for name in _LAUNCHED):
         return
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environment else 1
     if tasks == 1:
@@ -39,8 +38,8 @@ def adopt_slurm(environment: Environment) -> None:
     here = tasks_per_node(_text(environment, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"))
     if sum(here) != tasks or node >= len(here) or local >= here[node]:
         raise RecipeError(
-            f"srun's variables contradict each other: task {local} of node {node}, {tasks} tasks, by node {here}; start "
-            "with deepspeed, torchrun or accelerate"
+            f"srun's variables contradict each other: task {local} of node {node}, {tasks} tasks, by node {here}; "
+            "start with deepspeed, torchrun or accelerate"
         )
     if environment.get("WORLD_SIZE", str(tasks)) != str(tasks):
         raise RecipeError(
@@ -51,6 +50,11 @@ def adopt_slurm(environment: Environment) -> None:
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = _first_node(environment) if len(here) > 1 else "127.0.0.1"
     environment.setdefault("MASTER_PORT", str(_port(environment)))
+
+
+def is_in_a_shell(environment: Mapping[str, str]) -> bool:
+    """Tell whether somebody types commands in a step of srun's: its number of tasks says nothing about a command."""
+    return "SLURM_PTY_PORT" in environment  # of `srun --pty bash`, whose other tasks, if any, have no terminal
 
 
 def first_host(hosts: str) -> str:
@@ -98,12 +102,15 @@ def _text(environment: Environment, *names: str) -> str:
         if environment.get(name):
             return environment[name]
     raise RecipeError(
-        f"srun started several tasks, but the environment has no {names[0]}; start with deepspeed, torchrun or accelerate"
+        f"srun started several tasks, but the environment has no {names[0]}; start with deepspeed, torchrun or "
+        "accelerate"
     )
 
 
 def _number(environment: Environment, name: str) -> int:
     text = _text(environment, name)
     if not text.isdecimal():
-        raise RecipeError(f"the environment has {name}={text!r}: srun sets a whole number from 0; unset it for one process")
+        raise RecipeError(
+            f"the environment has {name}={text!r}: srun sets a whole number from 0; unset it for one process"
+        )
     return int(text)

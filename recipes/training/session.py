@@ -94,9 +94,9 @@ def run_command(
 
     Returns:
         The process's exit status. 0: finished, now or before, or stopped by Ctrl-C or SIGTERM with a checkpoint
-        written. 138: stopped by SIGUSR1, with a checkpoint. 2: bad input, with one message on the first rank. 3: training could not go on (the loss became NaN, a
+        written. 2: bad input, with one message on the first rank. 3: training could not go on (the loss became NaN, a
         checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
-        before training began.
+        before training began. 138: stopped by SIGUSR1, with a checkpoint.
     """
     reporter = Reporter()
     try:

@@ -134,4 +134,3 @@ def _below(pid: int) -> list[int]:
     import psutil
 
     return [process.pid for process in psutil.Process(pid).children(recursive=True)]
-

@@ -40,7 +40,8 @@ class Job:
     def wait_for(self, happened) -> None:
         deadline = time.monotonic() + 200
         while not happened():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
     def signal(self) -> None:
@@ -80,10 +81,19 @@ def expected(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_file", ["slurm_srun", "slurm_torchrun", "slurm_deepspeed", "slurm_accelerate"])
-def test_a_job_that_is_stopped_before_its_time_limit_is_queued_again_and_goes_on(data, expected, batch_file, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_file", "variables"),
+    [
+        ("slurm_srun", {}),
+        ("slurm_srun", {"RECIPE": "recipes/bert_accelerate.py"}),
+        ("slurm_srun", {"RECIPE": "recipes/bert_trainer.py", EVERYTHING: "1"}),
+        ("slurm_torchrun", {EVERYTHING: "1"}),
+        ("slurm_deepspeed", {}),
+        ("slurm_accelerate", {}),
+    ],
+)
+def test_a_job_that_is_stopped_before_its_time_limit_is_queued_again(data, expected, batch_file, variables, tmp_path):
     run = tmp_path / "run"
-    variables = {EVERYTHING: "1"} if batch_file == "slurm_torchrun" else {}
     with submitted(tmp_path / "job", batch_file, "--data", str(data), *LINE, "--output", str(run), **variables) as job:
         job.wait_for(lambda: len(train_records(run)) >= 3)
         job.signal()
@@ -92,3 +102,16 @@ def test_a_job_that_is_stopped_before_its_time_limit_is_queued_again_and_goes_on
     assert printed.count("stopped on request after step") == 1, printed
     assert printed.count("going on from") == 1, printed
     assert losses(run) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_before_training_is_queued_again_and_bad_input_is_not(data, tmp_path):
+    run = tmp_path / "run"
+    line = ("--data", str(data), *LINE, "--steps", "2", "--output", str(run))
+    with submitted(tmp_path / "early", "slurm_torchrun", *line) as job:
+        job.wait_for(lambda: "importing torch" in job.log.read_text())
+        job.signal()
+        assert job.statuses() == [138, 0], job.log.read_text()
+    assert len(losses(run)) == 2
+    with submitted(tmp_path / "bad", "slurm_torchrun", *line, "--stepz", "3") as job:
+        assert job.statuses() == [2], job.log.read_text()
