@@ -16,6 +16,12 @@ FAILED = 3
 INTERRUPTED = 130
 """Exit status: Ctrl-C or SIGTERM, as a shell has it."""
 
+STOPPED = 138
+"""Exit status: asked by SIGUSR1 to stop, with a checkpoint or before training: the same command goes on.
+
+It is what a shell, srun and a kubelet make of a process that SIGUSR1 ends, and above 127, which Kubeflow starts again.
+"""
+
 
 class RecipeError(ValueError):
     """Bad input found before training started. The message is for the person who typed it; no traceback is shown."""

@@ -179,8 +179,9 @@ def _parser() -> CommandParser:
         description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO. "
         "Besides the options, any number of overrides section.field=value, e.g. model.layers=4.",
         epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\nScaled-down twins of the published ones: append "
-        f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 2 for "
-        "bad input; 3 when training could not go on (NaN, full disk).",
+        f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 138 "
+        "when stopped by SIGUSR1, to be started again; 2 for bad input; 3 when training could not go on (NaN, full "
+        "disk).",
         examples=(
             "deepspeed --num_gpus 2 recipes/bert.py",
             "deepspeed --num_gpus 8 recipes/bert.py --preset lamb-64k-32k --data 'text/*.jsonl.zst' --output runs/lamb",

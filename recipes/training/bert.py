@@ -34,8 +34,11 @@ def main(arguments: Sequence[str] | None = None, launcher: Launcher | None = Non
     return run_command(arguments, lambda invocation: check_run(invocation, launcher), pretrain)
 
 
-def pretrain(run: CheckedRun, reporter: Reporter) -> None:
+def pretrain(run: CheckedRun, reporter: Reporter) -> int:
     """Prepare the data, train from run.first to run.last and draw the report (all ranks).
+
+    Returns:
+        The exit status, see `announce_end`.
 
     Raises:
         RecipeError: bad data, a checkpoint of other data, an output folder in use, refused optimizer options.
@@ -49,7 +52,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
     with StopRequests(reporter.active) as stop:
         with reported(folder, checkpoints, reporter), reporter.stages("steps"):
             batches = train(run, data, engine, folder, checkpoints, reporter, stop)
-        announce_end(run, batches, folder, reporter)
+        return announce_end(run, batches, folder, stop, reporter)
 
 
 def build_engine(run: CheckedRun, data: PreparedData) -> TrainingEngine:

