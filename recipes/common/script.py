@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from .errors import BAD_INPUT
+
 
 def run(module: str, opening: str | None = None) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
@@ -28,16 +30,31 @@ def run(module: str, opening: str | None = None) -> NoReturn:
         del sys.path[0]
     _open_what_is_closed()
     sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
-    import importlib
-
-    from .launcher_watch import watch_launcher
-
-    watch_launcher()  # before the imports, which take seconds
+    watch: Any = _imported(f"{__package__}.launcher_watch")
+    watch.watch_launcher()  # before the imports, which take seconds
     for name in filter(None, (opening, module)):
-        status = importlib.import_module(name).main()
+        status = _imported(name).main()
         if status is not None:
             break
     raise SystemExit(status)
+
+
+def _imported(name: str) -> Any:
+    """Import a module of this package; end with a sentence if packages that it needs are not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "trustratio").partition(".")[0]
+        if missing == "trustratio":
+            raise
+        print(
+            f"error: the package {missing} is not installed, which this command needs: pip install "
+            "'trustratio[recipes]' has all that recipes need",
+            file=sys.stderr,
+        )
+        raise SystemExit(BAD_INPUT) from None
 
 
 def _open_what_is_closed() -> None:
