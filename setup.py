@@ -67,18 +67,19 @@ class TaggedWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-setup(
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TaggedWheel},
-    setup_requires=["ziglang>=0.13"] if target else [],
-    ext_modules=[
-        # Plain C, loaded with ctypes; without it steps are computed by tensor operations.
-        Extension(
-            "trustratio.optimizers.kernels._cpu_kernels",
-            sources=["optimizers/kernels/cpu_kernels.c"],
-            depends=["optimizers/kernels/cpu_sweeps.h", "optimizers/kernels/cpu_rounding.h"],
-            extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
-            extra_link_args=["-pthread"],
-            optional=not target,
-        )
-    ],
-)
+if __name__ == "__main__":
+    setup(
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TaggedWheel},
+        setup_requires=["ziglang>=0.13"] if target else [],
+        ext_modules=[
+            # Plain C, loaded with ctypes; without it steps are computed by tensor operations.
+            Extension(
+                "trustratio.optimizers.kernels._cpu_kernels",
+                sources=["optimizers/kernels/cpu_kernels.c"],
+                depends=["optimizers/kernels/cpu_sweeps.h", "optimizers/kernels/cpu_rounding.h"],
+                extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
+                extra_link_args=["-pthread"],
+                optional=not target,
+            )
+        ],
+    )

@@ -24,19 +24,17 @@ def from_console() -> bool:
 
 def as_module() -> bool:
     """Return whether this process is `python -m trustratio.recipes.NAME`, however it was started."""
-    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or ""
-    return name.startswith(f"{_PACKAGE}.")
+    return _module().startswith(f"{_PACKAGE}.")
 
 
-def called(name: str, word: str | None = None) -> str:
+def called(name: str) -> str:
     """Return the command line without arguments of a command at the front of recipes/, in the form that was used.
 
     Args:
-        name: its file's without suffix, e.g. "fine_tune".
-        word: what the console command calls it; None: the same with hyphens.
+        name: its file's without suffix, e.g. "fine_tune", which the console command spells with hyphens.
     """
     if from_console():
-        return f"{CONSOLE} {word or name.replace('_', '-')}"
+        return f"{CONSOLE} {name.replace('_', '-')}"
     return f"python -m {_PACKAGE}.{name}" if as_module() else f"python recipes/{name}.py"
 
 
@@ -55,7 +53,7 @@ def launched(launcher: str, name: str) -> str:
 
 def pretraining() -> tuple[str, Sequence[str]]:
     """Return the command line of the command that pretrains, and examples of it, in the form that was used."""
-    if from_console():
+    if from_console() or _front() == "train":
         train = called("train")
         return f"{train} [--num_gpus N]", examples(train, "", *_PRETRAINING)
     name = _front() if _front().startswith("bert") else "bert"
@@ -73,8 +71,12 @@ def pretraining() -> tuple[str, Sequence[str]]:
 
 def _front() -> str:
     """Return the name of the command at the front of recipes/ that this process is, if it is one."""
-    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None)
-    return name.rpartition(".")[2] if name else Path(sys.argv[0]).stem
+    return _module().rpartition(".")[2] if as_module() else Path(sys.argv[0]).stem
+
+
+def _module() -> str:
+    """Return the name of the module that this process runs, "" if it is a file."""
+    return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or ""
 
 
 def examples(command: str, *arguments: str) -> Sequence[str]:

@@ -96,7 +96,8 @@ def _lines(word: str, rest: Sequence[str]) -> list[str]:
         return overview()
     if word in ("--version", "-V", "version"):
         return [f"{CONSOLE} {version(CONSOLE)}"]
-    command = COMMANDS.get(word.replace("_", "-"))
+    word = word.replace("_", "-")
+    command = COMMANDS.get(word)
     if command is None:
         raise unknown_name("command", word, COMMANDS)
     if command.answer is not None:
