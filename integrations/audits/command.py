@@ -112,11 +112,17 @@ def _write(path: Path, text: str) -> None:
         raise CannotAudit(f"{path} cannot be written: {error.strerror}") from error
 
 
+def _called() -> str:
+    """How this was called: the console command puts itself and its word into the first argument."""
+    console = sys.argv[0].startswith("trustratio ")
+    return sys.argv[0] if console else "python -m trustratio.integrations.audit"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m trustratio.integrations.audit",
+        prog=_called(),
         description="Does your optimizer, sharded as you shard it, take the step that one process would?",
-        epilog=EPILOG,
+        epilog=EPILOG.replace("python -m trustratio.integrations.audit", _called()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

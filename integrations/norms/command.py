@@ -26,9 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _called() -> str:
+    """How this was called: the console command puts itself and its word into the first argument."""
+    console = sys.argv[0].startswith("trustratio ")
+    return sys.argv[0] if console else "python -m trustratio.integrations.layer_norms"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m trustratio.integrations.layer_norms",
+        prog=_called(),
         description="Look at layer norms that LayerNorms.write_to(file=...) has written.",
         allow_abbrev=False,
     )
@@ -39,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Make one HTML page, which needs nothing else, of a file that LayerNorms.write_to(file=...) has "
         "written; training may be going on. It has curves of the whole model, a map of layers and steps, the layers of "
         "the last step as a table, and names layers that never move or are not finite.",
-        epilog="example: python -m trustratio.integrations.layer_norms report runs/layer_norms.jsonl",
+        epilog=f"example: {_called()} report runs/layer_norms.jsonl",
         allow_abbrev=False,
     )
     report.add_argument("file", type=Path, metavar="FILE", help="the file, one measured step per line")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from ..formulas.stages import Stage, Sums
 from ..formulas.updates import TrustRule
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update, targets_of
 from .cpu_shards import Shards
-from .interface import IMPORTED_IN, SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
+from .interface import (
+    IMPORTED_IN,
+    SETS_OF_GRADIENTS,
+    ElementUpdate,
+    ImplementationError,
+    LocalSums,
+    Operands,
+    Recent,
+)
 
 __all__ = ["KERNELS", "CpuKernels"]
 
@@ -34,6 +43,9 @@ CODES = {
     **{kind: 7 + 4 * code for code, kind in enumerate(kind for kind in Kind if kind.is_adam)},
 }
 MEASURE_AND_KEEP, APPLY, APPLY_KEPT = 1, 2, 3
+
+LEVELS = ("baseline", "avx2", "avx512")  # of instructions, as cpu_kernels.c counts them
+LEVEL_VARIABLE = "TRUSTRATIO_CPU_LEVEL"
 
 MASTERS: dict[str | None, int] = {None: 0, "stochastic": 1, "kahan": 2}
 
@@ -100,10 +112,10 @@ class _Step(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled functions, None where there are none or those of another version of this file."""
-    spec = importlib.util.find_spec(f"{__package__}._cpu_kernels")
-    if spec is None or spec.origin is None:
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name("_cpu_kernels.so")))
+    except OSError:  # there is none, or one for another processor
         return None
-    library = ctypes.CDLL(spec.origin)
     if not all(hasattr(library, f"trustratio_{name}") for name in FUNCTIONS):
         return None
     library.trustratio_block.restype = library.trustratio_size.restype = ctypes.c_int64
@@ -147,8 +159,8 @@ class CpuKernels:
         if _library() is not None:
             return None
         return (
-            "its compiled functions of this version, which are built at installation: install a C compiler, then "
-            "trustratio again"
+            "its compiled functions of this version, which come with a wheel or are built at installation: install a C "
+            "compiler, then trustratio again"
         )
 
     def unable(self, device: torch.device) -> str | None:
@@ -249,7 +261,7 @@ class CpuSweeps:
         self.gradients = _pointers(operands.gradients)
         self.state = {name: _pointers(tensors) for name, tensors in operands.state.items()}
         self.mean_square: array[int] | None = None
-        self.level = _best_level()
+        self.level = _level(os.environ.get(LEVEL_VARIABLE))
 
     def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
         form = compiled_sums(stage)
@@ -429,6 +441,25 @@ def _block() -> int:
 @functools.cache
 def _best_level() -> int:
     return int(_compiled().trustratio_best_level())
+
+
+def _level(asked: str | None) -> int:
+    """The instructions that are used: the best that the processor has, or those that are asked for.
+
+    Raises:
+        ValueError: If they have another name.
+        ImplementationError: If the processor does not have them.
+    """
+    best = _best_level()
+    if not asked:
+        return best
+    if asked not in LEVELS:
+        raise ValueError(f"{LEVEL_VARIABLE} must be one of {', '.join(LEVELS)}, got {asked!r}")
+    if LEVELS.index(asked) > best:
+        raise ImplementationError(
+            f"{LEVEL_VARIABLE}={asked}: this processor or this build has {', '.join(LEVELS[: best + 1])} only"
+        )
+    return LEVELS.index(asked)
 
 
 def _pointers(tensors: Iterable[torch.Tensor | None]) -> array[int]:

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -249,17 +250,20 @@ static int all_zero(const void *tensor, int type, int64_t start, int64_t count)
 #include "cpu_sweeps.h"
 #endif
 
-/* 0: what every processor of the architecture has, 1: AVX2, 2: AVX-512 */
+/* 0: what every processor of the architecture has, 1: AVX2, 2: AVX-512. Asked of the processor and, as to the registers that
+   it saves, of the system: Zig's library answers __builtin_cpu_supports with no. */
 int64_t trustratio_best_level(void)
 {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
+    const unsigned avx = bit_AVX | bit_FMA | bit_OSXSAVE, avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512VL | bit_AVX512BW;
+    unsigned a, b, c, d, saved, above;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & avx) != avx) return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(above) : "c"(0));
+    if ((saved & 0x6) != 0x6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return 0;
+    return (saved & 0xe6) == 0xe6 && (b & avx512) == avx512 ? 2 : 1;
+#else
     return 0;
+#endif
 }
 
 static block_function function_of(int64_t level)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from .errors import BAD_INPUT
+
 
 def run(module: str, opening: str | None = None, *, on_cluster: bool = False) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
@@ -29,23 +31,20 @@ def run(module: str, opening: str | None = None, *, on_cluster: bool = False) ->
         del sys.path[0]
     _open_what_is_closed()
     sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
-    import importlib
-
-    from .launcher_watch import watch_launcher
-    from .restart_requests import told
-
+    watch: Any = _imported(f"{__package__}.launcher_watch")
+    restarts: Any = _imported(f"{__package__}.restart_requests")
     if on_cluster:
         _join_cluster()
-    watch_launcher()  # before the imports, which take seconds
+    watch.watch_launcher()  # before the imports, which take seconds
     for name in filter(None, (opening, module)):
-        status = importlib.import_module(name).main()
+        status = _imported(name).main()
         if status is not None:
             break
-    raise SystemExit(told(status) if on_cluster else status)
+    raise SystemExit(restarts.told(status) if on_cluster else status)
 
 
 def _join_cluster() -> None:
-    from .errors import BAD_INPUT, RecipeError
+    from .errors import RecipeError
     from .restart_requests import RESTARTS, told
     from .slurm import adopt_slurm
 
@@ -55,6 +54,24 @@ def _join_cluster() -> None:
     except RecipeError as error:  # which rank this is, is not known
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(told(BAD_INPUT)) from None
+
+
+def _imported(name: str) -> Any:
+    """Import a module of this package; end with a sentence if packages that it needs are not installed."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "trustratio").partition(".")[0]
+        if missing == "trustratio":
+            raise
+        print(
+            f"error: the package {missing} is not installed, which this command needs: pip install "
+            "'trustratio[recipes]' has all that recipes need",
+            file=sys.stderr,
+        )
+        raise SystemExit(BAD_INPUT) from None
 
 
 def _open_what_is_closed() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..common.called import called, examples
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
 from ..common.files import read_json, require_place_for, require_writable, write_sealed
@@ -92,13 +93,15 @@ def _rates(text: str, rates: str) -> tuple[float, ...]:
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line; return the options and what is passed on to bert.py."""
+    prog = called("compare")
     parser = CommandParser(
-        prog="compare.py",
+        prog=prog,
         description="Compare optimizers on the BERT recipe with several learning rates each. Other options and "
         "overrides are passed on to bert.py.",
-        examples=(
-            "python recipes/compare.py --optimizers lamb,lans,adamw --lrs 3 --output runs/comparison",
-            "python recipes/compare.py --optimizers lamb,adamw --lrs lamb=0.01,0.02,0.04 adamw=0.001,0.002,0.004",
+        examples=examples(
+            prog,
+            "--optimizers lamb,lans,adamw --lrs 3 --output runs/comparison",
+            "--optimizers lamb,adamw --lrs lamb=0.01,0.02,0.04 adamw=0.001,0.002,0.004",
         ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="preset of all runs")

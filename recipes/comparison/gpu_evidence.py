@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ..common.called import called, examples
 from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
 from ..common.files import read_json, write_json
@@ -171,7 +172,7 @@ def sweep_rates(output: Path) -> dict[str, float]:
     """
     path = output / "gpu_sweep.json"
     if not path.exists():
-        raise RecipeError(f"the learning rates come from {path}: run `python recipes/gpu_evidence.py sweep` first")
+        raise RecipeError(f"the learning rates come from {path}: run `{called('gpu_evidence')} sweep` first")
     rates: dict[str, float] = {}
     for result in read_json(path, "results")["results"]:
         for optimizer in {run["optimizer"] for run in result["runs"]}:
@@ -265,11 +266,12 @@ def collect(name: str, output: Path, work: Path, passed_on: Sequence[str]) -> in
 @ends_with_message("gpu_evidence")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    prog = called("gpu_evidence")
     parser = CommandParser(
-        prog="gpu_evidence.py",
+        prog=prog,
         description="BERT at 64K and 128K sequences per update on one GPU. Other options go to compare.py.",
         epilog="\n".join(f"{name}: {evidence.purpose}" for name, evidence in EVIDENCE.items()),
-        examples=("python recipes/gpu_evidence.py sweep", "python recipes/gpu_evidence.py main --dry_run"),
+        examples=examples(prog, "sweep", "main --dry_run"),
     )
     parser.add_argument("name", choices=list(EVIDENCE), help="which comparison")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the JSON files")

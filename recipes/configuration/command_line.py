@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.called import pretraining
 from ..common.command import CommandParser
 from ..common.errors import RecipeError
 from ..runs.checkpoints import find_checkpoint, find_or_begin, run_of
@@ -174,20 +175,16 @@ def _parser() -> CommandParser:
     presets = "\n".join(f"  {name}: {preset.description}" for name, preset in shown.items())
     usual = get_preset(DEFAULT_PRESET)
     sizes = ", ".join(f"-{size} ({scale.runs_on})" for size, scale in TWIN_SIZES.items())
+    prog, shown_examples = pretraining()
     parser = CommandParser(
-        prog="deepspeed [--num_gpus N] recipes/bert.py",
+        prog=prog,
         description="Pretrain BERT (masked language modelling) with a layer-wise optimizer under DeepSpeed ZeRO. "
         "Besides the options, any number of overrides section.field=value, e.g. model.layers=4.",
         epilog=f"presets (default {DEFAULT_PRESET}):\n{presets}\nScaled-down twins of the published ones: append "
         f"{sizes}.\n\nExit status of a rank: 0 when finished, or stopped by a signal with a checkpoint written; 138 "
         "when stopped by SIGUSR1, to be started again; 2 for bad input; 3 when training could not go on (NaN, full "
         "disk).",
-        examples=(
-            "deepspeed --num_gpus 2 recipes/bert.py",
-            "deepspeed --num_gpus 8 recipes/bert.py --preset lamb-64k-32k --data 'text/*.jsonl.zst' --output runs/lamb",
-            "deepspeed --num_gpus 8 recipes/bert.py --preset lamb-64k-32k --output runs/lamb --resume auto",
-            "torchrun --nproc_per_node 2 recipes/bert.py --optimizer lans --lr 0.01 model.layers=4 schedule.warmup=50",
-        ),
+        examples=shown_examples,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"named configuration (default: {DEFAULT_PRESET})")
     parser.add_argument("--list_presets", action="store_true", help="print all presets with their sources, and stop")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.called import called, examples, from_console, launched
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import INTERRUPTED, RecipeError
 from ..common.reporter import Reporter, clock
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - began
     for line in _summary(folder, options.sequence_lengths):
         reporter.line(line)
-    reporter.line(f"{clock(seconds)} in all; train with: deepspeed recipes/bert.py --data {folder}")
+    training = called("train") if from_console() else launched("deepspeed", "bert")
+    reporter.line(f"{clock(seconds)} in all; train with: {training} --data {folder}")
     return 0
 
 
@@ -84,13 +86,15 @@ def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
 
 def _parser() -> CommandParser:
     defaults = DataConfig()
+    prog = called("prepare")
     parser = CommandParser(
-        prog="python -m trustratio.recipes.prepare",
+        prog=prog,
         description="Tokenize text once into shards. Documents are joined in the order of the sources; repeated ones "
         "are dropped, and the held-out ones are chosen by their content. The shards serve every sequence length.",
-        examples=(
-            "python -m trustratio.recipes.prepare --output tokens",
-            "python -m trustratio.recipes.prepare --data 'wiki/*.jsonl' a.parquet --vocabulary 30522 --output tokens",
+        examples=examples(
+            prog,
+            "--output tokens",
+            "--data 'wiki/*.jsonl' a.parquet --vocabulary 30522 --output tokens",
         ),
     )
     parser.add_argument(

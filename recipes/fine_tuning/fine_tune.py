@@ -27,6 +27,7 @@ from transformers import (
 
 from trustratio.integrations.transformers import optimizer_for_trainer
 
+from ..common.called import called, examples
 from ..common.command import MOST_SEED, CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.files import require_place_for, require_writable, write_json
@@ -298,10 +299,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _parser() -> CommandParser:
+    prog = called("fine_tune")
     parser = CommandParser(
-        prog="python recipes/fine_tune.py",
+        prog=prog,
         description=__doc__,
-        examples=("python recipes/fine_tune.py --checkpoint runs/lamb-tiny-1 --data rotten-tomatoes --length 32",),
+        examples=examples(prog, "--checkpoint runs/lamb-tiny-1 --data rotten-tomatoes --length 32"),
     )
     defaults = Options()
     parser.add_argument(

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 
+from ..common.called import called, examples
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.reporter import clock
@@ -216,14 +217,16 @@ _HELP = {
 
 
 def _parser() -> CommandParser:
+    prog = called("plan")
     parser = CommandParser(
-        prog="python recipes/plan.py",
+        prog=prog,
         description="Micro-batch and accumulation that fit, memory by part, traffic, collectives and step time, at one "
         "number of GPUs and growing to many. Any number of overrides section.field=value may follow.",
         epilog="Exit status: 0 if every phase fits and its batch can be divided, 1 if not, 2 for bad input.",
-        examples=(
-            "python recipes/plan.py --preset lamb-64k-32k --gpus 8 --memory 80",
-            "python recipes/plan.py --preset lamb-64k-32k --gpus 64 --peak 989 --zero_stage 2 --json",
+        examples=examples(
+            prog,
+            "--preset lamb-64k-32k --gpus 8 --memory 80",
+            "--preset lamb-64k-32k --gpus 64 --peak 989 --zero_stage 2 --json",
         ),
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"named configuration (default {DEFAULT_PRESET})")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trustratio.integrations.pages.template import filled_page, json_number, levels
 
+from ..common.called import called, examples
 from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
 from ..common.files import write_text
@@ -226,10 +227,11 @@ def _json_list(values: NDArray[np.float64]) -> list[float | None]:
 @ends_with_message("report")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    prog = called("report")
     parser = CommandParser(
-        prog="report.py",
+        prog=prog,
         description="Make the report of a run, finished or not.",
-        examples=("python recipes/report.py runs/lamb-tiny-1", "python recipes/report.py runs/lamb-tiny-1 --stages"),
+        examples=examples(prog, "runs/lamb-tiny-1", "runs/lamb-tiny-1 --stages"),
     )
     parser.add_argument("folder", type=Path, help="the run's folder, e.g. runs/lamb-tiny-1")
     parser.add_argument("--stages", action="store_true", help="print how long each stage took, as a table, and stop")

@@ -25,6 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trustratio.optimizers import CowClip
 from trustratio.optimizers.cowclip import CowClipSettings, clip_threshold, scale_cowclip
 
+from ..common.called import called, examples
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.files import require_place_for, write_text
 from ..rules.large_batch import scale_learning_rate
@@ -238,10 +239,11 @@ def methods() -> list[Method]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
+    prog = called("click_through")
     parser = CommandParser(
-        prog="click_through.py",
+        prog=prog,
         description="CowClip and Adam at growing batches on MovieLens-100k.",
-        examples=("python recipes/click_through.py --batches 512 8192 --seeds 1 --output runs/click_through",),
+        examples=examples(prog, "--batches 512 8192 --seeds 1 --output runs/click_through"),
     )
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="the first is the base of the scaling")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the data")

@@ -27,6 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trustratio.optimizers import LAMB, LANS, LARS, VRLAMB
 
+from ..common.called import called, examples
 from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.files import read_json, require_place_for, write_json, write_text
@@ -302,12 +303,11 @@ def draw(results: Results, rows: Sequence[Row], batches: Sequence[int], path: Pa
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     names = list(candidates())
+    prog = called("tabular")
     parser = CommandParser(
-        prog="tabular.py",
+        prog=prog,
         description="Optimizers at batches of up to 128K samples on KDD Cup 2004.",
-        examples=(
-            "python recipes/tabular.py --optimizers lamb adamw --batches 1024 65536 --seeds 1 --output runs/tabular",
-        ),
+        examples=examples(prog, "--optimizers lamb adamw --batches 1024 65536 --seeds 1 --output runs/tabular"),
     )
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="samples per update")

@@ -1,0 +1,124 @@
+"""The console command `trustratio`: finds the command that a word means, and lets it go on with the rest of the line.
+
+Only the standard library is imported here, so that the list of commands is there at once.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from .called import CONSOLE
+from .errors import BAD_INPUT, RecipeError, unknown_name
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the configurations for `accelerate launch`."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the console command.
+
+    Attributes:
+        line: what it does, for the list.
+        module: what runs as with `python -m`; None: `answer` does it here.
+        given: arguments that go before those of the line.
+        answer: takes the arguments and returns the lines to print.
+    """
+
+    line: str
+    module: str | None = None
+    given: tuple[str, ...] = ()
+    answer: Callable[[Sequence[str]], list[str]] | None = None
+
+
+def configurations(names: Sequence[str]) -> list[str]:
+    """Return the paths of the named configurations for `accelerate launch`; without names, of all, with what they are.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    for name in names:
+        if name.removesuffix(".yaml") not in known:
+            raise unknown_name("configuration", name, known)
+    return [str(known[name.removesuffix(".yaml")]) for name in names] or [
+        f"{name:6}  {path}" for name, path in known.items()
+    ]
+
+
+COMMANDS = {
+    "train": Command("pretrain BERT on this machine: on its GPUs, or in two CPU processes", "trustratio.recipes.train"),
+    "plan": Command("what a preset needs on given GPUs: batch, memory, traffic, time", "trustratio.recipes.plan"),
+    "prepare": Command("write text as token shards that training reads", "trustratio.recipes.prepare"),
+    "compare": Command("compare optimizers: same data, several learning rates each", "trustratio.recipes.compare"),
+    "report": Command("make the report of a run, finished or not", "trustratio.recipes.report"),
+    "fine-tune": Command("fine-tune a checkpoint on labelled text", "trustratio.recipes.fine_tune"),
+    "presets": Command("print all presets with their sources", "trustratio.recipes.bert", ("--list_presets",)),
+    "configs": Command("print where the configurations for accelerate launch are", answer=configurations),
+    "audit": Command("does an optimizer survive your sharding?", "trustratio.integrations.audit"),
+    "layer-norms": Command("make a page of logged layer norms", "trustratio.integrations.layer_norms"),
+    "click-through": Command("CowClip and Adam at up to 128 times the batch", "trustratio.recipes.click_through"),
+    "tabular": Command("optimizers at up to 131,072 rows per update", "trustratio.recipes.tabular"),
+    "gpu-evidence": Command("64K and 128K sequences per update on one GPU", "trustratio.recipes.gpu_evidence"),
+}
+"""The commands by their words, in the order of the list."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Answer the console command, or become the command that its first word means.
+
+    Args:
+        arguments: without the program's name; None: this process's.
+
+    Returns:
+        0 for the list and the version, 2 for an unknown word, which is answered with the nearest.
+
+    Raises:
+        SystemExit: the status of the command that ran.
+    """
+    word, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        lines = _lines(word, rest)
+    except RecipeError as error:
+        print(f"{CONSOLE}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    print("\n".join(lines))
+    return 0
+
+
+def _lines(word: str, rest: Sequence[str]) -> list[str]:
+    if word in ("--help", "-h", "help"):
+        return overview()
+    if word in ("--version", "-V", "version"):
+        return [f"{CONSOLE} {version(CONSOLE)}"]
+    word = word.replace("_", "-")
+    command = COMMANDS.get(word)
+    if command is None:
+        raise unknown_name("command", word, COMMANDS)
+    if command.answer is not None:
+        return overview() if rest and rest[0] in ("--help", "-h") else command.answer(rest)
+    assert command.module is not None
+    sys.argv = [f"{CONSOLE} {word}", *command.given, *rest]
+    runpy.run_module(command.module, run_name="__main__")  # which raises SystemExit
+    return []
+
+
+def overview() -> list[str]:
+    """Return the lines that `trustratio` alone prints."""
+    width = max(map(len, COMMANDS))
+    return [
+        f"usage: {CONSOLE} COMMAND [OPTIONS]",
+        "",
+        *(f"  {word:{width}}  {command.line}" for word, command in COMMANDS.items()),
+        "",
+        f"`{CONSOLE} COMMAND --help` lists a command's options, `{CONSOLE} --version` prints the version.",
+        "Launchers start modules:",
+        "  deepspeed --num_gpus 8 --module trustratio.recipes.bert",
+        "  torchrun --nproc_per_node 8 -m trustratio.recipes.bert",
+        "  accelerate launch --config_file $(trustratio configs zero2) -m trustratio.recipes.bert_accelerate",
+    ]
