@@ -1,7 +1,7 @@
 """Renders formulas as MathML, which browsers draw themselves: no script, no network, one small font.
 
-Few machines have a font that knows how fractions, roots and brackets are put together, so the site brings the characters
-that it uses of STIX Two Math (SIL Open Font License), which comes inside ziamath.
+Few machines have a font that knows how fractions, roots and brackets are put together, so the site brings what it uses
+of STIX Two Math (SIL Open Font License), which comes inside ziamath.
 """
 
 from __future__ import annotations

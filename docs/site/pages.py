@@ -1,20 +1,23 @@
 """Brings the repository's pages into the site under their own paths, so that every link works here as it does there.
 
 MkDocs looks a link up among the files of the site. These are named by their paths in the repository, `README.md`,
-`docs/sharding.md`, `recipes/README.md`, so nothing has to be rewritten; on the site `docs/` falls away. A file of source
-that a page links to becomes a page, too.
+`docs/sharding.md`, `recipes/README.md`, so nothing has to be rewritten; on the site `docs/` falls away. A file of
+source that a page links to becomes a page, too, and so does a notebook, with the outputs that it is stored with.
 """
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("optimizers", "integrations", "recipes", "benchmarks", "tests")
@@ -30,9 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Put the repository's files in the place of those of docs_dir; what the theme brings stays."""
     others = [file for file in files if file.src_dir != config.docs_dir]
     paths = list(documents(ROOT))
-    own = [RepositoryFile(path, config) for path in paths]
+    notebooks = [NotebookFile(path, config) for path in paths if path.endswith(".ipynb")]
+    own = [RepositoryFile(path, config) for path in paths if not path.endswith(".ipynb")]
     sources = [SourceFile(path, config) for path in linked_sources(ROOT, paths)]
-    return Files([*others, *own, *sources])
+    pictures = [picture for notebook in notebooks for picture in notebook.pictures(config)]
+    return Files([*others, *own, *notebooks, *pictures, *sources])
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -71,6 +76,33 @@ class SourceFile(RepositoryFile):
         return f"# `{self.src_uri}`\n\n{fence}{language}\n{text}{fence}\n"
 
 
+class NotebookFile(RepositoryFile):
+    """A notebook that is shown as a page, with its outputs; nothing is executed."""
+
+    def is_documentation_page(self) -> bool:
+        return True
+
+    @functools.cached_property
+    def converted(self) -> tuple[str, dict[str, bytes]]:
+        """The page's Markdown, and the pictures in it by their paths beside the notebook."""
+        notebook = nbformat.read(ROOT / self.src_uri, as_version=4)
+        resources = {"output_files_dir": f"{self.name}_files", "unique_key": self.name}
+        text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
+        return text, resources["outputs"]
+
+    @property
+    def content_string(self) -> str:  # type: ignore[override]
+        return self.converted[0]
+
+    def pictures(self, config: MkDocsConfig) -> Iterator[File]:
+        """The pictures as files of the site."""
+        for name, content in self.converted[1].items():
+            path = posixpath.join(posixpath.dirname(self.src_uri), name)
+            picture = RepositoryFile(path, config)
+            picture.content_bytes = content
+            yield picture
+
+
 def place_on_site(path: str) -> str:
     """Where a file of the repository lies on the site: `docs/` falls away, and a README is its folder's index."""
     stem, suffix = posixpath.splitext(path.removeprefix("docs/"))
@@ -83,9 +115,10 @@ def place_on_site(path: str) -> str:
 def documents(root: Path) -> Iterator[str]:
     """Paths of all pages and of what they show: at the top, in docs/, and the READMEs of folders of code."""
     yield from sorted(page.name for page in root.glob("*.md"))
-    shown = (file for file in (root / "docs").rglob("*") if file.suffix in SHOWN and ".ipynb_checkpoints" not in file.parts)
+    shown = (file for file in (root / "docs").rglob("*") if file.suffix in SHOWN)
     readmes = (page for folder in CODE for page in (root / folder).rglob("README.md"))
-    yield from sorted(file.relative_to(root).as_posix() for file in (*shown, *readmes))
+    found = (file.relative_to(root) for file in (*shown, *readmes))
+    yield from sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def linked_sources(root: Path, paths: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Makes the reference: a page for every module that users name, of its docstrings, and what each command's --help prints.
+"""Makes the reference: a page of docstrings for every module that users name, and what each command's --help prints.
 
 Modules are read, not imported (griffe); a module is one that users name if it stands at the front of its folder and has
 `__all__`, so a new one has its page without anybody's doing.
@@ -220,5 +220,7 @@ def printed_help(command: str) -> str:
         [sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     if run.returncode:
-        raise PluginError(f"python {command} --help failed; the documentation needs the extra [test]: {run.stderr[-500:]}")
+        raise PluginError(
+            f"python {command} --help failed; the documentation needs the extra [test]: {run.stderr[-500:]}"
+        )
     return run.stdout
