@@ -35,6 +35,8 @@ def as_python_markdown_reads(text: str) -> str:
             item, within = ITEM.match(line), bool(columns)
             if item or not before.strip() or NEVER_CONTINUES.match(line):
                 columns = [column for column in columns if column <= indent]
+            if indent >= (columns[-1] if columns else 0) + 4:
+                item = None  # code
             shift = 4 * len(columns) - (columns[-1] if columns else 0)
             if item and before.strip() and after_text(written) and (within or INTERRUPTS_A_PARAGRAPH.match(line)):
                 written.append("")

@@ -25,14 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PLACE = "docs/site/reference.py"
 """What stands in the navigation where the reference comes."""
 
-FURTHER = (
-    "optimizers/options/common.py",
-    "optimizers/sharding/backends.py",
-    "optimizers/sharding/layout.py",
-    "optimizers/sharding/layout_builder.py",
-    "recipes/rules/schedules.py",
-)
-"""Modules further inside that users or those who extend the package name."""
+FURTHER: dict[str, tuple[str, ...]] = {
+    "optimizers/gradient_statistics/norms.py": ("GroupNorms", "StatisticsError"),
+    "optimizers/options/common.py": ("CommonOptions",),
+    "optimizers/sharding/backends.py": (),
+    "optimizers/sharding/layout.py": (),
+    "optimizers/sharding/layout_builder.py": (),
+    "recipes/rules/schedules.py": (),
+}
+"""Modules further inside that users, or those who extend the package, name; and which of their names, if not all."""
 
 LEFT_OUT = {"optimizers/__init__.py"}
 """It has the names of the modules beside it, each of which has a page."""
@@ -113,7 +114,9 @@ def modules() -> tuple[str, ...]:
 
 @functools.cache
 def names_of(module: str) -> tuple[str, ...]:
-    """A module's `__all__`; without one, none."""
+    """What a module has for users: its `__all__`; without one, nothing."""
+    if FURTHER.get(module):
+        return FURTHER[module]
     for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             return tuple(ast.literal_eval(node.value))
