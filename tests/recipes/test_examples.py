@@ -95,7 +95,7 @@ def expected() -> list[dict[str, float]]:
 
 def test_every_wrapper_has_its_example() -> None:
     assert [path.stem for path in OF_WRAPPERS] == [
-        f"with_{n}" for n in ("accelerate", "any_optimizer", "deepspeed", "fsdp2", "torchtitan", "trainer")
+        f"with_{n}" for n in ("accelerate", "any_optimizer", "ddp", "deepspeed", "fsdp2", "torchtitan", "trainer")
     ]
 
 
