@@ -87,10 +87,11 @@ class PreparedData:
         return Vocabulary(self.mask_id, special, ordinary)
 
     def special_tokens(self) -> dict[str, int | None]:
-        """Return the ids of "cls", "sep" and "pad"; None where the tokenizer has no [PAD]."""
+        """Return the ids of "cls", "sep", "mask", "pad", "unk"; None where there is no such token."""
         folder = Path(self.folder)
         manifest, tokenizer = read_manifest(folder), Tokenizer.from_file(str(folder / TOKENIZER))
-        return {"cls": manifest["cls_id"], "sep": manifest["sep_id"], "pad": tokenizer.token_to_id("[PAD]")}
+        packed = {kind: manifest[f"{kind}_id"] for kind in ("cls", "sep", "mask")}
+        return {**packed, **{kind: _named(tokenizer, kind) for kind in ("pad", "unk")}}
 
     def describe(self, global_batch: int) -> list[str]:
         """Return the lines that are printed before training, with a warning if one batch is more than the corpus."""
@@ -195,6 +196,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is damaged, see {', '.join(wrong)}: copy the folder anew, or remove it and run `prepare` again"
         )
     return manifest
+
+
+def _named(tokenizer: Tokenizer, kind: str) -> int | None:
+    """Return the id of the token that is named like this, as BERT or as other models spell it."""
+    spellings = (f"[{kind.upper()}]", f"<{kind}>")
+    return next((token for token in map(tokenizer.token_to_id, spellings) if token is not None), None)
 
 
 def _require_tokenizer(path: Path, manifest: dict[str, Any]) -> None:
