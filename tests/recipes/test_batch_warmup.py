@@ -224,6 +224,30 @@ def test_an_update_that_is_skipped_counts_its_sequences(launch):
     assert batches(folder) == SIZES
 
 
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("modernbert-base-tiny", [4, 8, 12, 16, 20, 12, 12, 12, 12]),
+        pytest.param("lans-modernbert-64k-tiny", [24, 72, 120, 192, 240, 312, 192], marks=pytest.mark.slow),
+        pytest.param("mosaicbert-base-tiny", [24] * 3, marks=pytest.mark.slow),
+        pytest.param("lamb-mosaicbert-64k-tiny", [384] * 3, marks=pytest.mark.slow),
+    ],
+)
+def test_twins_of_berts_successors_train(pools, text_folder, tmp_path, preset, sizes):
+    """Their model, optimizer, schedule, batches and second phase, on short sequences and few of them."""
+    short = ("--sequence_length", "16", "--steps", "3", "data.vocabulary=200", "data.validation_sequences=8")
+    second = ("phase_two.steps=3", "phase_two.sequence_length=32") if "modern" in preset else ()
+    warmed = ("run.batch_warmup=0.8", "phase_two.global_batch=12", "phase_two.micro_batch=3") if second else ()
+    line = recipe(text_folder, tmp_path / "run", *short, *second, *warmed, settings=("--preset", preset))
+    assert pools.get(2).run(train, str(tmp_path / "cache"), {}, "bert.py", line) == ["finished"] * 2
+    assert batches(tmp_path / "run")[: len(sizes)] == sizes
+    config = get_preset(preset)
+    seen = [record["lr"] for record in records(tmp_path / "run")]
+    assert max(seen) == pytest.approx(config.optimizer.lr, rel=1e-3)
+    assert seen[-1] < max(seen[-3:])
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+
+
 # Without training -----------------------------------------------------------------------------------------------------
 
 
