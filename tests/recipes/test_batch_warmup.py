@@ -236,7 +236,7 @@ def test_an_update_that_is_skipped_counts_its_sequences(launch):
 def test_twins_of_berts_successors_train(pools, text_folder, tmp_path, preset, sizes):
     """Their model, optimizer, schedule, batches and second phase, on short sequences and few of them."""
     short = ("--sequence_length", "16", "--steps", "3", "data.vocabulary=200", "data.validation_sequences=8")
-    second = ("phase_two.steps=3", "phase_two.sequence_length=32") if "modern" in preset else ()
+    second = ("phase_two.steps=3", "phase_two.sequence_length=32", "phase_two.cooldown=2") if "modern" in preset else ()
     warmed = ("run.batch_warmup=0.8", "phase_two.global_batch=12", "phase_two.micro_batch=3") if second else ()
     line = recipe(text_folder, tmp_path / "run", *short, *second, *warmed, settings=("--preset", preset))
     assert pools.get(2).run(train, str(tmp_path / "cache"), {}, "bert.py", line) == ["finished"] * 2
