@@ -13,6 +13,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from ..configuration.config import ModelConfig
 from ..configuration.phases import Phase
+from .attention import FLASH
 from .gathered_head import GatheredHead
 from .rotary import RotaryPositions
 
@@ -51,9 +52,9 @@ class GatheredModernBertForMaskedLM(GatheredHead, ModernBertForMaskedLM):
 
         transformers would make a mask for every sequence, and torch a copy of it in every layer, for backward.
         """
-        windowed = self.config._attn_implementation == "sdpa"
-        local = local_mask(input_ids.shape[1], self.config.local_attention // 2, input_ids.device) if windowed else None
-        return {GLOBAL: None, LOCAL: local}
+        if self.config._attn_implementation == FLASH:
+            return {GLOBAL: None, LOCAL: None}
+        return {GLOBAL: None, LOCAL: local_mask(input_ids.shape[1], self.config.local_attention // 2, input_ids.device)}
 
 
 def local_mask(length: int, reach: int, device: torch.device) -> torch.Tensor | None:

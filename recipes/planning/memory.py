@@ -202,7 +202,7 @@ def _activations(size: ModelSize, config: RecipeConfig, length: int, micro: int,
     boundary = tokens * shape.hidden * width
     checkpointing = config.training.activation_checkpointing
     encoder = shape.layers * boundary + layer if checkpointing else shape.layers * layer
-    embeddings = tokens * shape.hidden * width * 2
+    embeddings = boundary * (2 if shape.architecture == "bert" else 3)  # ModernBERT has a norm at its end, too
     masked = math.ceil(tokens * config.data.mask_probability)
     # Logits in the model's precision, in fp32, their log-softmax, and the gradients of the last two.
     head = masked * (4 * shape.hidden * width + size.vocabulary * (width + (2 if width == 2 else 1) * FP32 + FP32))
@@ -217,7 +217,7 @@ def _per_token(shape: ModelConfig, width: int) -> float:
 
     ModernBERT: the layer's input, its norm, q, k, v, turned q and k, the attention's output, the second norm's input
     and output, both halves of the gated layer, the activation and the product, 10 h + 4 f; with dropout one byte per
-    element of its two masks, of h and f, and the f that were dropped from.
+    element of its two masks, of h and of f.
     """
     h, f, dropped = shape.hidden, shape.intermediate, shape.dropout > 0
     if shape.architecture == "bert":

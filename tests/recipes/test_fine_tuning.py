@@ -11,7 +11,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertForMaskedLM
+from transformers import AutoTokenizer
 
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
@@ -22,27 +22,39 @@ from trustratio.recipes.fine_tuning import fine_tune
 from trustratio.recipes.fine_tuning.data import GLUE, Question, load_data
 from trustratio.recipes.fine_tuning.metrics import METRICS, normalized_answer, squad_scores
 from trustratio.recipes.fine_tuning.questions import best_answers, windows
-from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
-from trustratio.recipes.training.export import save_tokenizer
+from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary, stock_model
+from trustratio.recipes.training.export import save_tokenizer, takes_token_types
 
 WORDS = tuple("layer wise large batch optimizer trust ratio norm weight gradient update shard rank".split())  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
 def model(text_folder, tmp_path_factory):
-    """A tiny model with a tokenizer, as an export writes them."""
+    """A tiny BERT with a tokenizer, as an export writes them."""
+    return write_model(
+        text_folder, tmp_path_factory, ModelConfig(layers=1, hidden=32, heads=2, intermediate=64, max_positions=64)
+    )
+
+
+@pytest.fixture(scope="module")
+def modern(text_folder, tmp_path_factory):
+    """A tiny ModernBERT, whose first layer is global and the second one local."""
+    shape = ModelConfig(architecture="modernbert", layers=2, hidden=32, heads=2, intermediate=48, local_attention=16)
+    return write_model(text_folder, tmp_path_factory, shape)
+
+
+def write_model(text_folder, tmp_path_factory, shape):
     folder = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRUSTRATIO_CACHE", str(tmp_path_factory.mktemp("cache")))
         config = DataConfig(sources=(f"{text_folder}/*.txt",), vocabulary=200, sequence_length=16)
         data = prepare(config, Reporter(active=False))
     torch.manual_seed(0)
-    shape = ModelConfig(layers=1, hidden=32, heads=2, intermediate=64, max_positions=64)
-    bert = build_model(shape, padded_vocabulary(data.vocabulary_size))
-    stock = BertForMaskedLM(bert.config)
-    stock.load_state_dict(bert.state_dict())
+    own = build_model(shape, padded_vocabulary(data.vocabulary_size), data.special_tokens())
+    stock = stock_model(own)
+    stock.load_state_dict(own.state_dict())
     stock.save_pretrained(folder)
-    save_tokenizer(data, 64, folder)
+    save_tokenizer(data, 64, folder, takes_token_types(own))
     return folder
 
 
@@ -251,8 +263,19 @@ def test_a_comparison_from_the_command_line(model, package, tmp_path, capsys):
     assert "| random | " in printed
 
 
-@pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])
-def test_glue_from_files(model, task, tmp_path):
+def test_a_modernbert_learns_from_one_word(modern, package, tmp_path):
+    package([review(i, ("fresh", "rotten")[i % 2]) for i in range(400)])
+    output = tmp_path / "results.json"
+    line = ["--checkpoint", modern, "--data", "rotten-tomatoes", "--epochs", "4", "--batch", "16", "--lr", "0.02"]
+    assert run(*line, "--optimizer", "lamb", "--seeds", "1", "--no_random", "--output", output) == 0
+    assert json.loads(output.read_text())["best"]["pretrained"]["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"), [*[("model", task) for task in ("cola", "mrpc", "stsb")], ("modern", "mrpc")]
+)
+def test_glue_from_files(request, architecture, task, tmp_path):
+    model = request.getfixturevalue(architecture)
     generator = random.Random(1)
     for split, count in (("train", 64), ("validation", 20)):
         rows = [json.dumps(glue_row(task, generator, number)) for number in range(count)]
@@ -263,8 +286,10 @@ def test_glue_from_files(model, task, tmp_path):
     assert set(json.loads(output.read_text())["best"]["pretrained"]) == {"lr", *GLUE[task].metrics}
 
 
-def test_squad_from_files(model, tmp_path):
+@pytest.mark.parametrize("architecture", ["model", "modern"])
+def test_squad_from_files(request, architecture, tmp_path):
     """The answer is the word after "trust"; the passage takes several windows."""
+    model = request.getfixturevalue(architecture)
     generator = random.Random(2)
     questions = []
     for number in range(160):
