@@ -5,8 +5,8 @@ This file says which numbers enter the formula, which is `BeliefUpdate` in formu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
@@ -23,6 +23,11 @@ __all__ = ["AdaBelief", "FastAdaBelief"]
 
 class Belief(LayerwiseOptimizer):
     """Base of both: the trust ratio, where it is wanted, and the count of updates."""
+
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "update_clip": "its second moment is small where gradients agree, so that g/√s is large just where it is meant "
+        "to step far"
+    }
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
@@ -86,6 +86,10 @@ class AdaShift(LayerwiseOptimizer):
             },
             **common,
         )
+
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "update_clip": "its second moment is of gradients that are `keep` steps old, and so lags behind by design"
+    }
 
     plan_options = (*LayerwiseOptimizer.plan_options, "keep", "reduction")
 

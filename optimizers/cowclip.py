@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,6 +73,11 @@ class CowClip(LayerwiseAdam):
     the one-column "linear" ones. Its Adam is Keras's, with ε = 1e-7 inside the correction. The paper's threshold is
     quoted from memory and unverified.
     """
+
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "update_clip": "most rows of an embedding have no gradient in a step, so that a mean over the table says "
+        "nothing of the others"
+    }
 
     plan_options = (*LayerwiseAdam.plan_options, "cowclip")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
@@ -349,6 +349,10 @@ class CurvatureAdamW(SamplesCurvature, LayerwiseAdam):
 
     Source: as `CurvatureSGD`.
     """
+
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "update_clip": "the rate of a layer is fitted to its step, which the option cap bounds"
+    }
 
     def __init__(  # type: ignore[misc]  # adapt, one of the common options, has another default here
         self,

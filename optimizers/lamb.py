@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .formulas.hyperparameters import check_bounds, check_flag, check_range, is_number
+from .formulas.hyperparameters import check_bounds, check_flag, check_range, check_update_clip, is_number
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
@@ -48,15 +48,20 @@ class LAMB(LayerwiseAdam):
         max_grad_norm: Clip the whole model's gradient norm first; adds a second all-reduce where layers are sharded.
             Refused under a wrapper that clips itself (DeepSpeed ZeRO: set ``gradient_clipping`` there). None: off.
         trust_bounds: (low, high) for the ratio of adapted layers, with 0 ≤ low ≤ high.
+        update_clip: Divide the step of each layer, adapted or not, by max(1, RMS / update_clip), after the ratio, which
+            would undo it: RMS² is the layer's mean of g²/max(v̂, ε²), g as v has it. 1 is Adafactor's and StableAdamW's;
+            None: off. Not in the paper; needs ``bias_correction``, or the first steps were divided by up to 1/√(1-β₂).
         adapt: Which layers the ratio scales: all (True, "NVLAMB"), none (False: AdamW with decay inside lr), or those
             of two or more dimensions (None). Also a group option; it never depends on weight decay.
         common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
-        ValueError: If an argument is out of range, or at the first step if ``max_grad_norm`` meets such a wrapper.
+        ValueError: If an argument is out of range, or options contradict each other; at the first step if
+            ``max_grad_norm`` meets such a wrapper.
 
-    State: ``exp_avg``, ``exp_avg_sq`` (per element), ``step``. Sums per step: ‖w‖², ‖u‖², ‖g‖², one all-reduce
-    if sharded, two with ``max_grad_norm``.
+    State: ``exp_avg``, ``exp_avg_sq`` (per element), ``step``. Sums per step: ‖w‖², ‖u‖², ‖g‖², with ``update_clip``
+    one more; one all-reduce if sharded, two with ``max_grad_norm``. ``trust_ratios()`` reports what scales lr, so the
+    ratio divided by max(1, RMS / update_clip) where that is set.
 
     Source: Algorithm 2 of the paper (v5); options as in apex's FusedLAMB, checked against timm's ``Lamb``.
     """
@@ -72,6 +77,7 @@ class LAMB(LayerwiseAdam):
         grad_averaging: bool = True,
         max_grad_norm: float | None = None,
         trust_bounds: tuple[float, float] = (0.0, math.inf),
+        update_clip: float | None = None,
         **common: Unpack[CommonOptions],
     ):
         super().__init__(
@@ -85,6 +91,7 @@ class LAMB(LayerwiseAdam):
                 "grad_averaging": grad_averaging,
                 "max_grad_norm": max_grad_norm,
                 "trust_bounds": trust_bounds,
+                "update_clip": update_clip,
             },
             **common,
         )
@@ -97,6 +104,12 @@ class LAMB(LayerwiseAdam):
         check_flag("grad_averaging", group["grad_averaging"])
         if group["max_grad_norm"] is not None:
             check_range("max_grad_norm", group["max_grad_norm"], 0.0, low_open=True)
+        check_update_clip(group["update_clip"])
+        if group["update_clip"] is not None and not group["bias_correction"]:
+            raise ValueError(
+                f"update_clip={group['update_clip']!r} needs bias_correction=True, got False: without it the second "
+                "moment is too small at first, and every layer would be clipped"
+            )
         self._refuse_several_limits(range(len(self.param_groups)))
         self.check_bounds(group)
 
@@ -138,7 +151,7 @@ class LAMB(LayerwiseAdam):
             yield self.gradient_norm(group, layers)
             layers.clip = (layers.model_norm("g") / group["max_grad_norm"]).clamp(min=1.0).expand_as(layers.step)
         layers.step = layers.step + 1
-        rule = TrustRule(layers.adapt, direction=1.0, bounds=self.bounds(group))
+        rule = TrustRule(layers.adapt, direction=1.0, bounds=self.bounds(group), update_clip=group["update_clip"])
         yield Sums("w", "u", "g", of=self.update(group, layers), rules=[rule])
         layers.trust_ratio = rule(layers)
 
@@ -157,7 +170,11 @@ class LAMB(LayerwiseAdam):
             correction2=1 - beta2**layers.step if group["bias_correction"] else ones,
             gain=1 - beta1 if group["grad_averaging"] else 1.0,
             scale=None if group["max_grad_norm"] is None else 1 / layers.clip,
+            clips=group["update_clip"] is not None,
         )
+
+    def modernize(self, group: dict[str, Any]) -> None:
+        group.setdefault("update_clip", None)
 
 
 class LAMBC(LAMB):
@@ -168,7 +185,8 @@ class LAMBC(LAMB):
 
     Args:
         trust_clip: Upper bound of the ratio, > 0. The authors' constructor has 10, their recipes 1.
-        params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, max_grad_norm, adapt: As in `LAMB`.
+        params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, max_grad_norm, update_clip, adapt: As in
+            `LAMB`.
         common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
@@ -186,6 +204,7 @@ class LAMBC(LAMB):
         grad_averaging: bool = True,
         max_grad_norm: float | None = None,
         trust_clip: float = 1.0,
+        update_clip: float | None = None,
         **common: Unpack[CommonOptions],
     ):
         LayerwiseOptimizer.__init__(
@@ -200,6 +219,7 @@ class LAMBC(LAMB):
                 "grad_averaging": grad_averaging,
                 "max_grad_norm": max_grad_norm,
                 "trust_clip": trust_clip,
+                "update_clip": update_clip,
             },
             **common,
         )
@@ -213,5 +233,6 @@ class LAMBC(LAMB):
         return 0.0, group["trust_clip"]
 
     def modernize(self, group: dict[str, Any]) -> None:
+        super().modernize(group)
         if "trust_clip" not in group and "trust_bounds" in group:
             _, group["trust_clip"] = group.pop("trust_bounds")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
-from .formulas.hyperparameters import check_flag
+from .formulas.hyperparameters import check_flag, check_update_clip
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
 from .formulas.updates import AdamUpdate, TrustRule
@@ -38,6 +39,8 @@ class LANS(LayerwiseAdam):
         eps: ε ≥ 0, outside the root.
         weight_decay: λ ≥ 0, inside both directions.
         normalize_grad: False uses the gradient as it is and saves one of the two all-reduces.
+        update_clip: Divide the step of each layer by max(1, RMS / update_clip), after both ratios; as in `LAMB`, of the
+            gradient as it is normalised. None: off. Not in the paper.
         adapt: Which layers the ratios scale: all (True, as the authors' code does), none (False), or those of two or
             more dimensions (None). Also a group option.
         common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
@@ -46,7 +49,8 @@ class LANS(LayerwiseAdam):
         ValueError: If an argument is out of range.
 
     State: ``exp_avg``, ``exp_avg_sq`` (per element), ``step``. Sums per step: ‖g‖², then ‖w‖², ‖u_m‖², ‖u_g‖²,
-    two all-reduces if sharded. ``trust_ratios()`` reports the ratio of the momentum's direction, ‖w‖/‖u_m‖.
+    two all-reduces if sharded. ``trust_ratios()`` reports the ratio of the momentum's direction, ‖w‖/‖u_m‖, divided by
+    max(1, RMS / update_clip) where that is set.
 
     Source: the authors' fused kernel (szhengac/apex, csrc/multi_tensor_lans.cu), which this follows term by term; the
     paper is arXiv 2006.13484. That code's default is ``normalize_grad=True``, a later copy of it has False.
@@ -60,6 +64,7 @@ class LANS(LayerwiseAdam):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         normalize_grad: bool = True,
+        update_clip: float | None = None,
         **common: Unpack[CommonOptions],
     ):
         super().__init__(
@@ -70,6 +75,7 @@ class LANS(LayerwiseAdam):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "normalize_grad": normalize_grad,
+                "update_clip": update_clip,
             },
             **common,
         )
@@ -77,6 +83,7 @@ class LANS(LayerwiseAdam):
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         check_flag("normalize_grad", group["normalize_grad"])
+        check_update_clip(group["update_clip"])
 
     def accumulates(self, group: dict[str, Any]) -> str | None:
         return "gradient / norm" if group["normalize_grad"] else "gradient"
@@ -87,8 +94,8 @@ class LANS(LayerwiseAdam):
         if group["normalize_grad"]:
             yield Sums("g")
             layers.g_norm = torch.where(layers.has_gradient(), layers.norm("g"), layers.g_norm)
-        rule = TrustRule(layers.adapt, direction=1.0)
-        gradient_rule = TrustRule(layers.adapt, "second_step", direction=1.0, direction_name="u_g")
+        rule = TrustRule(layers.adapt, direction=1.0, update_clip=group["update_clip"])
+        gradient_rule = replace(rule, scales="second_step", direction_name="u_g")
         yield Sums("w", "u", "u_g", "g", of=self.update(group, layers), rules=[rule, gradient_rule])
         layers.trust_ratio, layers.gradient_ratio = rule(layers), gradient_rule(layers)
 
@@ -104,4 +111,8 @@ class LANS(LayerwiseAdam):
             correction2=1 - beta2**layers.step,
             gain=1 - beta1,
             scale=1 / layers.g_norm,
+            clips=group["update_clip"] is not None,
         )
+
+    def modernize(self, group: dict[str, Any]) -> None:
+        group.setdefault("update_clip", None)

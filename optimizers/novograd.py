@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Unpack
@@ -51,6 +51,10 @@ class NovoGrad(LayerwiseAdam):
     """
 
     layer_state = ("step", "exp_avg_sq")
+
+    refused_options: ClassVar[Mapping[str, str]] = {
+        "update_clip": "its second moment is the whole layer's norm, beside which elements of the gradient are small"
+    }
 
     def __init__(
         self,

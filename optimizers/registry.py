@@ -19,7 +19,7 @@ from .layerwise import LayerwiseOptimizer
 from .mclr import MCLR
 from .novograd import NovoGrad
 from .options.common import options_of
-from .options.unknown import nearest
+from .options.unknown import nearest, why_refused
 from .sngm import SNGM
 from .stableadamw import StableAdamW
 from .trust_ratio import TrustRatio
@@ -117,6 +117,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
             {"bias_correction": False},
             {"grad_averaging": False, "adapt": True},
             {"trust_bounds": (0.01, 0.3), "weight_decay": 0.1},
+            {"update_clip": 0.7, "betas": (0.5, 0.9)},
         ),
     ),
     "lambc": OptimizerEntry(
@@ -125,7 +126,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         verified="the clip is where the authors' code has it; whether the paper has a lower bound is not known",
         sums=(3,),
         starting_rate=0.02,
-        variants=({"trust_clip": 0.5, "bias_correction": False},),
+        variants=({"trust_clip": 0.5, "bias_correction": False}, {"update_clip": 0.5, "adapt": True}),
     ),
     "cowclip": OptimizerEntry(
         CowClip,
@@ -143,7 +144,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         verified="the authors' kernel term by term",
         sums=(1, 4),
         starting_rate=0.02,
-        variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.9, 0.99)}),
+        variants=({"normalize_grad": False}, {"adapt": True, "betas": (0.9, 0.99)}, {"update_clip": 0.9}),
     ),
     "novograd": OptimizerEntry(
         NovoGrad,
@@ -235,7 +236,11 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         sums=(6,),
         starting_rate=0.001,
         extra_wire="one more reduction of the gradient's size",
-        variants=({"second_moment": "mean", "gsnr_beta": 0.5}, {"gsnr_floor": 0.5, "betas": (0.8, 0.9)}),
+        variants=(
+            {"second_moment": "mean", "gsnr_beta": 0.5},
+            {"gsnr_floor": 0.5, "betas": (0.8, 0.9)},
+            {"update_clip": 0.8, "second_moment": "mean"},
+        ),
     ),
     "vrlars": OptimizerEntry(
         VRLARS,
@@ -256,6 +261,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         variants=(
             {"second_moment": "mean", "gsnr_floor": 0.3},
             {"bias_correction": False, "grad_averaging": False, "adapt": True, "gsnr_beta": 0.0},
+            {"update_clip": 0.8, "betas": (0.8, 0.9)},
         ),
     ),
     "adabelief": OptimizerEntry(
@@ -346,7 +352,8 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
     allowed = options_of(entry.optimizer_class)
     for option in options:
         if option not in allowed:
-            raise ValueError(f"{name} has no option {option!r}; {nearest(option, allowed)}")
+            advice = why_refused(entry.optimizer_class, option) or nearest(option, allowed)
+            raise ValueError(f"{name} has no option {option!r}; {advice}")
     return entry.optimizer_class(params, **options)
 
 

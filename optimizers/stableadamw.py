@@ -94,8 +94,8 @@ class StableAdamW(LayerwiseAdam):
         if clip is None:
             yield Sums("g")
             return
-        rule = TrustRule(torch.zeros_like(layers.adapt), coefficient=0.0, update_clip=clip)
-        yield Sums("c", "g", of=self.update(group, layers), rules=[rule])
+        rule = TrustRule.of_clip(layers, clip)
+        yield Sums("g", of=self.update(group, layers), rules=[rule])
         layers.trust_ratio = rule(layers)
 
     def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from .formulas.hyperparameters import check_choice, check_range
+from .formulas.hyperparameters import check_choice, check_range, check_update_clip
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
-from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate
+from .formulas.updates import AdamUpdate, Gsnr, MomentumUpdate, TrustRule
 from .lamb import LAMB
 from .lars import LARS
 from .layerwise import LayerwiseAdam, LayerwiseMomentum, LayerwiseOptimizer
@@ -235,6 +235,9 @@ class VRAdam(VRMoments, LayerwiseAdam):
         weight_decay: λ ≥ 0, decoupled as in AdamW.
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives Adam.
         second_moment: See above.
+        update_clip: Divide the step of each layer by max(1, RMS / update_clip), where RMS² is the layer's mean of
+            h²/max(v̂, ε²), with ``"mean"`` of g² in place of h². ``trust_ratios()`` is 1 / max(1, RMS / update_clip)
+            then. None: off. Not in the paper.
         common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
 
     Raises:
@@ -242,7 +245,8 @@ class VRAdam(VRMoments, LayerwiseAdam):
         StatisticsError: At a step whose group gradients were never seen.
 
     State: ``exp_avg``, ``exp_avg_sq``, ``exp_avg_gsnr`` (p; per element), ``step``. Sums per step: Σr, ‖g‖², one
-    all-reduce if sharded, and the reduction of the groups' squares (see `VRSGD`).
+    all-reduce if sharded, and the reduction of the groups' squares (see `VRSGD`); with ``update_clip`` a second
+    all-reduce, since r comes first.
 
     Source: the paper's text has the running average of r and adapts the gradient before both moments, which is
     "adapted". Its algorithm box was not at hand: the bias correction of p and where decay enters are unverified.
@@ -258,6 +262,7 @@ class VRAdam(VRMoments, LayerwiseAdam):
         weight_decay: float = 0.0,
         gsnr_floor: float = 0.1,
         second_moment: str = "adapted",
+        update_clip: float | None = None,
         **common: Unpack[CommonOptions],
     ):
         super().__init__(
@@ -270,6 +275,7 @@ class VRAdam(VRMoments, LayerwiseAdam):
                 "weight_decay": weight_decay,
                 "gsnr_floor": gsnr_floor,
                 "second_moment": second_moment,
+                "update_clip": update_clip,
             },
             **common,
         )
@@ -277,10 +283,18 @@ class VRAdam(VRMoments, LayerwiseAdam):
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         self.check_moments(group)
+        check_update_clip(group["update_clip"])
+
+    def modernize(self, group: dict[str, Any]) -> None:
+        group.setdefault("update_clip", None)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
         layers.step = layers.step + 1
         yield from super().stages(group, layers)
+        if group["update_clip"] is not None:
+            rule = TrustRule.of_clip(layers, group["update_clip"])
+            yield Sums("g", of=self.update(group, layers), rules=[rule])
+            layers.trust_ratio = rule(layers)
 
     def update(self, group: dict[str, Any], layers: LayerTable) -> AdamUpdate:
         beta1, beta2 = group["betas"]
@@ -288,10 +302,11 @@ class VRAdam(VRMoments, LayerwiseAdam):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=group["lr"] * torch.ones_like(layers.step),
+            step=group["lr"] * layers.trust_ratio,
             correction1=1 - beta1**layers.step,
             correction2=1 - beta2**layers.step,
             gain=1 - beta1,
+            clips=group["update_clip"] is not None,
         )
         return self.adapted(adam, group, layers)
 
@@ -305,6 +320,7 @@ class VRLAMB(VRMoments, LAMB):
         gsnr_beta: β₃ in [0, 1), as in `VRAdam`.
         gsnr_floor: Lower bound of r, in (0, 1]; the paper's γ. 1 gives LAMB.
         second_moment: "adapted" or "mean", as in `VRAdam`.
+        update_clip: As in `LAMB`; of the adapted gradient, with ``second_moment="mean"`` of the mean one.
         max_grad_norm: As in `LAMB`: clips the mean gradient before it is adapted; r does not change by it.
         params, lr, betas, eps, weight_decay, bias_correction, grad_averaging, trust_bounds, adapt: As in `LAMB`.
         common: ``implementation``, ``maximize`` and what else all optimizers have; see `CommonOptions`.
@@ -333,6 +349,7 @@ class VRLAMB(VRMoments, LAMB):
         gsnr_beta: float = 0.9,
         gsnr_floor: float = 0.1,
         second_moment: str = "adapted",
+        update_clip: float | None = None,
         **common: Unpack[CommonOptions],
     ):
         LayerwiseOptimizer.__init__(
@@ -350,6 +367,7 @@ class VRLAMB(VRMoments, LAMB):
                 "gsnr_beta": gsnr_beta,
                 "gsnr_floor": gsnr_floor,
                 "second_moment": second_moment,
+                "update_clip": update_clip,
             },
             **common,
         )

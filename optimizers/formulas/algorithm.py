@@ -41,6 +41,9 @@ class Algorithm:
     plan_options: ClassVar[tuple[str, ...]] = ("adapt", "segments")
     """Group options that `check_layout` and `has_rows` ask for, and the base's: setting one makes a new plan."""
 
+    refused_options: ClassVar[Mapping[str, str]] = {}
+    """Options of its relatives that have no meaning here, and why: a clause for the message that refuses them."""
+
     plain_options: ClassVar[tuple[str, ...] | None] = None
     """Options in which numbers of other kinds become Python's; None for all."""
 

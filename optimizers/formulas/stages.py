@@ -91,7 +91,7 @@ class Sums:
     """A stage: sums over layers, by the names that the update gives them.
 
     Attributes:
-        names: E.g. "w" and "g", the sums of squares of the weights and of the gradient.
+        names: E.g. "w" and "g", the sums of squares of the weights and of the gradient; and "c" where a rule clips.
         of: What is measured; None for the weights "w" and the gradient "g" alone.
         rules: If given, this is the last stage, and `of` is the whole update but for the vectors that these rules name:
             each must be multiplied by its rule's ratio. So whoever has all of a layer may apply the update at once.
@@ -102,7 +102,8 @@ class Sums:
     rules: tuple[TrustRule, ...] = ()
 
     def __init__(self, *names: str, of: Measurable | None = None, rules: Sequence[TrustRule] = ()):
-        object.__setattr__(self, "names", names)
+        clips = any(rule.update_clip is not None for rule in rules)
+        object.__setattr__(self, "names", (*names, "c") if clips else names)
         object.__setattr__(self, "of", of)
         object.__setattr__(self, "rules", tuple(rules))
 

@@ -81,6 +81,11 @@ class TrustRule:
         ratio = self.of_norms(layers)
         return ratio if self.update_clip is None else ratio / self.excess(layers, self.update_clip)
 
+    @classmethod
+    def of_clip(cls, layers: LayerTable, update_clip: float) -> TrustRule:
+        """The rule of an update that is clipped and has no ratio of norms."""
+        return cls(torch.zeros_like(layers.adapt), coefficient=0.0, update_clip=update_clip)
+
     def excess(self, layers: LayerTable, update_clip: float) -> torch.Tensor:
         """By how much each layer's update is too large: max(1, RMS / update_clip)."""
         return ((layers.total("c") / layers.elements).sqrt() / update_clip).clamp(min=1.0)

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from ..formulas.stages import Stage, Sums
-from ..formulas.updates import AdamUpdate, BeliefUpdate, Gsnr, MomentumUpdate, TrustRule
+from ..formulas.updates import SMALLEST_ROOT, AdamUpdate, BeliefUpdate, Gsnr, MomentumUpdate, TrustRule
 
 __all__ = ["PLACES", "PLACE_OF_SUM", "CompiledForm", "Kind", "compiled_sums", "compiled_update", "targets_of"]
 
 LARGEST = torch.finfo(torch.float32).max
 
-PLACES = 4
-"""How many sums of a layer a sweep has places for: of w, of g, and of up to two directions."""
+PLACES = 5
+"""How many sums of a layer a sweep has places for: of w, of g, of up to two directions, and of c."""
 
-PLACE_OF_SUM = {"w": 0, "g": 1, "u": 2, "d": 2, "r": 2, "u_g": 3}
+PLACE_OF_SUM = {"w": 0, "g": 1, "u": 2, "d": 2, "r": 2, "u_g": 3, "c": 4}
 """Where a sweep leaves a sum, by its name in `Sums`."""
 
 
@@ -93,12 +93,9 @@ def compiled_update(update: Any) -> CompiledForm | None:
     """The form of an update, None if it has none."""
     if isinstance(update, MomentumUpdate):
         return _momentum(update)
-    if (
-        isinstance(update, AdamUpdate)
-        and update.outside is None
-        and not (update.gsnr is not None and update.second_step is not None)
-    ):
-        return _adam(update)
+    if isinstance(update, AdamUpdate):
+        besides = [part for part in (update.gsnr, update.second_step, update.outside) if part is not None]
+        return _adam(update) if len(besides) < 2 else None
     if isinstance(update, BeliefUpdate):
         return _belief(update)
     return None
@@ -110,7 +107,7 @@ def compiled_sums(stage: Stage) -> CompiledForm | None:
         return None
     names, of = frozenset(stage.names), stage.of
     if isinstance(of, AdamUpdate | BeliefUpdate):
-        return compiled_update(of) if names <= {"w", "g", "u", "u_g"} else None
+        return compiled_update(of) if names <= {"w", "g", "u", "u_g", "c"} else None
     kind = _kind_of_sums(names, of)
     if kind is None:
         return None
@@ -163,6 +160,7 @@ def _adam(update: AdamUpdate) -> CompiledForm:
     form = CompiledForm(kind, update.state)
     form.add_vectors(
         gradient_scale=torch.ones_like(update.step) if update.scale is None else update.scale,
+        weight_scale=update.outside,
         step=update.step,
         second_step=update.second_step,
         correction1=1 / update.correction1,
@@ -176,6 +174,7 @@ def _adam(update: AdamUpdate) -> CompiledForm:
         "gain": update.gain,
         "eps": update.eps,
         "weight_decay": update.weight_decay,
+        "smallest_root": max(update.eps, SMALLEST_ROOT) if update.clips else 0.0,
     }
     form.add_gsnr(update.gsnr)
     return form

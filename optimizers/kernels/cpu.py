@@ -60,7 +60,7 @@ class _Sweep(ctypes.Structure):
             (name, ctypes.c_double)
             for name in (
                 *("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor", "mean_square_factor"),
-                *("growth", "l2", "fixed_decay"),
+                *("growth", "l2", "fixed_decay", "smallest_root"),
             )
         ),
         ("nesterov", ctypes.c_int64),
@@ -73,8 +73,9 @@ class _Rule(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_double)
-            for name in ("coefficient", "weight", "gradient", "direction", "constant", "low", "high")
+            for name in ("coefficient", "weight", "gradient", "direction", "constant", "low", "high", "update_clip")
         ),
+        ("elements", ctypes.c_void_p),
         ("place", ctypes.c_int64),
         ("adapt", ctypes.c_void_p),
         ("targets", ctypes.c_int64),
@@ -112,7 +113,7 @@ def _library() -> ctypes.CDLL | None:
     library.trustratio_lend_threads.restype = None
     library.trustratio_sweep.argtypes = (ctypes.POINTER(_Sweep), ctypes.c_int64)
     library.trustratio_step.argtypes = (ctypes.POINTER(_Step), ctypes.c_int64)
-    library.trustratio_ratio.argtypes = (ctypes.POINTER(_Rule), ctypes.c_int64, *[ctypes.c_double] * 3)
+    library.trustratio_ratio.argtypes = (ctypes.POINTER(_Rule), ctypes.c_int64, *[ctypes.c_double] * 4)
     library.trustratio_ratio.restype = ctypes.c_double
     library.trustratio_random_words.argtypes = (
         *[ctypes.c_uint64] * 2,
@@ -279,7 +280,10 @@ class CpuSweeps:
         step = _Step(ctypes.pointer(measure), ctypes.pointer(apply), len(batches) - 1, len(stage.rules))
         step.first_shard, step.changes = batches.data_ptr(), changes.data_ptr()
         step.measured, step.ready, step.taken = (counters[row].data_ptr() for row in range(3))
-        alive = [_fill(place, rule, stage.of, applied) for place, rule in zip(step.rule, stage.rules, strict=False)]
+        elements = self.operands.groups[group].table.elements
+        alive = [
+            _fill(place, rule, stage.of, applied, elements) for place, rule in zip(step.rule, stage.rules, strict=False)
+        ]
         if measure.shards:
             _compiled().trustratio_step(ctypes.byref(step), self.level)
         del alive
@@ -385,14 +389,16 @@ def _named_sums(stage: Stage, sums: torch.Tensor) -> LocalSums:
     return LocalSums(sums[[PLACE_OF_SUM[name] for name in stage.sum_sizes]])
 
 
-def _fill(place: _Rule, rule: TrustRule, update: Any, form: CompiledForm) -> list[torch.Tensor]:
+def _fill(place: _Rule, rule: TrustRule, update: Any, form: CompiledForm, elements: torch.Tensor) -> list[torch.Tensor]:
     """Describe a rule to the compiled functions; what it points to is returned and must be kept."""
     for name in ("coefficient", "weight", "gradient", "direction", "constant"):
         setattr(place, name, getattr(rule, name))
     place.low, place.high = rule.bounds
     place.place = PLACE_OF_SUM[rule.direction_name]
-    alive = [adapt := rule.adapt.contiguous()]
+    alive = [adapt := rule.adapt.contiguous(), elements := elements.contiguous()]
     place.adapt = adapt.data_ptr()
+    if rule.update_clip is not None:
+        place.update_clip, place.elements = rule.update_clip, elements.data_ptr()
     targets = targets_of(update, rule)
     place.targets = len(targets)
     for index, (name, (base, factor)) in enumerate(targets.items()):

@@ -21,7 +21,7 @@
 #define BLOCK 16384        /* elements; a block of four fp32 tensors stays in a core's own cache */
 #define TILE 1024          /* elements that are widened at a time where weights or gradients have 16 bits */
 #define AHEAD 768          /* elements from one that is computed to one that is asked for */
-#define SUMS 4             /* places for sums: w, g, a direction, a second direction */
+#define SUMS 5             /* places for sums: w, g, a direction, a second direction, c of the clip */
 #define MAX_THREADS 256
 
 enum { FP32, BF16, FP16 };
@@ -58,12 +58,14 @@ typedef struct {
     const float *gradient_scale, *weight_scale, *step, *second_step, *correction1, *correction2, *correction3;
     const float *resolution, *gsnr_scale, *decay, *rate, *offset;
     double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor, growth, l2, fixed_decay;
+    double smallest_root; /* of v in the sum of c; 0 where that is not measured */
     int64_t nesterov;
 } Sweep;
 
 /* How a ratio follows from a layer's norms: `TrustRule` in updates.py. */
 typedef struct {
-    double coefficient, weight, gradient, direction, constant, low, high;
+    double coefficient, weight, gradient, direction, constant, low, high, update_clip;
+    const double *elements; /* per layer; NULL where nothing is clipped */
     int64_t place;       /* of the direction among the sums */
     const uint8_t *adapt; /* per layer */
     /* What it multiplies: vector = (float)(base * ratio * factor) */
@@ -387,7 +389,7 @@ void trustratio_sweep(const Sweep *s, int64_t level)
 }
 
 /* In the same order as in updates.py; each product is rounded on its own, never contracted with the sum. */
-double trustratio_ratio(const Rule *r, int64_t layer, double w, double g, double direction)
+static double ratio_of_norms(const Rule *r, int64_t layer, double w, double g, double direction)
 {
     if (!r->adapt[layer]) return 1;
     volatile double of_weight = r->weight * sqrt(w), of_gradient = r->gradient * sqrt(g);
@@ -399,6 +401,14 @@ double trustratio_ratio(const Rule *r, int64_t layer, double w, double g, double
     denominator += r->constant;
     if (g != 0 && numerator != 0 && denominator != 0) ratio = numerator / denominator;
     return ratio < r->low ? r->low : ratio > r->high ? r->high : ratio;
+}
+
+double trustratio_ratio(const Rule *r, int64_t layer, double w, double g, double direction, double c)
+{
+    double ratio = ratio_of_norms(r, layer, w, g, direction);
+    if (!r->elements) return ratio;
+    double excess = sqrt(c / r->elements[layer]) / r->update_clip;
+    return excess <= 1 ? ratio : ratio / excess; /* NaN stays NaN */
 }
 
 static float as_float(double x)
@@ -414,10 +424,10 @@ static void rule_on(const Step *step, int64_t batch)
     add_up(s, step->first_shard[batch], step->first_shard[batch + 1]);
     for (int64_t shard = step->first_shard[batch]; shard < step->first_shard[batch + 1]; shard++) {
         int64_t layer = s->layer[shard];
-        double w = s->sums[layer], g = s->sums[s->layers + layer];
+        double w = s->sums[layer], g = s->sums[s->layers + layer], c = s->sums[4 * s->layers + layer];
         step->changes[layer] = (!s->changes || s->changes[layer]) && g != 0;
         for (const Rule *r = step->rule; r < step->rule + step->rules; r++) {
-            double ratio = trustratio_ratio(r, layer, w, g, s->sums[r->place * s->layers + layer]);
+            double ratio = trustratio_ratio(r, layer, w, g, s->sums[r->place * s->layers + layer], c);
             for (int64_t k = 0; k < r->targets; k++)
                 r->vector[k][layer] = as_float(r->base[k][layer] * ratio * r->factor[k]);
         }

@@ -59,7 +59,7 @@ INLINE TARGET void NAME(add)(ACC *sums, int place, F x, int squared)
 typedef struct {
     F gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale;
     F decay, rate, offset, growth, l2, fixed_decay;
-    F beta1, beta2, beta3, gain1, gain2, gain3, eps, weight_decay, gsnr_floor, mean_square_factor;
+    F beta1, beta2, beta3, gain1, gain2, gain3, eps, weight_decay, gsnr_floor, mean_square_factor, smallest_root;
     int64_t nesterov;
 } NAME(numbers);
 
@@ -95,6 +95,7 @@ static TARGET NAME(numbers) NAME(numbers_of)(const Sweep *s, int64_t layer)
         .weight_decay = NAME(all)(s->weight_decay),
         .gsnr_floor = NAME(all)(s->gsnr_floor),
         .mean_square_factor = NAME(all)(s->mean_square_factor),
+        .smallest_root = NAME(all)(s->smallest_root),
         .nesterov = s->nesterov,
     };
 }
@@ -151,12 +152,13 @@ INLINE TARGET void NAME(momentum_lanes)(
     NAME(store)(w - c->step * change, t->w + i, count);
 }
 
-INLINE TARGET void NAME(adam_lanes)(
+/* With `more`, c is measured besides, and the decay beside u applied. */
+INLINE TARGET void NAME(adam_lanes_and)(
     const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
-    int type, ACC *sums)
+    int type, ACC *sums, int more)
 {
     F w = NAME(read)(t->w, i, count, 0), m = NAME(read_state)(t->first, i, count, 0, type);
-    F v = NAME(read_state)(t->second, i, count, 1, type), g = (F){0};
+    F v = NAME(read_state)(t->second, i, count, 1, type), g = (F){0}, second = g;
     if (fresh || form == LANS) g = NAME(read)(t->g, i, count, 0);
     if (!apply) NAME(add)(sums, 1, g, 1);
     if (fresh) {
@@ -169,14 +171,15 @@ INLINE TARGET void NAME(adam_lanes)(
             if (keep) NAME(write_state)(p, t->third, i, count, type);
             adapted = p * c->correction3 * scaled;
         }
-        F second = form == ADAM_GSNR_MEAN ? scaled : adapted;
+        second = form == ADAM_GSNR_MEAN ? scaled : adapted;
         m = NAME(kept)(c->beta1 * m + c->gain1 * adapted, words, 0, type);
         v = NAME(kept)(c->beta2 * v + c->gain2 * (second * second), words, 1, type);
         if (keep) NAME(write_state)(m, t->first, i, count, type);
         if (keep) NAME(write_state)(v, t->second, i, count, type);
     }
-    F denominator = SQRT(v * c->correction2) + c->eps;
+    F root = SQRT(v * c->correction2), denominator = root + c->eps;
     F u = m * c->correction1 / denominator + c->weight_decay * w, of_gradient = u;
+    if (more && !apply) NAME(add)(sums, 4, second / NAME(choose)(root < c->smallest_root, c->smallest_root, root), 1);
     if (form == LANS) of_gradient = g * c->gradient_scale / denominator + c->weight_decay * w;
     if (count < LANES) { /* padding may be 0/0 */
         u = NAME(load)((const float *)&u, count, 0);
@@ -190,7 +193,22 @@ INLINE TARGET void NAME(adam_lanes)(
     }
     F change = u * c->step;
     if (form == LANS) change += of_gradient * c->second_step;
+    if (more) change += c->weight_scale * w;
     NAME(store)(w - change, t->w + i, count);
+}
+
+INLINE TARGET void NAME(adam_lanes)(
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
+    int type, ACC *sums)
+{
+    NAME(adam_lanes_and)(c, t, i, count, form, fresh, keep, apply, type, sums, 0);
+}
+
+INLINE TARGET void NAME(more_lanes)(
+    const NAME(numbers) * c, NAME(tile) * t, int64_t i, int64_t count, int form, int fresh, int keep, int apply,
+    int type, ACC *sums)
+{
+    NAME(adam_lanes_and)(c, t, i, count, form, fresh, keep, apply, type, sums, 1);
 }
 
 INLINE TARGET void NAME(belief_lanes)(
@@ -264,6 +282,19 @@ MOMENT_FUNCTIONS(BELIEF_MAX, NAME(belief_lanes))
 MOMENT_FUNCTIONS(BELIEF_NO_ROOT, NAME(belief_lanes))
 MOMENT_FUNCTIONS(BELIEF_MAX_NO_ROOT, NAME(belief_lanes))
 
+#define MORE_MEASURED(FORM, TYPE)                                                                             \
+    TILE_FUNCTION(measure_more_##FORM##_##TYPE, NAME(more_lanes)(&c, &t, i, n, FORM, 1, 0, 0, TYPE, &sums))   \
+    TILE_FUNCTION(measure_and_keep_more_##FORM##_##TYPE, NAME(more_lanes)(&c, &t, i, n, FORM, 1, 1, 0, TYPE, &sums))
+#define MORE_FUNCTIONS(TYPE)                                                                                  \
+    MORE_MEASURED(ADAM, TYPE)                                                                                 \
+    MORE_MEASURED(LANS, TYPE)                                                                                 \
+    MORE_MEASURED(ADAM_GSNR, TYPE)                                                                            \
+    MORE_MEASURED(ADAM_GSNR_MEAN, TYPE)                                                                       \
+    TILE_FUNCTION(apply_more_##TYPE, NAME(more_lanes)(&c, &t, i, n, ADAM, 1, 1, 1, TYPE, &sums))              \
+    TILE_FUNCTION(apply_kept_more_##TYPE, NAME(more_lanes)(&c, &t, i, n, ADAM, 0, 0, 1, TYPE, &sums))
+MORE_FUNCTIONS(FP32)
+MORE_FUNCTIONS(BF16)
+
 typedef void (*NAME(tile_function))(const Sweep *, const NAME(tile) *, int64_t, ACC *);
 
 #define MOMENT_ENTRIES(FORM, TYPE)                                                                        \
@@ -282,6 +313,18 @@ typedef void (*NAME(tile_function))(const Sweep *, const NAME(tile) *, int64_t, 
 
 /* By the type of the state, FP32 or BF16. */
 static const NAME(tile_function) NAME(tile_functions)[2][KINDS] = {ENTRIES(FP32), ENTRIES(BF16)};
+
+#define MORE_MEASURED_ENTRIES(FORM, TYPE) \
+    [FORM] = NAME(measure_more_##FORM##_##TYPE), [FORM + 1] = NAME(measure_and_keep_more_##FORM##_##TYPE)
+#define MORE_ENTRIES(TYPE)                                                                                \
+    {                                                                                                     \
+        MORE_MEASURED_ENTRIES(ADAM, TYPE), MORE_MEASURED_ENTRIES(LANS, TYPE),                             \
+        MORE_MEASURED_ENTRIES(ADAM_GSNR, TYPE), MORE_MEASURED_ENTRIES(ADAM_GSNR_MEAN, TYPE),              \
+        [ADAM + 2] = NAME(apply_more_##TYPE), [ADAM + 3] = NAME(apply_kept_more_##TYPE),                  \
+    }
+
+/* The same with what an update has besides: c, and decay beside u. */
+static const NAME(tile_function) NAME(more_functions)[2][KINDS] = {MORE_ENTRIES(FP32), MORE_ENTRIES(BF16)};
 
 /* What a kind does to a block whose state was not kept because its gradient is zero. */
 INLINE int64_t NAME(kind_of_block)(const Sweep *s, int64_t block, int zero)
@@ -313,6 +356,8 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
     int zero = measures_and_keeps && (!gradient || all_zero(gradient, gradient_type, start, count));
     int64_t kind = NAME(kind_of_block)(s, block, zero);
     NAME(tile_function) function = NAME(tile_functions)[s->state_type][kind];
+    if (kind >= ADAM && (s->partial ? s->smallest_root > 0 : s->weight_scale != NULL))
+        function = NAME(more_functions)[s->state_type][kind];
     int writes = kind == MOMENTUM || kind == MOMENTUM_GSNR || (kind >= ADAM && (kind - ADAM) % 4 >= 2);
     int64_t step = weight_type == FP32 && gradient && gradient_type == FP32 ? BLOCK : TILE;
     uint64_t gamma = s->gamma ? s->gamma[layer] : 0, word = 0;
@@ -361,6 +406,10 @@ static TARGET void NAME(block)(const Sweep *s, int64_t shard, int64_t begin, int
 #undef MOMENT_FUNCTIONS_OF
 #undef MOMENT_FUNCTIONS
 #undef MOMENT_ENTRIES
+#undef MORE_MEASURED
+#undef MORE_FUNCTIONS
+#undef MORE_MEASURED_ENTRIES
+#undef MORE_ENTRIES
 #undef ENTRIES
 #undef LANES
 #undef NAME

@@ -17,8 +17,10 @@ def adam(
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
     decay, rate, offset,
-    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
+    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, smallest_root,
+    complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    CLIPS: tl.constexpr, DECAYS: tl.constexpr,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = rows + ROW * tl.program_id(0)
@@ -65,7 +67,8 @@ def adam(
     if MODE != 0:
         tl.store(at_first, m.to(STATE), mask=written)
         tl.store(at_second, v.to(STATE), mask=written)
-    denominator = tl.sqrt_rn(v * tl.load(correction2 + layer)) + eps
+    root = tl.sqrt_rn(v * tl.load(correction2 + layer))
+    denominator = root + eps
     u = m * tl.load(correction1 + layer) / denominator + weight_decay * w
     u = tl.where(mask, u, 0.0)
     u_g = u
@@ -77,8 +80,12 @@ def adam(
         put_square(partial, 2, count, u)
         if KIND == "LANS":
             put_square(partial, 3, count, u_g)
+        if CLIPS:
+            put_square(partial, 4, count, squared / tl.where(root < smallest_root, smallest_root, root))  # NaN stays
     else:
         change = u * tl.load(step + layer)
         if KIND == "LANS":
             change = change + u_g * tl.load(second_step + layer)
+        if DECAYS:
+            change = change + w * tl.load(weight_scale + layer)
         put_weight(at_weight, at_rest, mask, w - change, bits, WEIGHT, MASTER)

@@ -17,8 +17,10 @@ def belief(
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
     decay, rate, offset,
-    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, complement2, complement3,
+    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, smallest_root,
+    complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    CLIPS: tl.constexpr, DECAYS: tl.constexpr,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = rows + ROW * tl.program_id(0)

@@ -44,7 +44,10 @@ VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
     *("correction1", "correction2", "correction3", "resolution", "gsnr_scale", "decay", "rate", "offset"),
 )
-SCALARS = ("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor", "growth", "l2", "fixed_decay")
+SCALARS = (
+    *("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor"),
+    *("growth", "l2", "fixed_decay", "smallest_root"),
+)
 MEASURE, MEASURE_AND_KEEP, APPLY, APPLY_KEPT = range(4)
 
 
@@ -203,6 +206,8 @@ class TritonSweeps:
                     MODE=mode,
                     MOMENTUM=bool(form.state),
                     NESTEROV=bool(form.scalars.get("nesterov", 0)),
+                    CLIPS=bool(form.scalars.get("smallest_root", 0)),
+                    DECAYS="weight_scale" in form.vectors,
                     WEIGHT=_TL_TYPES[blocks.types.weight],
                     GRADIENT=_TL_TYPES[blocks.types.gradient],
                     STATE=_TL_TYPES[blocks.types.state],

@@ -20,7 +20,7 @@ from typing import Any
 from ..formulas.algorithm import Algorithm
 from .common import COMMON_DEFAULTS, OF_THE_WHOLE, options_of
 
-__all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_unknown"]
+__all__ = ["check_keys", "chooses_elsewhere", "nearest", "options_of_others", "refuse_unknown", "why_refused"]
 
 PACKAGE = __name__.removesuffix("options.unknown")
 OF_TORCH = ("params", "param_names", "step", "last_sample")
@@ -111,10 +111,14 @@ def refuse_unknown(optimizer_class: type, options: Mapping[str, Any]) -> None:
     """Raise TypeError, as Python does, if any of the options is not common to all optimizers."""
     for name in options:
         if name not in COMMON_DEFAULTS:
-            allowed = list(options_of(optimizer_class))
-            raise TypeError(
-                f"{optimizer_class.__name__}() got an unexpected keyword argument {name!r}; {nearest(name, allowed)}"
-            )
+            advice = why_refused(optimizer_class, name) or nearest(name, list(options_of(optimizer_class)))
+            raise TypeError(f"{optimizer_class.__name__}() got an unexpected keyword argument {name!r}; {advice}")
+
+
+def why_refused(optimizer_class: type, name: str) -> str | None:
+    """Why an option of its relatives has no meaning for an optimizer; None if it says nothing of that."""
+    refused: Mapping[str, str] = getattr(optimizer_class, "refused_options", {})
+    return refused.get(name)
 
 
 def check_keys(
@@ -138,7 +142,8 @@ def check_keys(
         name = optimizer_class.__name__
         if key in OF_THE_WHOLE:
             raise ValueError(f"{key} is an option of the whole optimizer: give it to {name}(), not to a group")
-        advice = _advice(key, value, options, others_read=others_read)
+        refused = None if value is None else why_refused(optimizer_class, key)
+        advice = refused or _advice(key, value, options, others_read=others_read)
         if advice:
             raise ValueError(f"{name} has no group option {key!r} (got {value!r}): {advice}")
         if not others_read and key not in PASSENGERS and key not in ELSEWHERE and value is not None:

@@ -23,6 +23,7 @@ def lamb(
     bias_correction: bool = True,
     grad_averaging: bool = True,
     trust_bounds: tuple[float, float] = (0.0, math.inf),
+    update_clip: float | None = None,
     adapt: bool | None = None,
 ) -> tuple[Tensor, float]:
     beta1, beta2 = betas
@@ -37,6 +38,7 @@ def lamb(
     if is_adapted(w, adapt):
         ratio = w_norm / u_norm if w_norm > 0 and u_norm > 0 else 1.0
         ratio = min(max(ratio, trust_bounds[0]), trust_bounds[1])
+    ratio = ratio / excess(g, v / c2, eps, update_clip)
     return w - lr * ratio * u, ratio
 
 
@@ -56,6 +58,7 @@ def lans(
     eps: float = 1e-6,
     weight_decay: float = 0.01,
     normalize_grad: bool = True,
+    update_clip: float | None = None,
     adapt: bool | None = None,
 ) -> tuple[Tensor, float]:
     beta1, beta2 = betas
@@ -72,7 +75,8 @@ def lans(
     if is_adapted(w, adapt) and w.norm() > 0:
         ratio_m = (w.norm() / u_m.norm()).item() if u_m.norm() > 0 else 1.0
         ratio_g = (w.norm() / u_g.norm()).item() if u_g.norm() > 0 else 1.0
-    return w - lr * (beta1 * ratio_m * u_m + (1 - beta1) * ratio_g * u_g), ratio_m
+    too_large = excess(g, v / (1 - beta2**t), eps, update_clip)
+    return w - lr / too_large * (beta1 * ratio_m * u_m + (1 - beta1) * ratio_g * u_g), ratio_m / too_large
 
 
 def cowclip(
@@ -125,6 +129,7 @@ def vrlamb(
     gsnr_beta: float = 0.9,
     gsnr_floor: float = 0.1,
     second_moment: str = "adapted",
+    update_clip: float | None = None,
     adapt: bool | None = None,
 ) -> tuple[Tensor, float]:
     beta1, beta2 = betas
@@ -142,6 +147,7 @@ def vrlamb(
     if is_adapted(w, adapt):
         ratio = (w.norm() / u.norm()).item() if w.norm() > 0 and u.norm() > 0 else 1.0
         ratio = min(max(ratio, trust_bounds[0]), trust_bounds[1])
+    ratio = ratio / excess(for_v, v / c2, eps, update_clip)
     return w - lr * ratio * u, ratio
 
 

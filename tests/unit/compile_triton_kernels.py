@@ -73,6 +73,7 @@ def main(capability: int, *, with_all: bool) -> None:
         names = triton_kernels._TL_TYPES
         constants = {
             **{"KIND": kind.name, "MODE": mode, "MOMENTUM": True, "NESTEROV": kind is Kind.MOMENTUM},
+            **{"CLIPS": not kind.is_belief, "DECAYS": kind is Kind.ADAM},
             **{"WEIGHT": names[types.weight], "GRADIENT": names[types.gradient]},
             **{"STATE": names[types.state], "MASTER": types.master, "BLOCK": triton_kernels.BLOCK},
         }

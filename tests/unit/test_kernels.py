@@ -43,7 +43,7 @@ def test_rectified_steps(options: dict[str, Any]) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["lamb", "lans", "adabelief"])
+@pytest.mark.parametrize("name", ["lamb", "lans", "adabelief", "stableadamw"])
 def test_lanes_behind_the_end_of_a_layer_add_nothing(name: str) -> None:
     """Without a memory and without ε they compute 0/0."""
     w = torch.nn.Parameter(torch.ones(19))
@@ -56,7 +56,7 @@ def test_lanes_behind_the_end_of_a_layer_add_nothing(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "vrlamb", "adabelief", "fastadabelief"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "vrlamb", "adabelief", "fastadabelief", "stableadamw"])
 def test_threads_do_not_change_a_bit(name: str) -> None:
     results = []
     for threads in (1, 2, 3):
@@ -73,7 +73,8 @@ def test_threads_do_not_change_a_bit(name: str) -> None:
 def test_every_instruction_set(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if level > cpu._best_level():
         pytest.skip(f"this processor cannot execute the instructions of level {level}")
-    expected = {name: run(name, "eager")[0] for name in ("lars", "lans", "vrlamb", "adabelief", "fastadabelief")}
+    names = ("lars", "lans", "vrlamb", "adabelief", "fastadabelief", "stableadamw")
+    expected = {name: run(name, "eager")[0] for name in names}
     monkeypatch.setattr(cpu, "_best_level", lambda: level)
     for name, parameters in expected.items():
         assert_close(run(name, "cpu")[0], parameters, 1e-6)

@@ -37,6 +37,11 @@ STEPS_IN_ONE_GO = [
     pytest.param(
         "adabelief", {"rectify": False, "adapt": True, "amsgrad": True, "decoupled": False}, id="adabelief-amsgrad"
     ),
+    pytest.param("lamb", {"update_clip": 0.7, "adapt": True, "trust_bounds": (0.3, 0.9)}, id="lamb-update-clip"),
+    pytest.param("lans", {"update_clip": 0.7}, id="lans-update-clip"),
+    pytest.param("stableadamw", {"update_clip": 0.9}, id="stableadamw"),
+    pytest.param("stableadamw", {"decay_form": "unclipped"}, id="stableadamw-unclipped"),
+    pytest.param("stableadamw", {"decay_form": "fixed"}, id="stableadamw-fixed"),
     pytest.param("fastadabelief", {"adapt": True}, id="fastadabelief"),
     pytest.param("fastadabelief", {"adapt": True, "running_maximum": False}, id="fastadabelief-without-maximum"),
 ]
@@ -118,7 +123,7 @@ def test_one_go_equals_two_sweeps(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["lamb", "lans", "lars", "adabelief", "fastadabelief"])
+@pytest.mark.parametrize("name", ["lamb", "lans", "lars", "adabelief", "fastadabelief", "stableadamw"])
 @pytest.mark.parametrize("nan_in", [None, 4, 8])
 def test_one_go_has_the_same_bits_for_any_number_of_threads(
     name: str, nan_in: int | None, small_cache: list[int]
@@ -139,10 +144,11 @@ def test_one_go_has_the_same_bits_for_any_number_of_threads(
 def test_the_ratio_in_c_is_that_of_the_rule() -> None:
     generator = torch.Generator().manual_seed(6)
     layers = 3000
-    sums = {name: torch.rand(layers, generator=generator, dtype=torch.float64).mul_(9).exp_() for name in "wgu"}
-    for name, first in (("w", 0), ("g", 10), ("u", 20)):
+    sums = {name: torch.rand(layers, generator=generator, dtype=torch.float64).mul_(9).exp_() for name in "wguc"}
+    for name, first in (("w", 0), ("g", 10), ("u", 20), ("c", 30)):
         sums[name][first : first + 3] = torch.tensor([0.0, torch.inf, torch.nan])
     table = LayerTable([None] * layers, torch.rand(layers, generator=generator) < 0.9, {})  # type: ignore[list-item]
+    table.elements = torch.randint(1, 999, (layers,), generator=generator).double()
     for name, vector in sums.items():
         table.receive(name, vector, vector.sum())
     of_update = updates.MomentumUpdate(0.9, 0.1, *torch.ones(2, layers, dtype=torch.float64))
@@ -153,13 +159,15 @@ def test_the_ratio_in_c_is_that_of_the_rule() -> None:
         {"coefficient": 1e-3, "gradient": 1.0, "weight": 0.3, "constant": 1e-5},
         {"coefficient": 0.7, "gradient": 0.1, "weight": 0.3, "direction": 0.77, "constant": 0.013},
         {"direction": 0.0},
+        {"coefficient": 0.0, "update_clip": 1.0},
+        {"direction": 1.0, "bounds": (0.3, 1.7), "update_clip": 0.77},
     ]
     for options in rules:
         rule, struct = updates.TrustRule(table.adapt, **options), cpu._Rule()
-        alive = cpu._fill(struct, rule, of_update, form)
-        columns = zip(*(sums[name].tolist() for name in "wgu"), strict=True)
+        alive = cpu._fill(struct, rule, of_update, form, table.elements)
+        columns = zip(*(sums[name].tolist() for name in "wguc"), strict=True)
         found = [cpu._compiled().trustratio_ratio(struct, layer, *column) for layer, column in enumerate(columns)]
-        assert len(alive) == 2
+        assert len(alive) == 3
         wanted = rule(table)  # torch's square roots may be off by a bit
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=1e-15, atol=0, equal_nan=True)
 

@@ -31,6 +31,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lars", {"nesterov": True, "momentum_form": "gradient"}),
     ("lars", {"momentum": 0.0}),
     ("lamb", {"max_grad_norm": 1.0}),
+    ("lamb", {"update_clip": 0.5, "max_grad_norm": 1.0}),
+    ("lans", {"update_clip": 0.5}),
+    ("vradam", {"update_clip": 0.5}),
+    ("vrlamb", {"update_clip": 0.5, "second_moment": "mean"}),
+    *(("stableadamw", options) for options in OPTIMIZERS["stableadamw"].variants),
     ("vrlamb", {"second_moment": "mean", "bias_correction": False}),
     ("vrlars", {"nesterov": True, "momentum_form": "unscaled"}),
     *(("adabelief", options) for options in OPTIMIZERS["adabelief"].variants),
@@ -63,7 +68,7 @@ def test_sweeps_equal_tensor_operations(name: str, options: dict[str, Any]) -> N
     assert optimizer.trust_ratios() == pytest.approx(reference.trust_ratios(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "adabelief", "fastadabelief"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "adabelief", "fastadabelief", "stableadamw"])
 def test_odd_starts_and_lengths_and_poisoned_padding(name: str) -> None:
     lengths, gaps = [1, 15, 33, BLOCK, BLOCK + 7, 16, 5], [3, 0, 1, 2, 1, 0, 9]
     assert_close(flat_run(name, "triton", lengths, gaps), flat_run(name, "eager", lengths, gaps), 1e-6)

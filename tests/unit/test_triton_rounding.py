@@ -304,7 +304,7 @@ def test_positions_of_more_than_32_bits() -> None:
 
 
 @pytest.mark.parametrize("storage", [KEPT[kept] for kept in KEPT])
-@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "adabelief", "fastadabelief"])
+@pytest.mark.parametrize("name", ["lars", "lamb", "lans", "adabelief", "fastadabelief", "stableadamw"])
 def test_odd_starts_and_layers_that_do_not_change(name: str, storage: tuple[torch.dtype, dict[str, Any]]) -> None:
     dtype, options = storage
     lengths, gaps = [1, 15, 33, BLOCK, BLOCK + 7, 16, 5], [3, 0, 1, 2, 1, 0, 9]
