@@ -22,6 +22,7 @@ from trustratio.recipes.runs.history import load_history
 from trustratio.recipes.runs.report import notices, page_data, title
 from trustratio.recipes.training.batches import WarmedUpBatches
 from trustratio.recipes.training.checks import check_run
+from trustratio.recipes.training.other_ranks import shared_anew
 
 from .recipe_runs import WARMED_UP, losses, recipe, records, train, trained_tensors
 from .test_wrappers import WRAPPERS
@@ -318,6 +319,18 @@ def test_what_cannot_be_is_refused_before_any_work(arguments, message, text_fold
 def test_the_warmup_is_counted_in_the_schedules_unit(unit, duration):
     line = recipe("nowhere", Path("run"), f"schedule.unit={unit}", f"run.batch_warmup={duration}", settings=WARMED_UP)
     assert growths_of(parse_command_line(line).config)[0].warmup == 48
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_other_ranks_share_out_the_smallest_batch_too(ranks, micro):
+    """A micro-batch by which they could share out the global one alone would end the run at its first update."""
+    options = ("training.global_batch=64", "training.micro_batch=16", "run.smallest_batch=8", "run.batch_warmup=0.5")
+    config = apply_overrides(get_preset("lamb-tiny"), options)
+    shared = shared_anew(config, (), Path("checkpoint"), 16, ranks)
+    assert shared.training.micro_batch == micro
+    assert growths_of(shared)[0].plan(ranks).sequences == 8
+    with pytest.raises(RecipeError, match=r"16 cannot share out its global batch of 64 .*that can: 1, 2, 4, 8"):
+        shared_anew(config, (), Path("checkpoint"), 4, 16)
 
 
 def test_the_plan_before_a_run_says_batches_and_updates():
