@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -87,6 +88,10 @@ def build_optimizer(
         raise unknown_name("optimizer", config.name, optimizer_names())
     groups = parameter_groups(model, config.weight_decay)
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+    segments = options.get("segments")
+    if isinstance(segments, Mapping) and name not in BASELINES:
+        _share_segments(groups, segments)
+        del options["segments"]
     try:
         if name in BASELINES:
             _require_kinds(BASELINES[name].optimizer_class, options)
@@ -97,6 +102,17 @@ def build_optimizer(
         raise RecipeError(
             f"optimizer {shown(config.name)} refused its options {given}: {cut(str(error), 500)}"
         ) from error
+
+
+def _share_segments(groups: Sequence[dict[str, Any]], segments: Mapping[str, Any]) -> None:
+    """Give each group the patterns that name layers of its own; the first also those that name none, to be refused."""
+    shared: list[dict[str, Any]] = [{} for _ in groups]
+    for pattern, count in segments.items():
+        named = [any(fnmatchcase(name, pattern) for name, _ in group["params"]) for group in groups]
+        for index, mine in enumerate(named if any(named) else [True]):
+            shared[index] |= {pattern: count} if mine else {}
+    for group, own in zip(groups, shared, strict=True):
+        group["segments"] = own or 1
 
 
 def _require_kinds(constructor: _Constructor, options: Mapping[str, Any]) -> None:

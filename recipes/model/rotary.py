@@ -12,7 +12,7 @@ class RotaryPositions(nn.Module):
     """Cosines and sines of the angles t / theta^(2i/d) by which a head's pairs of numbers are turned at position t.
 
     Su et al. 2021, arXiv 2104.09864. transformers keeps the frequencies in buffers, which bf16 and fp16 training under
-    DeepSpeed rounds to 16 bits: at position 8,191 an angle would be off by up to 16 radians. Here there is no buffer,
+    DeepSpeed rounds to 16 bits: at position 8,191 an angle would be off by up to 8 radians. Here there is no buffer,
     so a wrapper finds nothing to cast or to send, and another base holds from the next pass on.
 
     Attributes:

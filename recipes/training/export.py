@@ -19,7 +19,7 @@ from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
 from ..configuration.phases import phases_of
 from ..data.preparation import prepare
-from ..data.prepared import PreparedData
+from ..data.prepared import TOKENIZER, PreparedData
 from ..model.masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary, stock_model
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
@@ -87,7 +87,7 @@ def takes_token_types(model: MaskedLanguageModel) -> bool:
 
 
 def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_types: bool = True) -> None:
-    """Write the tokenizer of prepared data such that it adds BERT's special tokens and knows pairs of texts.
+    """Write the tokenizer of prepared data such that it adds its special tokens and knows pairs of texts.
 
     Args:
         data: that was trained on.
@@ -95,15 +95,16 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_t
         output: folder to write into.
         token_types: the model takes the number of each token's text, see `takes_token_types`.
     """
-    tokenizer = Tokenizer.from_file(str(Path(data.folder, "tokenizer.json")))
-    special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    ids = {token: tokenizer.token_to_id(token) for token in special.values()}
+    tokenizer = Tokenizer.from_file(str(Path(data.folder, TOKENIZER)))
+    ids = {**data.special_tokens(), "mask": data.mask_id, "unk": tokenizer.token_to_id("[UNK]")}
+    special = {kind: tokenizer.id_to_token(token) for kind, token in ids.items() if token is not None}
+    cls, sep = special["cls"], special["sep"]
     tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+        single=[cls, "$A", sep],
+        pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
+        special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])],
     )
-    tokens: dict[str, Any] = {f"{name}_token": token for name, token in special.items() if ids[token] is not None}
+    tokens: dict[str, Any] = {f"{kind}_token": token for kind, token in special.items()}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_positions,

@@ -67,6 +67,7 @@ def train(
         report: draw it; always done where something fails. Its pictures take longer than these runs.
     """
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from trustratio.recipes.common.errors import RecipeError, TrainingFailure
     from trustratio.recipes.common.reporter import Reporter
@@ -93,6 +94,8 @@ def train(
                 bert.pretrain(check_run(invocation, launcher), reporter)
         except (RecipeError, TrainingFailure) as error:
             return f"{type(error).__name__}: {error}"
+        finally:
+            unset_hf_deepspeed_config()  # a Trainer under stage 3 would have the next run's initial weights cut up
     return "finished"
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from trustratio.recipes.common.errors import RecipeError
-from trustratio.recipes.training.export import trained_weights
+from trustratio.recipes.training.export import save_tokenizer, trained_weights
 
 
 class Malicious:
@@ -60,3 +63,20 @@ def test_nothing_else_is_unpickled(tmp_path: Path, file: str) -> None:
         trained_weights(checkpoint)
     assert not trace.exists()
     assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") is None
+
+
+@pytest.mark.parametrize("token_types", [True, False])
+def test_a_tokenizer_keeps_its_own_special_tokens(tmp_path: Path, token_types: bool) -> None:
+    """Those of a hub's tokenizer need not be called [CLS] and [SEP]."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<mask>": 2, "a": 3, "b": 4}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data: Any = SimpleNamespace(
+        folder=str(tmp_path), mask_id=2, special_tokens=lambda: {"cls": 0, "sep": 1, "pad": None}
+    )
+    save_tokenizer(data, 8, tmp_path / "saved", token_types)
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    encoded = saved("a", "b")
+    assert encoded["input_ids"] == [0, 3, 1, 4, 1]
+    assert ("token_type_ids" in encoded) is token_types
+    assert (saved.cls_token, saved.mask_token, saved.pad_token, saved.model_max_length) == ("<s>", "<mask>", None, 8)

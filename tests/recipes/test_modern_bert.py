@@ -243,6 +243,19 @@ def test_biases_and_norm_weights_get_no_weight_decay():
     assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight
 
 
+def test_a_fused_matrix_can_have_three_ratios():
+    """Patterns go to the group that has such layers, with weight decay or without."""
+    parts = parts_of('optimizer.segments={"*.Wqkv.weight":3,"decoder.bias":2}')
+    assert [group["segments"] for group in parts.optimizer.param_groups] == [{"*.Wqkv.weight": 3}, {"decoder.bias": 2}]
+    parts.model(*batch())[0].backward()
+    parts.optimizer.step()
+    assert len([name for name in parts.optimizer.trust_ratios() if "layers.1.attn.Wqkv" in name]) == 3
+    with pytest.raises(RecipeError, match=r"segments has the name '\*\.query\.weight', which no parameter"):
+        parts_of('optimizer.segments={"*.query.weight":3}')
+    with pytest.raises(RecipeError, match="optimizer 'adamw' refused its options"):
+        parts_of('optimizer.segments={"*.Wqkv.weight":3}', "optimizer.name=adamw")
+
+
 def test_special_tokens_are_those_of_the_tokenizer():
     config = model_of(special_tokens={"cls": 2, "sep": 3, "pad": 0}).config
     assert (config.pad_token_id, config.cls_token_id, config.sep_token_id) == (0, 2, 3)

@@ -69,7 +69,7 @@ def runs(launch):
         key = (wrapper, *arguments)
         if key not in made:
             made[key], endings = launch(f"{wrapper}{len(made)}", wrapper, *arguments)
-            assert endings == ["finished"] * 2
+            assert endings == ["finished"] * 2, endings
         return made[key]
 
     return run
@@ -98,7 +98,7 @@ def test_a_run_resumed_before_or_at_the_border_is_bit_exact(runs, launch, wrappe
     straight = runs(wrapper)
     checkpoint = straight / "checkpoints" / f"step-{step:08d}"
     resumed, endings = launch(f"{wrapper}-from-{step}", wrapper, "--resume", str(checkpoint))
-    assert endings == ["finished"] * 2
+    assert endings == ["finished"] * 2, endings
     assert losses(resumed) == losses(straight)[step:]
     one, other = (trained_tensors(folder / "checkpoints" / "step-00000010") for folder in (straight, resumed))
     assert len(one) > 20
@@ -109,7 +109,7 @@ def test_a_run_resumed_within_the_second_phase_has_its_base(runs, launch):
     straight = runs(REFERENCE, "run.checkpoint_every=4")
     checkpoint = straight / "checkpoints" / "step-00000008"
     resumed, endings = launch("within", REFERENCE, "run.checkpoint_every=4", "--resume", str(checkpoint))
-    assert endings == ["finished"] * 2
+    assert endings == ["finished"] * 2, endings
     assert losses(resumed) == losses(straight)[8:]
 
 
