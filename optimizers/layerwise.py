@@ -165,6 +165,8 @@ class LayerwiseOptimizer(Algorithm, torch.optim.Optimizer):
     def trust_ratios(self) -> dict[str, float]:
         """Each layer's ratio in the last step: 1.0 where it was not adapted, had no gradient, or where there is none.
 
+        With `update_clip`, what scales the rate: the ratio divided by max(1, RMS / update_clip), in every layer.
+
         Frozen layers, which have none, are the last.
 
         Waits for the device; nothing else in this class does. See `trust_ratio_vector` for the ratios without waiting.

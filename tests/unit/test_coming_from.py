@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.optimizers import LAMB, LARS, TrustRatio
+from trustratio.optimizers import LAMB, LARS, StableAdamW, TrustRatio
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "coming-from.md").read_text()
 RATES = (0.1, 0.04, 0.2, 0.15)
@@ -76,7 +76,7 @@ def as_on_the_page(
     parameters = [torch.nn.Parameter(w.clone()) for w in weights]
     decayed, undecayed = parameters[: len(shapes[0])], parameters[len(shapes[0]) :]
     given = {"decayed": decayed, "undecayed": undecayed, "lr": 1.0, "momentum": MOMENTUM, "weight_decay": DECAY}
-    given |= {"LAMB": LAMB, "LARS": LARS, "TrustRatio": TrustRatio, "torch": torch}
+    given |= {"LAMB": LAMB, "LARS": LARS, "StableAdamW": StableAdamW, "TrustRatio": TrustRatio, "torch": torch}
     code = code_under(heading)
     assert edit[0] in code
     exec(code.replace(*edit), given)
@@ -253,6 +253,45 @@ def test_pytorch_optimizer_lamb() -> None:
     found = as_on_the_page("pytorch_optimizer `Lamb`", BY_DIMENSIONS, factor=factor)
     wanted = lamb_reference(BY_DIMENSIONS, trust, eps=1e-6, decay=0.0, corrects=False, factor=factor)
     assert_same(found, wanted, 1e-5)
+
+
+# StableAdamW ----------------------------------------------------------------------------------------------------------
+
+
+def stable_reference(eps: float, decay: Callable[[float, float], float]) -> list[torch.Tensor]:
+    """With debiased averages; `decay` makes of the rate and the clipped one what multiplies the weights."""
+    weights, gradients = start(BY_GROUP)
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for t, (rate, of_layers) in enumerate(zip(RATES, gradients, strict=True), 1):
+        hat1, hat2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in (0.9, 0.99))
+        for index, g in enumerate(of_layers):
+            m[index] = hat1 * m[index] + (1 - hat1) * g
+            v[index] = hat2 * v[index] + (1 - hat2) * g.square()
+            rms = math.sqrt((g.square() / v[index].maximum(torch.tensor(eps**2))).mean().item())
+            clipped = rate / max(1.0, rms)
+            if index < len(BY_GROUP[0]):
+                weights[index] = weights[index] * (1 - decay(rate, clipped))
+            weights[index] = weights[index] - clipped * m[index] / (v[index].sqrt() + eps)
+    return weights
+
+
+WRITTEN_FOR_MAX_LR = ("weight_decay=weight_decay", "weight_decay=weight_decay / 2.0")
+
+
+@pytest.mark.parametrize(("max_lr", "edit"), [(None, ("", "")), (2.0, WRITTEN_FOR_MAX_LR)])
+def test_optimi(max_lr: float | None, edit: tuple[str, str]) -> None:
+    found = as_on_the_page("optimi `StableAdamW`", BY_GROUP, edit=edit)
+    assert_same(found, stable_reference(1e-6, lambda rate, clipped: clipped / (max_lr or 1.0) * DECAY))
+    optimi = pytest.importorskip("optimi")
+    options = {} if max_lr is None else {"decouple_lr": True, "max_lr": max_lr}
+    assert_same(found, train_theirs(optimi.StableAdamW, {"foreach": False, "triton": False, **options}))
+
+
+def test_pytorch_optimizer_stableadamw() -> None:
+    found = as_on_the_page("pytorch_optimizer `StableAdamW`", BY_GROUP)
+    assert_same(found, stable_reference(1e-8, lambda rate, clipped: clipped * DECAY))
+    package = pytest.importorskip("pytorch_optimizer")
+    assert_same(found, train_theirs(package.StableAdamW, {"foreach": False}))
 
 
 # Packages that are installed ----------------------------------------------------------------------------------------
