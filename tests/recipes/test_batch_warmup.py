@@ -22,6 +22,7 @@ from trustratio.recipes.runs.history import load_history
 from trustratio.recipes.runs.report import notices, page_data, title
 from trustratio.recipes.training.batches import WarmedUpBatches
 from trustratio.recipes.training.checks import check_run
+from trustratio.recipes.training.other_ranks import shared_anew
 
 from .recipe_runs import WARMED_UP, losses, recipe, records, train, trained_tensors
 from .test_wrappers import WRAPPERS
@@ -224,6 +225,30 @@ def test_an_update_that_is_skipped_counts_its_sequences(launch):
     assert batches(folder) == SIZES
 
 
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("modernbert-base-tiny", [4, 8, 12, 16, 20, 12, 12, 12, 12]),
+        pytest.param("lans-modernbert-64k-tiny", [24, 72, 120, 192, 240, 312, 192], marks=pytest.mark.slow),
+        pytest.param("mosaicbert-base-tiny", [24] * 3, marks=pytest.mark.slow),
+        pytest.param("lamb-mosaicbert-64k-tiny", [384] * 3, marks=pytest.mark.slow),
+    ],
+)
+def test_twins_of_berts_successors_train(pools, text_folder, tmp_path, preset, sizes):
+    """Their model, optimizer, schedule, batches and second phase, on short sequences and few of them."""
+    short = ("--sequence_length", "16", "--steps", "3", "data.vocabulary=200", "data.validation_sequences=8")
+    second = ("phase_two.steps=3", "phase_two.sequence_length=32", "phase_two.cooldown=2") if "modern" in preset else ()
+    warmed = ("run.batch_warmup=0.8", "phase_two.global_batch=12", "phase_two.micro_batch=3") if second else ()
+    line = recipe(text_folder, tmp_path / "run", *short, *second, *warmed, settings=("--preset", preset))
+    assert pools.get(2).run(train, str(tmp_path / "cache"), {}, "bert.py", line) == ["finished"] * 2
+    assert batches(tmp_path / "run")[: len(sizes)] == sizes
+    config = get_preset(preset)
+    seen = [record["lr"] for record in records(tmp_path / "run")]
+    assert max(seen) == pytest.approx(config.optimizer.lr, rel=1e-3)
+    assert seen[-1] < max(seen[-3:])
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+
+
 # Without training -----------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +319,18 @@ def test_what_cannot_be_is_refused_before_any_work(arguments, message, text_fold
 def test_the_warmup_is_counted_in_the_schedules_unit(unit, duration):
     line = recipe("nowhere", Path("run"), f"schedule.unit={unit}", f"run.batch_warmup={duration}", settings=WARMED_UP)
     assert growths_of(parse_command_line(line).config)[0].warmup == 48
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_other_ranks_share_out_the_smallest_batch_too(ranks, micro):
+    """A micro-batch by which they could share out the global one alone would end the run at its first update."""
+    options = ("training.global_batch=64", "training.micro_batch=16", "run.smallest_batch=8", "run.batch_warmup=0.5")
+    config = apply_overrides(get_preset("lamb-tiny"), options)
+    shared = shared_anew(config, (), Path("checkpoint"), 16, ranks)
+    assert shared.training.micro_batch == micro
+    assert growths_of(shared)[0].plan(ranks).sequences == 8
+    with pytest.raises(RecipeError, match=r"16 cannot share out its global batch of 64 .*that can: 1, 2, 4, 8"):
+        shared_anew(config, (), Path("checkpoint"), 4, 16)
 
 
 def test_the_plan_before_a_run_says_batches_and_updates():
