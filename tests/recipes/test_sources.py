@@ -208,6 +208,15 @@ def test_a_field_may_be_a_book(tmp_path):
     assert found == ["One.", book]
 
 
+def test_half_a_character_is_replaced(tmp_path, vocabulary):
+    """JSON can say what no other text can; the tokenizer would end with a traceback."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d\ude42 and \ud83d cut\ude42"}' + "\n" + lines(texts_of()))
+    assert next(iter(read_documents([str(tmp_path / "a.jsonl")], "text"))) == "a 🙂 and \ufffd cut\ufffd"
+    for tokenizer in (None, vocabulary):
+        config = DataConfig(sources=(str(tmp_path / "a.jsonl"),), tokenizer=tokenizer, sequence_length=4)
+        assert prepare(config, QUIET).documents == len(texts_of()) + 1
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.arrow"])
 def test_files_without_a_byte_hold_no_document(tmp_path, name):
     (tmp_path / name).touch()
