@@ -39,7 +39,6 @@ def check_prepared(config: DataConfig, folder: Path) -> None:
             f"them (.hdf5) with --masks {AS_GIVEN}"
         )
     _check_lowercase(config)
-    _check_tokenizer(config, folder)
 
 
 def check_choices(config: DataConfig, sources: Sequence[str]) -> None:
@@ -76,7 +75,8 @@ def _check_lowercase(config: DataConfig) -> None:
         )
 
 
-def _check_tokenizer(config: DataConfig, folder: Path) -> None:
+def check_tokenizer(config: DataConfig, folder: Path) -> None:
+    """Check that a tokenizer that is named is that of a prepared folder; raises RecipeError if it is another."""
     if config.tokenizer is None:
         return
     if load_tokenizer(config.tokenizer, config.lowercase).fingerprint != read_manifest(folder)["tokenizer"]:

@@ -23,7 +23,7 @@ from ..configuration.config import DataConfig
 from ..sources.bert_shards import require_vocabulary
 from ..sources.hub import fetch_hub
 from ..sources.limit import Limit
-from .choices import check_choices, check_prepared, check_vocabulary
+from .choices import check_choices, check_prepared, check_tokenizer, check_vocabulary
 from .docstrings import corpus_key, harvest, missing_packages, package_folders, require_text
 from .documents import (
     HUB_PREFIX,
@@ -100,6 +100,7 @@ def prepare(config: DataConfig, reporter: Reporter) -> PreparedData:
         check_sources(config.sources)
         folder = Path(config.sources[0])
         check_prepared(config, folder)
+        check_tokenizer(config, folder)
     else:
         folder = prepare_into(None, config, Preparation(), reporter)
         try:

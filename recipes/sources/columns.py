@@ -23,6 +23,15 @@ def text_of(record: Any, column: str, where: str) -> str | None:
     text = record[column]
     if text is not None and not isinstance(text, str):
         raise RecipeError(f"{where}: column {column!r} holds {kind_of(text)} and no text; {column_hint(list(record))}")
+    return None if text is None else _without_lone_surrogates(text)
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Put U+FFFD for the halves of characters that JSON may escape, as of an emoji that was cut: no text has them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 

@@ -17,6 +17,7 @@ from trustratio.recipes.configuration.config import DataConfig
 from trustratio.recipes.data import prepare as command
 from trustratio.recipes.data.choices import check_data
 from trustratio.recipes.data.given_masks import MOST_TOKENS, original, pack, shown
+from trustratio.recipes.data.masking import masked_as_given
 from trustratio.recipes.data.preparation import Preparation, prepare, prepare_into
 from trustratio.recipes.data.prepared import open_prepared
 from trustratio.recipes.data.rows import MaskedRows
@@ -199,6 +200,13 @@ def test_masks_go_into_rows_of_any_length_as_they_were_given(tmp_path, vocabular
     renewed = MaskedRows(rows, data.vocabulary(), 0.15, 1)  # the same folder with masks of the recipe's own
     (one,), (other,) = (renewed.step_batches(step, BatchPlan(4, 1, 1), 0) for step in (0, 1))
     assert not one.input_ids.equal(other.input_ids)
+
+
+def test_a_token_that_was_replaced_by_padding_is_shown_so():
+    """Their script draws replacements from the whole vocabulary, id 0 too."""
+    batch = masked_as_given(np.asarray([[2, 9, 8, 7, 3]]), np.asarray([[-1, 0, -1, 4, -1]]))
+    assert batch.input_ids.tolist() == [[2, 0, 8, 4, 3]]
+    assert (batch.positions.tolist(), batch.labels.tolist()) == ([1, 3], [9, 7])
 
 
 def test_packing_loses_nothing():

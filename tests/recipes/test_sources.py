@@ -208,6 +208,15 @@ def test_a_field_may_be_a_book(tmp_path):
     assert found == ["One.", book]
 
 
+def test_half_a_character_is_replaced(tmp_path, vocabulary):
+    """JSON can say what no other text can; the tokenizer would end with a traceback."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d\ude42 and \ud83d cut\ude42"}' + "\n" + lines(texts_of()))
+    assert next(iter(read_documents([str(tmp_path / "a.jsonl")], "text"))) == "a 🙂 and \ufffd cut\ufffd"
+    for tokenizer in (None, vocabulary):
+        config = DataConfig(sources=(str(tmp_path / "a.jsonl"),), tokenizer=tokenizer, sequence_length=4)
+        assert prepare(config, QUIET).documents == len(texts_of()) + 1
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.arrow"])
 def test_files_without_a_byte_hold_no_document(tmp_path, name):
     (tmp_path / name).touch()
@@ -319,8 +328,9 @@ def test_an_arrow_stream_that_was_cut_between_two_batches_is_named(tmp_path):
         list(read_documents([str(tmp_path / "a.arrow")], "text"))
 
 
+@pytest.mark.parametrize("wrong", [[0, 50, 2**30, 150, 2**30], [0, 50, 100, 150, 206], [0, 50, 40, 150, 200]])
 @pytest.mark.parametrize("suffix", [".arrow", ".feather"])
-def test_damaged_offsets_are_not_followed(tmp_path, suffix):
+def test_damaged_offsets_are_not_followed(tmp_path, suffix, wrong):
     kind = {".arrow": write_stream, ".feather": None}[suffix]
     path = tmp_path / f"a{suffix}"
     texts = ["x" * 50] * 4
@@ -331,7 +341,7 @@ def test_damaged_offsets_are_not_followed(tmp_path, suffix):
     offsets = np.asarray([0, 50, 100, 150, 200], np.int32).tobytes()
     content = path.read_bytes()
     assert content.count(offsets) == 1
-    path.write_bytes(content.replace(offsets, np.asarray([0, 50, 2**30, 150, 2**30], np.int32).tobytes()))
+    path.write_bytes(content.replace(offsets, np.asarray(wrong, np.int32).tobytes()))
     with pytest.raises(RecipeError, match=f"cannot read .*a{suffix} as Arrow"):
         list(read_documents([str(path)], "text"))
 

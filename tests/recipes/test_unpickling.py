@@ -121,6 +121,11 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
     "index.npz": lambda path, trace: DocumentIndex.load(pickled_index(path / "index.npz", trace)),
     "--data, jsonl": lambda path, trace: list(read_source(str(exploit(path / "a.jsonl", trace)), "text")),
     "--data, parquet": lambda path, trace: list(read_source(str(exploit(path / "a.parquet", trace)), "text")),
+    "--data, arrow": lambda path, trace: list(read_source(str(exploit(path / "a.arrow", trace)), "text")),
+    "--data, csv": lambda path, trace: list(read_source(str(exploit(path / "a.csv", trace)), "text")),
+    "--data, hdf5": lambda path, trace: list(read_source(str(exploit(path / "a.hdf5", trace)), "text")),
+    "--data, text": lambda path, trace: list(read_source(str(exploit(path / "a.txt", trace)), "text")),
+    "--tokenizer vocab.txt": lambda path, trace: load_tokenizer(str(exploit(path / "vocab.txt", trace))),
     "--data_folder": lambda path, trace: load_data("sst2", exploit(path / "train.jsonl", trace).parent),
     "report.py": lambda path, trace: load_history(exploit(path / "metrics.jsonl", trace).parent),
 }
