@@ -103,11 +103,11 @@ def _whole(net: torch.nn.Module) -> Tensors:
 
 
 class Adversaries(torch.nn.Module):
-    """A generator and a critic."""
+    """A generator and a critic, in float64: what they learn from each other magnifies rounding."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.generator, self.critic = network(), torch.nn.Linear(3, 1)
+        self.generator, self.critic = network().double(), torch.nn.Linear(3, 1).double()
         with torch.no_grad():
             for number, parameter in enumerate(self.critic.parameters()):
                 parameter.copy_(torch.linspace(-1 - number, 2, parameter.numel()).view(parameter.shape))
@@ -145,12 +145,12 @@ class Adversarial(lightning.LightningModule):
             # What fully_shard has gathered does not follow requires_grad.
             with optimizer.toggle_model() if self.stage == "ddp" else contextlib.nullcontext():
                 optimizer.zero_grad()
-                self.manual_backward(loss(batch))
+                self.manual_backward(loss(batch.double()))
                 optimizer.step()
 
 
 def train_adversaries(stage: str, folder: str | Path) -> Tensors:
-    run = Run(stage, loop="manual", steps=2)
+    run = Run(stage, loop="manual")
     module = Adversarial(stage)
     plan = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True) if stage == "ddp" else strategy(run)
     trainer = trainer_of(run, folder, strategy=plan)
@@ -160,7 +160,7 @@ def train_adversaries(stage: str, folder: str | Path) -> Tensors:
 
 def adversaries_plainly(ranks: int) -> tuple[Tensors, Tensors]:
     """Their weights at first, and after the same steps in one process and float64."""
-    run, nets = Run(steps=2), Adversaries().double()
+    run, nets = Run(), Adversaries()
     start = {name: parameter.detach().clone() for name, parameter in nets.named_parameters()}
     generators, critics = nets.optimizers_of()
     of_ranks = [micro_batches(run, rank).double() for rank in range(ranks)]
