@@ -19,12 +19,12 @@ class BarlowTwins(pl.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = LARS(self.named_parameters(), lr=20.0, weight_decay=1e-6, momentum_form="gradient")
+        optimizer = LARS(self.named_parameters(), lr=2.0, weight_decay=1e-6, momentum_form="gradient")
         return [optimizer], [{"scheduler": WarmupPolynomial(optimizer, 10, 100), "interval": "step"}]
 
 
-pl.seed_everything(0)  # batches of waves: two views of each have its direction and length in common
-wave, shift = torch.randn(200, 1, 64, 2, 1, 1), 6.3 * torch.rand(200, 2, 64, 1, 1, 1)
-views = (wave * torch.stack(torch.meshgrid(2 * [torch.arange(12.0)], indexing="ij"))).sum(3, True).add(shift).sin()
+pl.seed_everything(0)  # two views of each image: the same waves, in other noise
+waves = torch.randn(200, 1, 64, 2, 1, 1) * torch.stack(torch.meshgrid(2 * [torch.arange(12.0)], indexing="ij"))
+views = (0.5 * waves).sum(3, True).sin() + 0.5 * torch.randn(200, 2, 64, 1, 12, 12)
 trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False)
 trainer.fit(BarlowTwins(), torch.utils.data.DataLoader(views, batch_size=None))
