@@ -35,7 +35,8 @@ class RatioScalars:
     def _ratios(self, optimizer: LayerwiseOptimizer) -> dict[str, float]:
         ratios = optimizer.trust_ratios()
         scaling = optimizer.adapted_layers()
-        adapted = torch.tensor([ratio for name, ratio in ratios.items() if name in scaling], device="cpu")
+        of_layers = [ratio for name, ratio in ratios.items() if name in scaling]
+        adapted = torch.tensor(of_layers, dtype=torch.float64, device="cpu")  # of which NaN is the least and the most
         found = {}
         if len(adapted):
             summary = {"min": adapted.min(), "median": adapted.median(), "max": adapted.max()}

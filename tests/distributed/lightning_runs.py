@@ -228,7 +228,7 @@ def trainer_of(run: Run, folder: str | Path, **changes: Any) -> lightning.Traine
     return lightning.Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
-        strategy=strategy(run),
+        strategy=given.pop("strategy", None) or strategy(run),
         default_root_dir=folder,
         use_distributed_sampler=False,
         callbacks=[kind() for kind in run.callbacks],

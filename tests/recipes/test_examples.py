@@ -175,3 +175,13 @@ def test_two_ranks_print_the_step_sizes_of_one(tmp_path: Path) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         assert printed == pytest.approx(optimizer.trust_ratios(), rel=1e-2)
+
+
+@pytest.mark.slow
+def test_barlow_twins_in_lightning_learn(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch", minversion="2.5")
+    printed = run(command(FOLDER / "barlow_twins_lightning.py"), tmp_path)
+    for rank in range(2):
+        losses = [float(loss) for loss in re.findall(rf"step \d+ loss (\S+) on rank {rank}", printed)]
+        assert len(losses) == 100
+        assert sum(losses[-10:]) < 0.4 * sum(losses[:10])

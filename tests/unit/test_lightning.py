@@ -1,9 +1,10 @@
-"""Lightning steps a scheduler once per epoch unless told otherwise: refused for schedules that count updates."""
+"""Lightning: schedules that count updates, callbacks, and the forms of its programs in one process."""
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from trustratio.integrations.guards.replaced import ConflictingSettingsError
-from trustratio.optimizers import LAMB
+from trustratio.integrations.guards.replaced import ConflictingSettingsError, ReplacedOptimizerError
+from trustratio.optimizers import CLARS, LAMB, VRLAMB
 from trustratio.recipes.rules.schedules import WarmupPolynomial
 
 
@@ -20,7 +21,8 @@ class Trainer:
     """Has what Lightning's Trainer has of schedulers."""
 
     def __init__(self, automatic: bool, config: SimpleNamespace):
-        self.callbacks, self.optimizers, self.strategy = [], [config.scheduler.optimizer], None
+        self.callbacks, self.optimizers = [], [config.scheduler.optimizer]
+        self.strategy = SimpleNamespace(model=None)
         self.accumulate_grad_batches = 1
         self.lightning_module = SimpleNamespace(automatic_optimization=automatic)
         self.lr_scheduler_configs = [config]
@@ -231,3 +233,180 @@ def test_layer_norms_in_lightning_itself(name: str, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "norms.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [2, 4]
     assert all(record["layers"]["net.weight"]["gradient"] > 0 for record in records)
+
+
+# Trust ratios -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ratio_callback(norms_callback: Any) -> Any:
+    """The class, which can be made without Lightning here."""
+    from trustratio.integrations.lightning import TrustRatioCallback
+
+    return TrustRatioCallback
+
+
+def ratio_loop(callback: Any, optimizers: list[Any], model: torch.nn.Module, accumulate: int = 1) -> Loop:
+    loop: Any = Loop(callback, optimizers, model)
+    loop.accumulate_grad_batches, loop.world_size, model.automatic_optimization = accumulate, 1, True  # type: ignore
+    return loop
+
+
+def test_trust_ratios_of_logged_steps(ratio_callback: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's names, and nobody asks for ratios in other steps."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    optimizer, asked = lamb(model), []
+    read = LAMB.trust_ratio_vector
+    monkeypatch.setattr(LAMB, "trust_ratio_vector", lambda self: asked.append(0) or read(self))
+    loop = ratio_loop(ratio_callback(per_layer=True), [optimizer], model, 3)
+    assert loop.fit(5, accumulate=3) == [2, 4]
+    assert len(asked) == 2
+    ratios = optimizer.trust_ratios()
+    shown = loop.loggers[0].logged[-1][1]
+    assert set(shown) == {f"trust_ratio/{name}" for name in ("min", "median", "max", "0.weight", "0.bias")}
+    assert shown["trust_ratio/0.bias"] == 1.0 != shown["trust_ratio/max"] == shown["trust_ratio/0.weight"]
+    assert set(ratios) == {"0.weight", "0.bias"}
+    assert ratio_loop(ratio_callback(every=3), [lamb(model)], model).fit(4) == [3]
+
+
+def test_gradient_noise_of_logged_steps(ratio_callback: Any) -> None:
+    model = torch.nn.Linear(2, 2)
+    loop = ratio_loop(ratio_callback(noise=1), [lamb(model)], model, 2)
+    assert loop.fit(2, accumulate=2) == [2]
+    assert loop.loggers[0].logged[0][1]["gradient_noise/noise"] == pytest.approx(0.0, abs=1e-5)  # the same sample twice
+    assert loop.loggers[0].logged[0][1]["gradient_noise/signal"] > 0
+    with pytest.raises(ValueError, match=r"there is 1 \(accumulate_grad_batches=1 x 1 rank\): halve the batch"):
+        ratio_loop(ratio_callback(noise=1), [lamb(model)], model).fit(1)
+
+
+def test_ratios_of_one_of_several_optimizers(ratio_callback: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.1), lamb(model[1])]
+    loop = ratio_loop(ratio_callback(optimizer=1, per_layer=True), optimizers, model)
+    assert loop.fit(4) == [2, 4]
+    assert "trust_ratio/1.weight" in loop.loggers[0].logged[0][1]
+    with pytest.raises(ReplacedOptimizerError, match="TrustRatioCallback logs an optimizer of trustratio, and SGD"):
+        ratio_loop(ratio_callback(optimizer=0), optimizers, model).fit(1)
+    with pytest.raises(ValueError, match="one of the module's 2 optimizers, and was given optimizer=None"):
+        ratio_loop(ratio_callback(), optimizers, model).fit(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every": 0}, ValueError, "every must be an integer of at least 1, got 0"),
+        ({"noise": True}, ValueError, "noise must be the samples of one rank's batch, an integer of at least 1"),
+        ({"noise": 0}, ValueError, "got 0"),
+        ({"optimizer": "0"}, TypeError, "takes an optimizer's number, from 0, and was given '0'"),
+        ({"optimizer": True}, TypeError, "was given True"),
+    ],
+)
+def test_bad_arguments(ratio_callback: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ratio_callback(**arguments)
+
+
+def test_other_ranks_log_no_ratios(ratio_callback: Any) -> None:
+    model = torch.nn.Linear(2, 2)
+    loop = ratio_loop(ratio_callback(), [lamb(model)], model)
+    loop.is_global_zero = False
+    assert loop.fit(4) == []
+
+
+# Lightning itself, in one process -----------------------------------------------------------------------------------
+
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+each_name = pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+
+
+def module_of(lightning: Any, configure: Any, skipped: tuple[int, ...] = (), made: Any = None) -> Any:
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.made = torch.nn.Linear(2, 2), made
+
+        def training_step(self, batch: torch.Tensor, number: int) -> torch.Tensor | None:
+            return None if number in skipped else self.net(batch).square().sum()
+
+        def configure_optimizers(self) -> Any:
+            return configure(self.net)
+
+    return Module()
+
+
+def trained(lightning: Any, module: Any, folder: Path, batches: int = 4, **arguments: Any) -> torch.Tensor:
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, default_root_dir=folder, **QUIET, **arguments
+    )
+    samples = torch.randn(batches, 2, generator=torch.Generator().manual_seed(1))
+    trainer.fit(module, torch.utils.data.DataLoader(samples))
+    weight: torch.Tensor = module.net.weight.detach()
+    return weight
+
+
+def plainly(make: Any, skipped: tuple[int, ...] = ()) -> torch.Tensor:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 2)
+    optimizer = make(net)
+    for number, sample in enumerate(torch.randn(4, 2, generator=torch.Generator().manual_seed(1))):
+        if number not in skipped:
+            net(sample[None]).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return net.weight.detach()
+
+
+def scheduled(net: torch.nn.Module) -> tuple[Any, dict[str, Any]]:
+    optimizer = lamb(net)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return optimizer, {"scheduler": constant, "interval": "step"}
+
+
+FORMS: dict[str, Any] = {
+    "alone": lamb,
+    "a list": lambda net: [lamb(net)],
+    "a dict": lambda net: {"optimizer": lamb(net)},
+    "a dict with a schedule": lambda net: dict(zip(("optimizer", "lr_scheduler"), scheduled(net), strict=True)),
+    "two lists": lambda net: tuple([one] for one in scheduled(net)),
+}
+
+
+@each_name
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_configure_optimizers(form: str, name: str, tmp_path: Path) -> None:
+    lightning = pytest.importorskip(name, minversion="2.5")
+    assert torch.equal(trained(lightning, module_of(lightning, FORMS[form]), tmp_path), plainly(lamb))
+
+
+@pytest.mark.parametrize("optimizer_class", [LAMB, CLARS, VRLAMB])
+def test_a_batch_without_a_loss_is_no_step(optimizer_class: Any, tmp_path: Path) -> None:
+    """Its closure makes no gradient; the next step has its own statistics alone."""
+    lightning = pytest.importorskip("lightning.pytorch", minversion="2.5")
+
+    def make(net: torch.nn.Module) -> Any:
+        return optimizer_class(net.parameters(), lr=0.1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = trained(lightning, module_of(lightning, make, skipped=(0, 2)), tmp_path)
+        assert torch.equal(found, plainly(make, skipped=(0, 2)))
+
+
+def test_a_trainer_that_could_not_be_made(tmp_path: Path) -> None:
+    """It lives on in whoever keeps the error, and is not asked for its schedules."""
+    lightning = pytest.importorskip("lightning.pytorch", minversion="2.5")
+    with pytest.raises(Exception, match="nonsense") as kept:
+        lightning.Trainer(accelerator="cpu", strategy="nonsense", **QUIET)
+    assert torch.equal(trained(lightning, module_of(lightning, lamb), tmp_path), plainly(lamb))
+    assert kept.tb is not None
+
+
+def test_an_optimizer_that_is_older_than_its_trainer(tmp_path: Path) -> None:
+    """Is looked at when it steps, and its trainer guarded from then on."""
+    lightning = pytest.importorskip("lightning.pytorch", minversion="2.5")
+    module = module_of(lightning, lambda net: module.made)
+    module.made = lamb(module.net)
+    assert torch.equal(trained(lightning, module, tmp_path), plainly(lamb))
+    guards = [one for one in module.trainer.callbacks if type(one).__name__ == "WindowGuard"]
+    assert len(guards) == 1
