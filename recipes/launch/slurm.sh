@@ -37,8 +37,8 @@ export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-^lo,docker}"
 # again; end with its status.
 in_step() {
     local step status restarts=${SLURM_RESTART_COUNT:-0}
-    # One rank's end must not have srun kill another one that still writes: ranks end each other. With --wait=0, srun waits
-    # for a node that died until SLURM notices it, which then queues the job again; its end would pass for a failure.
+    # One rank's end must not have srun kill another one that still writes: ranks end each other. And srun waits for a
+    # node that died until SLURM notices, which then queues the job again; ending earlier would pass for a failure.
     # In the background, since bash acts on a signal between commands only.
     srun --kill-on-bad-exit=0 --wait=0 "$@" &
     step=$!
