@@ -7,4 +7,4 @@ Without arguments: a tiny BERT on the documentation of the installed Python pack
 from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
-    run("trustratio.recipes.training.bert", opening="trustratio.recipes.configuration.opening", on_cluster=True)
+    run("trustratio.recipes.training.bert", opening="trustratio.recipes.configuration.opening", cluster=True)

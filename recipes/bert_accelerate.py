@@ -7,8 +7,4 @@ from trustratio.recipes.common.script import follow_accelerate_to_cpu, run
 
 if __name__ == "__main__":
     follow_accelerate_to_cpu()
-    run(
-        "trustratio.recipes.training.bert_accelerate",
-        opening="trustratio.recipes.configuration.opening",
-        on_cluster=True,
-    )
+    run("trustratio.recipes.training.bert_accelerate", opening="trustratio.recipes.configuration.opening", cluster=True)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 from .errors import BAD_INPUT
 
 
-def run(module: str, opening: str | None = None, *, on_cluster: bool = False) -> NoReturn:
+def run(module: str, opening: str | None = None, *, cluster: bool = False) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
 
     Python puts a script's folder first on its search path, where a file of that folder would stand in for any package
@@ -21,7 +21,7 @@ def run(module: str, opening: str | None = None, *, on_cluster: bool = False) ->
         module: the body's full name, e.g. "trustratio.recipes.planning.plan".
         opening: of a body that takes seconds to import, what is imported before it; the body is not if the `main()` of
             this returns a status.
-        on_cluster: the command may be a rank that srun started, and SIGUSR1 asks it to stop, see `RestartRequests`.
+        cluster: the command may be a rank that srun started, and SIGUSR1 asks it to stop, see `RestartRequests`.
 
     Raises:
         SystemExit: always.
@@ -33,14 +33,14 @@ def run(module: str, opening: str | None = None, *, on_cluster: bool = False) ->
     sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
     watch: Any = _imported(f"{__package__}.launcher_watch")
     restarts: Any = _imported(f"{__package__}.restart_requests")
-    if on_cluster:
+    if cluster:
         _join_cluster()
     watch.watch_launcher()  # before the imports, which take seconds
     for name in filter(None, (opening, module)):
         status = _imported(name).main()
         if status is not None:
             break
-    raise SystemExit(restarts.told(status) if on_cluster else status)
+    raise SystemExit(restarts.told(status) if cluster else status)
 
 
 def _join_cluster() -> None:

@@ -37,9 +37,10 @@ export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-^lo,docker}"
 # again; end with its status.
 in_step() {
     local step status restarts=${SLURM_RESTART_COUNT:-0}
-    # One rank's end must not have srun kill another one that still writes: ranks end each other. In the background,
-    # since bash acts on a signal between commands only.
-    srun --kill-on-bad-exit=0 "$@" &
+    # One rank's end must not have srun kill another one that still writes: ranks end each other. And srun waits for a
+    # node that died until SLURM notices, which then queues the job again; ending earlier would pass for a failure.
+    # In the background, since bash acts on a signal between commands only.
+    srun --kill-on-bad-exit=0 --wait=0 "$@" &
     step=$!
     trap 'kill -USR1 "$step"' USR1 # srun hands it on to every task
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done

@@ -29,6 +29,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from ..common.errors import FAILED, RecipeError, TrainingFailure, sentence
 from ..common.progress import PROGRESS
+from ..common.restart_requests import told
 
 T = TypeVar("T")
 
@@ -372,4 +373,4 @@ def leave(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(status)
+    os._exit(told(status))

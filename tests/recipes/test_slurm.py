@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -170,9 +172,17 @@ time.sleep(60)
 """
 
 
-def start(*command: str, **variables: str) -> subprocess.Popen[str]:
-    own = {"PYTHONPATH": str(ROOT), **variables}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **own})
+@contextlib.contextmanager
+def start(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a command for the block, whose end kills what is left of it."""
+    own = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=own, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def rank_command(*arguments: str) -> list[str]:
