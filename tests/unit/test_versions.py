@@ -21,7 +21,7 @@ from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import LayoutError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = {"mypy", "ruff", "tensorboard", "wandb"}
+TOOLS = {"mypy", "ruff", "setuptools", "tensorboard", "wandb"}
 """What no test of the two stacks runs."""
 
 
