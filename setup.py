@@ -25,7 +25,7 @@ if target and target not in TARGETS:
 
 def oldest_glibc(library: bytes) -> "tuple[int, int] | None":
     """The oldest glibc that has all symbols which an ELF library asks for; None if it asks for none of glibc's."""
-    found = re.findall(rb"\0GLIBC_(\d+)\.(\d+)[.\d]*(?=\0)", library)
+    found = re.findall(rb"\0GLIBC_(\d+)\.(\d+)", library)
     return max((int(major), int(minor)) for major, minor in found) if found else None
 
 

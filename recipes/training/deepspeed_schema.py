@@ -141,7 +141,7 @@ REFUSED: dict[str, str] = {
     "weight_quantization": _WHOLE_MODEL,
     "eigenvalue": _WHOLE_MODEL,
     "sparse_attention": "attention is torch's SDPA",
-    "autotuning": "recipes/plan.py finds the micro-batch that fits",
+    "autotuning": "`trustratio plan` finds the micro-batch that fits",
     "compile": "use training.compile=true",
     "graph_harvesting": "use training.compile=true",
     "hybrid_engine": "it belongs to reinforcement learning",

@@ -90,7 +90,7 @@ class AccelerateLauncher:
             if self._enabled(f"ACCELERATE_USE_{name}"):
                 raise RecipeError(
                     f"accelerate's configuration asks for {name}, which this recipe has no engine for; use one of "
-                    "recipes/configs: ddp.yaml, zero1.yaml, zero2.yaml, zero3.yaml"
+                    "recipes/configs (`trustratio configs` says where): ddp.yaml, zero1.yaml, zero2.yaml, zero3.yaml"
                 )
         if not self._enabled("ACCELERATE_USE_DEEPSPEED"):
             if self._precision() == "fp16":

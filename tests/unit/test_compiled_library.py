@@ -30,6 +30,7 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="there was no C 
 
 
 def setup_file() -> ModuleType:
+    pytest.importorskip("setuptools.command.bdist_wheel")
     spec = importlib.util.spec_from_file_location("setup_file", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None

