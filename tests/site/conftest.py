@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ROOT / "docs" / "site"
+
+OUTSIDE = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio|object|embed|link)\b[^>]*?\b(?:src|href|data)=["']?(?:https?:)?//"""
+)
+"""What a page would load from elsewhere."""
 
 
 @pytest.fixture(autouse=True)
