@@ -57,5 +57,6 @@ def small_configuration() -> str:
     """The site's own configuration without the reference, which is made of the whole package."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     text = text[: text.index("\nnav:")].replace("  - docs/site/reference.py\n", "")
+    text = re.sub(r"^watch:.*\n", "", text, flags=re.MULTILINE)
     begin, end = text.index("  - mkdocstrings:"), text.index("\nvalidation:")
     return text[:begin] + text[end:]
