@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ROOT / "docs" / "site"
+
+OUTSIDE = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio|object|embed|link)\b[^>]*?\b(?:src|href|data)=["']?(?:https?:)?//"""
+)
+"""What a page would load from elsewhere."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,5 +57,6 @@ def small_configuration() -> str:
     """The site's own configuration without the reference, which is made of the whole package."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     text = text[: text.index("\nnav:")].replace("  - docs/site/reference.py\n", "")
+    text = re.sub(r"^watch:.*\n", "", text, flags=re.MULTILINE)
     begin, end = text.index("  - mkdocstrings:"), text.index("\nvalidation:")
     return text[:begin] + text[end:]

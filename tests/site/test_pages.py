@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mkdocs.exceptions import Abort, PluginError
 
-from .conftest import Build
+from .conftest import OUTSIDE, Build
 
 
 def article(site: Path, page: str) -> str:
@@ -135,8 +135,11 @@ def test_a_notebook_is_shown_with_its_outputs(build_small: Build) -> None:
     assert 'href="notebooks/one.html"' in article(site, "page.html")
 
 
-def test_a_repository_is_linked_only_where_one_is_named(build_small: Build) -> None:
-    assert "md-source" not in (build_small({}) / "index.html").read_text()
+def test_a_page_loads_nothing_from_elsewhere_and_names_no_repository(build_small: Build) -> None:
+    page = (build_small({}) / "index.html").read_text()
+    assert OUTSIDE.findall(page) == []
+    assert "iframe-worker.js" in page
+    assert "md-source" not in page
 
 
 def test_the_named_repository_is_linked_and_no_edit_links_are_made(

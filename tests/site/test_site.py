@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 from mkdocs.config import load_config
 
-from .conftest import ROOT
+from .conftest import OUTSIDE, ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom")
@@ -27,9 +27,6 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr
 LEFT_OUT: dict[str, str] = {}
 """Pages of docs/ that are not in the navigation, and why."""
 
-OUTSIDE = re.compile(
-    r"""<(?:script|img|iframe|source|video|audio|object|embed|link)\b[^>]*?\b(?:src|href|data)=["']?(?:https?:)?//"""
-)
 NOT_MARKDOWN_ANY_MORE = re.compile(r"^\s*(?:[-*] |\d+\. |\|.*\|\s*$)|\*\*|\$|\]\(|```|^#+ |^:::", re.MULTILINE)
 
 
