@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..common.errors import RecipeError
+from ..common.errors import RecipeError, cut
 from ..common.files import read_sealed, write_sealed
 from ..common.progress import PROGRESS
 from .columns import text_of
@@ -21,6 +21,7 @@ _WAITS = (1.0, 2.0, 5.0, 15.0, 30.0)  # seconds before each attempt after the co
 _RECORDS_BETWEEN_STATES = 100  # of the data set, which are some microseconds of copying each
 _CHARACTERS_BETWEEN_SAVES = 16_000_000  # what a kill loses at most; Ctrl-C and lost connections lose nothing
 _RECORDS_BETWEEN_LINES = 100_000
+_SHOWN = 400  # characters of an error
 _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3")
 
 Say = Callable[[str], None]
@@ -289,4 +290,5 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return what an error says as one line: of several, the later ones list the configurations or splits there are."""
+    return cut(" ".join(str(error).split()), _SHOWN) or type(error).__name__

@@ -297,6 +297,38 @@ def test_an_interrupted_preparation_goes_on(folder, tmp_path, breaking):
     assert not list((tmp_path / "tokens").glob("hub-*"))
 
 
+def test_a_full_disk_is_named_and_keeps_what_was_streamed(folder, tmp_path, breaking, monkeypatch):
+    real, written = hub._GrowingFile.add, []
+
+    def add(growing, *arguments):
+        if len(written) == 30:
+            raise OSError(28, "No space left on device")
+        written.append(arguments)
+        real(growing, *arguments)
+
+    config = DataConfig(sources=(f"hf:{folder}",), vocabulary=200)
+    monkeypatch.setattr(hub._GrowingFile, "add", add)
+    with pytest.raises(RecipeError, match="is full; the finished shards stay: free some space and run the same again"):
+        prepare_into(tmp_path / "tokens", config, Preparation(), QUIET)
+    monkeypatch.setattr(hub._GrowingFile, "add", real)
+    reporter = Lines()
+    prepare_into(tmp_path / "tokens", config, Preparation(), reporter)
+    assert any("behind the 30 documents that are there already" in line for line in reporter.lines)
+    assert json.loads((tmp_path / "tokens" / "manifest.json").read_text())["documents"] == 60
+
+
+def test_a_configuration_or_split_that_is_missing_is_answered_with_those_there_are(folder, tmp_path):
+    names = ("english", "german")
+    lines = [f"- config_name: {name}\n  data_files: data/train-*.parquet" for name in names]
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
+    with pytest.raises(RecipeError, match=r"cannot load .*onfig.*english.*german"):
+        fetch(folder, tmp_path / "hub-a.jsonl")
+    fetch(f"{folder}:german", tmp_path / "hub-a.jsonl")
+    assert fetched(tmp_path / "hub-a.jsonl") == TEXTS
+    with pytest.raises(RecipeError, match=r"cannot load .*split.*train"):
+        fetch(f"{folder}:german@training", tmp_path / "hub-b.jsonl")
+
+
 def test_several_data_sets_share_the_limit(folder, tmp_path, breaking):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"other {n}"}) + "\n" for n in range(10)))
     sources = (f"{tmp_path}/a.jsonl", f"hf:{folder}", f"hf:{folder}@train")
