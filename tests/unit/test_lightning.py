@@ -410,3 +410,13 @@ def test_an_optimizer_that_is_older_than_its_trainer(tmp_path: Path) -> None:
     assert torch.equal(trained(lightning, module, tmp_path), plainly(lamb))
     guards = [one for one in module.trainer.callbacks if type(one).__name__ == "WindowGuard"]
     assert len(guards) == 1
+
+
+def test_the_program_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning.pytorch", minversion="2.5")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "lightning.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["trainer"].global_step == 100
+    assert names["trainer"].callbacks[0]._logged == 100
