@@ -22,7 +22,7 @@ constraints=()
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 folder=$(cd "$folder" && pwd)
 export PATH="$folder/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_EXTENSIONS_DIR="$folder/torch_extensions"
-python -m pip install --quiet "${constraints[@]}" --editable ".[recipes,lightning]" \
+python -m pip install --quiet "${constraints[@]}" --editable ".[hdf5,lightning,recipes]" \
     hypothesis megatron-core pytest pytest-xdist triton
 python -m pip install --quiet "${constraints[@]}" --no-deps timm
 
