@@ -66,7 +66,7 @@ def build_parts(
     torch.manual_seed(config.training.seed)
     model = build_model(config.model, padded_vocabulary(vocabulary_size), special_tokens, attention_of(config))
     if config.training.activation_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations()
     optimizer = build_optimizer(config.optimizer, _in_its_precision(model, config), storage_options(config))
     if config.training.compile:
         model.compile()  # in place: parameters keep their names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,12 @@ class GatheredHead:
 
     def begin_phase(self, phase: Phase) -> None:
         """Take over what a phase of the run changes about the model: nothing, unless an architecture says so."""
+
+    def checkpoint_activations(self) -> None:
+        """Keep each encoder layer's input alone, and compute the rest again in backward."""
+        model: Any = self  # transformers renamed the method between 5.6 and 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, reduction: str = "sum"

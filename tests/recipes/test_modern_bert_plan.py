@@ -56,7 +56,7 @@ def test_activations_are_what_autograd_keeps(dropout, checkpointing):
     for layer in model.model.layers:  # the CPU has no fused attention with dropout; a GPU has
         layer.attn.attention_dropout = 0.0
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations()
     masked = torch.arange(0, micro * length, 3)[: round(0.3 * micro * length)]
     kept = kept_bytes(model, torch.randint(5, 100, (micro, length)), masked)
     parts = memory_parts(model_size(config, vocabulary), config, phases_of(config)[0], micro, 1)
