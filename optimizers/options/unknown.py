@@ -44,6 +44,7 @@ ALIASES = {
     **dict.fromkeys(("weight_decouple",), "decoupled"),
     **dict.fromkeys(("keep_num", "n"), "keep"),
     **dict.fromkeys(("eta", "trust_coeff", "trust_coef", "lars_coefficient"), "trust_coefficient"),
+    **dict.fromkeys(("clip_threshold",), "update_clip"),
     **dict.fromkeys(("max_norm", "clip_norm", "global_clip_norm"), "max_grad_norm"),
 }
 """Other names of options; one that the optimizer does not have is a key like any other."""
@@ -71,6 +72,7 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "decoupled_decay": ((False,), "weight decay is a part of the direction, and so of the trust ratio"),
     "corrected_weight_decay": ((False,), "weight decay is a part of the direction, and so of the trust ratio"),
     "clip_lr": ((False,), "a bound of the ratio is trust_bounds of LAMB or trust_clip of LAMBC"),
+    "decouple_lr": ((False,), "write weight_decay divided by the largest learning rate for StableAdamW"),
     "debias": ((True,), "write bias_correction for LAMB"),
     "caution": ((False,), "no optimizer here masks its update"),
     "adam": ((False,), "write adapt=False in every group"),

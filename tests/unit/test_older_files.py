@@ -55,6 +55,8 @@ NEWER: dict[str, Any] = {
     **{"state_dtype": None, "master": None, "rounding_seed": 0},
 }
 """Group keys that the files lack, as they are after reading them."""
+CLIPPABLE = ("lamb", "lambc", "lans", "vradam", "vrlamb")
+"""Optimizers whose groups lack `update_clip` in the files."""
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # optimizer, options, and options of the group of matrices
     **{name: (name, {}, {}) for name in ("lars", "lamb", "lambc", "lans", "novograd", "sngm", "tvlars", "mclr")},
@@ -160,7 +162,8 @@ def in_todays_terms(case: str, group: dict[str, Any]) -> dict[str, Any]:
     if case == "lambc":
         _, clip = group["trust_bounds"]
         group = {"trust_clip": clip, **{key: value for key, value in group.items() if key != "trust_bounds"}}
-    return {**group, **NEWER}
+    name, _, _ = CASES[case]
+    return {**group, **NEWER, **({"update_clip": None} if name in CLIPPABLE else {})}
 
 
 def bits(tensor: torch.Tensor) -> bytes:

@@ -137,6 +137,14 @@ def test_files_from_before_the_option_have_it_off(name: str) -> None:
     assert revived.defaults["update_clip"] is None
 
 
+def test_names_of_other_codes_are_answered() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"no group option 'clip_threshold' .*nearest: update_clip"):
+        StableAdamW([{"params": [parameter], "clip_threshold": 1.0}])
+    with pytest.raises(ValueError, match=r"no group option 'decouple_lr' .*weight_decay divided by"):
+        StableAdamW([{"params": [parameter], "decouple_lr": True}])
+
+
 # Numbers at the edge --------------------------------------------------------------------------------------------------
 
 IMPLEMENTATIONS = ["eager", "cpu"]
