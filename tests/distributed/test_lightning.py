@@ -79,8 +79,9 @@ def test_steps_by_hand(
 ) -> None:
     config = {"managed_gradient_accumulation": False} if isinstance(stage, int) else {}
     run = run_of(stage, optimizer, loop=loop, accumulation=2, config=config, parts=stage == "fsdp1")
-    if not no_statistics(stage, optimizer) and not (loop == "no_sync" and config):
-        assert_like_one_process(run, pool.run(train, run, tmp_path))
+    if no_statistics(stage, optimizer) or (loop == "no_sync" and config):
+        pytest.skip("FSDP1 has no statistics, and DeepSpeed adds up by itself")
+    assert_like_one_process(run, pool.run(train, run, tmp_path))
 
 
 @two_ranks
