@@ -197,7 +197,7 @@ def test_sigusr1_ends_a_rank_with_a_status_of_its_own(arguments, status):
         rank.send_signal(signal.SIGUSR1)
         time.sleep(0.1)
         rank.send_signal(signal.SIGUSR1)
-        assert rank.wait(20) == status
+        assert rank.wait(60) == status
 
 
 def test_a_status_is_left_in_a_file_where_somebody_asks_for_it(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_launcher_s_ranks_are_asked_and_their_status_is_kept(arguments, status
         for line in itertools.islice(node.stdout, 2):
             assert line == "listening\n"
         node.send_signal(number)
-        assert node.wait(20) == status
+        assert node.wait(60) == status
         assert node.stdout.read() == "noted\n" * 2 * bool(arguments)
 
 
@@ -241,5 +241,5 @@ def test_a_launcher_s_ranks_are_asked_and_their_status_is_kept(arguments, status
 )
 def test_the_status_of_a_node(command, status, tmp_path):
     with start("bash", str(LAUNCH / "node.sh"), "bash", "-c", command, TMPDIR=str(tmp_path)) as node:
-        assert node.wait(20) == status
+        assert node.wait(60) == status
     assert not list(tmp_path.iterdir())
