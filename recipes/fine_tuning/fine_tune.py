@@ -91,7 +91,7 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     data = load_data(arguments.data, arguments.data_folder)
     with tempfile.TemporaryDirectory() as scratch:
         model = pretrained_folder(arguments.checkpoint, arguments.export or Path(scratch, "model"), reporter)
-        values["length"] = _length(arguments.length, model, _tokenizer_of(model))
+        values["length"] = _length(arguments.length, model, _tokenizer_of(model, arguments.checkpoint))
         trials = [replace(options, length=values["length"]) for options in trials]
         starts = (PRETRAINED, RANDOM) if not arguments.no_random else (PRETRAINED,)
         runs: list[dict[str, Any]] = []
@@ -138,8 +138,8 @@ def pretrained_folder(checkpoint: str, output: Path, reporter: Reporter) -> str:
     return checkpoint
 
 
-def _tokenizer_of(model: str) -> Any:
-    """Return a model's tokenizer.
+def _tokenizer_of(model: str, checkpoint: str) -> Any:
+    """Return the tokenizer of a model, which stands for a checkpoint.
 
     Raises:
         RecipeError: it cannot fill up the shorter texts of a batch.
@@ -147,8 +147,8 @@ def _tokenizer_of(model: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token_id is None:
         raise RecipeError(
-            f"the tokenizer of {model} has no padding token, which batches of texts of several lengths need; pretrain "
-            "with a vocabulary that has [PAD], or set pad_token in its tokenizer_config.json to one of its tokens"
+            f"the tokenizer of --checkpoint {checkpoint!r} has no padding token, which batches of texts of several "
+            "lengths need; pretrain with a vocabulary that has [PAD]"
         )
     return tokenizer
 

@@ -216,9 +216,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
     if run.saved_identity is not None and resume is not None:
         check_same_run(run.saved_identity, identity, resume)
-    if (padding := special_tokens_of(run, data[0])["pad"]) != data[0].special_tokens()["pad"]:
-        reporter.line(f"padding: the token {padding}, with which the run began (an earlier release), and not [PAD]")
-    identity[PADDING] = padding
+    identity[PADDING] = _padding(run, data[0], reporter)
     require_memory(run, data[0].vocabulary_size)
     return data, identity
 
@@ -232,6 +230,15 @@ def special_tokens_of(run: CheckedRun, data: PreparedData) -> dict[str, int | No
     if saved is None or run.config.model.architecture != "bert":
         return tokens
     return {**tokens, "pad": saved.get(PADDING, 0)}
+
+
+def _padding(run: CheckedRun, data: PreparedData, reporter: Reporter) -> int | None:
+    padding, own = special_tokens_of(run, data)["pad"], data.special_tokens()["pad"]
+    if own is None:
+        reporter.line("warning: the tokenizer has no [PAD]; fine_tune.py, which needs one, will refuse the model")
+    if padding != own:
+        reporter.line(f"padding: token {padding} as in the checkpoint, which an earlier release began, and not {own}")
+    return padding
 
 
 def _require_one_beginning(resume: Path | None) -> None:
