@@ -15,7 +15,7 @@ from ..sources.arrow_tables import read_arrow, read_parquet
 from ..sources.compressed import is_compressed, suffix_of
 from ..sources.delimited import read_delimited
 from ..sources.foreign import refusal, wholly_compressed
-from ..sources.hub import read_hub
+from ..sources.hub import HubName, read_hub
 from ..sources.json_lines import read_json_lines
 from ..sources.plain_text import read_text
 from ..sources.saved_folders import folder_refusal, saved_files
@@ -48,13 +48,15 @@ def expand_sources(sources: Sequence[str]) -> list[str]:
     """Turn files, globs, folders of `save_to_disk` and `hf:` names into an ordered list of files and `hf:` names.
 
     Raises:
-        RecipeError: a file or glob matches nothing, is another folder, or cannot be opened.
+        RecipeError: a file or glob matches nothing, is another folder, or cannot be opened; a name that is none.
     """
     expanded: list[str] = []
     for source in sources:
         files = [source] if source.startswith(HUB_PREFIX) else _files_of(source)
         for file in files:
-            if not file.startswith(HUB_PREFIX):
+            if file.startswith(HUB_PREFIX):
+                HubName.parse(file.removeprefix(HUB_PREFIX)).check()
+            else:
                 _check_readable(file)
         expanded.extend(files)
     return expanded

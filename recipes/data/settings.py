@@ -16,6 +16,7 @@ from ..common.files import read_sealed, write_sealed
 from ..common.reporter import Reporter
 from ..configuration.config import DataConfig
 from ..sources.compressed import suffix_of
+from ..sources.hub import HubName
 from .documents import HUB_PREFIX, READ_SINCE_FORMAT_3
 from .given_masks import AS_GIVEN
 from .prepared import FORMAT, SETTINGS
@@ -47,7 +48,8 @@ def settings_of(config: DataConfig, sources: Sequence[str], column: str, tokeniz
 def _identity(source: str) -> list[Any]:
     """Return what tells a source from a changed one without reading it."""
     if source.startswith(HUB_PREFIX):
-        return [source]
+        name = HubName.parse(source.removeprefix(HUB_PREFIX))
+        return [source, os.path.abspath(name.path), name.revision()] if name.is_local else [source]
     status, suffix = os.stat(source), suffix_of(Path(source))
     identity = [os.path.abspath(source), status.st_size, status.st_mtime_ns]
     return identity + ([suffix] if suffix in READ_SINCE_FORMAT_3 else [])

@@ -14,6 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 
 from ..common.errors import RecipeError
+from .saved_tokenizer import as_its_file_says
 from .vocabulary_file import read_vocabulary, vocabulary_of
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -90,7 +91,8 @@ def load_tokenizer(name: str, lowercase: bool | None = None) -> TextTokenizer:
 
     Args:
         name: a `vocab.txt` or a folder with one, a `tokenizer.json`, a folder that `transformers` can read, or a name
-            on the hub, which is looked for in the local cache where there is no network.
+            on the hub, which is looked for in the local cache where there is no network. What it says of truncation
+            and padding is left out.
         lowercase: of a `vocab.txt` alone, see `read_vocabulary`; all others say themselves.
 
     Raises:
@@ -111,6 +113,7 @@ def load_tokenizer(name: str, lowercase: bool | None = None) -> TextTokenizer:
         from transformers import AutoTokenizer
 
         loaded = AutoTokenizer.from_pretrained(name, use_fast=True)
+        tokenizer = as_its_file_says(loaded.backend_tokenizer, name)
     except RecipeError:
         raise
     except Exception as error:  # tokenizers raises bare Exception, the hub client many classes
@@ -119,10 +122,10 @@ def load_tokenizer(name: str, lowercase: bool | None = None) -> TextTokenizer:
             f"cannot load tokenizer {name!r}: {reason[0]}; give a vocab.txt, a tokenizer.json, a folder or a hub name, "
             "or leave --tokenizer out to train a vocabulary on the text"
         ) from error
-    _require_dense(name, loaded.backend_tokenizer)
+    _require_dense(name, tokenizer)
     ids = _require_tokens(name, {kind: getattr(loaded, f"{kind}_token_id") for kind in _NEEDED})
     return TextTokenizer(
-        loaded.backend_tokenizer, ids["cls"], ids["sep"], ids["mask"], tuple(sorted(set(loaded.all_special_ids)))
+        without_lengths(tokenizer), ids["cls"], ids["sep"], ids["mask"], tuple(sorted(set(loaded.all_special_ids)))
     )
 
 
@@ -136,8 +139,17 @@ def from_tokenizer(tokenizer: Tokenizer, name: str) -> TextTokenizer:
     ids = _require_tokens(name, {kind: tokenizer.token_to_id(f"[{kind.upper()}]") for kind in _NEEDED})
     special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     return TextTokenizer(
-        tokenizer, ids["cls"], ids["sep"], ids["mask"], tuple(sorted(i for i in special if i is not None))
+        without_lengths(tokenizer),
+        *(ids["cls"], ids["sep"], ids["mask"]),
+        tuple(sorted(i for i in special if i is not None)),
     )
+
+
+def without_lengths(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer without its own truncation and padding, which would cut and fill documents silently."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _require_dense(name: str, tokenizer: Tokenizer) -> None:

@@ -91,7 +91,7 @@ def compare(arguments: argparse.Namespace, reporter: Reporter) -> dict[str, Any]
     data = load_data(arguments.data, arguments.data_folder)
     with tempfile.TemporaryDirectory() as scratch:
         model = pretrained_folder(arguments.checkpoint, arguments.export or Path(scratch, "model"), reporter)
-        values["length"] = _length(arguments.length, model)
+        values["length"] = _length(arguments.length, model, _tokenizer_of(model, arguments.checkpoint))
         trials = [replace(options, length=values["length"]) for options in trials]
         starts = (PRETRAINED, RANDOM) if not arguments.no_random else (PRETRAINED,)
         runs: list[dict[str, Any]] = []
@@ -138,14 +138,29 @@ def pretrained_folder(checkpoint: str, output: Path, reporter: Reporter) -> str:
     return checkpoint
 
 
-def _length(asked: int | None, model: str) -> int:
+def _tokenizer_of(model: str, checkpoint: str) -> Any:
+    """Return the tokenizer of a model, which stands for a checkpoint.
+
+    Raises:
+        RecipeError: it cannot fill up the shorter texts of a batch.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token_id is None:
+        raise RecipeError(
+            f"the tokenizer of --checkpoint {checkpoint!r} has no padding token, which batches of texts of several "
+            "lengths need; pretrain with a vocabulary that has [PAD]"
+        )
+    return tokenizer
+
+
+def _length(asked: int | None, model: str, tokenizer: Any) -> int:
     """Return the length of texts in tokens: what was asked for, else the usual one as far as the model takes it.
 
     Raises:
         RecipeError: the model or its tokenizer takes fewer, and would cut the texts.
     """
     positions = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
-    most = AutoTokenizer.from_pretrained(model).model_max_length
+    most = tokenizer.model_max_length
     most = min(most, positions) if positions else most
     within("--length", asked, _LEAST_LENGTH, most)
     return min(Options.length, most) if asked is None else asked

@@ -48,7 +48,9 @@ def build_model(
     Args:
         config: shape of the encoder, and the folder of initial weights if there are any.
         vocabulary_size: rows of the embedding table, see `padded_vocabulary`.
-        special_tokens: ids of "pad", "cls" and "sep", for ModernBERT's configuration; None: left open.
+        special_tokens: ids of "pad", "cls" and "sep" (BERT: "pad" alone), None where there is no such token. None
+            instead of ids: left open, and the padding of a BERT is 0. The input embedding of the padding begins at
+            zero and gets no gradient.
         attention: transformers' name of what computes it, see `attention_of`.
 
     Raises:
@@ -58,7 +60,8 @@ def build_model(
         shape: Any = modern_bert_config(config, vocabulary_size, special_tokens or {})
         kind: Any = GatheredModernBertForMaskedLM
     else:
-        shape, kind = _bert_config(config, vocabulary_size), GatheredBertForMaskedLM
+        padding = 0 if special_tokens is None else special_tokens.get("pad")
+        shape, kind = _bert_config(config, vocabulary_size, padding), GatheredBertForMaskedLM
     shape._attn_implementation = attention
     model = kind(shape)
     if config.initial_weights is not None:
@@ -71,7 +74,7 @@ def stock_model(model: MaskedLanguageModel) -> Any:
     return STOCK[model.config.model_type](model.config)
 
 
-def _bert_config(config: ModelConfig, vocabulary_size: int) -> BertConfig:
+def _bert_config(config: ModelConfig, vocabulary_size: int, padding: int | None) -> BertConfig:
     return BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=config.hidden,
@@ -81,6 +84,7 @@ def _bert_config(config: ModelConfig, vocabulary_size: int) -> BertConfig:
         max_position_embeddings=config.max_positions,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
+        pad_token_id=padding,
     )
 
 

@@ -21,7 +21,10 @@ RANKS = "ranks"
 STATE_DTYPE = "state_dtype"
 """In a checkpoint's identity: what optimizer state is kept in; None, and missing in earlier releases', is fp32."""
 
-_FREE = (RANKS, STATE_DTYPE)
+PADDING = "pad_token_id"
+"""In a checkpoint's identity: the model's padding, None if it has none; missing in earlier releases', where it is 0."""
+
+_FREE = (RANKS, STATE_DTYPE, PADDING)
 """What a continued run may have otherwise."""
 
 WRITE_ERRORS = (OSError, RuntimeError, MemoryError)

@@ -25,7 +25,9 @@ def read_parquet(path: Path, column: str) -> Iterator[str | None]:
         table = pyarrow.parquet.ParquetFile(path)
         _require_text(table.schema_arrow, column, path)
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            yield from _texts(batch.column(0))
+            # By its name: columns=["a.b"] gives a field b of a struct a too, before a column of that name.
+            _require_text(batch.schema, column, path)
+            yield from _texts(batch.column(column))
 
 
 def read_arrow(path: Path, column: str) -> Iterator[str | None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -38,19 +40,51 @@ class HubName:
     @classmethod
     def parse(cls, name: str) -> HubName:
         """Read a name without its `hf:`."""
-        path, _, split = name.partition("@")
-        path, _, configuration = path.partition(":")
-        return cls(path, configuration or None, split or "train")
+        path = _folder_of(name) or re.split("[:@]", name, maxsplit=1)[0]
+        configuration, _, split = name[len(path) :].partition("@")
+        return cls(path, configuration.removeprefix(":") or None, split or "train")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return bool(self.path) and Path(self.path).is_dir()
+
+    def check(self) -> None:
+        """Check what can be told of the name without a network.
+
+        Raises:
+            RecipeError: a folder that does not exist, a file, or a split that is none.
+        """
+        if not self.is_local and (self.path.startswith((".", "/", "~")) or self.path.count("/") > 1):
+            raise RecipeError(
+                f"hf:{self.path} is a file: give it without hf:"
+                if Path(self.path).is_file()
+                else f"hf:{self.path} is no folder that exists, and no name on the hub, which is NAME or OWNER/NAME"
+            )
+        if "[" in self.split:
+            raise RecipeError(
+                f"hf:{self.path}@{self.split}: splits are streamed, and parts of them are not known; take the first "
+                "documents with --max_documents or --max_characters (data.max_documents in the recipe)"
+            )
+        if "+" in self.split:
+            several = " ".join(f"hf:{self.path}@{split}" for split in self.split.split("+"))
+            raise RecipeError(f"hf:{self.path}@{self.split} names several splits; give each of its own: {several}")
 
     def open(self, revision: str | None) -> Any:
         """Return the data set as something to iterate over."""
         import datasets
 
-        options = {"revision": revision} if revision else {}
-        return datasets.load_dataset(self.path, self.configuration, split=self.split, streaming=True, **options)
+        path = os.path.abspath(self.path) if self.is_local else self.path
+        options = {"revision": revision} if revision and not self.is_local else {}
+        return datasets.load_dataset(path, self.configuration, split=self.split, streaming=True, **options)
 
     def revision(self) -> str | None:
-        """Return the commit that is the newest now, so that a later run goes on with the same; None if not known."""
+        """Return the commit that is the newest now, so that a later run goes on with the same; None if not known.
+
+        Of a folder on this machine a hash of the names, sizes and times of its files.
+        """
+        if self.is_local:
+            return _state_of(self.path)
         if Path(self.path).exists():
             return None
         with contextlib.suppress(Exception):  # it is told without, too, and the hub client raises many classes
@@ -58,6 +92,26 @@ class HubName:
 
             return HfApi().dataset_info(self.path, timeout=10).sha
         return None
+
+
+def _folder_of(name: str) -> str | None:
+    """Return the longest beginning of a name that is a folder, whose own name may hold what parts the rest."""
+    ends = [len(name), *(at for at in range(len(name) - 1, 0, -1) if name[at] in ":@")]
+    return next((name[:end] for end in ends if end and Path(name[:end]).is_dir()), None)
+
+
+def _state_of(folder: str) -> str:
+    """Return what tells a folder's files from changed ones without reading them; hidden ones are no data."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        folders[:] = [n for n in folders if n[0] != "." and os.path.realpath(os.path.join(parent, n)) not in seen]
+        for name in names:
+            path = os.path.join(parent, name)
+            if name[0] != "." and os.path.isfile(path):
+                status = os.stat(path)
+                files.append([os.path.relpath(path, folder), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -68,7 +122,7 @@ class Position:
         records: how many were read.
         state: of the data set, `since` records earlier; None: at its beginning, or where it has none to give.
         since: records read after `state` was taken.
-        revision: of the data set.
+        revision: of the data set, see `HubName.revision`.
     """
 
     records: int = 0
@@ -217,12 +271,14 @@ class _GrowingFile:
         """Find what a former run left of the data set `name`, or begin."""
         self.path = path
         self._part, self._state = path.with_suffix(".part"), path.with_suffix(".position")
-        self.mark = self._stored() or _Mark(Position(revision=HubName.parse(name).revision()))
+        self.mark = self._stored(HubName.parse(name)) or _Mark(Position(revision=HubName.parse(name).revision()))
 
-    def _stored(self) -> _Mark | None:
+    def _stored(self, name: HubName) -> _Mark | None:
         try:
             values = read_sealed(self._state)
             mark = _Mark(Position(**values.pop("position")), **values)
+            if name.is_local and mark.position.revision != name.revision():  # its files were changed since
+                return None
             return mark if self._part.stat().st_size >= mark.size else None
         except (OSError, ValueError, TypeError, KeyError):
             return None

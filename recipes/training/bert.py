@@ -19,7 +19,7 @@ from .loop import TrainingLoop
 from .phase_data import phases_with_data
 from .ranks import collect_failures, share_of_all
 from .records import open_records
-from .session import announce_end, open_output, prepare_run, reported, run_command
+from .session import announce_end, open_output, prepare_run, reported, run_command, special_tokens_of
 from .step_metrics import StepMetrics
 from .stop_requests import StopRequests
 
@@ -58,7 +58,7 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> int:
 def build_engine(run: CheckedRun, data: PreparedData) -> TrainingEngine:
     """Build model, optimizer and schedule, and wrap them (collective); load the checkpoint to resume, if any."""
     PROGRESS.begin("while building the model")
-    parts = build_parts(run.config, data.vocabulary_size, data.special_tokens())
+    parts = build_parts(run.config, data.vocabulary_size, special_tokens_of(run, data))
     engine = run.launcher.engine(parts, run.config.training, run.plans[0], run.settings)
     if run.invocation.resume is not None:
         engine.load(run.invocation.resume)

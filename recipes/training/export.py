@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..configuration.overrides import load_config
 from ..configuration.phases import phases_of
 from ..data.preparation import prepare
 from ..data.prepared import TOKENIZER, PreparedData
+from ..data.wordpiece import without_lengths
 from ..model.masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary, stock_model
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
@@ -95,7 +97,7 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_t
         output: folder to write into.
         token_types: the model takes the number of each token's text, see `takes_token_types`.
     """
-    tokenizer = Tokenizer.from_file(str(Path(data.folder, TOKENIZER)))
+    tokenizer = without_lengths(Tokenizer.from_file(str(Path(data.folder, TOKENIZER))))
     ids = {kind: token for kind, token in data.special_tokens().items() if token is not None}
     special = {kind: tokenizer.id_to_token(token) for kind, token in ids.items()}
     cls, sep = special["cls"], special["sep"]
@@ -110,8 +112,22 @@ def save_tokenizer(data: PreparedData, max_positions: int, output: Path, token_t
         model_max_length=max_positions,
         model_input_names=["input_ids", *["token_type_ids"] * token_types, "attention_mask"],
         **tokens,
+        **_settings_of_bert(tokenizer),
     )
     fast.save_pretrained(output)
+
+
+def _settings_of_bert(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what `BertTokenizer` makes its normalizer by; without it that lower-cases whatever tokenizer.json says."""
+    parts = json.loads(tokenizer.to_str())
+    normalizer = parts["normalizer"] or {}
+    if parts["model"].get("type") != "WordPiece" or normalizer.get("type") != "BertNormalizer":
+        return {}
+    return {
+        "do_lower_case": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+    }
 
 
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ from ..data.verification import damaged_files, expected_hashes
 from ..model.attention import describe_attention
 from ..model.sixteen_bits import describe_conversion, describe_storage
 from ..runs.checkpoints import (
+    PADDING,
     RANKS,
     STATE_DTYPE,
     CheckpointFolder,
@@ -215,8 +216,29 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     identity = {**early_identity(run), "data": fingerprints, "vocabulary": data[0].vocabulary_size}
     if run.saved_identity is not None and resume is not None:
         check_same_run(run.saved_identity, identity, resume)
+    identity[PADDING] = _padding(run, data[0], reporter)
     require_memory(run, data[0].vocabulary_size)
     return data, identity
+
+
+def special_tokens_of(run: CheckedRun, data: PreparedData) -> dict[str, int | None]:
+    """Return the ids of the data's special tokens, with the padding of the model that a resumed run goes on with.
+
+    Earlier releases took 0 for BERT's, whatever the tokenizer has there, and wrote nothing of it into checkpoints.
+    """
+    tokens, saved = data.special_tokens(), run.saved_identity
+    if saved is None or run.config.model.architecture != "bert":
+        return tokens
+    return {**tokens, "pad": saved.get(PADDING, 0)}
+
+
+def _padding(run: CheckedRun, data: PreparedData, reporter: Reporter) -> int | None:
+    padding, own = special_tokens_of(run, data)["pad"], data.special_tokens()["pad"]
+    if own is None:
+        reporter.line("warning: the tokenizer has no [PAD]; fine_tune.py, which needs one, will refuse the model")
+    if padding != own:
+        reporter.line(f"padding: token {padding} as in the checkpoint, which an earlier release began, and not {own}")
+    return padding
 
 
 def _require_one_beginning(resume: Path | None) -> None:

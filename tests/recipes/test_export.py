@@ -72,7 +72,7 @@ def test_a_tokenizer_keeps_its_own_special_tokens(tmp_path: Path, token_types: b
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     data: Any = SimpleNamespace(
-        folder=str(tmp_path), mask_id=2, special_tokens=lambda: {"cls": 0, "sep": 1, "pad": None}
+        folder=str(tmp_path), mask_id=2, special_tokens=lambda: {"cls": 0, "sep": 1, "mask": 2, "pad": None}
     )
     save_tokenizer(data, 8, tmp_path / "saved", token_types)
     saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")

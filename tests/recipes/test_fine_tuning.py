@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -318,3 +319,14 @@ def test_bad_options_are_refused(model, package, tmp_path, capsys):
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_padding_is_refused_before_training(model, package, tmp_path, capsys):
+    package([review(i, ("fresh", "rotten")[i % 2]) for i in range(40)])
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert run("--checkpoint", folder, "--data", "rotten-tomatoes", "--length", 16, "--limit", 8, "--seeds", 1) == 2
+    assert "has no padding token, which batches of texts of several lengths need" in capsys.readouterr().err

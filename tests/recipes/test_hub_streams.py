@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 
 import datasets
@@ -14,7 +15,8 @@ from tests.recipes.conftest import sentences
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.reporter import Reporter
 from trustratio.recipes.configuration.config import DataConfig
-from trustratio.recipes.data.preparation import Preparation, prepare_into
+from trustratio.recipes.data.choices import check_data
+from trustratio.recipes.data.preparation import Preparation, prepare, prepare_into
 from trustratio.recipes.sources import hub
 from trustratio.recipes.sources.hub import HubName, HubStream, Position, fetch_hub
 from trustratio.recipes.sources.limit import UNLIMITED, Limit
@@ -354,3 +356,122 @@ def test_what_was_streamed_is_streamed_again_if_it_is_gone_before_the_end(folder
     monkeypatch.setattr(preparation, "write_shard", write)
     prepare_into(tmp_path / "tokens", config, Preparation(), QUIET)
     assert breaking[1] == TEXTS[:50]
+
+
+# Folders on this machine ---------------------------------------------------------------------------------------------
+
+
+REVISION = HubName.revision
+
+
+@pytest.fixture
+def own_revision(monkeypatch):
+    monkeypatch.setattr(HubName, "revision", REVISION)
+
+
+def local(folder, texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def test_folders_of_one_name_are_different_data(tmp_path, monkeypatch, own_revision):
+    monkeypatch.setenv("TRUSTRATIO_CACHE", str(tmp_path / "cache"))
+    local(tmp_path / "a" / "set", TEXTS)
+    local(tmp_path / "b" / "set", TEXTS[:50])
+    prepared = []
+    for parent in "ab":
+        monkeypatch.chdir(tmp_path / parent)
+        prepared.append(prepare(DataConfig(sources=("hf:set",), vocabulary=200, sequence_length=8), QUIET))
+    assert [data.documents for data in prepared] == [60, 50]
+    assert prepared[0].folder != prepared[1].folder
+
+
+@pytest.mark.parametrize("change", ["content", "time", "another file"])
+def test_a_changed_folder_is_other_data(tmp_path, own_revision, change):
+    folder = local(tmp_path / "set", TEXTS)
+    config = DataConfig(sources=(f"hf:{folder}",), vocabulary=200)
+    for _ in range(2):
+        prepare_into(tmp_path / "tokens", config, Preparation(), QUIET)
+    if change == "content":
+        local(folder, TEXTS[:50])
+    elif change == "time":
+        os.utime(folder / "train.jsonl", ns=(0, 0))
+    else:
+        local(folder / "data", TEXTS)
+    with pytest.raises(RecipeError, match=r"prepared with other settings \(sources differ\)"):
+        prepare_into(tmp_path / "tokens", config, Preparation(), QUIET)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_stream_of_a_changed_folder_begins_anew(tmp_path, breaking, own_revision, monkeypatch, known):
+    folder = local(tmp_path / "own", TEXTS)
+    breaking[0]((30, KeyboardInterrupt))
+    with monkeypatch.context() as patch:
+        if not known:  # the position of an earlier release
+            patch.setattr(HubName, "revision", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(folder, tmp_path / "hub-a.jsonl")
+    others = [f"another {text}" for text in TEXTS]
+    local(folder, others)
+    assert fetch(folder, tmp_path / "hub-a.jsonl") == []
+    assert fetched(tmp_path / "hub-a.jsonl") == others
+
+
+def test_a_stream_of_an_unchanged_folder_goes_on(tmp_path, breaking, own_revision):
+    folder = local(tmp_path / "own", TEXTS)
+    breaking[0]((30, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fetch(folder, tmp_path / "hub-a.jsonl")
+    assert "behind the 30 documents" in fetch(folder, tmp_path / "hub-a.jsonl")[0]
+    assert fetched(tmp_path / "hub-a.jsonl") == TEXTS
+
+
+def test_links_in_a_folder_are_followed_once(tmp_path, own_revision):
+    folder, other = local(tmp_path / "own", TEXTS), local(tmp_path / "other", TEXTS)
+    (folder / "data").symlink_to(other)
+    (folder / "loop").symlink_to(folder)
+    before = HubName.parse(str(folder)).revision()
+    assert HubName.parse(str(folder)).revision() == before
+    local(other, TEXTS[:50])
+    assert HubName.parse(str(folder)).revision() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("r@2/set", ("r@2/set", None, "train")),
+        ("r@2/set@test", ("r@2/set", None, "test")),
+        ("r@2/set:en@test", ("r@2/set", "en", "test")),
+        ("./r@2/a:b", ("./r@2/a:b", None, "train")),
+        ("org/x:en@test", ("org/x", "en", "test")),
+        ("org/x@test", ("org/x", None, "test")),
+        ("x", ("x", None, "train")),
+        ("", ("", None, "train")),
+    ],
+)
+def test_a_name_may_be_a_folder_with_any_name(tmp_path, monkeypatch, name, parts):
+    (tmp_path / "r@2" / "set").mkdir(parents=True)
+    (tmp_path / "r@2" / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parsed = HubName.parse(name)
+    assert (parsed.path, parsed.configuration, parsed.split) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:./nosuch", r"hf:./nosuch is no folder that exists, and no name on the hub"),
+        ("hf:/no/such@train", r"hf:/no/such is no folder that exists"),
+        ("hf:a/b/c", r"hf:a/b/c is no folder that exists"),
+        ("hf:./a.jsonl", r"hf:./a.jsonl is a file: give it without hf:"),
+        ("hf:org/x@train[:10%]", r"hf:org/x@train\[:10%\]: splits are streamed.*--max_documents"),
+        ("hf:org/x@train+test", r"names several splits; give each of its own: hf:org/x@train hf:org/x@test"),
+    ],
+)
+def test_what_is_no_name_is_refused_without_a_network(tmp_path, monkeypatch, name, message):
+    (tmp_path / "a.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: pytest.fail("the hub was asked"))
+    with pytest.raises(RecipeError, match=message):
+        check_data(DataConfig(sources=(name,)))

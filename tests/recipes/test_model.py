@@ -1,5 +1,8 @@
 """The gathered head, and the gradient of a global batch however it is cut."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +13,11 @@ from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig
 from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.build import build_parts
-from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary
+from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary, stock_model
 from trustratio.recipes.model.optimizer import build_optimizer, parameter_groups
 from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.training.loop import accumulate_step, seed_step, validate
+from trustratio.recipes.training.session import special_tokens_of
 
 TINY = ModelConfig(layers=2, hidden=16, heads=2, intermediate=32, max_positions=32)
 
@@ -232,3 +236,44 @@ def test_initial_weights_are_loaded_or_refused(tmp_path):
         parts_of(f"model.initial_weights={tmp_path}", "model.intermediate=64")
     with pytest.raises(RecipeError, match="'/no/folder' is not a folder"):
         parts_of("model.initial_weights=/no/folder")
+
+
+@pytest.mark.parametrize("padding", [0, 1, None])
+def test_the_padding_is_that_of_the_tokenizer(padding):
+    """It begins at zero and gets no gradient as input; every other token, the first one too, does."""
+    torch.manual_seed(0)
+    model = build_model(TINY, 104, {"cls": 2, "sep": 3, "pad": padding}).double()
+    assert model.config.pad_token_id == stock_model(model).config.pad_token_id == padding
+    rows = model.get_input_embeddings().weight
+    assert [row for row in range(104) if not rows[row].any()] == ([] if padding is None else [padding])
+    tokens = torch.arange(104)[None, : TINY.max_positions]
+    hidden = model.hidden_states(tokens)
+    (gradient,) = torch.autograd.grad(hidden.square().sum() + hidden.sin().sum(), rows)
+    assert [row for row in tokens[0].tolist() if not gradient[row].any()] == ([] if padding is None else [padding])
+
+
+def test_a_vocabulary_of_bert_keeps_its_bits():
+    models = []
+    for special in (None, {"cls": 2, "sep": 3, "pad": 0}):
+        torch.manual_seed(0)
+        models.append(build_model(TINY, 104, special))
+    assert models[0].config.to_dict() == models[1].config.to_dict()
+    for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "saved", "padding"),
+    [
+        ("bert", None, 1),  # a run that begins
+        ("bert", {}, 0),  # a checkpoint of an earlier release
+        ("bert", {"pad_token_id": 1}, 1),
+        ("bert", {"pad_token_id": None}, None),
+        ("modernbert", {}, 1),  # which always had the tokenizer's
+    ],
+)
+def test_a_resumed_run_keeps_its_padding(architecture, saved, padding):
+    tokens = {"cls": 0, "sep": 2, "mask": 4, "pad": 1, "unk": 3}
+    config = SimpleNamespace(model=dataclasses.replace(TINY, architecture=architecture))
+    run = SimpleNamespace(config=config, saved_identity=saved)
+    assert special_tokens_of(run, SimpleNamespace(special_tokens=lambda: tokens)) == {**tokens, "pad": padding}

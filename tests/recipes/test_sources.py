@@ -346,6 +346,20 @@ def test_damaged_offsets_are_not_followed(tmp_path, suffix, wrong):
         list(read_documents([str(path)], "text"))
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_is_read_by_its_whole_name(tmp_path, suffix):
+    """A field of a struct has a name of the same form in Parquet."""
+    columns = {"meta": [{"text": "no", "id": 1}] * 3, "meta.text": ["a", None, "b"], "text.meta": [1, 2, 3]}
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        pyarrow.feather.write_feather(pyarrow.table(columns), str(path), compression="uncompressed")
+    assert list(read_documents([str(path)], "meta.text")) == ["a", "b"]
+    with pytest.raises(RecipeError, match=r"has no column 'meta.id'; columns: meta, meta.text, text.meta"):
+        list(read_documents([str(path)], "meta.id"))
+
+
 def test_a_saved_data_set_with_several_splits_asks_for_one(tmp_path):
     parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, normalizers
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 from tests.recipes.conftest import sentences
@@ -217,3 +218,94 @@ def test_the_command_takes_a_vocabulary_and_its_case(tmp_path, capsys):
     assert "other settings (tokenizer differ)" in capsys.readouterr().err
     assert command.main([*arguments[:-1], str(tmp_path / "other"), "--lowercase", "maybe"]) == 2
     assert "invalid choice: 'maybe'" in capsys.readouterr().err
+
+
+LONG = " ".join(["trust ratio"] * 50)
+
+
+def with_lengths(folder: Path) -> Tokenizer:
+    """A tokenizer.json as sentence-transformers writes it: cut to a length, and filled up to it."""
+    tokenizer = load_tokenizer(str(vocabulary(folder / "words", UNCASED))).tokenizer
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    (folder / "model").mkdir()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "BertTokenizer", "do_lower_case": True}, {}])
+def test_no_document_is_cut_or_filled_up(tmp_path, config):
+    plain = load_tokenizer(str(vocabulary(tmp_path / "plain", UNCASED)))
+    with_lengths(tmp_path)
+    name = tmp_path / "model" / "tokenizer.json"
+    if config is not None:
+        tokens = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**config, **tokens}))
+        name = tmp_path / "model"
+    loaded = load_tokenizer(str(name))
+    assert loaded.encode([LONG, "trust"]) == plain.encode([LONG, "trust"])
+    assert (loaded.tokenizer.truncation, loaded.tokenizer.padding) == (None, None)
+    assert tokenizes_words_alone(loaded)
+
+
+def exported_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {kind: tokenizer.token_to_id(f"[{kind.upper()}]") for kind in ("cls", "sep", "mask", "pad", "unk")}
+    save_tokenizer(SimpleNamespace(folder=str(folder), special_tokens=lambda: ids), 512, folder / "export")
+    return folder / "export"
+
+
+def test_a_folder_of_before_is_exported_without_lengths(tmp_path):
+    exported = AutoTokenizer.from_pretrained(exported_tokenizer(with_lengths(tmp_path), tmp_path / "prepared"))
+    assert [len(exported(text)["input_ids"]) for text in (LONG, "trust")] == [102, 3]
+
+
+CASES = {"cased": {"lowercase": False}, "uncased": {"lowercase": True}}
+CASES["accents"] = {"lowercase": True, "strip_accents": False}
+CASES["characters"] = {"lowercase": False, "handle_chinese_chars": False}
+
+
+@pytest.fixture(params=sorted(CASES))
+def of_a_case(request, tmp_path):
+    tokenizer = load_tokenizer(str(vocabulary(tmp_path / "words", [*WORDS, "漢字"]))).tokenizer
+    tokenizer.normalizer = normalizers.BertNormalizer(**CASES[request.param])
+    return tokenizer
+
+
+def ids_of(tokenizer: Tokenizer) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch(TEXTS, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("config", [None, {}, {"tokenizer_class": "BertTokenizer"}, {"strip_accents": None}], ids=str)
+def test_a_folder_is_read_as_its_tokenizer_says(of_a_case, tmp_path, config):
+    """BertTokenizer makes the normalizer anew, and lower-cases where nothing says that it should not."""
+    BertConfig().save_pretrained(tmp_path / "model")
+    of_a_case.save(str(tmp_path / "model" / "tokenizer.json"))
+    if config is not None:
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    assert loaded.encode(TEXTS) == ids_of(of_a_case)
+    assert tokenizes_words_alone(loaded)
+
+
+def test_what_a_folder_says_besides_its_tokenizer_is_heeded(tmp_path):
+    cased = load_tokenizer(str(vocabulary(tmp_path / "words", WORDS))).tokenizer
+    BertConfig().save_pretrained(tmp_path / "model")
+    cased.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")(TEXTS, add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(str(tmp_path / "model")).encode(TEXTS) == theirs != ids_of(cased)
+
+
+def test_the_usual_folder_is_left_as_transformers_reads_it(tmp_path):
+    saved = BertTokenizer(str(vocabulary(tmp_path / "words", UNCASED)))
+    saved.save_pretrained(tmp_path / "model")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model").backend_tokenizer
+    assert load_tokenizer(str(tmp_path / "model")).tokenizer.to_str() == theirs.to_str()
+
+
+@pytest.mark.parametrize("reader", [AutoTokenizer, BertTokenizer])
+def test_an_exported_tokenizer_keeps_its_case_whatever_reads_it(of_a_case, tmp_path, reader):
+    exported = reader.from_pretrained(exported_tokenizer(of_a_case, tmp_path / "prepared"))
+    assert exported(TEXTS, add_special_tokens=False)["input_ids"] == ids_of(of_a_case)
