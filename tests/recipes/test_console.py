@@ -227,6 +227,49 @@ def test_train_in_a_launcher_is_the_recipe(became, monkeypatch):
     assert became == []
 
 
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_train_starts_no_launcher_in_each_of_several_processes(variable, became, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "2")
+    assert start.main(["--max_steps", "2"]) == 2
+    assert became == []
+    assert (
+        f"the environment has {variable}=2: each of these processes would start a launcher" in capsys.readouterr().err
+    )
+    monkeypatch.setenv(variable, "1")
+    start.main(["--max_steps", "2"])
+    assert len(became) == 1
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "gpu[01-02]",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+}
+TRAIN = """
+import os, signal, sys, trustratio.recipes.training.start as start
+from trustratio.recipes.common.script import run
+def main():
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+    blocked = signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    print([os.environ.get(name) for name in names], blocked)
+    return 0
+start.main = main
+exec(open(sys.argv[1]).read())
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "printed"), [({}, "[None, None, None] False\n"), (SRUN, "['1', '2', 'gpu01'] True\n")]
+)
+def test_train_by_srun_is_a_rank_which_hears_requests_and_a_launcher_does_not(variables, printed, tmp_path):
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    line = [sys.executable, "-c", TRAIN, str(command_file("train.py"))]
+    done = subprocess.run(line, env={**own, **variables}, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == printed, done.stderr
+
+
 @pytest.mark.parametrize(
     ("accelerator", "available", "has"), [("cpu", True, False), ("", True, True), ("", False, False)]
 )
