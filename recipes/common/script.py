@@ -31,7 +31,7 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False, launc
     if script and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(script)):
         del sys.path[0]
     _open_what_is_closed()
-    sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
+    sys.stdout, sys.stderr = readers_may_leave(sys.stdout), readers_may_leave(sys.stderr)
     watch: Any = _imported(f"{__package__}.launcher_watch")
     restarts: Any = _imported(f"{__package__}.restart_requests")
     if cluster:
@@ -93,17 +93,25 @@ def _open_what_is_closed() -> None:
 class _Pipe(io.FileIO):
     """A file descriptor that takes and forgets what nobody reads any more, as in `command | head`.
 
-    The command goes on: nobody's pipe may end a training.
+    The command goes on: nobody's pipe may end a training. Another failure, as of a full disk, is raised once: what is
+    printed last, by the interpreter too, would fail again.
     """
+
+    _failed = False
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             return memoryview(data).nbytes
+        except OSError:
+            if not self._failed:
+                self._failed = True
+                raise
+            return memoryview(data).nbytes
 
 
-def _readers_may_leave(stream: TextIO) -> TextIO:
+def readers_may_leave(stream: TextIO) -> TextIO:
     """Return the same stream on a `_Pipe`; as it is if it is no file."""
     try:
         descriptor = stream.fileno()

@@ -51,10 +51,18 @@ def test_the_list_is_there_without_a_package(tmp_path):
     assert max(map(len, lines)) <= 110
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"], ["configs", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_alone_it_lists_the_commands(arguments, capsys):
     assert console.main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == console.overview()
+
+
+def test_help_of_configurations_says_what_is_taken(capsys):
+    for line in (["configs", "--help"], ["help", "configs"]):
+        assert console.main(line) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("usage: trustratio configs [NAME ...]\n")
+        assert "zero2" in shown
 
 
 def test_the_version_is_that_of_pyproject(capsys):
@@ -72,6 +80,22 @@ def test_an_unknown_word_is_answered_with_the_nearest(word, nearest, capsys):
     assert shown.out == ""
     assert shown.err.startswith(f"trustratio: unknown command {word!r}; nearest: {nearest}")
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "prefix"), [("", "trustratio"), ("configs", "trustratio"), ("plan", "error"), ("presets", "error")]
+)
+def test_a_list_whose_reader_leaves_is_no_failure_and_a_full_disk_is_one_sentence(word, prefix, tmp_path):
+    line = [sys.executable, "-c", CONSOLE, *word.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        done = subprocess.run(line, stdout=gone, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert done.stderr.startswith(f"{prefix}: No space left on device")
 
 
 def test_configurations_are_found(capsys):
