@@ -3,4 +3,4 @@
 from trustratio.recipes.common.script import run
 
 if __name__ == "__main__":
-    run("trustratio.recipes.training.start")
+    run("trustratio.recipes.training.start", cluster=True, launches=True)

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .called import CONSOLE
+from .command import ends_with_message
 from .errors import BAD_INPUT, RecipeError, unknown_name
+from .script import readers_may_leave
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """Folder of the configurations for `accelerate launch`."""
@@ -51,6 +53,15 @@ def configurations(names: Sequence[str]) -> list[str]:
     ]
 
 
+def _help_of_configurations() -> list[str]:
+    return [
+        f"usage: {CONSOLE} configs [NAME ...]",
+        "",
+        "Prints the paths of the named configurations for accelerate launch; without names, of all:",
+        *(f"  {line}" for line in configurations(())),
+    ]
+
+
 COMMANDS = {
     "train": Command("pretrain BERT on this machine: on its GPUs, or in two CPU processes", "trustratio.recipes.train"),
     "plan": Command("what a preset needs on given GPUs: batch, memory, traffic, time", "trustratio.recipes.plan"),
@@ -76,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None: this process's.
 
     Returns:
-        0 for the list and the version, 2 for an unknown word, which is answered with the nearest.
+        0 for the list and the version, 2 for an unknown word, which is answered with the nearest; 3 where they cannot
+        be printed.
 
     Raises:
         SystemExit: the status of the command that ran.
@@ -87,11 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"{CONSOLE}: {error}", file=sys.stderr)
         return BAD_INPUT
-    print("\n".join(lines))
+    return _printed(lines)
+
+
+@ends_with_message(CONSOLE)
+def _printed(lines: Sequence[str]) -> int:
+    print("\n".join(lines), file=readers_may_leave(sys.stdout))
     return 0
 
 
 def _lines(word: str, rest: Sequence[str]) -> list[str]:
+    if word == "help" and rest:  # trustratio help plan
+        word, rest = rest[0], ["--help"]
     if word in ("--help", "-h", "help"):
         return overview()
     if word in ("--version", "-V", "version"):
@@ -101,7 +120,7 @@ def _lines(word: str, rest: Sequence[str]) -> list[str]:
     if command is None:
         raise unknown_name("command", word, COMMANDS)
     if command.answer is not None:
-        return overview() if rest and rest[0] in ("--help", "-h") else command.answer(rest)
+        return _help_of_configurations() if rest and rest[0] in ("--help", "-h") else command.answer(rest)
     assert command.module is not None
     sys.argv = [f"{CONSOLE} {word}", *command.given, *rest]
     runpy.run_module(command.module, run_name="__main__")  # which raises SystemExit

@@ -21,6 +21,9 @@ reads the file instead, so a rank that was stopped ends with 0 towards its launc
 """
 
 
+BEFORE_TRAINING = "asked to stop before training began: the same command begins or goes on"
+
+
 class RestartRequests:
     """Takes SIGUSR1 in a thread of its own, since the main one may wait for other ranks, deaf to signals, for hours.
 
@@ -32,6 +35,7 @@ class RestartRequests:
         """Hear nothing yet."""
         self.heard = False
         self._answer: Callable[[], None] | None = None
+        self._tell: Callable[[], None] | None = None
 
     def listen(self) -> None:
         """Hear from now on; called before other threads begin, which must not take the signal.
@@ -46,6 +50,10 @@ class RestartRequests:
         """Let `answer` be called, in the thread; until then the process ends at once."""
         self._answer = answer
 
+    def tell_by(self, tell: Callable[[], None] | None) -> None:
+        """Let `tell` be called, in the thread, before the process ends at once: other ranks may have heard nothing."""
+        self._tell = tell
+
     def over(self) -> None:
         """Note what comes from now on, and do nothing about it: the process ends anyway, with a status of its own."""
         self._answer = lambda: None
@@ -58,7 +66,9 @@ class RestartRequests:
                 self._answer()
                 continue
             if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"asked to stop before training began: the same command begins or goes on\n")
+                os.write(2, f"{BEFORE_TRAINING}\n".encode())
+            if self._tell is not None:
+                self._tell()
             os._exit(told(STOPPED))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 from .errors import BAD_INPUT
 
 
-def run(module: str, opening: str | None = None, *, cluster: bool = False) -> NoReturn:
+def run(module: str, opening: str | None = None, *, cluster: bool = False, launches: bool = False) -> NoReturn:
     """Import a command's body and exit with the status that its `main()` returns.
 
     Python puts a script's folder first on its search path, where a file of that folder would stand in for any package
@@ -22,6 +22,7 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False) -> No
         opening: of a body that takes seconds to import, what is imported before it; the body is not if the `main()` of
             this returns a status.
         cluster: the command may be a rank that srun started, and SIGUSR1 asks it to stop, see `RestartRequests`.
+        launches: such a command becomes a launcher where it is no rank; signals are the launcher's then.
 
     Raises:
         SystemExit: always.
@@ -30,11 +31,11 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False) -> No
     if script and sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(script)):
         del sys.path[0]
     _open_what_is_closed()
-    sys.stdout, sys.stderr = _readers_may_leave(sys.stdout), _readers_may_leave(sys.stderr)
+    sys.stdout, sys.stderr = readers_may_leave(sys.stdout), readers_may_leave(sys.stderr)
     watch: Any = _imported(f"{__package__}.launcher_watch")
     restarts: Any = _imported(f"{__package__}.restart_requests")
     if cluster:
-        _join_cluster()
+        _join_cluster(launches)
     watch.watch_launcher()  # before the imports, which take seconds
     for name in filter(None, (opening, module)):
         status = _imported(name).main()
@@ -43,17 +44,20 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False) -> No
     raise SystemExit(restarts.told(status) if cluster else status)
 
 
-def _join_cluster() -> None:
+def _join_cluster(launches: bool) -> None:
     from .errors import RecipeError
     from .restart_requests import RESTARTS, told
     from .slurm import adopt_slurm
 
-    RESTARTS.listen()
+    if not launches:
+        RESTARTS.listen()
     try:
         adopt_slurm(os.environ)
     except RecipeError as error:  # which rank this is, is not known
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(told(BAD_INPUT)) from None
+    if launches and "RANK" in os.environ:
+        RESTARTS.listen()
 
 
 def _imported(name: str) -> Any:
@@ -89,17 +93,25 @@ def _open_what_is_closed() -> None:
 class _Pipe(io.FileIO):
     """A file descriptor that takes and forgets what nobody reads any more, as in `command | head`.
 
-    The command goes on: nobody's pipe may end a training.
+    The command goes on: nobody's pipe may end a training. Another failure, as of a full disk, is raised once: what is
+    printed last, by the interpreter too, would fail again.
     """
+
+    _failed = False
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             return memoryview(data).nbytes
+        except OSError:
+            if not self._failed:
+                self._failed = True
+                raise
+            return memoryview(data).nbytes
 
 
-def _readers_may_leave(stream: TextIO) -> TextIO:
+def readers_may_leave(stream: TextIO) -> TextIO:
     """Return the same stream on a `_Pipe`; as it is if it is no file."""
     try:
         descriptor = stream.fileno()

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 
-from ..common.errors import BAD_INPUT, RecipeError
+from ..common.errors import BAD_INPUT, FAILED, RecipeError, sentence
 from ..common.reporter import Reporter
 from .command_line import parse_command_line
 from .presets import list_presets
@@ -20,11 +20,18 @@ def main() -> int | None:
     """
     reporter = Reporter(active=os.environ.get("RANK", "0") == "0")
     try:
-        with contextlib.nullcontext() if reporter.active else contextlib.redirect_stdout(io.StringIO()):
-            invocation = parse_command_line(say=reporter.line)
+        return _open(reporter)
     except RecipeError as error:
         reporter.error(f"error: {error}")
         return BAD_INPUT
+    except OSError as error:  # a full disk that takes no line
+        reporter.error(f"error: {sentence(error)}")
+        return FAILED
+
+
+def _open(reporter: Reporter) -> int | None:
+    with contextlib.nullcontext() if reporter.active else contextlib.redirect_stdout(io.StringIO()):
+        invocation = parse_command_line(say=reporter.line)
     if invocation.list_presets:
         for line in list_presets():
             reporter.line(line)

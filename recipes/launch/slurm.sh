@@ -2,6 +2,15 @@
 # What the batch files have in common; they source it. It sets what ranks need to find each other, and has `in_step`.
 set -u
 
+# Of the shell of `srun --pty` from which the job was submitted; sbatch hands it on.
+unset SLURM_PTY_PORT
+
+if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
+    echo "error: the job has $SLURM_HET_SIZE heterogeneous components, of which srun starts the first alone: submit it" \
+        "with one set of options" >&2
+    exit 2
+fi
+
 first_host() { # node01 of node[01-03,07],login
     local hosts=$1 names
     if names=$(scontrol show hostnames "$hosts" 2>/dev/null) && [ -n "$names" ]; then
@@ -19,7 +28,12 @@ first_host() { # node01 of node[01-03,07],login
 # those that Linux gives to outgoing connections.
 export MASTER_ADDR="${MASTER_ADDR:-$(first_host "$SLURM_JOB_NODELIST")}"
 export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}"
-export RANKS_PER_NODE="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
+gpus=${SLURM_GPUS_ON_NODE:-1} # 0 on a node without: one CPU rank
+export RANKS_PER_NODE="${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}"
+if [[ ! $RANKS_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: RANKS_PER_NODE=$RANKS_PER_NODE: allowed is a whole number from 1" >&2
+    exit 2
+fi
 
 # Else every rank has as many threads as the node has cores. srun does not take over sbatch's --cpus-per-task.
 threads=$((${SLURM_CPUS_PER_TASK:-8} * ${SLURM_NTASKS_PER_NODE:-1} / RANKS_PER_NODE))

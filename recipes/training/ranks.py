@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ..common.errors import RecipeError, sentence
 from ..common.marks import Share, cores_each
-from ..common.slurm import is_in_a_shell
+from ..common.slurm import tasks_of_others
 
 T = TypeVar("T")
 
@@ -27,8 +27,6 @@ _TIMEOUT = datetime.timedelta(hours=12)
 _PATIENCE = 60.0  # seconds of waiting for the others to start, before it is said
 
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Each process of mpirun would train the whole run by itself, and so would one of srun that `adopt_slurm` has not seen.
-_OF_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 _MOST_PORT = 65_535
 _REMEDY = "start with deepspeed, torchrun or accelerate, which set these variables, or unset them for one process"
 
@@ -78,12 +76,11 @@ def require_launcher() -> None:
     Raises:
         LauncherError: one is missing or contradicts another.
     """
-    if "WORLD_SIZE" not in os.environ and not is_in_a_shell(os.environ):
-        for name in _OF_OTHERS:
-            if _variable(name, 1) > 1:
-                raise LauncherError(f"the environment has {name}={os.environ[name]} without WORLD_SIZE; {_REMEDY}")
+    # Each process of mpirun would train the whole run by itself, and so would one of srun that `adopt_slurm` missed.
+    if others := tasks_of_others(os.environ):
+        raise LauncherError(f"the environment has {others} without WORLD_SIZE; {_REMEDY}")
     if world_size() > 1:
-        missing = [name for name in _OF_LAUNCHERS if name not in os.environ]
+        missing = [name for name in _OF_LAUNCHERS if not os.environ.get(name)]
         if missing:
             raise LauncherError(
                 f"the environment has WORLD_SIZE={world_size()} without {', '.join(missing)}; {_REMEDY}"
@@ -97,7 +94,7 @@ def require_launcher() -> None:
         raise LauncherError(
             f"the environment has LOCAL_RANK={local_rank()} of {ranks_on_machine()} ranks on this machine; {_REMEDY}"
         )
-    if not 0 <= _variable("MASTER_PORT", 0) <= _MOST_PORT:
+    if os.environ.get("MASTER_PORT") and not 0 <= _variable("MASTER_PORT", 0) <= _MOST_PORT:
         raise LauncherError(
             f"the environment has MASTER_PORT={os.environ['MASTER_PORT']}: allowed is up to {_MOST_PORT}; {_REMEDY}"
         )
@@ -111,8 +108,8 @@ def start() -> None:
     """
     require_launcher()
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:
+        os.environ[key] = os.environ.get(key) or value
+    if not os.environ.get("MASTER_PORT"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])

@@ -133,12 +133,11 @@ def run_command(
         print(f"error: rank {rank()}: {sentence(error)}", file=sys.stderr, flush=True)
         return FAILED
     except RankFailure as failure:  # of one rank, which speaks, whichever it is; the others end with it
-        if failure.unsaid:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+        failure.say()
         if world_size() > 1:
             watchdog.let_hear()
-            leave(FAILED)
-        return FAILED
+            leave(failure.status)
+        return failure.status
     except KeyboardInterrupt:
         reporter.error("interrupted before training began; nothing was written")
         return INTERRUPTED

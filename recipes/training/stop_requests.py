@@ -58,5 +58,7 @@ class StopRequests:
         # A single Ctrl-C reaches a rank twice (from the terminal and from the launcher), so repeats mean nothing.
         if self._speaks and not self._signalled:
             text = f"asked to stop {PROGRESS.doing}: this is finished, then a checkpoint is written\n"
+            if PROGRESS.alone:  # after the last checkpoint
+                text = "asked to stop while writing the report: this is finished, and the run has ended\n"
             os.write(2, text.encode())  # unlike print, not in the middle of another print of this thread
         self._signalled = True

@@ -27,9 +27,9 @@ import psutil
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from ..common.errors import FAILED, RecipeError, TrainingFailure, sentence
+from ..common.errors import FAILED, STOPPED, RecipeError, TrainingFailure, sentence
 from ..common.progress import PROGRESS
-from ..common.restart_requests import told
+from ..common.restart_requests import BEFORE_TRAINING, RESTARTS, told
 
 T = TypeVar("T")
 
@@ -44,16 +44,22 @@ _BACKWARD = "_engine_run_backward"  # in which gradients are reduced
 
 
 class RankFailure(RuntimeError):
-    """One rank failed, and this one ends with it. The message is for the user.
+    """One rank failed, or was asked to stop before training, and this one ends with it. The message is for the user.
 
     Attributes:
         unsaid: nobody else says it.
+        status: what the process ends with: FAILED or STOPPED.
     """
 
-    def __init__(self, message: str, unsaid: bool) -> None:
+    def __init__(self, message: str, unsaid: bool, status: int = FAILED) -> None:
         """Carry a message, which this rank has to say if it is `unsaid`."""
         super().__init__(message)
-        self.unsaid = unsaid
+        self.unsaid, self.status = unsaid, status
+
+    def say(self) -> None:
+        """Print the message, unless somebody else does."""
+        if self.unsaid:
+            print(f"{'error: ' if self.status == FAILED else ''}{self}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Watchdog:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             prefix = f"trustratio/{attempt}"
             self._line = _Line(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), prefix)
+            RESTARTS.tell_by(self._tell_of_request)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -118,6 +125,7 @@ class Watchdog:
         Raises:
             RankFailure: the block raised what the other ranks cannot know of, or what the failure of one led to.
         """
+        RESTARTS.tell_by(None)
         self._over.set()
         self._thread.join(_ANSWER)
         try:
@@ -153,6 +161,13 @@ class Watchdog:
         first = self._post(text, said=True)
         return RankFailure(text, unsaid=first or (first is None and self.rank <= 1))
 
+    def _tell_of_request(self) -> None:
+        """Tell the others, before this rank ends, that it was asked to stop; called by the thread that hears it."""
+        self._over.set()
+        self._thread.join(_ANSWER)  # which may be asking the store
+        self._post(f"rank {self.rank} was {BEFORE_TRAINING}", said=self.rank == 0, status=STOPPED)
+        self.let_hear()
+
     def _lost(self) -> list[int]:
         """Return the ranks whose processes have ended or do not run; rank 0 if the store has gone with it."""
         try:
@@ -167,10 +182,10 @@ class Watchdog:
         while not self._over.wait(self.period):
             if PROGRESS.alone:
                 continue
-            if self._listen() is not None:
+            if (heard := self._listen()) is not None:
                 # Who waits for a rank that is gone hears of it from gloo; on a GPU, nobody does.
-                if not self._over.wait(_GRACE) and not PROGRESS.alone:
-                    self._leave(self.heard)
+                if not self._over.wait(_GRACE if heard.status == FAILED else 0) and not PROGRESS.alone:
+                    self._leave(heard)
             elif self.hang_seconds is not None and _idle() > self.hang_seconds + self._deference():
                 self._judge(self.hang_seconds)
 
@@ -178,11 +193,10 @@ class Watchdog:
         """Return the seconds by which this rank lets the first two judge before; a thousand at once would be many."""
         return 0.0 if self.rank <= 1 else 10 * self.period
 
-    def _leave(self, failure: RankFailure | None) -> NoReturn:
-        if failure is not None and failure.unsaid:
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+    def _leave(self, failure: RankFailure) -> NoReturn:
+        failure.say()
         self.let_hear()
-        leave(FAILED)
+        leave(failure.status)
 
     def let_hear(self) -> None:
         """Wait until the others have heard of a failure, if the store may end with this process."""
@@ -198,7 +212,8 @@ class Watchdog:
         with contextlib.suppress(*_NO_STORE):
             told = self._ask(lambda store: _exchanged(store, self.rank, beat))
             if told is not None:
-                self.heard = RankFailure(told["text"], unsaid=self.rank == 0 and not told["said"])
+                said = told["said"] or (told["status"] == STOPPED and RESTARTS.heard)
+                self.heard = RankFailure(told["text"], self.rank == 0 and not said, told["status"])
         return self.heard
 
     def _own(self) -> Beat:
@@ -254,11 +269,11 @@ class Watchdog:
         read = {rank: store.compare_set(_key(rank), "", "").decode() for rank in others}
         return {rank: Beat(**json.loads(text or "{}")) for rank, text in read.items()}
 
-    def _post(self, text: str, said: bool) -> bool | None:
+    def _post(self, text: str, said: bool, status: int = FAILED) -> bool | None:
         """Tell the other ranks why the run ends; return whether nobody did before, None if there is no store."""
         if self.ranks == 1:
             return True
-        own = json.dumps({"rank": self.rank, "said": said, "text": text})
+        own = json.dumps({"rank": self.rank, "said": said, "text": text, "status": status})
         try:
             return self._ask(lambda store: store.compare_set(_FAILURE, "", own).decode()) == own
         except _NO_STORE:

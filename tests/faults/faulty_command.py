@@ -26,6 +26,7 @@ from tests.faults.sleepy_steps import SleepySteps
 from trustratio.optimizers import LAMB
 from trustratio.recipes.common.errors import TrainingFailure
 from trustratio.recipes.common.progress import PROGRESS
+from trustratio.recipes.common.restart_requests import RESTARTS
 from trustratio.recipes.data import feed
 from trustratio.recipes.training import loop, session, trainer
 from trustratio.recipes.training.watchdog import Watchdog
@@ -202,6 +203,20 @@ def _refusal(here: bool, update: int) -> None:
     before_update(here, update, refuse)
 
 
+def _request(here: bool, update: int) -> None:
+    """SIGUSR1 reaches this rank while the data are prepared."""
+    RESTARTS.listen()
+    prepare_phase = session._prepare_phase
+
+    def asked(*arguments: Any) -> Any:
+        if here:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(10_000)
+        return prepare_phase(*arguments)
+
+    session._prepare_phase = asked
+
+
 # Places ---------------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +300,7 @@ FAULTS: dict[str, Callable[[bool, int], None]] = {
     "memory-in-the-optimizer": _memory_in_the_optimizer,
     "memory-at-a-checkpoint": _memory_at_a_checkpoint,
     "refusal": _refusal,
+    "request": _request,
     "full-disk": _full_disk,
     "removal": _removal,
     "renaming": _renaming,

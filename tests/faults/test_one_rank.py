@@ -46,6 +46,17 @@ def test_a_rank_that_was_killed_is_named(data, tmp_path, rank):
     assert left == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_request_before_training_that_one_rank_hears_stops_both(data, tmp_path, rank):
+    with started(data, tmp_path / "run", fault=f"request {rank} 0") as job:
+        ending = job.end()
+        left = job.left_behind()
+    assert ending.statuses == (138, 138), show(ending)
+    assert ending.printed.count("asked to stop before training began: the same command begins or goes on\n") == 1
+    assert "error" not in ending.printed
+    assert left == []
+
+
 @pytest.mark.parametrize("script", ["bert_trainer.py", "bert_accelerate.py"])
 def test_the_other_commands_do_the_same(data, tmp_path, script):
     with started(data, tmp_path / "run", "data.workers=1", fault="memory 1 6", script=script) as job:

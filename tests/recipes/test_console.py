@@ -51,10 +51,18 @@ def test_the_list_is_there_without_a_package(tmp_path):
     assert max(map(len, lines)) <= 110
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"], ["configs", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_alone_it_lists_the_commands(arguments, capsys):
     assert console.main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == console.overview()
+
+
+def test_help_of_configurations_says_what_is_taken(capsys):
+    for line in (["configs", "--help"], ["help", "configs"]):
+        assert console.main(line) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("usage: trustratio configs [NAME ...]\n")
+        assert "zero2" in shown
 
 
 def test_the_version_is_that_of_pyproject(capsys):
@@ -72,6 +80,22 @@ def test_an_unknown_word_is_answered_with_the_nearest(word, nearest, capsys):
     assert shown.out == ""
     assert shown.err.startswith(f"trustratio: unknown command {word!r}; nearest: {nearest}")
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "prefix"), [("", "trustratio"), ("configs", "trustratio"), ("plan", "error"), ("presets", "error")]
+)
+def test_a_list_whose_reader_leaves_is_no_failure_and_a_full_disk_is_one_sentence(word, prefix, tmp_path):
+    line = [sys.executable, "-c", CONSOLE, *word.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        done = subprocess.run(line, stdout=gone, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1), done.stderr
+    assert done.stderr.startswith(f"{prefix}: No space left on device")
 
 
 def test_configurations_are_found(capsys):
@@ -225,6 +249,49 @@ def test_train_in_a_launcher_is_the_recipe(became, monkeypatch):
     monkeypatch.setattr("trustratio.recipes.training.bert.main", lambda given: len(given))
     assert start.main(["--max_steps", "2"]) == 2
     assert became == []
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_train_starts_no_launcher_in_each_of_several_processes(variable, became, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "2")
+    assert start.main(["--max_steps", "2"]) == 2
+    assert became == []
+    assert (
+        f"the environment has {variable}=2: each of these processes would start a launcher" in capsys.readouterr().err
+    )
+    monkeypatch.setenv(variable, "1")
+    start.main(["--max_steps", "2"])
+    assert len(became) == 1
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "gpu[01-02]",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+}
+TRAIN = """
+import os, signal, sys, trustratio.recipes.training.start as start
+from trustratio.recipes.common.script import run
+def main():
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+    blocked = signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    print([os.environ.get(name) for name in names], blocked)
+    return 0
+start.main = main
+exec(open(sys.argv[1]).read())
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "printed"), [({}, "[None, None, None] False\n"), (SRUN, "['1', '2', 'gpu01'] True\n")]
+)
+def test_train_by_srun_is_a_rank_which_hears_requests_and_a_launcher_does_not(variables, printed, tmp_path):
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    line = [sys.executable, "-c", TRAIN, str(command_file("train.py"))]
+    done = subprocess.run(line, env={**own, **variables}, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == printed, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,40 @@ def test_what_the_ranks_are_given(tmp_path):
     other.mkdir()
     _, printed = submit(other, "echo $MASTER_ADDR $OMP_NUM_THREADS", MASTER_ADDR="ib-node1", OMP_NUM_THREADS="3")
     assert "ib-node1" in printed
+
+
+def sourced(**variables: str) -> tuple[int, str]:
+    """Source slurm.sh in a batch file's environment; the status, and what was printed."""
+    code = (
+        f"source {LAUNCH}/slurm.sh; echo ranks $RANKS_PER_NODE threads $OMP_NUM_THREADS pty ${{SLURM_PTY_PORT:-none}}"
+    )
+    own = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", **variables}
+    done = subprocess.run(["bash", "-c", code], env=own, capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "printed"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "0"}, "ranks 1 threads 8 pty none"),
+        ({"SLURM_GPUS_ON_NODE": "0", "RANKS_PER_NODE": "2"}, "ranks 2 threads 4 pty none"),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_PTY_PORT": "4242"}, "ranks 4 threads 2 pty none"),
+        ({"SLURM_HET_SIZE": "1"}, "ranks 1 threads 8 pty none"),
+    ],
+)
+def test_what_follows_from_a_job_s_variables(variables, printed):
+    assert sourced(**variables) == (0, f"{printed}\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANKS_PER_NODE": "0"}, "error: RANKS_PER_NODE=0: allowed is a whole number from 1\n"),
+        ({"RANKS_PER_NODE": "two"}, "error: RANKS_PER_NODE=two: allowed"),
+        ({"SLURM_HET_SIZE": "2"}, "error: the job has 2 heterogeneous components"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused(variables, message):
+    status, printed = sourced(**variables)
+    assert status == 2
+    assert printed.startswith(message)

@@ -1,5 +1,6 @@
 """How ranks start: the launcher's variables, and what is said while ranks wait for each other."""
 
+import os
 import time
 
 import pytest
@@ -39,9 +40,29 @@ def test_a_shell_that_srun_started_counts_as_one_process(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ranks.LauncherError):
         ranks.require_launcher()
-    monkeypatch.setenv("SLURM_PTY_PORT", "40123")
+    monkeypatch.setenv("SLURM_PTY_PORT", "40123")  # which srun hands on to its tasks
+    with pytest.raises(ranks.LauncherError):
+        ranks.require_launcher()
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")
     ranks.require_launcher()
     assert ranks.world_size() == 1
+
+
+def test_an_empty_address_counts_as_none(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "")
+    monkeypatch.setenv("MASTER_PORT", "")
+    monkeypatch.setattr(ranks.deepspeed, "init_distributed", lambda **_: None)
+    ranks.require_launcher()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ranks.LauncherError, match="WORLD_SIZE=2 without MASTER_ADDR, MASTER_PORT"):
+        ranks.require_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ranks.start()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert int(os.environ["MASTER_PORT"]) > 0
 
 
 @pytest.mark.parametrize("late", [True, False])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from trustratio.recipes.common import slurm
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.restart_requests import STATUS_FILE, told
 from trustratio.recipes.common.slurm import adopt_slurm, first_host, tasks_per_node
@@ -115,13 +116,52 @@ def test_without_a_list_of_nodes_srun_s_own_address_is_taken():
     [
         {},
         BATCH,
-        task(0, 0, SLURM_STEP_NUM_TASKS="1", SLURM_STEP_TASKS_PER_NODE="1"),  # `srun --pty bash` in a larger allocation
-        task(0, 0, SLURM_PTY_PORT="4242"),  # `srun -n 5 --pty bash`
+        task(0, 0, SLURM_STEP_NUM_TASKS="1", SLURM_STEP_TASKS_PER_NODE="1"),  # `srun -n 1 --pty bash` in an allocation
+        task(0, 0, SLURM_STEP_NUM_TASKS="1", SLURM_STEP_TASKS_PER_NODE="1", SLURM_PTY_PORT="4242"),
+        task(0, 0, SLURM_PTY_PORT="4242", SLURM_STEP_ID="4294967290"),  # salloc's interactive step
+        task(0, 0, SLURM_STEP_ID="4294967291"),  # a batch file's, submitted in a step
+        {**BATCH, "SLURM_HET_SIZE": "2"},
         task(0, 0, ACCELERATE_MIXED_PRECISION="no"),
     ],
 )
-def test_a_process_that_is_alone_stays_alone(variables):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_process_that_is_alone_stays_alone(variables, terminal, monkeypatch):
+    monkeypatch.setattr(slurm, "has_terminal", lambda: terminal)
     assert adopted(dict(variables)) == {}
+
+
+def test_tasks_that_srun_starts_in_a_shell_of_srun_s_are_ranks(monkeypatch):
+    """They inherit SLURM_PTY_PORT; of `srun -n 5 --pty COMMAND`, the first one has the terminal and is refused."""
+    inherited = task(2, 0, SLURM_PTY_PORT="4242")
+    monkeypatch.setattr(slurm, "has_terminal", lambda: False)
+    assert adopted(dict(inherited)).items() >= {"RANK": "4", "WORLD_SIZE": "5"}.items()
+    monkeypatch.setattr(slurm, "has_terminal", lambda: True)
+    with pytest.raises(RecipeError, match="a terminal of `srun --pty` with 5 tasks"):
+        adopt_slurm(dict(inherited))
+    assert adopted({**inherited, "RANK": "0"}) == {"RANK": "0"}
+    del inherited["SLURM_PTY_PORT"]  # srun may be typed at a terminal of its own
+    assert adopted(inherited)["RANK"] == "4"
+
+
+def test_a_terminal_is_one_that_the_process_belongs_to():
+    code = "import os; os.setsid(); from trustratio.recipes.common.slurm import has_terminal as h; print(h(), end=' ');"
+    code += "import fcntl, termios; a, b = os.openpty(); fcntl.ioctl(b, termios.TIOCSCTTY, 0); print(h())"
+    with start(sys.executable, "-c", f"import os; os.fork() and (os.wait(), os._exit(0)); {code}") as process:
+        assert process.communicate(timeout=20)[0] == "False True\n"
+
+
+def test_an_empty_address_counts_as_none():
+    empty = {"MASTER_ADDR": "", "MASTER_PORT": ""}
+    assert adopted(task(1, 0, **empty)) == adopted(task(1, 0))
+
+
+@pytest.mark.parametrize("name", ["SLURM_HET_SIZE", "SLURM_PACK_SIZE"])
+@pytest.mark.parametrize("tasks", [{}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}])
+def test_a_heterogeneous_job_is_refused(name, tasks):
+    """Each component numbers its own tasks; one task of each would be two runs."""
+    with pytest.raises(RecipeError, match=f"{name}=2: srun numbers the tasks of each component"):
+        adopt_slurm(task(0, 0, **{name: "2"}, **tasks))
+    assert adopted(task(0, 0, **{name: "1"}))["WORLD_SIZE"] == "5"
 
 
 def test_a_launcher_s_own_variables_win():

@@ -32,6 +32,14 @@ def test_one_rank_says_once_what_is_finished_first(capfd, monkeypatch, number, s
     assert signal.getsignal(number) is before
 
 
+def test_after_the_last_checkpoint_none_is_promised(capfd, monkeypatch):
+    monkeypatch.setattr(PROGRESS, "doing", "while writing the checkpoint of step 6")
+    monkeypatch.setattr(PROGRESS, "alone", True)
+    with StopRequests(speaks=True):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "asked to stop while writing the report: this is finished, and the run has ended\n"
+
+
 @pytest.mark.parametrize("speaks", [True, False])
 def test_a_request_to_be_started_again_is_one_to_stop(capfd, monkeypatch, speaks):
     """As the thread that waits for SIGUSR1 hands it on; before and after, nothing is noted here."""
