@@ -139,10 +139,18 @@ def learning_rate(config: RecipeConfig, step: float) -> float:
 
     Where batches differ, `step` is the number of updates that as many sequences make with the phases' global batches.
     """
-    phases, second, whole = scheduled_phases(config), config.phase_two, in_whole_updates(config)
+    phases, whole = scheduled_phases(config), in_whole_updates(config)
     if len(phases) == 1 or step < phases[1].first:
         return _phase_rate(config.schedule, config.optimizer.lr, step, phases[0], whole)
-    schedule = dataclasses.replace(
+    return _phase_rate(schedule_of(config, 2), config.phase_two.lr, step - phases[1].first, phases[1], whole)
+
+
+def schedule_of(config: RecipeConfig, phase: int) -> ScheduleConfig:
+    """Return the schedule of phase 1 or 2, where the second one begins anew."""
+    second = config.phase_two
+    if phase == 1:
+        return config.schedule
+    return dataclasses.replace(
         config.schedule,
         warmup=second.warmup,
         warmup_start=0,
@@ -151,7 +159,6 @@ def learning_rate(config: RecipeConfig, step: float) -> float:
         decay_steps=second.decay_steps,
         offset=second.offset,
     )
-    return _phase_rate(schedule, second.lr, step - phases[1].first, phases[1], whole)
 
 
 def _phase_rate(schedule: ScheduleConfig, peak: float, step: float, phase: Phase, whole: bool) -> float:
