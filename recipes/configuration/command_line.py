@@ -14,6 +14,7 @@ from ..common.errors import RecipeError
 from ..runs.checkpoints import find_checkpoint, find_or_begin, run_of
 from ..runs.folder import CONFIG, wait_until_free
 from .config import MODEL_SIZES, PRECISIONS, RecipeConfig
+from .given_schedule import check_given_schedule
 from .overrides import apply_overrides, is_override, load_config, set_field, with_model_size
 from .presets import DEFAULT_PRESET, PRESETS, get_preset
 from .twins import TWIN_SIZES
@@ -119,7 +120,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, say: Callable[[st
     sources = [text for text in options.data or [] if not is_override(text)]
     overrides = [text for text in options.data or [] if is_override(text)] + rest
     checkpoint, begun_anew = _checkpoint(options.resume, options.output, say)
-    config = _base(options.preset, checkpoint)
+    config = base = _base(options.preset, checkpoint)
     if options.model is not None:
         config = with_model_size(config, options.model)
     given = {text.partition("=")[0].strip() for text in overrides}
@@ -134,6 +135,7 @@ def parse_command_line(arguments: Sequence[str] | None = None, say: Callable[[st
             config = set_field(config, section, name, value)
             given.add(f"{section}.{name}")
     config = apply_overrides(config, overrides)
+    check_given_schedule(base, config, given)
     if options.max_steps is not None and options.max_steps < 1:
         raise RecipeError(f"--max_steps {options.max_steps} is out of range: allowed is at least 1")
     return Invocation(

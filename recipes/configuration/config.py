@@ -164,8 +164,8 @@ class ScheduleConfig:
     `final` times the peak, "linear" or "1-sqrt" as `cooldown_form` says. 0: it stays at the peak.
 
     `warmup`, `constant` and `cooldown` below 1 are fractions of the phase, from 1 on numbers in `unit`: "updates" of
-    the phase's global batch, "sequences" or "tokens"; so is `run.batch_warmup`. `offset` is added to the learning rate
-    at every update.
+    the phase's global batch, "sequences" or "tokens"; so is `run.batch_warmup`. `warmup_start` and `decay_steps` are
+    updates of the global batch in any unit. `offset` is added to the learning rate at every update.
     """
 
     shape: str = "polynomial"
@@ -296,3 +296,15 @@ class RecipeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and scalars, as they are written to JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def sequences_in(unit: str, global_batch: int, sequence_length: int) -> float:
+    """Return how many sequences one of `UNITS` is."""
+    return {"updates": global_batch, "sequences": 1, "tokens": 1 / sequence_length}[unit]
+
+
+def batch_and_length(config: RecipeConfig, phase: int) -> tuple[int, int]:
+    """Return sequences per update and tokens per sequence of phase 1 or 2."""
+    if phase == 1:
+        return config.training.global_batch, config.data.sequence_length
+    return config.phase_two.global_batch, config.phase_two.sequence_length

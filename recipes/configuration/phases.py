@@ -19,7 +19,7 @@ from ..rules.schedules import (
     warmup_polynomial,
     warmup_stable_decay,
 )
-from .config import RecipeConfig, ScheduleConfig
+from .config import RecipeConfig, ScheduleConfig, sequences_in
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,16 @@ class Phase:
         """Sequences that the phase reads."""
         return self.steps * self.global_batch
 
-    def updates(self, duration: float, unit: str) -> int:
-        """Return a duration of a schedule in updates of the global batch, see `duration_in_sequences`."""
+    def updates(self, duration: float, unit: str, whole: bool = True) -> float:
+        """Return a duration of a schedule in updates of the global batch, see `duration_in_sequences`.
+
+        Args:
+            duration: not negative.
+            unit: of `UNITS`.
+            whole: to the nearest number; else with the fraction, which means something to updates of smaller batches.
+        """
+        if not whole:
+            return self.duration_in_sequences(duration, unit) / self.global_batch
         if duration < 1 or unit == "updates":
             return resolve_warmup(duration, self.steps)
         return round(self.duration_in_sequences(duration, unit) / self.global_batch)
@@ -71,7 +79,7 @@ class Phase:
         """
         if duration < 1:
             return duration * self.sequences
-        return duration * {"updates": self.global_batch, "sequences": 1, "tokens": 1 / self.sequence_length}[unit]
+        return duration * sequences_in(unit, self.global_batch, self.sequence_length)
 
     def plan(self, ranks: int) -> BatchPlan:
         """Return the phase's batch division; see `plan_batch` for the error."""
@@ -121,15 +129,28 @@ def scheduled_phases(config: RecipeConfig) -> tuple[Phase, ...]:
     return (dataclasses.replace(phases[0], steps=phases[-1].last),)
 
 
+def in_whole_updates(config: RecipeConfig) -> bool:
+    """Tell whether a schedule's durations are rounded to updates: not where batches grow, and rates go by sequences."""
+    return not (config.run.batch_warmup or config.run.batch_from_noise)
+
+
 def learning_rate(config: RecipeConfig, step: float) -> float:
     """Return the learning rate of the update number `step` of the run, counted from 0 over all phases.
 
     Where batches differ, `step` is the number of updates that as many sequences make with the phases' global batches.
     """
-    phases, second = scheduled_phases(config), config.phase_two
+    phases, whole = scheduled_phases(config), in_whole_updates(config)
     if len(phases) == 1 or step < phases[1].first:
-        return _phase_rate(config.schedule, config.optimizer.lr, step, phases[0])
-    schedule = dataclasses.replace(
+        return _phase_rate(config.schedule, config.optimizer.lr, step, phases[0], whole)
+    return _phase_rate(schedule_of(config, 2), config.phase_two.lr, step - phases[1].first, phases[1], whole)
+
+
+def schedule_of(config: RecipeConfig, phase: int) -> ScheduleConfig:
+    """Return the schedule of phase 1 or 2, where the second one begins anew."""
+    second = config.phase_two
+    if phase == 1:
+        return config.schedule
+    return dataclasses.replace(
         config.schedule,
         warmup=second.warmup,
         warmup_start=0,
@@ -138,17 +159,15 @@ def learning_rate(config: RecipeConfig, step: float) -> float:
         decay_steps=second.decay_steps,
         offset=second.offset,
     )
-    return _phase_rate(schedule, second.lr, step - phases[1].first, phases[1])
 
 
-def _phase_rate(schedule: ScheduleConfig, peak: float, step: float, phase: Phase) -> float:
-    return peak * _phase_factor(schedule, step, phase) + schedule.offset
+def _phase_rate(schedule: ScheduleConfig, peak: float, step: float, phase: Phase, whole: bool) -> float:
+    return peak * _phase_factor(schedule, step, phase, whole) + schedule.offset
 
 
-def _phase_factor(schedule: ScheduleConfig, step: float, phase: Phase) -> float:
-    warmup, constant, cooldown = (
-        phase.updates(duration, schedule.unit) for duration in (schedule.warmup, schedule.constant, schedule.cooldown)
-    )
+def _phase_factor(schedule: ScheduleConfig, step: float, phase: Phase, whole: bool) -> float:
+    durations = (schedule.warmup, schedule.constant, schedule.cooldown)
+    warmup, constant, cooldown = (phase.updates(duration, schedule.unit, whole) for duration in durations)
     if schedule.shape == "exponential":
         return warmup_exponential(step, warmup, schedule.decay_rate, schedule.decay_steps)
     if schedule.shape == "wsd":

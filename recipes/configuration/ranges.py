@@ -23,7 +23,7 @@ from .config import (
     ModelConfig,
     RecipeConfig,
 )
-from .phases import Phase, phases_of, scheduled_phases
+from .phases import Phase, in_whole_updates, phases_of, scheduled_phases
 
 MOST_TEXT = 2**53
 """The most documents or characters that can be asked for."""
@@ -37,7 +37,7 @@ def check_ranges(config: RecipeConfig) -> None:
     """
     _check_whole_numbers(config)
     limit = config.model.max_positions
-    _require(config, "data.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
+    _require(config, "data.sequence_length", lambda v: 4 <= v <= limit, _lengths(config))
     _require(config, "data.mask_probability", lambda v: 0 < v < 1, "above 0 and below 1")
     _require(config, "data.masks", lambda v: v in MASKS, ", ".join(MASKS))
     _require(config, "data.discard_smallest", lambda v: 0 <= v < 1, "0 (none) to below 1")
@@ -165,20 +165,41 @@ def _check_durations(config: RecipeConfig, section: str, phase: Phase) -> None:
     for name in ("warmup", "constant", "cooldown"):
         _require(config, f"{section}.{name}", lambda v: 0 <= v <= most, allowed)
     part, scheduled = getattr(config, section), scheduled_phases(config)
+    if unit != "updates":
+        _require_an_update(config, section, phase)
     if config.schedule.shape != "wsd" or phase.number > len(scheduled):
         return
-    whole = scheduled[phase.number - 1]
-    rise, fall = (whole.updates(duration, unit) for duration in (part.warmup, part.cooldown))
-    if rise + fall > whole.steps:
+    whole, rounded = scheduled[phase.number - 1], in_whole_updates(config)
+    rise, fall = (whole.updates(duration, unit, rounded) for duration in (part.warmup, part.cooldown))
+    if rise + fall > whole.steps * (1 + 1e-12):  # of fractions that are 1 together, but for rounding
         raise RecipeError(
-            f"{section}.warmup={part.warmup:g} and {section}.cooldown={part.cooldown:g} are {rise} and {fall} updates, "
-            f"more than the {whole.steps} that there are: make one of them shorter"
+            f"{section}.warmup={part.warmup:g} and {section}.cooldown={part.cooldown:g} are {rise:g} and {fall:g} "
+            f"updates, more than the {whole.steps} that there are: make one of them shorter"
         )
+
+
+def _require_an_update(config: RecipeConfig, section: str, phase: Phase) -> None:
+    """Check that no duration is too short to rate an update, which would be none at all."""
+    unit = config.schedule.unit
+    for name in ("warmup", "constant", "cooldown"):
+        value = getattr(getattr(config, section), name)
+        if value >= 1 and phase.updates(value, unit, whole=False) < 1 - 1e-12:
+            least = phase.global_batch * (phase.sequence_length if unit == "tokens" else 1)
+            raise RecipeError(
+                f"{section}.{name}={value:g} {unit} is less than one update of {phase.global_batch:,} sequences, which "
+                f"rates are of: give at least {least}, or 0 for none"
+            )
+
+
+def _lengths(config: RecipeConfig) -> str:
+    """Say which sequence lengths the model takes; a --model may have changed the preset's architecture, hence limit."""
+    model = config.model
+    return f"4 to model.max_positions={model.max_positions} of this {ARCHITECTURES.get(model.architecture, 'model')}"
 
 
 def _check_phase_two(config: RecipeConfig) -> None:
     limit = config.model.max_positions
-    _require(config, "phase_two.sequence_length", lambda v: 4 <= v <= limit, f"4 to model.max_positions={limit}")
+    _require(config, "phase_two.sequence_length", lambda v: 4 <= v <= limit, _lengths(config))
     _require(config, "phase_two.global_batch", lambda v: 1 <= v <= MOST, f"1 to {MOST}")
     _require(config, "phase_two.micro_batch", lambda v: 1 <= v <= MOST, f"1 to {MOST}")
     _require(config, "phase_two.lr", lambda v: v > 0 and math.isfinite(v), "finite and above 0")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from .config import DataConfig, PhaseTwoConfig, RecipeConfig, RunConfig
+from .config import DataConfig, PhaseTwoConfig, RecipeConfig, RunConfig, batch_and_length, sequences_in
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,6 @@ class TwinSize:
         """Return the twin's number of updates for a published one."""
         return round(steps / self.step_divisor)
 
-    def warmup(self, value: float) -> float:
-        """Return the twin's warm-up: updates are scaled, a fraction (below 1) stays."""
-        return float(self.updates(value)) if value >= 1 else value
-
 
 TWIN_SIZES = MappingProxyType(
     {
@@ -108,7 +104,6 @@ def twin(preset: Preset, size: str) -> Preset:
         ),
         schedule=dataclasses.replace(
             config.schedule,
-            warmup=scale.warmup(config.schedule.warmup),
             warmup_start=scale.updates(config.schedule.warmup_start),
             decay_steps=config.schedule.decay_steps / scale.step_divisor,
         ),
@@ -122,13 +117,34 @@ def twin(preset: Preset, size: str) -> Preset:
         run=run,
     )
     return Preset(
-        scaled,
+        _with_durations(config, scaled, scale),
         f"{size} twin of {config.preset}, for {scale.runs_on}",
         f"scaled down from {config.preset}: batch to data kept, sequences 1/{scale.sequence_divisor}, updates "
         f"1/{scale.step_divisor}",
         {**preset.unverified, "optimizer.lr": "the published recipe's, not tuned for this size"},
         twin_of=config.preset,
     )
+
+
+def _with_durations(config: RecipeConfig, scaled: RecipeConfig, scale: TwinSize) -> RecipeConfig:
+    """Scale durations: fractions (below 1) stay; numbers keep their share of the phase, whatever their unit."""
+    ratios = [_ratio(config, scaled, phase, scale) for phase in (1, 2)]
+    fields = [("run", "batch_warmup", ratios[0])]
+    for section, ratio in zip(("schedule", "phase_two"), ratios, strict=True):
+        fields += [(section, name, ratio) for name in ("warmup", "constant", "cooldown")]
+    for section, name, ratio in fields:
+        part = getattr(scaled, section)
+        if (value := getattr(part, name)) >= 1:
+            part = dataclasses.replace(part, **{name: float(max(1, round(value * ratio)))})
+            scaled = dataclasses.replace(scaled, **{section: part})
+    return scaled
+
+
+def _ratio(config: RecipeConfig, scaled: RecipeConfig, phase: int, scale: TwinSize) -> float:
+    """Return what a duration of a phase, in updates or in what as many updates read, is multiplied by."""
+    old, new = (sequences_in(config.schedule.unit, *batch_and_length(part, phase)) for part in (config, scaled))
+    batches = [batch_and_length(part, phase)[0] for part in (config, scaled)]
+    return batches[1] / new / (batches[0] / old) / scale.step_divisor
 
 
 def _run(config: RecipeConfig, global_batch: int) -> RunConfig:
@@ -154,7 +170,6 @@ def _phase_two(second: PhaseTwoConfig, scale: TwinSize) -> PhaseTwoConfig:
         sequence_length=second.sequence_length // scale.sequence_divisor,
         global_batch=global_batch,
         micro_batch=_micro_batch(global_batch),
-        warmup=scale.warmup(second.warmup),
         decay_steps=second.decay_steps / scale.step_divisor,
     )
 

@@ -13,6 +13,7 @@ from ..common.errors import RecipeError
 from ..common.marks import require_unchanged
 from ..configuration.config import ModelConfig
 from .gathered_head import GatheredHead
+from .initial_weights import require_same_computation
 from .modern_bert import GatheredModernBertForMaskedLM, modern_bert_config
 
 
@@ -96,8 +97,9 @@ def _load_weights(model: MaskedLanguageModel, config: ModelConfig) -> None:
         raise RecipeError(f"model.initial_weights={folder!r} is not a folder; give one in transformers' format")
     require_unchanged(Path(folder))
     try:
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-        _require_architecture(config, found)
+        saved = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _require_architecture(config, saved.model_type)
+        require_same_computation(config, saved, model.config)
         loaded, report = STOCK[config.architecture].from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True
         )

@@ -11,6 +11,7 @@ from ..common.errors import RecipeError
 from ..common.reporter import clock
 from ..configuration.batch_growth import Growth, growths_of, updates_of
 from ..configuration.config import RecipeConfig
+from .demands import check_first_groups, compares_growing_groups
 from .memory import ModelSize
 from .phase_plan import Machine, PhasePlan, plan_phase
 
@@ -70,9 +71,8 @@ def shared_micro_batches(size: ModelSize, config: RecipeConfig, gpus: int, machi
     shared = []
     for growth in growths_of(config):
         common = math.gcd(*growth.sizes)
-        if (
-            config.run.batch_from_noise and gpus == 1 and common % 2 == 0
-        ):  # two micro-batches at least, whose gradients are compared
+        compared = config.run.batch_from_noise or (growth.warmup and compares_growing_groups(config))
+        if compared and gpus == 1 and common % 2 == 0:  # two micro-batches at least, whose gradients are compared
             common //= 2
         phase = dataclasses.replace(growth.phase, global_batch=common)
         plan = plan_phase(size, config, phase, gpus, machine)
@@ -102,7 +102,7 @@ def batch_ranges(
             phase = dataclasses.replace(growth.phase, global_batch=batch)
             return plan_phase(size, config, phase, plan.gpus, machine, micro).step
 
-        problem = _problem(growth, micro, plan.gpus, config.run.batch_from_noise)
+        problem = _problem(config, growth, micro, plan.gpus)
         warmup = None if config.run.batch_from_noise else growth.warmup or 0
         hours = _hours(growth, updates[1], seconds(growth.smallest), seconds(growth.largest), warmup is None)
         ranges.append(BatchRange(growth.smallest, growth.largest, *updates, *hours, problem, warmup))
@@ -128,11 +128,13 @@ def _hours(growth: Growth, updates: int, shortest: float, longest: float, by_noi
     return ((updates * own + sequences * each) / 3600,) * 2
 
 
-def _problem(growth: Growth, micro: int, gpus: int, by_noise: bool) -> str:
+def _problem(config: RecipeConfig, growth: Growth, micro: int, gpus: int) -> str:
     phase = dataclasses.replace(growth.phase, micro_batch=micro)
     try:
         smallest = dataclasses.replace(growth, phase=phase).plan(gpus)
+        if growth.warmup:
+            check_first_groups(config, smallest)
     except RecipeError as error:
         return str(error)
-    one = by_noise and smallest.accumulation * gpus == 1
+    one = config.run.batch_from_noise and smallest.accumulation * gpus == 1
     return "the noise is that between two micro-batches at least: halve the micro-batch" if one else ""

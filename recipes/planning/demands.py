@@ -40,6 +40,30 @@ def check_groups(config: RecipeConfig, plan: BatchPlan) -> None:
         )
 
 
+def check_first_groups(config: RecipeConfig, plan: BatchPlan) -> None:
+    """Check that an optimizer which compares group gradients has several from the first update of a batch warm-up on.
+
+    Args:
+        config: of the run.
+        plan: of the first phase's smallest updates.
+
+    Raises:
+        RecipeError: they have a single micro-batch, and the optimizer would be another one until the batch has grown.
+    """
+    if compares_growing_groups(config) and plan.ranks * plan.accumulation < 2:
+        raise RecipeError(
+            f"{config.optimizer.name} compares the gradients of an update's micro-batches, and the first updates of "
+            f"run.batch_warmup={config.run.batch_warmup:g} have 1: {plan.describe(config.data.sequence_length)}; halve "
+            "--micro_batch, or give a larger run.smallest_batch"
+        )
+
+
+def compares_growing_groups(config: RecipeConfig) -> bool:
+    """Tell whether the optimizer goes by the gradients of single micro-batches, of batches that warm up."""
+    entry = OPTIMIZERS.get(config.optimizer.name)
+    return bool(config.run.batch_warmup and entry is not None and entry.group_statistics)
+
+
 def _measuring(config: RecipeConfig) -> str:
     """Return the option that asks for the gradient noise scale, or ""."""
     if config.run.batch_from_noise:

@@ -16,6 +16,7 @@ from ..common.command import CommandParser, ends_with_message, within
 from ..common.errors import RecipeError
 from ..common.reporter import clock
 from ..configuration.config import ARCHITECTURES, MODEL_SIZES, RecipeConfig
+from ..configuration.given_schedule import check_given_schedule
 from ..configuration.overrides import apply_overrides, set_field, with_model_size
 from ..configuration.phases import phases_of
 from ..configuration.presets import DEFAULT_PRESET, get_preset
@@ -149,13 +150,14 @@ def _growth_lines(table: Sequence[PhasePlan]) -> list[str]:
 
 
 def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RecipeConfig:
-    config = get_preset(options.preset)
+    config = base = get_preset(options.preset)
     if options.model is not None:
         config = with_model_size(config, options.model)
     for flag, (section, name) in _FIELDS.items():
         if getattr(options, flag) is not None:
             config = set_field(config, section, name, getattr(options, flag))
     config = apply_overrides(config, overrides)
+    check_given_schedule(base, config, {text.partition("=")[0].strip() for text in overrides})
     check_ranges(config)
     check_demands(config)
     for flag in ("gpus", "gpus_per_node", "most_gpus", "micro_batch"):

@@ -20,15 +20,16 @@ def resolve_warmup(warmup: float, total_steps: int) -> int:
 
 def warmup_polynomial(
     step: float,
-    warmup_steps: int,
+    warmup_steps: float,
     total_steps: int,
     degree: float = 1.0,
     final: float = 0.0,
-    constant_steps: int = 0,
+    constant_steps: float = 0,
     warmup_start: int = 0,
     decay_from_start: bool = False,
 ) -> float:
-    """Return the factor on the peak learning rate for the update number `step` (counted from 0; fractions count).
+    """Return the factor on the peak learning rate for the update number `step` (counted from 0). Fractions
+    count, of it and of durations.
 
     Warm-up: (step - warmup_start + 1) / warmup_steps, so the first update is not lost to a rate of zero and the last
     warm-up update has the peak rate. A negative `warmup_start` begins in the middle of the warm-up, as MLPerf's BERT
@@ -53,7 +54,7 @@ def warmup_polynomial(
 
 
 def warmup_exponential(
-    step: float, warmup_steps: int, decay_rate: float = 0.9, decay_steps: float = 250, degree: float = 2.0
+    step: float, warmup_steps: float, decay_rate: float = 0.9, decay_steps: float = 250, degree: float = 2.0
 ) -> float:
     """Return the factor of DeepSpeed's "EE" schedule (exponential warm-up, exponential decay) for update `step`.
 
@@ -67,7 +68,7 @@ def warmup_exponential(
 
 
 def warmup_stable_decay(
-    step: float, warmup_steps: int, total_steps: int, decay_steps: int, final: float = 0.0, decay: str = "linear"
+    step: float, warmup_steps: float, total_steps: int, decay_steps: float, final: float = 0.0, decay: str = "linear"
 ) -> float:
     """Return the factor of the warm-up-stable-decay schedule for update `step`.
 

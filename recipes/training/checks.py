@@ -27,7 +27,7 @@ from ..data.given_masks import AS_GIVEN
 from ..model.attention import attention_of
 from ..model.build import outline
 from ..model.optimizer import is_baseline
-from ..planning.demands import check_demands, check_groups
+from ..planning.demands import check_demands, check_first_groups, check_groups
 from ..planning.memory import GIB, memory_parts, model_size
 from ..planning.phase_plan import check_fits
 from ..rules.global_batch import BatchPlan
@@ -130,6 +130,7 @@ def check_run(invocation: Invocation, launcher: Launcher | None = None) -> Check
     check_second_pass(config, settings)
     for plan in plans:
         check_groups(config, plan)
+    check_first_groups(config, plans[0])
     check_data(config.data)
     last = _last_update(config, invocation)
     run = CheckedRun(invocation, launcher, plans, settings, first=0, last=last, saved_identity=None)

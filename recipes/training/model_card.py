@@ -15,16 +15,23 @@ from ..common.marks import CARD
 from ..configuration.batch_growth import growths_of
 from ..configuration.config import ARCHITECTURES, RecipeConfig
 from ..configuration.overrides import load_config
-from ..configuration.phases import Phase, learning_rate, peak_update, phases_of, scheduled_phases
+from ..configuration.phases import Phase
 from ..configuration.presets import PRESETS
 from ..data.documents import HUB_PREFIX
+from ..data.given_masks import AS_GIVEN
 from ..runs.folder import CONFIG, ENVIRONMENT
 from ..runs.metrics import read_metrics
+from .trained import describe_end, describe_rates, reached_by, reached_phases
 
 _PATHS = ("data.sources", "data.tokenizer", "model.initial_weights")
 """Fields that say where something lies on a machine; a card has the last parts of their values."""
 
-_SHOWN = ("model", "data", "optimizer", "schedule", "training", "phase_two")
+_SHOWN = ("model", "data", "optimizer", "schedule", "training", "phase_two", "run")
+
+_TRAINING_OF_RUN = (
+    *("batch_warmup", "batch_from_noise", "smallest_batch", "largest_batch", "batch_every", "noise_per_batch"),
+)
+"""Fields of `run` that decide what is trained."""
 
 _LOADING = """```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -127,6 +134,8 @@ def _summary(config: RecipeConfig) -> Iterator[str]:
     )
     if known:
         yield f"The preset: {known.description}. Its source: {known.source}."
+        if changed := [_code(text) for text in _differences(config, known.config)]:
+            yield f"This run has besides, which the preset has otherwise: {', '.join(changed)}."
 
 
 def _data(config: RecipeConfig) -> Iterator[str]:
@@ -135,42 +144,44 @@ def _data(config: RecipeConfig) -> Iterator[str]:
     if data.tokenizer is None:
         yield f"- Tokenizer: WordPiece of at most {data.vocabulary:,} tokens, trained on it."
     else:
-        yield f"- Tokenizer: {_code(_last_part(data.tokenizer))}."
+        yield f"- Tokenizer: {_code(_without_folders('data.tokenizer', data.tokenizer))}."
     yield f"- {data.validation_fraction:.3g} of the documents were held out for validation."
-    yield f"- {data.mask_probability:.3g} of the tokens were masked, anew in every epoch."
+    if data.masks == AS_GIVEN:
+        yield "- Masks are those that came with the data."
+    else:
+        yield f"- {data.mask_probability:.3g} of the tokens were masked, anew in every epoch."
 
 
 def _training(config: RecipeConfig, step: int, last: dict[str, Any]) -> Iterator[str]:
     optimizer = config.optimizer
     options = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, **optimizer.options}
     yield f"- Optimizer: {_code(optimizer.name)}, {', '.join(f'{name} {value}' for name, value in options.items())}."
-    yield f"- Learning rate: {_schedule(config)}."
-    for phase in phases_of(config):
-        batch, length = _batch(config, phase), phase.sequence_length
-        yield f"- Phase {phase.number}: {batch} sequences of {length:,} tokens per update."
+    reached = reached_by(config, step, last)
+    yield f"- Learning rate: {describe_rates(config, reached)}{_at_last(step, last, 'lr')}."
+    phases = reached_phases(config, reached)
+    for phase in phases:
+        at_last = _at_last(step, last, "batch") if phase is phases[-1] else ""
+        yield f"- Phase {phase.number}: {_batch(config, phase, at_last)}."
+    yield from describe_end(config, reached)
     read = f", {last['sequences']:,.0f} sequences read" if "sequences" in last else ""
     yield f"- Updates: {step:,}{read}."
     yield f"- Precision: {config.training.precision}."
 
 
-def _schedule(config: RecipeConfig) -> str:
-    schedule, phases = config.schedule, scheduled_phases(config)
-    text = {
-        "polynomial": f"linear warm-up, decay (1 - p)^{schedule.degree:g} to {schedule.final:g} of the peak",
-        "exponential": f"quadratic warm-up, x{schedule.decay_rate:g} every {schedule.decay_steps:g} updates",
-        "wsd": f"linear warm-up, peak, {schedule.cooldown_form} cooldown to {schedule.final:g} of the peak",
-    }[schedule.shape]
-    peaks = [learning_rate(config, peak_update(config, phase)) for phase in phases]
-    return f"{text}; at most {', then '.join(f'{peak:.4g}' for peak in peaks)}"
+def _at_last(step: int, last: dict[str, Any], name: str) -> str:
+    """Say what the model's last update had, if that was recorded."""
+    return f"; {last[name]:.4g} at the last update" if last.get("step") == step and name in last else ""
 
 
-def _batch(config: RecipeConfig, phase: Phase) -> str:
+def _batch(config: RecipeConfig, phase: Phase, at_last: str) -> str:
     growth = next((growth for growth in growths_of(config) if growth.phase == phase), None)
+    each = f"sequences of {phase.sequence_length:,} tokens per update"
     if growth is None or growth.smallest == growth.largest:
-        return f"{phase.global_batch:,}"
+        return f"{phase.global_batch:,} {each}"
     if growth.warmup is None:
-        return f"{growth.smallest:,} to at most {growth.largest:,}, by the gradient noise,"
-    return f"{growth.smallest:,} to {growth.largest:,}, growing over the first {growth.warmup:,},"
+        return f"{growth.smallest:,} to at most {growth.largest:,} {each}, growing by the gradient noise{at_last}"
+    over = f"the first {growth.warmup:,} sequences"
+    return f"{growth.smallest:,} to {growth.largest:,} {each}, growing over {over}{at_last}"
 
 
 def _results(validation: dict[str, Any], step: int) -> Iterator[str]:
@@ -203,17 +214,22 @@ def _machine(run: Path) -> Iterator[str]:
 
 def _configuration(config: RecipeConfig) -> Iterator[str]:
     """Yield the fields that differ from the recipe's defaults, as overrides, without paths of a machine."""
-    usual = RecipeConfig().to_dict()
     yield "What differs from the recipe's defaults:"
     yield ""
     yield "```"
+    yield from _differences(config, RecipeConfig())
+    yield "```"
+
+
+def _differences(config: RecipeConfig, usual: RecipeConfig) -> Iterator[str]:
+    """Yield what decides the training and differs from another configuration, as overrides."""
+    others = usual.to_dict()
     for section, fields in config.to_dict().items():
-        if section not in _SHOWN or (section == "phase_two" and not config.phase_two.steps):
+        if section not in _SHOWN or (section == "phase_two" and not config.phase_two.steps + usual.phase_two.steps):
             continue
         for name, value in fields.items():
-            if value != usual[section][name]:
+            if value != others[section][name] and (section != "run" or name in _TRAINING_OF_RUN):
                 yield f"{section}.{name}={_without_folders(f'{section}.{name}', value)}"
-    yield "```"
 
 
 def _open_ends() -> Iterator[str]:
@@ -242,9 +258,15 @@ def _last_part(path: str) -> str:
 
 
 def _without_folders(field: str, value: Any) -> Any:
-    if field not in _PATHS or value is None:
+    if field not in _PATHS or value is None or (field == "data.tokenizer" and _is_hub_name(value)):
         return value
     return _last_part(value) if isinstance(value, str) else [_last_part(path) for path in value]
+
+
+def _is_hub_name(tokenizer: str) -> bool:
+    """Tell a name of the hub, OWNER/NAME, from a path: no folder of that name is here, and it is no file of one."""
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", tokenizer) and PurePath(tokenizer).suffix not in (".txt", ".json")
+    return bool(named) and not Path(tokenizer).exists()
 
 
 def _plain(text: Any) -> str:

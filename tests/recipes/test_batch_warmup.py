@@ -315,6 +315,22 @@ def test_what_cannot_be_is_refused_before_any_work(arguments, message, text_fold
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["vrsgd", "vrlamb", "vrlars", "vradam", "clars"])
+def test_what_compares_micro_batches_has_two_from_the_first_update_on(name, text_folder, tmp_path, capsys):
+    """With one, they are their base optimizers until the batch has grown."""
+    one = ("--optimizer", name, "--micro_batch", "4")
+    with pytest.raises(
+        RecipeError, match=rf"{name} compares the gradients .* first updates of run.batch_warmup=0.5 have 1"
+    ):
+        check_run(parse_command_line(recipe(text_folder, tmp_path / "run", *one, settings=WARMED_UP)))
+    check_run(parse_command_line(recipe(text_folder, tmp_path / "run", *one[:2], settings=WARMED_UP)))
+    options = ["--optimizer", name, "--gpus", "1", "--most_gpus", "1", "--global_batch", "64", "run.batch_warmup=0.5"]
+    assert plan([*options, "run.smallest_batch=16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["phases"][0]["micro"] == 8
+    assert plan([*options, "run.smallest_batch=16", "--micro_batch", "16"]) == 1
+    assert f"{name} compares the gradients of an update's micro-batches" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("unit", "duration"), [("updates", 3), ("sequences", 48), ("tokens", 48 * 16)])
 def test_the_warmup_is_counted_in_the_schedules_unit(unit, duration):
     line = recipe("nowhere", Path("run"), f"schedule.unit={unit}", f"run.batch_warmup={duration}", settings=WARMED_UP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -300,6 +301,63 @@ def test_berts_initial_weights_are_not_lacking(tmp_path):
     shape = ModelConfig(hidden=16, intermediate=32)
     BertForMaskedLM(model_of(shape).config).save_pretrained(tmp_path)
     model_of(dataclasses.replace(shape, initial_weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("size", "values", "message"),
+    [
+        ("tiny", {"num_attention_heads": 4}, r"num_attention_heads 4 \(this run's: 2\).*: set model\.heads=4$"),
+        (
+            "tiny",
+            {"hidden_act": "relu"},
+            r"hidden_act relu \(this run's: gelu\), and the recipe trains bert with no other",
+        ),
+        ("tiny", {"layer_norm_eps": 1e-3}, r"layer_norm_eps 0\.001 \(this run's: 1e-12\)"),
+        ("tiny", {"is_decoder": True}, r"is_decoder True \(this run's: False\)"),
+        (
+            "modernbert-tiny",
+            {"hidden_activation": "relu"},
+            r"hidden_activation relu \(this run's: gelu\), and the recipe trains modern",
+        ),
+        ("modernbert-tiny", {"classifier_activation": "relu"}, r"classifier_activation relu"),
+        (
+            "modernbert-tiny",
+            {"norm_eps": 1e-3, "local_attention": 8},
+            r"local_attention 8 .*: 32\), norm_eps 0\.001 .*no other value",
+        ),
+        (
+            "modernbert-tiny",
+            {"local_attention": 8},
+            r"local_attention 8 \(this run's: 32\).*: set model\.local_attention=8$",
+        ),
+        ("tiny", {"tie_word_embeddings": False}, r"tie_word_embeddings False \(this run's: True\)"),
+        (
+            "modernbert-tiny",
+            {"layer_types": ["full_attention"] * 3},
+            r"layer_types .*: set model\.global_attention_every=1$",
+        ),
+        (
+            "modernbert-tiny",
+            {"layer_types": ["sliding_attention"] * 3},
+            r"layer_types .*with no other value: give other weights",
+        ),
+    ],
+)
+def test_weights_of_a_model_that_computes_something_else_are_refused(size, values, message, tmp_path):
+    shape = ModelConfig().of_size(size)
+    model_of(shape).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(RecipeError, match=message):
+        model_of(dataclasses.replace(shape, initial_weights=str(tmp_path)))
+
+
+def test_weights_may_begin_with_another_base_of_the_global_positions(tmp_path):
+    shape = ModelConfig().of_size("modernbert-tiny")
+    model_of(dataclasses.replace(shape, global_rope_theta=1e4)).save_pretrained(tmp_path)
+    model_of(dataclasses.replace(shape, initial_weights=str(tmp_path)))
+    with pytest.raises(RecipeError, match=r"local rope_theta 10000\.0 .*500.*: set model\.local_rope_theta=10000\.0"):
+        model_of(dataclasses.replace(shape, local_rope_theta=500.0, initial_weights=str(tmp_path)))
 
 
 def test_layers_have_short_names_in_reports():

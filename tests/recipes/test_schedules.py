@@ -1,12 +1,18 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from trustratio.recipes.common.errors import RecipeError
+from trustratio.recipes.configuration.command_line import parse_command_line
 from trustratio.recipes.configuration.config import RecipeConfig
+from trustratio.recipes.configuration.given_schedule import check_given_schedule
 from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.configuration.phases import PhasedSchedule, carry_over, learning_rate, phases_of
+from trustratio.recipes.configuration.presets import PRESETS, get_preset
 from trustratio.recipes.configuration.ranges import check_ranges
+from trustratio.recipes.configuration.twins import twin
 from trustratio.recipes.rules.schedules import WarmupPolynomial, resolve_warmup, warmup_polynomial
 
 
@@ -172,6 +178,155 @@ def test_a_second_phase_counts_its_own_sequences():
 def test_schedules_that_cannot_be_are_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
         check_ranges(apply_overrides(RecipeConfig(), overrides))
+
+
+def given(*arguments):
+    return parse_command_line([str(argument) for argument in arguments]).config
+
+
+@pytest.mark.parametrize("unit", ["tokens", "sequences"])
+def test_another_unit_needs_the_presets_durations_anew(unit):
+    """450 updates are no 450 tokens, which is no warm-up at all."""
+    preset = ("--preset", "lamb-64k-32k-deepspeed", f"schedule.unit={unit}")
+    with pytest.raises(
+        RecipeError, match=rf"schedule.unit={unit} and schedule.warmup=450, phase_two.warmup=150 of"
+    ) as e:
+        given(*preset, "run.smallest_batch=8192", "run.batch_warmup=5e9")
+    advice = str(e.value).partition("as long are ")[2].split()
+    config, known = given(*preset, *advice), get_preset("lamb-64k-32k-deepspeed")
+    assert [learning_rate(config, step) for step in range(0, 6760, 10)] == [
+        learning_rate(known, step) for step in range(0, 6760, 10)
+    ]
+    assert given(*preset[:2], "schedule.unit=updates") == known  # its own
+    with pytest.raises(RecipeError, match=rf"{unit} and phase_two.warmup=150 of"):
+        given(*preset, advice[0])
+    given(*preset, advice[0], "phase_two.steps=0")  # which nothing counts then
+    given("--preset", "lamb-64k-32k", f"schedule.unit={unit}")  # whose durations are shares
+
+
+def test_a_runs_own_unit_may_not_change_behind_its_durations(tmp_path):
+    """Neither may that of a saved configuration, whose batch warms up in it."""
+    config = apply_overrides(get_preset("lamb-tiny"), ["schedule.unit=tokens", "run.batch_warmup=81920"])
+    config = apply_overrides(config, ["run.smallest_batch=32", "schedule.warmup=40960"])
+    changed = apply_overrides(config, ["schedule.unit=updates"])
+    with pytest.raises(RecipeError, match=r"as long are schedule.warmup=10 run.batch_warmup=20$"):
+        check_given_schedule(config, changed, {"schedule.unit"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["schedule.cooldown=0.3"],
+            "shape=polynomial makes nothing of schedule.cooldown=0.3: .* schedule.cooldown=0.1$",
+        ),
+        (["schedule.cooldown_form=linear"], "makes nothing of schedule.cooldown_form=linear"),
+        (["schedule.decay_rate=0.5", "schedule.decay_steps=9"], "schedule.decay_rate=0.5, schedule.decay_steps=9:"),
+        (["schedule.shape=wsd", "schedule.constant=0.3"], "shape=wsd makes nothing of schedule.constant=0.3"),
+        (["schedule.shape=wsd", "schedule.degree=2"], "makes nothing of schedule.degree=2: "),
+        (["schedule.shape=wsd", "schedule.warmup_start=-3"], "makes nothing of schedule.warmup_start=-3: "),
+        (["schedule.shape=wsd", "schedule.decay_from_start=true"], "of schedule.decay_from_start=true: .*start=false$"),
+        (["schedule.shape=exponential", "schedule.final=0.1"], "shape=exponential makes nothing of schedule.final=0.1"),
+        (["phase_two.steps=9", "phase_two.cooldown=0.3"], "makes nothing of phase_two.cooldown=0.3"),
+        (["phase_two.steps=9", "phase_two.decay_steps=3"], "makes nothing of phase_two.decay_steps=3"),
+        (["phase_two.steps=9", "schedule.shape=wsd", "phase_two.constant=0.1"], "makes nothing of phase_two.constant"),
+        (
+            ["--preset", "lamb-64k-32k", "schedule.shape=wsd"],
+            "of schedule.degree=0.5, schedule.decay_from_start=true: .* schedule.degree=1 schedule.decay",
+        ),
+        (
+            ["--preset", "modernbert-base", "schedule.shape=polynomial"],
+            "of schedule.cooldown=0, phase_two.cooldown=0.166667: .* schedule.cooldown=0.1 phase_two.cooldown=0.1$",
+        ),
+    ],
+)
+def test_fields_without_effect_are_refused(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        given(*arguments)
+
+
+def test_fields_of_another_shape_may_have_their_defaults():
+    given("schedule.shape=wsd", "schedule.constant=0", "schedule.cooldown=0.3")
+    given("--preset", "lamb-64k-32k", "schedule.shape=wsd", "schedule.degree=1", "schedule.decay_from_start=false")
+    given("--preset", "lamb-64k-32k-tiny", "schedule.warmup=3")  # twins scale what their shape does not have
+    for name in PRESETS:
+        given("--preset", name, "schedule.offset=0")
+
+
+@pytest.mark.parametrize("unit", ["updates", "sequences", "tokens"])
+@pytest.mark.parametrize("size", ["tiny", "mini"])
+def test_twins_scale_durations_in_every_unit(unit, size):
+    """As many updates, and as the share of the phase that they are."""
+    known = PRESETS["modernbert-base"]
+    durations = {"schedule.warmup": 400, "schedule.cooldown": 800, "run.batch_warmup": 1200, "phase_two.cooldown": 600}
+    factors = {
+        "updates": (1, 1),
+        "sequences": (4608, 576),
+        "tokens": (4608 * 1024, 576 * 8192),
+    }[unit]
+    given = [f"{key}={value * factors[key.startswith('phase')]}" for key, value in durations.items()]
+    config = apply_overrides(known.config, [f"schedule.unit={unit}", *given])
+    small = twin(dataclasses.replace(known, config=config), size).config
+    first, second = phases_of(small)
+    divisor = {"tiny": 20, "mini": 10}[size]
+    assert first.updates(small.schedule.warmup, unit) == 400 / divisor
+    assert first.updates(small.schedule.cooldown, unit) == 800 / divisor
+    assert first.updates(small.run.batch_warmup, unit) == 1200 / divisor
+    assert second.updates(small.phase_two.cooldown, unit) == 600 / divisor
+
+
+GROWING = ("training.global_batch=512", "training.steps=100", "run.smallest_batch=16", "run.batch_warmup=0.5")
+
+
+def test_durations_have_fractions_where_batches_grow():
+    """Rates go by sequences there: a warm-up of 1,000 is 1.953 updates of 512, and rises at every update of 16."""
+    by_sequences = ("schedule.shape=wsd", "schedule.unit=sequences", "schedule.warmup=1000", "schedule.cooldown=1300")
+    config = apply_overrides(RecipeConfig(), ["optimizer.lr=2", *GROWING, *by_sequences])
+    check_ranges(config)
+    read = np.arange(0, 100 * 512, 16, dtype=np.float64)
+    rising = np.minimum(1, (read + 512) / 1000)
+    falling = 1 - np.sqrt(np.maximum(0, read - (51200 - 1300)) / 1300)
+    seen = [learning_rate(config, position / 512) for position in read]
+    assert seen == pytest.approx(2 * np.minimum(rising, falling), rel=1e-12)
+    share = apply_overrides(
+        config, ["schedule.unit=updates", "schedule.warmup=0.01953125", "schedule.cooldown=0.02539"]
+    )
+    assert learning_rate(share, 0.25) == pytest.approx(2 * 1.25 / 1.953125, rel=1e-12)
+    noisy = apply_overrides(share, ["run.batch_warmup=0", "run.batch_from_noise=true"])
+    assert learning_rate(noisy, 0.25) == learning_rate(share, 0.25)
+
+
+@pytest.mark.parametrize("growing", [(), GROWING])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("unit=sequences", "warmup=200"),
+            r"warmup=200 sequences is less than one update of 512 .* at least 512, or 0",
+        ),
+        (
+            ("unit=tokens", "warmup=16383"),
+            r"warmup=16383 tokens is less than one update of 512 .* at least 16384, or 0",
+        ),
+        (("unit=sequences", "shape=wsd", "cooldown=1"), r"schedule.cooldown=1 sequences is less than one update"),
+        (("unit=sequences", "constant=1.5"), r"schedule.constant=1.5 sequences is less than one update"),
+    ],
+)
+def test_durations_that_would_be_none_are_refused(growing, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        check_ranges(apply_overrides(RecipeConfig(), [*growing, *(f"schedule.{text}" for text in overrides)]))
+
+
+def test_a_second_phases_durations_are_of_its_own_updates():
+    second = ("phase_two.steps=9", "phase_two.global_batch=64", "schedule.unit=sequences", "schedule.warmup=0")
+    check_ranges(apply_overrides(RecipeConfig(), [*second, "phase_two.warmup=64"]))
+    with pytest.raises(RecipeError, match=r"phase_two.warmup=63 sequences is less than one update of 64"):
+        check_ranges(apply_overrides(RecipeConfig(), [*second, "phase_two.warmup=63"]))
+
+
+def test_a_length_that_another_architecture_has_not_names_it():
+    with pytest.raises(RecipeError, match=r"length=1024 is .* 4 to model.max_positions=512 of this BERT$"):
+        check_ranges(given("--preset", "modernbert-base", "--model", "base"))
 
 
 def test_a_schedules_state_is_its_position():
