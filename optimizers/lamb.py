@@ -96,6 +96,7 @@ class LAMB(LayerwiseAdam):
             **common,
         )
 
+    newer_options = ("update_clip",)
     plan_options = (*LayerwiseAdam.plan_options, "max_grad_norm")
 
     def check(self, group: dict[str, Any]) -> None:

@@ -80,6 +80,8 @@ class LANS(LayerwiseAdam):
             **common,
         )
 
+    newer_options = ("update_clip",)
+
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         check_flag("normalize_grad", group["normalize_grad"])

@@ -280,6 +280,8 @@ class VRAdam(VRMoments, LayerwiseAdam):
             **common,
         )
 
+    newer_options = ("update_clip",)
+
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
         self.check_moments(group)

@@ -84,6 +84,9 @@ class Algorithm:
     def check(self, group: dict[str, Any]) -> None:
         """Raise ValueError if an option of the group is out of range."""
 
+    newer_options: tuple[str, ...] = ()
+    """Options that groups of older files lack: loading such a file leaves them as they are here."""
+
     def modernize(self, group: dict[str, Any]) -> None:
         """Rename, in place, the options of a group that an older version has saved."""
 

@@ -23,11 +23,15 @@ LEFT_BEHIND = (
 
 
 def kept_as_here(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The `state_dict` with the optimizer's own values of `STORAGE_OPTIONS` in its groups."""
+    """The `state_dict` with the optimizer's own values of `STORAGE_OPTIONS`, and of options that it is too old to have."""
     if not algorithm.keeps_own_state:
         return state_dict
     groups = [
-        {**saved, **{name: current[name] for name in STORAGE_OPTIONS if name in current}}
+        {
+            **{name: current[name] for name in algorithm.newer_options},
+            **saved,
+            **{name: current[name] for name in STORAGE_OPTIONS if name in current},
+        }
         for saved, current in zip(state_dict["param_groups"], algorithm.param_groups, strict=False)
     ]
     others = state_dict["param_groups"][len(groups) :]  # too many, which torch refuses

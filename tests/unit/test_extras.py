@@ -18,10 +18,11 @@ BESIDE = {
     "torch": {"typing-extensions"},
     "accelerate": {"pyyaml"},
     "deepspeed": {"pydantic"},
+    "datasets": {"huggingface-hub"},
 }
 """What comes with a package and is imported here too."""
 
-BY_CHOICE = {"triton", "lightning", "pytorch-lightning"}
+BY_CHOICE = {"h5py", "lightning", "pytorch-lightning", "triton"}
 """Nobody imports these who has not installed them: GPUs without torch for CUDA, other people's trainers."""
 
 

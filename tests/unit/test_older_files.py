@@ -357,3 +357,19 @@ def test_a_report_is_made(runs: Path) -> None:
     call(runs, "report.py", "data-parallel")
     assert "BERT 1 × 4, lamb, 8 sequences per step" in (runs / "data-parallel" / "report.html").read_text()
     assert (runs / "data-parallel" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["lamb", "lambc", "lans", "vradam", "vrlamb"])
+def test_a_clip_that_a_file_is_too_old_to_know_stays(name: str) -> None:
+    def make(**options: Any) -> torch.optim.Optimizer:
+        return create_optimizer(name, [torch.nn.Parameter(torch.ones(3, 2))], lr=0.1, **options)
+
+    older = make().state_dict()
+    for group in older["param_groups"]:
+        del group["update_clip"]
+    for given in (0.5, None):
+        optimizer = make(update_clip=given)
+        optimizer.load_state_dict(older)
+        assert optimizer.param_groups[0]["update_clip"] == given
+    optimizer.load_state_dict(make(update_clip=2.0).state_dict())
+    assert optimizer.param_groups[0]["update_clip"] == 2.0
