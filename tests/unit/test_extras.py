@@ -18,7 +18,7 @@ BESIDE = {
     "torch": {"typing-extensions"},
     "accelerate": {"pyyaml"},
     "deepspeed": {"pydantic"},
-    "datasets": {"huggingface-hub"},
+    "datasets": {"huggingface_hub"},
 }
 """What comes with a package and is imported here too."""
 
