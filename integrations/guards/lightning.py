@@ -19,6 +19,7 @@ from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.living import living
 
 from .replaced import ConflictingSettingsError, innermost
+from .schedules import counting_updates
 
 __all__ = [
     "Callback",
@@ -68,11 +69,11 @@ def refuse_other_intervals(optimizer: Optimizer) -> None:
         ConflictingSettingsError: If so. A scheduler that is returned alone is stepped once per epoch.
     """
     for config in _stepped_by_lightning():
-        scheduler = config.scheduler
-        counts = getattr(scheduler, "counts_updates", False) and innermost(scheduler) is optimizer
-        if counts and (config.interval, config.frequency) != ("step", 1):
+        if (config.interval, config.frequency) == ("step", 1):
+            continue
+        for schedule in counting_updates(config.scheduler, optimizer):
             raise ConflictingSettingsError(
-                f"{type(scheduler).__name__} counts updates, but Lightning would step it every "
+                f"{type(schedule).__name__} counts updates, but Lightning would step it every "
                 f"{config.frequency} {config.interval}: return from configure_optimizers "
                 '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}'
             )
