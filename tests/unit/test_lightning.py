@@ -103,7 +103,7 @@ def test_intervals_of_schedules_within_others(within: Any, kind: Any, monkeypatc
     config = SimpleNamespace(scheduler=scheduler, interval="epoch", frequency=1)
     trainer = Trainer(True, config)
     model(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ConflictingSettingsError, match="WarmupPolynomial counts updates, .* every 1 epoch"):
+    with pytest.raises(ConflictingSettingsError, match=r"WarmupPolynomial counts updates, .* every 1 epoch"):
         optimizer.step()
     config.interval = "step"
     optimizer.step()
@@ -469,4 +469,4 @@ def test_the_program_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     assert names["trainer"].global_step == 100
-    assert names["trainer"].callbacks[0]._logged == 100
+    assert names["trainer"].callbacks[0]._steps == 100
