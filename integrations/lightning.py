@@ -296,7 +296,7 @@ class LightningBackend(Backend):
         self._refuse_other_settings = FirstStepCheck(_refuse_other_settings)
 
     def admit(self, optimizer_class: type[Optimizer]) -> None:
-        """Have all Trainers looked at when their training begins."""
+        """Have the Trainers looked at that may be about to train it."""
         guard_trainers()
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -306,8 +306,8 @@ class LightningBackend(Backend):
 
 def _refuse_other_settings(optimizer: Any) -> None:
     refuse_other_intervals(optimizer)
-    for trainer in guard_trainers():  # that were made after the optimizer
-        if any(innermost(one) is optimizer for one in trainer.optimizers):
+    if isinstance(optimizer, LayerwiseOptimizer):
+        for trainer in guard_trainers(optimizer):  # that began before they had it
             refuse_backward_in_forward(trainer, trainer.lightning_module)
             refuse_other_windows(trainer)
 

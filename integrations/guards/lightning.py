@@ -110,7 +110,8 @@ def refuse_other_windows(trainer: Any) -> None:
             f"gradients would be too small by a factor of {accumulation}. Add trustratio's callback: "
             "Trainer(callbacks=[DivideLossOnce()]), from trustratio.integrations.lightning"
         )
-    _refuse_rest(trainer.num_training_batches, accumulation)
+    if not trainer.fast_dev_run:  # which ends with its only epoch
+        _refuse_rest(trainer.num_training_batches, accumulation)
 
 
 def refuse_backward_in_forward(trainer: Any, module: Any) -> None:
@@ -174,12 +175,14 @@ class WindowGuard(Callback):
     """
 
     def __init__(self) -> None:
-        self._backwards = 0
+        self._backwards = self._batches = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the settings."""
-        self._backwards = 0
-        if _steps_ours(trainer):
+        """Look at the settings, and leave a Trainer that steps none of ours."""
+        self._backwards = self._batches = 0
+        if not _steps_ours(trainer):
+            trainer.callbacks = [one for one in trainer.callbacks if one is not self]
+        else:
             refuse_backward_in_forward(trainer, pl_module)
             refuse_other_windows(trainer)
             _notice_begun_window(trainer)
@@ -203,20 +206,45 @@ class WindowGuard(Callback):
         self._backwards = 0
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Raise if an epoch whose length nobody knew ends within a step of DeepSpeed's."""
+        """Note where an epoch whose length nobody knew has ended."""
+        self._batches = trainer.fit_loop.batch_idx + 1
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raise if the epoch before has ended within a step of DeepSpeed's; a training that ends there has none after.
+
+        Raises:
+            ConflictingSettingsError: If so.
+        """
+        batches, self._batches = self._batches, 0
         if _engine(trainer) is not None and pl_module.automatic_optimization and _steps_ours(trainer):
-            _refuse_rest(trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches)
+            _refuse_rest(batches, trainer.accumulate_grad_batches)
 
 
 def _steps_ours(trainer: Any) -> bool:
     return any(isinstance(innermost(one), LayerwiseOptimizer) for one in trainer.optimizers)
 
 
-def guard_trainers() -> list[Any]:
-    """Give each living Trainer a `WindowGuard`, unless it has one; return those that had none."""
+def guard_trainers(optimizer: Any = None) -> list[Any]:
+    """Give Trainers a `WindowGuard`, unless they have one; return those that had none.
+
+    Args:
+        optimizer: Of which Trainers have it; by default those are guarded that may be about to get one that is made
+            now: the Trainer that fits, or where none does those that have not begun. Their guards leave them if it was
+            not for them.
+    """
     if Callback is object:
         return []
-    unguarded = [one for one in living_trainers() if not any(isinstance(c, WindowGuard) for c in one.callbacks)]
+    living = list(living_trainers())
+    if optimizer is not None:
+        chosen = [one for one in living if any(innermost(other) is optimizer for other in one.optimizers)]
+    else:
+        chosen = [one for one in living if _status(one) == "running"]
+        chosen = chosen or [one for one in living if _status(one) == "initializing"]
+    unguarded = [one for one in chosen if not any(isinstance(c, WindowGuard) for c in one.callbacks)]
     for trainer in unguarded:
         trainer.callbacks.append(WindowGuard())
     return unguarded
+
+
+def _status(trainer: Any) -> str | None:
+    return getattr(getattr(trainer, "state", None), "status", None)

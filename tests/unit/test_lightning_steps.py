@@ -203,3 +203,19 @@ def test_a_second_training_goes_on_counting(tmp_path: Path) -> None:
     assert [step for step, _ in notes] == [1, 2, 3, 4]
     again, _ = fit(tmp_path, Adversaries(2, 3), callback)
     assert [step for step, _ in again] == [1, 2]  # of another Trainer
+
+
+def guards_of(trainer: Any) -> int:
+    return sum(type(callback).__name__ == "WindowGuard" for callback in trainer.callbacks)
+
+
+def test_only_trainers_of_ours_are_guarded(tmp_path: Path) -> None:
+    """Not one that has ended, nor one that waits while another trains; one that waited gets rid of it."""
+    others, others_trainer = fit(tmp_path, Plain(fused=True), key="", batches=1)
+    waiting = lightning.Trainer(accelerator="cpu", devices=1, logger=False, **QUIET, max_epochs=1)
+    _, trainer = fit(tmp_path, Plain(), key="", batches=1)
+    assert [guards_of(one) for one in (others_trainer, waiting, trainer)] == [0, 0, 1]
+    LARS([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    waiting.fit(Plain(fused=True), torch.utils.data.DataLoader(torch.ones(2, 4)))
+    assert others == []
+    assert guards_of(waiting) == 0
