@@ -113,6 +113,10 @@ class LayerNorms:
             self._fetched = reduced, fetch(reduced)
         return self._fetched[1]
 
+    def steps_taken(self) -> int:
+        """Steps of the optimizer since this was made, measured or not, without those that were skipped."""
+        return max((one.taken() for one in self._observations), default=0)
+
     def on_measure(self, callback: Callable[[LayerNorms], Any]) -> None:
         """Have ``callback(norms)`` called, on every rank, after each measured step, before the device has finished."""
         self._callbacks.append(callback)

@@ -33,9 +33,14 @@ from .layer_norms import LayerNorms
 from .named_layers import named_layers
 from .norms.ratios import RatioScalars
 from .norms.scalars import SHOWN, Scalars
+from .norms.taken_steps import TakenSteps
 from .norms.targets import Writer, begin_file, check_every, check_file
 
 __all__ = ["DivideLossOnce", "LayerNormsCallback", "LightningBackend", "TrustRatioCallback"]
+
+
+STEPS = "trustratio_steps"
+"""The key in Lightning's checkpoints, of a dict: steps taken, by the callback's kind and its optimizer's number."""
 
 
 class _OptimizerCallback(Callback):
@@ -51,6 +56,7 @@ class _OptimizerCallback(Callback):
             raise TypeError(f"{name} takes an optimizer's number, from 0, and was given {optimizer!r}")
         self.every = every
         self.optimizer = optimizer
+        self._steps: int | None = None
 
     def _chosen(self, optimizers: list[Any]) -> Any:
         if self.optimizer is None and len(optimizers) == 1:
@@ -65,9 +71,30 @@ class _OptimizerCallback(Callback):
     def _is_wanted(self, trainer: Any, step: int) -> bool:
         return step % (self.every or max(1, trainer.log_every_n_steps)) == 0
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep how many steps the optimizer has taken: the Trainer counts those of all, and those that were skipped."""
+        # Not by state_dict(): Lightning takes no two callbacks of one kind there, and one optimizer may have several.
+        self._note_steps()
+        if self._steps is not None:
+            checkpoint.setdefault(STEPS, {})[self._key()] = self._steps
 
-def _steps_taken(trainer: Any) -> int:
-    return int(trainer.global_step) // max(1, len(trainer.optimizers))  # the Trainer counts those of all optimizers
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from there; files of before have the Trainer's count alone."""
+        self._steps = checkpoint.get(STEPS, {}).get(self._key())
+
+    def _key(self) -> str:
+        return f"{type(self).__name__}/{self.optimizer or 0}"
+
+    def _note_steps(self) -> None:
+        """Bring `_steps` up to date."""
+
+    def _steps_before(self, trainer: Any) -> int:
+        """The steps of the optimizer that were taken when training begins, or goes on."""
+        if trainer.global_step == 0:
+            return 0
+        if self._steps is None:
+            return int(trainer.global_step) // max(1, len(trainer.optimizers))
+        return self._steps
 
 
 class TrustRatioCallback(_OptimizerCallback):
@@ -109,28 +136,44 @@ class TrustRatioCallback(_OptimizerCallback):
             raise ValueError(f"noise must be the samples of one rank's batch, an integer of at least 1, got {noise!r}")
         self.noise = noise
         self._scalars = RatioScalars(per_layer, noise is not None)
-        self._watched: LayerwiseOptimizer | None = None
-        self._logged = 0
+        self._taken: TakenSteps | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the optimizer, name its layers, and start to collect norms."""
-        self._watched = watched = _layerwise(self._chosen(trainer.optimizers))
-        watched.name_parameters((layer.name, layer.parameter) for layer in named_layers(pl_module))
-        self._logged = _steps_taken(trainer)
+        """Find the optimizer, name its layers, and start to count its steps and to collect norms."""
+        self.on_exception(trainer, pl_module, None)  # of a training that was broken off
+        optimizer = _layerwise(self._chosen(trainer.optimizers))
+        optimizer.name_parameters((layer.name, layer.parameter) for layer in named_layers(pl_module))
+
+        def log(step: int) -> None:
+            if trainer.is_global_zero and self._is_wanted(trainer, step):
+                scalars = self._scalars.of(optimizer, self.noise or 1)
+                for logger in trainer.loggers:
+                    logger.log_metrics(scalars, step=step)
+
         if self.noise is not None:
             _check_groups(trainer, pl_module)
-            watched.collect_group_norms()
+            optimizer.collect_group_norms()
+        self._taken = TakenSteps(optimizer, log, self._steps_before(trainer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Log if the batch has ended such a step."""
-        step = _steps_taken(trainer)
-        if step == self._logged or not self._is_wanted(trainer, step) or not trainer.is_global_zero:
-            return
-        self._logged = step
-        assert self._watched is not None
-        scalars = self._scalars.of(self._watched, self.noise or 1)
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+        """Log the last step of the batch; others are logged when the next begins."""
+        if self._taken is not None:
+            self._taken.end_step()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Count no more."""
+        self.on_exception(trainer, pl_module, None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException | None) -> None:
+        """Count no more."""
+        self._note_steps()
+        if self._taken is not None:
+            self._taken.remove()
+        self._taken = None
+
+    def _note_steps(self) -> None:
+        if self._taken is not None:
+            self._steps = self._taken.taken
 
 
 def _layerwise(optimizer: Any) -> LayerwiseOptimizer:
@@ -190,44 +233,41 @@ class LayerNormsCallback(_OptimizerCallback):
         self.file = file
         self._scalars = Scalars(layers, numbers)
         self._norms: LayerNorms | None = None
-        self._write: Writer | None = None
-        self._measured: int | None = None
+        self._begun = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the optimizer, and open the file."""
         self.on_train_end(trainer, pl_module)  # of a training that was broken off
-
-        def step() -> int:  # that is under way
-            return _steps_taken(trainer) + 1
+        self._begun = begun = self._steps_before(trainer)
+        write: Writer | None = None
 
         def was_measured(norms: LayerNorms) -> None:
-            self._measured = step()
+            if trainer.is_global_zero:
+                measured = norms.latest()
+                step = begun + measured.step
+                if write is not None:
+                    write(measured, step)
+                for logger in trainer.loggers:
+                    logger.log_metrics(self._scalars.of(measured), step=step)
 
-        def is_wanted(_: int) -> bool:
-            return self._is_wanted(trainer, step())
+        def is_wanted(step: int) -> bool:
+            return self._is_wanted(trainer, begun + step)
 
         self._norms = LayerNorms(self._chosen(trainer.optimizers), pl_module, every=is_wanted)
         self._norms.on_measure(was_measured)
         if self.file is not None:
-            self._write = begin_file(self.file, step() - 1)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Write and log what was measured in the batch."""
-        step, self._measured = self._measured, None
-        if step is None or not trainer.is_global_zero:
-            return
-        assert self._norms is not None
-        measured = self._norms.latest()
-        if self._write is not None:
-            self._write(measured, step)
-        for logger in trainer.loggers:
-            logger.log_metrics(self._scalars.of(measured), step=step)
+            write = begin_file(self.file, begun)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure no more."""
+        self._note_steps()
         if self._norms is not None:
             self._norms.remove()
-        self._norms = self._write = self._measured = None
+        self._norms = None
+
+    def _note_steps(self) -> None:
+        if self._norms is not None:
+            self._steps = self._begun + self._norms.steps_taken()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Measure no more."""
@@ -256,7 +296,7 @@ class LightningBackend(Backend):
         self._refuse_other_settings = FirstStepCheck(_refuse_other_settings)
 
     def admit(self, optimizer_class: type[Optimizer]) -> None:
-        """Have all Trainers looked at when their training begins."""
+        """Have the Trainers looked at that may be about to train it."""
         guard_trainers()
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -266,8 +306,8 @@ class LightningBackend(Backend):
 
 def _refuse_other_settings(optimizer: Any) -> None:
     refuse_other_intervals(optimizer)
-    for trainer in guard_trainers():  # that were made after the optimizer
-        if any(innermost(one) is optimizer for one in trainer.optimizers):
+    if isinstance(optimizer, LayerwiseOptimizer):
+        for trainer in guard_trainers(optimizer):  # that began before they had it
             refuse_backward_in_forward(trainer, trainer.lightning_module)
             refuse_other_windows(trainer)
 

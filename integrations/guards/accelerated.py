@@ -7,7 +7,6 @@ What accelerate does not document is read in this file alone, and the same since
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from trustratio.optimizers.sharding.internals import Internals
 from trustratio.optimizers.sharding.living import living
 
 from .replaced import ConflictingSettingsError, innermost
+from .schedules import counting_updates
 
 __all__ = ["refuse_other_set_up"]
 
@@ -91,18 +91,11 @@ def _refuse_steps_per_process(accelerator: Accelerator, prepared: AcceleratedSch
     if isinstance(prepared, DeepSpeedSchedulerWrapper) or not prepared.step_with_optimizer or prepared.split_batches:
         return
     processes = accelerator.num_processes
-    for scheduler in _with_parts(prepared.scheduler):
-        if processes > 1 and getattr(scheduler, "counts_updates", False) and innermost(scheduler) is optimizer:
+    for scheduler in counting_updates(prepared.scheduler, optimizer):
+        if processes > 1:
             raise ConflictingSettingsError(
                 f"{type(scheduler).__name__} counts updates, but accelerate steps a prepared scheduler once per "
                 f"process, {processes} times per update: the schedule would end after 1/{processes} of the training. "
                 "Leave it out of accelerator.prepare, and call scheduler.step() after optimizer.step() `if "
                 "accelerator.sync_gradients`"
             )
-
-
-def _with_parts(scheduler: Any) -> Iterator[Any]:
-    """Yield a scheduler and those that torch's SequentialLR and ChainedScheduler are made of."""
-    yield scheduler
-    for part in getattr(scheduler, "_schedulers", ()):
-        yield from _with_parts(part)

@@ -19,6 +19,7 @@ from trustratio.optimizers import LayerwiseOptimizer
 from trustratio.optimizers.sharding.living import living
 
 from .replaced import ConflictingSettingsError, innermost
+from .schedules import counting_updates
 
 __all__ = [
     "Callback",
@@ -68,11 +69,11 @@ def refuse_other_intervals(optimizer: Optimizer) -> None:
         ConflictingSettingsError: If so. A scheduler that is returned alone is stepped once per epoch.
     """
     for config in _stepped_by_lightning():
-        scheduler = config.scheduler
-        counts = getattr(scheduler, "counts_updates", False) and innermost(scheduler) is optimizer
-        if counts and (config.interval, config.frequency) != ("step", 1):
+        if (config.interval, config.frequency) == ("step", 1):
+            continue
+        for schedule in counting_updates(config.scheduler, optimizer):
             raise ConflictingSettingsError(
-                f"{type(scheduler).__name__} counts updates, but Lightning would step it every "
+                f"{type(schedule).__name__} counts updates, but Lightning would step it every "
                 f"{config.frequency} {config.interval}: return from configure_optimizers "
                 '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}'
             )
@@ -109,7 +110,8 @@ def refuse_other_windows(trainer: Any) -> None:
             f"gradients would be too small by a factor of {accumulation}. Add trustratio's callback: "
             "Trainer(callbacks=[DivideLossOnce()]), from trustratio.integrations.lightning"
         )
-    _refuse_rest(trainer.num_training_batches, accumulation)
+    if not trainer.fast_dev_run:  # which ends with its only epoch
+        _refuse_rest(trainer.num_training_batches, accumulation)
 
 
 def refuse_backward_in_forward(trainer: Any, module: Any) -> None:
@@ -173,12 +175,14 @@ class WindowGuard(Callback):
     """
 
     def __init__(self) -> None:
-        self._backwards = 0
+        self._backwards = self._batches = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the settings."""
-        self._backwards = 0
-        if _steps_ours(trainer):
+        """Look at the settings, and leave a Trainer that steps none of ours."""
+        self._backwards = self._batches = 0
+        if not _steps_ours(trainer):
+            trainer.callbacks = [one for one in trainer.callbacks if one is not self]
+        else:
             refuse_backward_in_forward(trainer, pl_module)
             refuse_other_windows(trainer)
             _notice_begun_window(trainer)
@@ -202,20 +206,45 @@ class WindowGuard(Callback):
         self._backwards = 0
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Raise if an epoch whose length nobody knew ends within a step of DeepSpeed's."""
+        """Note where an epoch whose length nobody knew has ended."""
+        self._batches = trainer.fit_loop.batch_idx + 1
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raise if the epoch before has ended within a step of DeepSpeed's; a training that ends there has none after.
+
+        Raises:
+            ConflictingSettingsError: If so.
+        """
+        batches, self._batches = self._batches, 0
         if _engine(trainer) is not None and pl_module.automatic_optimization and _steps_ours(trainer):
-            _refuse_rest(trainer.fit_loop.batch_idx + 1, trainer.accumulate_grad_batches)
+            _refuse_rest(batches, trainer.accumulate_grad_batches)
 
 
 def _steps_ours(trainer: Any) -> bool:
     return any(isinstance(innermost(one), LayerwiseOptimizer) for one in trainer.optimizers)
 
 
-def guard_trainers() -> list[Any]:
-    """Give each living Trainer a `WindowGuard`, unless it has one; return those that had none."""
+def guard_trainers(optimizer: Any = None) -> list[Any]:
+    """Give Trainers a `WindowGuard`, unless they have one; return those that had none.
+
+    Args:
+        optimizer: Of which Trainers have it; by default those are guarded that may be about to get one that is made
+            now: the Trainer that fits, or where none does those that have not begun. Their guards leave them if it was
+            not for them.
+    """
     if Callback is object:
         return []
-    unguarded = [one for one in living_trainers() if not any(isinstance(c, WindowGuard) for c in one.callbacks)]
+    living = list(living_trainers())
+    if optimizer is not None:
+        chosen = [one for one in living if any(innermost(other) is optimizer for other in one.optimizers)]
+    else:
+        chosen = [one for one in living if _status(one) == "running"]
+        chosen = chosen or [one for one in living if _status(one) == "initializing"]
+    unguarded = [one for one in chosen if not any(isinstance(c, WindowGuard) for c in one.callbacks)]
     for trainer in unguarded:
         trainer.callbacks.append(WindowGuard())
     return unguarded
+
+
+def _status(trainer: Any) -> str | None:
+    return getattr(getattr(trainer, "state", None), "status", None)

@@ -80,6 +80,11 @@ class Observation:
         """Whether it will be stepped: a chain may have optimizers of nothing, which are not."""
         return any(group["params"] for group in self._kept.optimizer.param_groups)
 
+    def taken(self) -> int:
+        """How many steps have ended; waits for the device where a fused optimizer has been told of an overflow."""
+        is_skipped = self._found_inf is not None and bool(self._found_inf)
+        return self.steps - self._in_call - is_skipped
+
     def is_under_way(self) -> bool:
         """Whether a step has begun and not ended."""
         return self._in_call

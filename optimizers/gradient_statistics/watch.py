@@ -91,6 +91,8 @@ class GradientStatistics:
         if watched is not None and watched.parameter() is parameter:
             return
         self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter))
+        if self._forward_hook is None and self._flow is not None and self._flow.sources:
+            self._look_for_sources()  # again: a group was added in the middle of training
         if parameter.is_leaf and parameter.is_floating_point() and not parameter.is_inference():
             self._register(parameter, watched)
 
@@ -381,8 +383,9 @@ class GradientStatistics:
                 if seen.source is None and gradient is not None and gradient.any():
                     raise StatisticsError(
                         f"{self._owner()} has a gradient of layer {layer.name} but saw none of its groups', since no "
-                        "forward of a module under fully_shard was seen to use it. Construct the optimizer before the "
-                        "first forward, and call the module rather than a method of it"
+                        "forward of a module under fully_shard was seen to use it. Construct the optimizer, or add the "
+                        "group, before the forward, and call the module rather than a method of it. A layer that is "
+                        "thawed later has to be used in the first forward too"
                     )
         if self.groups == 0 and not self._has_company(layout):
             if any(gradient is not None and gradient.any() for gradient in gradients):

@@ -41,6 +41,7 @@ __all__ = [
     "register_backend",
     "stepped_tensors",
     "tensor_parallel_groups",
+    "watch_steps",
     "whole_step",
 ]
 
@@ -188,11 +189,16 @@ def register_backend(backend: Backend) -> None:
 
 def admit(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's class acceptable to every wrapper that is imported, and look at all steps from now on."""
-    _known.watch_steps()
+    watch_steps()
     for backend in _known.load():
         backend.admit(type(optimizer))
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _known.given.update(dict.fromkeys(given, type(optimizer).__name__))
+
+
+def watch_steps() -> None:
+    """Have all backends look at every step of the process from now on, also at those of others' optimizers."""
+    _known.watch_steps()
 
 
 def given_to(parameters: Iterable[torch.Tensor]) -> set[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from trustratio.optimizers.sharding.backends import watch_steps
+
 DECAYS = ("linear", "1-sqrt", "sqrt")
 """Forms of the decay in `warmup_stable_decay`; "sqrt" is another name of "1-sqrt"."""
 
@@ -93,11 +95,15 @@ class FactorLR(LRScheduler):
 
     Attributes:
         counts_updates: that `step()` is called once per update. `accelerator.prepare` would have it called once per
-            process; that is refused at the optimizer's first step.
+            process, Lightning once per epoch; that is refused at the optimizer's first step, whatever optimizer it is.
     """
 
     counts_updates = True
     last_epoch: float  # type: ignore[assignment] # between two numbers where updates have different batches
+
+    def __init__(self, optimizer: Optimizer, last_epoch: int = -1):
+        watch_steps()  # no optimizer of ours need be there
+        super().__init__(optimizer, last_epoch)
 
     def factor(self, step: float) -> float:
         """Return the factor for the update number `step`, counted from 0."""

@@ -256,9 +256,23 @@ def fit(
     }
 
 
-def refusal(run: Run, folder: str | Path, loader: type[Stream] = Loader, **changes: Any) -> tuple[str, int]:
+class StopAfter(lightning.Callback):
+    """As Lightning's Timer does, at the end of a batch."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        trainer.should_stop = number + 1 == self.batches
+
+
+def refusal(
+    run: Run, folder: str | Path, loader: type[Stream] = Loader, stop_after: int = 0, **changes: Any
+) -> tuple[str, int]:
     """Train; the error, and the steps that were taken before it."""
     module, trainer = Module(run), trainer_of(run, folder, **changes)
+    if stop_after:
+        trainer.callbacks.append(StopAfter(stop_after))
     try:
         fit(module, trainer, loader=loader)
     except Exception as error:

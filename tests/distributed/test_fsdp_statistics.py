@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from trustratio.optimizers import OPTIMIZERS
+from trustratio.optimizers import OPTIMIZERS, create_optimizer
 
 from ..reference import relative_error
 from .cases import Case, LayerSpec, initial_weights, mean_gradients
@@ -145,3 +146,46 @@ def test_statistics_of_reduced_gradients_are_caught(pool: WorkerPool, name: str,
     case = make_case(name)
     answer = pool.run(run_on_reduced_gradients, case)[0]
     assert worst_error(case, answer["weights"], ranks=world_size)[0] > 0.05
+
+
+def thawed(optimizer_name: str, steps: int, sharded: bool) -> dict[str, torch.Tensor]:
+    """Train the last layer for two steps, then all; each rank has its batch, or one process those of all ranks."""
+    torch.manual_seed(5)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    net[0].requires_grad_(False)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    if sharded:
+        for part in (net[0], net[2], net):
+            fully_shard(part)
+    optimizer = create_optimizer(optimizer_name, list(net[2].parameters()), lr=0.1)
+    if not sharded:
+        optimizer.data_parallel_group = alone
+    if optimizer.statistics is None:
+        optimizer.collect_group_norms()
+    for step in range(steps):
+        if step == 2:
+            net[0].requires_grad_(True)
+            optimizer.add_param_group({"params": list(net[0].parameters())})
+        optimizer.zero_grad()
+        for batch in (rank,) if sharded else range(ranks):
+            samples = torch.randn(2, 4, generator=torch.Generator().manual_seed(9 * step + batch), dtype=torch.float64)
+            (net(samples).square().mean() / (1 if sharded else ranks)).backward()
+        optimizer.step()
+    weights = {name: p.full_tensor() if sharded else p for name, p in net.named_parameters()}
+    norms = optimizer.statistics.norms()
+    answer = {name: weight.detach().clone() for name, weight in weights.items()}
+    return answer | {f"norms/{name}": torch.tensor([n.groups, n.mean_norm]) for name, n in norms.items()}
+
+
+def both_thawed(name: str) -> list[dict[str, torch.Tensor]]:
+    return [thawed(name, 5, sharded) for sharded in (True, False)]
+
+
+@pytest.mark.parametrize("name", ["clars", "vrlamb", "lars"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_group_added_in_the_middle_of_training(pool: WorkerPool, name: str, world_size: int) -> None:
+    for found, wanted in pool.run(both_thawed, name):
+        assert set(found) == set(wanted)
+        for key, value in wanted.items():
+            assert torch.allclose(found[key], value, rtol=1e-6, atol=0), key

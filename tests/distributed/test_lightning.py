@@ -145,7 +145,7 @@ def test_what_deepspeed_would_make_of_accumulation(
         (replace(run, callbacks=()), {}, "divides the loss by accumulate_grad_batches=2, and DeepSpeed", 0),
         (run, {"limit_train_batches": 3}, "an epoch has 3 batches per rank, .* Set limit_train_batches=2 in", 0),
         (run, {"limit_train_batches": 1}, "an epoch has 1 batches per rank, .*: accumulate less", 0),
-        (run, {"loader": ThreeBatches}, "an epoch has 3 batches per rank", 1),
+        (run, {"loader": ThreeBatches, "max_epochs": 2}, "an epoch has 3 batches per rank", 1),
         (replace(run, config=unmanaged), {}, "has DeepSpeed step at every batch, whatever", 0),
     ]
     if stage in (1, 2):
@@ -154,6 +154,8 @@ def test_what_deepspeed_would_make_of_accumulation(
         for error, steps in pool.run(refusal, case, tmp_path, **changes):
             assert steps == taken
             assert re.match(f"ConflictingSettingsError: .*{message}", error), error
+    for taken, changes in ((1, {"loader": ThreeBatches}), (0, {"fast_dev_run": True}), (1, {"stop_after": 3})):
+        assert pool.run(refusal, run, tmp_path, **changes) == [("", taken)] * world_size  # nothing comes after it
     if stage in (0, 3):  # which add up what comes
         assert_like_one_process(by_hand, pool.run(train, by_hand, tmp_path))
 

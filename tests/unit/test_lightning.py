@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from trustratio.integrations.guards.replaced import ConflictingSettingsError, ReplacedOptimizerError
 from trustratio.optimizers import CLARS, LAMB, VRLAMB
+from trustratio.optimizers.sharding import backends
 from trustratio.recipes.rules.schedules import WarmupPolynomial
 
 
@@ -72,6 +74,54 @@ def test_intervals(
     with pytest.raises(ConflictingSettingsError, match=f'{refused}: return from .*"interval": "step"'):
         optimizer.step()
     assert torch.equal(before, model.weight)
+
+
+def in_a_sequence(optimizer: Any, schedule: Any) -> Any:
+    constant = lr_scheduler.ConstantLR(optimizer, 1.0)
+    return lr_scheduler.SequentialLR(optimizer, [schedule, constant], [6])
+
+
+def in_a_chain(optimizer: Any, schedule: Any) -> Any:
+    return lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(optimizer, 1.0), schedule], optimizer)
+
+
+def in_both(optimizer: Any, schedule: Any) -> Any:
+    return in_a_chain(optimizer, in_a_sequence(optimizer, schedule))
+
+
+@pytest.mark.parametrize("kind", [lamb, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)], ids=["ours", "SGD"])
+@pytest.mark.parametrize("within", [in_a_sequence, in_a_chain, in_both])
+def test_intervals_of_schedules_within_others(within: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trustratio.integrations.lightning  # noqa: F401
+
+    standing_in: Any = ModuleType("pytorch_lightning")
+    standing_in.Trainer = Trainer
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", standing_in)
+    model = torch.nn.Linear(2, 2)
+    optimizer = kind(model)
+    scheduler = within(optimizer, WarmupPolynomial(optimizer, 2, 10))
+    config = SimpleNamespace(scheduler=scheduler, interval="epoch", frequency=1)
+    trainer = Trainer(True, config)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ConflictingSettingsError, match=r"WarmupPolynomial counts updates, .* every 1 epoch"):
+        optimizer.step()
+    config.interval = "step"
+    optimizer.step()
+    assert trainer.lightning_module is not None
+
+
+def test_a_schedule_has_steps_watched_without_an_optimizer_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.optim.Optimizer] = []
+    backend = SimpleNamespace(before_step=asked.append)
+    fresh = backends._Known(registered=[backend], not_imported={})  # type: ignore[list-item]
+    monkeypatch.setattr(backends, "_known", fresh)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    optimizer.step()
+    assert asked == []
+    WarmupPolynomial(optimizer, 2, 10)
+    optimizer.step()
+    assert asked == [optimizer]
+    fresh.registered.clear()
 
 
 def test_lightning_itself(tmp_path: Any) -> None:
@@ -419,4 +469,4 @@ def test_the_program_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     assert names["trainer"].global_step == 100
-    assert names["trainer"].callbacks[0]._logged == 100
+    assert names["trainer"].callbacks[0]._steps == 100
