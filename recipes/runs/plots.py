@@ -87,7 +87,7 @@ def _draw_loss(axes: Axes, train: Series, history: RunHistory, against: str) -> 
     if validation["step"].size:
         places = np.interp(validation["step"], history.train["step"], history.train[against])
         losses = validation["validation_loss"]
-        label = f"validation loss, at last {losses[-1]:.3f}, accuracy {validation['validation_accuracy'][-1]:.1%}"
+        label = f"validation loss, last {losses[-1]:.3f}, accuracy {validation['validation_accuracy'][-1]:.1%}"
         axes.plot(places, losses, color=_VALIDATION, lw=1.6, marker="o", ms=3.5, label=label)
     if np.isfinite(history.unigram_entropy):
         label = f"unigram entropy {history.unigram_entropy:.3f}"

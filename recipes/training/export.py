@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=prog,
         description="Write a checkpoint of a run as a folder that transformers' from_pretrained loads: the model in "
         "fp32, its tokenizer and a model card.",
-        examples=examples(prog, "runs/lamb-tiny-1 exported", "runs/lamb-tiny-1/checkpoints/step-100 exported-100"),
+        examples=examples(prog, "runs/lamb-tiny-1 exported", "runs/lamb-tiny-1/checkpoints/step-00000100 exported-100"),
     )
     parser.add_argument(
         "checkpoint",

@@ -53,5 +53,5 @@ def test_a_name_of_torchs_leads_to_its_class(name: str) -> None:
     for spelled in (name, name.lower()):
         with pytest.raises(ValueError, match=f"torch.optim.{name} is torch's own.*'trust_ratio' with base_class"):
             create_optimizer(spelled, make_parameters().values())
-    with pytest.raises(ValueError, match="nearest: .*stableadamw"):
+    with pytest.raises(ValueError, match=r"nearest: .*stableadamw"):
         create_optimizer("adamw", make_parameters().values())
