@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .adabelief import AdaBelief, FastAdaBelief
 from .adashift import AdaShift
 from .cblr import CBLR
@@ -348,13 +350,23 @@ def create_optimizer(name: str, params: Any, **options: Any) -> LayerwiseOptimiz
     if name.lower() in (WITH_A_BASE, TrustRatio.__name__.lower()):
         return _with_a_base(params, options)
     if entry is None:
-        raise ValueError(f"unknown optimizer {name!r}; {nearest(name.lower(), (*OPTIMIZERS, WITH_A_BASE))}")
+        advice = nearest(name.lower(), (*OPTIMIZERS, WITH_A_BASE))
+        raise ValueError(f"unknown optimizer {name!r}; {_of_torch(name)}{advice}")
     allowed = options_of(entry.optimizer_class)
     for option in options:
         if option not in allowed:
             advice = why_refused(entry.optimizer_class, option) or nearest(option, allowed)
             raise ValueError(f"{name} has no option {option!r}; {advice}")
     return entry.optimizer_class(params, **options)
+
+
+def _of_torch(name: str) -> str:
+    """Return what to say of a name, in any case, that torch's own optimizers have; else nothing."""
+    classes = {known.lower(): known for known, value in vars(torch.optim).items() if inspect.isclass(value)}
+    if name.lower() not in classes or name.lower() == "optimizer":
+        return ""
+    own = f"torch.optim.{classes[name.lower()]}"
+    return f"{own} is torch's own: construct it yourself, or give {WITH_A_BASE!r} with base_class={own}; "
 
 
 def _with_a_base(params: Any, options: dict[str, Any]) -> TrustRatio:

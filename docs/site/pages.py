@@ -24,6 +24,10 @@ CODE = ("optimizers", "integrations", "recipes", "benchmarks", "tests")
 SHOWN = (".md", ".png", ".svg", ".json", ".csv", ".ipynb", ".css", ".js")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".sh": "bash", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 LINK = re.compile(r"\]\(([^)\s#]+)")
+CODE_OR_NAMED_BY_FILE = re.compile(
+    r"```.*?```|`[^`\n]*`|\[`?[\w./-]+\.md`?\](?=\(([^)\s#]+\.md)(?:#[^)\s]*)?\))", re.DOTALL
+)
+HEADING = re.compile(r"^# +(.+?) *$", re.MULTILINE)
 
 LESS_SOUGHT = {"CHANGELOG.md", "CONTRIBUTING.md"}
 """What every search would find first, since it speaks of everything, comes last."""
@@ -45,7 +49,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     path = page.file.src_uri
     if path in LESS_SOUGHT or isinstance(page.file, SourceFile) or path.startswith("tests/"):
         page.meta.setdefault("search", {"boost": 0.2})
-    return markdown
+    return markdown if isinstance(page.file, SourceFile) else with_titles(markdown, posixpath.dirname(path))
+
+
+def with_titles(markdown: str, folder: str) -> str:
+    """Return a page of a folder with the titles of pages as the texts of links that have their files' names."""
+
+    def titled(link: re.Match[str]) -> str:
+        if link[1] is None:  # code
+            return link[0]
+        target = ROOT / posixpath.normpath(posixpath.join(folder, link[1]))
+        heading = HEADING.search(target.read_text(encoding="utf-8")) if target.is_file() else None
+        return f"[{heading[1]}]" if heading else link[0]
+
+    return CODE_OR_NAMED_BY_FILE.sub(titled, markdown)
 
 
 class RepositoryFile(File):

@@ -23,7 +23,7 @@ LEFT_BEHIND = (
 
 
 def kept_as_here(algorithm: Algorithm, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The `state_dict` with the optimizer's own `STORAGE_OPTIONS`, and with its options that are newer than the file."""
+    """The `state_dict` with the optimizer's own `STORAGE_OPTIONS`, and its options that are newer than the file."""
     if not algorithm.keeps_own_state:
         return state_dict
     groups = [

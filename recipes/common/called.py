@@ -59,7 +59,7 @@ def pretraining() -> tuple[str, Sequence[str]]:
     name = _front() if _front().startswith("bert") else "bert"
     if name == "bert_accelerate":
         config = "$(trustratio configs zero2)" if as_module() else "recipes/configs/zero2.yaml"
-        start = launched(f"accelerate launch --config_file {config}", name)
+        start = launched(f"accelerate launch --num_processes 2 --config_file {config}", name)
         return launched("accelerate launch --config_file CONFIG", name), examples(start, *_PRETRAINING)
     two, eight = (launched(f"deepspeed --num_gpus {ranks}", name) for ranks in (2, 8))
     other = launched("torchrun --nproc_per_node 2", name)

@@ -17,8 +17,10 @@ from .command import ends_with_message
 from .errors import BAD_INPUT, RecipeError, unknown_name
 from .script import readers_may_leave
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-"""Folder of the configurations for `accelerate launch`."""
+_RECIPES = Path(__file__).resolve().parents[1]
+
+CONFIGS, LAUNCH = _RECIPES / "configs", _RECIPES / "launch"
+"""Folders of the configurations for `accelerate launch`, and of what is submitted to a cluster."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,29 @@ def configurations(names: Sequence[str]) -> list[str]:
     Raises:
         RecipeError: there is none of that name.
     """
-    known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    return _paths("configuration", names, CONFIGS)
+
+
+def launch_files(names: Sequence[str]) -> list[str]:
+    """Return the same of the files for clusters: SLURM's batch files, Kubernetes' manifests, a sweep.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    return _paths("launch file", names, LAUNCH)
+
+
+def _paths(what: str, names: Sequence[str], folder: Path) -> list[str]:
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".sbatch", ".sh")]
+    by_name = {path.name: path for path in files}
+    # slurm.sh and node.sh serve the others, and are named in full.
+    known = {path.stem: path for path in files if path.suffix != ".sh"}
     for name in names:
-        if name.removesuffix(".yaml") not in known:
-            raise unknown_name("configuration", name, known)
-    return [str(known[name.removesuffix(".yaml")]) for name in names] or [
-        f"{name:6}  {path}" for name, path in known.items()
+        if name not in (by_name | known):
+            raise unknown_name(what, name, known)
+    width = max(map(len, known))
+    return [str((by_name | known)[name]) for name in names] or [
+        f"{name:{width}}  {path}" for name, path in known.items()
     ]
 
 
@@ -68,9 +87,11 @@ COMMANDS = {
     "prepare": Command("write text as token shards that training reads", "trustratio.recipes.prepare"),
     "compare": Command("compare optimizers: same data, several learning rates each", "trustratio.recipes.compare"),
     "report": Command("make the report of a run, finished or not", "trustratio.recipes.report"),
+    "export": Command("write a checkpoint as a folder that transformers loads", "trustratio.recipes.export"),
     "fine-tune": Command("fine-tune a checkpoint on labelled text", "trustratio.recipes.fine_tune"),
     "presets": Command("print all presets with their sources", "trustratio.recipes.bert", ("--list_presets",)),
     "configs": Command("print where the configurations for accelerate launch are", answer=configurations),
+    "launch": Command("print where the files for SLURM, Kubernetes and sweeps are", answer=launch_files),
     "audit": Command("does an optimizer survive your sharding?", "trustratio.integrations.audit"),
     "layer-norms": Command("make a page of logged layer norms", "trustratio.integrations.layer_norms"),
     "click-through": Command("CowClip and Adam at up to 128 times the batch", "trustratio.recipes.click_through"),
@@ -139,5 +160,6 @@ def overview() -> list[str]:
         "Launchers start modules:",
         "  deepspeed --num_gpus 8 --module trustratio.recipes.bert",
         "  torchrun --nproc_per_node 8 -m trustratio.recipes.bert",
-        "  accelerate launch --config_file $(trustratio configs zero2) -m trustratio.recipes.bert_accelerate",
+        "  accelerate launch --num_processes 2 --config_file $(trustratio configs zero2) "
+        "-m trustratio.recipes.bert_accelerate",
     ]

@@ -7,10 +7,13 @@ shards are written anew.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from ..common.called import called, examples, from_console, launched
 from ..common.command import CommandParser, ends_with_message, within
@@ -20,9 +23,10 @@ from ..configuration.config import MASKS, DataConfig
 from ..configuration.ranges import MOST_TEXT
 from .given_masks import AS_GIVEN
 from .preparation import SHARD_CHARACTERS, Preparation, prepare_into
-from .prepared import COUNTED_IN, read_manifest
+from .prepared import COUNTED_IN, TOKENIZER, read_manifest, rows_of
 
 _MOST_WORKERS = 4096
+_MOST_UNKNOWN = 0.05  # share of the tokens; more is worth a warning
 
 
 @ends_with_message("error")
@@ -75,13 +79,29 @@ def _summary(folder: Path, lengths: Sequence[int]) -> list[str]:
     manifest = read_manifest(folder)
     tokens = manifest["tokens"]
     rows = ", ".join(f"{tokens['train'] // (length - 2):,} of {length}" for length in lengths)
+    unknown, share = _unknown(folder)
+    advice = "; much text is lost to the model: give a tokenizer or vocabulary that fits it"
     return [
         f"{manifest['documents']:,} documents ({manifest['repeated_documents']:,} repeated ones left out), "
         f"{manifest['characters'] / 1e6:.1f} million {manifest.get(COUNTED_IN, 'characters')}, "
         f"{len(manifest['shards'])} shards in {folder}",
         f"{tokens['train']:,} training tokens and {tokens['validation']:,} held out; vocabulary "
         f"{manifest['vocabulary_size']:,}; training sequences: {rows}",
+        *([f"warning: {share:.1%} of the training tokens are {unknown}{advice}"] if share > _MOST_UNKNOWN else []),
+        *([f"{share:.2%} of the training tokens are {unknown}"] if 0 < share <= _MOST_UNKNOWN else []),
     ]
+
+
+def _unknown(folder: Path) -> tuple[str, float]:
+    """Return the token that stands for what a vocabulary lacks, and its share of the training tokens without [SEP]."""
+    manifest, tokenizer = read_manifest(folder), Tokenizer.from_file(str(folder / TOKENIZER))
+    token = json.loads(tokenizer.to_str())["model"].get("unk_token")
+    unknown = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if unknown is None:
+        return "", 0.0
+    counts = rows_of(folder, manifest, "train", 3).counts()
+    counts[manifest["sep_id"]] = 0
+    return token, counts[unknown] / max(counts.sum(), 1)
 
 
 def _parser() -> CommandParser:

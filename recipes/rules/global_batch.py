@@ -51,7 +51,15 @@ def plan_batch(global_batch: int, micro_batch: int, ranks: int, option: str = "-
         share = global_batch // ranks
         fitting = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
         hint += f"; or keep {global_batch} with {option}{fitting}"
+    if fewer := _fewer_ranks(global_batch, micro_batch, ranks):
+        hint += f"; or start {fewer} of {ranks} ranks: the launcher's --num_gpus, --nproc_per_node or --num_processes"
     raise RecipeError(
         f"global batch {global_batch} is not divisible by micro-batch x ranks = {micro_batch} x {ranks} = {unit}; "
         f"{hint}"
     )
+
+
+def _fewer_ranks(global_batch: int, micro_batch: int, ranks: int) -> int:
+    """Return the largest number below `ranks` that divides the batch together with the micro-batch, else 0."""
+    counts = range(min(ranks - 1, global_batch // micro_batch), 0, -1)
+    return next((count for count in counts if global_batch % (micro_batch * count) == 0), 0)

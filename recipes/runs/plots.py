@@ -87,21 +87,15 @@ def _draw_loss(axes: Axes, train: Series, history: RunHistory, against: str) -> 
     if validation["step"].size:
         places = np.interp(validation["step"], history.train["step"], history.train[against])
         losses = validation["validation_loss"]
-        axes.plot(places, losses, color=_VALIDATION, lw=1.6, marker="o", ms=3.5, label="validation loss")
-        axes.annotate(
-            f"{losses[-1]:.3f} nats, accuracy {validation['validation_accuracy'][-1]:.1%}",
-            (places[-1], losses[-1]),
-            xytext=(0, 28),
-            textcoords="offset points",
-            ha="right",
-            color=_VALIDATION,
-        )
+        label = f"validation loss, last {losses[-1]:.3f}, accuracy {validation['validation_accuracy'][-1]:.1%}"
+        axes.plot(places, losses, color=_VALIDATION, lw=1.6, marker="o", ms=3.5, label=label)
     if np.isfinite(history.unigram_entropy):
         label = f"unigram entropy {history.unigram_entropy:.3f}"
         axes.axhline(history.unigram_entropy, color=_UNIGRAM, ls="--", lw=1.2, label=label)
     axes.set_ylabel("masked-LM loss, nats")
     axes.set_xlabel(against)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper right")
+    axes.margins(y=0.2)  # room for the legend, however few steps there were
+    axes.legend(frameon=False, fontsize=8.5, loc="best")
     _tidy(axes)
 
 

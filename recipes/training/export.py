@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from ..common.called import called, examples
+from ..common.command import CommandParser, ends_with_message
 from ..common.errors import RecipeError
-from ..common.files import parse_json
+from ..common.files import parse_json, require_writable
 from ..common.marks import write_checksums
 from ..common.reporter import Reporter
 from ..configuration.overrides import load_config
@@ -28,9 +32,45 @@ from ..runs.folder import CONFIG
 from .engines import ENGINE_STATE, TRAINING_STATE
 from .growth_state import trained_phase
 from .model_card import write_card
+from .quiet import quieten
 from .unpickling import tensors_only
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
+
+
+@ends_with_message("error")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export a checkpoint; return the exit status: 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    for folder in (options.checkpoint, options.checkpoint / "model"):
+        if is_exported(folder):
+            raise RecipeError(f"{str(folder)!r} is in transformers' format already: load or copy it as it is")
+    require_writable(options.output)
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise RecipeError(f"output folder {str(options.output)!r} is not empty: choose another folder")
+    quieten()
+    reporter = Reporter()
+    export_checkpoint(options.checkpoint, options.output, reporter)
+    reporter.line(f"model, tokenizer and model card: {options.output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    prog = called("export")
+    parser = CommandParser(
+        prog=prog,
+        description="Write a checkpoint of a run as a folder that transformers' from_pretrained loads: the model in "
+        "fp32, its tokenizer and a model card.",
+        examples=examples(prog, "runs/lamb-tiny-1 exported", "runs/lamb-tiny-1/checkpoints/step-00000100 exported-100"),
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a run's folder, of which the newest checkpoint is taken, or one of its checkpoints",
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, new or empty")
+    return parser
 
 
 def is_exported(path: Path) -> bool:

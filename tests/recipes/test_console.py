@@ -48,7 +48,7 @@ def test_the_list_is_there_without_a_package(tmp_path):
     for word, command in console.COMMANDS.items():
         assert any(line.split()[0] == word and line.endswith(command.line) for line in lines if line.strip())
     assert not {"torch", "numpy", "psutil", "trustratio.optimizers"} & set(modules.split())
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
@@ -109,6 +109,20 @@ def test_configurations_are_found(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
     assert console.main(["configs", "zero9"]) == 2
     assert "unknown configuration 'zero9'; nearest: zero" in capsys.readouterr().err
+
+
+def test_files_for_clusters_are_found(capsys):
+    files = {path.name for path in console.LAUNCH.iterdir()}
+    for name in files:
+        assert console.main(["launch", name]) == 0
+        assert Path(capsys.readouterr().out.strip()) == console.LAUNCH / name
+    assert console.main(["launch", "slurm_torchrun"]) == 0
+    assert "#SBATCH --nodes" in Path(capsys.readouterr().out.strip()).read_text()
+    assert console.main(["launch"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == sorted(name.rpartition(".")[0] for name in files if not name.endswith(".sh"))
+    assert console.main(["launch", "slurm-torchrun"]) == 2
+    assert "unknown launch file 'slurm-torchrun'; nearest: slurm_torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", [word for word, command in console.COMMANDS.items() if command.module])
@@ -186,8 +200,8 @@ def test_a_command_is_named_as_it_was_called(argv, module, wanted, monkeypatch):
             "x",
             "trustratio.recipes.bert_accelerate",
             "accelerate launch --config_file CONFIG -m trustratio.recipes.bert_accelerate",
-            "accelerate launch --config_file $(trustratio configs zero2) -m trustratio.recipes.bert_accelerate "
-            "--preset lamb-64k-32k --output runs/lamb --resume auto",
+            "accelerate launch --num_processes 2 --config_file $(trustratio configs zero2) "
+            "-m trustratio.recipes.bert_accelerate --preset lamb-64k-32k --output runs/lamb --resume auto",
         ),
         ("trustratio train", "", "trustratio train [--num_gpus N]", "trustratio train"),
         (

@@ -469,3 +469,25 @@ def test_a_broken_file_in_the_cache_is_written_anew(documents):
     assert prepare(config, reporter) == data
     assert path.read_bytes() == original
     assert any("train-00000.bin has" in line for line in reporter.lines)
+
+
+@pytest.mark.parametrize(
+    ("known", "line"), [(1000, None), (99, "1.00% of the training tokens are [UNK]"), (2, "warning")]
+)
+def test_the_share_of_unknown_words_is_told(tmp_path, capsys, known, line):
+    """In both documents, of which one is trained on, each of 100 words is another; a vocabulary has the first of them."""
+    words = [chr(0x4E00 + number) for number in range(100)]  # BERT takes each of these letters for a word
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(w)}) + "\n" for w in (words, words[::-1]))
+    )
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words[:known]]
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
+    arguments = ["--data", tmp_path / "text.jsonl", "--tokenizer", tmp_path / "vocab.txt", "--output", tmp_path / "out"]
+    assert main([*map(str, arguments), "--sequence_lengths", "16"]) == 0
+    shown = [text for text in capsys.readouterr().out.splitlines() if "[UNK]" in text]
+    if line is None:
+        assert shown == []
+    elif line == "warning":
+        assert shown[0].startswith("warning: 98.0% of the training tokens are [UNK]; much text is lost")
+    else:
+        assert shown == [line]

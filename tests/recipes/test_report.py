@@ -15,7 +15,7 @@ import pytest
 from trustratio.recipes.common.errors import RecipeError
 from trustratio.recipes.common.files import write_json
 from trustratio.recipes.configuration.presets import get_preset
-from trustratio.recipes.runs import report
+from trustratio.recipes.runs import plots, report
 from trustratio.recipes.runs.history import bins, load_history, short_name
 from trustratio.recipes.runs.metrics import MetricsLog
 
@@ -249,3 +249,21 @@ def test_bins_cover_every_step_once():
         pieces = bins(count, most)
         assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(count))
         assert len(pieces) <= most
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 300])
+def test_nothing_is_drawn_across_the_legend_of_the_losses(tmp_path, steps):
+    """Also of runs that have hardly begun: all losses are close to the first."""
+    figure, axes = plots.plt.subplots(figsize=(6, 4.5), layout="constrained")
+    history = load_history(write_run(tmp_path, steps, 2, loss=lambda step: 9.2 - 0.3 * step / steps))
+    plots._draw_loss(axes, history.train, history, "step")
+    figure.canvas.draw()
+    legend = axes.get_legend()
+    assert any("last 5.200, accuracy 20.0%" in text.get_text() for text in legend.get_texts())
+    assert not axes.texts
+    inside = legend.get_window_extent()
+    for line in axes.lines[:2]:
+        places = axes.transData.transform(line.get_xydata())
+        between = np.linspace(places[:-1], places[1:], 50).reshape(-1, 2)
+        assert not any(inside.contains(*place) for place in np.concatenate([places, between])), steps
+    plots.plt.close(figure)

@@ -149,3 +149,19 @@ def test_the_named_repository_is_linked_and_no_edit_links_are_made(
     page = (build_small({}) / "index.html").read_text()
     assert 'href="https://git.example.org/one"' in page
     assert "/edit/" not in page
+
+
+def test_links_that_are_named_by_files_have_the_titles_of_pages(build_small: Build) -> None:
+    text = (
+        "# Page\n\n[docs/other.md](other.md#more), [`other.md`](other.md), [../README.md](../README.md), "
+        "[mine](other.md), `[other.md](other.md)`\n"
+    )
+    site = build_small({"docs/page.md": text, "docs/other.md": "# The other one\n\n## More\n"})
+    page = article(site, "page.html")
+    assert re.findall(r'<a href="([^"]+)">([^<]+)</a>', page) == [
+        ("other.html#more", "The other one"),
+        ("other.html", "The other one"),
+        ("index.html", "Overview"),
+        ("other.html", "mine"),
+    ]
+    assert "<code>[other.md](other.md)</code>" in page

@@ -46,3 +46,12 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="name must be in lower case, got 'Other'"):
         register_optimizer("Other", entry)
     assert OPTIMIZERS["lamb"].optimizer_class is LAMB
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "Adagrad"])
+def test_a_name_of_torchs_leads_to_its_class(name: str) -> None:
+    for spelled in (name, name.lower()):
+        with pytest.raises(ValueError, match=f"torch.optim.{name} is torch's own.*'trust_ratio' with base_class"):
+            create_optimizer(spelled, make_parameters().values())
+    with pytest.raises(ValueError, match=r"nearest: .*stableadamw"):
+        create_optimizer("adamw", make_parameters().values())
