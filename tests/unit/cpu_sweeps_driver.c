@@ -8,6 +8,7 @@
 
 #define START 3 /* elements before the layer, which belong to nobody */
 #define MOST 40000
+#define ROOT 0.5 /* the least that the clip takes for the root of v */
 
 static int comparisons;
 static const char *what;
@@ -55,8 +56,8 @@ static Tensor weight, gradient, first, second;
 static double sums[SUMS], partial[SUMS * (1 + MOST / BLOCK + 1)];
 static uint8_t idle[1 + MOST / BLOCK + 1];
 
-/* One layer in one tensor, a sweep of two threads. */
-static void sweep(int64_t kind, int64_t length, int64_t level)
+/* One layer in one tensor, a sweep of two threads; of Adam's forms `clipped` ones, with decay beside the direction. */
+static void sweep_of(int64_t kind, int64_t length, int64_t level, int clipped)
 {
     const int64_t zero = 0, start = START, first_block[] = {0, (length + BLOCK - 1) / BLOCK};
     const uint8_t weight_type = (uint8_t)weight.type, gradient_type = (uint8_t)gradient.type;
@@ -72,9 +73,13 @@ static void sweep(int64_t kind, int64_t length, int64_t level)
     int measures = kind < MOMENTUM || (kind >= ADAM && (kind - ADAM) % 4 < 2);
     memset(sums, 0, sizeof sums);
     if (kind >= ADAM) s.idle = idle;
+    if (kind >= ADAM && !clipped) s.weight_scale = NULL;
+    if (clipped) s.smallest_root = ROOT;
     if (measures) s.partial = partial, s.sums = sums;
     trustratio_sweep(&s, level);
 }
+
+static void sweep(int64_t kind, int64_t length, int64_t level) { sweep_of(kind, length, level, 0); }
 
 static void begin(int weight_type, int gradient_type, const char *name)
 {
@@ -121,21 +126,24 @@ static void check_momentum(int64_t length, int64_t level)
     compare_outside(length);
 }
 
-static void check_adam(int64_t length, int64_t level)
+static void check_adam(int64_t length, int64_t level, int clipped)
 {
-    double directions = 0;
-    sweep(ADAM + 1, length, level); /* measure and keep the moments */
-    double measured = sums[2];
-    sweep(ADAM + 3, length, level); /* apply them */
+    double directions = 0, excess = 0;
+    sweep_of(ADAM + 1, length, level, clipped); /* measure and keep the moments */
+    double measured = sums[2], measured_excess = sums[4];
+    sweep_of(ADAM + 3, length, level, clipped); /* apply them */
     for (int64_t i = START; i < START + length; i++) {
         double g = 0.5 * gradient.exact[i], m = 0.9 * first.exact[i] + 0.1 * g, v = 0.99 * second.exact[i] + 0.01 * g * g;
-        double u = 2 * m / (sqrt(2 * v) + 1e-6) + 0.01 * weight.exact[i];
+        double root = sqrt(2 * v), u = 2 * m / (root + 1e-6) + 0.01 * weight.exact[i];
+        double outside = clipped ? 0.25 * weight.exact[i] : 0;
         directions += u * u;
+        excess += g * g / fmax(root, ROOT) / fmax(root, ROOT);
         compare(value(&first, i), m, 1e-6, i);
         compare(value(&second, i), v, 1e-6, i);
-        compare(value(&weight, i), weight.exact[i] - 0.125 * u, 4 * rounding(), i);
+        compare(value(&weight, i), weight.exact[i] - 0.125 * u - outside, 4 * rounding(), i);
     }
     compare(measured, directions, 1e-5, 0);
+    if (clipped) compare(measured_excess, excess, 1e-5, 4);
     compare_outside(length);
 }
 
@@ -167,8 +175,10 @@ int main(void)
                     begin(type, of_gradient, names[type]);
                     check_norms(lengths[k], level);
                     check_momentum(lengths[k], level);
-                    begin(type, of_gradient, names[type]);
-                    check_adam(lengths[k], level);
+                    for (int clipped = 0; clipped < 2; clipped++) {
+                        begin(type, of_gradient, names[type]);
+                        check_adam(lengths[k], level, clipped);
+                    }
                 }
         check_random_words(level);
         printf("level %d: %d comparisons\n", (int)level, comparisons);
