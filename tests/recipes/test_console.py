@@ -176,7 +176,8 @@ def test_a_command_is_named_as_it_was_called(argv, module, wanted, monkeypatch):
             "x",
             "trustratio.recipes.bert_accelerate",
             "accelerate launch --config_file CONFIG -m trustratio.recipes.bert_accelerate",
-            "accelerate launch --num_processes 2 --config_file $(trustratio configs zero2) -m trustratio.recipes.bert_accelerate "
+            "accelerate launch --num_processes 2 --config_file $(trustratio configs zero2) "
+            "-m trustratio.recipes.bert_accelerate "
             "--preset lamb-64k-32k --output runs/lamb --resume auto",
         ),
         ("trustratio train", "", "trustratio train [--num_gpus N]", "trustratio train"),

@@ -475,7 +475,7 @@ def test_a_broken_file_in_the_cache_is_written_anew(documents):
     ("known", "line"), [(1000, None), (99, "1.00% of the training tokens are [UNK]"), (2, "warning")]
 )
 def test_the_share_of_unknown_words_is_told(tmp_path, capsys, known, line):
-    """In both documents, of which one is trained on, every word of 100 is another; a vocabulary has the first of them."""
+    """In both documents, of which one is trained on, every word of 100 is another; a vocabulary has the first ones."""
     words = [chr(0x4E00 + number) for number in range(100)]  # BERT takes each of these letters for a word
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": " ".join(w)}) + "\n" for w in (words, words[::-1]))
