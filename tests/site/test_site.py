@@ -181,3 +181,16 @@ def test_the_search_works_in_a_folder_without_a_server(site: Path, tmp_path: Pat
 def test_a_page_is_no_wider_than_a_narrow_screen(site: Path, tmp_path: Path, page: str) -> None:
     wider = "document.scrollingElement.scrollWidth - innerWidth"
     assert browse(site / f"{page}.html", tmp_path, wider, 500) <= 0
+
+
+@pytest.mark.slow
+def test_the_button_that_copies_covers_no_code_on_a_narrow_screen(site: Path, tmp_path: Path) -> None:
+    probe = """[...document.querySelectorAll("pre")].flatMap(pre => {
+        const button = pre.querySelector(".md-code__nav, .md-clipboard"), code = pre.querySelector("code")
+        if (!button) return []
+        const first = code.getBoundingClientRect().top + parseFloat(getComputedStyle(code).paddingTop)
+        return [first - button.getBoundingClientRect().bottom]
+    })"""
+    room = browse(site / "installation.html", tmp_path, probe, 500)
+    assert room
+    assert min(room) >= 0
