@@ -76,13 +76,6 @@ def test_the_batch_line():
     assert plan.describe(128) == ("global = micro x accum x ranks = 64 x 128 x 8 = 65,536 sequences (8,388,608 tokens)")
 
 
-def test_too_many_ranks_for_a_batch_are_told_how_to_start_fewer():
-    with pytest.raises(RecipeError, match=r"start 2 of 8 ranks: .*--num_gpus, --nproc_per_node or --num_processes"):
-        plan_batch(64, 32, 8)
-    with pytest.raises(RecipeError, match=r"nearest possible global batches: 12$"):
-        plan_batch(10, 3, 4)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

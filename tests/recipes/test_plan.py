@@ -24,6 +24,7 @@ from trustratio.recipes.planning.phase_plan import (
 )
 from trustratio.recipes.planning.plan import main
 from trustratio.recipes.planning.traffic import traffic
+from trustratio.recipes.rules.global_batch import plan_batch
 
 IN_BF16 = {"data_types": {"grad_accum_dtype": "bf16"}}
 
@@ -275,3 +276,10 @@ def test_the_recipe_refuses_before_it_builds_anything(monkeypatch):
         RecipeError, match=r"phase 1 of lamb-64k-32k-small needs .* GPU here has 0\.25 GiB: reserved 2\.00 GiB, optim"
     ):
         checks.check_run(invocation)
+
+
+def test_too_many_ranks_for_a_batch_are_told_how_to_start_fewer():
+    with pytest.raises(RecipeError, match=r"start 2 of 8 ranks: .*--num_gpus, --nproc_per_node or --num_processes"):
+        plan_batch(64, 32, 8)
+    with pytest.raises(RecipeError, match=r"nearest possible global batches: 12$"):
+        plan_batch(10, 3, 4)
