@@ -130,8 +130,8 @@ def scheduled_phases(config: RecipeConfig) -> tuple[Phase, ...]:
 
 
 def in_whole_updates(config: RecipeConfig) -> bool:
-    """Tell whether a schedule's durations are rounded to updates: not where batches grow, and rates go by sequences."""
-    return not (config.run.batch_warmup or config.run.batch_from_noise)
+    """Tell whether a schedule's durations are rounded to updates: not where the batch warms up, in smaller updates."""
+    return not config.run.batch_warmup
 
 
 def learning_rate(config: RecipeConfig, step: float) -> float:

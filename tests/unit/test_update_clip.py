@@ -119,7 +119,7 @@ def test_every_relative_of_adam_has_it_or_says_why_not() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CLIPPED if name != "stableadamw"])
-def test_files_from_before_the_option_have_it_off(name: str) -> None:
+def test_files_from_before_the_option_leave_it_as_it_is(name: str) -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = create_optimizer(name, [parameter], lr=0.1)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -127,7 +127,9 @@ def test_files_from_before_the_option_have_it_off(name: str) -> None:
         del group["update_clip"]
     other = create_optimizer(name, [parameter], lr=0.1, update_clip=0.5)
     other.load_state_dict(saved)
-    assert other.param_groups[0]["update_clip"] is None
+    assert other.param_groups[0]["update_clip"] == 0.5
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["update_clip"] is None
     state = optimizer.__getstate__()
     del state["param_groups"][0]["update_clip"]
     del state["defaults"]["update_clip"]
