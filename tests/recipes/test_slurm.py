@@ -200,9 +200,10 @@ RANK = """
 import sys, time
 from trustratio.recipes.common.restart_requests import RESTARTS, told
 RESTARTS.listen()
-print("listening", flush=True)
 if "training" in sys.argv:
     RESTARTS.answer_by(lambda: print("noted", flush=True))
+print("listening", flush=True)
+if "training" in sys.argv:
     while not RESTARTS.heard:
         time.sleep(0.05)
     RESTARTS.over()

@@ -112,8 +112,12 @@ def test_intervals_of_schedules_within_others(within: Any, kind: Any, monkeypatc
 
 def test_a_schedule_has_steps_watched_without_an_optimizer_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.optim.Optimizer] = []
-    backend = SimpleNamespace(before_step=asked.append)
-    fresh = backends._Known(registered=[backend], not_imported={})  # type: ignore[list-item]
+
+    class Asked(backends.Backend):
+        def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+            asked.append(optimizer)
+
+    fresh = backends._Known(registered=[Asked()], not_imported={})
     monkeypatch.setattr(backends, "_known", fresh)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     optimizer.step()
