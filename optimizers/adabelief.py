@@ -88,6 +88,8 @@ class AdaBelief(Belief):
     in the paper.
     """
 
+    vector_options = ("lr", "weight_decay")  # with adapt=False less is measured
+
     def __init__(  # type: ignore[misc]  # `adapt` has another default than in CommonOptions
         self,
         params: Any,
@@ -202,6 +204,8 @@ class FastAdaBelief(Belief):
     agree in m, s and the missing root. They differ in the rate (evanatyourservice/FastAdaBelief-optax has it constant),
     in the running maximum (two of three have it) and in δ (0.01 or 1e-4).
     """
+
+    vector_options = ("lr", "weight_decay")  # with adapt=False less is measured
 
     def __init__(  # type: ignore[misc]  # `adapt` has another default than in CommonOptions
         self,

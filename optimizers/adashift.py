@@ -61,6 +61,8 @@ class AdaShift(LayerwiseOptimizer):
     m, which keeps an error of its first steps.
     """
 
+    vector_options = ("lr", "weight_decay")  # with adapt=False less is measured
+
     def __init__(  # type: ignore[misc]  # `adapt` has another default than in CommonOptions
         self,
         params: Any,
@@ -202,7 +204,7 @@ class AdaShift(LayerwiseOptimizer):
             u = torch.where(v == 0, torch.zeros_like(m), m.div_(denominator))
         else:
             u = m.div_(x.of(layers.denominator))
-        u.add_(x.w, alpha=group["weight_decay"])
+        u = x.plus(u, x.w, group["weight_decay"], out=u)
         return torch.where(x.of(layers.is_full), u, torch.zeros_like(u))
 
     def window(self, group: dict[str, Any], x: ChunkView) -> torch.Tensor:

@@ -62,6 +62,8 @@ class CBLR(MCLR):
     at hand. ``statistic`` selects between the readings.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,
@@ -108,6 +110,6 @@ class CBLR(MCLR):
     def sum_of_ratios(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
         """Add up the ratios of the elements that have a gradient, in fp64: fp32 does not hold every ratio of fp32."""
         w, g = (summable(elements).to(torch.float64).abs() for elements in (x.w, x.g))
-        ratios = w / g.add(w, alpha=group["weight_decay"]).add_(group["eps"])
+        ratios = w / x.plus(g, w, group["weight_decay"]).add_(group["eps"])
         known = g != 0
         return squares(x.g), values(torch.where(known, ratios, 0.0)), values(known.to(torch.float64))

@@ -62,6 +62,8 @@ class CLARS(LayerwiseMomentum):
     code of others, one with a norm and one with a square of one mean gradient. Neither form is verified, nor γ.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     group_statistics = "norms"
 
     def __init__(

@@ -74,6 +74,8 @@ class CowClip(LayerwiseAdam):
     quoted from memory and unverified.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     refused_options: ClassVar[Mapping[str, str]] = {
         "update_clip": "most rows of an embedding have no gradient in a step, so that a mean over the table says "
         "nothing of the others"
@@ -250,7 +252,7 @@ class CowClip(LayerwiseAdam):
 
     def decayed(self, group: dict[str, Any], x: ChunkView) -> torch.Tensor:
         """The gradient with its L2 term, g + λw."""
-        return x.g.add(x.w, alpha=group["weight_decay"])
+        return x.plus(x.g, x.w, group["weight_decay"])
 
     def clip_factors(self, group: dict[str, Any], layers: LayerTable) -> torch.Tensor:
         """min(1, threshold / ‖d‖) of each row that this rank holds."""
@@ -292,7 +294,7 @@ class CowClip(LayerwiseAdam):
         x.exp_avg_sq.mul_(beta2).addcmul_(d, d, value=1 - beta2)
         m, v = x.kept("exp_avg"), x.kept("exp_avg_sq")
         denominator = (v / x.of(layers.correction2)).sqrt_().add_(group["eps"])
-        return (m / x.of(layers.correction1)).div_(denominator).mul_(group["lr"])
+        return (m / x.of(layers.correction1)).div_(denominator).mul_(x.of(group["lr"] * layers.trust_ratio))
 
 
 def clip_threshold(

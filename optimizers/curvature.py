@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .formulas.hyperparameters import check_choice, check_range
 from .formulas.layer_table import LayerTable
 from .formulas.stages import Stage, Sums
-from .formulas.updates import AdamUpdate, MomentumUpdate
+from .formulas.updates import AdamUpdate, MomentumUpdate, Number
 from .layerwise import LayerwiseAdam, LayerwiseMomentum, LayerwiseOptimizer
 from .options.common import CommonOptions
 from .sampling.sampler import LAST_SAMPLE, Sampler
@@ -270,6 +270,8 @@ class CurvatureSGD(SamplesCurvature, LayerwiseMomentum):
     random signs are Hutchinson's way to a diagonal.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(  # type: ignore[misc]  # adapt, one of the common options, has another default here
         self,
         params: Any,
@@ -317,9 +319,9 @@ class CurvatureSGD(SamplesCurvature, LayerwiseMomentum):
         ones = torch.ones_like(layers.step)
         return MomentumUpdate(group["momentum"], group["weight_decay"], ones, ones, scale=layers.scale)
 
-    def decay_in_gradient(self, group: dict[str, Any]) -> float:
+    def decay_in_gradient(self, group: dict[str, Any]) -> Number:
         """λ, where λ/2‖w‖² belongs to what is minimised."""
-        decay: float = group["weight_decay"]
+        decay: Number = group["weight_decay"]
         return decay
 
 
@@ -349,6 +351,8 @@ class CurvatureAdamW(SamplesCurvature, LayerwiseAdam):
 
     Source: as `CurvatureSGD`.
     """
+
+    vector_options = ("lr", "weight_decay", "adapt")
 
     refused_options: ClassVar[Mapping[str, str]] = {
         "update_clip": "the rate of a layer is fitted to its step, which the option cap bounds"
@@ -406,7 +410,7 @@ class CurvatureAdamW(SamplesCurvature, LayerwiseAdam):
         group: dict[str, Any],
         number: torch.Tensor,
         step: torch.Tensor,
-        weight_decay: float,
+        weight_decay: Number,
         scale: torch.Tensor | None = None,
     ) -> AdamUpdate:
         beta1, beta2 = group["betas"]

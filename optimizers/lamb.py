@@ -66,6 +66,8 @@ class LAMB(LayerwiseAdam):
     Source: Algorithm 2 of the paper (v5); options as in apex's FusedLAMB, checked against timm's ``Lamb``.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,
@@ -196,6 +198,8 @@ class LAMBC(LAMB):
     Raises:
         ValueError: As `LAMB`.
     """
+
+    vector_options = ("lr", "weight_decay", "adapt")
 
     def __init__(
         self,

@@ -56,6 +56,8 @@ class LANS(LayerwiseAdam):
     paper is arXiv 2006.13484. That code's default is ``normalize_grad=True``, a later copy of it has False.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,

@@ -60,6 +60,8 @@ class LARS(LayerwiseMomentum):
     Source: Algorithm 1 of the paper; the momentum forms from the reference code named above.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,

@@ -62,6 +62,8 @@ class MCLR(LayerwiseMomentum):
     to its median curvature. The formula is not the paper's: the paper was not at hand.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,
@@ -108,7 +110,7 @@ class MCLR(LayerwiseMomentum):
     def next_digit(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
         """Count, among the keys that begin with the digits found so far, how often each next digit occurs."""
         size = x.g.abs()
-        denominator = size.add(x.w.abs(), alpha=group["weight_decay"]).add_(group["eps"])
+        denominator = x.plus(size, x.w.abs(), group["weight_decay"]).add_(group["eps"])
         keys = (x.w.abs() / denominator).float().view(torch.int32).to(torch.int64)
         remaining = KEY_BITS - x.of(layers.known_bits).to(torch.int64)
         candidate = (size != 0) & (keys >> remaining == x.of(layers.prefix).to(torch.int64))

@@ -50,6 +50,8 @@ class NovoGrad(LayerwiseAdam):
     grad_averaging=False, init_zero=False``.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     layer_state = ("step", "exp_avg_sq")
 
     refused_options: ClassVar[Mapping[str, str]] = {

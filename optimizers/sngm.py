@@ -48,6 +48,8 @@ class SNGM(LayerwiseMomentum):
     ``step()`` call can know the norm of the sum.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,

@@ -56,6 +56,8 @@ class StableAdamW(LayerwiseAdam):
     is "clipped" with weight_decay / max_lr. Clipping by RMS is Adafactor's (arXiv 1804.04235, section 6).
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,

@@ -109,6 +109,9 @@ class TrustRatio(LayerwiseOptimizer):
     Source: the wrapping is apex's LARC, the ratio LAMB's (arXiv 1904.00962, with φ the identity).
     """
 
+    vector_options = ("lr", "adapt")
+    step_options = ("lr", "adapt", "trust_bounds")
+
     layer_state = ()
     counts_steps = False
     keeps_own_state = False

@@ -70,6 +70,8 @@ class TVLARS(LayerwiseMomentum):
     epochs before φ_t begins.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,

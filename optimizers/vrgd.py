@@ -95,6 +95,8 @@ class VRSGD(VarianceReduced, LayerwiseMomentum):
     said there.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,
@@ -149,6 +151,8 @@ class VRLARS(VarianceReduced, LARS):
     Source: the paper's text, "adapt the gradient mean before applying" LARS. That the ratio takes the norm of the
     adapted gradient is a reading of it.
     """
+
+    vector_options = ("lr", "weight_decay", "adapt")
 
     def __init__(
         self,
@@ -252,6 +256,8 @@ class VRAdam(VRMoments, LayerwiseAdam):
     "adapted". Its algorithm box was not at hand: the bias correction of p and where decay enters are unverified.
     """
 
+    vector_options = ("lr", "weight_decay", "adapt")
+
     def __init__(
         self,
         params: Any,
@@ -336,6 +342,8 @@ class VRLAMB(VRMoments, LAMB):
 
     Source: the paper's text: "similar to VR-Adam" plus layer-wise rates. See `VRAdam` for what is a reading.
     """
+
+    vector_options = ("lr", "weight_decay", "adapt")
 
     def __init__(
         self,

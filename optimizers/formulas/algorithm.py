@@ -26,8 +26,17 @@ class Algorithm:
 
     One `step()` call runs `stages` to their end, each followed by one reduction over the processes, and then `update`
     or `change`. All are given one parameter group and the numbers of its layers, and need no process group, no device
-    and no number on the host.
+    and no number on the host. Groups that are stepped together, see `vector_options`, count as one.
     """
+
+    vector_options: ClassVar[tuple[str, ...]] = ()
+    """Options that the formulas here take as a vector over the layers too, such as ("lr", "weight_decay"); and "adapt",
+    where they read `LayerTable.adapt` in its place. Neighbouring groups that differ in nothing else are stepped
+    together. An option in which they differ is an fp64 vector then (of tensors, in their dtype). Each class says so for
+    itself, as a subclass may have other formulas; where nothing is said, groups are stepped one by one."""
+
+    step_options: ClassVar[tuple[str, ...] | None] = None
+    """Options that `stages`, `update` and `change` read, where those are not all: groups may differ in others."""
 
     counts_steps: ClassVar[bool] = True
     """Whether each group's `step` is the number of steps taken. If not, that key is somebody else's."""
@@ -46,6 +55,10 @@ class Algorithm:
 
     plain_options: ClassVar[tuple[str, ...] | None] = None
     """Options in which numbers of other kinds become Python's; None for all."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.vector_options = vars(cls).get("vector_options", ())
 
     # What torch.optim.Optimizer and the base keep for it
 

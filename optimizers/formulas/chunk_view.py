@@ -29,8 +29,9 @@ class ChunkView:
     `x.w` and `x.g` are the weights and the gradient, flat, in fp32 (fp64 for fp64 parameters). Element-wise state is
     read by its name, e.g. `x.exp_avg`, and may be updated in place: the view holds a scratch copy until `store`.
     State that is kept in bf16 is rounded then at the latest, and `x.kept("exp_avg")` is what will be kept of it.
-    `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements, and
-    `x.of_rows(vector)` one with a number per row, in groups whose rows are measured.
+    `x.of(vector)` spreads a vector with one number per layer of the parameter group over the chunk's elements,
+    `x.plus(x.g, x.w, vector)` adds such multiples, and `x.of_rows(vector)` spreads a vector with a number per row, in
+    groups whose rows are measured.
     """
 
     def __init__(
@@ -130,7 +131,31 @@ class ChunkView:
 
     def of(self, per_layer: torch.Tensor) -> torch.Tensor:
         """Spread a vector of the group's layers, shape (layers,), so that it multiplies the chunk's elements."""
-        return self._chunk.spread(self._beside_elements(per_layer), self._first_layer, self.dtype)
+        return self._spread(per_layer, self.dtype)
+
+    def plus(
+        self,
+        elements: torch.Tensor,
+        others: torch.Tensor,
+        factor: float | torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return elements + factor · others, the same bits for a number and for a vector of the group's layers.
+
+        Args:
+            elements: Flat, the chunk's.
+            others: Likewise.
+            factor: One number for all layers, or shape (layers,).
+            out: Where the sum goes, which may be `elements`; None for a new tensor.
+        """
+        if not isinstance(factor, torch.Tensor):
+            return torch.add(elements, others, alpha=factor, out=out)
+        if factor.dim():
+            factor = self._spread(factor, elements.dtype)
+        return torch.addcmul(elements, others, factor.to(elements.dtype), out=out)
+
+    def _spread(self, per_layer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._chunk.spread(self._beside_elements(per_layer), self._first_layer, dtype)
 
     def of_rows(self, per_row: torch.Tensor) -> torch.Tensor:
         """Spread a vector of the group's rows on this rank, shape (rows,), over the chunk's elements."""

@@ -17,10 +17,28 @@ from .chunk_view import ChunkView
 from .chunks import Summand, squares, values
 from .layer_table import LayerTable, safe_ratio
 
-__all__ = ["AdamUpdate", "BeliefUpdate", "Gsnr", "Measurable", "MomentumUpdate", "TrustRule", "Update"]
+__all__ = [
+    "AdamUpdate",
+    "BeliefUpdate",
+    "Gsnr",
+    "Measurable",
+    "MomentumUpdate",
+    "Number",
+    "TrustRule",
+    "Update",
+    "is_zero",
+]
+
+Number = float | torch.Tensor
+"""One number for all layers of a group, or a vector where joined groups differ: `Algorithm.vector_options`."""
 
 SMALLEST_VARIANCE = 1e-30  # an element whose gradients are all zero has r = 0
 SMALLEST_ROOT = torch.finfo(torch.float32).tiny  # and c = 0, also where ε is
+
+
+def is_zero(number: Number) -> bool:
+    """Whether it is one number, zero; of a vector that is not asked, since it would wait for the device."""
+    return not isinstance(number, torch.Tensor) and number == 0
 
 
 class Measurable(Protocol):
@@ -56,7 +74,7 @@ class TrustRule:
         adapt: Vector of booleans: the layers that are adapted.
         scales: Name of the update's vector that the ratio multiplies.
         coefficient: See above.
-        weight: See above.
+        weight: See above; a number or a vector, as is `coefficient` where a step is not taken in one go.
         gradient: See above.
         direction: See above.
         direction_name: Name of u among the sums.
@@ -67,8 +85,8 @@ class TrustRule:
 
     adapt: torch.Tensor
     scales: str = "step"
-    coefficient: float = 1.0
-    weight: float = 0.0
+    coefficient: Number = 1.0
+    weight: Number = 0.0
     gradient: float = 0.0
     direction: float = 0.0
     direction_name: str = "u"
@@ -93,14 +111,20 @@ class TrustRule:
     def of_norms(self, layers: LayerTable) -> torch.Tensor:
         """The ratio before the clip."""
         numerator = torch.zeros_like(layers.total("g"))
-        if self.coefficient != 0:
-            numerator = self.coefficient * layers.norm("w")
+        if not is_zero(self.coefficient):
+            numerator = _multiple(self.coefficient, layers.norm("w"))
         denominator = torch.zeros_like(numerator)
         for name, factor in (("w", self.weight), ("g", self.gradient), (self.direction_name, self.direction)):
-            if factor != 0:
-                denominator = denominator + factor * layers.norm(name)
+            if not is_zero(factor):
+                denominator = denominator + _multiple(factor, layers.norm(name))
         ratio = safe_ratio(numerator, denominator + self.constant, self.adapt & (layers.total("g") != 0))
         return torch.where(self.adapt, ratio.clamp(*self.bounds), ratio)
+
+
+def _multiple(factor: Number, norms: torch.Tensor) -> torch.Tensor:
+    """Their product, 0 where the factor is, of an infinite norm too."""
+    product = factor * norms
+    return torch.where(factor == 0, torch.zeros_like(product), product) if isinstance(factor, torch.Tensor) else product
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +166,7 @@ class MomentumUpdate:
 
     Attributes:
         momentum: μ; zero keeps no state.
-        weight_decay: λ.
+        weight_decay: λ; a number or a vector.
         factor: Vector a.
         step: Vector.
         scale: Vector, or None for 1.
@@ -152,7 +176,7 @@ class MomentumUpdate:
     """
 
     momentum: float
-    weight_decay: float
+    weight_decay: Number
     factor: torch.Tensor
     step: torch.Tensor
     scale: torch.Tensor | None = None
@@ -169,7 +193,7 @@ class MomentumUpdate:
 
     def direction(self, x: ChunkView, g: torch.Tensor) -> torch.Tensor:
         """Return d, of the gradient g."""
-        return (g if self.scale is None else g * x.of(self.scale)).add(x.w, alpha=self.weight_decay)
+        return x.plus(g if self.scale is None else g * x.of(self.scale), x.w, self.weight_decay)
 
     def measure(self, x: ChunkView) -> dict[str, Summand]:
         """Sums of squares: "w", "g" (adapted) and "d"."""
@@ -202,7 +226,7 @@ class AdamUpdate:
     Attributes:
         betas: (β₁, β₂).
         eps: ε.
-        weight_decay: λ.
+        weight_decay: λ; a number or a vector.
         step: Vector.
         correction1: Vector, 1-β₁ᵗ or 1.
         correction2: Vector, 1-β₂ᵗ or 1.
@@ -219,7 +243,7 @@ class AdamUpdate:
 
     betas: tuple[float, float]
     eps: float
-    weight_decay: float
+    weight_decay: Number
     step: torch.Tensor
     correction1: torch.Tensor
     correction2: torch.Tensor
@@ -257,9 +281,11 @@ class AdamUpdate:
         root = (v / x.of(self.correction2)).sqrt_()
         found = {"c": second / root.clamp(min=max(self.eps, SMALLEST_ROOT))} if clips else {}
         d = root.add_(self.eps)
-        found["u"] = (m / x.of(self.correction1)).div_(d).add_(x.w, alpha=self.weight_decay)
+        u = (m / x.of(self.correction1)).div_(d)
+        found["u"] = x.plus(u, x.w, self.weight_decay, out=u)
         if self.second_step is not None:
-            found["u_g"] = (g / d).add_(x.w, alpha=self.weight_decay)
+            u_g = g / d
+            found["u_g"] = x.plus(u_g, x.w, self.weight_decay, out=u_g)
         return found
 
     def measure(self, x: ChunkView) -> dict[str, Summand]:
@@ -300,9 +326,9 @@ class BeliefUpdate:
         step: Vector.
         root: See above.
         maximum: See above.
-        weight_decay: λ.
-        l2: See above.
-        fixed_decay: See above.
+        weight_decay: λ; a number or a vector.
+        l2: See above; likewise.
+        fixed_decay: See above; likewise.
     """
 
     beta1: float
@@ -315,9 +341,9 @@ class BeliefUpdate:
     step: torch.Tensor
     root: bool = True
     maximum: bool = False
-    weight_decay: float = 0.0
-    l2: float = 0.0
-    fixed_decay: float = 0.0
+    weight_decay: Number = 0.0
+    l2: Number = 0.0
+    fixed_decay: Number = 0.0
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -334,14 +360,16 @@ class BeliefUpdate:
 
     def direction(self, x: ChunkView) -> torch.Tensor:
         """Return u, with all averages updated."""
-        g = x.g.add(x.w, alpha=self.l2) if self.l2 else x.g
+        g = x.g if is_zero(self.l2) else x.plus(x.g, x.w, self.l2)
         d = self.variance(x, g) * x.of(self.scale)
         d = (d.sqrt_() if self.root else d).add_(x.of(self.offset))
-        return (x.kept("exp_avg") * x.of(self.factor)).div_(d).add_(x.w, alpha=self.weight_decay)
+        u = (x.kept("exp_avg") * x.of(self.factor)).div_(d)
+        return x.plus(u, x.w, self.weight_decay, out=u)
 
     def measure(self, x: ChunkView) -> dict[str, Summand]:
         """Sums of squares: "w", "g" (as it comes) and "u"."""
         return {"w": squares(x.w), "g": squares(x.g), "u": squares(self.direction(x))}
 
     def change(self, x: ChunkView) -> torch.Tensor:
-        return self.direction(x).mul_(x.of(self.step)).add_(x.w, alpha=self.fixed_decay)
+        change = self.direction(x).mul_(x.of(self.step))
+        return x.plus(change, x.w, self.fixed_decay, out=change)

@@ -68,7 +68,8 @@ class CompiledForm:
     Attributes:
         kind: Which formula.
         state: Names of the element-wise state that it reads and writes: first, second, third.
-        vectors: fp32, shape (layers of the group,) each, by the names in cpu_kernels.c and triton_kernels.py.
+        vectors: fp32, shape (layers of the group,) each, by the names in cpu_kernels.c and triton_kernels.py; those
+            that are missing are zero.
         scalars: The same for all layers.
     """
 
@@ -82,6 +83,15 @@ class CompiledForm:
             if vector is not None:
                 # The inverse of a subnormal norm is finite in fp64 alone.
                 self.vectors[name] = vector.clamp(-LARGEST, LARGEST).to(torch.float32).contiguous()
+
+    def add_numbers(self, like: torch.Tensor, **numbers: float | torch.Tensor) -> None:
+        """Add vectors that may be given as one number for all layers, of which `like` is some vector."""
+        for name, number in numbers.items():
+            if isinstance(number, torch.Tensor):
+                self.add_vectors(**{name: number.expand_as(like)})
+            elif number != 0:
+                bounded = max(-LARGEST, min(number, LARGEST))
+                self.vectors[name] = like.new_full(like.shape, bounded, dtype=torch.float32)
 
     def add_gsnr(self, gsnr: Gsnr | None) -> None:
         if gsnr is not None:
@@ -115,18 +125,22 @@ def compiled_sums(stage: Stage) -> CompiledForm | None:
     if isinstance(of, Gsnr):
         form.add_gsnr(of)
     elif isinstance(of, MomentumUpdate):
-        form.scalars["weight_decay"] = of.weight_decay
+        if kind is Kind.SUM_W_G_D:
+            form.add_numbers(of.factor, weight_decay=of.weight_decay)
         form.add_gsnr(of.gsnr)
     return form
 
 
-def targets_of(update: Any, rule: TrustRule) -> dict[str, tuple[torch.Tensor, float]]:
-    """The vectors of an update's form that follow from a rule's ratio q: of each the fp64 b and the a in b·q·a."""
+def targets_of(update: Any, rule: TrustRule) -> dict[str, tuple[torch.Tensor, float | torch.Tensor | None]]:
+    """The vectors of an update's form that follow from a rule's ratio q: of each the fp64 b and the a in b·q·a.
+
+    a is None for 1.
+    """
     scaled = getattr(update, rule.scales)
     if rule.scales != "factor":
-        return {rule.scales: (scaled, 1.0)}
+        return {rule.scales: (scaled, None)}
     gradient_scale = scaled if update.scale is None else scaled * update.scale
-    return {"gradient_scale": (gradient_scale, 1.0), "weight_scale": (scaled, update.weight_decay)}
+    return {"gradient_scale": (gradient_scale, None), "weight_scale": (scaled, update.weight_decay)}
 
 
 def _kind_of_sums(names: frozenset[str], of: Any) -> Kind | None:
@@ -173,9 +187,9 @@ def _adam(update: AdamUpdate) -> CompiledForm:
         "beta3": update.gsnr_beta,
         "gain": update.gain,
         "eps": update.eps,
-        "weight_decay": update.weight_decay,
         "smallest_root": max(update.eps, SMALLEST_ROOT) if update.clips else 0.0,
     }
+    form.add_numbers(update.step, weight_decay=update.weight_decay)
     form.add_gsnr(update.gsnr)
     return form
 
@@ -197,9 +211,7 @@ def _belief(update: BeliefUpdate) -> CompiledForm:
     form.scalars = {
         "beta1": update.beta1,
         "gain": 1 - update.beta1,
-        "weight_decay": update.weight_decay,
         "growth": update.growth,
-        "l2": update.l2,
-        "fixed_decay": update.fixed_decay,
     }
+    form.add_numbers(update.step, weight_decay=update.weight_decay, l2=update.l2, fixed_decay=update.fixed_decay)
     return form

@@ -16,7 +16,7 @@ import torch
 from ..formulas.chunk_view import COMPENSATION
 from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage, Sums
-from ..formulas.updates import TrustRule
+from ..formulas.updates import TrustRule, is_zero
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update, targets_of
 from .cpu_shards import Shards
 from .interface import (
@@ -49,7 +49,11 @@ LEVEL_VARIABLE = "TRUSTRATIO_CPU_LEVEL"
 
 MASTERS: dict[str | None, int] = {None: 0, "stochastic": 1, "kahan": 2}
 
-FUNCTIONS = ("block", "size", "best_level", "cache_bytes", "lend_threads", "sweep", "step", "ratio", "random_words")
+FUNCTIONS = (
+    *("block", "size", "fields", "best_level", "cache_bytes", "lend_threads"),
+    *("sweep", "step", "ratio", "random_words"),
+)
+FIELDS = 2  # of the structs below: raised where one becomes another of the same size
 
 
 class _Sweep(ctypes.Structure):
@@ -65,14 +69,14 @@ class _Sweep(ctypes.Structure):
                 *("changes", "idle", "partial", "sums", "key", "gamma"),
                 *("gradient_scale", "weight_scale", "step", "second_step"),
                 *("correction1", "correction2", "correction3", "resolution", "gsnr_scale"),
-                *("decay", "rate", "offset"),
+                *("decay", "rate", "offset", "weight_decay", "l2", "fixed_decay"),
             )
         ),
         *(
             (name, ctypes.c_double)
             for name in (
-                *("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor", "mean_square_factor"),
-                *("growth", "l2", "fixed_decay", "smallest_root"),
+                *("beta1", "beta2", "beta3", "gain", "eps", "gsnr_floor", "mean_square_factor"),
+                *("growth", "smallest_root"),
             )
         ),
         ("nesterov", ctypes.c_int64),
@@ -85,15 +89,16 @@ class _Rule(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_double)
-            for name in ("coefficient", "weight", "gradient", "direction", "constant", "low", "high", "update_clip")
+            for name in ("coefficient", "gradient", "direction", "constant", "low", "high", "update_clip")
         ),
+        ("weight", ctypes.c_void_p),
         ("elements", ctypes.c_void_p),
         ("place", ctypes.c_int64),
         ("adapt", ctypes.c_void_p),
         ("targets", ctypes.c_int64),
         ("vector", ctypes.c_void_p * 2),
         ("base", ctypes.c_void_p * 2),
-        ("factor", ctypes.c_double * 2),
+        ("factor", ctypes.c_void_p * 2),
     )
 
 
@@ -118,7 +123,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     if not all(hasattr(library, f"trustratio_{name}") for name in FUNCTIONS):
         return None
-    library.trustratio_block.restype = library.trustratio_size.restype = ctypes.c_int64
+    for function in (library.trustratio_block, library.trustratio_size, library.trustratio_fields):
+        function.restype = ctypes.c_int64
     library.trustratio_best_level.restype = library.trustratio_cache_bytes.restype = ctypes.c_int64
     library.trustratio_cache_bytes.argtypes = (ctypes.c_int64,)
     library.trustratio_lend_threads.argtypes = (ctypes.c_void_p, ctypes.c_int64)
@@ -133,7 +139,10 @@ def _library() -> ctypes.CDLL | None:
     )
     library.trustratio_random_words.restype = None
     library.trustratio_sweep.restype = library.trustratio_step.restype = None
-    if library.trustratio_size() != ctypes.sizeof(_Sweep) + ctypes.sizeof(_Step):
+    if (
+        library.trustratio_size() != ctypes.sizeof(_Sweep) + ctypes.sizeof(_Step)
+        or library.trustratio_fields() != FIELDS
+    ):
         return None
     library.trustratio_lend_threads(_parallel(), IMPORTED_IN)
     return library
@@ -403,20 +412,30 @@ def _named_sums(stage: Stage, sums: torch.Tensor) -> LocalSums:
 
 def _fill(place: _Rule, rule: TrustRule, update: Any, form: CompiledForm, elements: torch.Tensor) -> list[torch.Tensor]:
     """Describe a rule to the compiled functions; what it points to is returned and must be kept."""
-    for name in ("coefficient", "weight", "gradient", "direction", "constant"):
+    alive: list[torch.Tensor] = []
+
+    def at(vector: torch.Tensor) -> int:
+        alive.append(vector.contiguous())
+        return alive[-1].data_ptr()
+
+    def of_layers(number: float | torch.Tensor) -> int:
+        return at(torch.as_tensor(number, dtype=torch.float64, device="cpu").expand(len(rule.adapt)))
+
+    for name in ("coefficient", "gradient", "direction", "constant"):
         setattr(place, name, getattr(rule, name))
     place.low, place.high = rule.bounds
     place.place = PLACE_OF_SUM[rule.direction_name]
-    alive = [adapt := rule.adapt.contiguous(), elements := elements.contiguous()]
-    place.adapt = adapt.data_ptr()
+    place.adapt = at(rule.adapt)
+    if not is_zero(rule.weight):
+        place.weight = of_layers(rule.weight)
     if rule.update_clip is not None:
-        place.update_clip, place.elements = rule.update_clip, elements.data_ptr()
+        place.update_clip, place.elements = rule.update_clip, at(elements)
     targets = targets_of(update, rule)
     place.targets = len(targets)
     for index, (name, (base, factor)) in enumerate(targets.items()):
-        alive.append(base := base.contiguous())
-        place.vector[index], place.base[index] = form.vectors[name].data_ptr(), base.data_ptr()
-        place.factor[index] = factor
+        place.vector[index], place.base[index] = form.vectors[name].data_ptr(), at(base)
+        if factor is not None:
+            place.factor[index] = of_layers(factor)
     return alive
 
 

@@ -57,23 +57,24 @@ typedef struct {
     /* Vectors over layers */
     const uint64_t *key, *gamma;                    /* of random bits; NULL where nothing is rounded by them */
     const float *gradient_scale, *weight_scale, *step, *second_step, *correction1, *correction2, *correction3;
-    const float *resolution, *gsnr_scale, *decay, *rate, *offset;
-    double beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, mean_square_factor, growth, l2, fixed_decay;
+    const float *resolution, *gsnr_scale, *decay, *rate, *offset, *weight_decay, *l2, *fixed_decay; /* NULL: zero */
+    double beta1, beta2, beta3, gain, eps, gsnr_floor, mean_square_factor, growth;
     double smallest_root; /* of v in the sum of c; 0 where that is not measured */
     int64_t nesterov;
 } Sweep;
 
 /* How a ratio follows from a layer's norms: `TrustRule` in updates.py. */
 typedef struct {
-    double coefficient, weight, gradient, direction, constant, low, high, update_clip;
+    double coefficient, gradient, direction, constant, low, high, update_clip;
+    const double *weight;   /* per layer; NULL: zero */
     const double *elements; /* per layer; NULL where nothing is clipped */
     int64_t place;       /* of the direction among the sums */
     const uint8_t *adapt; /* per layer */
-    /* What it multiplies: vector = (float)(base * ratio * factor) */
+    /* What it multiplies, per layer: vector = (float)(base * ratio * factor); no factor where that is NULL */
     int64_t targets;
     float *vector[2];
     const double *base[2];
-    double factor[2];
+    const double *factor[2];
 } Rule;
 
 /* A whole step: batches of layers that are measured, and applied while they are still in cache. */
@@ -104,6 +105,9 @@ int64_t trustratio_cache_bytes(int64_t level)
 }
 
 int64_t trustratio_size(void) { return sizeof(Sweep) + sizeof(Step); }
+
+/* Raised where a field becomes another one of the same size; cpu.py has the same number. */
+int64_t trustratio_fields(void) { return 2; }
 
 static void narrow_bf16(const float *from, uint16_t *to, int64_t count)
 {
@@ -396,10 +400,11 @@ void trustratio_sweep(const Sweep *s, int64_t level)
 static double ratio_of_norms(const Rule *r, int64_t layer, double w, double g, double direction)
 {
     if (!r->adapt[layer]) return 1;
-    volatile double of_weight = r->weight * sqrt(w), of_gradient = r->gradient * sqrt(g);
+    double weight = r->weight ? r->weight[layer] : 0;
+    volatile double of_weight = weight * sqrt(w), of_gradient = r->gradient * sqrt(g);
     volatile double of_direction = r->direction * sqrt(direction);
     double numerator = r->coefficient * sqrt(w), denominator = 0, ratio = 1;
-    if (r->weight != 0) denominator += of_weight;
+    if (weight != 0) denominator += of_weight;
     if (r->gradient != 0) denominator += of_gradient;
     if (r->direction != 0) denominator += of_direction;
     denominator += r->constant;
@@ -433,7 +438,7 @@ static void rule_on(const Step *step, int64_t batch)
         for (const Rule *r = step->rule; r < step->rule + step->rules; r++) {
             double ratio = trustratio_ratio(r, layer, w, g, s->sums[r->place * s->layers + layer], c);
             for (int64_t k = 0; k < r->targets; k++)
-                r->vector[k][layer] = as_float(r->base[k][layer] * ratio * r->factor[k]);
+                r->vector[k][layer] = as_float(r->base[k][layer] * ratio * (r->factor[k] ? r->factor[k][layer] : 1));
         }
     }
 }

@@ -58,8 +58,8 @@ INLINE TARGET void NAME(add)(ACC *sums, int place, F x, int squared)
    a store writes might be the sweep's own numbers. */
 typedef struct {
     F gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale;
-    F decay, rate, offset, growth, l2, fixed_decay;
-    F beta1, beta2, beta3, gain1, gain2, gain3, eps, weight_decay, gsnr_floor, mean_square_factor, smallest_root;
+    F decay, rate, offset, weight_decay, l2, fixed_decay, growth;
+    F beta1, beta2, beta3, gain1, gain2, gain3, eps, gsnr_floor, mean_square_factor, smallest_root;
     int64_t nesterov;
 } NAME(numbers);
 
@@ -83,8 +83,8 @@ static TARGET NAME(numbers) NAME(numbers_of)(const Sweep *s, int64_t layer)
         .rate = NAME(of_layer)(s->rate, layer),
         .offset = NAME(of_layer)(s->offset, layer),
         .growth = NAME(all)(s->growth),
-        .l2 = NAME(all)(s->l2),
-        .fixed_decay = NAME(all)(s->fixed_decay),
+        .l2 = NAME(of_layer)(s->l2, layer),
+        .fixed_decay = NAME(of_layer)(s->fixed_decay, layer),
         .beta1 = NAME(all)(s->beta1),
         .beta2 = NAME(all)(s->beta2),
         .beta3 = NAME(all)(s->beta3),
@@ -92,7 +92,7 @@ static TARGET NAME(numbers) NAME(numbers_of)(const Sweep *s, int64_t layer)
         .gain2 = NAME(all)(1 - s->beta2),
         .gain3 = NAME(all)(1 - s->beta3),
         .eps = NAME(all)(s->eps),
-        .weight_decay = NAME(all)(s->weight_decay),
+        .weight_decay = NAME(of_layer)(s->weight_decay, layer),
         .gsnr_floor = NAME(all)(s->gsnr_floor),
         .mean_square_factor = NAME(all)(s->mean_square_factor),
         .smallest_root = NAME(all)(s->smallest_root),

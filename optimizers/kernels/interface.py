@@ -60,10 +60,10 @@ class Recent:
 
 @dataclass
 class GroupOperands:
-    """One parameter group in a `step()` call.
+    """One parameter group in a `step()` call, or several that are stepped together (`Algorithm.vector_options`).
 
     Attributes:
-        options: The entry of the optimizer's `param_groups`.
+        options: The entry of the optimizer's `param_groups`; of several, with vectors over the layers.
         layers: Indices of its layers into `Layout.layers`.
         tensors: Indices of its local tensors into `Layout.tensors`.
         table: The numbers of its layers. Sums that have been reduced are there.
@@ -88,7 +88,7 @@ class Operands:
     """What one `step()` call works on; tensors are contiguous, by the index of their local tensor in the layout.
 
     Attributes:
-        layout: Of the call.
+        layout: Of the call; groups that are stepped together are one in it.
         weights: Local parts.
         gradients: None counts as zero.
         state: Element-wise state by name, in the order of `Algorithm.element_state`; then what groups with the master

@@ -16,8 +16,8 @@ def adam(
     rows, changing, idle, partial, count,
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-    decay, rate, offset,
-    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, smallest_root,
+    decay, rate, offset, weight_decay, l2, fixed_decay,
+    beta1, beta2, beta3, gain, eps, gsnr_floor, growth, smallest_root,
     complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     CLIPS: tl.constexpr, DECAYS: tl.constexpr,
@@ -69,11 +69,12 @@ def adam(
         tl.store(at_second, v.to(STATE), mask=written)
     root = tl.sqrt_rn(v * tl.load(correction2 + layer))
     denominator = root + eps
-    u = m * tl.load(correction1 + layer) / denominator + weight_decay * w
+    decayed = tl.load(weight_decay + layer) * w
+    u = m * tl.load(correction1 + layer) / denominator + decayed
     u = tl.where(mask, u, 0.0)
     u_g = u
     if KIND == "LANS":
-        u_g = tl.where(mask, scaled / denominator + weight_decay * w, 0.0)
+        u_g = tl.where(mask, scaled / denominator + decayed, 0.0)
     if MODE < 2:
         put_square(partial, 0, count, w)
         put_square(partial, 1, count, g)

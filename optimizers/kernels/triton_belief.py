@@ -16,8 +16,8 @@ def belief(
     rows, changing, idle, partial, count,
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-    decay, rate, offset,
-    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, smallest_root,
+    decay, rate, offset, weight_decay, l2, fixed_decay,
+    beta1, beta2, beta3, gain, eps, gsnr_floor, growth, smallest_root,
     complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     CLIPS: tl.constexpr, DECAYS: tl.constexpr,
@@ -47,7 +47,7 @@ def belief(
         any_gradient = tl.max(tl.where(g != 0.0, 1, 0), 0)  # NaN counts
         tl.store(idle + tl.program_id(0), 1 - any_gradient)
         written = offsets < length * any_gradient
-    decayed = g + l2 * w
+    decayed = g + tl.load(l2 + layer) * w
     surprise = beta1 * (decayed - m)
     m = tl.where(fresh, kept(beta1 * m + gain * decayed, bits, 0, STATE), m)
     variance = tl.load(decay + layer) * s + tl.load(rate + layer) * (surprise * surprise) + growth
@@ -65,11 +65,12 @@ def belief(
     if KIND == "BELIEF" or KIND == "BELIEF_MAX":
         denominator = tl.sqrt_rn(denominator)
     denominator = denominator + tl.load(offset + layer)
-    u = tl.where(mask, m * tl.load(correction1 + layer) / denominator + weight_decay * w, 0.0)
+    u = m * tl.load(correction1 + layer) / denominator + tl.load(weight_decay + layer) * w
+    u = tl.where(mask, u, 0.0)
     if MODE < 2:
         put_square(partial, 0, count, w)
         put_square(partial, 1, count, g)
         put_square(partial, 2, count, u)
     else:
-        change = u * tl.load(step + layer) + fixed_decay * w
+        change = u * tl.load(step + layer) + tl.load(fixed_decay + layer) * w
         put_weight(at_weight, at_rest, mask, w - change, bits, WEIGHT, MASTER)

@@ -43,10 +43,11 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
     *("correction1", "correction2", "correction3", "resolution", "gsnr_scale", "decay", "rate", "offset"),
+    *("weight_decay", "l2", "fixed_decay"),
 )
 SCALARS = (
-    *("beta1", "beta2", "beta3", "gain", "eps", "weight_decay", "gsnr_floor"),
-    *("growth", "l2", "fixed_decay", "smallest_root"),
+    *("beta1", "beta2", "beta3", "gain", "eps", "gsnr_floor"),
+    *("growth", "smallest_root"),
 )
 MEASURE, MEASURE_AND_KEEP, APPLY, APPLY_KEPT = range(4)
 
@@ -170,8 +171,8 @@ class TritonSweeps:
         all_blocks = self._group_blocks(group)
         if changing is None:
             changing = torch.ones(len(self.operands.groups[group].layers), dtype=torch.bool, device=self.device)
-        # A kernel has an argument for every vector; this one stands in for those that its kind does not read.
-        some = changing.to(torch.float32)
+        # A kernel has an argument for every vector; this one stands in for those that are zero or not read.
+        some = torch.zeros_like(changing, dtype=torch.float32)
         changing = changing.to(torch.int64)
         if mode == MEASURE_AND_KEEP:
             self.idle[group] = [

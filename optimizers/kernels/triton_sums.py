@@ -16,8 +16,8 @@ def sums(
     rows, changing, idle, partial, count,
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
     gradient_scale, weight_scale, step, second_step, correction1, correction2, correction3, resolution, gsnr_scale,
-    decay, rate, offset,
-    beta1, beta2, beta3, gain, eps, weight_decay, gsnr_floor, growth, l2, fixed_decay, smallest_root,
+    decay, rate, offset, weight_decay, l2, fixed_decay,
+    beta1, beta2, beta3, gain, eps, gsnr_floor, growth, smallest_root,
     complement2, complement3,
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     CLIPS: tl.constexpr, DECAYS: tl.constexpr,
@@ -44,4 +44,4 @@ def sums(
         w = weight(at_weight, at_rest, mask, MASTER)
         put_square(partial, 0, count, w)
         if KIND == "SUM_W_G_D":
-            put_square(partial, 2, count, g + weight_decay * w)
+            put_square(partial, 2, count, g + tl.load(weight_decay + layer) * w)

@@ -12,7 +12,7 @@ from ..formulas.chunk_view import ChunkView
 from ..formulas.chunks import Summand, cut_into_chunks, squares, values
 from ..formulas.layer_table import LayerTable
 from ..formulas.stages import Stage, sums_over_layers
-from ..formulas.updates import Update
+from ..formulas.updates import Number, Update
 from ..kernels.eager import EagerSweeps
 from ..sharding.moved_weights import MovedWeights
 from ..stepping.gradients import read_gradients
@@ -32,8 +32,8 @@ class MeasuresCurvature(Protocol):
     def direction(self, group: dict[str, Any], layers: LayerTable) -> Update:
         """Describe -p: what a step with rate 1 subtracts, of the gradient times the vector `layers.scale`."""
 
-    def decay_in_gradient(self, group: dict[str, Any]) -> float:
-        """λ where λ/2‖w‖² belongs to what is minimised, else 0."""
+    def decay_in_gradient(self, group: dict[str, Any]) -> Number:
+        """λ where λ/2‖w‖² belongs to what is minimised, else 0; a vector where the group's λ is one."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Sample:
 
     def _move(self, step: Step, publish: bool) -> None:
         sweeps = EagerSweeps(step.operands, step.takes_part, self._plan.cache)
-        chunks = cut_into_chunks(self._plan.layout)
+        chunks = cut_into_chunks(self._plan.joint_layout)
 
         def change(index: int, local: torch.Tensor) -> None:
             if not step.takes_part[index]:
@@ -176,7 +176,7 @@ class Sample:
         against = self._formula.direction(group, layers).change(x)  # -p
         first, second = x.g * x.of(layers.scale), x.second * x.of(layers.second_scale)
         difference = second - first
-        descent = against * first.add(x.w, alpha=self._formula.decay_in_gradient(group))
+        descent = against * x.plus(first, x.w, self._formula.decay_in_gradient(group))
         of_gradients = squares(first), squares(second), squares(difference)
         return values(descent), values(against * -difference), squares(against), *of_gradients
 
@@ -216,15 +216,21 @@ class Sample:
         return as_tensor.to(self._plan.layout.numbers_device).expand(len(self._plan.layout.layers))
 
     def _option(self, step: Step, name: str) -> torch.Tensor:
-        return self._of_groups(step, [group.options[name] for group in step.groups.values()])
+        return self._of_layers(step, [group.options[name] for group in step.groups.values()])
 
     def _decay(self, step: Step) -> torch.Tensor:
-        return self._of_groups(step, [self._formula.decay_in_gradient(g.options) for g in step.groups.values()])
+        return self._of_layers(step, [self._formula.decay_in_gradient(g.options) for g in step.groups.values()])
 
-    def _of_groups(self, step: Step, numbers: Sequence[float]) -> torch.Tensor:
-        groups = zip(numbers, step.groups.values(), strict=True)
-        of_layers = [number for number, group in groups for _ in group.layers]
-        return torch.tensor(of_layers, dtype=torch.float64, device="cpu").to(self._plan.layout.numbers_device)
+    def _of_layers(self, step: Step, numbers: Sequence[Number]) -> torch.Tensor:
+        """One vector of what each group has, a number or a vector of its layers."""
+        device = self._plan.layout.numbers_device
+        of_groups = [
+            (number if isinstance(number, torch.Tensor) else torch.tensor(number, dtype=torch.float64, device="cpu"))
+            .to(device)
+            .expand(len(group.layers))
+            for number, group in zip(numbers, step.groups.values(), strict=True)
+        ]
+        return torch.cat(of_groups)
 
 
 def _hand_out(step: Step, name: str, vector: torch.Tensor) -> None:

@@ -46,10 +46,10 @@ class RoundedUpdates:
             return None
         counts, rates = [], set()
         for group in groups.values():
-            rate = float(group.options["lr"])
-            for index in set(group.tensors) - self._held(group) if rate else ():
-                gradient = self._operands.gradients[index]
-                if index in self._before and gradient is not None:
+            rate_of = self._rates(group)
+            for index in set(group.tensors) - self._held(group):
+                gradient, rate = self._operands.gradients[index], rate_of.get(index)
+                if rate and index in self._before and gradient is not None:
                     weights = self._operands.weights[index]
                     has_update = _sample(gradient) != 0
                     is_lost = has_update & (_sample(weights) == self._before[index])
@@ -71,6 +71,13 @@ class RoundedUpdates:
             "DeepSpeed (bf16 or fp16 in its config) or FSDP over fp32 parameters (MixedPrecisionPolicy, "
             "MixedPrecision) keep them"
         )
+
+    def _rates(self, group: GroupOperands) -> dict[int, float]:
+        """The learning rate of each local tensor that carries layers."""
+        rates = torch.as_tensor(group.options["lr"], device="cpu").expand(len(group.layers)).tolist()
+        return {
+            self._operands.layout.layers[layer].tensor: rate for layer, rate in zip(group.layers, rates, strict=True)
+        }
 
     def _held(self, group: GroupOperands) -> set[int]:
         """Local tensors with layers that the algorithm itself leaves where they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..sharding.abandoned_parameters import Places
 from ..sharding.layout import Layout, LayoutError
 from ..sharding.local_tensors import cut_of
 from .agreement import Agreement
+from .joint_groups import JointGroups, first_of_joined
 from .state import number_dtype, read_numbers, write_numbers
 from .storage import Storage
 from .storage_order import goes_as_it_lies
@@ -27,9 +28,14 @@ __all__ = ["Plan", "options_of_plan"]
 
 @dataclass
 class Plan:
-    """What stays the same from step to step for one set of local tensors."""
+    """What stays the same from step to step for one set of local tensors.
+
+    Groups that are stepped together go by the index of the first of them, in `joint_layout` and in the dicts.
+    """
 
     layout: Layout
+    joint_layout: Layout  # the same, where the groups that are stepped together are one
+    joint_groups: dict[int, JointGroups]  # group index -> the groups that are stepped together, if several
     tensors: tuple[torch.Tensor, ...]  # of the call, those without elements too
     cuts: list[Any]  # how these were cut
     options: Any  # what `options_of_plan` has returned
@@ -54,13 +60,16 @@ class Plan:
             carried[layer.tensor].append(index)
         group_layers: dict[int, list[int]] = {}
         group_tensors: dict[int, list[int]] = {}
-        for tensor, (group, layers) in enumerate(zip(layout.groups, carried, strict=True)):
+        joint_layout = _with_joint_groups(algorithm, layout)
+        for tensor, (group, layers) in enumerate(zip(joint_layout.groups, carried, strict=True)):
             group_layers.setdefault(group, []).extend(layers)
             group_tensors.setdefault(group, []).append(tensor)
-        storage = Storage(algorithm, layout)
-        option = {group: algorithm.param_groups[group]["adapt"] for group in group_layers}
+        storage = Storage(algorithm, joint_layout)
+        option = [algorithm.param_groups[layout.groups[layer.tensor]]["adapt"] for layer in layout.layers]
         plan = cls(
             layout=layout,
+            joint_layout=joint_layout,
+            joint_groups=_joint_groups(layout, joint_layout),
             tensors=tuple(tensors),
             cuts=[cut_of(tensor) for tensor in tensors],
             options=options_of_plan(algorithm, layout.groups if groups is None else groups),
@@ -70,7 +79,7 @@ class Plan:
             storage=storage,
             tensor_layers=[_as_range(layers) for layers in carried],
             adapted={
-                group: [adapts(layout.layers[layer], option[group]) for layer in layers]
+                group: [adapts(layout.layers[layer], option[layer]) for layer in layers]
                 for group, layers in group_layers.items()
             },
         )
@@ -141,7 +150,8 @@ class Plan:
 
 
 def options_of_plan(algorithm: Algorithm, groups: Sequence[int]) -> tuple[Any, ...]:
-    """What a plan depends on besides its tensors, for comparison: which group each is in, and options of the groups.
+    """What a plan depends on besides its tensors, for comparison: which group each is in, which groups are stepped
+    together, and options of the groups.
 
     Asked at every step, so it compares what is there and waits for nothing.
     """
@@ -149,7 +159,25 @@ def options_of_plan(algorithm: Algorithm, groups: Sequence[int]) -> tuple[Any, .
     of_groups = [
         tuple(_unchanging(group.get(name)) for name in names) for group in algorithm.param_groups if group["params"]
     ]
-    return tuple(groups), algorithm.statistics is None, *of_groups
+    return tuple(groups), first_of_joined(algorithm), algorithm.statistics is None, *of_groups
+
+
+def _with_joint_groups(algorithm: Algorithm, layout: Layout) -> Layout:
+    """The layout, or another one whose groups that are stepped together have the index of the first of them."""
+    firsts = first_of_joined(algorithm)
+    groups = tuple(firsts[group] for group in layout.groups)
+    return layout if groups == layout.groups else replace(layout, groups=groups)
+
+
+def _joint_groups(layout: Layout, joint_layout: Layout) -> dict[int, JointGroups]:
+    """The groups that are stepped together, by the index of the first of them, where there are several."""
+    layer_counts: dict[int, dict[int, int]] = {}
+    for group, first in zip(layout.groups, joint_layout.groups, strict=True):
+        layer_counts.setdefault(first, {}).setdefault(group, 0)
+    for layer in layout.layers:
+        layer_counts[joint_layout.groups[layer.tensor]][layout.groups[layer.tensor]] += 1
+    device = layout.numbers_device
+    return {first: JointGroups(counts, device) for first, counts in layer_counts.items() if len(counts) > 1}
 
 
 def _unchanging(option: Any) -> Any:

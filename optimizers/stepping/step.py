@@ -58,7 +58,7 @@ class Step:
         self.layer_state = {name: self._read_layer_state(name) for name in algorithm.layer_state}
         self.groups = {index: self._group(index, layers) for index, layers in plan.group_layers.items()}
         self.operands = Operands(
-            self.layout,
+            plan.joint_layout,
             weights=[
                 as_it_lies(tensor) if index in plan.as_they_lie else _contiguous(tensor)
                 for index, tensor in enumerate(self.locals)
@@ -303,17 +303,26 @@ class Step:
     # Numbers of layers
 
     def _group(self, index: int, layers: range) -> GroupOperands:
-        options = self.algorithm.param_groups[index]
+        options = self._options(index)
         state = {name: numbers[layers.start : layers.stop] for name, numbers in self.layer_state.items()}
         layer_list = list(self.layout.layers[layers.start : layers.stop])
         table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
         table.rows, table.elements = self.plan.rows.get(index), self._elements(index, layer_list)
         rounding = self.plan.storage.rounding(index, options, state)
-        return GroupOperands(self._with_rate_here(options), layers, self.plan.group_tensors[index], table, rounding)
+        return GroupOperands(options, layers, self.plan.group_tensors[index], table, rounding)
+
+    def _options(self, index: int) -> dict[str, Any]:
+        """The options of a group, or of several that are stepped together."""
+        joint = self.plan.joint_groups.get(index)
+        if joint is None:
+            return self._with_rate_here(self.algorithm.param_groups[index])
+        return self._with_rate_here(joint.options(self.algorithm, self._adapt(index)))
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with a learning rate that vectors of layers can be multiplied by."""
+        """The options with a learning rate that vectors of layers can be multiplied by, as one of them can itself."""
         lr, device = options.get("lr"), self.layout.numbers_device
+        if isinstance(lr, torch.Tensor) and lr.numel() > 1:
+            return options
         if not isinstance(lr, torch.Tensor) or (lr.dim() == 0 and (lr.is_cpu or lr.device == device)):
             return options
         return {**options, "lr": lr.detach().reshape(()).to(device)}

@@ -63,13 +63,13 @@ static void sweep_of(int64_t kind, int64_t length, int64_t level, int clipped)
     const uint8_t weight_type = (uint8_t)weight.type, gradient_type = (uint8_t)gradient.type;
     void *const w = weight.stored, *const m = first.stored, *const v = second.stored;
     const void *const g = gradient.stored;
-    const float gradient_scale = 0.5f, weight_scale = 0.25f, step = 0.125f, correction = 2.0f;
+    const float gradient_scale = 0.5f, weight_scale = 0.25f, step = 0.125f, correction = 2.0f, decay = 0.01f;
     Sweep s = {.kind = kind, .threads = 2, .shards = 1, .layers = 1, .tensor = &zero, .start = &start,
                .length = &length, .layer = &zero, .first_block = first_block, .weight_type = &weight_type,
                .gradient_type = &gradient_type, .weight = &w, .gradient = &g, .first = &m, .second = &v,
                .gradient_scale = &gradient_scale, .weight_scale = &weight_scale, .step = &step,
                .correction1 = &correction, .correction2 = &correction, .beta1 = 0.9, .beta2 = 0.99, .gain = 0.1,
-               .eps = 1e-6, .weight_decay = 0.01};
+               .eps = 1e-6, .weight_decay = &decay};
     int measures = kind < MOMENTUM || (kind >= ADAM && (kind - ADAM) % 4 < 2);
     memset(sums, 0, sizeof sums);
     if (kind >= ADAM) s.idle = idle;
