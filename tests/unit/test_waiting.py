@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trustratio.optimizers import OPTIMIZERS, create_optimizer
 from trustratio.optimizers.formulas.rounding import Rounding
 from trustratio.optimizers.kernels.interface import GroupOperands, Operands
 from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
+from trustratio.optimizers.stepping import joint_groups
+from trustratio.optimizers.stepping.joint_groups import JointGroups
 from trustratio.optimizers.stepping.plan import Plan
 
 from ..swept import SWEPT
@@ -87,6 +90,55 @@ def test_tensor_operations_wait_for_nothing(name: str) -> None:
     take_steps(name, "eager")
 
 
+def take_steps_of_groups(name: str, groups: int, implementation: str, *, rates_on_device: bool = False) -> int:
+    """Fifty layers in groups with rates and decays of their own; returns how many operations a step has."""
+    parameters = [torch.nn.Parameter(torch.empty((5, 7) if index % 2 else (5,), device=META)) for index in range(50)]
+    members = [
+        {"params": parameters[50 // groups * i : 50 // groups * (i + 1)], "lr": 0.1 + i, "weight_decay": 0.1 * (i % 2)}
+        for i in range(groups)
+    ]
+    optimizer = create_optimizer(name, members, lr=0.1, implementation=implementation)
+    for step in range(4):
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        for group in optimizer.param_groups if step == 1 and rates_on_device else ():
+            group["lr"] = torch.empty((), device=META)
+        with NothingFromTheHost() if step >= 2 else nullcontext(), Operations() as operations:
+            optimizer.step()
+    return operations.count
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device is asked to compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rates_on_device", [False, True])
+@pytest.mark.parametrize("name", PLAIN)
+def test_launches_do_not_grow_with_groups(name: str, rates_on_device: bool, launcher: Launcher) -> None:
+    """And groups of any number wait for nothing."""
+    launches, operations = {}, {}
+    for groups in (2, 1, 2, 50):  # the first of a process tries a launch
+        before = launcher.launches
+        operations[groups] = take_steps_of_groups(name, groups, "triton", rates_on_device=rates_on_device)
+        launches[groups] = launcher.launches - before
+    assert launches[50] == launches[2] == launches[1] > 0
+    # What a group's rate is read from: a view of each tensor, which launches nothing.
+    assert operations[50] == operations[2] + (2 * 48 if rates_on_device else 0)
+    assert operations[50] - operations[1] <= 20 + (2 * 50 if rates_on_device else 0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_tensor_operations_do_not_grow_with_groups(name: str) -> None:
+    one, two, fifty = (take_steps_of_groups(name, groups, "eager") for groups in (1, 2, 50))
+    assert fifty == two <= one + 30
+
+
 @pytest.mark.parametrize("reduction", ["max", "mean", None])
 def test_maxima_wait_for_nothing(reduction: str | None) -> None:
     take_steps("adashift", "eager", keep=1, reduction=reduction, adapt=None)
@@ -153,6 +205,42 @@ def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watched() is not None
     of_no_graph = weakref.ref(table([5, 6]))
     table([7, 8])
+    assert of_no_graph() is None
+
+
+def test_rates_of_groups_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers are sent once when they change, which cannot be captured, and stay where a graph reads them."""
+    capturing = [False]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(joint_groups, "_captured", {})
+    monkeypatch.setattr(JointGroups, "_is_capturing", lambda self: capturing[0])
+    monkeypatch.setattr(JointGroups, "_send", lambda self, numbers: sent.append(numbers) or numbers)
+    parameters = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    optimizer = create_optimizer("lamb", [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(parameters)], lr=0.1)
+
+    def step() -> None:
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    step()
+    assert [vector.tolist() for vector in sent] == [[0.0, 0.1, 0.2]]
+    capturing[0] = True
+    step()
+    assert len(sent) == 1
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match=r"^lr of parameter groups has changed.* as a tensor on the device"):
+        step()
+    capturing[0] = False
+    watched = weakref.ref(sent[0])
+    sent.clear()
+    step()
+    assert [vector.tolist() for vector in sent] == [[0.5, 0.1, 0.2]]
+    assert watched() is not None
+    of_no_graph = weakref.ref(sent.pop())
+    optimizer.param_groups[0]["lr"] = 0.6
+    step()
     assert of_no_graph() is None
 
 
