@@ -163,9 +163,10 @@ def options_of_plan(algorithm: Algorithm, groups: Sequence[int]) -> tuple[Any, .
 
 
 def _with_joint_groups(algorithm: Algorithm, layout: Layout) -> Layout:
-    """The layout, or another one whose groups that are stepped together have the index of the first of them."""
+    """The layout, or another one whose groups that are stepped together have the index of the first of them in it."""
+    indices: dict[int, int] = {}
     firsts = first_of_joined(algorithm)
-    groups = tuple(firsts[group] for group in layout.groups)
+    groups = tuple(indices.setdefault(firsts[group], group) for group in layout.groups)
     return layout if groups == layout.groups else replace(layout, groups=groups)
 
 

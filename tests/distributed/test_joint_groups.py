@@ -37,12 +37,12 @@ def train(case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stage", ["dense", "ddp", 1, 2, 3, "fsdp"])
+@pytest.mark.parametrize("stage", ["ddp", 1, 2, 3, "fsdp"])
 @pytest.mark.parametrize("name", ["lars", "lamb", "lans", "vrlamb"])
 def test_joined_groups_equal_the_reference(pool: WorkerPool, name: str, stage: str | int, world_size: int) -> None:
     case = case_of_groups(name, stage)
     answers = pool.run(train, case)
     assert_exact(case, answers)
-    if stage == "fsdp":
+    if stage == "fsdp" and not OPTIMIZERS[name].group_statistics:
         for answer in answers:
             assert set(answer["all_reduces"][2:]) == {OPTIMIZERS[name].collectives}

@@ -434,17 +434,49 @@ def test_a_group_that_is_added(name: str) -> None:
     assert joined(assert_same_bits(name, run)) == [[0, 1, 2]]
 
 
-def test_a_group_of_frozen_layers_between() -> None:
+@pytest.mark.parametrize(
+    ("frozen", "together"), [(("conv", "scalar"), [[0, 2]]), (("query", "bias"), [[1, 2]]), (("conv", "query"), None)]
+)
+def test_groups_of_frozen_layers(frozen: tuple[str, ...], together: list[list[int]] | None) -> None:
     def run() -> Any:
         parameters = make_parameters(torch.float32, SHAPES)
         optimizer = make("lamb", parameters, groups_of("lamb"))
-        for layer in ("conv", "scalar"):
+        for layer in frozen:
             parameters[layer].requires_grad_(False)
         trained = {layer: p for layer, p in parameters.items() if p.requires_grad}
-        train(optimizer, trained, range(2))
+        for step in range(2):
+            optimizer.zero_grad()
+            backward(parameters, {layer: make_gradients(step, parameters)[layer] for layer in trained})
+            optimizer.step()
         return parameters, optimizer
 
-    assert joined(assert_same_bits("lamb", run)) == [[0, 2]]
+    assert joined(assert_same_bits("lamb", run)) == (together or [[0, 1, 2]])
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_a_wrapper_that_steps_group_by_group(name: str) -> None:
+    """As ZeRO-3 does: the others are empty in the meantime."""
+
+    def run() -> Any:
+        parameters = make_parameters(torch.float32, SHAPES)
+        optimizer = make(name, parameters, groups_of(name))
+        members = [group["params"] for group in optimizer.param_groups]
+        for step in range(2):
+            optimizer.zero_grad()
+            backward(parameters, make_gradients(step, parameters))
+            for index in range(len(members)):
+                for other, group in enumerate(optimizer.param_groups):
+                    group["params"] = members[other] if other == index else []
+                optimizer.step()
+        for own, group in zip(members, optimizer.param_groups, strict=True):
+            group["params"] = own
+        return parameters, optimizer
+
+    parameters, optimizer = run()
+    with one_by_one(name):
+        expected, reference = run()
+    assert same(values(parameters), values(expected))
+    assert optimizer.trust_ratios() == reference.trust_ratios()
 
 
 def test_only_neighbours_are_joined() -> None:
