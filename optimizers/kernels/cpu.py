@@ -1,4 +1,4 @@
-"""Sweeps on the CPU: calls the compiled functions of cpu_kernels.c, one call per sweep and parameter group."""
+"""Sweeps on the CPU: calls the compiled functions of cpu_kernels.c, one call per sweep and (joint) parameter group."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ class JointGroups:
 
     def _vector(self, name: str, values: Sequence[Any]) -> torch.Tensor:
         """Shape (layers,), in the dtype of tensors if all are such, else fp64."""
-        if any(isinstance(value, torch.Tensor) and value.device == self._device for value in values):
+        if any(
+            isinstance(value, torch.Tensor) and (value.device == self._device or not value.is_cpu) for value in values
+        ):
             if self._is_capturing():
                 _captured[id(self._group_of_layer)] = self._group_of_layer
             return torch.stack([self._here(value) for value in values])[self._group_of_layer]
