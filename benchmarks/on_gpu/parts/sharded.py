@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,19 +24,11 @@ RESERVE = 4.0
 def run(part: Part) -> str:
     """Train all settings, one crew beside the other, and return the line for the summary."""
     part.record(machine=describe_machine(part.device), bound=BOUND, crews={}, memcheck={}, did_not_fit=[])
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        crews = [
-            RunningCrew(
-                crew, part.device, part.output / f"sharded-{crew.backend}.log", _made(Path(folder), crew.backend)
-            )
-            for crew in CREWS
-        ]
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        crews = [_started(crew, part, Path(folder), stack) for crew in CREWS]
         memcheck = Memcheck(part.device, part.output / "sharded-memcheck.log")
-        try:
-            _watch(part, crews, memcheck)
-        finally:
-            for one in (*crews, memcheck):
-                one.end()
+        stack.callback(memcheck.end)
+        _watch(part, crews, memcheck)
     unfinished = [f"{crew.crew.name}: {name}" for crew in crews for name in crew.todo] + memcheck.todo
     part.record(did_not_fit=unfinished)
     return verdict(part.found)
@@ -43,14 +36,17 @@ def run(part: Part) -> str:
 
 def _watch(part: Part, crews: list[RunningCrew], memcheck: Memcheck) -> None:
     """Record what comes out, until all has or the time is over."""
-    while part.left() > RESERVE and not all(one.done for one in (*crews, memcheck)):
-        news = [one.poll() for one in (*crews, memcheck)]
+    running: list[RunningCrew | Memcheck] = [*crews, memcheck]
+    while part.left() > RESERVE and not all(one.done for one in running):
+        news = [one.poll() for one in running]
         if any(news):
             part.record(crews={crew.crew.name: crew.found for crew in crews}, memcheck=memcheck.found)
         time.sleep(0.1)
 
 
-def _started(crew: Crew, part: Part, folder: Path) -> RunningCrew:
+def _started(crew: Crew, part: Part, folder: Path, stack: ExitStack) -> RunningCrew:
     own = folder / crew.backend
     own.mkdir()
-    return RunningCrew(crew, part.device, part.output / f"sharded-{crew.backend}.log", own)
+    running = RunningCrew(crew, part.device, part.output / f"sharded-{crew.backend}.log", own)
+    stack.callback(running.end)
+    return running

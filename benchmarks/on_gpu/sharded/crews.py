@@ -83,7 +83,8 @@ class RunningCrew:
         if (current, ready) != self._at:
             self._at, self._since = (current, ready), time.monotonic()
         limit = self.patience * (SETTING_SECONDS if ready else START_SECONDS)
-        if not ends and time.monotonic() - self._since < limit:
+        in_trouble = any(ends) or len(ends) == len(self.children)
+        if not in_trouble and time.monotonic() - self._since < limit:
             return
         why = next((end for end in ends if end), f"not finished after {limit:.0f} s")
         self.end()

@@ -50,11 +50,10 @@ class DeviceRun(CaseRun):
         return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), found)
 
     def _whole(self, name: str) -> torch.Tensor:
-        parameter = self.model.leaves[name].weight
-        if hasattr(parameter, "full_tensor"):
-            return parameter.full_tensor().detach().float().clone()
+        parameter: Any = self.model.leaves[name].weight
         with gathered([parameter]):
-            return parameter.detach().float().clone()
+            whole: torch.Tensor = parameter.full_tensor() if self.case.stage == "fsdp" else parameter
+            return whole.detach().float().clone()
 
 
 def train(case: Case, device: str) -> dict[str, Any]:
