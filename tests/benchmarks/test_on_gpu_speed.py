@@ -278,9 +278,10 @@ def test_a_program_that_fails_says_how_it_ended(tmp_path: Path) -> None:
 
 
 def test_all_of_ours_have_their_bytes() -> None:
-    names = [contender.name for contender in without_extensions()]
-    assert names[:2] == [COPY, BASELINE]
-    assert set(OURS) <= set(names) & set(BYTES)
+    batches = [[contender.name for contender in batch] for batch in without_extensions()]
+    assert all(names[:2] == [COPY, BASELINE] for names in batches)
+    assert LAMB_ROW in batches[0]
+    assert set(OURS) <= {*batches[0], *batches[1]} & set(BYTES)
 
 
 # The part -----------------------------------------------------------------------------------------------------------
@@ -293,16 +294,32 @@ def test_a_case_that_fails_takes_nothing_from_the_next(tmp_path: Path, monkeypat
     cases = part_of_speed._Cases(part)
     cases.measure(SimpleNamespace(finish=lambda seconds: {}))  # type: ignore[arg-type]
     found = json.loads((tmp_path / "speed.json").read_text())
-    assert found["failed"] == dict.fromkeys(("bert-base", "bert-large"), "ZeroDivisionError: division by zero")
+    batches = [f"{what} at {size}" for what in ("lamb", "others") for size in ("bert-base", "bert-large")]
+    assert found["failed"] == dict.fromkeys(batches, "ZeroDivisionError: division by zero")
     assert len(found["sizes"]["bert-base"]["graphs"]) == len(OURS)
-    assert verdict(found) == "LAMB was not measured; in a graph 1.00 ms there, host 1.00 ms; 2 failed"
+    assert verdict(found) == "LAMB was not measured; in a graph 1.00 ms there, host 1.00 ms; 4 failed"
+
+
+def test_what_is_built_is_measured_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, list[str]]] = []
+
+    def measure(subject: Subject, contenders: list[Contender], *_: Any) -> None:
+        measured.append((subject.elements, [contender.name for contender in contenders]))
+
+    monkeypatch.setattr(part_of_speed, "measure_batch", measure)
+    cases = part_of_speed._Cases(Part("speed", tmp_path, 60.0, rehearse=True))
+    outcomes = {"DeepSpeed FusedAdam": "not finished after 3 s", "DeepSpeed FusedLamb": ""}
+    cases._extensions(SimpleNamespace(finish=lambda seconds: outcomes))  # type: ignore[arg-type]
+    assert [names for _, names in measured] == [[COPY, BASELINE, LAMB_ROW, "DeepSpeed FusedLamb"]] * 2
+    assert measured[0][0] > measured[1][0]  # the larger one first, which the verdict is about
+    assert cases.part.found["builds"] == outcomes
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     part = Part("speed", tmp_path, 3.0, rehearse=True)
     part_of_speed._Cases(part).measure(SimpleNamespace(finish=lambda seconds: {}))  # type: ignore[arg-type]
-    assert len(part.found["did_not_fit"]) == 2 + 2 * len(OURS) + 1
-    assert part.found["did_not_fit"][0].startswith("bert-base: needs 5 s")
+    assert len(part.found["did_not_fit"]) == 4 + 2 * len(OURS) + 1
+    assert part.found["did_not_fit"][0].startswith("lamb at bert-base: needs 5 s")
     assert tables(part.found) == "not measured"
 
 
@@ -357,7 +374,7 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert found["verdict"].startswith("LAMB ")
     for size in found["sizes"].values():
         for name in OURS:
-            row = size["batches"][0][name]
+            row = next(batch[name] for batch in size["batches"] if name in batch)
             assert row["launches"]["kernels"] >= 4
             assert {"alone", "host", "share_of_copy", "extra_bytes"} <= set(row)
             assert size["graphs"][name]["milliseconds"] > 0

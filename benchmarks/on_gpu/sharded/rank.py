@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
         found = _train(crew, settings[name], device, host)
         if int(rank) == 0:
             _tell(path, setting=name, found=found)
+        dist.barrier(group=host)  # whoever dies in the next one takes nothing from this one
     leave()
 
 

@@ -14,6 +14,8 @@ __all__ = ["Memcheck"]
 
 SECONDS = 150.0
 SEARCHED = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
+OPTIONS = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86")
+"""Calls that fail are no accesses: torch tries some at its start, to see what there is."""
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 REPORTED = re.compile(r"^=+ (Invalid .*|.*out of bounds.*|Program hit .*)$", re.MULTILINE)
 
@@ -33,7 +35,7 @@ class Memcheck:
         command = python("benchmarks.on_gpu.sharded.one_step", device)
         if tool and not self.rehearses:
             # Memory that torch keeps would be allocated, however far beyond its tensor an access is.
-            command = [tool, "--tool", "memcheck", "--error-exitcode", "86", *command]
+            command = [tool, *OPTIONS, *command]
         self.child: Child | None = None
         if tool or self.rehearses:
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "1" if self.rehearses else "0"}

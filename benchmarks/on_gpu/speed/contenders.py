@@ -51,12 +51,12 @@ VRLAMB: sums of multipliers (read g, s), measure (read w, g, m, v, p, s; write m
 OTHERS = ("timm Lamb", "timm Lars", "apex FusedLAMB", "pytorch_optimizer Lamb", "pytorch_optimizer LARS")
 
 
-def without_extensions() -> list[Contender]:
-    """All that needs no compiler, in the order of their worth."""
+def without_extensions() -> tuple[list[Contender], list[Contender]]:
+    """All that needs no compiler: first LAMB and what it is compared with, then the others."""
     known = {contender.name: contender for contender in dense_contenders("cuda")}
-    ours = [known.get(name) or _ours(name) for name in OURS]
-    torchs = [known[name] for name in (COPY, BASELINE, "torch AdamW foreach")]
-    return [*torchs, *ours, *(known[name] for name in OTHERS)]
+    lamb, *ours = (known.get(name) or _ours(name) for name in OURS)
+    compared = [known[name] for name in (COPY, BASELINE)]
+    return [*compared, lamb, known["torch AdamW foreach"]], [*compared, *ours, *(known[name] for name in OTHERS)]
 
 
 def with_extensions(outcomes: dict[str, str]) -> list[Contender]:

@@ -22,6 +22,14 @@ HEAD = (
 )
 
 
+NOTE = (
+    "The first time is that of the device while it is never idle, as in training; the second one begins on an idle "
+    "device and has what the host is late with; the third is the host's, until `step()` returns. Bytes per parameter "
+    "are those that the sweeps read and write ([kernels.md](kernels.md)), and their share is taken of a copy of the "
+    "weights in the same rounds."
+)
+
+
 def verdict(found: Rows) -> str:
     """The line for the summary, made of what was measured."""
     large = _lamb(found, LARGE)
@@ -34,7 +42,7 @@ def tables(found: Rows) -> str:
     sizes = {name: size for name, size in found.get("sizes", {}).items() if _rows(size)}
     if not sizes:
         return NOT_MEASURED
-    return "\n\n".join([_machine(found), *(_size_table(name, size) for name, size in sizes.items())])
+    return "\n\n".join([_machine(found), NOTE, *(_size_table(name, size) for name, size in sizes.items())])
 
 
 def _lamb(found: Rows, name: str) -> str:
