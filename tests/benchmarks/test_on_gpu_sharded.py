@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.on_gpu.part import Failed, Part
+from benchmarks.on_gpu.parts import sharded as part_of_sharded
 from benchmarks.on_gpu.sharded import crews
 from benchmarks.on_gpu.sharded.crews import RunningCrew
-from benchmarks.on_gpu.sharded.page import tables, verdict
+from benchmarks.on_gpu.sharded.page import is_good, tables, verdict
 from benchmarks.on_gpu.sharded.sanitizer import Memcheck
 from benchmarks.on_gpu.sharded.settings import BOUND, CREWS, Crew, Setting
 from trustratio.optimizers import OPTIMIZERS
@@ -123,6 +126,8 @@ import json, os, sys, time
 crew, rank, device, answers, *names = sys.argv[1:]
 def tell(**what):
     print(json.dumps(what), file=open(answers, "a"))
+def told(path):
+    return open(path).read() if os.path.exists(path) else ""
 if crew == "does not start":
     sys.exit("no device")
 tell(ready=True)
@@ -136,7 +141,7 @@ for name in names:
         time.sleep(99)
     if rank == "0":
         tell(setting=name, found={"error": 0.0, "tries": len(names)})
-    while '"setting": "%s"' % name not in open(answers.replace("rank1", "rank0")).read():  # as the ranks' barrier does
+    while '"setting": "%s"' % name not in told(answers.replace("rank1", "rank0")):  # as the ranks' barrier does
         time.sleep(0.01)
 """
 
@@ -145,7 +150,7 @@ def _run_crew(name: str, names: list[str], tmp_path: Path, monkeypatch: pytest.M
     program = tmp_path / "rank.py"
     program.write_text(RANK)
     monkeypatch.setattr(crews, "python", lambda module, *arguments: [sys.executable, str(program), *arguments])
-    monkeypatch.setattr(crews, "SETTING_SECONDS", 3.0)
+    monkeypatch.setattr(crews, "SETTING_SECONDS", 4.0)
     settings = tuple(Setting(one, "lamb", 1) for one in names)
     running = RunningCrew(Crew(name, 2, "nccl", settings, 0), "cuda", tmp_path / "log", tmp_path)
     try:
@@ -161,7 +166,7 @@ def test_a_setting_that_hangs_or_dies_takes_nothing_from_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = _run_crew("crew", ["first", "hangs", "second", "dies", "third"], tmp_path, monkeypatch)
-    assert running.found["hangs"] == {"missing": "not finished after 3 s"}
+    assert running.found["hangs"] == {"missing": "not finished after 4 s"}
     assert running.found["dies"]["missing"].startswith("SIGABRT")
     assert [running.found[name]["tries"] for name in ("first", "second", "third")] == [5, 3, 1]
     assert all(child.process.poll() is not None for child in running.children)
@@ -209,6 +214,58 @@ def test_without_the_tool_nothing_is_started(tmp_path: Path) -> None:
     assert memcheck.found == {"missing": "compute-sanitizer is not installed"}
     assert memcheck.todo == []
     memcheck.end()
+
+
+# The part -----------------------------------------------------------------------------------------------------------
+
+
+class FakeCrew:
+    """Finds what is given to it at the second look."""
+
+    exact = True
+
+    def __init__(self, crew: Crew, device: str, log: Path, folder: Path) -> None:
+        assert folder.is_dir()
+        self.crew, self.todo, self.ended = crew, ["ZeRO-1, lamb", "hangs"], False
+        self.found: dict[str, Any] = {}
+
+    def poll(self) -> bool:
+        self.found["ZeRO-1, lamb"] = {"error": 1e-7, "layer": "conv", "ratio_error": 0.0, "exact": self.exact}
+        self.todo = ["hangs"]
+        return True
+
+    done = False
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_part_keeps_what_came_out_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+    made: list[FakeCrew] = []
+
+    def make(*arguments: Any) -> FakeCrew:
+        made.append(FakeCrew(*arguments))
+        made[-1].exact = exact
+        return made[-1]
+
+    monkeypatch.setattr(part_of_sharded, "RunningCrew", make)
+    monkeypatch.setattr(part_of_sharded, "Memcheck", lambda device, log: Memcheck("cuda", log, ""))
+    part = Part("sharded", tmp_path, part_of_sharded.RESERVE + 0.3, rehearse=True)
+    with nullcontext() if exact else pytest.raises(Failed, match=r"NOT EXACT: ZeRO-1, lamb"):
+        said = part_of_sharded.run(part)
+        assert said.startswith("2 of 2 exact to 2e-06; worst 1.0e-07 (ZeRO-1, lamb); 2 did not fit")
+    found = json.loads((tmp_path / "sharded.json").read_text())
+    assert found["did_not_fit"] == [f"{crew.name}: hangs" for crew in CREWS]
+    assert found["memcheck"]["missing"] == "compute-sanitizer is not installed"
+    assert all(crew.ended for crew in made)
+
+
+def test_nothing_compared_is_nothing_good() -> None:
+    exact = {"crews": {"one": {"ZeRO-1": {"exact": True}}}}
+    assert is_good(exact)
+    assert not is_good({**exact, "memcheck": {"errors": 1}})
+    assert not is_good({"crews": {"one": {"ZeRO-1": {"missing": "no device"}}}})
 
 
 # What it says -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,14 +18,14 @@ from torch.autograd import DeviceType
 
 from benchmarks.contenders import BASELINE, COPY, Contender
 from benchmarks.on_gpu.children.limited import Child
-from benchmarks.on_gpu.part import Part
+from benchmarks.on_gpu.part import Failed, Part
 from benchmarks.on_gpu.parts import speed as part_of_speed
 from benchmarks.on_gpu.speed import builds
 from benchmarks.on_gpu.speed.contenders import BYTES, IN_MICRO_BATCHES, OURS, with_extensions, without_extensions
 from benchmarks.on_gpu.speed.devices import Cpu, Cuda, count_on_device
 from benchmarks.on_gpu.speed.launches import count_on_cpu
 from benchmarks.on_gpu.speed.measuring import Rounds, measure_batch, measure_graph
-from benchmarks.on_gpu.speed.page import tables, verdict
+from benchmarks.on_gpu.speed.page import has_lamb, tables, verdict
 from benchmarks.on_gpu.speed.subject import Subject
 from benchmarks.timing import alternate
 from trustratio.optimizers import LAMB
@@ -298,6 +299,15 @@ def test_a_case_that_fails_takes_nothing_from_the_next(tmp_path: Path, monkeypat
     assert found["failed"] == dict.fromkeys(batches, "ZeroDivisionError: division by zero")
     assert len(found["sizes"]["bert-base"]["graphs"]) == len(OURS)
     assert verdict(found) == "LAMB was not measured; in a graph 1.00 ms there, host 1.00 ms; 4 failed"
+
+
+def test_a_part_without_lambs_times_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_of_speed, "Builds", lambda *_: SimpleNamespace(end=lambda: None))
+    for variable in ("DS_ACCELERATOR", "TRITON_INTERPRET"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))  # the part sets them for its own process
+    with pytest.raises(Failed, match="LAMB was not measured; 13 did not fit"):
+        part_of_speed.run(Part("speed", tmp_path, 3.0, rehearse=True))
+    assert has_lamb(_found())
 
 
 def test_what_is_built_is_measured_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

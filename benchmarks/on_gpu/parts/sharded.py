@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.machine import describe_machine
 
-from ..part import Part
+from ..part import Failed, Part
 from ..sharded.crews import RunningCrew
-from ..sharded.page import tables, verdict
+from ..sharded.page import is_good, tables, verdict
 from ..sharded.sanitizer import Memcheck
 from ..sharded.settings import BOUND, CREWS, Crew
 
@@ -22,15 +22,22 @@ RESERVE = 4.0
 
 
 def run(part: Part) -> str:
-    """Train all settings, one crew beside the other, and return the line for the summary."""
+    """Train all settings, one crew beside the other, and return the line for the summary.
+
+    Raises:
+        Failed: With that line, if a setting is not exact, memcheck found something, or nothing could be compared.
+    """
     part.record(machine=describe_machine(part.device), bound=BOUND, crews={}, memcheck={}, did_not_fit=[])
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         crews = [_started(crew, part, Path(folder), stack) for crew in CREWS]
         memcheck = Memcheck(part.device, part.output / "sharded-memcheck.log")
         stack.callback(memcheck.end)
         _watch(part, crews, memcheck)
+        _record(part, crews, memcheck)
     unfinished = [f"{crew.crew.name}: {name}" for crew in crews for name in crew.todo] + memcheck.todo
     part.record(did_not_fit=unfinished)
+    if not is_good(part.found):
+        raise Failed(verdict(part.found))
     return verdict(part.found)
 
 
@@ -40,8 +47,12 @@ def _watch(part: Part, crews: list[RunningCrew], memcheck: Memcheck) -> None:
     while part.left() > RESERVE and not all(one.done for one in running):
         news = [one.poll() for one in running]
         if any(news):
-            part.record(crews={crew.crew.name: crew.found for crew in crews}, memcheck=memcheck.found)
+            _record(part, crews, memcheck)
         time.sleep(0.1)
+
+
+def _record(part: Part, crews: list[RunningCrew], memcheck: Memcheck) -> None:
+    part.record(crews={crew.crew.name: crew.found for crew in crews}, memcheck=memcheck.found)
 
 
 def _started(crew: Crew, part: Part, folder: Path, stack: ExitStack) -> RunningCrew:

@@ -14,12 +14,12 @@ from benchmarks.contenders import Contender
 from benchmarks.machine import copy_bandwidth, describe_machine
 from benchmarks.shapes import SHAPES, Shape
 
-from ..part import Part
+from ..part import Failed, Part
 from ..speed.builds import Builds
 from ..speed.contenders import OURS, with_extensions, without_extensions
 from ..speed.devices import device_of
 from ..speed.measuring import Rounds, measure_batch, measure_graph
-from ..speed.page import tables, verdict
+from ..speed.page import has_lamb, tables, verdict
 from ..speed.subject import Subject
 
 __all__ = ["run", "tables"]
@@ -34,7 +34,11 @@ TOYS: dict[str, list[Shape]] = {"bert-base": [(40, 16), (16,)], "bert-large": [(
 
 
 def run(part: Part) -> str:
-    """Measure case by case, the most telling first, and return the line for the summary."""
+    """Measure case by case, the most telling first, and return the line for the summary.
+
+    Raises:
+        Failed: With that line, if a case raised an error, or LAMB has no times.
+    """
     os.environ["DS_ACCELERATOR"] = part.device
     if part.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported, which the first step does
@@ -45,6 +49,8 @@ def run(part: Part) -> str:
             _Cases(part).measure(builds)
         finally:
             builds.end()
+    if part.found["failed"] or not has_lamb(part.found):
+        raise Failed(verdict(part.found))
     return verdict(part.found)
 
 

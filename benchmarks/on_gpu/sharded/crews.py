@@ -78,7 +78,7 @@ class RunningCrew:
 
     def _watch(self, lines: list[dict[str, Any]], ends: list[str]) -> None:
         """Give up what hangs or has died, and go on with the next."""
-        ready = any("ready" in line for line in lines)
+        ready = sum("ready" in line for line in lines) == len(self.children)
         current = next((line["began"] for line in lines if line.get("began") in self.todo), None)
         if (current, ready) != self._at:
             self._at, self._since = (current, ready), time.monotonic()

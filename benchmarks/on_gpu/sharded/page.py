@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.targets import NOT_MEASURED
 
-__all__ = ["tables", "verdict"]
+__all__ = ["is_good", "tables", "verdict"]
 
 Found = dict[str, Any]
 HEAD = ("sharding, optimizer", "error of the weights' change", "error of ratios", "collectives in a `step()` call", "")
@@ -32,6 +32,12 @@ def verdict(found: Found) -> str:
     said.append(_missing([name for name, row in rows if "missing" in row], found))
     said.append(_memcheck(found.get("memcheck", {})))
     return "; ".join(part for part in said if part)
+
+
+def is_good(found: Found) -> bool:
+    """Whether something was compared, all of it is exact, and memcheck, if it ran, found nothing."""
+    judged = [row["exact"] for crew in found.get("crews", {}).values() for row in crew.values() if "exact" in row]
+    return bool(judged) and all(judged) and not found.get("memcheck", {}).get("errors")
 
 
 def tables(found: Found) -> str:

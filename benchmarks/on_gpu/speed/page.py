@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.contenders import BASELINE
 from benchmarks.targets import NOT_MEASURED, ratio
 
-__all__ = ["tables", "verdict"]
+__all__ = ["has_lamb", "tables", "verdict"]
 
 Rows = dict[str, Any]
 LAMB = "trustratio LAMB (triton)"
@@ -35,6 +35,11 @@ def verdict(found: Rows) -> str:
     large = _lamb(found, LARGE)
     said = [large or _lamb(found, BASE) or "LAMB was not measured", _bound_by(found), _graph(found), _troubles(found)]
     return "; ".join(part for part in said if part)
+
+
+def has_lamb(found: Rows) -> bool:
+    """Whether there are times of LAMB."""
+    return any(_lamb(found, name) for name in NAMES)
 
 
 def tables(found: Rows) -> str:
