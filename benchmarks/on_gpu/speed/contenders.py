@@ -46,6 +46,7 @@ BYTES = {
 """That a step reads and writes per parameter, in fp32; docs/kernels.md has the sweeps.
 
 VRLAMB: sums of multipliers (read g, s), measure (read w, g, m, v, p, s; write m, v, p), apply (read w, m, v; write w).
+What compares its statistics with the gradient beforehand is not among them.
 """
 
 OTHERS = ("timm Lamb", "timm Lars", "apex FusedLAMB", "pytorch_optimizer Lamb", "pytorch_optimizer LARS")

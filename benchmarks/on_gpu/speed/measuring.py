@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +22,21 @@ from .subject import Subject
 __all__ = ["Rounds", "measure_batch", "measure_graph"]
 
 Rows = dict[str, Any]
-
-
-class Rounds(NamedTuple):
-    """How often each clock runs each contender."""
-
-    counted: int
-    before: int
-
-
 Steps = Mapping[str, Callable[[], object]]
 FIRST_STEPS = 2  # state is made and tables are sent; what is wrong with the first is raised by the second at the latest
 MOST_AHEAD = 0.05  # seconds
+
+
+class Rounds(NamedTuple):
+    """How often each clock runs each contender.
+
+    Attributes:
+        counted: Rounds that count.
+        before: Rounds that do not, first.
+    """
+
+    counted: int
+    before: int
 
 
 def measure_batch(
@@ -97,7 +101,7 @@ class _Batch:
     def _count(self, name: str, step: Callable[[], object]) -> None:
         for what, count in (("launches", self.device.launches), ("extra_bytes", self._memory)):
             self.subject.prepare(name)
-            self._add({name: {what: _or_why_not(lambda count=count: count(step))}})  # type: ignore[misc]
+            self._add({name: {what: _or_why_not(partial(count, step))}})
 
     def _memory(self, step: Callable[[], object]) -> int:
         return peak_above(step, self.kind)
