@@ -19,7 +19,18 @@ import torch
 
 from trustratio.optimizers import LAMB, LARS
 
-__all__ = ["ADAM_DECAY", "BASELINE", "COPY", "LARS_DECAY", "Contender", "dense_contenders", "timm_optimizer"]
+__all__ = [
+    "ADAM_DECAY",
+    "BASELINE",
+    "COPY",
+    "LARS_DECAY",
+    "LR",
+    "Contender",
+    "Parameters",
+    "Stepper",
+    "dense_contenders",
+    "timm_optimizer",
+]
 
 BASELINE = "torch AdamW fused"
 COPY = "copy of the weights"
@@ -27,7 +38,8 @@ COPY = "copy of the weights"
 ADAM_DECAY = 0.01
 LARS_DECAY = 1e-4
 LR = 1e-3
-Parameters = Sequence[torch.nn.Parameter]
+Parameters = Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]]
+"""To step, or groups of it."""
 
 
 class Stepper(Protocol):
@@ -90,7 +102,8 @@ class Copy:
     """Copies as many numbers as there are parameters: 8 bytes per parameter at the speed that memory has."""
 
     def __init__(self, parameters: Parameters) -> None:
-        self.source = torch.ones(sum(p.numel() for p in parameters), device=parameters[0].device)
+        tensors = [p for one in parameters for p in (one["params"] if isinstance(one, dict) else (one,))]
+        self.source = torch.ones(sum(p.numel() for p in tensors), device=tensors[0].device)
         self.target = torch.empty_like(self.source)
 
     def step(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import BASELINE, Contender
+from benchmarks.contenders import BASELINE, Contender, Parameters
 from benchmarks.machine import available_memory
 from benchmarks.shapes import Shape, make_parameters
 from benchmarks.timing import alternate
 
-__all__ = ["TEMPORARIES", "measure_dense", "time_steps"]
+__all__ = ["TEMPORARIES", "make_steps", "measure_dense", "time_steps"]
 
 KEPT_GRADIENTS = 4  # bytes per parameter
 TEMPORARIES = 8  # bytes per parameter: twice what any contender was seen to take
@@ -45,17 +45,7 @@ def time_steps(contenders: Sequence[Contender], parameters: list[torch.nn.Parame
     def restore(_: str) -> None:
         torch._foreach_copy_(gradients, kept)  # some contenders work in the gradients' memory
 
-    steps: dict[str, Callable[[], object]] = {}
-    missing: dict[str, Any] = {}
-    for contender in contenders:
-        try:
-            restore(contender.name)
-            step = contender.make(parameters).step
-            step()
-        except Exception as error:  # whatever another package fails with here
-            missing[contender.name] = {"kind": contender.kind, "missing": f"{type(error).__name__}: {error}"[:200]}
-        else:
-            steps[contender.name] = step
+    steps, missing = make_steps(contenders, lambda: parameters, restore)
     timings = alternate(steps, BASELINE, rounds, prepare=restore)
     kinds = {contender.name: contender.kind for contender in contenders}
     rows = {name: {"kind": kinds[name], **timing.summary()} for name, timing in timings.items()}
@@ -63,6 +53,35 @@ def time_steps(contenders: Sequence[Contender], parameters: list[torch.nn.Parame
     steps.clear()
     gc.collect()
     return {**rows, **missing}
+
+
+def make_steps(
+    contenders: Sequence[Contender],
+    parameters: Callable[[], Parameters],
+    prepare: Callable[[str], object],
+    first_steps: int = 1,
+) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """The steps of those that can be had and have taken their first steps, and rows that say why the others cannot.
+
+    Args:
+        contenders: Whom to make.
+        parameters: What makes the argument of each: parameters to step, or groups of it.
+        prepare: Called with a contender's name before each step.
+        first_steps: How many to take here.
+    """
+    steps: dict[str, Callable[[], object]] = {}
+    missing: dict[str, Any] = {}
+    for contender in contenders:
+        try:
+            step = contender.make(parameters()).step
+            for _ in range(first_steps):
+                prepare(contender.name)
+                step()
+        except Exception as error:  # whatever another package fails with here
+            missing[contender.name] = {"kind": contender.kind, "missing": f"{type(error).__name__}: {error}"[:200]}
+        else:
+            steps[contender.name] = step
+    return steps, missing
 
 
 def _batches(contenders: Sequence[Contender], elements: int, memory: int) -> list[list[Contender]]:

@@ -49,6 +49,7 @@ def alternate(
     rounds: int,
     warmup: int = 2,
     prepare: Callable[[str], object] = lambda name: None,
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Timing]:
     """Run every contender once per round.
 
@@ -58,6 +59,7 @@ def alternate(
         rounds: Rounds that count.
         warmup: Rounds that do not, first: state and plans are made in them.
         prepare: Called with a contender's name before its turn; its time does not count.
+        clock: Runs a contender and returns its seconds; by default those until the accelerator has finished.
 
     Returns:
         One `Timing` per contender.
@@ -68,12 +70,18 @@ def alternate(
         for name in random.Random(number).sample(names, len(names)):
             prepare(name)
             begin_together()
-            began = time.perf_counter()
-            contenders[name]()
-            synchronize()
+            taken = (clock or until_finished)(contenders[name])
             if number >= 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(taken)
     return {name: Timing(values, seconds[baseline]) for name, values in seconds.items()}
+
+
+def until_finished(work: Callable[[], object]) -> float:
+    """Seconds until the work is done, on the accelerator too."""
+    began = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def begin_together() -> None:

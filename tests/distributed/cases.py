@@ -177,7 +177,7 @@ class Leaf(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=dtype))
 
     def forward(self, gradient: torch.Tensor) -> torch.Tensor:
-        return (self.weight * gradient).sum()
+        return (self.weight * gradient.to(self.weight.device)).sum()
 
 
 class Model(torch.nn.Module):

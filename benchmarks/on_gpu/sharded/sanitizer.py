@@ -1,0 +1,75 @@
+"""compute-sanitizer's memcheck on small steps: accesses outside of what was allocated."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..children.limited import Child, python
+
+__all__ = ["Memcheck"]
+
+SECONDS = 150.0
+SEARCHED = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
+OPTIONS = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86")
+"""Calls that fail are no accesses: torch tries some at its start, to see what there is."""
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+REPORTED = re.compile(r"^=+ (Invalid .*|.*out of bounds.*|Program hit .*)$", re.MULTILINE)
+
+
+class Memcheck:
+    """The steps of `one_step` under the tool; in a rehearsal without it, to see them run.
+
+    Attributes:
+        found: `errors`, how many accesses are wrong, and `first`, what is said of the first of them; or `missing`.
+    """
+
+    def __init__(self, device: str, log: Path, search: str = SEARCHED) -> None:
+        """Start the program on the device, with all output in `log`."""
+        self.log, self.rehearses = log, device == "cpu"
+        self.found: dict[str, Any] = {}
+        tool = shutil.which("compute-sanitizer", path=search)
+        command = python("benchmarks.on_gpu.sharded.one_step", device)
+        if tool and not self.rehearses:
+            # Memory that torch keeps would be allocated, however far beyond its tensor an access is.
+            command = [tool, *OPTIONS, *command]
+        self.child: Child | None = None
+        if tool or self.rehearses:
+            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "1" if self.rehearses else "0"}
+            self.child = Child.start(command, SECONDS, log, environment)
+        else:
+            self.found = {"missing": "compute-sanitizer is not installed"}
+
+    def poll(self) -> bool:
+        """Look whether it has ended; returns whether `found` is new."""
+        if self.child is None or self.done or (outcome := self.child.outcome()) is None:
+            return False
+        self.found = self._read(outcome)
+        return True
+
+    @property
+    def done(self) -> bool:
+        """Whether `found` is there."""
+        return bool(self.found)
+
+    @property
+    def todo(self) -> list[str]:
+        """What has not come out yet."""
+        return [] if self.done else ["memcheck"]
+
+    def end(self) -> None:
+        """Stop it."""
+        if self.child is not None:
+            self.child.end()
+
+    def _read(self, outcome: str) -> dict[str, Any]:
+        text = self.log.read_text(errors="replace")
+        summary, reported = SUMMARY.search(text), REPORTED.search(text)
+        if summary is not None and "stepped" in text:
+            return {"errors": int(summary[1]), **({"first": reported[1][:200]} if reported else {})}
+        if self.rehearses and not outcome:
+            return {"missing": "a rehearsal has no device; the steps ran without the tool"}
+        return {"missing": outcome or "the tool wrote no summary"}
