@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTS", "Part"]
+__all__ = ["PARTS", "Failed", "Part"]
 
 PARTS = ("machine", "kernels", "speed", "sharded", "job", "throughput", "batch64k")
 """In the order of their worth. Each is a module in `parts/` with a function `run(part) -> str`, the verdict."""
+
+
+class Failed(Exception):
+    """Raised by a part that has run to its end and found something wrong; its text is the verdict."""
 
 
 @dataclass
@@ -66,6 +70,9 @@ def main(arguments: list[str]) -> int:
     part = Part(options.name, options.output, options.limit, options.rehearse)
     try:
         verdict = importlib.import_module(f"benchmarks.on_gpu.parts.{part.name}").run(part)
+    except Failed as failure:
+        part.record(verdict=str(failure), seconds=round(time.monotonic() - part.began, 1))
+        return 1
     except Exception as error:
         traceback.print_exc()
         part.record(verdict=f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
