@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import available_memory, copy_bandwidth, describe_machine
+from benchmarks.timing import synchronize
 
 from ..part import Part
 
@@ -33,13 +34,13 @@ def tables(found: dict[str, Any]) -> str:
     """A sentence or two for docs/benchmarks.md."""
     if "copy_bytes_per_second" not in found:
         return "not measured"
-    packages = ("cuda", "driver", "torch", "triton", "deepspeed", "transformers")
+    packages = ("cuda", "torch", "triton", "deepspeed")
     versions = ", ".join(f"{name} {found[name]}" for name in packages if found.get(name))
     products = found.get("bf16_operations_per_second")
     speed = f", and multiplies bf16 matrices at {products / 1e12:,.0f} TFLOP/s" if products else ""
     return (
-        f"{found.get('device', 'A device')}; {versions}. It copies at {found['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
-        f"bytes read and written{speed}."
+        f"{found.get('device', 'A device')}; {versions}. It copies at {found['copy_bytes_per_second'] / 1e9:,.0f} "
+        f"GB/s, bytes read and written{speed}."
     )
 
 
@@ -62,15 +63,10 @@ def _operations_per_second(device: str, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = 0.0
     for repetitions in (2, REPETITIONS):  # the first ones warm up
-        _finish(device)
+        synchronize()
         began = time.perf_counter()
         for _ in range(repetitions):
             a @ b
-        _finish(device)
+        synchronize()
         seconds = time.perf_counter() - began
     return REPETITIONS * 2.0 * size**3 / seconds
-
-
-def _finish(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
