@@ -68,7 +68,7 @@ def run_until(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**environment, MARK: token},
+            env={**environment, MARK: f"{environment.get(MARK, '')} {token}"},  # a part may run parts of its own
             cwd=folder,
             start_new_session=True,
         )
@@ -115,10 +115,10 @@ def _signal_all(process: subprocess.Popen[bytes], token: str, number: signal.Sig
 
 def _marked(token: str) -> Iterator[int]:
     """Processes with the mark, also those that have made a session of their own; none where there is no /proc."""
-    mark = f"{MARK}={token}".encode()
     for entry in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if mark in entry.read_bytes().split(b"\0"):
+            variables = entry.read_bytes().split(b"\0")
+            if any(one.startswith(MARK.encode()) and token.encode() in one for one in variables):
                 yield int(entry.parent.name)
 
 
