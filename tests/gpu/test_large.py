@@ -87,7 +87,9 @@ def test_a_layer_of_more_than_two_to_the_31_elements(name: str, dtype: torch.dty
         optimizer.step()
         found.append(p.detach()[-1].cpu().clone())
         assert_rows_are_all(p.detach(), p.detach()[-1].clone())
-    for (before, expected), after in zip(expected_rows(name, start, gradients, found), found, strict=True):
+    # LANS divides gradients by the norm of the layer, beside which eps is as much larger as the norm is.
+    options = {**OPTIONS, "eps": 1e-6 * rows**0.5} if name == "lans" else OPTIONS
+    for (before, expected), after in zip(expected_rows(name, start, gradients, found, options), found, strict=True):
         assert_close(after, expected, before)
 
 
