@@ -70,7 +70,7 @@ def read_journal(path: Path) -> dict[str, Any]:
     tests: dict[str, dict[str, Any]] = {}
     for entry in entries:
         # A test fails once, though its end or the process that ran it may fail too.
-        if "test" in entry and tests.get(entry["test"], entry)["outcome"] != "failed":
+        if "test" in entry and tests.get(entry["test"], {}).get("outcome") != "failed":
             tests[entry["test"]] = entry
     by = {outcome: [test for test in tests.values() if test["outcome"] == outcome] for outcome in ("passed", "failed")}
     skipped = [test for test in tests.values() if test["outcome"] == "skipped"]

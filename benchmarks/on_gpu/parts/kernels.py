@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import Any
 
 from ..kernels.journal import read_journal
+from ..kernels.page import verdict
 from ..part import Failed, Part
 from ..runner.environment import ROOT
 from ..runner.processes import GRACE, run_until
 
-__all__ = ["run", "tables"]
+__all__ = ["REHEARSAL", "run"]
 
 MOST_PROCESSES = 10
 """Which compile side by side, for that takes most of the time; each holds about half a GB of the device."""
@@ -41,19 +41,10 @@ def run(part: Part) -> str:
     end = run_until(command, part.output / "kernels-tests.log", limit, environment, ROOT, record)
     found = read_journal(journal)
     part.record(**found, status=end.status, seconds_of_tests=round(end.seconds, 1))
-    verdict = _verdict(found, end.seconds, stopped=end.stopped)
+    said = verdict(found, end.seconds, stopped=end.stopped)
     if found["failed"] or not found["passed"] or (end.status != 0 and not end.stopped):
-        raise Failed(verdict if found["failed"] else f"{verdict}; pytest ended with status {end.status}")
-    return verdict
-
-
-def tables(found: dict[str, Any]) -> str:
-    """A sentence for docs/benchmarks.md, and what failed."""
-    if "passed" not in found:
-        return "not measured"
-    failures = [f"- `{failure['test']}`: {failure['why'].splitlines()[0][:200]}" for failure in found["failures"]]
-    sentence = f"`python -m pytest tests/gpu`: {_verdict(found, found.get('seconds_of_tests', 0.0), stopped=False)}."
-    return "\n".join([sentence, *(["", *failures] if failures else [])])
+        raise Failed(said if found["failed"] else f"{said}; pytest ended with status {end.status}")
+    return said
 
 
 def _side_by_side(part: Part) -> list[str]:
@@ -62,18 +53,3 @@ def _side_by_side(part: Part) -> list[str]:
         return []
     count = 2 if part.rehearse else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 2))
     return ["-n", str(count), "--max-worker-restart", "20"]
-
-
-def _verdict(found: dict[str, Any], seconds: float, *, stopped: bool) -> str:
-    parts = [f"{found['passed']} passed"]
-    if found["failed"]:
-        first = found["failures"][0]
-        message = (first["why"].splitlines() or [""])[0]
-        parts.append(f"{found['failed']} failed (first: {first['test'].removeprefix('tests/gpu/')}: {message[:120]})")
-    else:
-        parts.append("0 failed")
-    if found["skipped"]:
-        parts.append(f"{found['skipped']} skipped")
-    if found["not_reached"]:
-        parts.append(f"{found['not_reached']} not reached{' in time' if stopped else ''}")
-    return f"{', '.join(parts)}, in {seconds:.0f} s"
