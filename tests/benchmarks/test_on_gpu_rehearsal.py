@@ -1,4 +1,4 @@
-"""`python -m benchmarks.on_gpu --rehearse`, whole: all parts on the CPU at toy size, their files, verdicts and tables."""
+"""`python -m benchmarks.on_gpu --rehearse` runs all parts on the CPU at toy size: files, verdicts, tables."""
 
 from __future__ import annotations
 
