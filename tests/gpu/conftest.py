@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not (HAS_GPU or ASKED):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if len(here) == len(items):
-        items.sort(key=lambda item: IN_ORDER_OF_WORTH.index(item.path.stem))
+        worth = {stem: index for index, stem in enumerate(IN_ORDER_OF_WORTH)}
+        items.sort(key=lambda item: worth.get(item.path.stem, len(worth)))
     if ASKED == "1":
         first = {item.nodeid.partition("[")[0]: item for item in reversed(here)}
         others = [item for item in here if first[item.nodeid.partition("[")[0]] is not item]

@@ -38,8 +38,8 @@ def test_the_gpu_is_chosen_by_itself(on_gpu: None) -> None:
     parameters, _ = make("lamb", "cuda")
     optimizer = LAMB(parameters)
     optimizer.step()
-    assert optimizer._plans  # made at the first step
-    assert ("pointers", "weights") in next(iter(optimizer._plans.values())).cache
+    (plan,) = optimizer._plans.values()
+    assert any(key[0] == "pointers" for key in plan.cache)
 
 
 def test_weights_of_several_dtypes_in_one_optimizer(device: str) -> None:
