@@ -31,6 +31,8 @@ from .runner.parts import Runner
 from .runner.results import Results
 
 RESULTS = ROOT / "docs" / "results" / "gpu"
+INSTALLING = 0.25
+"""The largest share of the time that wheels may take."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +100,10 @@ def _run(options: argparse.Namespace, began: float, scratch: Path) -> int:
     names = [name for name in PARTS if options.parts is None or name in options.parts]
     try:
         log = results.folder / "install.log"
-        environment = prepare(scratch, log, results.say, wheels=options.wheels, rehearse=options.rehearse)
+        seconds = options.minutes * 60 * INSTALLING
+        environment = prepare(
+            scratch, log, results.say, seconds=seconds, wheels=options.wheels, rehearse=options.rehearse
+        )
         runner = Runner(
             results,
             lambda name, limit: _command(name, limit, results.folder, options.rehearse),

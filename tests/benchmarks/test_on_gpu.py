@@ -60,6 +60,7 @@ def record(**values):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE", 0.3)
     monkeypatch.setattr("benchmarks.on_gpu.runner.parts.GRACE", 0.3)
+    monkeypatch.setattr("benchmarks.on_gpu.runner.parts.PACKING", 0.0)
     monkeypatch.setattr(processes, "_POLL", 0.02)
 
 
@@ -292,7 +293,7 @@ def test_the_command_needs_nothing_but_python() -> None:
 def test_a_package_that_is_not_installed_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(environment, "_is_importable", lambda environment: False)
-    found = environment.prepare(tmp_path, tmp_path / "log", said.append)
+    found = environment.prepare(tmp_path, tmp_path / "log", said.append, seconds=0)
     look = "from importlib.util import find_spec; print(find_spec('trustratio.recipes').origin)"
     ran = subprocess.run(
         [sys.executable, "-S", "-c", look], env=found, cwd=tmp_path, capture_output=True, text=True, check=True
@@ -308,13 +309,15 @@ def test_one_bad_wheel_costs_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
         (wheels / name).write_bytes(b"")
     asked: list[list[str]] = []
 
-    def install(arguments: list[str], log: Path, environment: dict[str, str]) -> bool:
-        asked.append([Path(argument).name for argument in arguments if argument.endswith((".whl", str(ROOT)))])
-        return not any("bad" in name for name in asked[-1])
+    def install(command: list[str], log: Path, limit: float, *others: Any) -> processes.End:
+        asked.append([Path(argument).name for argument in command if argument.endswith((".whl", str(ROOT)))])
+        log.write_text("told\n")
+        return processes.End(1.0, int(any("bad" in name for name in asked[-1])), False)
 
     said: list[str] = []
-    monkeypatch.setattr(environment, "_install", install)
-    environment.prepare(tmp_path, tmp_path / "log", said.append, wheels=wheels)
+    monkeypatch.setattr(environment, "run_until", install)
+    environment.prepare(tmp_path, tmp_path / "log", said.append, seconds=60, wheels=wheels)
+    assert (tmp_path / "log").read_text() == "told\n" * 4
     assert asked == [
         ["bad-1-py3-none-any.whl", "good-1-py3-none-any.whl"],
         ["bad-1-py3-none-any.whl"],
@@ -324,8 +327,16 @@ def test_one_bad_wheel_costs_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said == ["wheels: bad-1-py3-none-any.whl could not be installed, see log"]
 
 
+def test_installing_does_not_take_the_time_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "run_until", lambda *arguments: pytest.fail("was begun"))
+    (tmp_path / "late-1-py3-none-any.whl").write_bytes(b"")
+    said: list[str] = []
+    environment.prepare(tmp_path, tmp_path / "log", said.append, seconds=0, wheels=tmp_path)
+    assert said == ["wheels: late-1-py3-none-any.whl could not be installed, see log"]
+
+
 def test_a_rehearsal_is_on_the_cpu_even_beside_a_gpu(tmp_path: Path) -> None:
-    found = environment.prepare(tmp_path, tmp_path / "log", pytest.fail, rehearse=True)
+    found = environment.prepare(tmp_path, tmp_path / "log", pytest.fail, seconds=0, rehearse=True)
     assert (found["CUDA_VISIBLE_DEVICES"], found["TRITON_INTERPRET"]) == ("", "1")
     assert (
         "TRITON_INTERPRET" not in environment._variables(tmp_path, rehearse=False) or "TRITON_INTERPRET" in os.environ

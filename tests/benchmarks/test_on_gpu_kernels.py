@@ -74,6 +74,39 @@ def test_without_other_processes_what_ran_before_is_kept(tmp_path: Path) -> None
     assert (found["tests"], found["passed"], found["failed"], found["not_reached"]) == (7, 3, 2, 1)
 
 
+LOSES = """
+import os, pytest, torch
+from tests.gpu import conftest
+from tests.gpu.conftest import pytest_runtest_logfinish, pytest_runtest_makereport
+
+def lose():
+    raise RuntimeError("an illegal memory access was encountered")
+
+conftest.HAS_GPU = True
+torch.cuda.synchronize = lambda: None
+"""
+LOST = """
+import pytest, torch
+from conftest import lose
+
+@pytest.mark.parametrize("number", range(4))
+def test_goes_on(number):
+    if number == 1:
+        torch.cuda.synchronize = lose
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_a_device_that_answers_no_more_is_one_failure(side_by_side: bool, tmp_path: Path) -> None:
+    """In other processes, the next one begins anew; alone, the tests end there."""
+    (tmp_path / "conftest.py").write_text(LOSES)
+    found = run_toys(tmp_path, LOST, *(("-n", "1") if side_by_side else ("-p", "no:xdist")))
+    assert (found["failed"], found["passed"], found["not_reached"]) == ((1, 3, 0) if side_by_side else (1, 1, 2))
+    assert "test_goes_on[1]" in found["failures"][0]["test"]
+
+
 def test_files_that_cannot_be_imported_are_failures(tmp_path: Path) -> None:
     found = run_toys(tmp_path, "import nothing_like_this\n")
     assert (found["passed"], found["failed"]) == (0, 1)

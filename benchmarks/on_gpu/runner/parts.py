@@ -14,6 +14,8 @@ from .shares import SHARES, Share, limit_of
 
 __all__ = ["Runner"]
 
+PACKING = 1.0  # seconds
+
 
 @dataclass
 class Runner:
@@ -45,8 +47,8 @@ class Runner:
     def _run_part(self, names: Sequence[str]) -> bool:
         """The first of those that are still to run."""
         name = names[0]
-        # What is stopped at its limit takes longer to be gone.
-        left = self.ends - time.monotonic() - 2 * GRACE
+        # What is stopped at its limit takes longer to be gone, and then everything is packed.
+        left = self.ends - time.monotonic() - 2 * GRACE - PACKING
         limit = limit_of(names, left, self.shares)
         if limit is None:
             self._say(name, 0.0, f"no time left: needs {self.shares[name].least:.0f} s, {max(left, 0.0):.0f} were left")
