@@ -93,7 +93,7 @@ def _minutes(text: str) -> float:
 
 def _run(options: argparse.Namespace, began: float, scratch: Path) -> int:
     results = _results(options, scratch)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     now = datetime.now(timezone.utc).isoformat(timespec="minutes")
     device = "CPU, a rehearsal" if options.rehearse else _device()
     results.say(f"{device}; {now}; at most {options.minutes:g} minutes")
@@ -116,6 +116,8 @@ def _run(options: argparse.Namespace, began: float, scratch: Path) -> int:
     except KeyboardInterrupt:
         results.say("interrupted")
         passed = False
+    finally:
+        signal.signal(signal.SIGTERM, before)
     results.say(f"{time.monotonic() - began:.0f} s in all")
     results.pack(now=True)
     print(_where(results, scratch))

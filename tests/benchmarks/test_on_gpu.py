@@ -178,9 +178,11 @@ def test_what_there_is_no_time_for_is_said_and_keeps_its_old_numbers(tmp_path: P
 def test_what_an_earlier_run_has_left_is_no_result_of_this_one(tmp_path: Path) -> None:
     for name in ("says nothing.json", "says nothing-trace.json", "passes-trace.json"):
         (tmp_path / name).write_text('{"verdict": "old"}')
+    (tmp_path / "says nothing-run" / "checkpoint").mkdir(parents=True)
     run(tmp_path, ["says nothing"])
     assert "without a verdict" in summary(tmp_path)["says nothing"]
     assert not (tmp_path / "says nothing-trace.json").exists()
+    assert not (tmp_path / "says nothing-run").exists()
     assert (tmp_path / "passes-trace.json").exists()
 
 
@@ -225,6 +227,51 @@ def test_numbers_come_before_what_is_large(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).write_text("x" * size)
     results = Results(tmp_path, tmp_path / "bring")
     assert [name for name, _ in results._contents()] == ["speed.json", "b.trace"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_costs_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "summary.txt").mkdir(parents=True)  # which cannot be written either
+    (folder / "passes.json.new").mkdir()
+    monkeypatch.setattr(Results, "forget", lambda results, name: None)
+    monkeypatch.setattr("tarfile.open", lambda *arguments, **options: (_ for _ in ()).throw(OSError("full")))
+    assert run(folder, ["passes", "says nothing"], bring=tmp_path / "bring") is False
+    assert [line.split(": ")[0] for line in (tmp_path / "bring" / "summary.txt").read_text().splitlines()] == [
+        *("passes", "says nothing")
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_part_that_cannot_be_started_costs_no_other(tmp_path: Path) -> None:
+    def command(name: str, limit: float) -> list[str]:
+        return ["/no/such/program"] if name == "fails" else [sys.executable, "-c", "print('there')"]
+
+    shares = {"fails": Share(1, 1), "passes": Share(1, 1)}
+    runner = Runner(Results(tmp_path), command, os.environ, tmp_path, time.monotonic() + 60, shares)
+    assert not runner.run(list(shares))
+    assert summary(tmp_path)["fails"].startswith("failed: could not be run: [Errno 2] No such file")
+    assert summary(tmp_path)["passes"].endswith("last line: there")
+
+
+def test_sigterm_ends_the_part_and_is_said(tmp_path: Path) -> None:
+    """As from whoever lends the machine."""
+    program = (
+        "import sys\n"
+        "from benchmarks.on_gpu import __main__ as command\n"
+        "toy = 'import os, time; print(os.getpid(), file=open(sys_path, \"w\")); time.sleep(100)'\n"
+        f"toy = toy.replace('sys_path', repr({str(tmp_path / 'pid')!r}))\n"
+        "command._command = lambda *arguments: [sys.executable, '-c', toy]\n"
+        f"sys.exit(command.main(['--rehearse', '--parts', 'machine', '--output', {str(tmp_path)!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 1
+    assert not is_there(int((tmp_path / "pid").read_text()))
+    assert "interrupted" in (tmp_path / "summary.txt").read_text().splitlines()
 
 
 # The command --------------------------------------------------------------------------------------------------------

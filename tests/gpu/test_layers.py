@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from trustratio.optimizers import OPTIMIZERS, create_optimizer
+from trustratio.optimizers import OPTIMIZERS
 
 from ..swept import SWEPT
 from .cases import Steps, assert_same, make
@@ -118,17 +118,3 @@ def test_parameters_on_another_gpu_than_the_current_one(name: str) -> None:
     steps = Steps(name, "cuda:1")
     for step in range(2):
         steps.step(step)
-
-
-def test_a_device_may_be_named_in_two_ways(device: str) -> None:
-    """Without its number and with it, which do not compare equal."""
-    parameters, _ = make("lamb", device)
-    gradients = [p.grad for p in parameters]
-    moved = [torch.nn.Parameter(p.detach().to(f"{device}:0" if device == "cuda" else device)) for p in parameters]
-    for p, g in zip(moved, gradients, strict=True):
-        p.grad = g
-    optimizer = create_optimizer("lamb", moved, lr=0.05, implementation="triton")
-    expected, reference = make("lamb", "cpu", implementation="eager")
-    optimizer.step()
-    reference.step()
-    assert_same(moved, expected, 1e-6)

@@ -55,11 +55,16 @@ class Runner:
             return True
         self.results.forget(name)
         log = self.results.folder / f"{name}.log"
-        end = run_until(self.command(name, limit), log, limit, self.environment, self.folder, self.results.pack)
-        outcome, verdict = judge(end, read_json(log.with_suffix(".json")), log, limit)
-        facts = {"outcome": outcome, "verdict": verdict, "seconds": round(end.seconds, 1), "limit": round(limit, 1)}
+        began = time.monotonic()
+        try:
+            end = run_until(self.command(name, limit), log, limit, self.environment, self.folder, self.results.pack)
+            outcome, verdict = judge(end, read_json(log.with_suffix(".json")), log, limit)
+        except OSError as error:  # no memory for a process, no disk for its log
+            outcome, verdict = "failed", f"could not be run: {error}"
+        seconds = time.monotonic() - began
+        facts = {"outcome": outcome, "verdict": verdict, "seconds": round(seconds, 1), "limit": round(limit, 1)}
         self.results.finish(name, {**self.facts, **facts})
-        self._say(name, end.seconds, f"{outcome}: {verdict}" if outcome != "passed" else verdict)
+        self._say(name, seconds, f"{outcome}: {verdict}" if outcome != "passed" else verdict)
         return outcome == "passed"
 
     def _say(self, name: str, seconds: float, text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -27,7 +29,7 @@ _SECONDS_BETWEEN_ARCHIVES = 10.0
 
 
 class Results:
-    """The files of a run.
+    """The files of a run. A disk that is full costs what would have been written, and not the parts to come.
 
     Args:
         folder: Where they are.
@@ -45,48 +47,71 @@ class Results:
         """Print a line and add it to the summary."""
         print(line, flush=True)
         for folder in filter(None, (self.folder, self.bring)):
-            with (folder / "summary.txt").open("a") as file:
+            with contextlib.suppress(OSError), (folder / "summary.txt").open("a") as file:
                 file.write(f"{line}\n")
 
     def forget(self, name: str) -> None:
         """Remove what an earlier run of a part has left."""
         for path in (*self.folder.glob(f"{name}.*"), *self.folder.glob(f"{name}-*")):
-            if path.is_file():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
 
     def finish(self, name: str, facts: Found) -> None:
         """Add facts about the run of a part to its numbers, whatever they are."""
         path = self.folder / f"{name}.json"
         unfinished = path.with_suffix(".json.new")
-        unfinished.write_text(json.dumps({**read_json(path), "run": facts}, indent=1) + "\n")
-        os.replace(unfinished, path)
+        with contextlib.suppress(OSError):
+            unfinished.write_text(json.dumps({**read_json(path), "run": facts}, indent=1) + "\n")
+            os.replace(unfinished, path)
 
     def pack(self, *, now: bool = False) -> None:
         """Bring the archive up to date, every ten seconds if not `now`."""
         if self.bring is None or not (now or time.monotonic() - self.packed > _SECONDS_BETWEEN_ARCHIVES):
             return
-        unfinished = self.bring / f".{ARCHIVE}.new"
-        with tarfile.open(unfinished, "w:gz", compresslevel=3) as archive:
-            for name, content in self._contents():
-                entry = tarfile.TarInfo(name)
-                entry.size, entry.mtime = len(content), int(time.time())
-                archive.addfile(entry, io.BytesIO(content))
-        os.replace(unfinished, self.bring / ARCHIVE)
         self.packed = time.monotonic()
+        unfinished = self.bring / f".{ARCHIVE}.new"
+        with contextlib.suppress(OSError):
+            with tarfile.open(unfinished, "w:gz", compresslevel=3) as archive:
+                for name, content in self._contents():
+                    entry = tarfile.TarInfo(name)
+                    entry.size, entry.mtime = len(content), int(time.time())
+                    archive.addfile(entry, io.BytesIO(content))
+            os.replace(unfinished, self.bring / ARCHIVE)
 
     def _contents(self) -> Iterator[tuple[str, bytes]]:
         """Files by name, numbers and logs before others, small ones first, as long as there is room."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        files.sort(key=lambda path: (path.suffix not in (".json", ".txt", ".log"), path.stat().st_size))
         room = MOST_BYTES
-        for path in files:
-            try:
-                content = path.read_bytes() if path.stat().st_size <= room else None
-            except OSError:  # whoever made it has taken it away
-                continue
-            if content is not None and len(content) <= room:
+        for path in sorted(self.folder.rglob("*"), key=_worth):
+            content = _content(path, room)
+            if content is not None:
                 room -= len(content)
                 yield path.relative_to(self.folder).as_posix(), content
+
+
+def _worth(path: Path) -> tuple[bool, int]:
+    return path.suffix not in (".json", ".txt", ".log"), _size(path) or 0
+
+
+def _size(path: Path) -> int | None:
+    """Of a file; None if it is none, or whoever made it has taken it away."""
+    try:
+        return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+    except OSError:
+        return None
+
+
+def _content(path: Path, most: int) -> bytes | None:
+    """Of a file of at most so many bytes."""
+    size = _size(path)
+    if size is None or size > most:
+        return None
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError:
+        return None
 
 
 def read_json(path: Path) -> Found:
