@@ -28,6 +28,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 """Of two blocks and a little, less than one, without ratio, one element, and of whole blocks."""
 
 PLAIN = [name for name in SWEPT if OPTIMIZERS[name].group_statistics is None]
+CANCELS = {"cowclip": {"weight_decay": 0.03}}
+"""Adam divides g + λw by its size. With λ = 0.1 the two cancel in some element, whose sign is that of the rounding."""
+
 INTERPRETED = not torch.cuda.is_available()
 
 
@@ -53,7 +56,7 @@ class Steps:
         self.name, self.dtype = name, dtype
         made = make_parameters(dtype, SHAPES if shapes is None else shapes)
         self.parameters = {layer: torch.nn.Parameter(p.detach().to(device)) for layer, p in made.items()}
-        self.options = {"lr": LR, "weight_decay": 0.1, **OWN_OPTIONS.get(name, {}), **options}
+        self.options = {"lr": LR, "weight_decay": 0.1, **OWN_OPTIONS.get(name, {}), **CANCELS.get(name, {}), **options}
         implementation = "triton" if name in SWEPT else "eager"
         self.optimizer = create_optimizer(
             name, list(self.parameters.items()), implementation=implementation, **self.options
