@@ -24,7 +24,7 @@ import os, pytest
 def test_passes(number):
     pass
 
-def test_fails():
+def test_fails(ends_badly):
     assert 1 == 2, "not the same"
 
 def test_fails_at_its_end(ends_badly):
