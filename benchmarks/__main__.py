@@ -21,6 +21,7 @@ import torch
 from benchmarks import dense, growth, memory, sharded
 from benchmarks.contenders import dense_contenders
 from benchmarks.machine import copy_bandwidth, describe_machine
+from benchmarks.on_gpu.page import benchmarks_section, found_in
 from benchmarks.shapes import SHAPES, equal_layers
 from benchmarks.tables import PARTS, markdown
 
@@ -103,7 +104,8 @@ def write_page(numbers: Path, results: dict[str, Any]) -> None:
     page = folder / f"{numbers.stem}.md"
     kills = numbers.with_name("kills.json")
     killed = json.loads(kills.read_text()) if kills.exists() else None
-    page.write_text(markdown(results, numbers.relative_to(folder).as_posix(), killed))
+    gpu = benchmarks_section(found_in(numbers.with_name("gpu")))
+    page.write_text(markdown(results, numbers.relative_to(folder).as_posix(), killed, gpu))
 
 
 def dump(results: dict[str, Any]) -> str:

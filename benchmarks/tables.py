@@ -13,8 +13,8 @@ __all__ = ["PARTS", "markdown"]
 Rows = dict[str, Any]
 
 
-def markdown(results: Rows, numbers: str, kills: Rows | None = None) -> str:
-    """The page of all parts that `results` holds, with a link to the file of `numbers`, and of killed runs if any."""
+def markdown(results: Rows, numbers: str, kills: Rows | None = None, gpu: str | None = None) -> str:
+    """The page of all parts that `results` holds, with a link to the file of `numbers`; of kills and a GPU if any."""
     sections = [f"## {title}\n\n{table(results[name])}" for name, (title, table) in PARTS.items() if name in results]
     head = (
         "# Benchmarks\n\n"
@@ -25,6 +25,8 @@ def markdown(results: Rows, numbers: str, kills: Rows | None = None) -> str:
     )
     if kills is not None:
         sections.append(f"## Killed runs\n\n{kills_section(kills)}")
+    if gpu is not None:
+        sections.append(f"## On a GPU\n\n{gpu}")
     return "\n\n".join([head, targets_section(results), *sections]) + "\n"
 
 

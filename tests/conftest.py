@@ -46,9 +46,14 @@ def _young_objects_again() -> None:
 
 
 class _ByPools(LoadScopeScheduling):
-    """Of `-n 2`, one process runs all that shares pools of workers, and the other one beside it file by file."""
+    """Of `-n 2`, one process runs all that shares pools of workers, and the other one beside it file by file.
+
+    On a GPU test by test, since most of the time goes into compiling; but one after another what takes its memory.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith("tests/gpu/") and "test_large" not in nodeid:
+            return nodeid
         return "pools" if nodeid.startswith("tests/distributed/") else nodeid.partition("::")[0]
 
 

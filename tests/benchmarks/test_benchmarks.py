@@ -16,6 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.contenders import BASELINE, COPY, Contender, dense_contenders
 from benchmarks.dense import measure_dense, time_steps
 from benchmarks.memory import step_memory
+from benchmarks.on_gpu.page import benchmarks_section, found_in
 from benchmarks.shapes import SHAPES, equal_layers, make_parameters
 from benchmarks.tables import PARTS, dense_table, markdown
 from benchmarks.targets import BLOCK_BYTES, ratio, targets_section
@@ -187,7 +188,8 @@ def test_collectives_and_bytes_are_counted() -> None:
 def test_committed_page_belongs_to_its_numbers() -> None:
     docs = Path(__file__).parents[2] / "docs"
     results, kills = (json.loads((docs / "results" / f"{name}.json").read_text()) for name in ("benchmarks", "kills"))
-    assert (docs / "benchmarks.md").read_text() == markdown(results, "results/benchmarks.json", kills)
+    gpu = benchmarks_section(found_in(docs / "results" / "gpu"))
+    assert (docs / "benchmarks.md").read_text() == markdown(results, "results/benchmarks.json", kills, gpu)
 
 
 def test_bases_are_timed_and_sorted() -> None:
