@@ -114,10 +114,8 @@ def factor_between(
     seen = torch.where(present, seen, 0.0)
     size = mean_square + seen.square().sum(dim=0)
     # Numbers near zero are rounded to multiples of the smallest one, which in fp16 is no small part of small gradients.
-    resolution = seen.new_tensor([layer.gradient_resolution for layer in layout.layers])
-    smallest = seen.new_tensor([layer.smallest_gradient for layer in layout.layers])
-    elements = seen.new_tensor([layer.numel for layer in layout.layers])
-    noise = (size * resolution.square() / 24 + elements * smallest.square() / 12) * additions
+    smallest = layout.smallest_gradient.square()
+    noise = (size * layout.gradient_resolution.square() / 24 + layout.elements * smallest / 12) * additions
     weight = torch.where(noise > 0, 1 / noise, torch.zeros_like(noise))
     information = (seen.square() * weight).sum()
     factor = (now * seen * weight).sum() / information

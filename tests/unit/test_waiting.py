@@ -213,3 +213,29 @@ def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.Monke
     with NothingFromTheHost():
         optimizer.step()
         assert layout.copies.shape == (3,)
+
+
+@pytest.mark.parametrize("only_some_are_cut", [False, True])
+def test_rows_wait_for_nothing_after_the_first_step(monkeypatch: pytest.MonkeyPatch, only_some_are_cut: bool) -> None:
+    """Neither those of whole embeddings nor those that a shard's end cuts are told to the device again."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *args, **options: None)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda found, cut, group: found.__setitem__(0, cut))
+    monkeypatch.setattr("trustratio.optimizers.sharding.layout.reduction_device", lambda group, preferred: preferred)
+    flat = torch.nn.Parameter(torch.empty(22, device=META))
+    embeddings = [torch.nn.Parameter(torch.empty(6, 3, device=META)) for _ in range(3)]
+    layers = tuple(Layer(f"layer{i}", (6, 3), 0, p) for i, p in enumerate(embeddings))
+    shards = (Shard(0, 0, 2, 16), Shard(1, 16, 0, 4), Shard(2, 20, 7, 2))
+    process_group: Any = object()
+    cut = (0, 2) if only_some_are_cut else (0, 1, 2)
+    layout = Layout("test", (flat,), (0,), layers, shards, ((process_group, cut),))
+    optimizer = create_optimizer("cowclip", [flat], lr=0.1, cowclip=True, implementation="eager")
+    optimizer._plans.add(plan := Plan.of(optimizer, layout, [flat]))
+    plan.agreement.steps_left = 0  # the ranks are not there
+    assert len(plan.rows[0].slot_layers) == 2
+    flat.grad = torch.empty_like(flat)
+    for step in range(3):
+        for embedding in embeddings:
+            optimizer._counts.add(embedding, torch.empty(5, dtype=torch.long, device=META))
+        with NothingFromTheHost() if step else nullcontext():
+            optimizer.step()
