@@ -22,16 +22,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
-from ..sharding.local_tensors import placements_of, summable
+from ..sharding.local_tensors import placements_of
 from .averaging import Averaging
-from .factor import PROBES, factor_between, probes, probes_of
+from .factor import factor_between
 from .loss_scale import LossScale
 from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepStatistics, norms_from_table
+from .probes import PROBES, LocalProbes
 from .squares import Squares, zeros_like_local
+from .sums import GroupSums
 from .verdict import Verdict
 from .watched import Watched, backward_pass, call_after_backward, is_added_up
 
@@ -58,7 +61,9 @@ class GradientStatistics:
         """
         self._optimizer = weakref.ref(optimizer)
         self._watched: dict[int, Watched] = {}  # by the parameters' ids
+        self._group_sums = GroupSums()
         self._squares = Squares() if squares else None
+        self._of_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._last = LastNorms()
         self._warned = False
         self._forward_hook: Any = None
@@ -90,7 +95,7 @@ class GradientStatistics:
         watched = self._watched.get(id(parameter))
         if watched is not None and watched.parameter() is parameter:
             return
-        self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter))
+        self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter), self._group_sums.new_row())
         if self._forward_hook is None and self._flow is not None and self._flow.sources:
             self._look_for_sources()  # again: a group was added in the middle of training
         if parameter.is_leaf and parameter.is_floating_point() and not parameter.is_inference():
@@ -169,8 +174,9 @@ class GradientStatistics:
         """Forget the groups seen so far; their gradients will not be part of the next step."""
         for watched in self._watched.values():
             watched.clear()
+        self._group_sums.clear()
         if self._squares is not None:
-            self._squares.clear()
+            self._squares.clear(self._watched.values())
         self._stepped = False
         self._averaging.has_skipped()  # counts as known from now on
 
@@ -192,14 +198,11 @@ class GradientStatistics:
             self.discard()
         elif watched.groups and backward_pass() != -1 and not self._is_kept(watched):
             self._forget(watched)
-        self._note_gradient_later(watched)
+        self._do_later(watched)
         if self._flow is not None:
             self._loss_scale = self._flow.loss_scale()
         watched.groups += 1
-        here = summable(gradient)
-        norm = torch.linalg.vector_norm(here.reshape(-1), dtype=torch.float64)
-        of_group = torch.cat([torch.stack([norm, norm.square()]), probes(here)])
-        watched.sums = of_group if watched.sums is None else watched.sums.add_(of_group)
+        self._group_sums.see(watched.row, gradient)
         if self._squares is not None:
             self._squares.add(watched, gradient, self._destination(watched))
 
@@ -213,18 +216,23 @@ class GradientStatistics:
     def _forget(self, watched: Watched) -> None:
         """Forget the groups of one parameter, whose gradient was dropped."""
         watched.clear()
+        self._group_sums.forget(watched.row)
         if self._squares is not None:
             self._squares.forget(watched, self._destination(watched))
 
-    def _note_gradient_later(self, watched: Watched) -> None:
-        """Note at the end of a backward pass what the gradient is like, so that a change before the next is noticed."""
+    def _do_later(self, watched: Watched) -> None:
+        """At the end of a backward pass add up what was seen, and note what the gradient is like.
+
+        So that a change before the next pass is noticed, where nobody else has the gradient.
+        """
         current = backward_pass()
-        if current == -1 or self._flow is not None:
+        if current == -1:
             return
         if current != self._pass:
             self._pass, self._of_pass = current, []
-            call_after_backward(partial(_note_gradients, self._of_pass))
-        self._of_pass.append(watched)
+            call_after_backward(partial(_after_backward, self._group_sums, self._of_pass))
+        if self._flow is None:
+            self._of_pass.append(watched)
 
     def _destination(self, watched: Watched) -> Destination | None:
         return None if self._flow is None else self._flow.destinations.get(id(watched.parameter()))
@@ -268,7 +276,7 @@ class GradientStatistics:
             )
         else:
             unseen = self._unseen(layout, watched, gradients)
-            now = probes_of(layout, gradients) * layout.copies
+            now = self._of_layout(layout).probes(gradients) * layout.copies
             sums, factor = self._complete(layout, torch.cat([sums, unseen.unsqueeze(0), now]))
             shares = layout.copies
             self._loss_scale = self._loss_scale if self._flow is not None else self._scaler.now(layout.numbers_device)
@@ -318,17 +326,18 @@ class GradientStatistics:
 
         Norms; squares, times the number of groups; that number; 0 or NaN; and the probes.
         """
-        zeros = torch.zeros(2 + PROBES, dtype=torch.float64, device=layout.numbers_device)
-        sums = torch.stack(
-            [zeros if layer.sums is None else layer.sums.to(layout.numbers_device) for layer in watched], dim=1
-        )
-        # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
-        of_model = [
-            layer.sums[1].to(layout.numbers_device) for layer in self._watched.values() if layer.sums is not None
-        ]
-        not_finite = (0 * torch.stack(of_model).sum()) if of_model else zeros[0]
+        sums = self._group_sums.of(self._of_layout(layout).rows(watched))
         groups = torch.full_like(sums[:1], self.groups)
-        return torch.cat([sums[:1], sums[1:2] * self.groups, groups, not_finite.expand_as(groups), sums[2:]])
+        # Of the whole model, though a call may see one group of it.
+        not_finite = self._group_sums.not_finite(layout.numbers_device).expand_as(groups)
+        return torch.cat([sums[:1], sums[1:2] * self.groups, groups, not_finite, sums[2:]])
+
+    def _of_layout(self, layout: Layout) -> _OfLayout:
+        """What is kept from step to step for one layout."""
+        if layout not in self._of_layouts:
+            self._of_layouts[layout] = _OfLayout(layout)
+        found: _OfLayout = self._of_layouts[layout]
+        return found
 
     def _complete(self, layout: Layout, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add this rank's sums to the others' and find the factor in them.
@@ -449,6 +458,28 @@ class GradientStatistics:
         return torch.full((), factor, dtype=torch.float64, device=layout.numbers_device)
 
 
-def _note_gradients(of_pass: Sequence[Watched]) -> None:
+class _OfLayout:
+    """What the statistics need of a layout at every step, sent to the device once.
+
+    Attributes:
+        probes: Adds up the probes of gradients.
+    """
+
+    def __init__(self, layout: Layout):
+        self.probes = LocalProbes(layout)
+        self._device = layout.numbers_device
+        self._rows: tuple[list[int], torch.Tensor] | None = None
+
+    def rows(self, watched: Sequence[Watched]) -> torch.Tensor:
+        """The rows of the layers' sums, on the device."""
+        rows = [layer.row for layer in watched]
+        if self._rows is None or self._rows[0] != rows:  # a parameter that was taken out comes back with a new one
+            self._rows = rows, torch.tensor(rows, dtype=torch.long, device=self._device)
+        return self._rows[1]
+
+
+@torch.no_grad()
+def _after_backward(sums: GroupSums, of_pass: Sequence[Watched]) -> None:
+    sums.add_up()
     for watched in of_pass:
         watched.note_gradient()

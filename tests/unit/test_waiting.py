@@ -33,7 +33,8 @@ class NothingFromTheHost(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.__getitem__:
             assert not isinstance(args[1], list), "an index made of a list"
-        on_host = function in (torch.tensor, torch.as_tensor) or (args and getattr(args[0], "is_cpu", False))
+        of_numbers = function in (torch.tensor, torch.as_tensor) and not torch.is_tensor(args[0])
+        on_host = of_numbers or function is torch.Tensor.new_tensor or (args and getattr(args[0], "is_cpu", False))
         found = function(*args, **(kwargs or {}))
         assert not (on_host and isinstance(found, torch.Tensor) and found.device == META), function
         return found
@@ -239,3 +240,20 @@ def test_rows_wait_for_nothing_after_the_first_step(monkeypatch: pytest.MonkeyPa
             optimizer._counts.add(embedding, torch.empty(5, dtype=torch.long, device=META))
         with NothingFromTheHost() if step else nullcontext():
             optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in SWEPT if OPTIMIZERS[name].group_statistics is not None])
+@pytest.mark.filterwarnings("ignore:.*group.* of samples per step.*")
+def test_statistics_wait_for_nothing_after_the_first_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in backward nor in the step; what was found wrong, the host reads when it is known."""
+    monkeypatch.setattr("trustratio.optimizers.gradient_statistics.verdict.Verdict.give", lambda self, *args: None)
+    parameters = [torch.nn.Parameter(torch.empty(shape, device=META)) for shape in ((5, 7), (8, 4), (5,), (), (8, 4))]
+    optimizer = create_optimizer(name, parameters, lr=0.1, implementation="eager")
+    for step in range(4):
+        for _ in range(2):
+            loss = sum((p * p).sum() for p in parameters[step % 2 :])
+            with NothingFromTheHost() if step >= 2 else nullcontext():
+                loss.backward()  # type: ignore[union-attr]
+        with NothingFromTheHost() if step >= 2 else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
