@@ -31,12 +31,35 @@ class Squares:
         partitions: Where gradients are sharded: the squares of the elements that this rank owns, by the id of the local
             tensor. Where they stay whole, `Watched.squares` has them.
         buckets: What is on its way, by process group and dtype.
+        groups: Process groups that squares have for themselves, by the ids of the wrapper's, which are kept beside.
     """
 
     def __init__(self) -> None:
         self.partitions: dict[int, torch.Tensor] = {}
         self.buckets: dict[tuple[int, torch.dtype], Bucket] = {}
+        self.groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         self._reduced: set[int] = set()  # ids of what this step's calls have added over the ranks
+
+    def open(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
+        """Make a process group of the same ranks, and its communicator, for what is sent in backward.
+
+        Of its own, so that it needs no agreed order with the collectives of the wrapper. Called on all its ranks, and
+        never in backward: there a rank that makes a communicator waits for the others while kernels of the wrapper's
+        may wait on the device, so that neither goes on.
+
+        Args:
+            process_group: The wrapper's.
+            device: Where gradients are.
+        """
+        if id(process_group) in self.groups:
+            return
+        ranks = dist.get_process_group_ranks(process_group)
+        own = process_group
+        if len(ranks) > 1:
+            own = dist.new_group(ranks, use_local_synchronization=True)
+            # NCCL makes the communicator with the first collective.
+            dist.all_reduce(torch.zeros(1, device=reduction_device(own, device)), group=own)
+        self.groups[id(process_group)] = process_group, own
 
     def clear(self, watched: Iterable[Watched]) -> None:
         """Forget what was seen of all these parameters."""
@@ -140,12 +163,12 @@ class Squares:
             watched.squares = None
 
     def _bucket(self, destination: Destination, dtype: torch.dtype) -> Bucket:
-        key = id(destination.process_group), dtype
+        # Of a wrapper that was not found before its first backward: its own group, which has a communicator by then.
+        of_wrapper = destination.process_group
+        _, process_group = self.groups.get(id(of_wrapper), (of_wrapper, of_wrapper))
+        key = id(process_group), dtype
         if key not in self.buckets:
-            # Of its own, so that it needs no agreed order with the collectives of the wrapper.
-            ranks = dist.get_process_group_ranks(destination.process_group)
-            process_group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
-            self.buckets[key] = Bucket(process_group or destination.process_group, dtype, self._partition)
+            self.buckets[key] = Bucket(process_group, dtype, self._partition)
         return self.buckets[key]
 
     def _partition(self, tensor: torch.Tensor) -> torch.Tensor:

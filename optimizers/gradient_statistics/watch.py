@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters
+from ..sharding.backends import find_data_parallel, find_gradient_flow, find_sources, may_replace_parameters
 from ..sharding.gradient_flow import Destination, GradientFlow
 from ..sharding.layout import Layer, Layout
 from ..sharding.local_tensors import placements_of
@@ -35,6 +35,7 @@ from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepSta
 from .probes import PROBES, LocalProbes
 from .squares import Squares, zeros_like_local
 from .sums import GroupSums
+from .unseen import refuse_without_any_group, refuse_without_forward, refuse_without_groups, unseen_layers
 from .verdict import Verdict
 from .watched import Watched, backward_pass, call_after_backward, is_added_up
 
@@ -141,6 +142,14 @@ class GradientStatistics:
             if watched.source is None or watched.source() is not source:
                 watched.source = weakref.ref(source)
                 self._register(source, watched)
+                self._open_group(source.device)
+
+    def _open_group(self, device: torch.device) -> None:
+        """Make the process group of the squares in the first forward: gradients are sent in the backward after it."""
+        if self._squares is not None and not self._squares.groups and backward_pass() == -1:
+            found = find_data_parallel(self._optimizer())
+            if found is not None and found.process_group is not None:
+                self._squares.open(found.process_group, device)
 
     def _stop_looking(self) -> None:
         """Called in backward, when forward is over. Parts of the model that it left out may come later."""
@@ -255,6 +264,9 @@ class GradientStatistics:
         if self._averaging.look_for_step(layout):
             self._flow = find_gradient_flow(self._optimizer())
         watched = [self._watched_layer(layer) for layer in layout.layers]
+        if self._squares is not None:  # wrappers that send gradients in backward take a step of zeros before
+            for process_group, _ in layout.reductions:
+                self._squares.open(process_group, layout.device)
         for layer, seen in zip(layout.layers, watched, strict=True):
             if seen.groups and layout.tensors[layer.tensor] is layer.parameter and not seen.has_gradient():
                 self._forget(seen)
@@ -275,7 +287,8 @@ class GradientStatistics:
                 torch.ones((), dtype=torch.float64, device=layout.numbers_device),
             )
         else:
-            unseen = self._unseen(layout, watched, gradients)
+            # 1 where this rank has a gradient of a layer, although it has seen none of any.
+            unseen = torch.zeros_like(layout.elements) if self.groups else unseen_layers(layout, gradients)
             now = self._of_layout(layout).probes(gradients) * layout.copies
             sums, factor = self._complete(layout, torch.cat([sums, unseen.unsqueeze(0), now]))
             shares = layout.copies
@@ -381,47 +394,21 @@ class GradientStatistics:
         return self._last.table()
 
     def _check_seen(self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]) -> None:
-        """Raise unless gradients come with groups. Zeros may come without: some wrappers step once to make the state.
+        """Raise unless gradients come with groups.
 
         Where layers are whole and this process is alone, each layer can be told; else a layer may have its gradient
         from other ranks, and one that no group had a gradient for is not updated.
         """
         if self._flow is not None and self._flow.sources:
-            for layer, seen in zip(layout.layers, watched, strict=True):
-                gradient = gradients[layer.tensor]
-                if seen.source is None and gradient is not None and gradient.any():
-                    raise StatisticsError(
-                        f"{self._owner()} has a gradient of layer {layer.name} but saw none of its groups', since no "
-                        "forward of a module under fully_shard was seen to use it. Construct the optimizer, or add the "
-                        "group, before the forward, and call the module rather than a method of it. A layer that is "
-                        "thawed later has to be used in the first forward too"
-                    )
+            refuse_without_forward(self._owner(), layout, watched, gradients)
         if self.groups == 0 and not self._has_company(layout):
-            if any(gradient is not None and gradient.any() for gradient in gradients):
-                raise StatisticsError(f"{self._owner()} has gradients but saw no group's gradient. {HOW_TO_BUILD}")
+            refuse_without_any_group(self._owner(), layout, gradients)
         elif not layout.reductions and self._ranks() == 1:
-            for layer, seen in zip(layout.layers, watched, strict=True):
-                gradient = gradients[layer.tensor]
-                if seen.groups == 0 and gradient is not None and gradient.any():
-                    raise StatisticsError(
-                        f"{self._owner()} has a gradient of layer {layer.name} but saw no group's. {HOW_TO_BUILD}"
-                    )
+            refuse_without_groups(self._owner(), layout, watched, gradients)
 
     def _has_company(self, layout: Layout) -> bool:
         """Whether other ranks wait in a collective of the statistics, even if this one has seen nothing."""
         return not layout.reductions and self._ranks() > 1
-
-    def _unseen(
-        self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]
-    ) -> torch.Tensor:
-        """1 for each layer of which this rank has a gradient, although it has seen none of any, shape (layers,)."""
-        unseen = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
-        if self.groups == 0:
-            for index, layer in enumerate(layout.layers):
-                gradient = gradients[layer.tensor]
-                if gradient is not None:
-                    unseen[index] = gradient.any().to(unseen.device)
-        return unseen
 
     def _ranks(self) -> int:
         return 1 if self._averaging.known is None else self._averaging.known.ranks
