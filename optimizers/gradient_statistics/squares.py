@@ -16,7 +16,7 @@ from ..sharding.data_parallel import DataParallel
 from ..sharding.gradient_flow import Destination, Slice
 from ..sharding.layout import Layout
 from ..sharding.local_tensors import add_over, compute_dtype, local_part, reduction_device
-from .watched import Watched
+from .watched import Watched, backward_pass
 
 __all__ = ["BUCKET_ELEMENTS", "Bucket", "Squares", "zeros_like_local"]
 
@@ -163,8 +163,10 @@ class Squares:
             watched.squares = None
 
     def _bucket(self, destination: Destination, dtype: torch.dtype) -> Bucket:
-        # Of a wrapper that was not found before its first backward: its own group, which has a communicator by then.
         of_wrapper = destination.process_group
+        if backward_pass() == -1:
+            self.open(of_wrapper, destination.tensor.device)
+        # Where no forward of the whole model was seen before backward: the wrapper's own, which has a communicator.
         _, process_group = self.groups.get(id(of_wrapper), (of_wrapper, of_wrapper))
         key = id(process_group), dtype
         if key not in self.buckets:

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..sharding.backends import find_data_parallel, find_gradient_flow, find_sources, may_replace_parameters
+from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters, may_shard_gradients
 from ..sharding.gradient_flow import Destination, GradientFlow
-from ..sharding.layout import Layer, Layout
+from ..sharding.layout import Layer, Layout, LayoutError
 from ..sharding.local_tensors import placements_of
 from .averaging import Averaging
 from .factor import factor_between
@@ -119,9 +119,10 @@ class GradientStatistics:
     def _look_for_sources(self) -> None:
         """Ask after every forward of a module whether it used other tensors in place of the parameters.
 
-        Until all are known, or until the first gradient shows that there are none.
+        Until all are known, or until the first gradient shows that there are none. What squares need in backward is
+        made in the first forward, too.
         """
-        if not may_replace_parameters():
+        if not (may_replace_parameters() or (self._squares is not None and may_shard_gradients())):
             return
         this = weakref.ref(self)
 
@@ -135,21 +136,37 @@ class GradientStatistics:
         self._forward_hook = handle = torch.nn.modules.module.register_module_forward_hook(after_forward)
 
     def _find_sources(self, module: torch.nn.Module) -> None:
-        optimizer = self._optimizer()
+        optimizer, is_new = self._optimizer(), False
         for parameter, source in [] if optimizer is None else find_sources(optimizer, module):
             self.watch(parameter)
             watched = self._watched[id(parameter)]
             if watched.source is None or watched.source() is not source:
                 watched.source = weakref.ref(source)
                 self._register(source, watched)
-                self._open_group(source.device)
+                is_new = True
+        if self._squares is not None and not self._squares.groups and (is_new or self._sees_all(module)):
+            self._open_groups()
 
-    def _open_group(self, device: torch.device) -> None:
-        """Make the process group of the squares in the first forward: gradients are sent in the backward after it."""
-        if self._squares is not None and not self._squares.groups and backward_pass() == -1:
-            found = find_data_parallel(self._optimizer())
-            if found is not None and found.process_group is not None:
-                self._squares.open(found.process_group, device)
+    def _sees_all(self, module: torch.nn.Module) -> bool:
+        """Whether a forward that backward may follow has just run through all that is trained."""
+        if not (module.training and torch.is_grad_enabled()):
+            return False
+        here = set(map(id, module.parameters()))
+        living = ((key, watched.parameter()) for key, watched in self._watched.items())
+        return here.issuperset(key for key, p in living if p is not None and p.requires_grad)
+
+    def _open_groups(self) -> None:
+        """Make the process groups of squares that will be sent in backward, before it."""
+        optimizer = self._optimizer()
+        if optimizer is None or backward_pass() != -1:  # where activations are computed again
+            return
+        try:
+            flow = find_gradient_flow(optimizer)
+        except (StatisticsError, LayoutError):  # which backward says
+            return
+        for destination in () if flow is None else flow.destinations.values():
+            if self._squares is not None and not destination.kept_whole:
+                self._squares.open(destination.process_group, destination.tensor.device)
 
     def _stop_looking(self) -> None:
         """Called in backward, when forward is over. Parts of the model that it left out may come later."""
@@ -264,9 +281,6 @@ class GradientStatistics:
         if self._averaging.look_for_step(layout):
             self._flow = find_gradient_flow(self._optimizer())
         watched = [self._watched_layer(layer) for layer in layout.layers]
-        if self._squares is not None:  # wrappers that send gradients in backward take a step of zeros before
-            for process_group, _ in layout.reductions:
-                self._squares.open(process_group, layout.device)
         for layer, seen in zip(layout.layers, watched, strict=True):
             if seen.groups and layout.tensors[layer.tensor] is layer.parameter and not seen.has_gradient():
                 self._forget(seen)
