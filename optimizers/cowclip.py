@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
@@ -271,11 +272,9 @@ class CowClip(LayerwiseAdam):
         doubtful = [i for i, layer in enumerate(layers.layers) if not self._of_layer[layer][1]]
         if not doubtful:
             return
-        has_gradient = layers.has_gradient()[doubtful].tolist()
+        has_gradient = layers.has_gradient().tolist()
         missing = [
-            layers.layers[i].name
-            for i, used in zip(doubtful, has_gradient, strict=True)
-            if used and not self._of_layer[layers.layers[i]][0].any()
+            layers.layers[i].name for i in doubtful if has_gradient[i] and not self._of_layer[layers.layers[i]][0].any()
         ]
         if missing:
             raise RuntimeError(
@@ -318,8 +317,8 @@ def clip_threshold(
     n = counts.clamp(min=1).to(w_norm.dtype)
     if form == "paper":
         return n * (ratio * w_norm).clamp(min=zeta)
-    floor = ratio * zeta * torch.as_tensor(width, dtype=w_norm.dtype, device=w_norm.device).sqrt()
-    return ratio * n * torch.maximum(w_norm, floor.expand_as(w_norm))
+    root = width.to(w_norm.dtype).sqrt() if isinstance(width, torch.Tensor) else math.sqrt(width)
+    return ratio * n * w_norm.clamp(min=ratio * zeta * root)
 
 
 class CowClipSettings(NamedTuple):

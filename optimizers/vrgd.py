@@ -48,12 +48,7 @@ class VarianceReduced(LayerwiseOptimizer):
         check_range("gsnr_floor", group["gsnr_floor"], 0.0, 1.0, low_open=True)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
-        self.begin(layers)
         yield self.signal_to_noise(group, layers)
-
-    def begin(self, layers: LayerTable) -> None:
-        like = layers.step
-        layers.resolution = like.new_tensor([layer.gradient_resolution for layer in layers.layers])
 
     def signal_to_noise(self, group: dict[str, Any], layers: LayerTable) -> Stage:
         return Sums("r", "g", of=Gsnr(group["gsnr_floor"], layers.resolution, scale=torch.ones_like(layers.step)))
@@ -387,7 +382,6 @@ class VRLAMB(VRMoments, LAMB):
         self.check_moments(group)
 
     def stages(self, group: dict[str, Any], layers: LayerTable) -> Iterator[Stage]:
-        self.begin(layers)
         if group["max_grad_norm"] is None:
             yield self.signal_to_noise(group, layers)
         yield from LAMB.stages(self, group, layers)

@@ -68,13 +68,13 @@ class Injection:
 
     def gradient(self, name: str) -> torch.Tensor:
         """Of this step and this group, fp32, on the CPU."""
-        generator = torch.Generator().manual_seed(10_007 * self.step + self._numbers[name] + 1)
+        generator = torch.Generator("cpu").manual_seed(10_007 * self.step + self._numbers[name] + 1)
         shape = self.shapes[name]
-        mean = (8 * torch.randn(shape, generator=generator)).round().clamp(-self._largest, self._largest)
-        mean = torch.where(mean == 0, torch.ones(()), mean)  # a layer of one element has a gradient, too
+        mean = (8 * torch.randn(shape, generator=generator, device="cpu")).round().clamp(-self._largest, self._largest)
+        mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # a layer of one element has a gradient, too
         # Not small beside the mean: else a variance between groups would be the difference of nearly equal numbers.
-        deviation = (torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0) * (self._largest // 2)
-        exponent = -float(torch.randint(3, 10, (), generator=generator))
+        deviation = (torch.randint(0, 2, shape, generator=generator, device="cpu") * 2.0 - 1.0) * (self._largest // 2)
+        exponent = -float(torch.randint(3, 10, (), generator=generator, device="cpu"))
         size = 0.0 if self.silent else 2.0**exponent
         return self._with_zeros(name, size * self._odd * (mean + self._level() * deviation))
 
@@ -141,7 +141,7 @@ class Injection:
             for child in children:  # by name: wrappers put others in their place
                 part = module.get_submodule(child)
                 total = total + (part.forward() if isinstance(part, NEVER_CALLED) else part())
-            return total if torch.is_tensor(total) else torch.zeros(())
+            return total if torch.is_tensor(total) else torch.zeros((), device="cpu")
 
         return forward
 
@@ -162,11 +162,11 @@ def _odd_part(number: int) -> int:
 
 def seeded_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
     """fp32 weights by name, of several magnitudes, none zero, that 16 bits represent; the same in every process."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
-        steps = (64 * torch.randn(shape, generator=generator)).round().clamp(-255, 255)
+        steps = (64 * torch.randn(shape, generator=generator, device="cpu")).round().clamp(-255, 255)
         # Layers of one size would hide from one another that a norm is taken over all of them.
-        size = 2.0 ** -float(torch.randint(8, 14, (), generator=generator))
-        weights[name] = size * torch.where(steps == 0, torch.ones(()), steps)
+        size = 2.0 ** -float(torch.randint(8, 14, (), generator=generator, device="cpu"))
+        weights[name] = size * torch.where(steps == 0, torch.ones_like(steps), steps)
     return weights

@@ -224,7 +224,7 @@ def _whole(alone: Alone, of_ranks: Sequence[Weights | None]) -> dict[str, torch.
     # Of what several ranks hold, the first one's.
     parts = [(n, part) for told in reversed(of_ranks) for n, of_layer in (told or {}).items() for part in of_layer]
     dtypes = {name: values.dtype for name, (_, values) in parts}
-    whole = {n: torch.full((w.numel(),), math.nan, dtype=dtypes.get(n)) for n, w in alone.weights.items()}
+    whole = {n: torch.full((w.numel(),), math.nan, dtype=dtypes.get(n), device="cpu") for n, w in alone.weights.items()}
     for name, (offset, values) in parts:
         if name in whole:
             whole[name][offset : offset + len(values)] = values

@@ -361,8 +361,7 @@ class Measured:
         if self._rows is None:
             return self.layout.reduce(local.unsqueeze(0)).squeeze(0)
         columns = [local, *(self._rows.take_cut(sums) for sums in self._of_rows)]
-        every_layer = torch.arange(len(local), device=local.device)
-        owners = torch.cat([every_layer, *(self._rows.slot_layers for _ in self._of_rows)])
+        owners = (*range(len(local)), *self._rows.slot_layers * len(self._of_rows))
         reduced = self.layout.reduce(torch.cat(columns).unsqueeze(0), owners).squeeze(0)
         of_layers, *of_cut = reduced.split([len(column) for column in columns])
         for sums, completed in zip(self._of_rows, of_cut, strict=True):

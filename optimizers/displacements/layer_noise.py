@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import sqrt
 from typing import Any
 
 import torch
@@ -90,5 +89,4 @@ def _root_mean_squares(layout: Layout) -> torch.Tensor:
         run = flats[layout.layers[shard.layer].tensor].narrow(0, shard.start, shard.length)
         norm = torch.linalg.vector_norm(summable(run), dtype=torch.float64)
         squares[0, shard.layer] += norm.square().to(squares.device)
-    roots = torch.tensor([1 / sqrt(max(layer.numel, 1)) for layer in layout.layers], dtype=torch.float64, device="cpu")
-    return layout.reduce(squares)[0].sqrt() * roots.to(squares.device, non_blocking=True)
+    return (layout.reduce(squares)[0] / layout.elements.clamp(min=1)).sqrt()

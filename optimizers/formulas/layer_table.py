@@ -28,14 +28,15 @@ class LayerTable:
     that nobody has assigned raises AttributeError with the nearest names; one that nobody reads is found by a test
     alone (of the package's optimizers, tests/unit/test_layer_table.py). Names of methods cannot be assigned.
 
-    Four are set by the step: the per-layer state of the algorithm (its new value is kept for layers that have a
-    gradient), `adapt`, the numbers of `elements`, and the sums that a stage measured, which `total` and `norm` return
-    by their names. `trust_ratio` is what `trust_ratios()` reports: 1 unless an algorithm assigns it. `moves` says which
-    layers this step is meant to move, None for all. In groups whose rows are measured, `rows` tells which of them this
-    rank holds, and `row_norm` has one entry for each.
+    Five are set by the step: the per-layer state of the algorithm (its new value is kept for layers that have a
+    gradient), `adapt`, the numbers of `elements`, the `resolution` of the gradients' dtypes, and the sums that a stage
+    measured, which `total` and `norm` return by their names. `trust_ratio` is what `trust_ratios()` reports: 1 unless
+    an algorithm assigns it. `moves` says which layers this step is meant to move, None for all. In groups whose rows
+    are measured, `rows` tells which of them this rank holds, and `row_norm` has one entry for each.
     """
 
     elements: torch.Tensor
+    resolution: torch.Tensor
     moves: torch.Tensor | None = None
 
     def __setattr__(self, name: str, vector: Any) -> None:

@@ -38,15 +38,17 @@ class RowRun:
     count: int
     position: int
 
-    def within(self, piece: Piece) -> tuple[slice, torch.Tensor]:
-        """Return the positions of a piece's rows, and how many of the piece's elements each has."""
-        end = piece.offset + piece.length
-        first, last = piece.offset // self.width, (end - 1) // self.width
-        lengths = torch.full((last - first + 1,), self.width, device="cpu")
-        lengths[0] -= piece.offset - first * self.width
-        lengths[-1] -= (last + 1) * self.width - end
-        start = self.position + first - self.first
-        return slice(start, start + len(lengths)), lengths
+    def within(self, piece: Piece) -> list[tuple[int, int, int]]:
+        """A piece's elements in their order: the position of a first row, how many rows, and how many elements of each.
+
+        Whole rows are together; the first and the last one stand alone where the piece has a part of them. So nothing
+        has to be told to the device for each row.
+        """
+        head = min(-piece.offset % self.width, piece.length)
+        whole, tail = divmod(piece.length - head, self.width)
+        row = self.position + piece.offset // self.width - self.first
+        parts = [(row, 1, head), (row + bool(head), whole, self.width), (row + bool(head) + whole, 1, tail)]
+        return [(position, rows, elements) for position, rows, elements in parts if rows and elements]
 
 
 class Rows:
@@ -78,7 +80,7 @@ class Rows:
         held_slots = [
             (slot, p) for slot, (layer, row) in enumerate(cut) if (p := self._position(layer, row)) is not None
         ]
-        self.slot_layers = _indices([layer for layer, _ in cut], layout.numbers_device)
+        self.slot_layers = tuple(layer for layer, _ in cut)
         self._slots = _indices([slot for slot, _ in held_slots], layout.numbers_device)
         self._positions = _indices([position for _, position in held_slots], layout.numbers_device)
 
@@ -90,18 +92,17 @@ class Rows:
         """Add a chunk's elements to the sums of their rows: fp64, shape (count,)."""
         elements = summable(summand.elements).to(torch.float64)
         elements = elements.square() if summand.squared else elements
-        for piece, part in zip(chunk.pieces, elements.split(chunk.lengths), strict=True):
-            positions, lengths = self.runs[piece.layer].within(piece)
-            totals[positions] += torch.segment_reduce(part, "sum", lengths=lengths.to(part.device))
+        parts = [part for piece in chunk.pieces for part in self.runs[piece.layer].within(piece)]
+        runs = elements.split([rows * width for _, rows, width in parts])
+        for (position, rows, width), run in zip(parts, runs, strict=True):
+            totals.narrow(0, position, rows).add_(run.view(rows, width).sum(dim=1))
 
     def spread(self, per_row: torch.Tensor, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         """Give each element of a chunk its row's number."""
-        parts = []
-        for piece in chunk.pieces:
-            positions, lengths = self.runs[piece.layer].within(piece)
-            numbers = per_row[positions].to(dtype)
-            parts.append(numbers.repeat_interleave(lengths.to(numbers.device), output_size=piece.length))
-        return torch.cat(parts)
+        numbers = per_row.to(dtype)
+        parts = [part for piece in chunk.pieces for part in self.runs[piece.layer].within(piece)]
+        spread = [numbers.narrow(0, at, rows).unsqueeze(1).expand(rows, width) for at, rows, width in parts]
+        return torch.cat([part.reshape(-1) for part in spread])
 
     def take_cut(self, totals: torch.Tensor) -> torch.Tensor:
         """Return this rank's share of the sums of all cut rows, shape (slots,)."""

@@ -8,21 +8,14 @@ is told from rounding, and a change that is no factor, as clipping by value, fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
 from ..sharding.layout import Layout
-from ..sharding.local_tensors import local_part, summable
+from .probes import PROBES
 
-__all__ = ["PROBES", "Factor", "factor_between", "probes", "probes_of"]
-
-COLUMN_CLASSES = 4
-PROBES = 2 * COLUMN_CLASSES
-"""Numbers per layer: rows are counted by twos and columns by fours, as a chessboard's squares by their colour. Of all
-rows or of all columns the sum would be zero for many layers, e.g. of the one before a softmax."""
+__all__ = ["Factor", "factor_between"]
 
 SURE = 4.0
 """Standard deviations of rounding within which a factor is 1."""
@@ -32,53 +25,6 @@ TOLERANCE = 8.0
 
 LOSSY = 0.01
 """Relative difference of a layer that is left to reductions in fewer bits than the gradient's, as DDP's hooks do."""
-
-
-def probes(gradient: torch.Tensor, first_row: int = 0, first_column: int = 0) -> torch.Tensor:
-    """The probes of a gradient, or of a block of it, shape (PROBES,), fp64.
-
-    Args:
-        gradient: All of a layer's gradient, or a block of it. Rows are along the first dimension, of two or more, and
-            columns along the last.
-        first_row: Where the block begins, so that the blocks' probes add up to the layer's.
-        first_column: The same for columns.
-    """
-    gradient = summable(gradient)
-    if gradient.dim() < 2:
-        gradient = gradient.reshape(1, -1)
-    height, width = gradient.shape[0], gradient.shape[-1]
-    if height % 2 == 0 and width % COLUMN_CLASSES == 0:
-        folded = gradient.unflatten(-1, (width // COLUMN_CLASSES, COLUMN_CLASSES)).unflatten(0, (height // 2, 2))
-        others = [dimension for dimension in range(folded.dim() - 1) if dimension != 1]
-        board = folded.sum(dim=others, dtype=torch.float64)
-    else:
-        parts = [gradient[i::2, ..., j::COLUMN_CLASSES] for i in range(2) for j in range(COLUMN_CLASSES)]
-        board = torch.stack([part.sum(dtype=torch.float64) for part in parts]).view(2, COLUMN_CLASSES)
-    if first_row % 2 or first_column % COLUMN_CLASSES:
-        board = board.roll((first_row % 2, first_column % COLUMN_CLASSES), dims=(0, 1))
-    flat: torch.Tensor = board.reshape(-1)
-    return flat
-
-
-def probes_of(layout: Layout, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """The probes of this rank's part of each layer's gradient, shape (PROBES, layers).
-
-    Args:
-        layout: One whose tensors carry one layer each.
-        gradients: The flat gradients of the layout's tensors.
-    """
-    zeros = torch.zeros(PROBES, dtype=torch.float64, device=layout.numbers_device)
-    found = [zeros for _ in layout.layers]
-    for shard in layout.shards:
-        layer = layout.layers[shard.layer]
-        gradient = gradients[layer.tensor]
-        if gradient is not None:
-            local = gradient.view(local_part(layout.tensors[layer.tensor]).shape)
-            several = len(layer.shape) > 1
-            row = shard.offset // prod(layer.shape[1:]) if several else 0
-            column = shard.offset % layer.shape[-1] if layer.shape else 0
-            found[shard.layer] = probes(local, row, column).to(layout.numbers_device)
-    return torch.stack(found, dim=1)
 
 
 @dataclass(frozen=True)
@@ -114,10 +60,8 @@ def factor_between(
     seen = torch.where(present, seen, 0.0)
     size = mean_square + seen.square().sum(dim=0)
     # Numbers near zero are rounded to multiples of the smallest one, which in fp16 is no small part of small gradients.
-    resolution = seen.new_tensor([layer.gradient_resolution for layer in layout.layers])
-    smallest = seen.new_tensor([layer.smallest_gradient for layer in layout.layers])
-    elements = seen.new_tensor([layer.numel for layer in layout.layers])
-    noise = (size * resolution.square() / 24 + elements * smallest.square() / 12) * additions
+    smallest = layout.smallest_gradient.square()
+    noise = (size * layout.gradient_resolution.square() / 24 + layout.elements * smallest / 12) * additions
     weight = torch.where(noise > 0, 1 / noise, torch.zeros_like(noise))
     information = (seen.square() * weight).sum()
     factor = (now * seen * weight).sum() / information

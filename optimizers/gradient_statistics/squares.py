@@ -16,7 +16,7 @@ from ..sharding.data_parallel import DataParallel
 from ..sharding.gradient_flow import Destination, Slice
 from ..sharding.layout import Layout
 from ..sharding.local_tensors import add_over, compute_dtype, local_part, reduction_device
-from .watched import Watched
+from .watched import Watched, backward_pass
 
 __all__ = ["BUCKET_ELEMENTS", "Bucket", "Squares", "zeros_like_local"]
 
@@ -31,23 +31,49 @@ class Squares:
         partitions: Where gradients are sharded: the squares of the elements that this rank owns, by the id of the local
             tensor. Where they stay whole, `Watched.squares` has them.
         buckets: What is on its way, by process group and dtype.
+        groups: Process groups that squares have for themselves, by the ids of the wrapper's, which are kept beside.
     """
 
     def __init__(self) -> None:
         self.partitions: dict[int, torch.Tensor] = {}
         self.buckets: dict[tuple[int, torch.dtype], Bucket] = {}
+        self.groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
         self._reduced: set[int] = set()  # ids of what this step's calls have added over the ranks
 
-    def clear(self) -> None:
-        """Forget what was seen; of whole layers `Watched.clear` does."""
-        for partition in self.partitions.values():
-            partition.zero_()
+    def open(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
+        """Make a process group of the same ranks, and its communicator, for what is sent in backward.
+
+        Of its own, so that it needs no agreed order with the collectives of the wrapper. Called on all its ranks, and
+        never in backward: there a rank that makes a communicator waits for the others while kernels of the wrapper's
+        may wait on the device, so that neither goes on.
+
+        Args:
+            process_group: The wrapper's.
+            device: Where gradients are.
+        """
+        if id(process_group) in self.groups:
+            return
+        ranks = dist.get_process_group_ranks(process_group)
+        own = process_group
+        if len(ranks) > 1:
+            own = dist.new_group(ranks, use_local_synchronization=True)
+            # NCCL makes the communicator with the first collective.
+            dist.all_reduce(torch.zeros(1, device=reduction_device(own, device)), group=own)
+        self.groups[id(process_group)] = process_group, own
+
+    def clear(self, watched: Iterable[Watched]) -> None:
+        """Forget what was seen of all these parameters."""
+        whole = [layer.squares for layer in watched if layer.squares is not None]
+        if kept := [*self.partitions.values(), *whole]:
+            torch._foreach_zero_(kept)
         for bucket in self.buckets.values():
             bucket.clear()
         self._reduced.clear()
 
     def forget(self, watched: Watched, destination: Destination | None) -> None:
         """Forget what was seen of one parameter, on its way and at its owners; on all ranks alike."""
+        if watched.squares is not None:
+            watched.squares.zero_()
         if destination is None:
             return
         for bucket in self.buckets.values():
@@ -137,12 +163,14 @@ class Squares:
             watched.squares = None
 
     def _bucket(self, destination: Destination, dtype: torch.dtype) -> Bucket:
-        key = id(destination.process_group), dtype
+        of_wrapper = destination.process_group
+        if backward_pass() == -1:
+            self.open(of_wrapper, destination.tensor.device)
+        # Where no forward of the whole model was seen before backward: the wrapper's own, which has a communicator.
+        _, process_group = self.groups.get(id(of_wrapper), (of_wrapper, of_wrapper))
+        key = id(process_group), dtype
         if key not in self.buckets:
-            # Of its own, so that it needs no agreed order with the collectives of the wrapper.
-            ranks = dist.get_process_group_ranks(destination.process_group)
-            process_group = dist.new_group(ranks, use_local_synchronization=True) if len(ranks) > 1 else None
-            self.buckets[key] = Bucket(process_group or destination.process_group, dtype, self._partition)
+            self.buckets[key] = Bucket(process_group, dtype, self._partition)
         return self.buckets[key]
 
     def _partition(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -189,16 +217,17 @@ class Bucket:
         """Add a whole gradient's squares, or the gradient itself to be squared."""
         limit = BUCKET_ELEMENTS // 2
         for number, slices in enumerate(_cut(destination.slices, limit)):
-            values = [flat.narrow(0, s.offset, s.length).to(self.dtype) for s in slices]
+            values = _cast([flat.narrow(0, s.offset, s.length) for s in slices], self.dtype)
             waiting = self.waiting.get((id(watched), number))
             if waiting is not None:
-                for (_, total), value in zip(waiting[1], values, strict=True):
-                    total.add_(value) if squared else total.addcmul_(value, value)
+                totals = [total for _, total in waiting[1]]
+                torch._foreach_add_(totals, values) if squared else torch._foreach_addcmul_(totals, values, values)
                 continue
             size = sum(s.length for s in slices)
             if self.elements + size > limit:
                 self.flush()
-            squares = [value.clone() if squared else value.square() for value in values]
+            # Copies, in one operation.
+            squares = torch._foreach_add(values, 0) if squared else torch._foreach_mul(values, values)
             self.waiting[id(watched), number] = destination, list(zip(slices, squares, strict=True))
             self.elements += size
 
@@ -214,12 +243,10 @@ class Bucket:
         self.clear()
         to_this_rank = of_owner[dist.get_rank(self.process_group)]
         total = self._reduce([[squares for _, _, squares in parts] for parts in of_owner])
-        begin = 0
-        for destination, slice_, _ in to_this_rank:
-            part = total.narrow(0, begin, slice_.length)
-            begin += slice_.length
-            kept = self.partition(destination.tensor).narrow(0, slice_.start, slice_.length)
-            kept.add_(part.to(kept.device))
+        kept = [self.partition(d.tensor).narrow(0, run.start, run.length) for d, run, _ in to_this_rank]
+        if kept:
+            parts = total.to(kept[0].device).split([len(part) for part in kept])
+            torch._foreach_add_(kept, [part.to(own.device) for part, own in zip(parts, kept, strict=True)])
 
     def _reduce(self, of_owner: list[list[torch.Tensor]]) -> torch.Tensor:
         """Add each owner's elements over all ranks; return this rank's own."""
@@ -259,6 +286,13 @@ def _cut(slices: Sequence[Slice], limit: int) -> Iterator[list[Slice]]:
     step = max(1, limit // max(1, len(slices)))
     for begin in range(0, max((s.length for s in slices), default=0), step):
         yield [s.part(begin, begin + step) for s in slices if begin < s.length]
+
+
+def _cast(pieces: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The flat pieces themselves, or copies in another dtype, which are made at once."""
+    if pieces[0].dtype == dtype:
+        return pieces
+    return list(torch.cat(pieces).to(dtype).split([len(piece) for piece in pieces]))
 
 
 def _add_packed(tensors: Sequence[torch.Tensor], add: Callable[[torch.Tensor], None]) -> None:

@@ -22,16 +22,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters
+from ..sharding.backends import find_gradient_flow, find_sources, may_replace_parameters, may_shard_gradients
 from ..sharding.gradient_flow import Destination, GradientFlow
-from ..sharding.layout import Layer, Layout
-from ..sharding.local_tensors import placements_of, summable
+from ..sharding.layout import Layer, Layout, LayoutError
+from ..sharding.local_tensors import placements_of
 from .averaging import Averaging
-from .factor import PROBES, factor_between, probes, probes_of
+from .factor import factor_between
 from .loss_scale import LossScale
 from .norms import HOW_TO_BUILD, GroupNorms, LastNorms, StatisticsError, StepStatistics, norms_from_table
+from .probes import PROBES, LocalProbes
 from .squares import Squares, zeros_like_local
+from .sums import GroupSums
+from .unseen import refuse_without_any_group, refuse_without_forward, refuse_without_groups, unseen_layers
 from .verdict import Verdict
 from .watched import Watched, backward_pass, call_after_backward, is_added_up
 
@@ -58,7 +62,9 @@ class GradientStatistics:
         """
         self._optimizer = weakref.ref(optimizer)
         self._watched: dict[int, Watched] = {}  # by the parameters' ids
+        self._group_sums = GroupSums()
         self._squares = Squares() if squares else None
+        self._of_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._last = LastNorms()
         self._warned = False
         self._forward_hook: Any = None
@@ -90,7 +96,7 @@ class GradientStatistics:
         watched = self._watched.get(id(parameter))
         if watched is not None and watched.parameter() is parameter:
             return
-        self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter))
+        self._watched[id(parameter)] = watched = Watched(weakref.ref(parameter), self._group_sums.new_row())
         if self._forward_hook is None and self._flow is not None and self._flow.sources:
             self._look_for_sources()  # again: a group was added in the middle of training
         if parameter.is_leaf and parameter.is_floating_point() and not parameter.is_inference():
@@ -113,9 +119,10 @@ class GradientStatistics:
     def _look_for_sources(self) -> None:
         """Ask after every forward of a module whether it used other tensors in place of the parameters.
 
-        Until all are known, or until the first gradient shows that there are none.
+        Until all are known, or until the first gradient shows that there are none. What squares need in backward is
+        made in the first forward, too.
         """
-        if not may_replace_parameters():
+        if not (may_replace_parameters() or (self._squares is not None and may_shard_gradients())):
             return
         this = weakref.ref(self)
 
@@ -129,13 +136,37 @@ class GradientStatistics:
         self._forward_hook = handle = torch.nn.modules.module.register_module_forward_hook(after_forward)
 
     def _find_sources(self, module: torch.nn.Module) -> None:
-        optimizer = self._optimizer()
+        optimizer, is_new = self._optimizer(), False
         for parameter, source in [] if optimizer is None else find_sources(optimizer, module):
             self.watch(parameter)
             watched = self._watched[id(parameter)]
             if watched.source is None or watched.source() is not source:
                 watched.source = weakref.ref(source)
                 self._register(source, watched)
+                is_new = True
+        if self._squares is not None and not self._squares.groups and (is_new or self._sees_all(module)):
+            self._open_groups()
+
+    def _sees_all(self, module: torch.nn.Module) -> bool:
+        """Whether a forward that backward may follow has just run through all that is trained."""
+        if not (module.training and torch.is_grad_enabled()):
+            return False
+        here = set(map(id, module.parameters()))
+        living = ((key, watched.parameter()) for key, watched in self._watched.items())
+        return here.issuperset(key for key, p in living if p is not None and p.requires_grad)
+
+    def _open_groups(self) -> None:
+        """Make the process groups of squares that will be sent in backward, before it."""
+        optimizer = self._optimizer()
+        if optimizer is None or backward_pass() != -1:  # where activations are computed again
+            return
+        try:
+            flow = find_gradient_flow(optimizer)
+        except (StatisticsError, LayoutError):  # which backward says
+            return
+        for destination in () if flow is None else flow.destinations.values():
+            if self._squares is not None and not destination.kept_whole:
+                self._squares.open(destination.process_group, destination.tensor.device)
 
     def _stop_looking(self) -> None:
         """Called in backward, when forward is over. Parts of the model that it left out may come later."""
@@ -169,8 +200,9 @@ class GradientStatistics:
         """Forget the groups seen so far; their gradients will not be part of the next step."""
         for watched in self._watched.values():
             watched.clear()
+        self._group_sums.clear()
         if self._squares is not None:
-            self._squares.clear()
+            self._squares.clear(self._watched.values())
         self._stepped = False
         self._averaging.has_skipped()  # counts as known from now on
 
@@ -192,14 +224,11 @@ class GradientStatistics:
             self.discard()
         elif watched.groups and backward_pass() != -1 and not self._is_kept(watched):
             self._forget(watched)
-        self._note_gradient_later(watched)
+        self._do_later(watched)
         if self._flow is not None:
             self._loss_scale = self._flow.loss_scale()
         watched.groups += 1
-        here = summable(gradient)
-        norm = torch.linalg.vector_norm(here.reshape(-1), dtype=torch.float64)
-        of_group = torch.cat([torch.stack([norm, norm.square()]), probes(here)])
-        watched.sums = of_group if watched.sums is None else watched.sums.add_(of_group)
+        self._group_sums.see(watched.row, gradient)
         if self._squares is not None:
             self._squares.add(watched, gradient, self._destination(watched))
 
@@ -213,18 +242,23 @@ class GradientStatistics:
     def _forget(self, watched: Watched) -> None:
         """Forget the groups of one parameter, whose gradient was dropped."""
         watched.clear()
+        self._group_sums.forget(watched.row)
         if self._squares is not None:
             self._squares.forget(watched, self._destination(watched))
 
-    def _note_gradient_later(self, watched: Watched) -> None:
-        """Note at the end of a backward pass what the gradient is like, so that a change before the next is noticed."""
+    def _do_later(self, watched: Watched) -> None:
+        """At the end of a backward pass add up what was seen, and note what the gradient is like.
+
+        So that a change before the next pass is noticed, where nobody else has the gradient.
+        """
         current = backward_pass()
-        if current == -1 or self._flow is not None:
+        if current == -1:
             return
         if current != self._pass:
             self._pass, self._of_pass = current, []
-            call_after_backward(partial(_note_gradients, self._of_pass))
-        self._of_pass.append(watched)
+            call_after_backward(partial(_after_backward, self._group_sums, self._of_pass))
+        if self._flow is None:
+            self._of_pass.append(watched)
 
     def _destination(self, watched: Watched) -> Destination | None:
         return None if self._flow is None else self._flow.destinations.get(id(watched.parameter()))
@@ -267,8 +301,9 @@ class GradientStatistics:
                 torch.ones((), dtype=torch.float64, device=layout.numbers_device),
             )
         else:
-            unseen = self._unseen(layout, watched, gradients)
-            now = probes_of(layout, gradients) * layout.copies
+            # 1 where this rank has a gradient of a layer, although it has seen none of any.
+            unseen = torch.zeros_like(layout.elements) if self.groups else unseen_layers(layout, gradients)
+            now = self._of_layout(layout).probes(gradients) * layout.copies
             sums, factor = self._complete(layout, torch.cat([sums, unseen.unsqueeze(0), now]))
             shares = layout.copies
             self._loss_scale = self._loss_scale if self._flow is not None else self._scaler.now(layout.numbers_device)
@@ -318,17 +353,18 @@ class GradientStatistics:
 
         Norms; squares, times the number of groups; that number; 0 or NaN; and the probes.
         """
-        zeros = torch.zeros(2 + PROBES, dtype=torch.float64, device=layout.numbers_device)
-        sums = torch.stack(
-            [zeros if layer.sums is None else layer.sums.to(layout.numbers_device) for layer in watched], dim=1
-        )
-        # 0 · sum is 0 unless something is not finite; of the whole model, though a call may see one group of it.
-        of_model = [
-            layer.sums[1].to(layout.numbers_device) for layer in self._watched.values() if layer.sums is not None
-        ]
-        not_finite = (0 * torch.stack(of_model).sum()) if of_model else zeros[0]
+        sums = self._group_sums.of(self._of_layout(layout).rows(watched))
         groups = torch.full_like(sums[:1], self.groups)
-        return torch.cat([sums[:1], sums[1:2] * self.groups, groups, not_finite.expand_as(groups), sums[2:]])
+        # Of the whole model, though a call may see one group of it.
+        not_finite = self._group_sums.not_finite(layout.numbers_device).expand_as(groups)
+        return torch.cat([sums[:1], sums[1:2] * self.groups, groups, not_finite, sums[2:]])
+
+    def _of_layout(self, layout: Layout) -> _OfLayout:
+        """What is kept from step to step for one layout."""
+        if layout not in self._of_layouts:
+            self._of_layouts[layout] = _OfLayout(layout)
+        found: _OfLayout = self._of_layouts[layout]
+        return found
 
     def _complete(self, layout: Layout, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add this rank's sums to the others' and find the factor in them.
@@ -372,47 +408,21 @@ class GradientStatistics:
         return self._last.table()
 
     def _check_seen(self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]) -> None:
-        """Raise unless gradients come with groups. Zeros may come without: some wrappers step once to make the state.
+        """Raise unless gradients come with groups.
 
         Where layers are whole and this process is alone, each layer can be told; else a layer may have its gradient
         from other ranks, and one that no group had a gradient for is not updated.
         """
         if self._flow is not None and self._flow.sources:
-            for layer, seen in zip(layout.layers, watched, strict=True):
-                gradient = gradients[layer.tensor]
-                if seen.source is None and gradient is not None and gradient.any():
-                    raise StatisticsError(
-                        f"{self._owner()} has a gradient of layer {layer.name} but saw none of its groups', since no "
-                        "forward of a module under fully_shard was seen to use it. Construct the optimizer, or add the "
-                        "group, before the forward, and call the module rather than a method of it. A layer that is "
-                        "thawed later has to be used in the first forward too"
-                    )
+            refuse_without_forward(self._owner(), layout, watched, gradients)
         if self.groups == 0 and not self._has_company(layout):
-            if any(gradient is not None and gradient.any() for gradient in gradients):
-                raise StatisticsError(f"{self._owner()} has gradients but saw no group's gradient. {HOW_TO_BUILD}")
+            refuse_without_any_group(self._owner(), layout, gradients)
         elif not layout.reductions and self._ranks() == 1:
-            for layer, seen in zip(layout.layers, watched, strict=True):
-                gradient = gradients[layer.tensor]
-                if seen.groups == 0 and gradient is not None and gradient.any():
-                    raise StatisticsError(
-                        f"{self._owner()} has a gradient of layer {layer.name} but saw no group's. {HOW_TO_BUILD}"
-                    )
+            refuse_without_groups(self._owner(), layout, watched, gradients)
 
     def _has_company(self, layout: Layout) -> bool:
         """Whether other ranks wait in a collective of the statistics, even if this one has seen nothing."""
         return not layout.reductions and self._ranks() > 1
-
-    def _unseen(
-        self, layout: Layout, watched: Sequence[Watched], gradients: Sequence[torch.Tensor | None]
-    ) -> torch.Tensor:
-        """1 for each layer of which this rank has a gradient, although it has seen none of any, shape (layers,)."""
-        unseen = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
-        if self.groups == 0:
-            for index, layer in enumerate(layout.layers):
-                gradient = gradients[layer.tensor]
-                if gradient is not None:
-                    unseen[index] = gradient.any().to(unseen.device)
-        return unseen
 
     def _ranks(self) -> int:
         return 1 if self._averaging.known is None else self._averaging.known.ranks
@@ -449,6 +459,28 @@ class GradientStatistics:
         return torch.full((), factor, dtype=torch.float64, device=layout.numbers_device)
 
 
-def _note_gradients(of_pass: Sequence[Watched]) -> None:
+class _OfLayout:
+    """What the statistics need of a layout at every step, sent to the device once.
+
+    Attributes:
+        probes: Adds up the probes of gradients.
+    """
+
+    def __init__(self, layout: Layout):
+        self.probes = LocalProbes(layout)
+        self._device = layout.numbers_device
+        self._rows: tuple[list[int], torch.Tensor] | None = None
+
+    def rows(self, watched: Sequence[Watched]) -> torch.Tensor:
+        """The rows of the layers' sums, on the device."""
+        rows = [layer.row for layer in watched]
+        if self._rows is None or self._rows[0] != rows:  # a parameter that was taken out comes back with a new one
+            self._rows = rows, torch.tensor(rows, dtype=torch.long, device=self._device)
+        return self._rows[1]
+
+
+@torch.no_grad()
+def _after_backward(sums: GroupSums, of_pass: Sequence[Watched]) -> None:
+    sums.add_up()
     for watched in of_pass:
         watched.note_gradient()

@@ -20,29 +20,25 @@ class Watched:
 
     Attributes:
         parameter: The parameter, which a wrapper may drop.
+        row: Where `GroupSums` has its sums; -1 if none are kept.
         source: The tensor that takes the parameter's place in forward, where a wrapper puts one there.
         groups: How many groups of this rank were seen.
-        sums: Numbers, fp64: the groups' norms, their squares, and their probes (see `factor.probes`), added up.
         squares: Flat, of the parameter's size: the squares of the groups' elements, added up. None where they are not
             wanted, or do not stay on this rank.
         gradient: What the parameter's gradient was after the last backward pass: where it lay, and its version.
     """
 
     parameter: weakref.ref[torch.Tensor]
+    row: int = -1
     source: weakref.ref[torch.Tensor] | None = None
     groups: int = 0
-    sums: torch.Tensor | None = None
     squares: torch.Tensor | None = None
     gradient: tuple[int, int] | None = None
 
     def clear(self) -> None:
-        """Forget the groups."""
+        """Forget the groups; their sums and squares are forgotten by those who add them up."""
         self.groups = 0
         self.gradient = None
-        if self.sums is not None:
-            self.sums.zero_()
-        if self.squares is not None:
-            self.squares.zero_()
 
     def note_gradient(self) -> None:
         """Note what the gradient is like after a backward pass."""

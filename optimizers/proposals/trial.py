@@ -339,7 +339,7 @@ class _Instance:
 
         def evaluate() -> torch.Tensor:
             self._give(self.gradient)
-            return torch.tensor(loss)
+            return torch.tensor(loss, device="cpu")
 
         groups, state = self.optimizer.param_groups, self.optimizer.state
         began = copied(own_of(state))
@@ -390,7 +390,9 @@ class _Instance:
 
 def _as_kept(group: Mapping[str, Any], rate: float) -> float:
     """A rate as the group's tensor, if it is one, rounds it."""
-    return float(torch.as_tensor(rate, dtype=group["lr"].dtype)) if isinstance(group["lr"], torch.Tensor) else rate
+    if not isinstance(group["lr"], torch.Tensor):
+        return rate
+    return float(torch.as_tensor(rate, dtype=group["lr"].dtype, device="cpu"))
 
 
 def _attributes(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> tuple[str, ...]:

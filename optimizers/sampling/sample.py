@@ -90,7 +90,8 @@ class Sample:
         self._scale = self._vector(scale)
         _hand_out(step, "scale", self._scale)
         w, p, g = self._sums(step, self._squares).sqrt()
-        factor = signs.to(w.device) * self._option(step, "perturbation") * torch.maximum(w, self._smallest_norms(w)) / p
+        smallest = SMALLEST_RMS * self._plan.layout.elements.sqrt()
+        factor = signs.to(w.device) * self._option(step, "perturbation") * torch.maximum(w, smallest) / p
         self._factor = torch.where((g != 0) & g.isfinite() & factor.isfinite(), factor, torch.zeros_like(factor))
         _hand_out(step, "factor", self._factor)
         self._move(step, publish)
@@ -98,10 +99,6 @@ class Sample:
     @sums_over_layers("w", "p", "g")
     def _squares(self, group: dict[str, Any], layers: LayerTable, x: ChunkView) -> tuple[Summand, ...]:
         return squares(x.w), squares(self._formula.direction(group, layers).change(x)), squares(x.g)
-
-    def _smallest_norms(self, like: torch.Tensor) -> torch.Tensor:
-        roots = [SMALLEST_RMS * layer.numel**0.5 for layer in self._plan.layout.layers]
-        return torch.tensor(roots, dtype=like.dtype, device="cpu").to(like.device)
 
     def _move(self, step: Step, publish: bool) -> None:
         sweeps = EagerSweeps(step.operands, step.takes_part, self._plan.cache)

@@ -37,6 +37,7 @@ __all__ = [
     "find_sources",
     "given_to",
     "may_replace_parameters",
+    "may_shard_gradients",
     "publish_weights",
     "register_backend",
     "stepped_tensors",
@@ -261,6 +262,11 @@ def find_gradient_flow(optimizer: Any) -> GradientFlow | None:
 def may_replace_parameters() -> bool:
     """Whether any wrapper puts other tensors in the parameters' place in a forward, so that `find_sources` may find."""
     return any(type(backend).sources is not Backend.sources for backend in _known.load())
+
+
+def may_shard_gradients() -> bool:
+    """Whether any wrapper shards gradients in backward, so that `find_gradient_flow` may find it."""
+    return any(type(backend).gradient_flow is not Backend.gradient_flow for backend in _known.load())
 
 
 def find_sources(optimizer: Any, module: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -154,26 +154,23 @@ class Layout:
         return numbers_device(self.device)
 
     def reduce(
-        self, sums: torch.Tensor, layer_of_column: torch.Tensor | None = None, *, largest: bool = False
+        self, sums: torch.Tensor, layer_of_column: tuple[int, ...] | None = None, *, largest: bool = False
     ) -> torch.Tensor:
         """Add `sums` over all shards of each layer: one all-reduce per process group, however many layers.
 
         Args:
             sums: fp64, shape (rows, layers), this rank's share.
-            layer_of_column: The layer that each column belongs to, where there is not one column per layer.
+            layer_of_column: The layer that each column belongs to, where there is not one column per layer; the same
+                at every step, since what is made of it is kept.
             largest: Take the largest share in place of the sum, of numbers that are not negative; NaN is the largest.
 
         Returns:
             The same tensor on every rank of the group, shape (rows, layers).
         """
-        for (process_group, _), layers in zip(self.reductions, self._reduced_layers, strict=True):
+        for (process_group, _), reduced in zip(self.reductions, self._columns(layer_of_column), strict=True):
             if dist.get_world_size(process_group) == 1:
                 continue
-            columns: Any = slice(None)
-            if layers is not None:
-                columns = layers.to(sums.device)
-                if layer_of_column is not None:
-                    columns = torch.isin(layer_of_column, columns)
+            columns: Any = slice(None) if reduced is None else reduced.to(sums.device)
             packed = sums[:, columns].to(reduction_device(process_group, sums.device)).contiguous()
             if largest:
                 _take_largest(packed, process_group)
@@ -182,13 +179,42 @@ class Layout:
             sums[:, columns] = packed.to(sums.device)
         return sums
 
+    def _columns(self, layer_of_column: tuple[int, ...] | None) -> list[torch.Tensor | None]:
+        """The columns of each reduction, on the device, None for all; sent once, as a step must not wait."""
+        known = self._known_columns
+        if layer_of_column not in known:
+            owners = range(len(self.layers)) if layer_of_column is None else layer_of_column
+            known[layer_of_column] = [self._columns_over(set(layers), owners) for _, layers in self.reductions]
+        return known[layer_of_column]
+
+    def _columns_over(self, layers: set[int], owners: Sequence[int]) -> torch.Tensor | None:
+        columns = [column for column, layer in enumerate(owners) if layer in layers]
+        if len(columns) == len(owners):
+            return None
+        return torch.tensor(columns, dtype=torch.long, device=self.numbers_device)
+
     @functools.cached_property
-    def _reduced_layers(self) -> list[torch.Tensor | None]:
-        """The layers of each reduction, on the device, None where they are all; sent once, as a step must not wait."""
-        return [
-            torch.tensor(layers, device=self.numbers_device) if len(layers) < len(self.layers) else None
-            for _, layers in self.reductions
-        ]
+    def _known_columns(self) -> dict[tuple[int, ...] | None, list[torch.Tensor | None]]:
+        return {}
+
+    def numbers_of(self, number: Callable[[Layer], float]) -> torch.Tensor:
+        """A number of each layer, shape (layers,), fp64; for what is kept, as sending it waits."""
+        return torch.tensor([number(layer) for layer in self.layers], dtype=torch.float64, device=self.numbers_device)
+
+    @functools.cached_property
+    def elements(self) -> torch.Tensor:
+        """How many each layer has, shape (layers,), fp64."""
+        return self.numbers_of(lambda layer: layer.numel)
+
+    @functools.cached_property
+    def gradient_resolution(self) -> torch.Tensor:
+        """`Layer.gradient_resolution` of each layer, shape (layers,), fp64."""
+        return self.numbers_of(lambda layer: layer.gradient_resolution)
+
+    @functools.cached_property
+    def smallest_gradient(self) -> torch.Tensor:
+        """`Layer.smallest_gradient` of each layer, shape (layers,), fp64."""
+        return self.numbers_of(lambda layer: layer.smallest_gradient)
 
     @functools.cached_property
     def copies(self) -> torch.Tensor:

@@ -135,7 +135,9 @@ def _misshapen(
             yield f"{what} of parameter {name} is cut otherwise than the parameter: {cuts} on this rank"
     for what in layer_state:
         value = state.get(what, 0.0)
-        if what not in state.get("layers", {}) and (not _is_number(value) or torch.as_tensor(value).numel() != 1):
+        if what not in state.get("layers", {}) and (
+            not _is_number(value) or torch.as_tensor(value, device="cpu").numel() != 1
+        ):
             found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
             yield f"{what} of parameter {name} has shape {found} instead of ()"
 

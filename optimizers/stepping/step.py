@@ -193,8 +193,8 @@ class Step:
         """Add the layers' sums over all shards, and with them, in place, the sums of rows that are cut."""
         # One long row: the matrix, then a slot for each cut row of each of the sums over rows.
         columns = [packed.reshape(-1), *(rows.take_cut(sums) for rows, sums in row_sums)]
-        every_layer = torch.arange(packed.shape[1], device=packed.device).repeat(len(packed))
-        owners = torch.cat([every_layer, *(rows.slot_layers for rows, _ in row_sums)])
+        slots = [layer for rows, _ in row_sums for layer in rows.slot_layers]
+        owners = (*range(packed.shape[1]),) * len(packed) + (*slots,)
         reduced = self.layout.reduce(torch.cat(columns).unsqueeze(0), owners).squeeze(0)
         of_layers: torch.Tensor
         of_layers, *of_cut_rows = reduced.split([len(column) for column in columns])
@@ -308,6 +308,7 @@ class Step:
         layer_list = list(self.layout.layers[layers.start : layers.stop])
         table = LayerTable(layer_list, self._adapt(index), state, self.layout.gradient_norm)
         table.rows, table.elements = self.plan.rows.get(index), self._elements(index, layer_list)
+        table.resolution = self.layout.gradient_resolution[layers.start : layers.stop]
         rounding = self.plan.storage.rounding(index, options, state)
         return GroupOperands(options, layers, self.plan.group_tensors[index], table, rounding)
 

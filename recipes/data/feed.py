@@ -83,7 +83,7 @@ class BatchFeed:
             worker_init_fn=_ignore_signals,
             # Neither NCCL nor gloo survives a fork, and a fork server would end with the group's SIGTERM.
             multiprocessing_context="spawn" if workers else None,
-            generator=torch.Generator(),  # the global one belongs to dropout
+            generator=torch.Generator("cpu"),  # the global one belongs to dropout
         )
         with _signals_held():
             self._steps = iter(loader)

@@ -203,18 +203,18 @@ class LadSampler(Sampler[int]):
     def _order(self) -> list[int]:
         """Return the epoch's indices for this rank."""
         sample = self.training_sample()
-        order = sample[torch.randperm(len(sample), generator=self._generator("order", self.epoch))]
+        order = sample[torch.randperm(len(sample), generator=self._generator("order", self.epoch), device="cpu")]
         total = len(self) * self.num_replicas
         repeated = order.repeat(math.ceil(total / len(order)))[:total]
         return repeated[self.rank :: self.num_replicas].tolist()
 
     def _make(self, period: int) -> torch.Tensor:
-        chosen = torch.zeros(self.samples, dtype=torch.bool)
+        chosen = torch.zeros(self.samples, dtype=torch.bool, device="cpu")
         by_score = self._scores_of_all().argsort(descending=True, stable=True)
         for label, count in self._anomalous_of_classes().items():
             chosen[by_score[self.labels[by_score] == label][:count]] = True
         others = (~chosen).nonzero().squeeze(1)
-        drawn = torch.randperm(len(others), generator=self._generator("sample", period))
+        drawn = torch.randperm(len(others), generator=self._generator("sample", period), device="cpu")
         chosen[others[drawn[: self.size - int(chosen.sum())]]] = True
         return chosen.nonzero().squeeze(1)
 
@@ -240,7 +240,7 @@ class LadSampler(Sampler[int]):
 
     def _features_of_ranks(self, group: dist.ProcessGroup) -> tuple[torch.Tensor, list[int]]:
         """Return the features of this rank's samples, and how many each rank has."""
-        features, wrong = torch.empty(0), None
+        features, wrong = torch.empty(0, device="cpu"), None
         try:
             features = self._current_features()
         except Exception as error:  # a rank that ends here would leave the others waiting
@@ -309,7 +309,7 @@ class LadSampler(Sampler[int]):
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         # Texts, which random.Random hashes alike in every process, keep the draws of two epochs and seeds apart.
-        return torch.Generator().manual_seed(random.Random(f"{purpose} {self.seed} {number}").getrandbits(63))
+        return torch.Generator("cpu").manual_seed(random.Random(f"{purpose} {self.seed} {number}").getrandbits(63))
 
 
 def _gathered(of_rank: Any, group: dist.ProcessGroup) -> list[Any]:

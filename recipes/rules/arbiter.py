@@ -108,7 +108,7 @@ class Arbiter:
         self.agent = agent
         self.smallest, self.largest, self.unit, self.ranks = smallest, largest, unit, ranks
         self._average = average or (lambda values: values)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._trained = _trainable(agent)
         device = self._trained[0].device
         # nn.Linear(1, width) without a bias, as torch begins it.

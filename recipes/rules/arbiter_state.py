@@ -92,7 +92,7 @@ def _check_samples(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 def _check_generator(saved: Any) -> None:
     try:
-        torch.Generator().set_state(saved.cpu())
+        torch.Generator("cpu").set_state(saved.cpu())
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"the state's generator is none of a CPU: {_DAMAGED}") from error
 

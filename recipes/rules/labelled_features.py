@@ -55,7 +55,7 @@ def as_labels(labels: Any, samples: int | None, classes: int | None) -> torch.Te
     """
     if classes is not None:
         as_whole("classes", classes, 1)
-    found = torch.zeros(samples or 0, dtype=torch.int64) if labels is None else _tensor("labels", labels)
+    found = torch.zeros(samples or 0, dtype=torch.int64, device="cpu") if labels is None else _tensor("labels", labels)
     if found.dim() != 1 or samples not in (None, len(found)):
         expected = "samples" if samples is None else samples
         raise ValueError(f"labels must have one number per sample, shape ({expected},), got {tuple(found.shape)}")
@@ -157,4 +157,4 @@ def _from_array(array: NDArray[Any]) -> torch.Tensor:
         array = array.copy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing is written here
-        return torch.as_tensor(array)
+        return torch.as_tensor(array, device="cpu")

@@ -232,7 +232,7 @@ def smallest_kept_loss(
     bits = _ordered_bits(losses.detach().float().cpu())
     before = int(discard * (len(bits) if total is None else total))
     if before == 0:
-        return torch.tensor(-math.inf)
+        return torch.tensor(-math.inf, device="cpu")
     found = 0
     for shift in (24, 16, 8, 0):
         digits = (bits[bits >> (shift + 8) == found] >> shift) & 255
@@ -275,7 +275,7 @@ def _ordered_bits(values: torch.Tensor) -> torch.Tensor:
 
 def _of_ordered_bits(number: int) -> torch.Tensor:
     bits = number - _SIGN if number >= _SIGN else ~number
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    return torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32)
 
 
 def _batch_ratio(base_batch: int, batch: int) -> float:

@@ -91,7 +91,7 @@ def load_clicks(seed: int = 0) -> Clicks:
     samples = Interactions(
         torch.from_numpy(np.stack(numbered, axis=1)), torch.from_numpy((ratings["rating"] >= CLICK_FROM).astype("f4"))
     )
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(samples), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     parts = order.split([int(share * len(samples)) for share in _SHARES.values()])
     return Clicks(fields, *(Interactions(samples.ids[part], samples.clicks[part]) for part in parts))
 

@@ -18,11 +18,11 @@ def row_order(rows: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
         batch: rows per update; int64 (batch,) is yielded.
         seed: of the order.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long, device="cpu")
     while True:
         while len(order) < batch:
-            order = torch.cat([order, torch.randperm(rows, generator=generator)])
+            order = torch.cat([order, torch.randperm(rows, generator=generator, device="cpu")])
         yield order[:batch]
         order = order[batch:]
 
@@ -34,11 +34,11 @@ def passes(sampler: LadSampler, batch: int) -> Iterator[torch.Tensor]:
         sampler: its epochs are set, from the one it is in.
         batch: rows per update; int64 (batch,) is yielded.
     """
-    rows, epochs = torch.empty(0, dtype=torch.long), itertools.count(sampler.epoch)
+    rows, epochs = torch.empty(0, dtype=torch.long, device="cpu"), itertools.count(sampler.epoch)
     while True:
         while len(rows) < batch:
             sampler.set_epoch(next(epochs))
-            rows = torch.cat([rows, torch.tensor(list(sampler))])
+            rows = torch.cat([rows, torch.tensor(list(sampler), device="cpu")])
         yield rows[:batch]
         rows = rows[batch:]
 
@@ -51,7 +51,7 @@ def area_under_roc(logits: torch.Tensor, positive: torch.Tensor) -> float:
         positive: bool (samples,), neither all nor none.
     """
     ranks = torch.empty_like(logits, dtype=torch.float64)
-    ranks[logits.argsort()] = torch.arange(1, len(logits) + 1, dtype=torch.float64)
+    ranks[logits.argsort()] = torch.arange(1, len(logits) + 1, dtype=torch.float64, device=logits.device)
     count = int(positive.sum())
     below = ranks[positive].sum().item() - count * (count + 1) / 2
     return below / (count * (len(logits) - count))

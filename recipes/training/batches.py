@@ -332,7 +332,10 @@ def _of_first_rank(records: Sequence[dict[str, Any]], engine: Observed) -> list[
         return []
     own = [[record.get(f"gradient_{name}", math.nan) for name in ("signal", "noise")] for record in records]
     first = own if engine.rank == 0 else [[0.0, 0.0]] * len(own)
-    return [NoiseScale(*pair) for pair in engine.sum_over_ranks(torch.tensor(first, dtype=torch.float64)).tolist()]
+    return [
+        NoiseScale(*pair)
+        for pair in engine.sum_over_ranks(torch.tensor(first, dtype=torch.float64, device="cpu")).tolist()
+    ]
 
 
 def batches_of(run: CheckedRun) -> Batches:

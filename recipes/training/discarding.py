@@ -36,7 +36,7 @@ def without_smallest_losses(
         The micro-batches with what is kept, and the number of predictions before, over all ranks.
     """
     losses = _losses(engine, batches)
-    predicted = int(engine.sum_over_ranks(torch.tensor([len(losses)])))
+    predicted = int(engine.sum_over_ranks(torch.tensor([len(losses)], device="cpu")))
     kept = ~(losses < smallest_kept_loss(losses, discard, predicted, engine.sum_over_ranks))
     parts = kept.split([len(batch.labels) for batch in batches])
     return [batch.keep(part) for batch, part in zip(batches, parts, strict=True)], predicted

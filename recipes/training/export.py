@@ -185,7 +185,7 @@ def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         return torch.load(checkpoint / TRAINING_STATE, weights_only=True, map_location="cpu")["model"]
     if list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")):
         gathered = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        return {name: torch.as_tensor(weight) for name, weight in gathered.items()}
+        return {name: torch.as_tensor(weight, device="cpu") for name, weight in gathered.items()}
     if (checkpoint / _MODEL_FILE).is_file():
         return torch.load(checkpoint / _MODEL_FILE, weights_only=True, map_location="cpu")["module"]
     raise RecipeError(f"{checkpoint} holds neither DeepSpeed's files nor {TRAINING_STATE}")

@@ -52,7 +52,9 @@ def accumulate_step(
     """
     masked = sum(len(batch.labels) for batch in batches)
     # The stop flags ride along with the normaliser, so all ranks stop after the same step at no extra cost.
-    totals = engine.sum_over_ranks(torch.tensor([float(masked), float(stop_requested)], dtype=torch.float64))
+    totals = engine.sum_over_ranks(
+        torch.tensor([float(masked), float(stop_requested)], dtype=torch.float64, device="cpu")
+    )
     # A copy queued here lets the host read the flags at the end without waiting for the step itself.
     totals_on_host = totals.to("cpu", non_blocking=True)
     arrived = _mark(engine.device)
@@ -234,7 +236,7 @@ class TrainingLoop:
 
     def _require_data(self, feed: BatchFeed) -> None:
         """Raise on all ranks if one of them cannot read the data of its next step."""
-        broken = self.engine.sum_over_ranks(torch.tensor([float(feed.failure is not None)]))
+        broken = self.engine.sum_over_ranks(torch.tensor([float(feed.failure is not None)], device="cpu"))
         if broken.item():
             raise TrainingFailure("; ".join(collect_failures(feed.failure)))
 

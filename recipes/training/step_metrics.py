@@ -178,7 +178,7 @@ class StepMetrics:
     def add(self, update: Update) -> None:
         """Take note of the update that the engine has just done; nothing waits for the device."""
         optimizer, norms = self._layerwise, None
-        ratios = ([], torch.zeros(0)) if optimizer is None else optimizer.trust_ratio_vector()
+        ratios = ([], torch.zeros(0, device="cpu")) if optimizer is None else optimizer.trust_ratio_vector()
         if self.measure_noise and optimizer is not None and optimizer.statistics is not None and self.engine.applied():
             norms = optimizer.statistics.norm_table()
         self._held.append(_Held(update, ratios, norms))

@@ -89,7 +89,7 @@ class RecipeTrainer(Trainer):
             stop: ends the run after an update.
         """
         self.run, self.parts, self.checkpoints, self.records, self.stop = run, parts, checkpoints, records, stop
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device="cpu")
         self.masked, self.passes, self.norm, self.stopping = 0, 1, None, False
         self.predicted: int | None = None
         # DeepSpeed has followed this variable to the CPU, and accelerate would leave DeepSpeed out.

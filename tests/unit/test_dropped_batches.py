@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trustratio.optimizers import CLARS, LAMB, VRLAMB, VRSGD, StatisticsError
-from trustratio.optimizers.gradient_statistics.factor import PROBES, probes
+from trustratio.optimizers.gradient_statistics.probes import PROBES, probes
 from trustratio.optimizers.gradient_statistics.verdict import Verdict
 from trustratio.optimizers.noise_scale import gradient_noise
 

@@ -36,7 +36,8 @@ class NothingFromTheHost(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.__getitem__:
             assert not isinstance(args[1], list), "an index made of a list"
-        on_host = function in (torch.tensor, torch.as_tensor) or (args and getattr(args[0], "is_cpu", False))
+        of_numbers = function in (torch.tensor, torch.as_tensor) and not torch.is_tensor(args[0])
+        on_host = of_numbers or function is torch.Tensor.new_tensor or (args and getattr(args[0], "is_cpu", False))
         found = function(*args, **(kwargs or {}))
         assert not (on_host and isinstance(found, torch.Tensor) and found.device == META), function
         return found
@@ -301,3 +302,46 @@ def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.Monke
     with NothingFromTheHost():
         optimizer.step()
         assert layout.copies.shape == (3,)
+
+
+@pytest.mark.parametrize("only_some_are_cut", [False, True])
+def test_rows_wait_for_nothing_after_the_first_step(monkeypatch: pytest.MonkeyPatch, only_some_are_cut: bool) -> None:
+    """Neither those of whole embeddings nor those that a shard's end cuts are told to the device again."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *args, **options: None)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda found, cut, group: found.__setitem__(0, cut))
+    monkeypatch.setattr("trustratio.optimizers.sharding.layout.reduction_device", lambda group, preferred: preferred)
+    flat = torch.nn.Parameter(torch.empty(22, device=META))
+    embeddings = [torch.nn.Parameter(torch.empty(6, 3, device=META)) for _ in range(3)]
+    layers = tuple(Layer(f"layer{i}", (6, 3), 0, p) for i, p in enumerate(embeddings))
+    shards = (Shard(0, 0, 2, 16), Shard(1, 16, 0, 4), Shard(2, 20, 7, 2))
+    process_group: Any = object()
+    cut = (0, 2) if only_some_are_cut else (0, 1, 2)
+    layout = Layout("test", (flat,), (0,), layers, shards, ((process_group, cut),))
+    optimizer = create_optimizer("cowclip", [flat], lr=0.1, cowclip=True, implementation="eager")
+    optimizer._plans.add(plan := Plan.of(optimizer, layout, [flat]))
+    plan.agreement.steps_left = 0  # the ranks are not there
+    assert len(plan.rows[0].slot_layers) == 2
+    flat.grad = torch.empty_like(flat)
+    for step in range(3):
+        for embedding in embeddings:
+            optimizer._counts.add(embedding, torch.empty(5, dtype=torch.long, device=META))
+        with NothingFromTheHost() if step else nullcontext():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in SWEPT if OPTIMIZERS[name].group_statistics is not None])
+@pytest.mark.filterwarnings("ignore:.*group.* of samples per step.*")
+def test_statistics_wait_for_nothing_after_the_first_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in backward nor in the step; what was found wrong, the host reads when it is known."""
+    monkeypatch.setattr("trustratio.optimizers.gradient_statistics.verdict.Verdict.give", lambda self, *args: None)
+    parameters = [torch.nn.Parameter(torch.empty(shape, device=META)) for shape in ((5, 7), (8, 4), (5,), (), (8, 4))]
+    optimizer = create_optimizer(name, parameters, lr=0.1, implementation="eager")
+    for step in range(4):
+        for _ in range(2):
+            loss = sum((p * p).sum() for p in parameters[step % 2 :])
+            with NothingFromTheHost() if step >= 2 else nullcontext():
+                loss.backward()  # type: ignore[union-attr]
+        with NothingFromTheHost() if step >= 2 else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
