@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import PhasedSchedule, phased_schedule
 from .attention import attention_of
+from .compiling import compile_regions
 from .masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary
 from .optimizer import build_optimizer
 from .sixteen_bits import storage_options
@@ -69,7 +70,7 @@ def build_parts(
         model.checkpoint_activations()
     optimizer = build_optimizer(config.optimizer, _in_its_precision(model, config), storage_options(config))
     if config.training.compile:
-        model.compile()  # in place: parameters keep their names
+        compile_regions(model)
     return RecipeParts(model, optimizer, phased_schedule(config))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
 
 from ..common.errors import RecipeError
@@ -23,8 +24,15 @@ class GatheredBertForMaskedLM(GatheredHead, BertForMaskedLM):
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the encoder's output; see `GatheredHead`."""
         # Rows are packed full, so every position is attended to; saying so explicitly is not needed and SDPA
-        # takes its fastest path without a mask.
-        return self.bert(input_ids=input_ids).last_hidden_state
+        # takes its fastest path without a mask. Neither are token types: one row of zeros, which is added to all
+        # sequences, in place of a look-up for every token, and of its backward.
+        one_type = torch.zeros((1, input_ids.shape[1]), dtype=torch.int64, device=input_ids.device)
+        return self.bert(input_ids=input_ids, token_type_ids=one_type).last_hidden_state
+
+    def regions(self) -> Iterator[nn.Module]:
+        """Yield embeddings and layers."""
+        yield self.bert.embeddings
+        yield from self.bert.encoder.layer
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of gathered hidden states."""

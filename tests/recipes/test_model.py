@@ -214,18 +214,6 @@ def test_activation_checkpointing_gives_the_same_gradient_with_dropout(rows, voc
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_compiled_model_keeps_its_names_and_gradient(rows, vocabulary, monkeypatch):
-    """With the graph captured and run by plain torch; the compiler behind it is torch's own matter."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
-    plain, compiled = parts_of(), parts_of("training.compile=true")
-    assert list(dict(compiled.model.named_parameters())) == list(dict(plain.model.named_parameters()))
-    assert compiled.model._compiled_call_impl is not None
-    expected = gradients_of(plain, rows, vocabulary)
-    for one, other in zip(expected, gradients_of(compiled, rows, vocabulary), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)
-
-
 def test_initial_weights_are_loaded_or_refused(tmp_path):
     saved = parts_of("training.seed=5").model
     saved.save_pretrained(tmp_path)
