@@ -23,8 +23,7 @@ def compile_regions(model: Any, backend: str = "inductor") -> None:
         backend: torch.compile's.
     """
     limits: Any = torch._dynamo.config
-    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # until torch 2.5
-    setattr(limits, name, max(getattr(limits, name), _MOST_VERSIONS))
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_VERSIONS)
     for region in model.regions():
         region.compile(backend=backend, dynamic=False)
     model.predicted_loss = torch.compile(model.predicted_loss, backend=backend, dynamic=True)

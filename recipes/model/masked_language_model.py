@@ -16,6 +16,7 @@ from ..configuration.config import ModelConfig
 from .gathered_head import GatheredHead
 from .initial_weights import require_same_computation
 from .modern_bert import GatheredModernBertForMaskedLM, modern_bert_config
+from .norms import stay_in_autocast
 
 
 class GatheredBertForMaskedLM(GatheredHead, BertForMaskedLM):
@@ -73,6 +74,7 @@ def build_model(
         shape, kind = _bert_config(config, vocabulary_size, padding), GatheredBertForMaskedLM
     shape._attn_implementation = attention
     model = kind(shape)
+    stay_in_autocast(model)
     if config.initial_weights is not None:
         _load_weights(model, config)
     return model

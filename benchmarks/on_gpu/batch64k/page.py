@@ -50,6 +50,8 @@ def verdict(found: Found) -> str:
         parts.append(f"{batch:,} sequences x {_updates(runs, batch)} updates: {shown or 'no run was finished'}")
     if "unigram_entropy" in found:
         parts.append(f"unigram entropy {found['unigram_entropy']:.3f}")
+    if failed := found.get("failed"):
+        parts.append(f"failed: {', '.join(failed)}")
     if skipped := found.get("skipped"):
         parts.append(f"no time for {', '.join(skipped)}")
     return "; ".join(parts) or "no update was done"

@@ -102,12 +102,13 @@ class Runs:
         self.part, self.trainer, self.seconds = part, trainer, seconds
         self.done: list[dict[str, Any]] = []
         self.skipped: list[str] = []
+        self.failed: list[str] = []
 
     def train(self, name: str, rate: float, updates: int, together: int) -> None:
         """Do one run, if there is time for it; one that fails takes nothing from the next."""
-        batch = together * self.trainer.config.training.global_batch
+        called = f"{name} {rate:g} at {together * self.trainer.config.training.global_batch:,}"
         if not self.part.rehearse and self.part.left() < RESERVE + updates * together * self.seconds:
-            self.skipped.append(f"{name} {rate:g} at {batch:,}")
+            self.skipped.append(called)
             self.part.record(skipped=self.skipped)
             return
         began = time.monotonic()
@@ -118,6 +119,11 @@ class Runs:
         def time_is_over() -> bool:
             return self.part.left() < RESERVE
 
-        found = self.trainer.train(name, rate, max(1, updates), together, note, time_is_over)
+        try:
+            found = self.trainer.train(name, rate, max(1, updates), together, note, time_is_over)
+        except Exception as error:  # of the device, or the optimizer
+            self.failed.append(f"{called}: {type(error).__name__}: {error}".splitlines()[0][:200])
+            self.part.record(runs=self.done, failed=self.failed)
+            return
         self.done.append(found)
         self.seconds = max(self.seconds, (time.monotonic() - began) / (max(1, updates) * together))

@@ -35,7 +35,7 @@ def verdict(found: Found) -> str:
             parts.append(f"BERT-{size} {length}: {_line(fastest, PUBLISHED.get((size, length)))}")
     failed = [name for name, case in cases.items() if "failed" in case]
     missing = [case.name for case in CASES if case.name not in cases]
-    for what, names in (("failed", failed), ("no time for", missing)):
+    for what, names in (("failed:", failed), ("no time for", missing)):
         if names:
             parts.append(f"{what} {', '.join(names)}")
     return "; ".join(parts)
