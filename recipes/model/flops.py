@@ -86,7 +86,6 @@ def tokens_in_window(length: int, reach: int) -> float:
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),
-    ("B100", 1750.0, 60.0),
     ("H200", 989.0, 67.0),
     ("H100 PCIe", 756.0, 51.0),
     ("H100 NVL", 835.0, 60.0),

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
 
 from ..common.errors import RecipeError
+from ..common.files import parse_json
 from ..common.marks import require_unchanged
 from ..configuration.config import ModelConfig
+from ..runs.checkpoints import ROWS
 from .gathered_head import GatheredHead
 from .initial_weights import require_same_computation
 from .modern_bert import GatheredModernBertForMaskedLM, modern_bert_config
@@ -140,6 +142,31 @@ def _require_architecture(config: ModelConfig, found: str) -> None:
         )
 
 
-def padded_vocabulary(size: int) -> int:
-    """Round a vocabulary up to a multiple of 8, which matrix units want; the extra rows are never a target."""
-    return (size + 7) // 8 * 8
+EARLIER_MULTIPLE = 8
+"""What earlier releases padded vocabularies to a multiple of."""
+
+
+def padded_vocabulary(size: int, multiple: int = 64) -> int:
+    """Round a vocabulary up to a multiple of 64, which matrix units want; the extra rows are never a target."""
+    return -(-size // multiple) * multiple
+
+
+def rows_of_checkpoint(identity: Mapping[str, Any], vocabulary_size: int) -> int:
+    """Return the rows of the embedding table in a checkpoint with this identity."""
+    rows: int = identity.get(ROWS, padded_vocabulary(vocabulary_size, EARLIER_MULTIPLE))
+    return rows
+
+
+def first_rows(config: ModelConfig, vocabulary_size: int) -> int:
+    """Return the rows of the embedding table that a run begins with: `padded_vocabulary`.
+
+    Where there are initial weights whose vocabulary an earlier release padded: theirs.
+    """
+    rows, earlier = padded_vocabulary(vocabulary_size), padded_vocabulary(vocabulary_size, EARLIER_MULTIPLE)
+    if config.initial_weights is None:
+        return rows
+    try:
+        saved = parse_json((Path(config.initial_weights) / "config.json").read_bytes())
+    except (OSError, ValueError):  # `build_model` says what is wrong with them
+        return rows
+    return earlier if isinstance(saved, dict) and saved.get("vocab_size") == earlier else rows
