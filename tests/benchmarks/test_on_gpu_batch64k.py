@@ -137,6 +137,21 @@ def test_a_run_is_what_the_recipe_would_train(trainer: Trainer) -> None:
     assert trainer.train("lamb", 0.02, 2, 2)["batch"] == 32
 
 
+def test_runs_are_the_same_in_a_wrapper_for_one_rank(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate makes one on a GPU, and none on a CPU."""
+    first = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    alone = trainer.train("lamb", 0.02, 3, 1)
+    trainer.model.load_state_dict(first)
+    monkeypatch.undo()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer.wrap(torch.nn.parallel.DistributedDataParallel(trainer.model), CPU)
+        wrapped = [trainer.train(name, 0.02, 3, 1) for name in ("lamb", "adamw", "lamb")]
+    finally:
+        dist.destroy_process_group()
+    assert wrapped[0]["losses"] == wrapped[2]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+
+
 def test_a_run_is_noted_while_it_goes_on_and_ended_with_its_time(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.pool import Pools
 from trustratio.recipes.configuration.config import RecipeConfig
 from trustratio.recipes.configuration.overrides import apply_overrides
+from trustratio.recipes.configuration.phases import phases_of
 from trustratio.recipes.data.masking import MaskedBatch, Vocabulary
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.build import build_parts
@@ -25,6 +26,7 @@ from trustratio.recipes.training.deepspeed_settings import merge
 from trustratio.recipes.training.engines import DeepSpeedTraining
 from trustratio.recipes.training.launchers import AccelerateLauncher
 from trustratio.recipes.training.loop import accumulate_step
+from trustratio.recipes.training.phase_data import PhaseData
 
 VOCABULARY = 104
 PLAN = BatchPlan(4, 3, 1)
@@ -149,3 +151,24 @@ def test_token_types_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None
     )
     model(**vars(micro_batches(1)[0]))
     assert shapes == [(1, 16)]
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_micro_batches_are_page_locked_for_a_gpu(device: str, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[torch.Size] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self.shape) or self)
+    rows = np.random.default_rng(0).integers(5, 100, size=(64, 16)).astype(np.uint16)
+    masked = MaskedRows(rows, Vocabulary(4, np.arange(5), np.arange(5, 100)), 0.3, seed=7)
+    (phase,) = phases_of(config_of("training.global_batch=12", "training.micro_batch=4"))
+    data = PhaseData(phase, PLAN, masked, [], 4.0)
+    with contextlib.closing(data.feed(0, 1, 0, torch.device(device))) as feed:
+        batches = feed.take()
+    assert len(batches) == PLAN.accumulation
+    assert locked == ([tensor.shape for batch in batches for tensor in vars(batch).values()] if pinned else [])
+
+
+def test_transfers_to_the_device_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **given: options.append(given) or self)
+    micro_batches(1)[0].to(torch.device("cuda"))
+    assert options == [{"non_blocking": True}] * 3

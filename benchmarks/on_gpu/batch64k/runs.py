@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.timing import synchronize
 from trustratio.recipes.configuration.config import RecipeConfig
@@ -48,8 +49,12 @@ class Trainer:
         parts = build_parts(config, data.vocabulary_size, data.special_tokens())
         compile_regions(parts.model, backend)
         engine: Any = AccelerateLauncher({}).engine(parts, config.training, BatchPlan(1, 1, 1), None)
-        self.model, self.device = engine.model, engine.device
-        self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.wrap(engine.model, engine.device)
+
+    def wrap(self, model: nn.Module, device: torch.device) -> None:
+        """Take a model as accelerate wraps it, with the weights that runs begin with."""
+        self.model, self.device = model, device
+        self._initial = {name: value.clone() for name, value in model.state_dict().items()}
 
     def train(
         self,
