@@ -19,6 +19,7 @@ import torch.distributed as dist
 from benchmarks.on_gpu.batch64k import runs as training
 from benchmarks.on_gpu.batch64k.corpus import Corpus
 from benchmarks.on_gpu.batch64k.page import best_runs, tables, verdict
+from benchmarks.on_gpu.batch64k.picture import draw
 from benchmarks.on_gpu.batch64k.runs import Trainer
 from benchmarks.on_gpu.batch64k.settings import REAL, TOY, scaled_rate, updates_that_fit
 from benchmarks.on_gpu.part import Part
@@ -258,6 +259,14 @@ def test_tables_have_every_run_and_the_curves_of_the_best() -> None:
     assert "| 65,536 | lans | 0.02 | 9.000 | 8.100 | 7.100 | 6.600 |" in page
     assert tables({}) == tables({"runs": [], "unigram_entropy": 1.0}) == NOT_MEASURED
     assert verdict({}) == "no update was done"
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    runs = [run_of(), run_of("lans"), run_of("adamw", batch=131072), run_of(lr=0.06, losses=[9.0, math.nan])]
+    assert draw({"runs": runs, "unigram_entropy": 6.6}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not draw({}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_the_real_runs_are_what_they_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
