@@ -279,7 +279,7 @@ def test_the_real_runs_are_what_they_are_called(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "benchmarks.on_gpu.part", "batch64k", "--output", str(tmp_path), "--limit", "400"]
+    line = [sys.executable, "-m", "benchmarks.on_gpu.part", "batch64k", "--output", str(tmp_path), "--limit", "900"]
     subprocess.run([*line, "--rehearse"], check=True)
     found = json.loads((tmp_path / "batch64k.json").read_text())
     batches = [(run["optimizer"], run["batch"]) for run in found["runs"]]

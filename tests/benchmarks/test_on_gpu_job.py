@@ -128,7 +128,7 @@ def test_a_loss_that_did_not_fall_is_said() -> None:
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "benchmarks.on_gpu.part", "job", "--output", str(tmp_path), "--limit", "240"]
+    line = [sys.executable, "-m", "benchmarks.on_gpu.part", "job", "--output", str(tmp_path), "--limit", "900"]
     subprocess.run([*line, "--rehearse"], check=True)
     found = found_of(tmp_path)
     assert found["updates"] == 6

@@ -245,7 +245,7 @@ def test_tables_hold_every_case() -> None:
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "benchmarks.on_gpu.part", "throughput", "--output", str(tmp_path), "--limit", "400"]
+    line = [sys.executable, "-m", "benchmarks.on_gpu.part", "throughput", "--output", str(tmp_path), "--limit", "900"]
     subprocess.run([*line, "--rehearse"], check=True)
     found = json.loads((tmp_path / "throughput.json").read_text())
     assert set(found["cases"]) == {case.name for case in CASES}
