@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import PhasedSchedule, phased_schedule
 from .attention import attention_of
-from .masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary
+from .compiling import compile_regions
+from .masked_language_model import MaskedLanguageModel, build_model, first_rows, padded_vocabulary
 from .optimizer import build_optimizer
 from .sixteen_bits import storage_options
 
@@ -51,25 +52,30 @@ def outline(config: RecipeConfig, vocabulary_size: int | None = None) -> tuple[M
 
 
 def build_parts(
-    config: RecipeConfig, vocabulary_size: int, special_tokens: Mapping[str, int | None] | None = None
+    config: RecipeConfig,
+    vocabulary_size: int,
+    special_tokens: Mapping[str, int | None] | None = None,
+    rows: int | None = None,
 ) -> RecipeParts:
     """Build model, optimizer and schedule of a configuration; equal on every rank and for every launcher.
 
     Args:
         config: resolved and checked.
-        vocabulary_size: tokens of the prepared data; padded to a multiple of 8.
+        vocabulary_size: tokens of the prepared data.
         special_tokens: ids of the data's tokenizer, see `PreparedData.special_tokens`; None: left open.
+        rows: of the embedding table; None: `first_rows`.
 
     Raises:
         RecipeError: options that the optimizer refuses, or initial weights of another shape.
     """
     torch.manual_seed(config.training.seed)
-    model = build_model(config.model, padded_vocabulary(vocabulary_size), special_tokens, attention_of(config))
+    rows = rows or first_rows(config.model, vocabulary_size)
+    model = build_model(config.model, rows, special_tokens, attention_of(config))
     if config.training.activation_checkpointing:
         model.checkpoint_activations()
     optimizer = build_optimizer(config.optimizer, _in_its_precision(model, config), storage_options(config))
     if config.training.compile:
-        model.compile()  # in place: parameters keep their names
+        compile_regions(model)
     return RecipeParts(model, optimizer, phased_schedule(config))
 
 

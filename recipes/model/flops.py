@@ -84,6 +84,8 @@ def tokens_in_window(length: int, reach: int) -> float:
 # Dense peaks in TFLOP/s from the manufacturers' data sheets, (16-bit matrix units, fp32 without them). The first name
 # that a device's own contains decides.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2500.0, 80.0),
+    ("B200", 2250.0, 75.0),
     ("H200", 989.0, 67.0),
     ("H100 PCIe", 756.0, 51.0),
     ("H100 NVL", 835.0, 60.0),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..configuration.phases import Phase
 
@@ -24,6 +26,10 @@ class GatheredHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (masked, vocabulary) of gathered hidden states (masked, hidden)."""
+        raise NotImplementedError
+
+    def regions(self) -> Iterator[nn.Module]:
+        """Yield the modules that are compiled one by one; see `compile_regions`."""
         raise NotImplementedError
 
     def begin_phase(self, phase: Phase) -> None:
@@ -48,7 +54,12 @@ class GatheredHead:
 
         The sum, not the mean: only the training loop knows how many tokens the whole global batch masks.
         """
-        hidden = self.hidden_states(input_ids)
+        return self.predicted_loss(self.hidden_states(input_ids), positions, labels, reduction)
+
+    def predicted_loss(
+        self, hidden: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, reduction: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `forward` does, of the encoder's output: logits of (masked, vocabulary) and no more."""
         gathered = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         logits = self.logits(gathered).float()
         loss = F.cross_entropy(logits, labels, reduction=reduction)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertForMaskedLM
 
 from ..common.errors import RecipeError
+from ..common.files import parse_json
 from ..common.marks import require_unchanged
 from ..configuration.config import ModelConfig
+from ..runs.checkpoints import ROWS
 from .gathered_head import GatheredHead
 from .initial_weights import require_same_computation
 from .modern_bert import GatheredModernBertForMaskedLM, modern_bert_config
+from .norms import stay_in_autocast
 
 
 class GatheredBertForMaskedLM(GatheredHead, BertForMaskedLM):
@@ -23,8 +27,15 @@ class GatheredBertForMaskedLM(GatheredHead, BertForMaskedLM):
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the encoder's output; see `GatheredHead`."""
         # Rows are packed full, so every position is attended to; saying so explicitly is not needed and SDPA
-        # takes its fastest path without a mask.
-        return self.bert(input_ids=input_ids).last_hidden_state
+        # takes its fastest path without a mask. Neither are token types: one row of zeros, which is added to all
+        # sequences, in place of a look-up for every token, and of its backward.
+        one_type = torch.zeros((1, input_ids.shape[1]), dtype=torch.int64, device=input_ids.device)
+        return self.bert(input_ids=input_ids, token_type_ids=one_type).last_hidden_state
+
+    def regions(self) -> Iterator[nn.Module]:
+        """Yield embeddings and layers."""
+        yield self.bert.embeddings
+        yield from self.bert.encoder.layer
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of gathered hidden states."""
@@ -65,6 +76,7 @@ def build_model(
         shape, kind = _bert_config(config, vocabulary_size, padding), GatheredBertForMaskedLM
     shape._attn_implementation = attention
     model = kind(shape)
+    stay_in_autocast(model)
     if config.initial_weights is not None:
         _load_weights(model, config)
     return model
@@ -130,6 +142,31 @@ def _require_architecture(config: ModelConfig, found: str) -> None:
         )
 
 
-def padded_vocabulary(size: int) -> int:
-    """Round a vocabulary up to a multiple of 8, which matrix units want; the extra rows are never a target."""
-    return (size + 7) // 8 * 8
+EARLIER_MULTIPLE = 8
+"""What earlier releases padded vocabularies to a multiple of."""
+
+
+def padded_vocabulary(size: int, multiple: int = 64) -> int:
+    """Round a vocabulary up to a multiple of 64, which matrix units want; the extra rows are never a target."""
+    return -(-size // multiple) * multiple
+
+
+def rows_of_checkpoint(identity: Mapping[str, Any], vocabulary_size: int) -> int:
+    """Return the rows of the embedding table in a checkpoint with this identity."""
+    rows: int = identity.get(ROWS, padded_vocabulary(vocabulary_size, EARLIER_MULTIPLE))
+    return rows
+
+
+def first_rows(config: ModelConfig, vocabulary_size: int) -> int:
+    """Return the rows of the embedding table that a run begins with: `padded_vocabulary`.
+
+    Where there are initial weights whose vocabulary an earlier release padded: theirs.
+    """
+    rows, earlier = padded_vocabulary(vocabulary_size), padded_vocabulary(vocabulary_size, EARLIER_MULTIPLE)
+    if config.initial_weights is None:
+        return rows
+    try:
+        saved = parse_json((Path(config.initial_weights) / "config.json").read_bytes())
+    except (OSError, ValueError):  # `build_model` says what is wrong with them
+        return rows
+    return earlier if isinstance(saved, dict) and saved.get("vocab_size") == earlier else rows

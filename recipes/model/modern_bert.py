@@ -5,10 +5,11 @@ Warner et al. 2024, arXiv 2412.13663. Parameters, their names and what is comput
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
 from ..configuration.config import ModelConfig
@@ -39,6 +40,11 @@ class GatheredModernBertForMaskedLM(GatheredHead, ModernBertForMaskedLM):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of gathered hidden states."""
         return self.decoder(self.head(hidden))
+
+    def regions(self) -> Iterator[nn.Module]:
+        """Yield embeddings and layers."""
+        yield self.model.embeddings
+        yield from self.model.layers
 
     def begin_phase(self, phase: Phase) -> None:
         """Turn the global layers' positions by the phase's base from now on, in exported models, too."""

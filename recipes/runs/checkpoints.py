@@ -24,7 +24,10 @@ STATE_DTYPE = "state_dtype"
 PADDING = "pad_token_id"
 """In a checkpoint's identity: the model's padding, None if it has none; missing in earlier releases', where it is 0."""
 
-_FREE = (RANKS, STATE_DTYPE, PADDING)
+ROWS = "vocabulary_rows"
+"""In a checkpoint's identity: rows of the embedding table; missing in earlier releases', see `rows_of_checkpoint`."""
+
+_FREE = (RANKS, STATE_DTYPE, PADDING, ROWS)
 """What a continued run may have otherwise."""
 
 WRITE_ERRORS = (OSError, RuntimeError, MemoryError)

@@ -19,7 +19,15 @@ from .loop import TrainingLoop
 from .phase_data import phases_with_data
 from .ranks import collect_failures, share_of_all
 from .records import open_records
-from .session import announce_end, open_output, prepare_run, reported, run_command, special_tokens_of
+from .session import (
+    announce_end,
+    open_output,
+    prepare_run,
+    reported,
+    run_command,
+    special_tokens_of,
+    vocabulary_rows_of,
+)
 from .step_metrics import StepMetrics
 from .stop_requests import StopRequests
 
@@ -58,7 +66,8 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> int:
 def build_engine(run: CheckedRun, data: PreparedData) -> TrainingEngine:
     """Build model, optimizer and schedule, and wrap them (collective); load the checkpoint to resume, if any."""
     PROGRESS.begin("while building the model")
-    parts = build_parts(run.config, data.vocabulary_size, special_tokens_of(run, data))
+    rows = vocabulary_rows_of(run, data)
+    parts = build_parts(run.config, data.vocabulary_size, special_tokens_of(run, data), rows)
     engine = run.launcher.engine(parts, run.config.training, run.plans[0], run.settings)
     if run.invocation.resume is not None:
         engine.load(run.invocation.resume)
@@ -81,7 +90,7 @@ def train(
     """
     config, resume = run.config, run.invocation.resume
     batches = batches_of(run)
-    step_metrics = StepMetrics.of_run(engine, config, run.plans, data[0].vocabulary_size)
+    step_metrics = StepMetrics.of_run(engine, config, run.plans, vocabulary_rows_of(run, data[0]))
 
     if resume is not None:
         step_metrics.load(resume)

@@ -24,7 +24,15 @@ from .launchers import launcher_of_this_process
 from .model_card import write_card
 from .ranks import collect_failures
 from .records import open_records
-from .session import announce_end, open_output, prepare_run, reported, run_command, special_tokens_of
+from .session import (
+    announce_end,
+    open_output,
+    prepare_run,
+    reported,
+    run_command,
+    special_tokens_of,
+    vocabulary_rows_of,
+)
 from .stop_requests import StopRequests
 from .trainer import RecipeTrainer, save_weights, trainers_part
 from .unpickling import tensors_only
@@ -58,7 +66,8 @@ def pretrain(run: CheckedRun, reporter: Reporter) -> int:
     """
     data, identity = prepare_run(run, reporter)
     PROGRESS.begin("while building the model")
-    parts = build_parts(run.config, data[0].vocabulary_size, special_tokens_of(run, data[0]))
+    rows = vocabulary_rows_of(run, data[0])
+    parts = build_parts(run.config, data[0].vocabulary_size, special_tokens_of(run, data[0]), rows)
     folder, checkpoints = open_output(run, identity, reporter)
     # To the very end: a launcher that is gone asks ranks to stop once more, while the first one draws the report.
     with StopRequests(reporter.active) as stop:

@@ -21,6 +21,7 @@ from .deepspeed_schema import (
     section,
 )
 
+_NO_CLOCK = {"throughput": {"enabled": False}}  # it would wait for the device twice in every micro-batch
 _QUIET = 10**9  # steps between DeepSpeed's own progress lines; the recipe prints its own
 
 
@@ -105,6 +106,7 @@ def merge(
     _check_scaling(merged, zero_stage)
     _check_loss_scale(zero_stage, precision)
     merged.setdefault("steps_per_print", _QUIET)
+    merged["timers"] = _NO_CLOCK
     check_device(merged, plan.ranks)
     check_complete(merged, plan)
     return merged
@@ -246,8 +248,11 @@ def _check_loss_scale(zero_stage: int, precision: str) -> None:
 
 
 def without_batch_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that stay the same when a run is continued with another micro-batch."""
-    return {key: value for key, value in settings.items() if key not in BATCH_KEYS}
+    """Return the settings that stay the same when a run is continued with another micro-batch.
+
+    Earlier releases' have no "timers", which decide nothing.
+    """
+    return {key: value for key, value in settings.items() if key not in (*BATCH_KEYS, "timers")}
 
 
 def as_given(saved: Mapping[str, Any]) -> dict[str, Any]:

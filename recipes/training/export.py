@@ -26,7 +26,7 @@ from ..configuration.phases import phases_of
 from ..data.preparation import prepare
 from ..data.prepared import TOKENIZER, PreparedData
 from ..data.wordpiece import without_lengths
-from ..model.masked_language_model import MaskedLanguageModel, build_model, padded_vocabulary, stock_model
+from ..model.masked_language_model import MaskedLanguageModel, build_model, rows_of_checkpoint, stock_model
 from ..runs.checkpoints import describe_checkpoint, find_checkpoint, require_whole, run_of
 from ..runs.folder import CONFIG
 from .engines import ENGINE_STATE, TRAINING_STATE
@@ -107,7 +107,7 @@ def export_checkpoint(path: Path, output: Path, reporter: Reporter) -> Path:
             "$TRUSTRATIO_CACHE"
         )
     shape = dataclasses.replace(config.model, initial_weights=None)
-    trained = build_model(shape, padded_vocabulary(data.vocabulary_size), data.special_tokens())
+    trained = build_model(shape, rows_of_checkpoint(identity, data.vocabulary_size), data.special_tokens())
     trained.begin_phase(trained_phase(checkpoint, phases_of(config)))
     model = stock_model(trained)
     missing, unexpected = model.load_state_dict(trained_weights(checkpoint), strict=False)

@@ -37,10 +37,12 @@ from ..data.preparation import mended, prepare
 from ..data.prepared import PreparedData
 from ..data.verification import damaged_files, expected_hashes
 from ..model.attention import describe_attention
+from ..model.masked_language_model import first_rows, rows_of_checkpoint
 from ..model.sixteen_bits import describe_conversion, describe_storage
 from ..runs.checkpoints import (
     PADDING,
     RANKS,
+    ROWS,
     STATE_DTYPE,
     CheckpointFolder,
     check_same_run,
@@ -216,6 +218,7 @@ def prepare_run(run: CheckedRun, reporter: Reporter) -> tuple[list[PreparedData]
     if run.saved_identity is not None and resume is not None:
         check_same_run(run.saved_identity, identity, resume)
     identity[PADDING] = _padding(run, data[0], reporter)
+    identity[ROWS] = vocabulary_rows_of(run, data[0])
     require_memory(run, data[0].vocabulary_size)
     return data, identity
 
@@ -229,6 +232,13 @@ def special_tokens_of(run: CheckedRun, data: PreparedData) -> dict[str, int | No
     if saved is None or run.config.model.architecture != "bert":
         return tokens
     return {**tokens, "pad": saved.get(PADDING, 0)}
+
+
+def vocabulary_rows_of(run: CheckedRun, data: PreparedData) -> int:
+    """Return the rows of the embedding table, of a resumed run those that it began with."""
+    if run.saved_identity is None:
+        return first_rows(run.config.model, data.vocabulary_size)
+    return rows_of_checkpoint(run.saved_identity, data.vocabulary_size)
 
 
 def _padding(run: CheckedRun, data: PreparedData, reporter: Reporter) -> int | None:

@@ -26,7 +26,6 @@ from ..common.files import write_json
 from ..configuration.config import RecipeConfig
 from ..configuration.phases import Phase
 from ..model.flops import ModelFlops, peak_of
-from ..model.masked_language_model import padded_vocabulary
 from ..model.optimizer import is_baseline, sample_interval
 from ..rules.global_batch import BatchPlan
 from .engines import Observed
@@ -124,20 +123,18 @@ class StepMetrics:
     _noise: dict[str, RunningNoise] = field(default_factory=dict)
 
     @classmethod
-    def of_run(
-        cls, engine: Observed, config: RecipeConfig, plans: Sequence[BatchPlan], vocabulary_size: int
-    ) -> StepMetrics:
+    def of_run(cls, engine: Observed, config: RecipeConfig, plans: Sequence[BatchPlan], rows: int) -> StepMetrics:
         """Measure what a run's configuration asks for.
 
         Args:
             engine: before its first backward pass.
             config: resolved and checked.
             plans: batch division of each phase.
-            vocabulary_size: tokens of the prepared data.
+            rows: of the model's embedding table.
         """
         return cls(
             engine,
-            ModelFlops.of(config.model, padded_vocabulary(vocabulary_size)),
+            ModelFlops.of(config.model, rows),
             peak_of(engine.device, config.training.precision, config.run.peak_tflops),
             measures_noise(config, plans),
         )

@@ -101,7 +101,7 @@ class RecipeTrainer(Trainer):
         self.batches = batches_of(run)
         self.feed: BatchFeed | None = None
         self.remove_callback(PrinterCallback)
-        self.progress = _Progress(self, data[0].vocabulary_size)
+        self.progress = _Progress(self, parts.model.config.vocab_size)
         self.add_callback(self.progress)
 
     @property
@@ -322,8 +322,8 @@ class _Progress(TrainerCallback):
         step_metrics: measures every update, from then on.
     """
 
-    def __init__(self, trainer: RecipeTrainer, vocabulary_size: int) -> None:
-        self.trainer, self.vocabulary_size = trainer, vocabulary_size
+    def __init__(self, trainer: RecipeTrainer, rows: int) -> None:
+        self.trainer, self.rows = trainer, rows
         self.run, self.config = trainer.run, trainer.run.config
         self.step, self.learning_rate = self.run.first, 0.0
         self.plan: BatchPlan | None = None
@@ -332,7 +332,7 @@ class _Progress(TrainerCallback):
         self.observed = _WrappedByTrainer(self.trainer)
         if state.global_step:
             self.observed.continue_schedule(self.observed.scheduler.last_epoch)
-        self.step_metrics = StepMetrics.of_run(self.observed, self.config, self.run.plans, self.vocabulary_size)
+        self.step_metrics = StepMetrics.of_run(self.observed, self.config, self.run.plans, self.rows)
         if self.run.invocation.resume is not None:
             self.step_metrics.load(self.run.invocation.resume)
         self.trainer.records.begin(self.run.first)

@@ -227,6 +227,7 @@ def test_deepspeed_settings_are_completed():
         "zero_optimization": {"stage": 1},
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
     }
     file = {"train_batch_size": "auto", "gradient_clipping": 0.5, "zero_optimization": {"overlap_comm": True}}
     merged = merge(file, zero_stage=2, elementwise=True)
@@ -235,6 +236,17 @@ def test_deepspeed_settings_are_completed():
     assert merged["zero_optimization"] == {"overlap_comm": True, "stage": 2}
     assert merged["zero_allow_untested_optimizer"]
     assert file["train_batch_size"] == "auto"  # the caller's dict is left alone
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_run_is_continued_with_the_settings_it_was_started_with(earlier):
+    """Earlier releases left DeepSpeed's timer on, which decides nothing."""
+    begun = merge({})
+    saved = {key: value for key, value in begun.items() if not (earlier and key == "timers")}
+    continued = merge(deepspeed_settings.as_given(saved))
+    assert continued == begun
+    identities = [deepspeed_settings.without_batch_sizes(settings) for settings in (saved, continued)]
+    assert identities[0] == identities[1]
 
 
 def test_offload_keeps_our_optimizer():

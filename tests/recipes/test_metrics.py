@@ -290,6 +290,9 @@ def test_flops_are_those_that_torch_counts():
 def test_peaks_are_found_by_the_devices_name():
     assert device_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert device_peak("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert device_peak("NVIDIA B200", "bf16") == 2250e12
+    assert device_peak("NVIDIA GB200", "bf16") == 2500e12
+    assert device_peak("NVIDIA H200", "bf16") == device_peak("NVIDIA GH200 480GB", "bf16") == 989e12
     assert device_peak("NVIDIA A100-SXM4-40GB", "fp32") == 19.5e12
     assert device_peak("NVIDIA L40S", "fp16") == 362e12
     assert device_peak("NVIDIA A10G", "bf16") == 70e12

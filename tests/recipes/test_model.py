@@ -13,11 +13,11 @@ from trustratio.recipes.configuration.config import ModelConfig, OptimizerConfig
 from trustratio.recipes.configuration.overrides import apply_overrides
 from trustratio.recipes.data.rows import MaskedRows
 from trustratio.recipes.model.build import build_parts
-from trustratio.recipes.model.masked_language_model import build_model, padded_vocabulary, stock_model
+from trustratio.recipes.model.masked_language_model import build_model, first_rows, padded_vocabulary, stock_model
 from trustratio.recipes.model.optimizer import build_optimizer, parameter_groups
 from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.training.loop import accumulate_step, seed_step, validate
-from trustratio.recipes.training.session import special_tokens_of
+from trustratio.recipes.training.session import special_tokens_of, vocabulary_rows_of
 
 TINY = ModelConfig(layers=2, hidden=16, heads=2, intermediate=32, max_positions=32)
 
@@ -126,8 +126,52 @@ def test_attention_is_sdpa_and_the_head_is_tied():
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
 
 
-def test_the_vocabulary_is_padded_to_a_multiple_of_eight():
-    assert [padded_vocabulary(n) for n in (1, 8, 8192, 30522)] == [8, 8, 8192, 30528]
+def test_the_vocabulary_is_padded_to_a_multiple_of_sixty_four():
+    assert [padded_vocabulary(n) for n in (1, 64, 65, 8192, 28996, 30522)] == [64, 64, 128, 8192, 29056, 30528]
+
+
+@pytest.mark.parametrize(
+    ("saved", "rows"),
+    [
+        (None, 29056),  # a run that begins
+        ({}, 29000),  # a checkpoint of an earlier release
+        ({"vocabulary_rows": 29056}, 29056),
+        ({"vocabulary_rows": 29000}, 29000),
+    ],
+)
+def test_a_resumed_run_keeps_its_rows(saved, rows):
+    run = SimpleNamespace(config=SimpleNamespace(model=TINY), saved_identity=saved)
+    assert vocabulary_rows_of(run, SimpleNamespace(vocabulary_size=28996)) == rows
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(104, 104), (128, 128), (96, 128)])
+def test_initial_weights_keep_the_rows_of_an_earlier_release(tmp_path, rows, expected):
+    build_model(TINY, rows).save_pretrained(tmp_path)
+    overrides = [
+        "model.hidden=16",
+        "model.intermediate=32",
+        "model.max_positions=32",
+        f"model.initial_weights={tmp_path}",
+    ]
+    config = apply_overrides(RecipeConfig(), overrides)
+    assert first_rows(config.model, 100) == expected
+    if rows == expected:
+        assert build_parts(config, 100).model.config.vocab_size == rows
+        return
+    with pytest.raises(RecipeError, match="does not fit the model of this run"):
+        build_parts(config, 100)
+
+
+def test_rows_of_initial_weights_that_cannot_be_read_are_the_usual_ones(tmp_path):
+    shape = dataclasses.replace(TINY, initial_weights=str(tmp_path))
+    assert first_rows(shape, 100) == 128
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        assert first_rows(shape, 100) == 128
+
+
+def test_rows_may_be_given():
+    assert build_parts(RecipeConfig(), 100, rows=104).model.config.vocab_size == 104
 
 
 def test_dropout_draws_depend_on_seed_step_and_rank():
@@ -212,18 +256,6 @@ def test_activation_checkpointing_gives_the_same_gradient_with_dropout(rows, voc
     assert parts.model.is_gradient_checkpointing
     for expected, found in zip(plain, gradients_of(parts, rows, vocabulary), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_a_compiled_model_keeps_its_names_and_gradient(rows, vocabulary, monkeypatch):
-    """With the graph captured and run by plain torch; the compiler behind it is torch's own matter."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
-    plain, compiled = parts_of(), parts_of("training.compile=true")
-    assert list(dict(compiled.model.named_parameters())) == list(dict(plain.model.named_parameters()))
-    assert compiled.model._compiled_call_impl is not None
-    expected = gradients_of(plain, rows, vocabulary)
-    for one, other in zip(expected, gradients_of(compiled, rows, vocabulary), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)
 
 
 def test_initial_weights_are_loaded_or_refused(tmp_path):

@@ -1,0 +1,95 @@
+"""The verdict and the tables of the part `batch64k`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.on_gpu.table import NOT_MEASURED, Found, table
+
+__all__ = ["best_runs", "tables", "verdict"]
+
+Run = dict[str, Any]
+
+SHOWN = 10
+"""Updates between two columns of the curves."""
+
+
+def is_whole(run: Run) -> bool:
+    """Whether the run has done all of its updates, or diverged before."""
+    return "validation_loss" in run and (
+        len(run["losses"]) == run["asked_updates"] or not math.isfinite(run["losses"][-1])
+    )
+
+
+def final(run: Run) -> float:
+    """The loss that runs are compared by: on held-out text, infinite for one that diverged or was ended."""
+    loss = run.get("validation_loss", math.inf)
+    return loss if is_whole(run) and math.isfinite(loss) else math.inf
+
+
+def best_runs(runs: Iterable[Run]) -> list[Run]:
+    """The best run of each optimizer and batch, of those that did not diverge."""
+    best: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        key = run["optimizer"], run["batch"]
+        if math.isfinite(final(run)) and (key not in best or final(run) < final(best[key])):
+            best[key] = run
+    return list(best.values())
+
+
+def verdict(found: Found) -> str:
+    """One line: the best of each optimizer, and what did not fit."""
+    runs = found.get("runs", [])
+    batches = dict.fromkeys(run["batch"] for run in runs)
+    parts = []
+    for batch in batches:
+        best = sorted((run for run in best_runs(runs) if run["batch"] == batch), key=final)
+        shown = ", ".join(f"{run['optimizer']} {final(run):.3f} at {run['lr']:g}" for run in best)
+        parts.append(f"{batch:,} sequences x {_updates(runs, batch)} updates: {shown or 'no run was finished'}")
+    if "unigram_entropy" in found:
+        parts.append(f"unigram entropy {found['unigram_entropy']:.3f}")
+    if failed := found.get("failed"):
+        parts.append(f"failed: {', '.join(failed)}")
+    if skipped := found.get("skipped"):
+        parts.append(f"no time for {', '.join(skipped)}")
+    return "; ".join(parts) or "no update was done"
+
+
+def _updates(runs: Iterable[Run], batch: int) -> int:
+    return next(run["asked_updates"] for run in runs if run["batch"] == batch)
+
+
+def tables(found: Found) -> str:
+    """All runs, then the curves of the best, in Markdown."""
+    runs = [run for run in found.get("runs", []) if run["losses"]]
+    if not runs:
+        return NOT_MEASURED
+    head = ("batch", "optimizer", "rate", "updates", "training loss", "validation loss", "accuracy", "sequences/s")
+    intro = (
+        f"{found['model']} on {found['training_sequences']:,} sequences of {found['sequence_length']}, vocabulary "
+        f"{found['vocabulary']:,}; unigram entropy {found['unigram_entropy']:.3f} nats."
+    )
+    return "\n\n".join([intro, table(head, map(_row, runs)), "Training loss of the best:", _curves(best_runs(runs))])
+
+
+def _row(run: Run) -> list[str]:
+    ended = "" if is_whole(run) else " (ended by the limit)"
+    row = [f"{run['batch']:,}", run["optimizer"], f"{run['lr']:g}", f"{len(run['losses'])}{ended}"]
+    row.append(f"{run['losses'][-1]:.3f}")
+    if "validation_loss" not in run:
+        return [*row, "", "", ""]
+    shown = f"{run['validation_loss']:.3f}", f"{run['validation_accuracy']:.1%}", f"{run['sequences_per_second']:,.0f}"
+    return [*row, *shown]
+
+
+def _curves(runs: list[Run]) -> str:
+    longest = max((len(run["losses"]) for run in runs), default=0)
+    numbers = sorted({1, *range(SHOWN, longest + 1, SHOWN), longest} - {0})
+    rows = [
+        [f"{run['batch']:,}", run["optimizer"], f"{run['lr']:g}"]
+        + [f"{run['losses'][n - 1]:.3f}" if n <= len(run["losses"]) else "" for n in numbers]
+        for run in runs
+    ]
+    return table(("batch", "optimizer", "rate", *(f"update {n}" for n in numbers)), rows)

@@ -1,0 +1,88 @@
+"""The verdict and the tables of the part `throughput`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.on_gpu.table import NOT_MEASURED, Found, gib, table
+
+from .cases import CASES, PUBLISHED, Case
+
+__all__ = ["tables", "verdict"]
+
+HEAD = (
+    "BERT",
+    "tokens",
+    "compiled",
+    "micro-batch",
+    "sequences/s",
+    "published, one A100-80",
+    "MFU",
+    "peak memory",
+    "planned",
+)
+
+
+def verdict(found: Found) -> str:
+    """One line: the faster of compiled and not, by model and length, and what did not fit."""
+    cases, parts = found.get("cases", {}), []
+    for size, length in dict.fromkeys((case.size, case.length) for case in CASES):
+        measured = [
+            one for case in CASES if (case.size, case.length) == (size, length) if (one := cases.get(case.name))
+        ]
+        fastest = max((one for one in measured if "seconds" in one), key=_speed, default=None)
+        if fastest is not None:
+            parts.append(f"BERT-{size} {length}: {_line(fastest, PUBLISHED.get((size, length)))}")
+    failed = [name for name, case in cases.items() if "failed" in case]
+    missing = [case.name for case in CASES if case.name not in cases]
+    for what, names in (("failed:", failed), ("no time for", missing)):
+        if names:
+            parts.append(f"{what} {', '.join(names)}")
+    return "; ".join(parts)
+
+
+def _speed(case: dict[str, Any]) -> float:
+    return float(case["sequences_per_second"])
+
+
+def _line(case: dict[str, Any], published: float | None) -> str:
+    line = f"{_speed(case):,.0f} sequences/s"
+    if published:
+        line += f" ({_speed(case) / published:.2f}x NVIDIA's {published:.0f} on an A100)"
+    return line + (f", MFU {case['utilisation']:.0%}" if case.get("utilisation") is not None else "")
+
+
+def tables(found: Found) -> str:
+    """All cases, and the kernels of those that are short of half the peak, in Markdown."""
+    cases = found.get("cases", {})
+    measured = [case for case in CASES if "seconds" in cases.get(case.name, {})]
+    if not measured:
+        return NOT_MEASURED
+    parts = [table(HEAD, [_row(case, cases.get(case.name, {})) for case in CASES])]
+    for case in measured:
+        if listed := cases[case.name].get("kernels"):
+            parts.append(f"Kernels of {case.name}, one update:\n\n{_kernels(listed)}")
+    return "\n\n".join(parts)
+
+
+def _row(case: Case, one: dict[str, Any]) -> list[str]:
+    published = PUBLISHED.get((case.size, case.length))
+    beside = "" if published is None else f"{published:.0f}"
+    row = [case.size, str(case.length), "yes" if case.compiled else "no"]
+    if "seconds" not in one:
+        return [*row, "", one.get("failed", NOT_MEASURED), beside, "", "", ""]
+    share, peak = one.get("utilisation"), one.get("peak_memory_bytes")
+    return [
+        *row,
+        f"{one['micro_batch']:,}",
+        f"{one['sequences_per_second']:,.0f}",
+        beside,
+        "" if share is None else f"{share:.1%}",
+        "" if peak is None else gib(peak),
+        gib(one["planned_bytes"]),
+    ]
+
+
+def _kernels(listed: list[dict[str, Any]]) -> str:
+    rows = [[f"`{k['name']}`", f"{k['milliseconds']:.2f}", f"{k['share']:.1%}", f"{k['calls']:,}"] for k in listed]
+    return table(("kernel", "ms", "share", "calls"), rows)

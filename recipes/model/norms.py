@@ -1,0 +1,32 @@
+"""Layer norms that stay in 16 bits under autocast."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class AutocastLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm`, which under autocast takes and gives 16-bit numbers; sums over a row are in fp32 anyway.
+
+    torch's autocast computes norms in fp32 and leaves their output so: everything that is added to it, the whole
+    residual stream, is fp32 then and moves twice the bytes. DeepSpeed's bf16 and fp16 have it in 16 bits.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize the last dimensions."""
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return super().forward(input)
+        dtype = torch.get_autocast_dtype(kind)
+        weight, bias = (None if own is None else own.to(dtype) for own in (self.weight, self.bias))
+        with torch.autocast(kind, enabled=False):
+            return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+def stay_in_autocast(model: nn.Module) -> None:
+    """Make the layer norms of a model `AutocastLayerNorm`s, in place: weights, names and what is exported stay."""
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            module.__class__ = AutocastLayerNorm
