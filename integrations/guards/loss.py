@@ -73,6 +73,8 @@ def _warn(trainer: Trainer) -> None:
         culprit = f"compute_loss_func={getattr(given, '__name__', given)!s}"
     elif type(trainer).compute_loss is not Trainer.compute_loss:
         culprit = f"{type(trainer).__name__}.compute_loss"
+    elif trainer.label_smoother is not None:  # which transformers 5.14 and older do not hand the number of items
+        culprit = f"label_smoothing_factor={trainer.args.label_smoothing_factor}"
     else:
         culprit = type(trainer.model).__name__
     warnings.warn(

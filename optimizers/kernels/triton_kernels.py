@@ -333,6 +333,8 @@ def _why_nothing_compiles(device: torch.device) -> str | None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # an error of the launch itself comes later
     except Exception as error:
+        if "0-dimensional" in str(error):  # its interpreter makes numbers of arrays of one
+            return "numpy before 2.4, or Triton 3.7, for TRITON_INTERPRET=1"
         return f"a Triton that compiles for {device}, which fails with {type(error).__name__}: {str(error)[:200]}"
     return None
 

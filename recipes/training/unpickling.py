@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -20,6 +21,14 @@ from ..runs.folder import ENVIRONMENT
 # What DeepSpeed 0.19.8 pickles besides tensors and plain values.
 _OF_DEEPSPEED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 _VARIABLES = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+
+
+def _to_the_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# Trainers of transformers 5.17 and older load to "cpu:0" on ranks without a GPU, a place that torch.load does not know.
+torch.serialization.register_package(11, lambda storage: None, _to_the_cpu)
 
 
 @contextmanager

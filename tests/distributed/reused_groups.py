@@ -17,15 +17,14 @@ def reuse_groups() -> None:
     make, destroy = distributed_c10d._new_group_with_tag, distributed_c10d.destroy_process_group
     made: dict[Any, Any] = {}
 
-    def reuse(
-        ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, sort_ranks: bool = True, **options: Any
-    ) -> Any:
+    def reuse(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **options: Any) -> Any:
         members = list(range(dist.get_world_size()) if ranks is None else ranks)
         # Of a group that only its members make, the other ranks know nothing.
         locally = options.get("use_local_synchronization", False)
-        key = (tuple(sorted(members) if sort_ranks else members), str(backend or "gloo"), locally)
+        in_order = options.get("sort_ranks", True)  # which torch before 2.12 does not ask
+        key = (tuple(sorted(members) if in_order else members), str(backend or "gloo"), locally)
         if key not in made:
-            made[key] = make(ranks, timeout, backend, *args, sort_ranks=sort_ranks, **options)
+            made[key] = make(ranks, timeout, backend, *args, **options)
         return made[key]
 
     def keep(group: Any = None) -> None:

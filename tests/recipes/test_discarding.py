@@ -170,7 +170,7 @@ def test_both_passes_see_the_same_dropout(masked, checkpointing):
     torch.manual_seed(0)
     model = build_model(dataclasses.replace(TINY, dropout=0.3), 104).train()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations()
     engine = Engine(model)
     seen = {"first": [], "second": [], "plain": []}
     batches = masked.step_batches(0, BatchPlan(4, 4, 1), 0)

@@ -122,6 +122,22 @@ def test_windows_find_the_answer_wherever_it_is(model):
     assert answers == {question.key: question.answers[0][0] for question in questions}
 
 
+@pytest.mark.parametrize("kept", [2, 4])
+def test_a_tokenizer_that_loses_the_end_of_passages_is_refused(model, kept):
+    """As tokenizers 0.23.1 and 0.23.2, which make two windows at most."""
+    whole = AutoTokenizer.from_pretrained(model)
+
+    def forgetful(*texts, **options):
+        encoded = whole(*texts, **options)
+        encoded["offset_mapping"] = encoded["offset_mapping"][:kept]
+        return encoded
+
+    with pytest.raises(
+        RecipeError, match=r"tokenizers \S+ loses .* after its second window: pip install 'tokenizers>="
+    ):
+        windows([], forgetful, 32)
+
+
 # Data ----------------------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ def test_activations_are_what_autograd_keeps(dropout, checkpointing):
         layer.attention.self.dropout.p = 0.0
         layer.attention.self.dropout_prob = 0.0
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 

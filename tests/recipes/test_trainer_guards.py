@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from trustratio.integrations.accelerate import ConflictingSettingsError, ReplacedOptimizerError
 from trustratio.integrations.transformers import masked_language_modeling_loss, optimizer_for_trainer
@@ -38,6 +40,19 @@ class MeanSaidSo(MeanAgain):
 class Handed(Trainer):
     def compute_loss(self, *args, **kwargs):
         return super().compute_loss(*args, **kwargs)
+
+
+SMOOTHED_BY_ITEMS = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
+"""Not by transformers 5.14 and older."""
+
+
+class Smoothing(Trainer):
+    """As those: its smoothed loss is the mean of the micro-batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        smoother = LabelSmoother(epsilon=self.args.label_smoothing_factor)
+        self.label_smoother = lambda outputs, labels, num_items_in_batch=None: smoother(outputs, labels)
 
 
 def mean_of_micro_batch(outputs, labels, num_items_in_batch=None):
@@ -73,7 +88,8 @@ def readable(value: object) -> str:
         ({"compute_loss_func": masked_language_modeling_loss, "trainer_class": Handed}, None),
         ({"trainer_class": MeanSaidSo}, None),
         ({"model": Dividing}, None),
-        ({"arguments": {"label_smoothing_factor": 0.1}}, None),
+        ({"arguments": {"label_smoothing_factor": 0.1}}, None if SMOOTHED_BY_ITEMS else "label_smoothing_factor=0.1"),
+        ({"arguments": {"label_smoothing_factor": 0.1}, "trainer_class": Smoothing}, "label_smoothing_factor=0.1"),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, None),
     ],
     ids=readable,

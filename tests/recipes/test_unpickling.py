@@ -154,3 +154,10 @@ def test_a_comparison_and_a_report_of_such_a_folder_run_nothing(tmp_path: Path) 
     assert outcome(tmp_path, Run("lamb", 0.1, 1), 3) is None
     assert report([str(tmp_path)]) == 2
     assert not trace.exists()
+
+
+def test_a_rank_without_a_gpu_loads_what_its_trainer_wrote(tmp_path: Path) -> None:
+    """The Trainer of transformers 5.17 and older asks torch.load for the place "cpu:0"."""
+    torch.save({"momentum": torch.arange(3.0)}, tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu", 0), weights_only=True)
+    assert loaded["momentum"].tolist() == [0.0, 1.0, 2.0]

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_a_triton_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         triton_kernels._why_nothing_compiles.cache_clear()
     assert torch.equal(found, one_step(implementation="eager")[1])
+
+
+def test_an_interpreter_older_than_its_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_kernels = pytest.importorskip("trustratio.optimizers.kernels.triton_kernels")
+    launch = mock.MagicMock()
+    launch.__getitem__.return_value.side_effect = TypeError(
+        "only 0-dimensional arrays can be converted to Python scalars"
+    )
+    monkeypatch.setattr(triton_kernels, "_fold", launch)
+    why = triton_kernels._why_nothing_compiles.__wrapped__(torch.device("cpu"))
+    assert why == "numpy before 2.4, or Triton 3.7, for TRITON_INTERPRET=1"
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def floors() -> dict[str, Version]:
     text = (ROOT / "pyproject.toml").read_text()
     promised = text[text.index("\ndependencies") : text.index("\n[tool.")]
     found: dict[str, Version] = {}
-    for line in re.findall(r'"([\w-]+>=[\w.]+)"', promised):
+    for line in re.findall(r'"([\w-]+>=[\w.]+)[",]', promised):
         requirement = Requirement(line)
         version = Version(next(iter(requirement.specifier)).version)
         assert found.setdefault(requirement.name, version) == version, f"{requirement.name} has two floors"
