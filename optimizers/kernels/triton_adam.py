@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .triton_parts import ONE_FOR_ALL, address, block_of, gradient, gsnr, put_square
+from .triton_parts import address, block_of, gradient, gsnr, one_for_all, put_square
 from .triton_rounding import kept, places, put_weight, rounding_bits, weight
 
 __all__ = ["adam"]
 
 
-@triton.jit(**ONE_FOR_ALL)
+@one_for_all
 def adam(
     rows, changing, idle, partial, count,
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,

@@ -35,8 +35,11 @@ except ImportError:
 __all__ = ["KERNELS", "TritonKernels", "Types"]
 
 FOLD = 1024  # partial sums that are added at a time
+# What takes registers gets more threads, with fewer elements for each: random bits, and an address for every element.
 WARPS = 4
-MORE_WARPS = 8  # so that fewer elements go to a thread: random bits take registers, and so do addresses of their own
+WARPS_THAT_ROUND = 8
+WARPS_NOT_ALIGNED = 16
+FAST_IN_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # capabilities; others have a 32nd or 64th of fp32's speed
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
@@ -50,9 +53,16 @@ MEASURE, MEASURE_AND_KEEP, APPLY, APPLY_KEPT = range(4)
 
 
 class TritonKernels:
-    """The implementation "triton"."""
+    """The implementation "triton".
+
+    Args:
+        wide: Whether squares are added in fp64 throughout, or in fp32 within 16 neighbours; None asks the device.
+    """
 
     name = "triton"
+
+    def __init__(self, wide: bool | None = None):
+        self.wide = wide
 
     def devices(self) -> tuple[str, ...]:
         return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -66,7 +76,8 @@ class TritonKernels:
     def serves(self, operands: Operands) -> list[bool]:
         device = operands.layout.device
         types = {dtype: name for dtype, name in TYPES.items() if name != "bf16" or _has_bf16(device)}
-        kept_in = [_state_dtype(operands, index) for index in range(len(operands.weights))]
+        of_groups = {index: _state_dtype(group.rounding) for index, group in operands.groups.items()}
+        kept_in = [of_groups.get(group, torch.float32) for group in operands.layout.groups]
         served = [
             weight.dtype in types and weight.device == device and state_dtype in types
             for weight, state_dtype in zip(operands.weights, kept_in, strict=True)
@@ -84,7 +95,8 @@ class TritonKernels:
         return served
 
     def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> TritonSweeps:
-        return TritonSweeps(operands, served, cache)
+        wide = _is_fast_in_fp64(operands.layout.device) if self.wide is None else self.wide
+        return TritonSweeps(operands, served, cache, wide=wide)
 
 
 KERNELS = TritonKernels()
@@ -103,8 +115,10 @@ class Types(NamedTuple):
 
     def warps(self, mode: int, aligned: bool) -> int:
         """Of a block, in a sweep of this mode."""
+        if not aligned:
+            return WARPS_NOT_ALIGNED
         rounds = self.state == "bf16" or self.master == "kahan" or (self.master == "stochastic" and mode >= APPLY)
-        return WARPS if aligned and not rounds else MORE_WARPS
+        return WARPS_THAT_ROUND if rounds else WARPS
 
 
 class _Pointers(NamedTuple):
@@ -122,7 +136,7 @@ class _Pointers(NamedTuple):
 class TritonSweeps:
     """See `Sweeps`."""
 
-    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any], *, wide: bool = True):
+    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any], *, wide: bool):
         self.operands = operands
         self.served = served
         self.device = operands.layout.device
@@ -329,15 +343,8 @@ def _what_changed(name: tuple[Any, ...], known: Recent, content: Any) -> str:
     return f"pointers of {', '.join(of for of in content if last.get(of) != content[of])}"
 
 
-def _rounding_of(operands: Operands, index: int) -> Rounding | None:
-    """Of the group that a local tensor is in."""
-    group = operands.groups.get(operands.layout.groups[index])
-    return None if group is None else group.rounding
-
-
-def _state_dtype(operands: Operands, index: int) -> torch.dtype:
-    """What a local tensor's state is to be kept in; with any other it is left to tensor operations."""
-    rounding = _rounding_of(operands, index)
+def _state_dtype(rounding: Rounding | None) -> torch.dtype:
+    """What a group's state is to be kept in; with any other it is left to tensor operations."""
     return torch.bfloat16 if rounding is not None and rounding.state else torch.float32
 
 
@@ -345,12 +352,13 @@ def _types(operands: Operands, index: int, gradient: torch.dtype) -> Types | Non
     weight = operands.weights[index].dtype
     if weight not in TYPES or gradient not in TYPES:
         return None
-    rounding = _rounding_of(operands, index)
+    group = operands.groups.get(operands.layout.groups[index])
+    rounding = None if group is None else group.rounding
     master = rounding.master if rounding is not None and weight is torch.bfloat16 else None
     return Types(
         weight=TYPES[weight],
         gradient=TYPES[gradient],
-        state=TYPES[_state_dtype(operands, index)],
+        state=TYPES[_state_dtype(rounding)],
         master=master or "none",
     )
 
@@ -375,6 +383,12 @@ def _has_bf16(device: torch.device) -> bool:
     """Whether compiled code can convert bf16: not on NVIDIA's GPUs before sm_80."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return not is_nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_fast_in_fp64(device: torch.device) -> bool:
+    """Whether adding squares in fp64 takes less time than reading the numbers."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return not is_nvidia or torch.cuda.get_device_capability(device) in FAST_IN_FP64
 
 
 @functools.cache
@@ -403,10 +417,10 @@ if triton is not None:
     from .triton_adam import adam
     from .triton_belief import belief
     from .triton_momentum import momentum
-    from .triton_parts import ONE_FOR_ALL
+    from .triton_parts import one_for_all
     from .triton_sums import sums
 
-    @triton.jit(**ONE_FOR_ALL)
+    @one_for_all
     def _fold(partial, ends, total, blocks, layers, BLOCK: tl.constexpr):
         """Add up one layer's blocks for one place, in a fixed order."""
         layer, place = tl.program_id(0), tl.program_id(1)

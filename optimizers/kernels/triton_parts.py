@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 
-__all__ = ["ONE_FOR_ALL", "ROW", "address", "block_of", "gradient", "gsnr", "put_square", "put_sum", "raw_gsnr"]
-
-ONE_FOR_ALL: dict[str, Any] = {"do_not_specialize": range(99), "do_not_specialize_on_alignment": range(99)}
-"""Options of `triton.jit`: no kernel of its own for counts or addresses that are a multiple of 16, or 1."""
+__all__ = ["ROW", "address", "block_of", "gradient", "gsnr", "one_for_all", "put_square", "put_sum", "raw_gsnr"]
 
 ROW = tl.constexpr(6)
 """Numbers in a row of the table of blocks, see `BlockTable`."""
+
+
+def one_for_all(function: Callable[..., None]) -> Any:
+    """As `triton.jit`, but with no kernels of their own for counts and addresses that are multiples of 16, or 1."""
+    parameters = inspect.signature(function).parameters.items()
+    arguments = [name for name, parameter in parameters if "constexpr" not in str(parameter.annotation)]
+    return triton.jit(do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)(function)
 
 
 @triton.jit

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .triton_parts import ONE_FOR_ALL, address, block_of, gradient, gsnr, put_square, put_sum, raw_gsnr
+from .triton_parts import address, block_of, gradient, gsnr, one_for_all, put_square, put_sum, raw_gsnr
 from .triton_rounding import places, weight
 
 __all__ = ["sums"]
 
 
-@triton.jit(**ONE_FOR_ALL)
+@one_for_all
 def sums(
     rows, changing, idle, partial, count,
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
