@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs, which needs none, and writes docs/results/compiled_kernels.json.
 
 python -m benchmarks.compiled_kernels                        # all, for three capabilities: an hour on two cores
-python -m benchmarks.compiled_kernels --some --capability 90 # each kernel with one way to keep numbers; prints them
+python -m benchmarks.compiled_kernels --some --capability 90 # each with one way to keep numbers; prints them
 python -m benchmarks.compiled_kernels --page                 # the table in docs/kernels.md, from the file
 
 What has been compiled is written as it comes, and not compiled again by the same version of Triton.
@@ -17,15 +17,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trustratio.optimizers.kernels import triton_kernels
 from trustratio.optimizers.kernels.compiled_form import Kind
-from trustratio.optimizers.kernels.triton_kernels import APPLY, MEASURE, Types
+from trustratio.optimizers.kernels.triton_kernels import APPLY, APPLY_KEPT, MEASURE, MEASURE_AND_KEEP, Types
 
-__all__ = ["Usage", "Variant", "compiled", "some_variants", "variants"]
+__all__ = ["Usage", "Variant", "compiled", "products", "some_variants", "variants", "write", "write_page"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "results" / "compiled_kernels.json"
@@ -181,6 +182,11 @@ def _accesses(ptx: str) -> tuple[int, int]:
     return len(of_vectors), len(singles) + len(narrow)
 
 
+def products(ptx: str) -> int:
+    """Multiplications in fp64, of which a thread does some for each of its elements, or two for each sum."""
+    return len(re.findall(r"\b(?:mul|fma)(?:\.\w+)*\.f64\b", ptx))
+
+
 def _job(job: tuple[Variant, int]) -> tuple[Variant, int, Usage]:
     variant, capability = job
     return variant, capability, compiled(variant, capability)[0]
@@ -214,17 +220,72 @@ def _text(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+# The sweeps and ways to keep numbers that the page shows.
+SHOWN = {
+    "LARS, apply": (Kind.MOMENTUM, APPLY),
+    "LAMB, measure and keep": (Kind.ADAM, MEASURE_AND_KEEP),
+    "LAMB, apply": (Kind.ADAM, APPLY_KEPT),
+    "VRLAMB, measure and keep": (Kind.ADAM_GSNR, MEASURE_AND_KEEP),
+    "VRLAMB, apply": (Kind.ADAM_GSNR, APPLY_KEPT),
+}
+COLUMNS = {
+    "fp32": KEPT[0],
+    "bf16 state of fp32 weights": KEPT[2],
+    "bf16 state and weights, by chance": KEPT[3],
+    "bf16 state, weights with a rest": KEPT[4],
+}
+
+
+def write_page(path: Path = FILE, page: Path = PAGE) -> None:
+    """Put what the file says between the marks in the page."""
+    text = page.read_text()
+    before, rest = text.split(BEGIN)
+    _, behind = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{_table(json.loads(path.read_text()))}\n{END}{behind}")
+
+
+def _table(content: dict[str, Any]) -> str:
+    """Registers of the usual kernels for 9.0 by the newest Triton in the file, and what all have in common."""
+    version = max((name for name in content if name != "columns"), key=lambda name: [*map(int, name.split("."))])
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content[version]]
+    taken = {
+        (row["kind"], row["mode"], *(row[name] for name in Types._fields)): row["registers"]
+        for row in rows
+        if row["capability"] == 90 and row["aligned"]
+    }
+    counts = Counter(row["capability"] for row in rows)
+    of_each = ", ".join(f"{count} for {capability / 10}" for capability, count in sorted(counts.items()))
+    stack = max(row["stack"] for row in rows)
+    lines = [f"| sweep | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, (kind, mode) in SHOWN.items():
+        numbers = [str(taken.get((kind.name, mode, *types), "")) for types in COLUMNS.values()]
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    return (
+        f"Compiled by Triton {version}: {of_each}. "
+        f"{'No number of any of them did' if not stack else f'Up to {stack} bytes did'} not fit into registers. "
+        "Registers of a thread, for 9.0 and aligned blocks:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for 8.0 (default: three)")
-    parser.add_argument("--some", action="store_true", help="each kernel once; prints them and writes nothing")
+    parser.add_argument(
+        "--some", type=int, nargs="?", const=1, help="each kernel once, or one in SOME; prints them, writes nothing"
+    )
+    parser.add_argument("--page", action="store_true", help="compile nothing, write the table in the page")
     parser.add_argument("--ways", type=int, default=len(KEPT), help="how many ways to keep numbers, usual ones first")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
+    if options.page:
+        write_page(options.out)
+        return
     if options.some:
-        for variant, capability in itertools.product(some_variants(), options.capability):
-            print(capability, *variant, *compiled(variant, capability)[0], flush=True)
+        chosen = itertools.islice(some_variants(), 0, None, options.some)
+        for variant, capability in itertools.product(chosen, options.capability):
+            usage, ptx = compiled(variant, capability)
+            print(json.dumps({**variant._asdict(), **usage._asdict(), "products": products(ptx)}), flush=True)
         return
     pairs = itertools.product(KEPT[: options.ways], options.capability)
     jobs = [(variant, capability) for types, capability in pairs for variant in variants(types, capability)]
