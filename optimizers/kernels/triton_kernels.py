@@ -136,7 +136,7 @@ class _Pointers(NamedTuple):
 class TritonSweeps:
     """See `Sweeps`."""
 
-    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any], *, wide: bool):
+    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any], *, wide: bool = True):
         self.operands = operands
         self.served = served
         self.device = operands.layout.device

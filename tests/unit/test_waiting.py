@@ -133,7 +133,8 @@ def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     sweeps.device, sweeps.cache = torch.device("cuda"), {}
 
     def table(addresses: list[int]) -> torch.Tensor:
-        found: torch.Tensor = sweeps._table(("pointers", "gradients"), addresses, lambda: torch.tensor(addresses))
+        content = {"weights": [8, 9], "gradients": addresses}
+        found: torch.Tensor = sweeps._table(("pointers",), content, lambda: torch.tensor(addresses))
         return found
 
     first = table([1, 2])
@@ -142,6 +143,8 @@ def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table([1, 2]) is first
     with pytest.raises(RuntimeError, match=r"pointers of gradients changed.*zero_grad\(set_to_none=False\)"):
         table([3, 4])
+    with pytest.raises(RuntimeError, match=r"the blocks of 0 changed since the last step, and a CUDA graph cannot"):
+        sweeps._table(("blocks", 0), [], list)
     capturing[0] = False
     watched = weakref.ref(first)
     del first
