@@ -134,7 +134,7 @@ def compiled(variant: Variant, capability: int) -> tuple[Usage, str]:
     signature = {name: _type_of(name, constants) for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = triton_kernels.compiler_options(warps)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     taken = _resources(found.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     vectors, singles = _accesses(ptx := found.asm["ptx"])

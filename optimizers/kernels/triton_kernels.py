@@ -32,13 +32,14 @@ try:
 except ImportError:
     triton = None
 
-__all__ = ["KERNELS", "TritonKernels", "Types"]
+__all__ = ["KERNELS", "TritonKernels", "Types", "compiler_options"]
 
 FOLD = 1024  # partial sums that are added at a time
 # What takes registers gets more threads, with fewer elements for each: random bits, and an address for every element.
 WARPS = 4
 WARPS_THAT_ROUND = 8
 WARPS_NOT_ALIGNED = 16
+REGISTERS = 1 << 16  # of a multiprocessor
 FAST_IN_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # capabilities; others have a 32nd or 64th of fp32's speed
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
@@ -220,8 +221,7 @@ class TritonSweeps:
                     BLOCK=BLOCK,
                     ALIGNED=launch.aligned,
                     WIDE=self.wide,
-                    num_warps=launch.types.warps(mode, launch.aligned),
-                    enable_fp_fusion=True,
+                    **compiler_options(launch.types.warps(mode, launch.aligned)),
                 )
         return blocks, partial
 
@@ -333,6 +333,18 @@ class TritonSweeps:
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def compiler_options(warps: int) -> dict[str, Any]:
+    """How a kernel is compiled.
+
+    With as many registers as a thread can have: without a limit the compiler keeps a few numbers of some kernels in
+    memory, so that more programs fit on a multiprocessor.
+    """
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if torch.version.hip is None:
+        options["maxnreg"] = min(255, REGISTERS // (32 * warps))
+    return options
 
 
 def _what_changed(name: tuple[Any, ...], known: Recent, content: Any) -> str:
