@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from trustratio.optimizers.kernels import triton_kernels
 from trustratio.optimizers.kernels.compiled_form import Kind
+from trustratio.optimizers.kernels.triton_blocks import BLOCK
 from trustratio.optimizers.kernels.triton_kernels import APPLY, APPLY_KEPT, MEASURE, MEASURE_AND_KEEP, Types
 
 __all__ = ["Usage", "Variant", "compiled", "products", "some_variants", "variants", "write", "write_page"]
@@ -150,7 +151,7 @@ def _kernel(variant: Variant) -> tuple[Any, dict[str, Any], int]:
         **{"KIND": kind.name, "MODE": variant.mode, "MOMENTUM": True, "NESTEROV": kind is Kind.MOMENTUM},
         **{"CLIPS": not kind.is_belief, "DECAYS": kind is Kind.ADAM},
         **{"WEIGHT": names[variant.weight], "GRADIENT": names[variant.gradient]},
-        **{"STATE": names[variant.state], "MASTER": variant.master, "BLOCK": triton_kernels.BLOCK},
+        **{"STATE": names[variant.state], "MASTER": variant.master, "BLOCK": BLOCK},
         **{"ALIGNED": variant.aligned, "WIDE": variant.wide},
     }
     warps = variant.types.warps(variant.mode, variant.aligned)
@@ -254,7 +255,7 @@ def _table(content: dict[str, Any]) -> str:
         if row["capability"] == 90 and row["aligned"]
     }
     counts = Counter(row["capability"] for row in rows)
-    of_each = ", ".join(f"{count} for {capability / 10}" for capability, count in sorted(counts.items()))
+    of_each = ", ".join(f"{count} kernels for {capability / 10}" for capability, count in sorted(counts.items()))
     stack = max(row["stack"] for row in rows)
     lines = [f"| sweep | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name, (kind, mode) in SHOWN.items():
@@ -262,7 +263,7 @@ def _table(content: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(numbers)} |")
     return (
         f"Compiled by Triton {version}: {of_each}. "
-        f"{'No number of any of them did' if not stack else f'Up to {stack} bytes did'} not fit into registers. "
+        f"{f'Up to {stack} bytes of a thread do not' if stack else 'All numbers of all of them'} fit into registers. "
         "Registers of a thread, for 9.0 and aligned blocks:\n\n" + "\n".join(lines) + "\n"
     )
 

@@ -241,8 +241,11 @@ class TritonSweeps:
 
     def _launches(self, blocks: BlockTable) -> list[Launch]:
         """Those with blocks of tensors that are served now; for others there may be no kernel."""
-        types = {of_tensor for of_tensor, served in zip(self._types, self.served, strict=True) if served}
-        return [launch for launch in blocks.launches if launch.types in types]
+        return [launch for launch in blocks.launches if launch.types in self._served_types]
+
+    @functools.cached_property
+    def _served_types(self) -> set[Types | None]:
+        return {of_tensor for of_tensor, served in zip(self._types, self.served, strict=True) if served}
 
     def _blocks(self, group: int) -> BlockTable:
         """The blocks of a group: the same ones whichever of its tensors are served now."""

@@ -79,6 +79,14 @@ def test_a_launch_has_tensors_of_one_kind() -> None:
     assert table.ends.tolist() == [0, 1, 2, 3, 3, 4]  # none of the tensor without a kernel
 
 
+def test_sums_lie_in_the_order_of_layers_whatever_the_order_of_shards() -> None:
+    shards = shards_of([BLOCK + 16, 48, 32], [0, 0, 0], [0, 1, 2])
+    shuffled = shards.only(torch.tensor([2, 0, 1]))
+    table, expected = (BlockTable.of(of, 3, ["fp32"] * 3, [0] * 3) for of in (shuffled, shards))
+    assert table.ends.tolist() == expected.ends.tolist() == [0, 2, 3, 4]
+    assert all(torch.equal(a.rows, b.rows) for a, b in zip(table.launches, expected.launches, strict=True))
+
+
 def test_no_tensor_at_all() -> None:
     table = BlockTable.of(shards_of([64], [0], [0]), 1, [None], [0])
     assert (table.launches, table.ends.tolist(), table.count) == ([], [0, 0], 0)

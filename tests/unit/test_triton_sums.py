@@ -89,6 +89,22 @@ def test_the_ends_of_fp32(number: float) -> None:
         assert_right(torch.full((count,), number))
 
 
+def rounded_down(total: int, levels: int) -> list[int]:
+    """Numbers of 24 bits whose sum by pairs, pairs of pairs and so on, each rounded, falls behind as far as it can."""
+    if levels == 0:
+        return [total]
+    # An even sum of 25 bits, plus one, is rounded to the even number of 24; an odd one has two that are even.
+    parts = (total, total + 1) if total % 2 == 0 else (total - 1, total + 1)
+    return [number for part in parts for number in rounded_down(part, levels - 1)]
+
+
+def test_only_neighbours_are_added_in_fp32() -> None:
+    x = torch.tensor(rounded_down(1 << 23, 11), dtype=torch.float32)
+    assert len(x) == BLOCK
+    error = 1 - sums(x)[1] / x.double().sum().item()
+    assert 2**-24 < error <= 4 * 2**-24  # of eleven roundings it would be more
+
+
 def test_zero_is_zero() -> None:
     assert sums(torch.zeros(BLOCK)) == (0.0, 0.0)
     assert sums(torch.full((BLOCK,), -0.0)) == (0.0, 0.0)
@@ -120,13 +136,20 @@ def in_trees(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Every launch of a test adds squares in trees; what they were told."""
     monkeypatch.setattr(triton_kernels, "KERNELS", TritonKernels(wide=False))
     told: list[bool] = []
-    sweep = triton_kernels.TritonSweeps._sweep
 
-    def watched(sweeps: Any, *args: Any) -> Any:
-        told.append(sweeps.wide)
-        return sweep(sweeps, *args)
+    class Watched:
+        def __init__(self, kernel: Any):
+            self.kernel = kernel
 
-    monkeypatch.setattr(triton_kernels.TritonSweeps, "_sweep", watched)
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, **constants: Any) -> None:
+                told.append(constants["WIDE"])
+                self.kernel[grid](*args, **constants)
+
+            return launch
+
+    watched = {name: Watched(kernel) for name, kernel in triton_kernels._KERNELS.items()}
+    monkeypatch.setattr(triton_kernels, "_KERNELS", watched)
     return told
 
 
