@@ -114,6 +114,13 @@ class Types(NamedTuple):
     state: str
     master: str
 
+    def sizes(self) -> dict[str, int]:
+        """Of elements, in bytes, by what they are; "state" of all state by other names."""
+        size = {name: dtype.itemsize for dtype, name in TYPES.items()}
+        weight = size[self.weight]
+        others = {"gradients": size[self.gradient], "mean_square": 4, "state": size[self.state]}
+        return {"weights": weight, COMPENSATION: weight, **others}
+
     def warps(self, mode: int, aligned: bool) -> int:
         """Of a block, in a sweep of this mode."""
         if not aligned:
@@ -301,16 +308,14 @@ class TritonSweeps:
             ]
             for name, tensors in given.items()
         }
-        pointers: _Pointers = self._table(("pointers",), addresses, lambda: self._send_pointers(given, addresses))
+        pointers: _Pointers = self._table(("pointers",), addresses, lambda: self._send_pointers(addresses))
         return pointers
 
-    def _send_pointers(
-        self, tensors: dict[str, Sequence[torch.Tensor | None]], addresses: dict[str, list[int]]
-    ) -> _Pointers:
+    def _send_pointers(self, addresses: dict[str, list[int]]) -> _Pointers:
         on_host = torch.tensor(list(addresses.values()), dtype=torch.int64, device="cpu")
-        sizes = [[1 if tensor is None else tensor.element_size() for tensor in of_name] for of_name in tensors.values()]
-        known = self.cache.get("residues")
-        common, self.cache["residues"] = residues(on_host, torch.tensor(sizes, device="cpu"), known)
+        content = self._types, list(addresses)
+        sizes = self.cache.setdefault("sizes", Recent(2)).find(content, lambda: _sizes(*content))
+        common, self.cache["residues"] = residues(on_host, sizes, self.cache.get("residues"))
         return _Pointers(dict(zip(addresses, self._send(on_host), strict=True)), common.tolist())
 
     def _send(self, on_host: torch.Tensor) -> torch.Tensor:
@@ -336,6 +341,13 @@ class TritonSweeps:
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _sizes(types: Sequence[Types | None], names: Sequence[str]) -> torch.Tensor:
+    """Of elements, in bytes, shape (names, tensors); 1 where there are none."""
+    of_types = [{} if of_tensor is None else of_tensor.sizes() for of_tensor in types]
+    sizes = [[sizes.get(name, sizes.get("state", 1)) for sizes in of_types] for name in names]
+    return torch.tensor(sizes, dtype=torch.int64, device="cpu")
 
 
 def compiler_options(warps: int) -> dict[str, Any]:

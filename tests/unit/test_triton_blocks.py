@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -194,6 +195,32 @@ def test_one_launch_more_where_layers_are_not_of_whole_vectors(
         launches.append(Counter(aligned for _, aligned in counted.launches))
     # None is the kernel that adds up the blocks' sums.
     assert launches == [{True: 2, None: 1}, {True: 2, False: 2, None: 1}]
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cpu"])
+def test_another_set_of_layers_costs_no_more_python(
+    implementation: str, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than the same one again: nothing goes over all layers, or blocks, because the set has changed."""
+    counted.without_kernels(monkeypatch)
+    layers = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(100)]
+    gradients = [torch.ones_like(p) for p in layers]
+    optimizer = LAMB(layers, implementation=implementation)
+
+    def calls(left_out: range) -> int:
+        for index, p in enumerate(layers):
+            p.grad = None if index in left_out else gradients[index]
+        found = [0]
+        sys.setprofile(lambda frame, event, arg: found.append(1) if event == "call" else None)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        return len(found)
+
+    for left_out in (range(0), range(0), range(50, 60)):  # at the first layer without gradient, something is looked up
+        calls(left_out)
+    assert calls(range(3, 13)) < calls(range(0)) + len(layers)
 
 
 @pytest.mark.parametrize("optimizer_class", [LAMB, LARS])

@@ -39,11 +39,11 @@ def _sums(x, found, WIDE: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no
     triton_parts.put_sum(found, 1, 1, tl.abs(numbers), WIDE)
 
 
-def sums(x: Tensor, *, wide: bool = False) -> tuple[float, float]:
+def sums(x: Tensor, *, wide: bool = False, device: str = "cpu") -> tuple[float, float]:
     """The sum of the squares, and that of the magnitudes."""
-    padded = torch.zeros(BLOCK)
+    padded = torch.zeros(BLOCK, device=device)
     padded[: len(x)] = x
-    found = torch.full((2,), torch.nan, dtype=torch.float64)
+    found = torch.full((2,), torch.nan, dtype=torch.float64, device=device)
     _sums[(1,)](padded, found, WIDE=wide, COUNT=BLOCK)
     squares, magnitudes = found.tolist()
     return squares, magnitudes
