@@ -281,8 +281,8 @@ class TritonSweeps:
         """Of all tensors, None where no kernel can work; with no gradient as with the last one, at first the weight."""
         weights, last = [weight.dtype for weight in self.operands.weights], self.cache.get("dtypes of gradients")
         gradients = [
-            dtype if gradient is None or gradient.dtype not in TYPES else gradient.dtype
-            for gradient, dtype in zip(self.operands.gradients, last or weights, strict=True)
+            gradient.dtype if served and gradient is not None else dtype
+            for gradient, dtype, served in zip(self.operands.gradients, last or weights, self.served, strict=True)
         ]
         self.cache["dtypes of gradients"] = gradients
         content = weights, gradients

@@ -259,6 +259,20 @@ def test_a_gradient_that_is_not_there_has_the_dtype_of_the_last_one(
     assert counted.made == 1
 
 
+@pytest.mark.filterwarnings("ignore:implementation 'triton' serves")
+def test_nor_is_there_one_for_a_gradient_that_no_kernel_takes(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted.without_kernels(monkeypatch)
+    p, other = torch.nn.Parameter(torch.ones(32)), torch.nn.Parameter(torch.ones(32))
+    p.grad_dtype = None
+    optimizer = LAMB([p, other], implementation="triton")
+    for gradient in (torch.ones(32), torch.ones(32, dtype=torch.float64), None, torch.ones(32)):
+        p.grad, other.grad = gradient, torch.ones(32)
+        optimizer.step()
+    assert counted.made == 1
+
+
 def _in_bf16(p: torch.nn.Parameter) -> Tensor:
     p.grad_dtype = None  # any
     return torch.ones(32, dtype=torch.bfloat16)
