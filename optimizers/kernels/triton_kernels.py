@@ -1,8 +1,9 @@
 """Sweeps on a GPU: one Triton launch per sweep, parameter group and combination of dtypes, for all layers together.
 
 Works on the same descriptions as the CPU's sweeps, and in the same way: blocks of one shard each, whose sums have a
-place of their own and are added up in a fixed order. Tables of blocks and pointers lie on the device and are sent there
-only when they change, so that a step waits for nothing and can be captured in a CUDA graph once a step has been taken.
+place of their own and are added up in a fixed order. The table of blocks stays on the device: where a tensor takes no
+part in a step its pointers are null and its blocks empty. Pointers are sent when they change. So a step waits for
+nothing and can be captured in a CUDA graph once a step has been taken.
 With the environment variable TRITON_INTERPRET=1 Triton computes all this on the CPU; that is for tests.
 """
 
@@ -11,10 +12,8 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,10 @@ import torch
 from ..formulas.chunk_view import COMPENSATION
 from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage
-from ..sharding.layout import Shard
-from ..sharding.positions import runs
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update
-from .interface import SETS_OF_GRADIENTS, ElementUpdate, LocalSums, Operands, Recent
+from .cpu_shards import Shards
+from .interface import ElementUpdate, LocalSums, Operands, Recent
+from .triton_blocks import BLOCK, BlockTable, Launch, residues
 
 try:
     import triton
@@ -33,12 +32,15 @@ try:
 except ImportError:
     triton = None
 
-__all__ = ["KERNELS", "TritonKernels", "Types"]
+__all__ = ["KERNELS", "TritonKernels", "Types", "compiler_options"]
 
-BLOCK = 2048
 FOLD = 1024  # partial sums that are added at a time
+# What takes registers gets more threads, with fewer elements for each: random bits, and an address for every element.
 WARPS = 4
-WARPS_THAT_ROUND = 8  # random bits take registers, so that fewer elements go to a thread
+WARPS_THAT_ROUND = 8
+WARPS_NOT_ALIGNED = 16
+REGISTERS = 1 << 16  # of a multiprocessor
+FAST_IN_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # capabilities; others have a 32nd or 64th of fp32's speed
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VECTORS = (
     *("gradient_scale", "weight_scale", "step", "second_step"),
@@ -53,9 +55,16 @@ MEASURE, MEASURE_AND_KEEP, APPLY, APPLY_KEPT = range(4)
 
 
 class TritonKernels:
-    """The implementation "triton"."""
+    """The implementation "triton".
+
+    Args:
+        wide: Whether squares are added in fp64 throughout, or in fp32 within 16 neighbours; None asks the device.
+    """
 
     name = "triton"
+
+    def __init__(self, wide: bool | None = None):
+        self.wide = wide
 
     def devices(self) -> tuple[str, ...]:
         return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -69,7 +78,8 @@ class TritonKernels:
     def serves(self, operands: Operands) -> list[bool]:
         device = operands.layout.device
         types = {dtype: name for dtype, name in TYPES.items() if name != "bf16" or _has_bf16(device)}
-        kept_in = [_state_dtype(operands, index) for index in range(len(operands.weights))]
+        of_groups = {index: _state_dtype(group.rounding) for index, group in operands.groups.items()}
+        kept_in = [of_groups.get(group, torch.float32) for group in operands.layout.groups]
         served = [
             weight.dtype in types and weight.device == device and state_dtype in types
             for weight, state_dtype in zip(operands.weights, kept_in, strict=True)
@@ -87,7 +97,8 @@ class TritonKernels:
         return served
 
     def open(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]) -> TritonSweeps:
-        return TritonSweeps(operands, served, cache)
+        wide = _is_fast_in_fp64(operands.layout.device) if self.wide is None else self.wide
+        return TritonSweeps(operands, served, cache, wide=wide)
 
 
 KERNELS = TritonKernels()
@@ -104,37 +115,43 @@ class Types(NamedTuple):
     state: str
     master: str
 
-    def warps(self, mode: int) -> int:
+    def sizes(self) -> dict[str, int]:
+        """Of elements, in bytes, by what they are; "state" of all state by other names."""
+        size = {name: dtype.itemsize for dtype, name in TYPES.items()}
+        weight = size[self.weight]
+        others = {"gradients": size[self.gradient], "mean_square": 4, "state": size[self.state]}
+        return {"weights": weight, COMPENSATION: weight, **others}
+
+    def warps(self, mode: int, aligned: bool) -> int:
         """Of a block, in a sweep of this mode."""
+        if not aligned:
+            return WARPS_NOT_ALIGNED
         rounds = self.state == "bf16" or self.master == "kahan" or (self.master == "stochastic" and mode >= APPLY)
         return WARPS_THAT_ROUND if rounds else WARPS
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The blocks of one group and one combination of dtypes.
+class _Pointers(NamedTuple):
+    """Where the local tensors are.
 
     Attributes:
-        types: See there.
-        rows: int64, shape (blocks, 5): tensor, start, length, layer counted from the group's first, position of the
-            first element in the layer; in the order of layers.
-        ends: int64, shape (layers + 1,): where each layer's blocks begin in `rows`.
+        rows: By name, int64, shape (tensors,), on the device.
+        residues: Of each tensor, see the function.
     """
 
-    types: Types
-    rows: torch.Tensor
-    ends: torch.Tensor
+    rows: dict[str, torch.Tensor]
+    residues: list[int]
 
 
 class TritonSweeps:
     """See `Sweeps`."""
 
-    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any]):
+    def __init__(self, operands: Operands, served: Sequence[bool], cache: dict[Any, Any], *, wide: bool = True):
         self.operands = operands
+        self.served = served
         self.device = operands.layout.device
         self.cache = cache
-        self.types = [_types(operands, index) if wanted else None for index, wanted in enumerate(served)]
-        self.idle: dict[int, list[torch.Tensor]] = {}
+        self.wide = wide
+        self.idle: dict[int, torch.Tensor] = {}
 
     def measure(self, group: int, stage: Stage, *, keep: bool) -> LocalSums | None:
         form = compiled_sums(stage)
@@ -146,9 +163,9 @@ class TritonSweeps:
         if form.kind.is_adam and keep:
             assert group not in self.idle, "a direction is measured once per step"
             mode = MEASURE_AND_KEEP
-        for blocks, partial in self._sweep(group, form, self.operands.groups[group].table.may_change(), mode):
-            with _launching_on(self.device):
-                _fold[(layers, PLACES)](partial, blocks.ends, total, len(blocks.rows), layers, BLOCK=FOLD)
+        blocks, partial = self._sweep(group, form, self.operands.groups[group].table.may_change(), mode)
+        with _launching_on(self.device):
+            _fold[(layers, PLACES)](partial, blocks.ends, total, blocks.count, layers, BLOCK=FOLD)
         # An index made of a list would wait for the device.
         return LocalSums(torch.stack([total[PLACE_OF_SUM[name]] for name in stage.sum_sizes]))
 
@@ -166,41 +183,37 @@ class TritonSweeps:
 
     def _sweep(
         self, group: int, form: CompiledForm, changing: torch.Tensor | None, mode: int
-    ) -> list[tuple[_Blocks, torch.Tensor]]:
-        """Launch the kernel for each combination of dtypes; return their blocks' sums, shape (PLACES, blocks)."""
-        all_blocks = self._group_blocks(group)
+    ) -> tuple[BlockTable, torch.Tensor]:
+        """Launch the kernel for each combination of dtypes; return the blocks and their sums, (PLACES, blocks)."""
+        blocks = self._blocks(group)
         if changing is None:
             changing = torch.ones(len(self.operands.groups[group].layers), dtype=torch.bool, device=self.device)
         # A kernel has an argument for every vector; this one stands in for those that are zero or not read.
         some = torch.zeros_like(changing, dtype=torch.float32)
         changing = changing.to(torch.int64)
         if mode == MEASURE_AND_KEEP:
-            self.idle[group] = [
-                torch.zeros(len(blocks.rows), dtype=torch.int64, device=self.device) for blocks in all_blocks
-            ]
+            self.idle[group] = torch.zeros(blocks.count, dtype=torch.int64, device=self.device)
         vectors = [form.vectors.get(name, some) for name in VECTORS]
         scalars = [float(form.scalars.get(name, 0.0)) for name in SCALARS]
         complements = [1.0 - form.scalars.get("beta2", 0.0), 1.0 - form.scalars.get("beta3", 0.0)]
-        weights = self._pointers("weights", self.operands.weights)
-        gradients = self._pointers("gradients", self.operands.gradients)
-        state = [self._pointers(name, self.operands.state[name]) for name in form.state]
+        pointers = self._pointers.rows
+        weights, gradients = pointers["weights"], pointers["gradients"]
+        state = [pointers[name] for name in form.state]
         state += [weights] * (3 - len(state))
         mean_square, factor = weights, some
         if form.kind.has_gsnr:
-            squares, given = self.operands.inputs["mean_square"]
+            given = self.operands.inputs["mean_square"][1]
             assert given is not None
-            mean_square = self._pointers("mean_square", squares)
+            mean_square = pointers["mean_square"]
             factor = given.to(torch.float32).reshape(1)
         compensations, keys, gammas = self._rounding(group, weights)
-        results = []
-        for index, blocks in enumerate(all_blocks):
-            count = len(blocks.rows)
-            # One column per block; sums that the kind does not measure stay zero.
-            partial = torch.zeros(PLACES, count, dtype=torch.float64, device=self.device)
-            idle = self.idle[group][index] if group in self.idle else changing
+        # One column per block; sums that the kind does not measure stay zero, and those of blocks that are left out.
+        partial = torch.zeros(PLACES, blocks.count, dtype=torch.float64, device=self.device)
+        idle = self.idle.get(group, changing)
+        for launch in self._launches(blocks):
             with _launching_on(self.device):
-                _KERNELS[_family(form.kind)][(count,)](
-                    *(blocks.rows, changing, idle, partial, count),
+                _KERNELS[_family(form.kind)][(len(launch.rows),)](
+                    *(launch.rows, changing, idle, partial, blocks.count),
                     *(weights, gradients, *state, mean_square, factor, compensations, keys, gammas),
                     *(*vectors, *scalars, *complements),
                     KIND=form.kind.name,
@@ -209,15 +222,16 @@ class TritonSweeps:
                     NESTEROV=bool(form.scalars.get("nesterov", 0)),
                     CLIPS=bool(form.scalars.get("smallest_root", 0)),
                     DECAYS="weight_scale" in form.vectors,
-                    WEIGHT=_TL_TYPES[blocks.types.weight],
-                    GRADIENT=_TL_TYPES[blocks.types.gradient],
-                    STATE=_TL_TYPES[blocks.types.state],
-                    MASTER=blocks.types.master,
+                    WEIGHT=_TL_TYPES[launch.types.weight],
+                    GRADIENT=_TL_TYPES[launch.types.gradient],
+                    STATE=_TL_TYPES[launch.types.state],
+                    MASTER=launch.types.master,
                     BLOCK=BLOCK,
-                    num_warps=blocks.types.warps(mode),
+                    ALIGNED=launch.aligned,
+                    WIDE=self.wide,
+                    **compiler_options(launch.types.warps(mode, launch.aligned)),
                 )
-            results.append((blocks, partial))
-        return results
+        return blocks, partial
 
     def _rounding(self, group: int, nothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pointers of `COMPENSATION`, keys and gammas of the group's layers; `nothing` in place of what is not read."""
@@ -226,67 +240,100 @@ class TritonSweeps:
             return nothing, nothing, nothing
         compensations = nothing
         if rounding.master == "kahan" and COMPENSATION in self.operands.state:
-            compensations = self._pointers(COMPENSATION, self.operands.state[COMPENSATION])
+            compensations = self._pointers.rows[COMPENSATION]
         if self._is_capturing():
             _captured[id(rounding.gammas)] = rounding.gammas  # the keys are the graph's own
         return compensations, rounding.keys, rounding.gammas
 
     # What lies on the device
 
-    def _group_blocks(self, group: int) -> list[_Blocks]:
-        """The blocks of a group, for the tensors that are served now."""
-        blocks: list[_Blocks] = self._table(
-            ("blocks", group), self.types, lambda: self._make_group_blocks(group), SETS_OF_GRADIENTS
-        )
+    def _launches(self, blocks: BlockTable) -> list[Launch]:
+        """Those with blocks of tensors that are served now; for others there may be no kernel."""
+        return [launch for launch in blocks.launches if launch.types in self._served_types]
+
+    @functools.cached_property
+    def _served_types(self) -> set[Types | None]:
+        return {of_tensor for of_tensor, served in zip(self._types, self.served, strict=True) if served}
+
+    def _blocks(self, group: int) -> BlockTable:
+        """The blocks of a group: the same ones whichever of its tensors are served now."""
+        content = self._types, self._pointers.residues
+        blocks: BlockTable = self._table(("blocks", group), content, lambda: self._make_blocks(group), most=2)
         return blocks
 
-    def _make_group_blocks(self, group: int) -> list[_Blocks]:
-        layout, layers = self.operands.layout, self.operands.groups[group].layers
-        rows: list[tuple[Any, ...]] = []
-        for shard in layout.shards:
-            tensor = layout.layers[shard.layer].tensor
-            if layout.groups[tensor] == group and self.types[tensor] is not None:
-                for start, position, run in self._runs(group, shard):
-                    for begin in range(0, run, BLOCK):
-                        length, layer = min(BLOCK, run - begin), shard.layer - layers.start
-                        rows.append((self.types[tensor], (tensor, start + begin, length, layer, position + begin)))
-        rows.sort(key=lambda typed: (typed[0], typed[1][3]))
-        by_type = [(types, [row for _, row in of]) for types, of in groupby(rows, key=lambda typed: typed[0])]
-        return [self._blocks(types, of, len(layers)) for types, of in by_type]
+    def _make_blocks(self, group: int) -> BlockTable:
+        layers = self.operands.groups[group].layers
+        shards = self._shards.only(self._shards.group == group).counted_from(layers.start)
+        blocks = BlockTable.of(shards, len(layers), self._types, self._pointers.residues)
+        launches = [launch._replace(rows=self._send(launch.rows)) for launch in blocks.launches]
+        return BlockTable(launches, self._send(blocks.ends), blocks.count)
 
-    def _runs(self, group: int, shard: Shard) -> Iterable[tuple[int, int, int]]:
-        """Of what may be in one block: starts, positions and lengths. Without rounding, positions do not matter."""
-        if self.operands.groups[group].rounding is None:
-            return [(shard.start, shard.offset, shard.length)]
-        layer = self.operands.layout.layers[shard.layer]
-        return runs(layer, shard, tuple(self.operands.weights[layer.tensor].shape))
+    @functools.cached_property
+    def _shards(self) -> Shards:
+        """Those of groups that round as runs: without rounding, positions do not matter."""
+        rounded = tuple(index for index, group in self.operands.groups.items() if group.rounding is not None)
+        shards: Shards = self.cache.setdefault("shards", Recent(1)).find(
+            rounded, lambda: Shards.of(self.operands, rounded)
+        )
+        return shards
 
-    def _blocks(self, types: Types, rows: list[tuple[int, ...]], layers: int) -> _Blocks:
-        counts = torch.bincount(torch.tensor([row[3] for row in rows], device="cpu"), minlength=layers)
-        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return _Blocks(types, torch.tensor(rows, device="cpu").to(self.device), ends.to(self.device))
+    @functools.cached_property
+    def _types(self) -> list[Types | None]:
+        """Of all tensors, None where no kernel can work; with no gradient as with the last one, at first the weight."""
+        weights, last = [weight.dtype for weight in self.operands.weights], self.cache.get("dtypes of gradients")
+        gradients = [
+            gradient.dtype if served and gradient is not None else dtype
+            for gradient, dtype, served in zip(self.operands.gradients, last or weights, self.served, strict=True)
+        ]
+        self.cache["dtypes of gradients"] = gradients
+        content = weights, gradients
+        types: list[Types | None] = self.cache.setdefault("types", Recent(2)).find(
+            content, lambda: [_types(self.operands, index, gradient) for index, gradient in enumerate(gradients)]
+        )
+        return types
 
-    def _pointers(self, name: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Addresses as a tensor on the device, sent there if they differ from the last step's."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        pointers: torch.Tensor = self._table(("pointers", name), addresses, lambda: self._send(addresses))
+    @functools.cached_property
+    def _pointers(self) -> _Pointers:
+        """Addresses of everything that is served, on the device, sent there if they differ from the last step's."""
+        given: dict[str, Sequence[torch.Tensor | None]] = {
+            "weights": self.operands.weights,
+            "gradients": self.operands.gradients,
+            **self.operands.state,
+        }
+        if "mean_square" in self.operands.inputs:
+            given["mean_square"] = self.operands.inputs["mean_square"][0]
+        addresses = {
+            name: [
+                tensor.data_ptr() if served and tensor is not None else 0
+                for tensor, served in zip(tensors, self.served, strict=True)
+            ]
+            for name, tensors in given.items()
+        }
+        pointers: _Pointers = self._table(("pointers",), addresses, lambda: self._send_pointers(addresses))
         return pointers
 
-    def _send(self, addresses: list[int]) -> torch.Tensor:
-        on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+    def _send_pointers(self, addresses: dict[str, list[int]]) -> _Pointers:
+        on_host = torch.tensor(list(addresses.values()), dtype=torch.int64, device="cpu")
+        content = self._types, list(addresses)
+        sizes = self.cache.setdefault("sizes", Recent(2)).find(content, lambda: _sizes(*content))
+        common, self.cache["residues"] = residues(on_host, sizes, self.cache.get("residues"))
+        return _Pointers(dict(zip(addresses, self._send(on_host), strict=True)), common.tolist())
+
+    def _send(self, on_host: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
             on_host = on_host.pin_memory()  # or the copy would wait
         return on_host.to(self.device, non_blocking=True)
 
-    def _table(self, name: tuple[str, Any], content: list[Any], make: Callable[[], Any], most: int = 1) -> Any:
+    def _table(self, name: tuple[Any, ...], content: Any, make: Callable[[], Any], most: int = 1) -> Any:
         """What was made of this content in one of the last steps, or is made now; only the newest are kept."""
         tables = self.cache.setdefault(name, Recent(most))
         capturing = self._is_capturing()
         if capturing and content not in tables:
             raise RuntimeError(
-                f"the {' of '.join(map(str, name))} changed since the last step, and a CUDA graph cannot capture how "
-                "they get to the device: before the capture take two steps, with zero_grad(set_to_none=False) so that "
-                "gradients stay in place, and leave weights and state where they are"
+                f"the {_what_changed(name, tables, content)} changed since the last step, and a CUDA graph cannot "
+                "capture how they get to the device: before the capture take two steps, with "
+                "zero_grad(set_to_none=False) so that gradients stay in place, and leave weights and state where they "
+                "are"
             )
         table = tables.find(content, make)
         if capturing:
@@ -297,26 +344,49 @@ class TritonSweeps:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _rounding_of(operands: Operands, index: int) -> Rounding | None:
-    """Of the group that a local tensor is in."""
-    group = operands.groups.get(operands.layout.groups[index])
-    return None if group is None else group.rounding
+def _sizes(types: Sequence[Types | None], names: Sequence[str]) -> torch.Tensor:
+    """Of elements, in bytes, shape (names, tensors); 1 where there are none."""
+    of_types = [{} if of_tensor is None else of_tensor.sizes() for of_tensor in types]
+    sizes = [[sizes.get(name, sizes.get("state", 1)) for sizes in of_types] for name in names]
+    return torch.tensor(sizes, dtype=torch.int64, device="cpu")
 
 
-def _state_dtype(operands: Operands, index: int) -> torch.dtype:
-    """What a local tensor's state is to be kept in; with any other it is left to tensor operations."""
-    rounding = _rounding_of(operands, index)
+def compiler_options(warps: int) -> dict[str, Any]:
+    """How a kernel is compiled.
+
+    With as many registers as a thread can have: without a limit the compiler keeps a few numbers of some kernels in
+    memory, so that more programs fit on a multiprocessor.
+    """
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if torch.version.hip is None:
+        options["maxnreg"] = min(255, REGISTERS // (32 * warps))
+    return options
+
+
+def _what_changed(name: tuple[Any, ...], known: Recent, content: Any) -> str:
+    """For a message: pointers, whose content is by name, or blocks."""
+    if name != ("pointers",):
+        return " of ".join(map(str, name))
+    last = known.made[0][0] if known.made else {}
+    return f"pointers of {', '.join(of for of in content if last.get(of) != content[of])}"
+
+
+def _state_dtype(rounding: Rounding | None) -> torch.dtype:
+    """What a group's state is to be kept in; with any other it is left to tensor operations."""
     return torch.bfloat16 if rounding is not None and rounding.state else torch.float32
 
 
-def _types(operands: Operands, index: int) -> Types:
-    weight, gradient = operands.weights[index], operands.gradients[index]
-    rounding = _rounding_of(operands, index)
-    master = rounding.master if rounding is not None and weight.dtype is torch.bfloat16 else None
+def _types(operands: Operands, index: int, gradient: torch.dtype) -> Types | None:
+    weight = operands.weights[index].dtype
+    if weight not in TYPES or gradient not in TYPES:
+        return None
+    group = operands.groups.get(operands.layout.groups[index])
+    rounding = None if group is None else group.rounding
+    master = rounding.master if rounding is not None and weight is torch.bfloat16 else None
     return Types(
-        weight=TYPES[weight.dtype],
-        gradient="fp32" if gradient is None else TYPES[gradient.dtype],
-        state=TYPES[_state_dtype(operands, index)],
+        weight=TYPES[weight],
+        gradient=TYPES[gradient],
+        state=TYPES[_state_dtype(rounding)],
         master=master or "none",
     )
 
@@ -345,6 +415,12 @@ def _has_bf16(device: torch.device) -> bool:
     return not is_nvidia or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _is_fast_in_fp64(device: torch.device) -> bool:
+    """Whether adding squares in fp64 takes less time than reading the numbers."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return not is_nvidia or torch.cuda.get_device_capability(device) in FAST_IN_FP64
+
+
 @functools.cache
 def _warn_of_bf16(device: torch.device) -> None:
     warnings.warn(
@@ -371,9 +447,10 @@ if triton is not None:
     from .triton_adam import adam
     from .triton_belief import belief
     from .triton_momentum import momentum
+    from .triton_parts import one_for_all
     from .triton_sums import sums
 
-    @triton.jit
+    @one_for_all
     def _fold(partial, ends, total, blocks, layers, BLOCK: tl.constexpr):
         """Add up one layer's blocks for one place, in a fixed order."""
         layer, place = tl.program_id(0), tl.program_id(1)

@@ -38,7 +38,7 @@ def rounding_bits(
     if tl.bfloat16 == STATE or (MASTER != "none" and MODE >= 2):
         wanted = length
         if MODE == 3 and MASTER == "none":
-            wanted *= tl.load(idle + tl.program_id(0))  # the state of all other blocks is up to date
+            wanted *= tl.load(idle)  # the state of all other blocks is up to date
         bits = random_bits(rows, keys, gammas, layer, offsets, wanted)
     return bits
 
@@ -83,12 +83,15 @@ def kept(x, bits, FIELD: tl.constexpr, STATE: tl.constexpr):
 
 
 @triton.jit
-def places(weights, compensations, tensor, start, offsets, WEIGHT: tl.constexpr, MASTER: tl.constexpr):
+def places(
+    weights, compensations, tensor, start, offsets,
+    WEIGHT: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """Where the weights are and, with the master "kahan", what they lack of their sums."""
-    at_weight = address(weights, tensor, start, WEIGHT) + offsets
+    at_weight = address(weights, tensor, start, WEIGHT, ALIGNED) + offsets
     at_rest = at_weight
     if MASTER == "kahan":
-        at_rest = address(compensations, tensor, start, WEIGHT) + offsets
+        at_rest = address(compensations, tensor, start, WEIGHT, ALIGNED) + offsets
     return at_weight, at_rest
 
 

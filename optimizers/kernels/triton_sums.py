@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .triton_parts import ROW, address, gradient, gsnr, put_square, raw_gsnr
+from .triton_parts import address, block_of, gradient, gsnr, one_for_all, put_square, put_sum, raw_gsnr
 from .triton_rounding import places, weight
 
 __all__ = ["sums"]
 
 
-@triton.jit
+@one_for_all
 def sums(
     rows, changing, idle, partial, count,
     weights, gradients, first, second, third, mean_squares, factor, compensations, keys, gammas,
@@ -22,26 +21,25 @@ def sums(
     KIND: tl.constexpr, MODE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     CLIPS: tl.constexpr, DECAYS: tl.constexpr,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    row = rows + ROW * tl.program_id(0)
-    tensor, start, length, layer = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    tensor, start, length, layer, block = block_of(rows, changing, weights, ALIGNED)
+    partial += block
     offsets = tl.arange(0, BLOCK)
-    length *= tl.load(changing + layer)
     mask = offsets < length
-    g = gradient(gradients, tensor, start, offsets, length, GRADIENT)
+    g = gradient(gradients, tensor, start, offsets, length, GRADIENT, ALIGNED)
     if KIND == "SUM_R_G" or KIND == "SUM_W_G_GSNR":
-        mean_square = tl.load(address(mean_squares, tensor, start, tl.float32) + offsets, mask=mask, other=0.0)
+        mean_square = tl.load(address(mean_squares, tensor, start, tl.float32, ALIGNED) + offsets, mask=mask, other=0.0)
         mean_square = mean_square * tl.load(factor)
         bound = tl.load(resolution + layer)
         if KIND == "SUM_R_G":
-            r = raw_gsnr(g, mean_square, bound)
-            tl.store(partial + 2 * count + tl.program_id(0), tl.sum(r.to(tl.float64), 0))
+            put_sum(partial, 2, count, raw_gsnr(g, mean_square, bound), WIDE)
         else:
             g = g * gsnr(g, mean_square, bound, tl.load(gsnr_scale + layer), gsnr_floor)
-    put_square(partial, 1, count, g)
+    put_square(partial, 1, count, g, WIDE)
     if KIND != "SUM_G" and KIND != "SUM_R_G":
-        at_weight, at_rest = places(weights, compensations, tensor, start, offsets, WEIGHT, MASTER)
+        at_weight, at_rest = places(weights, compensations, tensor, start, offsets, WEIGHT, MASTER, ALIGNED)
         w = weight(at_weight, at_rest, mask, MASTER)
-        put_square(partial, 0, count, w)
+        put_square(partial, 0, count, w, WIDE)
         if KIND == "SUM_W_G_D":
-            put_square(partial, 2, count, g + tl.load(weight_decay + layer) * w)
+            put_square(partial, 2, count, g + tl.load(weight_decay + layer) * w, WIDE)

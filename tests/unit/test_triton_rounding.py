@@ -79,7 +79,7 @@ def word(key: int, gamma: int, position: int) -> int:
 def test_random_bits_are_split_mix(key: int, gamma: int) -> None:
     positions = [0, 1, 12345, (1 << 31) - 3, (1 << 32) - 3, (1 << 33) + 77, 1 << 62]
     keys, gammas = (torch.tensor([7, signed(number)]) for number in (key, gamma))
-    rows = torch.tensor([[0, 0, 0, 0, position] for position in positions])
+    rows = torch.tensor([[0, 0, 0, 0, position, 0] for position in positions])
     found = torch.empty(len(positions), 8, dtype=torch.int64)
     _bits_of[(len(positions),)](rows, keys, gammas, 1, 1, found, COUNT=8)
     expected = [[signed(word(key, gamma, first + i)) for i in range(8)] for first in positions]
@@ -89,7 +89,7 @@ def test_random_bits_are_split_mix(key: int, gamma: int) -> None:
 def test_the_first_numbers_are_the_published_ones() -> None:
     """Of SplitMix64 with the seed 1234567 (Vigna's splitmix64.c), whose counter is raised before the first number."""
     rows, keys, gammas = (
-        torch.zeros(1, 5, dtype=torch.int64),
+        torch.zeros(1, 6, dtype=torch.int64),
         torch.tensor([1234567]),
         torch.tensor([0x9E3779B97F4A7C15 - (1 << 64)]),
     )
@@ -100,7 +100,7 @@ def test_the_first_numbers_are_the_published_ones() -> None:
 
 def test_no_bits_are_made_where_none_are_wanted() -> None:
     found = torch.ones(8, dtype=torch.int64)
-    _bits_of[(1,)](torch.zeros(1, 5, dtype=torch.int64), torch.ones(1), torch.ones(1), 0, 0, found, COUNT=8)
+    _bits_of[(1,)](torch.zeros(1, 6, dtype=torch.int64), torch.ones(1), torch.ones(1), 0, 0, found, COUNT=8)
     assert not found.any()
 
 
