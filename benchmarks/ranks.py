@@ -81,5 +81,8 @@ def _join_with_deepspeed(backend: str) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
+    from trustratio.integrations.deepspeed.building import leave_out_shared_memory
+
     logger.setLevel("ERROR")
+    leave_out_shared_memory()  # nobody here sends through it, and a build that is interrupted hangs the next
     deepspeed.init_distributed(backend, verbose=False)

@@ -21,7 +21,8 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False, launc
         module: the body's full name, e.g. "trustratio.recipes.planning.plan".
         opening: of a body that takes seconds to import, what is imported before it; the body is not if the `main()` of
             this returns a status.
-        cluster: the command may be a rank that srun started, and SIGUSR1 asks it to stop, see `RestartRequests`.
+        cluster: the command may be a rank, also one that srun started: SIGUSR1 asks it to stop, see `RestartRequests`,
+            and its end is an `Ending`.
         launches: such a command becomes a launcher where it is no rank; signals are the launcher's then.
 
     Raises:
@@ -34,6 +35,7 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False, launc
     sys.stdout, sys.stderr = readers_may_leave(sys.stdout), readers_may_leave(sys.stderr)
     watch: Any = _imported(f"{__package__}.launcher_watch")
     restarts: Any = _imported(f"{__package__}.restart_requests")
+    ending: Any = _imported(f"{__package__}.ending").Ending() if cluster else None
     if cluster:
         _join_cluster(launches)
     watch.watch_launcher()  # before the imports, which take seconds
@@ -41,7 +43,9 @@ def run(module: str, opening: str | None = None, *, cluster: bool = False, launc
         status = _imported(name).main()
         if status is not None:
             break
-    raise SystemExit(restarts.told(status) if cluster else status)
+    if cluster:
+        status = ending.status = restarts.told(status)
+    raise SystemExit(status)
 
 
 def _join_cluster(launches: bool) -> None:

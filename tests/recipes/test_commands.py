@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,40 @@ def test_streams_may_be_closed(tmp_path, closed):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert process.returncode == 7
+
+
+ABORTS_WITH_THE_INTERPRETER = """
+import atexit, os, sys
+class Thread:
+    def __del__(self, abort=os.abort):
+        abort()
+left = Thread()
+def main():
+    atexit.register(print, "registered")
+    print("line", end="")
+    return STATUS
+"""
+
+
+@pytest.mark.parametrize(("cluster", "status", "found"), [(True, 0, 0), (True, 3, 3), (False, 0, -signal.SIGABRT)])
+def test_a_thread_that_outlives_python_does_not_spoil_the_status_of_a_rank(tmp_path, cluster, status, found):
+    """As gloo's do now and then; what is registered for the exit is done, and all that was printed is seen."""
+    (tmp_path / "body.py").write_text(ABORTS_WITH_THE_INTERPRETER.replace("STATUS", str(status)))
+    (tmp_path / "command.py").write_text(
+        f"from trustratio.recipes.common.script import run\nrun('body', cluster={cluster})\n"
+    )
+    done = run("command.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (found, "lineregistered\n"), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_what_a_rank_could_not_print_in_the_end_is_told_by_its_status(tmp_path):
+    (tmp_path / "body.py").write_text("def main():\n    print('line', end='')\n    return 0\n")
+    command = "from trustratio.recipes.common.script import run; run('body', cluster=True)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", command], stdout=full, env=environment)
+    assert done.returncode == 120
 
 
 @pytest.mark.parametrize(

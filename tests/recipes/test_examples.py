@@ -51,7 +51,8 @@ def run(command: list[str], folder: Path, tries: int = 3) -> str:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
     try:
-        printed, errors = launcher.communicate(timeout=300)
+        # DeepSpeed compiles an extension in the first one; an end meanwhile would leave a lock that hangs the others.
+        printed, errors = launcher.communicate(timeout=1200)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
