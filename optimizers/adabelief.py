@@ -41,7 +41,7 @@ class Belief(LayerwiseOptimizer):
         layers.trust_ratio = rule(layers)
 
     def update(self, group: dict[str, Any], layers: LayerTable) -> BeliefUpdate:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define update(): what happens to an element")
 
 
 class AdaBelief(Belief):

@@ -29,7 +29,7 @@ class _Base(torch.optim.Optimizer):
                     self.change(p, p.grad, self.state[p], group)
 
     def change(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define change(): what happens to one layer")
 
 
 class Lion(_Base):

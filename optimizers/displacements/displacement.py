@@ -62,7 +62,7 @@ class Displacement:
             number: How many steps were taken since the first move.
             step_size: Of the move.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define moves(): which tensors move, and what moves them")
 
     def state_dict(self, layout: Layout | None) -> dict[str, Any]:
         """Return what a resumed run needs."""

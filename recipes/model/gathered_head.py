@@ -22,11 +22,11 @@ class GatheredHead:
 
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the encoder's output, (sequences, length, hidden), of rows that are packed full."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define hidden_states(): the encoder's output")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (masked, vocabulary) of gathered hidden states (masked, hidden)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define logits(): those of gathered hidden states")
 
     def regions(self) -> Iterator[nn.Module]:
         """Yield the modules that are compiled one by one; see `compile_regions`."""

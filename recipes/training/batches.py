@@ -129,12 +129,12 @@ class GrowingBatches(Batches):
     @property
     def batch(self) -> int:
         """Sequences of the next update, unless fewer are left of the phase."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define batch: the sequences of the next update")
 
     @property
     def most_next(self) -> int:
         """The most sequences that the update after the next one may have."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define most_next: the most that the one after may have")
 
     @property
     def unit(self) -> int:
