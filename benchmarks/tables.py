@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.on_gpu.table import table
 from benchmarks.targets import NOT_MEASURED, batches, targets_section
 
 __all__ = ["PARTS", "markdown"]
@@ -37,12 +37,6 @@ def _machines(machines: dict[str, Rows]) -> str:
         facts = ", ".join(f"{fact} {value}" for fact, value in machine.items() if fact != "device")
         parts.setdefault(f"{machine['device']}; {facts}", []).append(name)
     return "\n".join(f"- {', '.join(names)}: {machine}." for machine, names in parts.items())
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(head)
-    lines = [columns, ["---"] * len(columns), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _time(row: Rows) -> str:
@@ -77,7 +71,7 @@ def _batch_table(rows: Rows) -> str:
     found = [[name, _time(rows[name]), _ratio(rows[name])] for _, name in lines]
     absent = [[name, "–", r["missing"].splitlines()[0][:90]] for name, r in rows.items() if "missing" in r]
     head = ("step", "milliseconds (quartiles)", "over torch AdamW fused (quartiles)")
-    return _table(head, found + absent)
+    return table(head, found + absent)
 
 
 def layers_table(part: Rows) -> str:
@@ -97,7 +91,7 @@ def _growth_table(what: str, part: Rows) -> str:
         rows = measured.get("rows", {})
         missing = measured.get("missing", "–")
         lines.append([f"{int(size):,}", *(_time(rows[n]) if "ratio" in rows.get(n, {}) else missing for n in names)])
-    return _table((what, *(f"{name}, ms" for name in names)), lines)
+    return table((what, *(f"{name}, ms" for name in names)), lines)
 
 
 def zero_table(part: Rows) -> str:
@@ -108,7 +102,7 @@ def zero_table(part: Rows) -> str:
         for name, r in rows.items()
     ]
     whole = ("whole update, ms", "over AdamW's", "collectives", "bytes per rank")
-    return _table(("sharding", "optimizer", *STEP_HEAD, *whole), lines)
+    return table(("sharding", "optimizer", *STEP_HEAD, *whole), lines)
 
 
 def statistics_table(part: Rows) -> str:
@@ -120,13 +114,13 @@ def statistics_table(part: Rows) -> str:
     ]
     head = ("sharding", "optimizer", "update, ms", "over LAMB", "collectives", "bytes per rank")
     note = f"Accumulation {part['accumulation']}, {part['sequences_per_micro_batch']} sequences of 64 per micro-batch."
-    return f"{note}\n\n{_table(head, lines)}"
+    return f"{note}\n\n{table(head, lines)}"
 
 
 def rivals_table(part: Rows) -> str:
     """Exact sharded LAMBs."""
     lines = [[name, *_step(r), _time(r)] for name, r in part.items()]
-    return _table(("", *STEP_HEAD, "whole update, ms"), lines)
+    return table(("", *STEP_HEAD, "whole update, ms"), lines)
 
 
 def ranks_table(part: Rows) -> str:
@@ -136,7 +130,7 @@ def ranks_table(part: Rows) -> str:
         for ranks, rows in part.items()
         for layers, r in rows.items()
     ]
-    return _table(("ranks", "layers", "collectives per step", "bytes per rank"), lines)
+    return table(("ranks", "layers", "collectives per step", "bytes per rank"), lines)
 
 
 def memory_table(part: Rows) -> str:
@@ -147,7 +141,7 @@ def memory_table(part: Rows) -> str:
         if "bytes" in r
     ]
     head = ("step", "MB above parameters, gradients and state", "bytes per parameter", "MB, half the parameters")
-    return f"{part['elements']:,} parameters in {part['layers']:,} layers.\n\n{_table(head, lines)}"
+    return f"{part['elements']:,} parameters in {part['layers']:,} layers.\n\n{table(head, lines)}"
 
 
 def _megabytes(number: int | None) -> str:
@@ -198,9 +192,9 @@ def kills_table(results: Rows) -> str:
     by_moment = Counter(kill["moment"] for kill in kills)
     by_target = Counter(" and ".join(kill["killed"]) for kill in kills)
     counts = [
-        _table((what, "kills"), [[name, str(n)] for name, n in counted.most_common()])
+        table((what, "kills"), [[name, str(n)] for name, n in counted.most_common()])
         for what, counted in (("moment", by_moment), ("killed", by_target))
     ]
     waits = [kill["until_gone"] for kill in kills if kill["until_gone"] is not None]
     longest = f"All processes of a run were gone at most {max(waits):.0f} s after a kill." if waits else ""
-    return "\n\n".join([_table(head, lines), *counts, longest]).strip()
+    return "\n\n".join([table(head, lines), *counts, longest]).strip()

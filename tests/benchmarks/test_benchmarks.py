@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,13 +164,6 @@ def test_shapes_are_berts() -> None:
                 transformers.BertConfig(num_attention_heads=16 if changes else 12, **changes)
             )
         assert sorted(SHAPES[name]) == sorted(tuple(p.shape) for p in model.parameters())
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")
