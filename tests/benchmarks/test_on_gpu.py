@@ -22,6 +22,8 @@ from benchmarks.on_gpu.runner.parts import Runner
 from benchmarks.on_gpu.runner.results import Results, last_line
 from benchmarks.on_gpu.runner.shares import SHARES, Share, limit_of
 
+from .leftovers import is_gone
+
 TOYS = {
     "passes": "record(number=1, verdict='fine')",
     "fails": "record(number=2, verdict='two are wrong'); sys.exit(1)",
@@ -91,13 +93,6 @@ def numbers(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.usefixtures("quick")
 def test_each_end_has_its_line_and_what_was_recorded(tmp_path: Path) -> None:
     names = ["passes", "fails", "breaks", "says nothing", "is killed", "crashes", "tears its file"]
@@ -138,9 +133,9 @@ def test_a_part_that_hangs_is_stopped_and_takes_nothing_from_the_next(tmp_path: 
 @pytest.mark.parametrize("name", ["leaves others", "hangs with others"])
 def test_nothing_that_a_part_has_started_outlives_it(name: str, tmp_path: Path) -> None:
     """Not even what is in a session of its own and ignores SIGTERM."""
-    limit = 30 if name == "leaves others" else 3
+    limit = 30 if name == "leaves others" else 6
     assert run(tmp_path, [name], **{name: Share(1, limit)}, seconds=limit + 1) == (name == "leaves others")
-    assert not is_there(int((tmp_path / "pid").read_text()))
+    assert is_gone(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.usefixtures("quick")
@@ -270,7 +265,7 @@ def test_sigterm_ends_the_part_and_is_said(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == 1
-    assert not is_there(int((tmp_path / "pid").read_text()))
+    assert is_gone(int((tmp_path / "pid").read_text()))
     assert "interrupted" in (tmp_path / "summary.txt").read_text().splitlines()
 
 

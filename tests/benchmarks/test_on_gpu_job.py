@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from benchmarks.on_gpu.job import process
@@ -19,6 +18,8 @@ from benchmarks.on_gpu.part import Part
 from benchmarks.on_gpu.parts import job
 from benchmarks.on_gpu.table import NOT_MEASURED
 from trustratio.recipes.planning.plan import main as plan
+
+from .leftovers import is_gone
 
 STAND_IN = """
 import json, subprocess, sys, time
@@ -87,7 +88,7 @@ def test_a_run_that_hangs_is_ended_and_its_numbers_stay(monkeypatch: pytest.Monk
     assert train(part).startswith("stopped by the limit after 3 of 6 updates: loss 6.900 to 6.700")
     assert found_of(tmp_path)["updates"] == 3
     child = int((tmp_path / "child").read_text())
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert is_gone(child)
 
 
 def test_a_run_that_fails_fails_the_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
