@@ -385,9 +385,15 @@ def test_installing_does_not_take_the_time_of_the_parts(tmp_path: Path, monkeypa
 def test_a_rehearsal_is_on_the_cpu_even_beside_a_gpu(tmp_path: Path) -> None:
     found = environment.prepare(tmp_path, tmp_path / "log", pytest.fail, seconds=0, rehearse=True)
     assert (found["CUDA_VISIBLE_DEVICES"], found["TRITON_INTERPRET"]) == ("", "1")
-    assert (
-        "TRITON_INTERPRET" not in environment._variables(tmp_path, rehearse=False) or "TRITON_INTERPRET" in os.environ
-    )
+
+
+def test_nothing_of_a_rehearsal_leaks_into_a_run_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.ON_CPU.items():
+        monkeypatch.setenv(name, value)
+    found = environment._variables(tmp_path, rehearse=False)
+    assert not environment.ON_CPU.keys() & found.keys()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert environment._variables(tmp_path, rehearse=False)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 # A part -------------------------------------------------------------------------------------------------------------
@@ -404,6 +410,21 @@ def test_a_part_that_finds_something_wrong_has_a_verdict_of_its_own(
     assert part_main(["machine", "--output", str(tmp_path), "--limit", "10", "--rehearse"]) == 1
     assert numbers(tmp_path, "machine")["verdict"] == "1 of 3 is wrong"
     assert numbers(tmp_path, "machine")["number"] == 1
+
+
+def test_what_keeps_an_interpreter_from_ending_costs_no_time(tmp_path: Path) -> None:
+    """Threads of a communicator or a compiler; the numbers are on disk."""
+    program = (
+        "import runpy, sys, threading, time, types\n"
+        "threading.Thread(target=time.sleep, args=(99,)).start()\n"
+        "run = lambda part: print('told') or 'fine'\n"
+        "sys.modules['benchmarks.on_gpu.parts.machine'] = types.SimpleNamespace(run=run)\n"
+        f"sys.argv = ['part', 'machine', '--output', {str(tmp_path)!r}, '--limit', '10', '--rehearse']\n"
+        "runpy.run_module('benchmarks.on_gpu.part', run_name='__main__')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "told\n")
+    assert numbers(tmp_path, "machine")["verdict"] == "fine"
 
 
 def test_every_part_has_a_share() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.on_gpu.part import Part
+from benchmarks.on_gpu.part import Failed, Part
 from benchmarks.on_gpu.parts import throughput
 from benchmarks.on_gpu.table import NOT_MEASURED
 from benchmarks.on_gpu.throughput import engine as engines
@@ -103,9 +103,9 @@ def test_one_that_never_fits_fails_and_the_next_is_measured(
     found = json.loads((cases.part.output / "throughput.json").read_text())["cases"]
     assert found["large-128-compiled"]["failed"].startswith("RuntimeError: out of memory at micro-batches of [512, 256")
     assert found["base-512-eager"]["sequences_per_second"] == 100.0
-    assert "failed: large-128-compiled, large-512-compiled, large-128-eager, large-512-eager" in verdict(
-        {"cases": found}
-    )
+    said = verdict({"cases": found})
+    assert "failed: large-128-compiled (RuntimeError: out of memory at micro-batches of [512, 256" in said
+    assert said.endswith("), large-512-compiled, large-128-eager, large-512-eager")
     assert "out of memory at micro-batches" in tables({"cases": found})
 
 
@@ -138,13 +138,34 @@ def test_what_has_no_time_is_left_out_and_named(tmp_path: Path, monkeypatch: pyt
     assert "large-512-eager" in verdict(part.found)
 
 
-def test_no_time_at_all_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "start", lambda: None)
+    monkeypatch.setattr(throughput.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(throughput, "memory_for", lambda device: 80 * GIB)
+
+
+@pytest.mark.usefixtures("without_a_group")
+def test_where_nothing_was_measured_the_part_has_failed(tmp_path: Path) -> None:
     part = part_of(tmp_path, rehearse=False)
     part.seconds = 5.0
-    throughput.Cases(part).run()
-    assert verdict(part.found).startswith("no time for large-128-compiled, base-128-compiled")
+    with pytest.raises(Failed, match="^no time for large-128-compiled, base-128-compiled"):
+        throughput.run(part)
     assert tables(part.found) == NOT_MEASURED
+
+
+@pytest.mark.usefixtures("without_a_group")
+def test_a_case_that_fails_fails_the_part_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_one(cases: throughput.Cases, case: Any) -> dict[str, Any]:
+        if case.name == "base-128-eager":
+            raise ValueError("no such kernel")
+        return measured()
+
+    monkeypatch.setattr(throughput.Cases, "measure", measure_one)
+    with pytest.raises(Failed, match=r"failed: base-128-eager \(ValueError: no such kernel\)$"):
+        throughput.run(part_of(tmp_path))
+    monkeypatch.setattr(throughput.Cases, "measure", lambda *_: measured())
+    assert throughput.run(part_of(tmp_path)).startswith("toy large 16: 100 sequences/s; toy base 16: 100")
 
 
 @pytest.mark.parametrize(("share", "listed"), [(0.3, True), (0.6, False), (None, True)])
@@ -241,6 +262,15 @@ def test_tables_hold_every_case() -> None:
     assert "| `gemm` | 2.00 | 50.0% | 3 |" in tables(found)
     assert "(2.00x NVIDIA's 580 on an A100), MFU 40%" in verdict(found)
     assert tables({}) == NOT_MEASURED
+
+
+def test_a_toy_is_called_one_and_compared_with_nothing() -> None:
+    found = {"toy": True, "cases": {"large-128-compiled": measured(1160.0)}}
+    assert verdict(found).startswith("toy large 16: 1,160 sequences/s; no time for ")
+    assert "| large | 128 | yes | 8 | 1,160 |  |  |  | 1.00 GiB |" in tables(found)
+    for text in (verdict(found), tables(found)):
+        assert "580" not in text
+        assert "BERT-" not in text
 
 
 @pytest.mark.slow

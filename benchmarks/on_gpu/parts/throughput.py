@@ -13,11 +13,11 @@ from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.training.quiet import quieten
 from trustratio.recipes.training.ranks import start
 
-from ..part import Part
+from ..part import Failed, Part
 from ..throughput.cases import CASES, REAL, TOY, Case
 from ..throughput.engine import ACCUMULATION, Bench, build, compiled_or_not, memory_for
 from ..throughput.measure import kernels, measure_updates
-from ..throughput.page import tables, verdict
+from ..throughput.page import is_good, tables, verdict
 
 __all__ = ["run", "tables"]
 
@@ -32,13 +32,19 @@ RESERVE = 3.0
 
 
 def run(part: Part) -> str:
-    """Measure, case by case, and return the line for the summary."""
+    """Measure, case by case, and return the line for the summary.
+
+    Raises:
+        Failed: With that line, if a case raised an error, or none was measured.
+    """
     quieten()
     start()
     try:
         Cases(part).run()
     finally:
         dist.destroy_process_group()
+    if not is_good(part.found):
+        raise Failed(verdict(part.found))
     return verdict(part.found)
 
 
@@ -53,6 +59,7 @@ class Cases:
         self.memory = memory_for(part.device)
         self.found: dict[str, Any] = {}
         self.longest: dict[bool, float] = {}
+        part.record(toy=part.rehearse, accumulation=ACCUMULATION)
 
     def run(self) -> None:
         """Measure all that fit; one that fails takes nothing from the next."""
@@ -65,7 +72,7 @@ class Cases:
             except Exception as error:  # of the device, the compiler, the profiler
                 self.found[case.name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             self.longest[case.compiled] = max(self.longest.get(case.compiled, 0.0), time.monotonic() - began)
-            self.part.record(cases=self.found, accumulation=ACCUMULATION)
+            self.part.record(cases=self.found)
 
     def needed(self, case: Case) -> float:
         """Seconds that a case will take, about."""
