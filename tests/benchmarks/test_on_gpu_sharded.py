@@ -208,7 +208,10 @@ def test_what_memcheck_reports_is_read(tmp_path: Path) -> None:
 
 
 STEPPED, NO_ERRORS = "stepped 5 optimizers", "========= ERROR SUMMARY: 0 errors"
-WRONG, KILLED = "========= Invalid __global__ read of size 2 bytes", "RuntimeError: CUDA error: unspecified launch failure"
+WRONG, KILLED = (
+    "========= Invalid __global__ read of size 2 bytes",
+    "RuntimeError: CUDA error: unspecified launch failure",
+)
 
 
 @pytest.mark.parametrize(

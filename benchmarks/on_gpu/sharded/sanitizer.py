@@ -16,7 +16,7 @@ SECONDS = 150.0
 SEARCHED = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
 OPTIONS = ("--tool", "memcheck", "--target-processes", "application-only")
 OPTIONS += ("--report-api-errors", "no", "--error-exitcode", "86")
-"""Calls that fail are no accesses: torch tries some at its start, to see what there is. Triton's compilers are left out."""
+"""Calls that fail are no accesses: torch tries some at its start, to see what there is. Compilers are not watched."""
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 REPORTED = re.compile(r"^=+ (Invalid .*|.*out of bounds.*|Program hit .*)$", re.MULTILINE)
 
