@@ -14,8 +14,10 @@ __all__ = ["Memcheck"]
 
 SECONDS = 150.0
 SEARCHED = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
-OPTIONS = ("--tool", "memcheck", "--target-processes", "application-only")
-OPTIONS += ("--report-api-errors", "no", "--error-exitcode", "86")
+OPTIONS = (
+    *("--tool", "memcheck", "--target-processes", "application-only"),
+    *("--report-api-errors", "no", "--error-exitcode", "86"),
+)
 """Calls that fail are no accesses: torch tries some at its start, to see what there is. Compilers are not watched."""
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 REPORTED = re.compile(r"^=+ (Invalid .*|.*out of bounds.*|Program hit .*)$", re.MULTILINE)
