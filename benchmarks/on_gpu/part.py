@@ -89,4 +89,6 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    from benchmarks.on_gpu import part as module  # whose `Failed` the parts raise; this one's is another class
+
+    module.leave(module.main(sys.argv[1:]))

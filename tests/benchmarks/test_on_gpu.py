@@ -412,19 +412,36 @@ def test_a_part_that_finds_something_wrong_has_a_verdict_of_its_own(
     assert numbers(tmp_path, "machine")["number"] == 1
 
 
-def test_what_keeps_an_interpreter_from_ending_costs_no_time(tmp_path: Path) -> None:
-    """Threads of a communicator or a compiler; the numbers are on disk."""
+def run_as_a_program(folder: Path, part: str) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.on_gpu.part machine`, whose module `machine` is these lines."""
     program = (
-        "import runpy, sys, threading, time, types\n"
-        "threading.Thread(target=time.sleep, args=(99,)).start()\n"
-        "run = lambda part: print('told') or 'fine'\n"
-        "sys.modules['benchmarks.on_gpu.parts.machine'] = types.SimpleNamespace(run=run)\n"
-        f"sys.argv = ['part', 'machine', '--output', {str(tmp_path)!r}, '--limit', '10', '--rehearse']\n"
+        "import runpy, sys, types\n"
+        "machine = sys.modules['benchmarks.on_gpu.parts.machine'] = types.ModuleType('machine')\n"
+        f"exec({part!r}, machine.__dict__)\n"
+        f"sys.argv = ['part', 'machine', '--output', {str(folder)!r}, '--limit', '10', '--rehearse']\n"
         "runpy.run_module('benchmarks.on_gpu.part', run_name='__main__')\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def test_what_keeps_an_interpreter_from_ending_costs_no_time(tmp_path: Path) -> None:
+    """Threads of a communicator or a compiler; the numbers are on disk."""
+    ran = run_as_a_program(
+        tmp_path,
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(99,)).start()\n"
+        "def run(part):\n    print('told')\n    return 'fine'\n",
+    )
     assert (ran.returncode, ran.stdout) == (0, "told\n")
     assert numbers(tmp_path, "machine")["verdict"] == "fine"
+
+
+def test_a_program_knows_the_error_of_its_part(tmp_path: Path) -> None:
+    """As a program, this module is there twice, and so would its error be."""
+    body = "    from benchmarks.on_gpu.part import Failed\n    raise Failed('1 of 3 is wrong')\n"
+    ran = run_as_a_program(tmp_path, f"def run(part):\n{body}")
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert numbers(tmp_path, "machine")["verdict"] == "1 of 3 is wrong"
 
 
 def test_every_part_has_a_share() -> None:
