@@ -285,6 +285,22 @@ def test_the_part_keeps_what_came_out_in_time(tmp_path: Path, monkeypatch: pytes
     assert all(crew.ended for crew in made)
 
 
+def test_what_hangs_at_the_end_takes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part is killed then, and its verdict is on disk."""
+
+    class Hanging(FakeCrew):
+        def end(self) -> None:
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(part_of_sharded, "RunningCrew", Hanging)
+    monkeypatch.setattr(part_of_sharded, "Memcheck", lambda device, log: Memcheck("cuda", log, ""))
+    with pytest.raises(SystemExit):
+        part_of_sharded.run(Part("sharded", tmp_path, part_of_sharded.RESERVE + 0.3, rehearse=True))
+    found = json.loads((tmp_path / "sharded.json").read_text())
+    assert found["verdict"].startswith("2 of 2 exact")
+    assert len(found["did_not_fit"]) == 2
+
+
 def test_nothing_compared_is_nothing_good() -> None:
     exact = {"crews": {"one": {"ZeRO-1": {"exact": True}}}}
     assert is_good(exact)

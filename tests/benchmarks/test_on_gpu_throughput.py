@@ -209,6 +209,23 @@ def test_kernels_are_listed_where_the_goal_is_missed(
     assert ("kernels" in found) is listed
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUPTI")])
+def test_a_profiler_that_fails_costs_no_numbers(
+    cases: throughput.Cases, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    bench = bench_of("base")
+    bench.engine.set_batch_plan = lambda plan: None
+    monkeypatch.setattr(Bench, "batches", lambda self, micro, length: [])
+    monkeypatch.setattr(throughput, "measure_updates", lambda *_: {"model_flops_per_second": 1e12, "seconds": 1.0})
+    monkeypatch.setattr(throughput, "kernels", fail)
+    found = cases.at(bench, CASES[1], 4, 128)
+    assert found["seconds"] == 1.0
+    assert found["kernels_missing"] == f"{type(error).__name__}: {error}"
+
+
 def test_times_of_kernels_are_counted_once() -> None:
     """The host's events have the time of what they launched, too, and so have ranges."""
     events = [

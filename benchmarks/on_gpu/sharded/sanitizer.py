@@ -12,7 +12,7 @@ from ..children.limited import Child, python
 
 __all__ = ["Memcheck"]
 
-SECONDS = 150.0
+SECONDS = 90.0
 SEARCHED = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
 OPTIONS = (
     *("--tool", "memcheck", "--target-processes", "application-only"),
