@@ -111,6 +111,15 @@ def test_one_rank_sends_its_sums_to_itself() -> None:
     assert layout.copies.item() == 1.0
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_two_ranks_on_one_device_shard_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    from benchmarks.on_gpu.sharded.training import mesh_of_all
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert mesh_of_all("cpu").get_group() is dist.group.WORLD
+
+
 def test_settings_have_names_and_optimizers() -> None:
     for crew in CREWS:
         names = [setting.name for setting in crew.settings]
