@@ -59,8 +59,8 @@ class DeviceRun(CaseRun):
 def mesh_of_all(device: str) -> DeviceMesh:
     """All ranks, in the group that they are in.
 
-    Where there is a GPU and that group is gloo's, `init_device_mesh` makes another one. It may be NCCL's, by the version
-    of torch, which refuses two ranks on one device.
+    Where there is a GPU and that group is gloo's, `init_device_mesh` makes another one. By the version of torch it may
+    be NCCL's, which refuses two ranks on one device.
     """
     assert dist.group.WORLD is not None
     return DeviceMesh.from_group(dist.group.WORLD, device)
