@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
         parser.error(f"unknown parts {', '.join(unknown)}; allowed are {', '.join(PARTS)}")
+    if options.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for DeepSpeed, which is imported when it is measured
     if options.threads:
         torch.set_num_threads(options.threads)
     name = "benchmarks.json" if options.device == "cpu" else "benchmarks_cuda.json"

@@ -247,7 +247,7 @@ def write_page(path: Path = FILE, page: Path = PAGE) -> None:
 
 def _table(content: dict[str, Any]) -> str:
     """Registers of the usual kernels for 9.0 by the newest Triton in the file, and what all have in common."""
-    version = max((name for name in content if name != "columns"), key=lambda name: [*map(int, name.split("."))])
+    version = max((name for name in content if name != "columns"), key=_numbers)
     rows = [dict(zip(content["columns"], row, strict=True)) for row in content[version]]
     taken = {
         (row["kind"], row["mode"], *(row[name] for name in Types._fields)): row["registers"]
@@ -266,6 +266,11 @@ def _table(content: dict[str, Any]) -> str:
         f"{f'Up to {stack} bytes of a thread do not' if stack else 'All numbers of all of them'} fit into registers. "
         "Registers of a thread, for 9.0 and aligned blocks:\n\n" + "\n".join(lines) + "\n"
     )
+
+
+def _numbers(version: str) -> list[int]:
+    """Of a version such as 3.6.0 or 3.6.0+git1234, to compare."""
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .batch64k.picture import draw
 from .part import PARTS
 from .runner.environment import ROOT
 from .runner.results import read_json
@@ -21,6 +22,7 @@ __all__ = ["benchmarks_section", "evidence_section", "found_in", "write_pages"]
 Found = dict[str, dict[str, Any]]
 
 RESULTS = ROOT / "docs" / "results" / "gpu"
+PICTURE = "batch64k.png"
 NOT_MEASURED = "not measured"
 TITLES = {
     "machine": "The device",
@@ -51,7 +53,8 @@ def write_pages(source: Path) -> int:
     numbers = OUTPUT / "benchmarks.json"
     write_page(numbers, json.loads(numbers.read_text()))
     found = found_in(RESULTS)
-    _replace(ROOT / "docs" / "evidence.md", "batch64k", evidence_section(found))
+    drawn = draw(found.get("batch64k", {}), RESULTS / PICTURE)
+    _replace(ROOT / "docs" / "evidence.md", "batch64k", evidence_section(found, drawn=drawn))
     _replace(ROOT / "README.md", "on_gpu", readme_line(found))
     return 0
 
@@ -74,9 +77,10 @@ def benchmarks_section(found: Found) -> str:
     return "\n\n".join([head, *sections])
 
 
-def evidence_section(found: Found) -> str:
-    """What docs/evidence.md says of the largest batches."""
-    return f"{_line('batch64k', found)}{_tables('batch64k', found)}"
+def evidence_section(found: Found, *, drawn: bool = False) -> str:
+    """What docs/evidence.md says of the largest batches, with the curves where they are drawn."""
+    picture = f"\n\n![Training loss at {TITLES['batch64k']}](results/gpu/{PICTURE})" if drawn else ""
+    return f"{_line('batch64k', found)}{_tables('batch64k', found)}{picture}"
 
 
 def readme_line(found: Found) -> str:

@@ -81,5 +81,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def leave(status: int) -> None:
+    """End the process, whose numbers are on disk: threads of communicators and compilers may keep an interpreter."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from benchmarks.on_gpu import part as module  # whose `Failed` the parts raise; this one's is another class
+
+    module.leave(module.main(sys.argv[1:]))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+<<<<<<< HEAD
+=======
+import os
+from collections.abc import Iterator
+>>>>>>> 1a8a3f2075644dee9df68e59bc8a6517003cd19c
 from pathlib import Path
 
 import pytest
@@ -10,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional_collectives
 
+from benchmarks import __main__ as command
 from benchmarks import bases
 from benchmarks.__main__ import main
 from benchmarks.contenders import BASELINE, COPY, Contender, dense_contenders
@@ -31,6 +38,21 @@ def test_smoke_run_measures_this_package_and_torch(capsys: pytest.CaptureFixture
     for contender in ("trustratio LAMB (cpu)", "trustratio LARS (eager)", "torch AdamW foreach", "timm Lamb"):
         line = next(line for line in printed.splitlines() if line.startswith(f"| {contender} "))
         assert "Error" not in line
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", "cpu"), ("cuda", None)])
+def test_deepspeed_is_kept_on_the_cpu_where_that_is_measured(
+    device: str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it has to find its own FusedLamb."""
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # to be put back
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(command, "describe_machine", lambda device: {})
+    monkeypatch.setattr(command, "copy_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(command, "measurements", lambda device, smoke: {})
+    monkeypatch.setattr(command, "sharded", importlib.reload(command.sharded))
+    main(["--smoke", "--device", device])
+    assert os.environ.get("DS_ACCELERATOR") == told
 
 
 @pytest.mark.slow

@@ -380,9 +380,15 @@ def test_installing_does_not_take_the_time_of_the_parts(tmp_path: Path, monkeypa
 def test_a_rehearsal_is_on_the_cpu_even_beside_a_gpu(tmp_path: Path) -> None:
     found = environment.prepare(tmp_path, tmp_path / "log", pytest.fail, seconds=0, rehearse=True)
     assert (found["CUDA_VISIBLE_DEVICES"], found["TRITON_INTERPRET"]) == ("", "1")
-    assert (
-        "TRITON_INTERPRET" not in environment._variables(tmp_path, rehearse=False) or "TRITON_INTERPRET" in os.environ
-    )
+
+
+def test_nothing_of_a_rehearsal_leaks_into_a_run_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.ON_CPU.items():
+        monkeypatch.setenv(name, value)
+    found = environment._variables(tmp_path, rehearse=False)
+    assert not environment.ON_CPU.keys() & found.keys()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert environment._variables(tmp_path, rehearse=False)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 # A part -------------------------------------------------------------------------------------------------------------
@@ -399,6 +405,38 @@ def test_a_part_that_finds_something_wrong_has_a_verdict_of_its_own(
     assert part_main(["machine", "--output", str(tmp_path), "--limit", "10", "--rehearse"]) == 1
     assert numbers(tmp_path, "machine")["verdict"] == "1 of 3 is wrong"
     assert numbers(tmp_path, "machine")["number"] == 1
+
+
+def run_as_a_program(folder: Path, part: str) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.on_gpu.part machine`, whose module `machine` is these lines."""
+    program = (
+        "import runpy, sys, types\n"
+        "machine = sys.modules['benchmarks.on_gpu.parts.machine'] = types.ModuleType('machine')\n"
+        f"exec({part!r}, machine.__dict__)\n"
+        f"sys.argv = ['part', 'machine', '--output', {str(folder)!r}, '--limit', '10', '--rehearse']\n"
+        "runpy.run_module('benchmarks.on_gpu.part', run_name='__main__')\n"
+    )
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def test_what_keeps_an_interpreter_from_ending_costs_no_time(tmp_path: Path) -> None:
+    """Threads of a communicator or a compiler; the numbers are on disk."""
+    ran = run_as_a_program(
+        tmp_path,
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(99,)).start()\n"
+        "def run(part):\n    print('told')\n    return 'fine'\n",
+    )
+    assert (ran.returncode, ran.stdout) == (0, "told\n")
+    assert numbers(tmp_path, "machine")["verdict"] == "fine"
+
+
+def test_a_program_knows_the_error_of_its_part(tmp_path: Path) -> None:
+    """As a program, this module is there twice, and so would its error be."""
+    body = "    from benchmarks.on_gpu.part import Failed\n    raise Failed('1 of 3 is wrong')\n"
+    ran = run_as_a_program(tmp_path, f"def run(part):\n{body}")
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert numbers(tmp_path, "machine")["verdict"] == "1 of 3 is wrong"
 
 
 def test_every_part_has_a_share() -> None:

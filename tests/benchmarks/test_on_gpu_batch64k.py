@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from benchmarks.on_gpu.batch64k import runs as training
 from benchmarks.on_gpu.batch64k.corpus import Corpus
-from benchmarks.on_gpu.batch64k.page import best_runs, tables, verdict
+from benchmarks.on_gpu.batch64k.page import best_runs, is_good, tables, verdict
 from benchmarks.on_gpu.batch64k.picture import draw
 from benchmarks.on_gpu.batch64k.runs import Trainer
 from benchmarks.on_gpu.batch64k.settings import REAL, TOY, scaled_rate, updates_that_fit
-from benchmarks.on_gpu.part import Part
+from benchmarks.on_gpu.part import Failed, Part
 from benchmarks.on_gpu.parts import batch64k
 from benchmarks.on_gpu.table import NOT_MEASURED
 from trustratio.recipes.configuration.config import RecipeConfig
@@ -228,6 +228,22 @@ def test_a_run_that_fails_takes_nothing_from_the_next(
     assert [run["optimizer"] for run in found["runs"]] == ["lamb"]
     assert found["failed"][0].startswith("no optimizer 0.02 at 16: RecipeError: unknown optimizer")
     assert "failed: no optimizer 0.02 at 16" in verdict(found)
+
+
+def test_runs_of_which_none_is_whole_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, begun = run_of(), run_of(asked_updates=60)
+    assert is_good({"runs": [begun, whole], "skipped": ["lans"]})
+    for found in ({}, {"runs": [], "skipped": ["lamb"]}, {"runs": [begun]}, {"runs": [whole], "failed": ["lans"]}):
+        assert not is_good(found)
+    monkeypatch.setattr(batch64k, "start", lambda: None)
+    monkeypatch.setattr(batch64k.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(batch64k, "train_all", lambda part, settings: part.record(skipped=["lamb 0.02 at 65,536"]))
+    with pytest.raises(Failed, match="no time for lamb"):
+        batch64k.run(Part("batch64k", tmp_path, 60.0))
+
+
+def test_a_toy_is_called_one() -> None:
+    assert verdict({"toy": True, "runs": [run_of(batch=32)]}) == "toy of 32 sequences x 2 updates: lamb 5.000 at 0.02"
 
 
 def test_the_best_run_is_whole_and_finite() -> None:

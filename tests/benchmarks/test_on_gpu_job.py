@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from benchmarks.on_gpu.job import process
 from benchmarks.on_gpu.job.page import tables, verdict
 from benchmarks.on_gpu.job.process import numbers_of
 from benchmarks.on_gpu.job.promise import promised_memory
-from benchmarks.on_gpu.part import Part
+from benchmarks.on_gpu.part import Failed, Part
 from benchmarks.on_gpu.parts import job
 from benchmarks.on_gpu.table import NOT_MEASURED
 from trustratio.recipes.planning.plan import main as plan
@@ -93,9 +95,31 @@ def test_a_run_that_hangs_is_ended_and_its_numbers_stay(monkeypatch: pytest.Monk
 
 def test_a_run_that_fails_fails_the_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     part = stood_in(monkeypatch, tmp_path, updates=2, status=3)
-    with pytest.raises(RuntimeError, match=r"recipes/bert.py ended with exit status 3 after 2 updates"):
+    (tmp_path / "job.log").write_text("began\nerror: no device\n")
+    with pytest.raises(Failed, match=r"recipes/bert.py ended with exit status 3 after 2 updates: error: no device$"):
         train(part)
     assert len(found_of(tmp_path)["losses"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "updates", "good"),
+    [
+        ([6.0, 5.0], 2, True),
+        ([6.0, 6.5], 1, True),  # stopped by the limit: too early to tell
+        ([6.0, 6.5], 2, False),
+        ([6.0, float("nan")], 1, False),
+        ([], 0, False),
+    ],
+)
+def test_a_run_without_sound_losses_fails_the_part(
+    losses: list[float], updates: int, good: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    part = Part("job", tmp_path, limit=1000.0, rehearse=True)
+    monkeypatch.setattr(job, "recipe_process", lambda *_, **__: nullcontext(SimpleNamespace(returncode=0)))
+    monkeypatch.setattr(job, "promised_memory", lambda arguments: {"bytes": 1})
+    monkeypatch.setattr(job, "follow", lambda part, *_: part.record(losses=losses, updates=updates, asked_updates=2))
+    with nullcontext() if good else pytest.raises(Failed):
+        job.train(part, tmp_path / "run")
 
 
 def test_a_run_that_has_not_begun_has_no_numbers(tmp_path: Path) -> None:

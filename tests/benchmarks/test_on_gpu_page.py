@@ -91,6 +91,21 @@ def test_numbers_are_taken_from_a_folder_or_an_archive(packed: bool, docs: Path,
     assert "\n\nOn a GPU: not measured.\n\n" in (tmp_path / "README.md").read_text()
 
 
+def test_the_curves_of_the_largest_batches_are_drawn_for_the_page(docs: Path, tmp_path: Path) -> None:
+    source = tmp_path / "brought"
+    source.mkdir()
+    whole = {"losses": [9.0, 5.0], "asked_updates": 2, "validation_loss": 5.0, "validation_accuracy": 0.1}
+    runs = [{"optimizer": "lamb", "lr": 0.02, "batch": 65536, "sequences_per_second": 1e5, **whole}]
+    sizes = {"model": "BERT", "training_sequences": 9, "sequence_length": 32, "vocabulary": 2048}
+    values = {"runs": runs, "unigram_entropy": 6.6, **sizes}
+    (source / "batch64k.json").write_text(json.dumps(numbers("lamb 5.000", values)))
+    assert command.main(["--page", str(source)]) == 0
+    assert (docs / "results" / "gpu" / "batch64k.png").read_bytes().startswith(b"\x89PNG")
+    evidence = (docs / "evidence.md").read_text()
+    assert "](results/gpu/batch64k.png)\n\n<!-- end of batch64k -->" in evidence
+    assert evidence.index("| 65,536 | lamb |") < evidence.index("![Training loss at 65,536 and 131,072 sequences")
+
+
 def test_a_rehearsal_measures_nothing(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "rehearsed"
     source.mkdir()

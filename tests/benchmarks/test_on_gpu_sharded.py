@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ def test_one_rank_sends_its_sums_to_itself() -> None:
     assert layout.copies.item() == 1.0
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_two_ranks_on_one_device_shard_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    from benchmarks.on_gpu.sharded.training import mesh_of_all
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert mesh_of_all("cpu").get_group() is dist.group.WORLD
+
+
 def test_settings_have_names_and_optimizers() -> None:
     for crew in CREWS:
         names = [setting.name for setting in crew.settings]
@@ -196,10 +205,34 @@ def test_what_memcheck_reports_is_read(tmp_path: Path) -> None:
     found = _wait(Memcheck("cuda", tmp_path / "log", str(tmp_path)))
     assert found == {"errors": 2, "first": "Invalid __global__ write of size 4 bytes"}
     arguments = (tmp_path / "log").read_text().splitlines()[0]
-    assert arguments.startswith("--tool memcheck --report-api-errors no --error-exitcode 86")
+    assert arguments.startswith("--tool memcheck --target-processes application-only --report-api-errors no")
     assert arguments.endswith(f"{sys.executable} -m benchmarks.on_gpu.sharded.one_step cuda")
-    tool.write_text(REPORT.replace("stepped", "not even begun:"))  # no errors where nothing ran say nothing
-    assert _wait(Memcheck("cuda", tmp_path / "other", str(tmp_path)))["missing"].startswith("status 86")
+
+
+STEPPED, NO_ERRORS = "stepped 5 optimizers", "========= ERROR SUMMARY: 0 errors"
+WRONG, KILLED = (
+    "========= Invalid __global__ read of size 2 bytes",
+    "RuntimeError: CUDA error: unspecified launch failure",
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ((STEPPED, NO_ERRORS), {"errors": 0}),
+        ((NO_ERRORS,), {"missing": "status 86: ========= ERROR SUMMARY: 0 errors"}),  # nothing ran
+        ((STEPPED,), {"missing": "status 86: stepped 5 optimizers"}),
+        # A wrong access ends the steps.
+        ((WRONG, KILLED, "========= ERROR SUMMARY: 3 errors"), {"errors": 3, "first": WRONG[10:]}),
+        ((WRONG, KILLED), {"errors": 1, "first": WRONG[10:]}),
+        ((NO_ERRORS, STEPPED, "========= ERROR SUMMARY: 2 errors"), {"errors": 2}),  # a child's comes first
+    ],
+)
+def test_errors_are_told_though_the_steps_have_not_ended(said: Sequence[str], found: Any, tmp_path: Path) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("\n".join(("#!/bin/sh", *(f"echo '{line}'" for line in said), "exit 86")))
+    tool.chmod(0o755)
+    assert _wait(Memcheck("cuda", tmp_path / "log", str(tmp_path))) == found
 
 
 def test_without_the_tool_nothing_is_started(tmp_path: Path) -> None:
@@ -254,11 +287,38 @@ def test_the_part_keeps_what_came_out_in_time(tmp_path: Path, monkeypatch: pytes
     assert all(crew.ended for crew in made)
 
 
+def test_what_hangs_at_the_end_takes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part is killed then, and its verdict is on disk."""
+
+    class Hanging(FakeCrew):
+        def end(self) -> None:
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(part_of_sharded, "RunningCrew", Hanging)
+    monkeypatch.setattr(part_of_sharded, "Memcheck", lambda device, log: Memcheck("cuda", log, ""))
+    with pytest.raises(SystemExit):
+        part_of_sharded.run(Part("sharded", tmp_path, part_of_sharded.RESERVE + 0.3, rehearse=True))
+    found = json.loads((tmp_path / "sharded.json").read_text())
+    assert found["verdict"].startswith("2 of 2 exact")
+    assert len(found["did_not_fit"]) == 2
+
+
 def test_nothing_compared_is_nothing_good() -> None:
     exact = {"crews": {"one": {"ZeRO-1": {"exact": True}}}}
     assert is_good(exact)
     assert not is_good({**exact, "memcheck": {"errors": 1}})
     assert not is_good({"crews": {"one": {"ZeRO-1": {"missing": "no device"}}}})
+
+
+def test_what_cannot_be_had_is_a_failure_where_all_has_to_be() -> None:
+    found = _found()
+    del found["crews"]["two gloo ranks on one device"]["ZeRO-2, lamb"]
+    assert is_good(found)
+    assert not is_good({**found, "optional": []})
+    found["crews"]["one NCCL rank"]["ZeRO-2, lamb"] = {"missing": "rank 0: RuntimeError: illegal access\nmore"}
+    assert not is_good(found)
+    assert "; failed: ZeRO-2, lamb (rank 0: RuntimeError: illegal access); 2 could not be had" in verdict(found)
+    assert [crew.backend for crew in CREWS if crew.optional] == ["gloo"]
 
 
 # What it says -------------------------------------------------------------------------------------------------------
@@ -274,6 +334,7 @@ def _found() -> dict[str, Any]:
         "machine": {"device": "a device", "torch": "2"},
         "crews": {"one NCCL rank": rows, "two gloo ranks on one device": {**others, "ZeRO-2, lamb": bad}},
         "memcheck": {"errors": 0},
+        "optional": ["two gloo ranks on one device"],
         "did_not_fit": ["memcheck"],
     }
 

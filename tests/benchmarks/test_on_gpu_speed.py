@@ -354,6 +354,44 @@ def test_what_is_built_is_measured_beside_the_others(tmp_path: Path, monkeypatch
     assert cases.part.found["builds"] == outcomes
 
 
+def test_what_is_not_built_is_listed(tmp_path: Path) -> None:
+    cases = part_of_speed._Cases(Part("speed", tmp_path, 60.0, rehearse=True))
+    cases.sizes.update(_found()["sizes"])
+    outcomes = {"DeepSpeed FusedAdam": "not finished after 60 s", "DeepSpeed FusedLamb": "status 1: no nvcc"}
+    cases._extensions(SimpleNamespace(finish=lambda seconds: outcomes))  # type: ignore[arg-type]
+    assert "3 could not be had" in verdict(cases.part.found)
+    for outcome in outcomes.values():
+        assert tables(cases.part.found).count(f"| not measured | not built: {outcome} |") == 2 - (outcome[0] == "s")
+
+
+def test_a_toy_is_called_one_and_compared_with_nothing() -> None:
+    found = {**_found(), "toy": True}
+    assert verdict(found) == (
+        "LAMB 2.00 ms at a toy for bert-large; host 0.90 ms; in a graph 0.45 ms there, host 0.01 ms; 1 could not be had"
+    )
+    assert "BERT-" not in verdict(found) + tables(found)
+
+
+def test_a_step_that_asks_the_host_is_in_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = IN_MICRO_BATCHES
+    assert "on the host" in measure_graph(name, *[None] * 4)["missing"]  # type: ignore[arg-type]
+
+
+def test_a_program_that_does_not_go_is_not_waited_for(tmp_path: Path) -> None:
+    """It waits for a driver, and no signal ends it."""
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    waited: list[float] = []
+
+    def wait(timeout: float) -> int:
+        waited.append(timeout)
+        raise subprocess.TimeoutExpired("it", timeout)
+
+    process: Any = SimpleNamespace(pid=started.pid, wait=wait, poll=lambda: None)
+    assert Child(process, 0.0, tmp_path / "log").outcome() == "not finished after 0 s"
+    assert waited
+    assert started.wait(20) == -9
+
+
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     part = Part("speed", tmp_path, 3.0, rehearse=True)
     part_of_speed._Cases(part).measure(SimpleNamespace(finish=lambda seconds: {}))  # type: ignore[arg-type]
@@ -412,7 +450,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert found["did_not_fit"] == []
     assert found["verdict"].startswith("LAMB ")
     for name in OURS:
-        assert found["sizes"]["bert-base"]["graphs"][name]["milliseconds"] > 0
+        graph = found["sizes"]["bert-base"]["graphs"][name]
+        assert ("missing" in graph) if name in IN_MICRO_BATCHES else graph["milliseconds"] > 0
         for size in found["sizes"].values():
             row = next(batch[name] for batch in size["batches"] if name in batch)
             assert row["launches"]["kernels"] >= 4

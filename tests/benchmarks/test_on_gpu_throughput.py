@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.on_gpu.part import Part
+from benchmarks.on_gpu.part import Failed, Part
 from benchmarks.on_gpu.parts import throughput
+from benchmarks.on_gpu.runner.shares import SHARES
 from benchmarks.on_gpu.table import NOT_MEASURED
 from benchmarks.on_gpu.throughput import engine as engines
 from benchmarks.on_gpu.throughput import measure
@@ -42,8 +43,17 @@ def part_of(folder: Path, rehearse: bool = True) -> PartWithTime:
 
 def bench_of(size: str) -> Bench:
     config = with_model_size(get_preset("lamb-64k-32k"), size)
-    engine: Any = SimpleNamespace(device=torch.device("cpu"), optimizer=SimpleNamespace(zero_grad=lambda: None))
+    engine: Any = SimpleNamespace(device=torch.device("cpu"), engine=SimpleNamespace(optimizer=Cleared()))
     return Bench(config, REAL, engine)
+
+
+class Cleared:
+    """In the place of DeepSpeed's optimizer."""
+
+    times = 0
+
+    def zero_grad(self) -> None:
+        self.times += 1
 
 
 @pytest.fixture
@@ -88,6 +98,8 @@ def test_a_micro_batch_that_does_not_fit_is_halved(cases: throughput.Cases, monk
     found = cases.measure(CASES[0])
     assert tried == [512, 256, 128]
     assert (found["micro_batch"], found["too_large"]) == (128, [512, 256])
+    engine: Any = cases.benches["large"].engine
+    assert engine.engine.optimizer.times == 2
 
 
 def test_one_that_never_fits_fails_and_the_next_is_measured(
@@ -103,9 +115,9 @@ def test_one_that_never_fits_fails_and_the_next_is_measured(
     found = json.loads((cases.part.output / "throughput.json").read_text())["cases"]
     assert found["large-128-compiled"]["failed"].startswith("RuntimeError: out of memory at micro-batches of [512, 256")
     assert found["base-512-eager"]["sequences_per_second"] == 100.0
-    assert "failed: large-128-compiled, large-512-compiled, large-128-eager, large-512-eager" in verdict(
-        {"cases": found}
-    )
+    said = verdict({"cases": found})
+    assert "failed: large-128-compiled (RuntimeError: out of memory at micro-batches of [512, 256" in said
+    assert said.endswith("), large-512-compiled, large-128-eager, large-512-eager")
     assert "out of memory at micro-batches" in tables({"cases": found})
 
 
@@ -116,7 +128,7 @@ def test_other_models_memory_is_left_out_of_the_plan(cases: throughput.Cases, mo
     assert set(cases.held) == {"base", "large"}
     assert cases.held["base"] < cases.held["large"] < alone
     cases.memory = int(cases.held["base"] + alone)
-    assert cases.measure(CASES[0])["planned_bytes"] == alone
+    assert cases.measure(CASES[0])["planned_bytes"] == alone + cases.held["base"]  # as the device's peak has both
     cases.memory -= 1
     assert cases.measure(CASES[0])["planned_bytes"] < alone
 
@@ -138,13 +150,48 @@ def test_what_has_no_time_is_left_out_and_named(tmp_path: Path, monkeypatch: pyt
     assert "large-512-eager" in verdict(part.found)
 
 
-def test_no_time_at_all_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_is_begun_where_there_is_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "memory_for", lambda device: 80 * GIB)
     part = part_of(tmp_path, rehearse=False)
+    found = throughput.Cases(part)
+    monkeypatch.setattr(found, "measure", lambda case: measured())
+    part.seconds = 20.0  # too short for compiling
+    found.run()
+    assert set(part.found["cases"]) == {case.name for case in CASES if not case.compiled}
+    part.seconds = 1.0 + throughput.RESERVE + throughput.FIRST_SECONDS[True]
+    found.run()
+    assert len(part.found["cases"]) == len(CASES)
+    assert SHARES["throughput"].least > 15.0 + part.seconds  # after the imports
+
+
+@pytest.fixture
+def without_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "start", lambda: None)
+    monkeypatch.setattr(throughput.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(throughput, "memory_for", lambda device: 80 * GIB)
+
+
+@pytest.mark.usefixtures("without_a_group")
+def test_where_nothing_was_measured_the_part_has_failed(tmp_path: Path) -> None:
+    part = part_of(tmp_path, rehearse=False)
     part.seconds = 5.0
-    throughput.Cases(part).run()
-    assert verdict(part.found).startswith("no time for large-128-compiled, base-128-compiled")
+    with pytest.raises(Failed, match=r"^no time for large-128-compiled, base-128-compiled"):
+        throughput.run(part)
     assert tables(part.found) == NOT_MEASURED
+
+
+@pytest.mark.usefixtures("without_a_group")
+def test_a_case_that_fails_fails_the_part_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_one(cases: throughput.Cases, case: Any) -> dict[str, Any]:
+        if case.name == "base-128-eager":
+            raise ValueError("no such kernel")
+        return measured()
+
+    monkeypatch.setattr(throughput.Cases, "measure", measure_one)
+    with pytest.raises(Failed, match=r"failed: base-128-eager \(ValueError: no such kernel\)$"):
+        throughput.run(part_of(tmp_path))
+    monkeypatch.setattr(throughput.Cases, "measure", lambda *_: measured())
+    assert throughput.run(part_of(tmp_path)).startswith("toy large 16: 100 sequences/s; toy base 16: 100")
 
 
 @pytest.mark.parametrize(("share", "listed"), [(0.3, True), (0.6, False), (None, True)])
@@ -162,8 +209,25 @@ def test_kernels_are_listed_where_the_goal_is_missed(
     assert ("kernels" in found) is listed
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUPTI")])
+def test_a_profiler_that_fails_costs_no_numbers(
+    cases: throughput.Cases, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    bench = bench_of("base")
+    bench.engine.set_batch_plan = lambda plan: None
+    monkeypatch.setattr(Bench, "batches", lambda self, micro, length: [])
+    monkeypatch.setattr(throughput, "measure_updates", lambda *_: {"model_flops_per_second": 1e12, "seconds": 1.0})
+    monkeypatch.setattr(throughput, "kernels", fail)
+    found = cases.at(bench, CASES[1], 4, 128)
+    assert found["seconds"] == 1.0
+    assert found["kernels_missing"] == f"{type(error).__name__}: {error}"
+
+
 def test_times_of_kernels_are_counted_once() -> None:
-    """The host's events have the time of what they launched, too."""
+    """The host's events have the time of what they launched, too, and so have ranges."""
     events = [
         SimpleNamespace(
             key="aten::mm", device_type=DeviceType.CPU, self_device_time_total=60.0, self_cpu_time_total=5.0, count=1
@@ -174,10 +238,21 @@ def test_times_of_kernels_are_counted_once() -> None:
         SimpleNamespace(
             key="norm", device_type=DeviceType.CUDA, self_device_time_total=20.0, self_cpu_time_total=0.0, count=4
         ),
+        SimpleNamespace(
+            key="Torch-Compiled Region: 0/0",
+            device_type=DeviceType.CUDA,
+            self_device_time_total=80.0,
+            self_cpu_time_total=0.0,
+            count=1,
+            is_user_annotation=True,
+        ),
+        SimpleNamespace(
+            key="Optimizer.step#LAMB.step", device_type=DeviceType.CUDA, self_device_time_total=20.0, count=1
+        ),
     ]
     on_gpu = measure.most_time(events, on_gpu=True)
     assert [(row["name"], row["share"], row["calls"]) for row in on_gpu] == [("gemm", 0.75, 1), ("norm", 0.25, 4)]
-    assert measure.most_time(events, on_gpu=False)[0] == {
+    assert measure.most_time(events[:3], on_gpu=False)[0] == {
         "name": "aten::mm",
         "milliseconds": 0.005,
         "share": 1.0,
@@ -241,6 +316,15 @@ def test_tables_hold_every_case() -> None:
     assert "| `gemm` | 2.00 | 50.0% | 3 |" in tables(found)
     assert "(2.00x NVIDIA's 580 on an A100), MFU 40%" in verdict(found)
     assert tables({}) == NOT_MEASURED
+
+
+def test_a_toy_is_called_one_and_compared_with_nothing() -> None:
+    found = {"toy": True, "cases": {"large-128-compiled": measured(1160.0)}}
+    assert verdict(found).startswith("toy large 16: 1,160 sequences/s; no time for ")
+    assert "| large | 128 | yes | 8 | 1,160 |  |  |  | 1.00 GiB |" in tables(found)
+    for text in (verdict(found), tables(found)):
+        assert "580" not in text
+        assert "BERT-" not in text
 
 
 @pytest.mark.slow

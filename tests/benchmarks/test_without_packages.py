@@ -68,7 +68,8 @@ def test_a_part_runs_without_other_packages(bare: dict[str, str], tmp_path: Path
 
 
 def test_device_tests_are_collected_without_other_packages(bare: dict[str, str]) -> None:
-    assert "tests/gpu/" in run(bare, "-m", "pytest", "-p", "xdist", "--collect-only", "-q", "tests/gpu")
+    journal = ("-p", "benchmarks.on_gpu.kernels.journal", "-p", "no:cacheprovider")
+    assert "tests/gpu/" in run(bare, "-m", "pytest", *journal, "--collect-only", "-q", "tests/gpu")
 
 
 @pytest.mark.slow

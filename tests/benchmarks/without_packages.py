@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
-THERE = ("accelerate", "matplotlib", "ninja", "numpy", "psutil", "pytest", "pytest-xdist", "timm", "torch", "triton")
-"""What is expected on the machine."""
+THERE = ("accelerate", "matplotlib", "ninja", "numpy", "psutil", "pytest", "timm", "torch", "triton")
+"""What is expected on the machine; pytest-xdist is not, and used where it is there."""
 
 CARRIED = ("deepspeed", "hjson", "msgpack", "py-cpuinfo", "pydantic", "safetensors", "setuptools", "tokenizers")
 CARRIED += ("transformers",)

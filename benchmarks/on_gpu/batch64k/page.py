@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.on_gpu.table import NOT_MEASURED, Found, table
 
-__all__ = ["best_runs", "tables", "verdict"]
+__all__ = ["best_runs", "is_good", "tables", "verdict"]
 
 Run = dict[str, Any]
 
@@ -39,6 +39,11 @@ def best_runs(runs: Iterable[Run]) -> list[Run]:
     return list(best.values())
 
 
+def is_good(found: Found) -> bool:
+    """Whether a run was whole, and none failed."""
+    return any(map(is_whole, found.get("runs", ()))) and not found.get("failed")
+
+
 def verdict(found: Found) -> str:
     """One line: the best of each optimizer, and what did not fit."""
     runs = found.get("runs", [])
@@ -47,7 +52,8 @@ def verdict(found: Found) -> str:
     for batch in batches:
         best = sorted((run for run in best_runs(runs) if run["batch"] == batch), key=final)
         shown = ", ".join(f"{run['optimizer']} {final(run):.3f} at {run['lr']:g}" for run in best)
-        parts.append(f"{batch:,} sequences x {_updates(runs, batch)} updates: {shown or 'no run was finished'}")
+        size = f"{'toy of ' if found.get('toy') else ''}{batch:,} sequences x {_updates(runs, batch)} updates"
+        parts.append(f"{size}: {shown or 'no run was finished'}")
     if "unigram_entropy" in found:
         parts.append(f"unigram entropy {found['unigram_entropy']:.3f}")
     if failed := found.get("failed"):

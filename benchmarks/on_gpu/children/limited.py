@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import psutil
 
 __all__ = ["Child", "python"]
+
+GONE_SECONDS = 1.0
+"""That a killed program is waited for."""
 
 
 @dataclass
@@ -85,7 +89,9 @@ class Child:
                 member.kill()
             except psutil.NoSuchProcess:
                 continue
-        self.process.wait()
+        # One that waits for a driver is not gone, whatever it is sent: the part goes on without it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GONE_SECONDS)
 
 
 def python(module: str, *arguments: str) -> list[str]:

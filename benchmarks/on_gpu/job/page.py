@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.on_gpu.table import NOT_MEASURED, Found, gib, table
 
-__all__ = ["tables", "verdict"]
+__all__ = ["is_good", "tables", "verdict"]
 
 
 def verdict(found: Found) -> str:
@@ -20,6 +22,14 @@ def verdict(found: Found) -> str:
     if found.get("sequences_per_second"):
         line += f"; {found['sequences_per_second']:,.0f} sequences/s"
     return line + _memory(found)
+
+
+def is_good(found: Found) -> bool:
+    """Whether updates were done, their losses are finite, and those of a whole run have fallen."""
+    losses = found.get("losses", ())
+    if not losses or not all(map(math.isfinite, losses)):
+        return False
+    return found["updates"] < found["asked_updates"] or losses[-1] < losses[0]
 
 
 def _memory(found: Found) -> str:

@@ -23,6 +23,8 @@ __all__ = ["ROOT", "numbers_of", "recipe_process", "wait"]
 ROOT = Path(__file__).resolve().parents[3]
 """Of the project."""
 
+_GONE_SECONDS = 1.0  # one that waits for a driver is not gone, whatever it is sent
+
 
 @contextlib.contextmanager
 def recipe_process(arguments: Sequence[str], on_cpu: bool) -> Iterator[subprocess.Popen[bytes]]:
@@ -44,7 +46,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
     process.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GONE_SECONDS)
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:

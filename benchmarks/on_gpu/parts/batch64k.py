@@ -22,10 +22,10 @@ from trustratio.recipes.training.quiet import quieten
 from trustratio.recipes.training.ranks import start
 
 from ..batch64k.corpus import Corpus
-from ..batch64k.page import best_runs, tables, verdict
+from ..batch64k.page import best_runs, is_good, tables, verdict
 from ..batch64k.runs import Trainer
 from ..batch64k.settings import OPTIMIZERS, RATES, REAL, TOY, Settings, scaled_rate, updates_that_fit
-from ..part import Part
+from ..part import Failed, Part
 from ..texts import toy_text
 from ..throughput.engine import memory_for
 
@@ -39,13 +39,19 @@ BATCHES_SHARE = 0.4
 
 
 def run(part: Part) -> str:
-    """Train all runs that fit, and return the line for the summary."""
+    """Train all runs that fit, and return the line for the summary.
+
+    Raises:
+        Failed: With that line, if a run raised an error, or none came to its end.
+    """
     quieten()
     start()
     try:
         train_all(part, TOY if part.rehearse else REAL)
     finally:
         dist.destroy_process_group()
+    if not is_good(part.found):
+        raise Failed(verdict(part.found))
     return verdict(part.found)
 
 
@@ -56,6 +62,7 @@ def train_all(part: Part, settings: Settings) -> None:
     trainer = Trainer(config, data, settings.backend)
     trainer.corpus = Corpus(data, config, settings.updates, trainer.device)
     part.record(
+        toy=part.rehearse,
         **trainer.corpus.describe(),
         model=f"BERT {config.model.layers} x {config.model.hidden}",
         sequence_length=config.data.sequence_length,

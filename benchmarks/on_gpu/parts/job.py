@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 from subprocess import Popen
 
-from ..job.page import tables, verdict
+from ..job.page import is_good, tables, verdict
 from ..job.process import numbers_of, recipe_process, wait
 from ..job.promise import promised_memory
-from ..part import Part
+from ..part import Failed, Part
+from ..runner.results import last_line
 from ..texts import toy_text
 
 __all__ = ["run", "tables"]
@@ -33,7 +34,7 @@ def train(part: Part, folder: Path) -> str:
     """Train into a folder; see `run`.
 
     Raises:
-        RuntimeError: the recipe ended with another exit status than 0.
+        Failed: the recipe ended with another exit status than 0, did no update, or trained nothing.
     """
     updates, warmup = (TOY_UPDATES, TOY_WARMUP) if part.rehearse else (UPDATES, WARMUP)
     arguments = ["--steps", str(updates), "--precision", "bf16", "--zero_stage", "1", *sizes(part.rehearse)]
@@ -42,9 +43,14 @@ def train(part: Part, folder: Path) -> str:
         part.record(promised=promised_memory(arguments))  # while it starts
         ended = follow(part, process, folder, warmup)
     if ended and process.returncode:
-        raise RuntimeError(
+        log = part.output / "job.log"
+        said = f": {last_line(log)[:200]}" if log.exists() else ""
+        raise Failed(
             f"recipes/bert.py ended with exit status {process.returncode} after {part.found.get('updates', 0)} updates"
+            f"{said}"
         )
+    if not is_good(part.found):
+        raise Failed(verdict(part.found))
     return verdict(part.found)
 
 

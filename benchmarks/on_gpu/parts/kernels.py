@@ -14,7 +14,7 @@ from ..runner.processes import GRACE, run_until
 
 __all__ = ["REHEARSAL", "run"]
 
-MOST_PROCESSES = 10
+MOST_PROCESSES = 14
 """Which compile side by side, for that takes most of the time; each holds about half a GB of the device."""
 
 REHEARSAL = "TRUSTRATIO_REHEARSE_GPU_TESTS"

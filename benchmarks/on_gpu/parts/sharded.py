@@ -25,17 +25,20 @@ def run(part: Part) -> str:
     """Train all settings, one crew beside the other, and return the line for the summary.
 
     Raises:
-        Failed: With that line, if a setting is not exact, memcheck found something, or nothing could be compared.
+        Failed: With that line, if a setting is not exact or failed, memcheck found something, or nothing was compared.
     """
-    part.record(machine=describe_machine(part.device), bound=BOUND, crews={}, memcheck={}, did_not_fit=[])
+    optional = [crew.name for crew in CREWS if crew.optional]
+    part.record(machine=describe_machine(part.device), bound=BOUND, optional=optional)
+    part.record(crews={}, memcheck={}, did_not_fit=[])
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         crews = [_started(crew, part, Path(folder), stack) for crew in CREWS]
         memcheck = Memcheck(part.device, part.output / "sharded-memcheck.log")
         stack.callback(memcheck.end)
         _watch(part, crews, memcheck)
         _record(part, crews, memcheck)
-    unfinished = [f"{crew.crew.name}: {name}" for crew in crews for name in crew.todo] + memcheck.todo
-    part.record(did_not_fit=unfinished)
+        unfinished = [f"{crew.crew.name}: {name}" for crew in crews for name in crew.todo] + memcheck.todo
+        part.record(did_not_fit=unfinished)
+        part.record(verdict=verdict(part.found))  # before what hangs is ended, which may hang
     if not is_good(part.found):
         raise Failed(verdict(part.found))
     return verdict(part.found)

@@ -61,8 +61,9 @@ class _Cases:
         self.rounds = Rounds(1, 0) if part.rehearse else Rounds(15, 2)
         self.shapes = TOYS if part.rehearse else {name: SHAPES[name] for name in ("bert-base", "bert-large")}
         self.sizes: dict[str, Any] = {}
-        part.record(machine=describe_machine(part.device), sizes=self.sizes, did_not_fit=[], failed={})
-        part.record(copy_bytes_per_second=copy_bandwidth(part.device, 1 << (16 if part.rehearse else 27)))
+        part.record(toy=part.rehearse, machine=describe_machine(part.device))
+        part.record(sizes=self.sizes, did_not_fit=[], failed={})
+        part.record(copy_bytes_per_second=copy_bandwidth(part.device, 1 << (16 if part.rehearse else 28)))
 
     def measure(self, builds: Builds) -> None:
         for what, contenders in zip(("lamb", "others"), without_extensions(), strict=True):
@@ -108,6 +109,14 @@ class _Cases:
 
     def _extensions(self, builds: Builds) -> None:
         self.part.record(builds=builds.finish(self.part.left() - RESERVE - LEAST["extensions"]))
+        not_built = {
+            name: {"kind": "", "missing": f"not built: {outcome}"}
+            for name, outcome in self.part.found["builds"].items()
+            if outcome
+        }
+        for size in self.sizes.values() if not_built else ():
+            size["batches"].append(not_built)
+        self.part.record(sizes=self.sizes)
         contenders = with_extensions(self.part.found["builds"])
         for name in reversed(self.shapes) if contenders else ():
             self._case(f"DeepSpeed's extensions at {name}", 0.0, partial(self._batch, name, contenders))

@@ -13,32 +13,38 @@ from trustratio.recipes.rules.global_batch import BatchPlan
 from trustratio.recipes.training.quiet import quieten
 from trustratio.recipes.training.ranks import start
 
-from ..part import Part
+from ..part import Failed, Part
 from ..throughput.cases import CASES, REAL, TOY, Case
 from ..throughput.engine import ACCUMULATION, Bench, build, compiled_or_not, memory_for
 from ..throughput.measure import kernels, measure_updates
-from ..throughput.page import tables, verdict
+from ..throughput.page import is_good, tables, verdict
 
 __all__ = ["run", "tables"]
 
 GOAL = 0.5
 """Share of the peak; below it the kernels are listed that take the time."""
 
-FIRST_SECONDS = 25.0
-"""What the first case of a model is given at least; later ones what the longest took."""
+FIRST_SECONDS = {True: 25.0, False: 10.0}
+"""What the first case that is compiled, or is not, is given at least; later ones what the longest took."""
 
 PROFILE_SECONDS = 12.0
 RESERVE = 3.0
 
 
 def run(part: Part) -> str:
-    """Measure, case by case, and return the line for the summary."""
+    """Measure, case by case, and return the line for the summary.
+
+    Raises:
+        Failed: With that line, if a case raised an error, or none was measured.
+    """
     quieten()
     start()
     try:
         Cases(part).run()
     finally:
         dist.destroy_process_group()
+    if not is_good(part.found):
+        raise Failed(verdict(part.found))
     return verdict(part.found)
 
 
@@ -53,6 +59,7 @@ class Cases:
         self.memory = memory_for(part.device)
         self.found: dict[str, Any] = {}
         self.longest: dict[bool, float] = {}
+        part.record(toy=part.rehearse, accumulation=ACCUMULATION)
 
     def run(self) -> None:
         """Measure all that fit; one that fails takes nothing from the next."""
@@ -65,13 +72,14 @@ class Cases:
             except Exception as error:  # of the device, the compiler, the profiler
                 self.found[case.name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             self.longest[case.compiled] = max(self.longest.get(case.compiled, 0.0), time.monotonic() - began)
-            self.part.record(cases=self.found, accumulation=ACCUMULATION)
+            self.part.record(cases=self.found)
 
     def needed(self, case: Case) -> float:
         """Seconds that a case will take, about."""
         if self.part.rehearse:
             return 0.0
-        return 1.2 * self.longest.get(case.compiled, FIRST_SECONDS / 1.2)
+        longest = self.longest.get(case.compiled)
+        return FIRST_SECONDS[case.compiled] if longest is None else 1.2 * longest
 
     def measure(self, case: Case) -> dict[str, Any]:
         """One case, with the largest micro-batch that the plan, and then the device, has room for."""
@@ -84,7 +92,10 @@ class Cases:
         with compiled_or_not(case.compiled):
             while True:
                 try:
-                    return self.at(bench, case, micro, length) | {"planned_bytes": plan.total, "too_large": refused}
+                    return self.at(bench, case, micro, length) | {
+                        "planned_bytes": plan.total + others,  # as the peak has it
+                        "too_large": refused,
+                    }
                 except torch.OutOfMemoryError:
                     refused.append(micro)
                 if micro <= 1:
@@ -110,11 +121,15 @@ class Cases:
         found["utilisation"] = None if peak is None else found["model_flops_per_second"] / peak
         short = found["utilisation"] is None or found["utilisation"] < GOAL
         if short and (self.part.rehearse or self.part.left() > RESERVE + PROFILE_SECONDS):
-            found["kernels"] = kernels(bench, batches)
+            try:
+                found["kernels"] = kernels(bench, batches)
+            except Exception as error:  # its own memory, or no right to profile; what was measured stands
+                found["kernels_missing"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return found
 
     def clear(self, bench: Bench) -> None:
         """Give back what an update that did not fit has left."""
-        bench.engine.optimizer.zero_grad()
+        engine: Any = bench.engine
+        engine.engine.optimizer.zero_grad()  # DeepSpeed's: gradients of bf16 weights, and their sums
         if self.part.device == "cuda":
             torch.cuda.empty_cache()

@@ -16,6 +16,8 @@ __all__ = ["prepare"]
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = ("optimizers", "integrations", "recipes")
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
+"""Variables of a rehearsal."""
 
 _TARGET = ("--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check")
 Say = Callable[[str], None]
@@ -87,8 +89,11 @@ def _variables(scratch: Path, *, rehearse: bool) -> Environment:
     path = [str(scratch / "site"), *filter(None, [given.get("PYTHONPATH")])]
     fixed = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     caches = {"TRUSTRATIO_CACHE": str(scratch / "cache"), "TRITON_CACHE_DIR": str(scratch / "triton")}
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
-    return {**caches, **given, **fixed, **(on_cpu if rehearse else {})}
+    if rehearse:
+        return {**caches, **given, **fixed, **ON_CPU}
+    # Left in a shell by a test or a rehearsal, one of these would have a part measure the CPU.
+    left = {name for name, value in ON_CPU.items() if given.get(name) == value}
+    return {**caches, **{name: value for name, value in given.items() if name not in left}, **fixed}
 
 
 def _install_wheels(wheels: list[Path], pip: Pip, say: Say) -> None:

@@ -13,7 +13,7 @@ from .settings import Crew
 
 __all__ = ["RunningCrew"]
 
-START_SECONDS, SETTING_SECONDS = 90.0, 40.0
+START_SECONDS, SETTING_SECONDS = 90.0, 25.0
 REHEARSED = 7.0
 """How many times longer a rehearsal may take: its processes share cores with others'."""
 

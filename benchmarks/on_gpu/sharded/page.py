@@ -29,15 +29,16 @@ def verdict(found: Found) -> str:
         name, row = max(compared, key=lambda one: _size(one[1]["error"]))
         said.append(f"worst {row['error']:.1e} ({name})")
     said.append(f"NOT EXACT: {', '.join(wrong)}" if wrong else "")
+    said += [f"failed: {name} ({_first_line(why)})" for name, why in _failures(found)[:1]]
     said.append(_missing([name for name, row in rows if "missing" in row], found))
     said.append(_memcheck(found.get("memcheck", {})))
     return "; ".join(part for part in said if part)
 
 
 def is_good(found: Found) -> bool:
-    """Whether something was compared, all of it is exact, and memcheck, if it ran, found nothing."""
+    """Whether something was compared, all of it is exact, nothing failed, and memcheck, if it ran, found nothing."""
     judged = [row["exact"] for crew in found.get("crews", {}).values() for row in crew.values() if "exact" in row]
-    return bool(judged) and all(judged) and not found.get("memcheck", {}).get("errors")
+    return bool(judged) and all(judged) and not _failures(found) and not found.get("memcheck", {}).get("errors")
 
 
 def tables(found: Found) -> str:
@@ -51,6 +52,16 @@ def tables(found: Found) -> str:
     parts += [f"{name[:1].upper()}{name[1:]}:\n\n{_table(rows)}" for name, rows in crews.items()]
     checked = _memcheck(found.get("memcheck", {}))
     return "\n\n".join([*parts, f"{checked}." if checked else "memcheck: not measured."])
+
+
+def _failures(found: Found) -> list[tuple[str, str]]:
+    """Settings that could not be had where all have to be, and why."""
+    crews = {name: rows for name, rows in found.get("crews", {}).items() if name not in found.get("optional", ())}
+    return [(name, row["missing"]) for rows in crews.values() for name, row in rows.items() if "missing" in row]
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0][:120]
 
 
 def _size(error: float) -> float:
@@ -76,7 +87,7 @@ def _table(rows: Found) -> str:
 
 def _line(name: str, row: Found) -> tuple[str, ...]:
     if "error" not in row:
-        said = (row["missing"].splitlines() or [""])[0][:120].replace("|", "\\|")
+        said = _first_line(row["missing"]).replace("|", "\\|")
         return name, NOT_MEASURED, NOT_MEASURED, NOT_MEASURED, said
     collectives = ", ".join(map(str, row["collectives"]))
     judged = "exact" if row["exact"] else f"**not exact**: {row['layer']}"

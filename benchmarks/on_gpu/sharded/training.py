@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map_only
 
@@ -34,7 +34,7 @@ class DeviceRun(CaseRun):
     def _wrap(self) -> None:
         self.model.to(self.device)
         if self.case.stage == "fsdp":
-            fully_shard(self.model, mesh=init_device_mesh(self.device, (dist.get_world_size(),)))
+            fully_shard(self.model, mesh=mesh_of_all(self.device))
             self.optimizer = make_optimizer(self.case, self.model)  # of the parameters that there are now
         else:
             super()._wrap()
@@ -54,6 +54,16 @@ class DeviceRun(CaseRun):
         with gathered([parameter]):
             whole: torch.Tensor = parameter.full_tensor() if self.case.stage == "fsdp" else parameter
             return whole.detach().float().clone()
+
+
+def mesh_of_all(device: str) -> DeviceMesh:
+    """All ranks, in the group that they are in.
+
+    Where there is a GPU and that group is gloo's, `init_device_mesh` makes another one. By the version of torch it may
+    be NCCL's, which refuses two ranks on one device.
+    """
+    assert dist.group.WORLD is not None
+    return DeviceMesh.from_group(dist.group.WORLD, device)
 
 
 def train(case: Case, device: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .launches import count_on_cpu
 
-__all__ = ["Cpu", "Cuda", "Device", "device_of"]
+__all__ = ["Cpu", "Cuda", "Device", "device_of", "is_annotation"]
 
 Work = Callable[[], object]
 SPIN = 1_000_000
@@ -139,7 +139,7 @@ def device_of(kind: str) -> Device:
 def count_on_device(events: Any) -> dict[str, Any]:
     """What ran on the device, of a profile's events."""
     on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-    names = [event.name for event in on_device if not _is_annotation(event)]
+    names = [event.name for event in on_device if not is_annotation(event, event.name)]
     copies = [name for name in names if name.startswith(("Memcpy", "Memset"))]
     kernels = Counter(name for name in names if not name.startswith(("Memcpy", "Memset")))
     if not names:
@@ -151,6 +151,6 @@ def count_on_device(events: Any) -> dict[str, Any]:
     }
 
 
-def _is_annotation(event: Any) -> bool:
+def is_annotation(event: Any, name: str) -> bool:
     """Whether it is a range, such as torch's around `Optimizer.step`, which a profile shows on the device too."""
-    return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
+    return getattr(event, "is_user_annotation", False) or name.startswith(("Optimizer.", "ProfilerStep"))

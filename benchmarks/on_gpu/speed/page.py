@@ -47,7 +47,9 @@ def tables(found: Rows) -> str:
     sizes = {name: size for name, size in found.get("sizes", {}).items() if _rows(size)}
     if not sizes:
         return NOT_MEASURED
-    return "\n\n".join([_machine(found), NOTE, *(_size_table(name, size) for name, size in sizes.items())])
+    return "\n\n".join(
+        [_machine(found), NOTE, *(_size_table(_called(name, found), size) for name, size in sizes.items())]
+    )
 
 
 def _lamb(found: Rows, name: str) -> str:
@@ -55,10 +57,17 @@ def _lamb(found: Rows, name: str) -> str:
     row = _rows(size).get(LAMB, {})
     if "milliseconds" not in row:
         return ""
+    told = f"LAMB {row['milliseconds']:.2f} ms at {_called(name, found)}"
+    host = f"host {row['host']['milliseconds']:.2f} ms"
+    if found.get("toy"):  # which says nothing of others
+        return f"{told}; {host}"
     share = f"{100 * row['share_of_copy']:.0f} % of copy bandwidth" if "share_of_copy" in row else ""
     speeds = [f"{_speed(size, rival)} {called}" for rival, called in RIVALS.items() if _speed(size, rival)]
-    facts = ", ".join(part for part in (share, *speeds) if part)
-    return f"LAMB {row['milliseconds']:.2f} ms at {NAMES[name]}: {facts}; host {row['host']['milliseconds']:.2f} ms"
+    return f"{told}: {', '.join(part for part in (share, *speeds) if part)}; {host}"
+
+
+def _called(name: str, found: Rows) -> str:
+    return f"a toy for {name}" if found.get("toy") else NAMES[name]
 
 
 def _speed(size: Rows, rival: str) -> str:
@@ -72,7 +81,7 @@ def _bound_by(found: Rows) -> str:
     rows = _rows(found.get("sizes", {}).get(BASE, {}))
     slow = [name for name, row in rows.items() if name.startswith("trustratio") and host_is_late(row)]
     measured = [name for name, row in rows.items() if name.startswith("trustratio") and "milliseconds" in row]
-    if not measured:
+    if not measured or found.get("toy"):
         return ""
     if not slow:
         return "host <= device at BERT-base"
@@ -128,9 +137,7 @@ def _size_table(name: str, size: Rows) -> str:
     lines = [_line(who, rows[who], size.get("graphs", {}).get(who, {})) for _, who in times]
     lines += [[who, NOT_MEASURED, _first_line(rows[who]["missing"]), *[""] * (len(HEAD) - 3)] for who in _missing(size)]
     head = [list(HEAD), ["---"] * len(HEAD)]
-    size_line = (
-        f"{NAMES[name]}: {size['elements']:,} parameters in {size['layers']} layers and {size['groups']} groups."
-    )
+    size_line = f"{name}: {size['elements']:,} parameters in {size['layers']} layers and {size['groups']} groups."
     return "\n".join([size_line, "", *(f"| {' | '.join(line)} |" for line in [*head, *lines])])
 
 

@@ -13,6 +13,7 @@ from benchmarks.timing import synchronize
 from trustratio.recipes.data.masking import MaskedBatch
 from trustratio.recipes.training.loop import accumulate_step
 
+from ..speed.devices import is_annotation
 from .engine import Bench
 
 __all__ = ["kernels", "measure_updates"]
@@ -72,8 +73,9 @@ def kernels(bench: Bench, batches: list[MaskedBatch]) -> list[dict[str, Any]]:
 def most_time(events: Any, on_gpu: bool) -> list[dict[str, Any]]:
     """The events of the device with the most time of their own."""
     if on_gpu:
-        # The host's events have the time of the kernels that they launch, too: it would be counted twice.
-        own = [(event.self_device_time_total, event) for event in events if event.device_type == DeviceType.CUDA]
+        # The host's events have the time of the kernels that they launch, and so have ranges: counted twice.
+        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+        own = [(event.self_device_time_total, event) for event in on_device if not is_annotation(event, event.key)]
     else:
         own = [(event.self_cpu_time_total, event) for event in events]
     whole = sum(microseconds for microseconds, _ in own) or 1.0

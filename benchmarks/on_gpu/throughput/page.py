@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.on_gpu.table import NOT_MEASURED, Found, gib, table
 
-from .cases import CASES, PUBLISHED, Case
+from .cases import CASES, PUBLISHED, TOY, Case
 
-__all__ = ["tables", "verdict"]
+__all__ = ["is_good", "tables", "verdict"]
 
 HEAD = (
     "BERT",
@@ -32,13 +32,30 @@ def verdict(found: Found) -> str:
         ]
         fastest = max((one for one in measured if "seconds" in one), key=_speed, default=None)
         if fastest is not None:
-            parts.append(f"BERT-{size} {length}: {_line(fastest, PUBLISHED.get((size, length)))}")
+            parts.append(f"{_model(size, length, found)}: {_line(fastest, _published(size, length, found))}")
     failed = [name for name, case in cases.items() if "failed" in case]
+    if failed:
+        failed[0] += f" ({cases[failed[0]]['failed']})"
     missing = [case.name for case in CASES if case.name not in cases]
     for what, names in (("failed:", failed), ("no time for", missing)):
         if names:
             parts.append(f"{what} {', '.join(names)}")
     return "; ".join(parts)
+
+
+def is_good(found: Found) -> bool:
+    """Whether a case was measured, and none failed."""
+    cases = found.get("cases", {}).values()
+    return any("seconds" in case for case in cases) and not any("failed" in case for case in cases)
+
+
+def _model(size: str, length: int, found: Found) -> str:
+    return f"toy {size} {length // TOY.shortening}" if found.get("toy") else f"BERT-{size} {length}"
+
+
+def _published(size: str, length: int, found: Found) -> float | None:
+    """What others have published for it; a toy is compared with nothing."""
+    return None if found.get("toy") else PUBLISHED.get((size, length))
 
 
 def _speed(case: dict[str, Any]) -> float:
@@ -58,15 +75,15 @@ def tables(found: Found) -> str:
     measured = [case for case in CASES if "seconds" in cases.get(case.name, {})]
     if not measured:
         return NOT_MEASURED
-    parts = [table(HEAD, [_row(case, cases.get(case.name, {})) for case in CASES])]
+    parts = [table(HEAD, [_row(case, cases.get(case.name, {}), found) for case in CASES])]
     for case in measured:
         if listed := cases[case.name].get("kernels"):
             parts.append(f"Kernels of {case.name}, one update:\n\n{_kernels(listed)}")
     return "\n\n".join(parts)
 
 
-def _row(case: Case, one: dict[str, Any]) -> list[str]:
-    published = PUBLISHED.get((case.size, case.length))
+def _row(case: Case, one: dict[str, Any], found: Found) -> list[str]:
+    published = _published(case.size, case.length, found)
     beside = "" if published is None else f"{published:.0f}"
     row = [case.size, str(case.length), "yes" if case.compiled else "no"]
     if "seconds" not in one:
