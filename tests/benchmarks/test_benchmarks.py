@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-<<<<<<< HEAD
-=======
 import os
-from collections.abc import Iterator
->>>>>>> 1a8a3f2075644dee9df68e59bc8a6517003cd19c
 from pathlib import Path
 
 import pytest
