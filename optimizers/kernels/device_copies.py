@@ -59,8 +59,7 @@ class DeviceCopies:
 
     def used(self, *tensors: torch.Tensor) -> None:
         """Say what the current stream is about to read: another one may have sent it, which could reuse the memory."""
-        if self.device.type != "cuda" or is_capturing(self.device):
-            return
-        stream = torch.cuda.current_stream(self.device)
-        for tensor in tensors:
-            tensor.record_stream(stream)
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in tensors:
+                tensor.record_stream(stream)
