@@ -30,10 +30,12 @@ class DeviceCopies:
     def __init__(self, device: torch.device):
         self.device = device
         self._captured: dict[int, Any] = {}
+        self._senders: set[Any] = set()  # streams
 
     def send(self, on_host: torch.Tensor) -> torch.Tensor:
         """A copy on the device, which nobody waits for; torch keeps the pinned memory until it has been read."""
         if self.device.type == "cuda":
+            self._senders.add(torch.cuda.current_stream(self.device))
             on_host = on_host.pin_memory()  # or the copy would wait
         return on_host.to(self.device, non_blocking=True)
 
@@ -58,8 +60,9 @@ class DeviceCopies:
         return found
 
     def used(self, *tensors: torch.Tensor) -> None:
-        """Say what the current stream is about to read: another one may have sent it, which could reuse the memory."""
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            for tensor in tensors:
-                tensor.record_stream(stream)
+        """Say what the current stream is about to read: if another one has sent it, that would reuse the memory."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        for tensor in tensors if self._senders - {stream} else ():
+            tensor.record_stream(stream)

@@ -281,15 +281,19 @@ def test_the_numbers_of_a_captured_plan_stay(captured: bool, capturing: Capturin
     assert [tensor() is not None for tensor in watched] == [captured] * 5
 
 
-class Stream:
-    """In place of `torch.cuda`, with device 1 current and a graph of it being captured if it says so."""
+class Cuda:
+    """In place of `torch.cuda`, with device 0 current, and some stream of device 1."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capturing: bool):
-        self.current, self.read = 0, list[torch.Tensor]()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.current, self.stream = 0, "first"
+        self.sent: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self.recorded: list[tuple[int, str]] = []
         monkeypatch.setattr("torch.cuda.device", self.device)
-        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: capturing and self.current == 1)
-        monkeypatch.setattr("torch.cuda.current_stream", lambda device: self)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: stream.read.append(tensor))
+        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: self.current == 1)
+        monkeypatch.setattr("torch.cuda.current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+        monkeypatch.setattr(torch.Tensor, "to", self.copied)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: self.recorded.append((id(x), stream)))
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -297,32 +301,41 @@ class Stream:
         yield
         self.current = before
 
+    def copied(self, tensor: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+        self.sent.append((tensor, options))
+        return tensor
 
-def test_a_capture_is_on_the_device_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    Stream(monkeypatch, capturing=True)
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+def test_a_capture_is_on_the_device_of_the_parameters(cuda: Cuda) -> None:
     devices = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
     assert [is_capturing(device) for device in devices] == [False, True, False]
+    assert cuda.current == 0
 
 
-def test_the_allocator_knows_which_streams_read_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or it would be reused while another stream than the one that sent it still reads."""
-    stream = Stream(monkeypatch, capturing=False)
-    tensors = torch.zeros(2), torch.zeros(3)
-    DeviceCopies(torch.device("cuda", 1)).used(*tensors)
-    assert [*map(id, stream.read)] == [*map(id, tensors)]
+def test_the_allocator_knows_which_streams_read_what_another_has_sent(cuda: Cuda) -> None:
+    """Or it would be reused while they still read."""
+    copies = DeviceCopies(torch.device("cuda", 1))
+    tensors = [copies.send(torch.zeros(size)) for size in (2, 3)]
+    copies.used(*tensors)
+    assert not cuda.recorded
+    cuda.stream = "second"
+    copies.used(*tensors)
+    assert cuda.recorded == [(id(tensor), "second") for tensor in tensors]
 
 
-def test_what_is_sent_to_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent_to_a_gpu_is_pinned(cuda: Cuda) -> None:
     """In memory of its own each time, so that a copy under way is not written over."""
-    sent: list[tuple[torch.Tensor, Any]] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: sent.append((tensor, options)))
     on_host = torch.zeros(3)
-    copies = DeviceCopies(torch.device("cuda"))
+    copies = DeviceCopies(torch.device("cuda", 1))
     for _ in range(2):
         copies.send(on_host)
-    assert len({on_host.data_ptr(), *(tensor.data_ptr() for tensor, _ in sent)}) == 3
-    assert [options for _, options in sent] == [{"non_blocking": True}] * 2
+    assert len({on_host.data_ptr(), *(tensor.data_ptr() for tensor, _ in cuda.sent)}) == 3
+    assert [options for _, options in cuda.sent] == [{"non_blocking": True}] * 2
 
 
 def test_rates_that_are_numbers_beside_tensors_on_the_device(launcher: Launcher) -> None:
