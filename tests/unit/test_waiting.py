@@ -292,7 +292,7 @@ class Cuda:
         monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: self.current == 1)
         monkeypatch.setattr("torch.cuda.current_stream", lambda device: self.stream)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-        monkeypatch.setattr(torch.Tensor, "to", self.copied)
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: self.copied(tensor, **options))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: self.recorded.append((id(x), stream)))
 
     @contextmanager
@@ -301,7 +301,7 @@ class Cuda:
         yield
         self.current = before
 
-    def copied(self, tensor: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+    def copied(self, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
         self.sent.append((tensor, options))
         return tensor
 
