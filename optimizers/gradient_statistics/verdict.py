@@ -51,7 +51,7 @@ class Verdict:
             return
         self._wrong = wrong.to("cpu", non_blocking=True)
         self._known = torch.Event(wrong.device.type)
-        self._known.record()
+        self._known.record(torch.accelerator.current_stream(wrong.device))  # which need not be the current device
 
     def raise_for_last_step(self) -> None:
         """Raise StatisticsError if the last step's gradient was wrong."""

@@ -1,4 +1,4 @@
-"""Sweeps on a GPU: one Triton launch per sweep, parameter group and combination of dtypes, for all layers together.
+"""Sweeps on a GPU: one Triton launch per sweep, groups that are stepped together, and combination of dtypes.
 
 Works on the same descriptions as the CPU's sweeps, and in the same way: blocks of one shard each, whose sums have a
 place of their own and are added up in a fixed order. The table of blocks stays on the device: where a tensor takes no
@@ -23,6 +23,7 @@ from ..formulas.rounding import Rounding
 from ..formulas.stages import Stage
 from .compiled_form import PLACE_OF_SUM, PLACES, CompiledForm, Kind, compiled_sums, compiled_update
 from .cpu_shards import Shards
+from .device_copies import DeviceCopies
 from .interface import ElementUpdate, LocalSums, Operands, Recent
 from .triton_blocks import BLOCK, BlockTable, Launch, residues
 
@@ -103,9 +104,6 @@ class TritonKernels:
 
 KERNELS = TritonKernels()
 
-_captured: dict[int, Any] = {}
-"""Tables that a CUDA graph reads at every replay. Nobody tells when a graph is gone, so they stay."""
-
 
 class Types(NamedTuple):
     """Names of dtypes of a local tensor, and its master, "none" for weights that are rounded to nearest if at all."""
@@ -150,6 +148,7 @@ class TritonSweeps:
         self.served = served
         self.device = operands.layout.device
         self.cache = cache
+        self.copies: DeviceCopies = cache.setdefault("copies", DeviceCopies(self.device))
         self.wide = wide
         self.idle: dict[int, torch.Tensor] = {}
 
@@ -241,8 +240,6 @@ class TritonSweeps:
         compensations = nothing
         if rounding.master == "kahan" and COMPENSATION in self.operands.state:
             compensations = self._pointers.rows[COMPENSATION]
-        if self._is_capturing():
-            _captured[id(rounding.gammas)] = rounding.gammas  # the keys are the graph's own
         return compensations, rounding.keys, rounding.gammas
 
     # What lies on the device
@@ -259,14 +256,15 @@ class TritonSweeps:
         """The blocks of a group: the same ones whichever of its tensors are served now."""
         content = self._types, self._pointers.residues
         blocks: BlockTable = self._table(("blocks", group), content, lambda: self._make_blocks(group), most=2)
+        self.copies.used(blocks.ends, *(launch.rows for launch in blocks.launches))
         return blocks
 
     def _make_blocks(self, group: int) -> BlockTable:
         layers = self.operands.groups[group].layers
         shards = self._shards.only(self._shards.group == group).counted_from(layers.start)
         blocks = BlockTable.of(shards, len(layers), self._types, self._pointers.residues)
-        launches = [launch._replace(rows=self._send(launch.rows)) for launch in blocks.launches]
-        return BlockTable(launches, self._send(blocks.ends), blocks.count)
+        launches = [launch._replace(rows=self.copies.send(launch.rows)) for launch in blocks.launches]
+        return BlockTable(launches, self.copies.send(blocks.ends), blocks.count)
 
     @functools.cached_property
     def _shards(self) -> Shards:
@@ -309,7 +307,9 @@ class TritonSweeps:
             ]
             for name, tensors in given.items()
         }
-        pointers: _Pointers = self._table(("pointers",), addresses, lambda: self._send_pointers(addresses))
+        content = {**addresses, "dtypes": self._types}
+        pointers: _Pointers = self._table(("pointers",), content, lambda: self._send_pointers(addresses))
+        self.copies.used(pointers.rows["weights"])  # the others lie in the same memory
         return pointers
 
     def _send_pointers(self, addresses: dict[str, list[int]]) -> _Pointers:
@@ -317,31 +317,12 @@ class TritonSweeps:
         content = self._types, list(addresses)
         sizes = self.cache.setdefault("sizes", Recent(2)).find(content, lambda: _sizes(*content))
         common, self.cache["residues"] = residues(on_host, sizes, self.cache.get("residues"))
-        return _Pointers(dict(zip(addresses, self._send(on_host), strict=True)), common.tolist())
-
-    def _send(self, on_host: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            on_host = on_host.pin_memory()  # or the copy would wait
-        return on_host.to(self.device, non_blocking=True)
+        return _Pointers(dict(zip(addresses, self.copies.send(on_host), strict=True)), common.tolist())
 
     def _table(self, name: tuple[Any, ...], content: Any, make: Callable[[], Any], most: int = 1) -> Any:
         """What was made of this content in one of the last steps, or is made now; only the newest are kept."""
         tables = self.cache.setdefault(name, Recent(most))
-        capturing = self._is_capturing()
-        if capturing and content not in tables:
-            raise RuntimeError(
-                f"the {_what_changed(name, tables, content)} changed since the last step, and a CUDA graph cannot "
-                "capture how they get to the device: before the capture take two steps, with "
-                "zero_grad(set_to_none=False) so that gradients stay in place, and leave weights and state where they "
-                "are"
-            )
-        table = tables.find(content, make)
-        if capturing:
-            _captured[id(table)] = table
-        return table
-
-    def _is_capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self.copies.find(tables, content, make, lambda: _why_not_captured(_what_changed(name, tables, content)))
 
 
 def _sizes(types: Sequence[Types | None], names: Sequence[str]) -> torch.Tensor:
@@ -368,7 +349,17 @@ def _what_changed(name: tuple[Any, ...], known: Recent, content: Any) -> str:
     if name != ("pointers",):
         return " of ".join(map(str, name))
     last = known.made[0][0] if known.made else {}
-    return f"pointers of {', '.join(of for of in content if last.get(of) != content[of])}"
+    changed = [of for of in content if last.get(of) != content[of] and of != "dtypes"]
+    return f"pointers of {', '.join(changed)}" if changed else "dtypes"
+
+
+def _why_not_captured(changed: str) -> str:
+    return (
+        f"the {changed} changed since the last step, and a CUDA graph cannot capture how they get to the device: "
+        "before the capture take two steps, with zero_grad(set_to_none=False) so that gradients stay in place, and "
+        "leave weights and state where they are; gradients that a step has to copy, as for maximize=True, cannot be "
+        "captured"
+    )
 
 
 def _state_dtype(rounding: Rounding | None) -> torch.dtype:

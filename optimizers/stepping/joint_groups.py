@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from ..formulas.algorithm import Algorithm
+from ..kernels.device_copies import DeviceCopies
+from ..kernels.interface import Recent
 from ..options.common import COMMON_DEFAULTS, STORAGE_OPTIONS
 
 __all__ = ["JointGroups", "first_of_joined"]
-
-_captured: dict[int, torch.Tensor] = {}
-"""Vectors that a CUDA graph reads at every replay. Nobody tells when a graph is gone, so they stay."""
 
 
 def first_of_joined(algorithm: Algorithm) -> tuple[int, ...]:
@@ -61,7 +60,8 @@ class JointGroups:
     def __init__(self, layer_counts: Mapping[int, int], device: torch.device):
         self._layer_counts = dict(layer_counts)
         self._device = device
-        self._sent: dict[str, tuple[Any, torch.Tensor]] = {}
+        self._copies = DeviceCopies(device)
+        self._sent: dict[str, Recent] = {}
         of_layers = [place for place, count in enumerate(layer_counts.values()) for _ in range(count)]
         self._group_of_layer = torch.tensor(of_layers, dtype=torch.int64, device="cpu").to(device)
 
@@ -88,41 +88,41 @@ class JointGroups:
         if any(
             isinstance(value, torch.Tensor) and (value.device == self._device or not value.is_cpu) for value in values
         ):
-            if self._is_capturing():
-                _captured[id(self._group_of_layer)] = self._group_of_layer
             return torch.stack([self._here(value) for value in values])[self._group_of_layer]
         dtypes = {value.dtype if isinstance(value, torch.Tensor) else torch.float64 for value in values}
         numbers = [float(value) for value in values]
         return self._on_device(name, numbers, dtypes.pop() if len(dtypes) == 1 else torch.float64)
 
     def _here(self, value: Any) -> torch.Tensor:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and not (value.is_cpu and self._device.type != "cpu"):
             return value.detach().reshape(()).to(self._device)
-        return torch.full((), value, dtype=torch.float64, device=self._device)
+        # A number is written by the device itself: copied there, also out of a tensor, it would be waited for.
+        dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
+        return torch.full((), float(value), dtype=dtype, device=self._device)
 
     def _on_device(self, name: str, numbers: list[float], dtype: torch.dtype) -> torch.Tensor:
         """The vector of the groups' numbers, sent to the device if they differ from the last step's."""
-        known = self._sent.get(name)
-        if known is None or known[0] != (numbers, dtype):
-            if self._is_capturing():
-                raise RuntimeError(
-                    f"{name} of parameter groups has changed since the last step, and a CUDA graph cannot capture how "
-                    "the new numbers get to the device: take a step with them before the capture, or give each group "
-                    "its learning rate as a tensor on the device, which replays read"
-                )
-            of_layers = [n for n, count in zip(numbers, self._layer_counts.values(), strict=True) for _ in range(count)]
-            known = self._sent[name] = (numbers, dtype), self._send(torch.tensor(of_layers, dtype=dtype, device="cpu"))
-        if self._is_capturing():
-            _captured[id(known[1])] = known[1]
-        return known[1]
+        vector: torch.Tensor = self._copies.find(
+            self._sent.setdefault(name, Recent(1)),
+            (numbers, dtype),
+            lambda: self._copies.send(self._of_layers(numbers, dtype)),
+            lambda: _why_not_captured(name),
+        )
+        self._copies.used(vector)
+        return vector
 
-    def _send(self, numbers: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda":
-            numbers = numbers.pin_memory()  # or the copy would wait
-        return numbers.to(self._device, non_blocking=True)
+    def _of_layers(self, numbers: list[float], dtype: torch.dtype) -> torch.Tensor:
+        """On the host."""
+        of_layers = [n for n, count in zip(numbers, self._layer_counts.values(), strict=True) for _ in range(count)]
+        return torch.tensor(of_layers, dtype=dtype, device="cpu")
 
-    def _is_capturing(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+def _why_not_captured(name: str) -> str:
+    return (
+        f"{name} of parameter groups has changed since the last step, and a CUDA graph cannot capture how the new "
+        "numbers get to the device: take a step with them before the capture, or give each group its learning rate as "
+        "a tensor on the device, which replays read"
+    )
 
 
 def _is_the_same(one: Any, other: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.device_copies import is_capturing
 from .plan import Plan
 
 __all__ = ["Plans"]
@@ -30,7 +31,8 @@ class _Call:
 class Plans:
     """Those that the last step has used, by the ids of the tensors of a call, and the ones of the step under way.
 
-    A plan holds its tensors, so a parameter that is stepped no more is given up with the plan of its last step.
+    A plan holds its tensors, so a parameter that is stepped no more is given up with the plan of its last step. Plans
+    that a CUDA graph was captured with stay: replays read their numbers, and nobody tells when a graph is gone.
 
     Attributes:
         steps_begun: How many steps have begun so far.
@@ -41,6 +43,7 @@ class Plans:
         self._plans: dict[Key, Plan] = {}
         self._calls: dict[Key, _Call | None] = {}  # of the last step; None while the call is under way
         self._is_over = False
+        self._captured: dict[int, Plan] = {}
 
     def values(self) -> Iterator[Plan]:
         """Yield all plans."""
@@ -76,7 +79,9 @@ class Plans:
         self._calls[key] = None
 
     def end(self, plan: Plan, ratios: torch.Tensor) -> None:
-        """Keep what a call has reported."""
+        """Keep what a call has reported, and its plan if it was captured in a CUDA graph."""
+        if is_capturing(plan.layout.device):
+            self._captured[id(plan)] = plan
         self._calls[_key(plan.tensors)] = _Call(plan, ratios)
 
     def ratios(self) -> tuple[list[str], torch.Tensor]:

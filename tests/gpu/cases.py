@@ -107,8 +107,12 @@ class Steps:
             state = self.states[layer]
             resolution = torch.finfo(self.dtype).eps
             state.update(model_gradient_norm=norm, group_gradients=gradients[layer], resolution=resolution)
-            expected[layer], ratios[layer] = REFERENCES[self.name](before[layer], g, state, **self.options)
+            expected[layer], ratios[layer] = REFERENCES[self.name](before[layer], g, state, **self.options_of(layer))
         return expected, ratios
+
+    def options_of(self, layer: str) -> dict[str, Any]:
+        """A layer's, for the reference."""
+        return self.options
 
 
 def assert_close(found: Tensor, expected: Tensor, before: Tensor, layer: str = "") -> None:

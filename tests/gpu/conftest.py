@@ -16,7 +16,7 @@ ASKED = "" if HAS_GPU else os.environ.get(REHEARSAL, "")
 
 IN_ORDER_OF_WORTH = (
     *("test_large", "test_optimizers", "test_waiting", "test_graphs", "test_layers", "test_rounding"),
-    "test_variants",
+    *("test_groups", "test_variants"),
 )
 """For runs whose time is short. What is large comes first since it runs beside all others, in one process."""
 

@@ -69,6 +69,22 @@ def test_a_captured_step_outlives_other_steps() -> None:
     assert_same(parameters, expected, 1e-5)
 
 
+def test_a_captured_step_outlives_its_plan() -> None:
+    """A group that is added makes another one; a replay reads the numbers of layers that it was captured with."""
+    lr = torch.tensor(0.05, device="cuda")
+    parameters, optimizer = make("lamb", "cuda", lr=lr, implementation="triton")
+    expected, reference = make("lamb", "cuda", lr=0.05, implementation="eager")
+    graph = captured(optimizer)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(8, device="cuda"))]})
+    optimizer.step()
+    garbage = [torch.full((1 << k,), -1, dtype=torch.int64, device="cuda") for k in range(12) for _ in range(8)]
+    graph.replay()
+    del garbage
+    for _ in range(4):
+        reference.step()
+    assert_same(parameters, expected, 1e-5)
+
+
 def test_a_capture_that_would_need_new_tables_is_refused() -> None:
     parameters, optimizer = make("lamb", "cuda", lr=torch.tensor(0.05, device="cuda"), implementation="triton")
     for _ in range(2):

@@ -358,17 +358,18 @@ def test_probes_of_parts_add_up() -> None:
 
 
 def test_on_a_gpu_the_error_comes_with_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the device."""
+    """With a stand-in for the device, which is not the current one."""
     events: list[str] = []
-    event = SimpleNamespace(record=lambda: events.append("record"), synchronize=lambda: events.append("synchronize"))
+    event = SimpleNamespace(record=events.append, synchronize=lambda: events.append("synchronize"))
     monkeypatch.setattr(torch, "Event", lambda kind: event)
+    monkeypatch.setattr("torch.accelerator.current_stream", lambda device: f"stream of {device.index}")
     verdict = Verdict()
     for wrong, which in (([False, False], ""), ([False, True], "the gradient of b"), ([True] * 2, "a .* of a; b")):
         on_host = torch.tensor([[False, False], wrong])
-        on_device: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), to=lambda *_, wait=on_host, **__: wait)
+        on_device: Any = SimpleNamespace(device=torch.device("cuda", 1), to=lambda *_, wait=on_host, **__: wait)
         verdict.give(on_device, ["a", "b"], "CLARS")
         if which:
             with pytest.raises(StatisticsError, match=f"CLARS: {which} was changed"):
                 verdict.raise_for_last_step()
         verdict.raise_for_last_step()
-    assert events == ["record", "synchronize"] * 3
+    assert events == ["stream of 1", "synchronize"] * 3

@@ -130,6 +130,33 @@ def test_weights_of_sixteen_bits_have_the_bits_of_single_groups(master: str, imp
     assert joined(assert_same_bits("lamb", run)) == [[0, 1, 2]]
 
 
+@pytest.mark.filterwarnings("ignore:.*weights that have a gradient did not move.*", "ignore:implementation .* serves.*")
+@pytest.mark.parametrize("implementation", ["eager", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_groups_of_several_dtypes_and_directions_have_the_bits_of_single_ones(name: str, implementation: str) -> None:
+    """Some ascend, some have no gradient at some steps, and fp64 is left to tensor operations by both of the others."""
+    needs(implementation)
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+    def run() -> Any:
+        parameters = make_parameters(torch.float32, {f"layer{i}": (5, 3 + i) if i % 3 else (9,) for i in range(8)})
+        for index, layer in enumerate(parameters):
+            parameters[layer] = torch.nn.Parameter(parameters[layer].detach().to(dtypes[index % 4]))
+        groups = [
+            ((layer,), {"lr": 0.01 * (index + 1), "weight_decay": 0.1 * (index % 3), "maximize": index % 3 == 1})
+            for index, layer in enumerate(parameters)
+        ]
+        optimizer = make(name, parameters, tuple(groups), implementation=implementation)
+        for step in range(4):
+            given = make_gradients(step, parameters)
+            optimizer.zero_grad()
+            backward(parameters, {layer: g for i, (layer, g) in enumerate(given.items()) if (step + i) % 4})
+            optimizer.step()
+        return parameters, optimizer
+
+    assert joined(assert_same_bits(name, run)) == [[*range(8)]]
+
+
 def test_rows_of_two_embeddings_groups() -> None:
     def run() -> Any:
         parameters = make_parameters(torch.float32, {"one": (6, 4), "other": (5, 3), "third": (4, 4)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from trustratio.optimizers import LAMB, LARS, create_optimizer
 from trustratio.optimizers.kernels import triton_blocks, triton_kernels
 from trustratio.optimizers.kernels.cpu_shards import Shards
+from trustratio.optimizers.kernels.device_copies import DeviceCopies
 from trustratio.optimizers.kernels.triton_blocks import ALIGNMENT, BLOCK, NOWHERE, BlockTable, residues
 from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
 from trustratio.optimizers.stepping.plan import Plan
@@ -119,18 +120,18 @@ class Counted:
         self.made = 0
         self.sent: list[Tensor] = []
         self.launches: list[Any] = []
-        make, send = BlockTable.of, triton_kernels.TritonSweeps._send
+        make, send = BlockTable.of, DeviceCopies.send
 
         def counting(*args: Any) -> BlockTable:
             self.made += 1
             return make(*args)
 
-        def sending(sweeps: Any, on_host: Tensor) -> Tensor:
+        def sending(copies: DeviceCopies, on_host: Tensor) -> Tensor:
             self.sent.append(on_host)
-            return send(sweeps, on_host)
+            return send(copies, on_host)
 
         monkeypatch.setattr(BlockTable, "of", counting)
-        monkeypatch.setattr(triton_kernels.TritonSweeps, "_send", sending)
+        monkeypatch.setattr(DeviceCopies, "send", sending)
 
     def without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> Counted:
         class Launcher:
@@ -195,6 +196,22 @@ def test_one_launch_more_where_layers_are_not_of_whole_vectors(
         launches.append(Counter(aligned for _, aligned in counted.launches))
     # None is the kernel that adds up the blocks' sums.
     assert launches == [{True: 2, None: 1}, {True: 2, False: 2, None: 1}]
+
+
+def test_the_allocator_is_told_of_all_that_was_sent(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every step, since each may be on another stream."""
+    counted.without_kernels(monkeypatch)
+    used: set[int] = set()
+    monkeypatch.setattr(DeviceCopies, "used", lambda self, *tensors: used.update(_addresses(tensors)))
+    groups = [{"params": [torch.nn.Parameter(torch.ones(40, 41))], "lr": 0.1 + 0.1 * index} for index in range(3)]
+    optimizer = LAMB(groups, lr=0.1, implementation="triton")
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(40, 41)
+    for _ in range(2):
+        optimizer.step()
+        assert used == _addresses(counted.sent)
+        assert len(used) == 4  # pointers, blocks, where layers end, rates
+        used.clear()
 
 
 @pytest.mark.parametrize("implementation", ["triton", "cpu"])
@@ -271,6 +288,10 @@ def test_nor_is_there_one_for_a_gradient_that_no_kernel_takes(
         p.grad, other.grad = gradient, torch.ones(32)
         optimizer.step()
     assert counted.made == 1
+
+
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _in_bf16(p: torch.nn.Parameter) -> Tensor:
@@ -362,6 +383,22 @@ def test_parameters_that_are_views_at_odd_places(gradients_start: int) -> None:
         if implementation == "triton":
             assert_aligned(optimizer)
     assert_close(*results, 1e-6)
+
+
+def test_a_gradient_of_another_dtype_at_the_same_address() -> None:
+    """As a view of the same buffer: there it lies behind another multiple of its elements."""
+    size = 3 * BLOCK
+    weights, momentum, gradient = (views([size], 4, 0.0)[0] for _ in range(3))
+    p = torch.nn.Parameter(weights)
+    p.grad_dtype = None  # any
+    optimizer = LARS([p], lr=0.1, implementation="triton")
+    optimizer.state[p]["momentum_buffer"] = momentum
+    found = []
+    for p.grad in (gradient, gradient.view(torch.bfloat16)[:size]):
+        assert p.grad.data_ptr() == gradient.data_ptr()
+        optimizer.step()
+        found.append(assert_aligned(optimizer))
+    assert found == [[size - ALIGNMENT, ALIGNMENT], [0, size]]
 
 
 @pytest.mark.parametrize("storage", [{}, {"state_dtype": "bfloat16", "rounding_seed": 3}])

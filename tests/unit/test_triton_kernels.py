@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks import compiled_kernels
 from trustratio.optimizers import LAMB, OPTIMIZERS, create_optimizer
 from trustratio.optimizers.kernels import choice, interface, triton_kernels
 
@@ -108,6 +110,52 @@ def test_guarantees(name: str) -> None:
         guarantees.test_a_gradient_that_is_not_finite_changes_nothing(name, "triton")
     else:
         guarantees.test_state_is_not_written_before_the_groups_are_known_to_be_finite("triton")
+
+
+class Recorded:
+    """In place of a kernel: the types of what it is launched with, by the names of its arguments."""
+
+    def __init__(self, kernel: Any, launches: list[dict[str, str]]):
+        self.names, self.launches = kernel.arg_names, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            given = dict(zip(self.names, arguments, strict=False))
+            assert {*given, *constants} - {"num_warps", "enable_fp_fusion", "maxnreg"} == {*self.names}
+            self.launches.append({name: of_argument(value) for name, value in given.items()})
+
+        return launch
+
+
+def of_argument(value: Any) -> str:
+    """As Triton's launcher types it."""
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+        return {torch.int64: "*i64", torch.float64: "*fp64", torch.float32: "*fp32"}[value.dtype]
+    return {int: "i32", float: "fp32"}[type(value)]
+
+
+@pytest.mark.filterwarnings("ignore:.*weights that have a gradient did not move.*")
+@pytest.mark.parametrize("storage", [{}, {"state_dtype": "bfloat16", "master": "kahan"}])
+@pytest.mark.parametrize("name", SWEPT)
+def test_kernels_are_launched_with_what_they_are_compiled_for(
+    name: str, storage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is known of the compiled ones is of others."""
+    launches: list[dict[str, str]] = []
+    kernels = {family: Recorded(kernel, launches) for family, kernel in triton_kernels._KERNELS.items()}
+    monkeypatch.setattr(triton_kernels, "_KERNELS", kernels)
+    monkeypatch.setattr(triton_kernels, "_fold", Recorded(triton_kernels._fold, launches))
+    parameters = make_parameters(torch.bfloat16, {"one": (5, 7), "other": (5,)})
+    groups = [{"params": [(layer, p)], "weight_decay": 0.1 * i} for i, (layer, p) in enumerate(parameters.items())]
+    optimizer = create_optimizer(name, groups, lr=0.05, implementation="triton", **storage)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(parameters, make_gradients(step, parameters))
+        optimizer.step()
+    assert launches
+    for launch in launches:
+        assert launch == {argument: compiled_kernels._type_of(argument, {}) for argument in launch}
 
 
 def test_without_a_gpu() -> None:

@@ -13,11 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trustratio.optimizers import OPTIMIZERS, create_optimizer
-from trustratio.optimizers.formulas.rounding import Rounding
-from trustratio.optimizers.kernels.interface import GroupOperands, Operands
+from trustratio.optimizers.kernels import device_copies
+from trustratio.optimizers.kernels.device_copies import DeviceCopies, is_capturing
 from trustratio.optimizers.sharding.layout import Layer, Layout, Shard
-from trustratio.optimizers.stepping import joint_groups
-from trustratio.optimizers.stepping.joint_groups import JointGroups
+from trustratio.optimizers.stepping import plans
 from trustratio.optimizers.stepping.plan import Plan
 
 from ..swept import SWEPT
@@ -176,29 +175,42 @@ def test_launches_are_on_the_device_of_the_parameters(launcher: Launcher, monkey
     assert entered[1:] == [META] * launcher.launches
 
 
-def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+class Capturing:
+    """In place of a CUDA graph: as long as `now` is set, everything is captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = False
+        for module in (device_copies, plans):
+            monkeypatch.setattr(module, "is_capturing", lambda device: self.now)
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Capturing:
+    return Capturing(monkeypatch)
+
+
+def test_tables_in_a_captured_graph(capturing: Capturing) -> None:
     """They stay where they are, and cannot be made anew while a graph is captured."""
     triton_kernels = pytest.importorskip("trustratio.optimizers.kernels.triton_kernels")
-    capturing = [False]
-    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(triton_kernels, "_captured", {})
     sweeps = object.__new__(triton_kernels.TritonSweeps)
-    sweeps.device, sweeps.cache = torch.device("cuda"), {}
+    sweeps.cache, sweeps.copies = {}, DeviceCopies(META)
 
-    def table(addresses: list[int]) -> torch.Tensor:
-        content = {"weights": [8, 9], "gradients": addresses}
+    def table(addresses: list[int], dtype: str = "fp32") -> torch.Tensor:
+        content = {"weights": [8, 9], "gradients": addresses, "dtypes": [dtype]}
         found: torch.Tensor = sweeps._table(("pointers",), content, lambda: torch.tensor(addresses))
         return found
 
     first = table([1, 2])
     assert table([1, 2]) is first
-    capturing[0] = True
+    capturing.now = True
     assert table([1, 2]) is first
     with pytest.raises(RuntimeError, match=r"pointers of gradients changed.*zero_grad\(set_to_none=False\)"):
         table([3, 4])
+    with pytest.raises(RuntimeError, match=r"^the dtypes changed since the last step, and a CUDA graph cannot"):
+        table([1, 2], "bf16")
     with pytest.raises(RuntimeError, match=r"the blocks of 0 changed since the last step, and a CUDA graph cannot"):
         sweeps._table(("blocks", 0), [], list)
-    capturing[0] = False
+    capturing.now = False
     watched = weakref.ref(first)
     del first
     assert table([3, 4]).tolist() == [3, 4]
@@ -208,15 +220,13 @@ def test_tables_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_no_graph() is None
 
 
-def test_rates_of_groups_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_of_groups_in_a_captured_graph(capturing: Capturing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are sent once when they change, which cannot be captured, and stay where a graph reads them."""
-    capturing = [False]
     sent: list[torch.Tensor] = []
-    monkeypatch.setattr(joint_groups, "_captured", {})
-    monkeypatch.setattr(JointGroups, "_is_capturing", lambda self: capturing[0])
-    monkeypatch.setattr(JointGroups, "_send", lambda self, numbers: sent.append(numbers) or numbers)
+    monkeypatch.setattr(DeviceCopies, "send", lambda self, numbers: sent.append(numbers) or numbers)
     parameters = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
-    optimizer = create_optimizer("lamb", [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(parameters)], lr=0.1)
+    groups = [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(parameters)]
+    optimizer = create_optimizer("lamb", groups, lr=0.1, implementation="eager")
 
     def step() -> None:
         for p in parameters:
@@ -226,13 +236,13 @@ def test_rates_of_groups_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) ->
     step()
     step()
     assert [vector.tolist() for vector in sent] == [[0.0, 0.1, 0.2]]
-    capturing[0] = True
+    capturing.now = True
     step()
     assert len(sent) == 1
     optimizer.param_groups[0]["lr"] = 0.5
     with pytest.raises(RuntimeError, match=r"^lr of parameter groups has changed.* as a tensor on the device"):
         step()
-    capturing[0] = False
+    capturing.now = False
     watched = weakref.ref(sent[0])
     sent.clear()
     step()
@@ -244,22 +254,103 @@ def test_rates_of_groups_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) ->
     assert of_no_graph() is None
 
 
-def test_gammas_of_a_captured_graph_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys are made while a graph is captured, in memory of its own; the gammas were there before."""
-    triton_kernels = pytest.importorskip("trustratio.optimizers.kernels.triton_kernels")
-    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(triton_kernels, "_captured", {})
-    rounding = Rounding(torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64), True)
-    layout = Layout("test", (), (), (), ())
-    operands = Operands(layout, [], [], {}, {0: GroupOperands({}, range(2), [], None, rounding)})  # type: ignore[arg-type]
-    sweeps = triton_kernels.TritonSweeps(operands, [], {})
-    sweeps.device = torch.device("cuda")
-    given = sweeps._rounding(0, torch.zeros(1))
-    assert given[1] is rounding.keys
-    assert given[2] is rounding.gammas
-    gammas = weakref.ref(rounding.gammas)
-    del rounding, operands, sweeps, given
-    assert gammas() is not None
+@pytest.mark.parametrize("captured", [True, False])
+def test_the_numbers_of_a_captured_plan_stay(captured: bool, capturing: Capturing) -> None:
+    """A group that is added makes another plan; a replay still reads which layers are adapted, and keys of chances."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    groups = [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(parameters[:2])]
+    optimizer = create_optimizer("lamb", groups, lr=0.1, state_dtype="bfloat16", implementation="eager")
+
+    def step() -> Plan:
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        (plan,) = optimizer._plans.values()
+        return plan
+
+    step()
+    capturing.now = captured
+    plan = step()
+    capturing.now = False
+    keys = plan.storage._keys[0]
+    read = [plan.cache["adapt", 0], plan.cache["elements", 0], plan.joint_groups[0]._group_of_layer]
+    watched = [weakref.ref(tensor) for tensor in (*read, keys.gammas, keys._of_layers)]
+    optimizer.add_param_group({"params": [parameters[2]]})
+    assert step() is not plan
+    del plan, read, keys
+    assert [tensor() is not None for tensor in watched] == [captured] * 5
+
+
+class Cuda:
+    """In place of `torch.cuda`, with device 0 current, and some stream of device 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.current, self.stream = 0, "first"
+        self.sent: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self.recorded: list[tuple[int, str]] = []
+        monkeypatch.setattr("torch.cuda.device", self.device)
+        monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: self.current == 1)
+        monkeypatch.setattr("torch.cuda.current_stream", lambda device: self.stream)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: self.copied(tensor, **options))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: self.recorded.append((id(x), stream)))
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def copied(self, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.sent.append((tensor, options))
+        return tensor
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+def test_a_capture_is_on_the_device_of_the_parameters(cuda: Cuda) -> None:
+    devices = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
+    assert [is_capturing(device) for device in devices] == [False, True, False]
+    assert cuda.current == 0
+
+
+def test_the_allocator_knows_which_streams_read_what_another_has_sent(cuda: Cuda) -> None:
+    """Or it would be reused while they still read."""
+    copies = DeviceCopies(torch.device("cuda", 1))
+    tensors = [copies.send(torch.zeros(size)) for size in (2, 3)]
+    copies.used(*tensors)
+    assert not cuda.recorded
+    cuda.stream = "second"
+    copies.used(*tensors)
+    assert cuda.recorded == [(id(tensor), "second") for tensor in tensors]
+
+
+def test_what_is_sent_to_a_gpu_is_pinned(cuda: Cuda) -> None:
+    """In memory of its own each time, so that a copy under way is not written over."""
+    on_host = torch.zeros(3)
+    copies = DeviceCopies(torch.device("cuda", 1))
+    for _ in range(2):
+        copies.send(on_host)
+    assert len({on_host.data_ptr(), *(tensor.data_ptr() for tensor, _ in cuda.sent)}) == 3
+    assert [options for _, options in cuda.sent] == [{"non_blocking": True}] * 2
+
+
+def test_rates_that_are_numbers_beside_tensors_on_the_device(launcher: Launcher) -> None:
+    """Whether plain, or tensors of the host, which would be copied, they are written by the device."""
+    parameters = [torch.nn.Parameter(torch.empty(5, device=META)) for _ in range(3)]
+    rates = torch.empty((), device=META), torch.tensor(0.1), 0.2
+    optimizer = create_optimizer("lamb", [{"params": [p]} for p in parameters], lr=0.1, implementation="triton")
+    for step in range(4):
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        if step == 1:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+        with NothingFromTheHost() if step >= 2 else nullcontext():
+            optimizer.step()
 
 
 def test_layouts_wait_for_nothing_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
