@@ -24,6 +24,7 @@ MODERN = ("model.architecture=modernbert", "model.local_attention=4", *SMALL)
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     limit = torch._dynamo.config.recompile_limit
     yield
     torch._dynamo.config.recompile_limit = limit
@@ -83,6 +84,17 @@ def test_layers_that_are_alike_are_compiled_once(graphs: Graphs, shape: tuple[st
     """Embeddings, head, and one of each kind of layer: ModernBERT's first has no norm, two of three have windows."""
     gradients_of(parts_of(*shape, "training.compile=true"))
     assert len(graphs.captured) == 2 + kinds
+
+
+@pytest.mark.parametrize("optimizer", ["vrlamb", "clars"])
+def test_statistics_of_gradients_cut_no_graph(graphs: Graphs, optimizer: str) -> None:
+    """They look at forwards until the first backward, and inside a graph at none; without that look it is another."""
+    parts = parts_of(*SMALL, "training.compile=true", f"optimizer.name={optimizer}")
+    assert torch.nn.modules.module._global_forward_hooks
+    for _ in range(3):
+        gradients_of(parts)
+    assert len(graphs.captured) == 2 * (2 + 1)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_another_number_of_masked_tokens_compiles_nothing(graphs: Graphs) -> None:
