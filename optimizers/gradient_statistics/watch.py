@@ -138,6 +138,7 @@ class GradientStatistics:
 
         self._forward_hook = handle = torch.nn.modules.module.register_module_forward_hook(after_forward)
 
+    @torch._disable_dynamo
     def _find_sources(self, module: torch.nn.Module) -> None:
         optimizer, is_new = self._optimizer(), False
         for parameter, source in [] if optimizer is None else find_sources(optimizer, module):
