@@ -57,7 +57,7 @@ class Backend:
     """
 
     replacing_modules: tuple[type, ...] = (torch.nn.Module,)
-    """Those in whose forward `sources` has something to find; others may be inside a compiled graph, without a look."""
+    """Those in whose forward `sources` may find something: they end a graph of torch.compile, others do not."""
 
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         """Tell the wrapper that this optimizer class is safe with it. Called when an optimizer is constructed."""
@@ -103,7 +103,8 @@ class Backend:
     def sources(self, optimizer: Any, module: torch.nn.Module) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Return the tensors that a module's forward, which has just run, used in place of the optimizer's parameters.
 
-        Where any backend overrides this, it is asked after every forward until all parameters are known.
+        Where any backend overrides this, it is asked after every forward until all parameters are known; of what
+        torch.compile traces, after those of `replacing_modules` alone.
 
         Returns:
             (parameter, tensor whose gradient backward makes in its place) pairs.
