@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,16 @@ def test_shapes_beyond_torchs_own_limit_are_compiled_too(graphs: Graphs, shape: 
     for length in range(21, 31):
         model(*batch(2, 9, length))
     assert len(graphs.captured) == first + 10 * (first - 1)  # the head goes on with what it has
+
+
+def test_a_copy_has_a_head_of_its_own(graphs: Graphs) -> None:
+    model = parts_of(*SMALL, "training.compile=true").model.eval()
+    expected = model(*batch(4, 9))[0].item()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.cls.predictions.bias[0] += 100  # which is never a label
+    assert copied(*batch(4, 9))[0].item() > 9 * 50
+    assert model(*batch(4, 9))[0].item() == expected
 
 
 def test_a_pass_without_gradients_is_the_same(graphs: Graphs) -> None:
