@@ -56,6 +56,8 @@ BACKEND = "FSDP2 (DTensor)"
 class DTensorBackend(Backend):
     """Explains DTensor parameters, whoever made them, and plain parameters beside them."""
 
+    replacing_modules = (FSDPModule,)
+
     def __init__(self) -> None:
         self._modules: WeakKeyDictionary[Any, tuple[frozenset[int], WeakSet[FSDPModule]]] = WeakKeyDictionary()
 

@@ -99,9 +99,10 @@ class Rows:
 
     def spread(self, per_row: torch.Tensor, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         """Give each element of a chunk its row's number."""
-        numbers = per_row.to(dtype)
         parts = [part for piece in chunk.pieces for part in self.runs[piece.layer].within(piece)]
-        spread = [numbers.narrow(0, at, rows).unsqueeze(1).expand(rows, width) for at, rows, width in parts]
+        first, end = min(at for at, _, _ in parts), max(at + rows for at, rows, _ in parts)
+        numbers = per_row[first:end].to(dtype)  # of the chunk's rows alone, as a table has many chunks
+        spread = [numbers.narrow(0, at - first, rows).unsqueeze(1).expand(rows, width) for at, rows, width in parts]
         return torch.cat([part.reshape(-1) for part in spread])
 
     def take_cut(self, totals: torch.Tensor) -> torch.Tensor:

@@ -54,20 +54,25 @@ def _not_zero(layout: Layout, gradients: Gradients, indices: Sequence[int]) -> l
     """
     if not indices:
         return []
-    found = torch.zeros(1, len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
-    for index in indices:
-        gradient = gradients[layout.layers[index].tensor]
-        if gradient is not None:
-            found[0, index] = gradient.any().to(found.device)
-    totals = layout.reduce(found)[0].tolist()
+    totals = layout.reduce(_not_zero_here(layout, gradients, indices).unsqueeze(0))[0].tolist()
     return [index for index in indices if totals[index]]
 
 
 def unseen_layers(layout: Layout, gradients: Gradients) -> torch.Tensor:
     """1 for each layer that has a gradient here, shape (layers,), fp64; for a rank that has seen no group at all."""
-    unseen = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
-    for index, layer in enumerate(layout.layers):
-        gradient = gradients[layer.tensor]
-        if gradient is not None:
-            unseen[index] = gradient.any().to(unseen.device)
-    return unseen
+    return _not_zero_here(layout, gradients, range(len(layout.layers)))
+
+
+def _not_zero_here(layout: Layout, gradients: Gradients, indices: Sequence[int]) -> torch.Tensor:
+    """1 for each of these layers that lies in a gradient which is not zero, shape (layers,), fp64.
+
+    Each tensor is looked at once, as all layers of a group may lie in one.
+    """
+    given = {layout.layers[index].tensor: gradients[layout.layers[index].tensor] for index in indices}
+    of_tensors = {tensor: gradient.any() for tensor, gradient in given.items() if gradient is not None}
+    found = torch.zeros(len(layout.layers), dtype=torch.float64, device=layout.numbers_device)
+    for index in indices:
+        not_zero = of_tensors.get(layout.layers[index].tensor)
+        if not_zero is not None:
+            found[index] = not_zero.to(found.device)
+    return found

@@ -122,11 +122,14 @@ class GradientStatistics:
         Until all are known, or until the first gradient shows that there are none. What squares need in backward is
         made in the first forward, too.
         """
-        if not (may_replace_parameters() or (self._squares is not None and may_shard_gradients())):
+        replacing = may_replace_parameters()
+        if not (replacing or (self._squares is not None and may_shard_gradients())):
             return
         this = weakref.ref(self)
 
         def after_forward(module: torch.nn.Module, *_: Any) -> None:
+            if torch.compiler.is_compiling() and not isinstance(module, replacing):
+                return  # a graph goes on here, where a look at the module would end it
             statistics = this()
             if statistics is None:
                 handle.remove()
@@ -135,6 +138,7 @@ class GradientStatistics:
 
         self._forward_hook = handle = torch.nn.modules.module.register_module_forward_hook(after_forward)
 
+    @torch._disable_dynamo
     def _find_sources(self, module: torch.nn.Module) -> None:
         optimizer, is_new = self._optimizer(), False
         for parameter, source in [] if optimizer is None else find_sources(optimizer, module):

@@ -56,6 +56,9 @@ class Backend:
     least, and is made known by `register_backend`. An optimizer asks all backends until one answers.
     """
 
+    replacing_modules: tuple[type, ...] = (torch.nn.Module,)
+    """Those in whose forward `sources` may find something: they end a graph of torch.compile, others do not."""
+
     def admit(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         """Tell the wrapper that this optimizer class is safe with it. Called when an optimizer is constructed."""
 
@@ -100,7 +103,8 @@ class Backend:
     def sources(self, optimizer: Any, module: torch.nn.Module) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Return the tensors that a module's forward, which has just run, used in place of the optimizer's parameters.
 
-        Where any backend overrides this, it is asked after every forward until all parameters are known.
+        Where any backend overrides this, it is asked after every forward until all parameters are known; of what
+        torch.compile traces, after those of `replacing_modules` alone.
 
         Returns:
             (parameter, tensor whose gradient backward makes in its place) pairs.
@@ -259,9 +263,13 @@ def find_gradient_flow(optimizer: Any) -> GradientFlow | None:
     return _first(backend.gradient_flow(optimizer) for backend in _known.load())
 
 
-def may_replace_parameters() -> bool:
-    """Whether any wrapper puts other tensors in the parameters' place in a forward, so that `find_sources` may find."""
-    return any(type(backend).sources is not Backend.sources for backend in _known.load())
+def may_replace_parameters() -> tuple[type, ...]:
+    """The modules in whose forward a wrapper may put other tensors in the parameters' place, see `find_sources`.
+
+    Empty if no wrapper does.
+    """
+    replacing = [backend for backend in _known.load() if type(backend).sources is not Backend.sources]
+    return tuple(kind for backend in replacing for kind in backend.replacing_modules)
 
 
 def may_shard_gradients() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,4 +27,5 @@ def compile_regions(model: Any, backend: str = "inductor") -> None:
     limits.recompile_limit = max(limits.recompile_limit, _MOST_VERSIONS)
     for region in model.regions():
         region.compile(backend=backend, dynamic=False)
-    model.predicted_loss = torch.compile(model.predicted_loss, backend=backend, dynamic=True)
+    # A method, so that a copy of the model has the copy's head.
+    model.predicted_loss = MethodType(torch.compile(type(model).predicted_loss, backend=backend, dynamic=True), model)

@@ -30,7 +30,7 @@ class GatheredHead:
 
     def regions(self) -> Iterator[nn.Module]:
         """Yield the modules that are compiled one by one; see `compile_regions`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define regions(): the modules that are compiled")
 
     def begin_phase(self, phase: Phase) -> None:
         """Take over what a phase of the run changes about the model: nothing, unless an architecture says so."""

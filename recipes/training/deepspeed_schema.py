@@ -141,6 +141,7 @@ REFUSED: dict[str, str] = {
     "weight_quantization": _WHOLE_MODEL,
     "eigenvalue": _WHOLE_MODEL,
     "sparse_attention": "attention is torch's SDPA",
+    "timers": "the recipe turns DeepSpeed's throughput timer off, which would wait for the device",
     "autotuning": "`trustratio plan` finds the micro-batch that fits",
     "compile": "use training.compile=true",
     "graph_harvesting": "use training.compile=true",

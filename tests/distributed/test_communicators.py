@@ -95,6 +95,74 @@ def test_no_communicator_is_made_in_backward(pool: WorkerPool, name: str, stage:
         assert any(in_backward) is (stage != 1)
 
 
+def run_without_own_groups(case: Case) -> dict[str, Any]:
+    """As where no forward of the whole model is seen before backward: a pipeline calls its layers, or eval() holds."""
+    make = GradientStatistics._open_groups
+    GradientStatistics._open_groups = lambda self: None  # type: ignore[method-assign]
+    try:
+        return run_recorded(case)
+    finally:
+        GradientStatistics._open_groups = make  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", ["vrsgd", "vrlamb"])
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize("stage", [2, 3, "fsdp"])
+def test_squares_travel_over_the_wrappers_group_without_a_forward(
+    pool: WorkerPool, name: str, stage: str | int, world_size: int
+) -> None:
+    """Nothing is made in backward then either, and the numbers are the same."""
+    changes = {"accumulation": 2}
+    case = fsdp_runs.make_case(name, **changes) if stage == "fsdp" else make_case(name, stage, **changes)
+    answers = pool.run(run_without_own_groups, case)
+    assert_exact(case, answers)
+    for answer in answers:
+        assert answer["events"][0] == ("bucket of the wrapper", False)
+        assert ("new_group", True) not in answer["events"]
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(x).relu())
+
+
+def ratios_of_a_compiled_model(name: str, compiled: str) -> list[dict[str, float]]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(Block(), Block())
+    for block in model:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = create_optimizer(name, model.named_parameters(), lr=0.1)
+    run: Any = torch.compile(model, backend="eager") if compiled == "around" else model
+    for part in {"whole": [model], "blocks": list(model)}.get(compiled, []):
+        part.compile(backend="eager")
+    found = []
+    for x in torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(dist.get_rank())):
+        for micro_batch in x:
+            run(micro_batch).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(optimizer.trust_ratios())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*group.* of samples per step.*")
+@pytest.mark.parametrize("name", ["clars", "vrlamb"])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_compiled_model_under_fsdp2_is_seen(pool: WorkerPool, name: str, world_size: int) -> None:
+    """The modules that put other tensors in the parameters' place end a graph; others do not."""
+    expected = pool.run(ratios_of_a_compiled_model, name, "not")
+    for compiled in ("whole", "around", "blocks"):
+        for found, plain in zip(pool.run(ratios_of_a_compiled_model, name, compiled), expected, strict=True):
+            assert [pytest.approx(step, rel=1e-5) for step in plain] == found
+
+
 # Errors of one rank -------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ MODERN = ("model.architecture=modernbert", "model.local_attention=4", *SMALL)
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     limit = torch._dynamo.config.recompile_limit
     yield
     torch._dynamo.config.recompile_limit = limit
@@ -85,6 +87,17 @@ def test_layers_that_are_alike_are_compiled_once(graphs: Graphs, shape: tuple[st
     assert len(graphs.captured) == 2 + kinds
 
 
+@pytest.mark.parametrize("optimizer", ["vrlamb", "clars"])
+def test_statistics_of_gradients_cut_no_graph(graphs: Graphs, optimizer: str) -> None:
+    """They look at forwards until the first backward, and inside a graph at none; without that look it is another."""
+    parts = parts_of(*SMALL, "training.compile=true", f"optimizer.name={optimizer}")
+    assert torch.nn.modules.module._global_forward_hooks
+    for _ in range(3):
+        gradients_of(parts)
+    assert len(graphs.captured) == 2 * (2 + 1)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_another_number_of_masked_tokens_compiles_nothing(graphs: Graphs) -> None:
     model = parts_of(*SMALL, "training.compile=true").model
     model(*batch(4, 9))
@@ -102,6 +115,16 @@ def test_shapes_beyond_torchs_own_limit_are_compiled_too(graphs: Graphs, shape: 
     for length in range(21, 31):
         model(*batch(2, 9, length))
     assert len(graphs.captured) == first + 10 * (first - 1)  # the head goes on with what it has
+
+
+def test_a_copy_has_a_head_of_its_own(graphs: Graphs) -> None:
+    model = parts_of(*SMALL, "training.compile=true").model.eval()
+    expected = model(*batch(4, 9))[0].item()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.cls.predictions.bias[0] += 100  # which is never a label
+    assert copied(*batch(4, 9))[0].item() > 9 * 50
+    assert model(*batch(4, 9))[0].item() == expected
 
 
 def test_a_pass_without_gradients_is_the_same(graphs: Graphs) -> None:

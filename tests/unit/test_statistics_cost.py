@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trustratio.optimizers import create_optimizer
 from trustratio.optimizers.gradient_statistics import probes as probes_module
+from trustratio.optimizers.gradient_statistics.norms import StatisticsError
 from trustratio.optimizers.gradient_statistics.probes import PROBES, LocalProbes, probes
 from trustratio.optimizers.gradient_statistics.squares import Bucket
 from trustratio.optimizers.gradient_statistics.sums import GroupSums
+from trustratio.optimizers.gradient_statistics.unseen import refuse_without_any_group, unseen_layers
 from trustratio.optimizers.gradient_statistics.watch import GradientStatistics
 from trustratio.optimizers.gradient_statistics.watched import Watched
 from trustratio.optimizers.sharding.gradient_flow import Destination, Slice
@@ -102,6 +104,21 @@ def test_statistics_that_are_forgotten_take_a_few_operations() -> None:
         sum((p * p).sum() for p in parameters).backward()  # type: ignore[union-attr]
         counts.append(operations(optimizer.statistics.discard))  # type: ignore[union-attr]
     assert counts[0] == counts[1]
+
+
+def test_a_tensor_of_many_layers_is_looked_at_once() -> None:
+    """As ZeRO's partition is, by its first step of zeros."""
+    flat = torch.zeros(40)
+    layers = tuple(Layer(str(i), (4,), 0) for i in range(10))
+    shards = tuple(Shard(i, 4 * i, 0, 4) for i in range(10))
+    layout = Layout("test", (flat,), (0,), layers, shards)
+    counted = operations(lambda: refuse_without_any_group("LAMB", layout, [flat]))
+    assert counted["aten::any"] == 1
+    flat[7] = 1
+    assert unseen_layers(layout, [flat]).tolist() == [1] * 10
+    assert unseen_layers(layout, [None]).tolist() == [0] * 10
+    with pytest.raises(StatisticsError, match="LAMB has gradients but saw no group's gradient"):
+        refuse_without_any_group("LAMB", layout, [flat])
 
 
 # The numbers --------------------------------------------------------------------------------------------------------
