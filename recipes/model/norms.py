@@ -8,7 +8,7 @@ from torch import nn
 
 
 class AutocastLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`, which under autocast takes and gives 16-bit numbers; sums over a row are in fp32 anyway.
+    """`nn.LayerNorm`, which under autocast takes and gives 16-bit numbers; all its sums are in fp32 anyway.
 
     torch's autocast computes norms in fp32 and leaves their output so: everything that is added to it, the whole
     residual stream, is fp32 then and moves twice the bytes. DeepSpeed's bf16 and fp16 have it in 16 bits.
@@ -17,12 +17,14 @@ class AutocastLayerNorm(nn.LayerNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize the last dimensions."""
         kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if dtype not in (torch.bfloat16, torch.float16):
             return super().forward(input)
-        dtype = torch.get_autocast_dtype(kind)
-        weight, bias = (None if own is None else own.to(dtype) for own in (self.weight, self.bias))
+        # Of 16-bit input torch's kernel for CPUs adds the gradients of weight and bias up in 16 bits, over all tokens.
+        inside = torch.float32 if kind == "cpu" else dtype
+        weight, bias = (None if own is None else own.to(inside) for own in (self.weight, self.bias))
         with torch.autocast(kind, enabled=False):
-            return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
+            return F.layer_norm(input.to(inside), self.normalized_shape, weight, bias, self.eps).to(dtype)
 
 
 def stay_in_autocast(model: nn.Module) -> None:

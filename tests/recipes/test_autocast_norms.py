@@ -83,3 +83,24 @@ def test_a_norm_without_bias_or_weight_is_normalized() -> None:
         stay_in_autocast(model)
         with BF16():
             torch.testing.assert_close(model(x), expected.bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "16-bit model"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_weight_and_bias_are_summed_over_tokens_in_fp32(dtype: torch.dtype, autocast: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16_384, 32, generator=generator).to(dtype)
+    upstream = (torch.randn(16_384, 32, generator=generator) + 0.05).to(dtype)
+    exact = nn.LayerNorm(32, dtype=torch.float64)
+    exact(x.double()).backward(upstream.double())
+    model = nn.Sequential(nn.LayerNorm(32, dtype=None if autocast else dtype))
+    stay_in_autocast(model)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        result = model(x)
+    assert result.dtype == dtype
+    result.backward(upstream)
+    for name, p in model[0].named_parameters():
+        expected = exact.get_parameter(name).grad
+        assert p.grad is not None
+        assert expected is not None
+        assert (p.grad - expected).norm() <= 5e-3 * expected.norm(), name
