@@ -273,15 +273,41 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def _capability(text: str) -> int:
+    """90 of "9.0" and of "90"."""
+    digits = text.replace(".", "") if re.fullmatch(r"\d{2,3}|\d{1,2}\.\d", text) else "0"
+    if int(digits) < 70:
+        raise argparse.ArgumentTypeError(f"{text!r} is no capability such as 9.0, or 90, that Triton compiles for")
+    return int(digits)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_kernels", description=__doc__.split("\n")[0])
-    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80 for 8.0 (default: three)")
     parser.add_argument(
-        "--some", type=int, nargs="?", const=1, help="each kernel once, or one in SOME; prints them, writes nothing"
+        "--capability", type=_capability, nargs="+", default=CAPABILITIES, help="9.0 or 90 (default: 8.0, 9.0 and 10.0)"
+    )
+    parser.add_argument(
+        "--some",
+        type=_positive,
+        nargs="?",
+        const=1,
+        help="each kernel once, or one in SOME; prints them, with their loads of 16 bytes (vectors), of less (singles) "
+        "and multiplications in fp64 (products), and writes nothing",
     )
     parser.add_argument("--page", action="store_true", help="compile nothing, write the table in the page")
-    parser.add_argument("--ways", type=int, default=len(KEPT), help="how many ways to keep numbers, usual ones first")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--ways",
+        type=_positive,
+        default=len(KEPT),
+        help=f"how many combinations of dtypes of weights and state, usual ones first (default: {len(KEPT)})",
+    )
+    parser.add_argument("--processes", type=_positive, default=2)
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     if options.page:
@@ -291,7 +317,8 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = itertools.islice(some_variants(), 0, None, options.some)
         for variant, capability in itertools.product(chosen, options.capability):
             usage, ptx = compiled(variant, capability)
-            print(json.dumps({**variant._asdict(), **usage._asdict(), "products": products(ptx)}), flush=True)
+            numbers = {"capability": capability, **variant._asdict(), **usage._asdict(), "products": products(ptx)}
+            print(json.dumps(numbers), flush=True)
         return
     pairs = itertools.product(KEPT[: options.ways], options.capability)
     jobs = [(variant, capability) for types, capability in pairs for variant in variants(types, capability)]

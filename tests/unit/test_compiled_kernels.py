@@ -54,3 +54,20 @@ def test_the_table_of_the_page_is_that_of_the_file(tmp_path: Path) -> None:
     content = json.loads(compiled_kernels.FILE.read_text())
     stack = content["columns"].index("stack")
     assert not [row for version in set(content) - {"columns"} for row in content[version] if row[stack]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--some", "0"], ["--some", "-1"], ["--capability", "9"], ["--capability", "10"], ["--ways", "0"]]
+)
+def test_what_cannot_be_compiled_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import compiled_kernels
+
+    with pytest.raises(SystemExit):
+        compiled_kernels.main(arguments)
+    assert repr(arguments[1]) in capsys.readouterr().err
+
+
+def test_capabilities_are_written_in_either_way() -> None:
+    from benchmarks.compiled_kernels import _capability
+
+    assert [_capability(text) for text in ("90", "9.0", "100", "12.0")] == [90, 90, 100, 120]
