@@ -97,7 +97,7 @@ class _Cases:
 
         def tell(rows: dict[str, Any]) -> None:
             size["batches"][number] = rows
-            self.part.record(sizes=self.sizes)
+            self._keep()
 
         measure_batch(subject, contenders, self.part.device, self.device, self.rounds, tell)
 
@@ -105,7 +105,7 @@ class _Cases:
         subject = Subject(self.shapes[name], self.part.device)
         found = measure_graph(optimizer, subject, self.part.device, self.device, self.rounds)
         self._size(name)["graphs"][optimizer] = found
-        self.part.record(sizes=self.sizes)
+        self._keep()
 
     def _extensions(self, builds: Builds) -> None:
         self.part.record(builds=builds.finish(self.part.left() - RESERVE - LEAST["extensions"]))
@@ -116,10 +116,15 @@ class _Cases:
         }
         for size in self.sizes.values() if not_built else ():
             size["batches"].append(not_built)
-        self.part.record(sizes=self.sizes)
+        self._keep()
         contenders = with_extensions(self.part.found["builds"])
         for name in reversed(self.shapes) if contenders else ():
             self._case(f"DeepSpeed's extensions at {name}", 0.0, partial(self._batch, name, contenders))
+
+    def _keep(self) -> None:
+        """Write what there is, with its line for the summary: the part may be stopped at any time."""
+        self.part.record(sizes=self.sizes)
+        self.part.record(verdict=verdict(self.part.found))
 
     def _size(self, name: str) -> dict[str, Any]:
         size: dict[str, Any] = self.sizes.setdefault(name, {"batches": [], "graphs": {}})
