@@ -32,8 +32,8 @@ class Algorithm:
     vector_options: ClassVar[tuple[str, ...]] = ()
     """Options that the formulas here take as a vector over the layers too, such as ("lr", "weight_decay"); and "adapt",
     where they read `LayerTable.adapt` in its place. Neighbouring groups that differ in nothing else are stepped
-    together. An option in which they differ is an fp64 vector then (of tensors, in their dtype). Each class says so for
-    itself, as a subclass may have other formulas; where nothing is said, groups are stepped one by one."""
+    together. An option in which they differ is an fp64 vector then. Each class says so for itself,
+    as a subclass may have other formulas; where nothing is said, groups are stepped one by one."""
 
     step_options: ClassVar[tuple[str, ...] | None] = None
     """Options that `stages`, `update` and `change` read, where those are not all: groups may differ in others."""

@@ -84,37 +84,34 @@ class JointGroups:
         return options
 
     def _vector(self, name: str, values: Sequence[Any]) -> torch.Tensor:
-        """Shape (layers,), in the dtype of tensors if all are such, else fp64."""
+        """Shape (layers,), fp64."""
         if any(
             isinstance(value, torch.Tensor) and (value.device == self._device or not value.is_cpu) for value in values
         ):
             return torch.stack([self._here(value) for value in values])[self._group_of_layer]
-        dtypes = {value.dtype if isinstance(value, torch.Tensor) else torch.float64 for value in values}
-        numbers = [float(value) for value in values]
-        return self._on_device(name, numbers, dtypes.pop() if len(dtypes) == 1 else torch.float64)
+        return self._on_device(name, [float(value) for value in values])
 
     def _here(self, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and not (value.is_cpu and self._device.type != "cpu"):
-            return value.detach().reshape(()).to(self._device)
+            return value.detach().reshape(()).to(self._device).to(torch.float64)
         # A number is written by the device itself: copied there, also out of a tensor, it would be waited for.
-        dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
-        return torch.full((), float(value), dtype=dtype, device=self._device)
+        return torch.full((), float(value), dtype=torch.float64, device=self._device)
 
-    def _on_device(self, name: str, numbers: list[float], dtype: torch.dtype) -> torch.Tensor:
+    def _on_device(self, name: str, numbers: list[float]) -> torch.Tensor:
         """The vector of the groups' numbers, sent to the device if they differ from the last step's."""
         vector: torch.Tensor = self._copies.find(
             self._sent.setdefault(name, Recent(1)),
-            (numbers, dtype),
-            lambda: self._copies.send(self._of_layers(numbers, dtype)),
+            numbers,
+            lambda: self._copies.send(self._of_layers(numbers)),
             lambda: _why_not_captured(name),
         )
         self._copies.used(vector)
         return vector
 
-    def _of_layers(self, numbers: list[float], dtype: torch.dtype) -> torch.Tensor:
+    def _of_layers(self, numbers: list[float]) -> torch.Tensor:
         """On the host."""
         of_layers = [n for n, count in zip(numbers, self._layer_counts.values(), strict=True) for _ in range(count)]
-        return torch.tensor(of_layers, dtype=dtype, device="cpu")
+        return torch.tensor(of_layers, dtype=torch.float64, device="cpu")
 
 
 def _why_not_captured(name: str) -> str:

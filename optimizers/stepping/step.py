@@ -320,13 +320,16 @@ class Step:
         return self._with_rate_here(joint.options(self.algorithm, self._adapt(index)))
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with a learning rate that vectors of layers can be multiplied by, as one of them can itself."""
-        lr, device = options.get("lr"), self.layout.numbers_device
-        if isinstance(lr, torch.Tensor) and lr.numel() > 1:
+        """The options with a learning rate in fp64, as 16 bits would round what a formula makes of it first.
+
+        Vectors of layers can be multiplied by it, as one of them can itself.
+        """
+        lr = options.get("lr")
+        if not isinstance(lr, torch.Tensor):
             return options
-        if not isinstance(lr, torch.Tensor) or (lr.dim() == 0 and (lr.is_cpu or lr.device == device)):
-            return options
-        return {**options, "lr": lr.detach().reshape(()).to(device)}
+        if lr.numel() == 1 and not (lr.dim() == 0 and lr.is_cpu):
+            lr = lr.detach().reshape(()).to(self.layout.numbers_device)
+        return {**options, "lr": lr.to(torch.float64)}
 
     def _adapt(self, group: int) -> torch.Tensor:
         known: dict[Any, torch.Tensor] = self.plan.cache
