@@ -146,12 +146,12 @@ class JointGroups:
         if any(
             isinstance(value, torch.Tensor) and (value.device == self._device or not value.is_cpu) for value in values
         ):
-            return torch.stack([self._here(value) for value in values])[self._group_of_layer]
+            return torch.stack([self._here(value) for value in values]).to(torch.float64)[self._group_of_layer]
         return self._on_device(name, [float(value) for value in values])
 
     def _here(self, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and not (value.is_cpu and self._device.type != "cpu"):
-            return value.detach().reshape(()).to(self._device).to(torch.float64)
+            return value.detach().reshape(()).to(self._device)
         # A number is written by the device itself: copied there, also out of a tensor, it would be waited for.
         return torch.full((), float(value), dtype=torch.float64, device=self._device)
 
