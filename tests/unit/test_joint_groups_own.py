@@ -232,6 +232,42 @@ def test_a_formula_that_takes_a_number_is_told_that_it_has_a_vector(formula: For
     assert type(caught.value) is type(caught.value.__cause__)
 
 
+SIZES = [
+    ((1,), (1,)),
+    ((1,), (1,), (1,)),
+    ((2,), (1,), (1,)),
+    ((3,), (5000, 300), (1,)),
+    ((5000, 300), (2,)),
+    ((2,), (2,)),
+]
+
+
+@pytest.mark.parametrize("shapes", SIZES)
+def test_a_vector_of_layers_never_fits_elements(shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Where there are as many elements as layers, in one chunk, torch would multiply them one by one."""
+    for formula in (with_product, lambda group, layers, x: x.g * layers.step):
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        given: Any = [{"params": [p], "weight_decay": 0.1 * index} for index, p in enumerate(parameters)]
+        optimizer: Any = own(formula)(given)  # type: ignore[call-arg, arg-type]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        with pytest.raises((RuntimeError, ValueError)):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("shapes", SIZES)
+def test_and_what_is_spread_is_right(shapes: tuple[tuple[int, ...], ...]) -> None:
+    cls = own(lambda group, layers, x: 0.1 * x.plus(x.g, x.w, group["weight_decay"]))
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    given: Any = [{"params": [p], "weight_decay": 0.1 * index} for index, p in enumerate(parameters)]
+    optimizer: Any = cls(given)  # type: ignore[call-arg, arg-type]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for index, parameter in enumerate(parameters):
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 1 - 0.1 * (1 + 0.1 * index)))
+
+
 @pytest.mark.parametrize("where", ["stages", "update"])
 def test_the_same_where_layers_are_measured_and_steps_described(where: str) -> None:
     body = {
