@@ -179,9 +179,9 @@ def _is_vector(option: Any) -> bool:
 def _why_not_together(algorithm: Algorithm, groups: list[int], vectors: list[str], error: Exception) -> str:
     return (
         f"{error}. The parameter groups {', '.join(map(str, groups))} are stepped together, as vector_options of "
-        f"{type(algorithm).__name__} allows, and {', '.join(vectors)} differs in them: it is a vector over their "
-        "layers in the formulas. Spread it over elements with x.of(...), add multiples with x.plus(...), or leave its "
-        "name out of vector_options, so that groups that differ in it are stepped one by one"
+        f"{type(algorithm).__name__} allows: where they differ ({', '.join(vectors)}), formulas get a vector over the "
+        "layers. Spread it over elements with x.of(...), add multiples with x.plus(...), or leave the name out of "
+        "vector_options, so that groups that differ in it are stepped one by one"
     )
 
 

@@ -226,7 +226,7 @@ def test_a_formula_that_takes_a_number_is_told_that_it_has_a_vector(formula: For
         optimizer.step()
     message = str(caught.value)
     assert "parameter groups 0, 1, 2 are stepped together" in message
-    assert "weight_decay differs in them" in message
+    assert "where they differ (weight_decay)" in message
     assert "x.plus" in message
     assert caught.value.__cause__ is not None
     assert type(caught.value) is type(caught.value.__cause__)
