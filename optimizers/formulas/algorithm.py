@@ -32,11 +32,14 @@ class Algorithm:
     vector_options: ClassVar[tuple[str, ...]] = ()
     """Options that the formulas here take as a vector over the layers too, such as ("lr", "weight_decay"); and "adapt",
     where they read `LayerTable.adapt` in its place. Neighbouring groups that differ in nothing else are stepped
-    together. An option in which they differ is an fp64 vector then (of tensors, in their dtype). Each class says so for
-    itself, as a subclass may have other formulas; where nothing is said, groups are stepped one by one."""
+    together, and an option in which they differ is an fp64 vector then. Any other key in which groups differ parts
+    them, as formulas may read it, unless `step_options` says which they read. Only what torch's schedulers write, such
+    as `initial_lr`, is a vector too. Each class says so for itself, as a subclass may have other formulas; where
+    nothing is said, groups are stepped one by one."""
 
     step_options: ClassVar[tuple[str, ...] | None] = None
-    """Options that `stages`, `update` and `change` read, where those are not all: groups may differ in others."""
+    """Keys of a group that `stages`, `update` and `change` read, its options and others: joined groups may differ in
+    all that are not named. None for any key, in the package's own classes for all options. Not inherited either."""
 
     counts_steps: ClassVar[bool] = True
     """Whether each group's `step` is the number of steps taken. If not, that key is somebody else's."""
@@ -59,6 +62,7 @@ class Algorithm:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.vector_options = vars(cls).get("vector_options", ())
+        cls.step_options = vars(cls).get("step_options")
 
     # What torch.optim.Optimizer and the base keep for it
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -118,6 +118,20 @@ class Chunk:
         if len(kept) == len(self.pieces):
             return self
         return Chunk(self.group, kept) if kept else None
+
+    def unlike(self, layers: int) -> tuple[Chunk, ...]:
+        """Itself, or if it has as many elements as there are layers, two that are as much.
+
+        Else a formula that forgets to spread a vector of layers would multiply elements by it one by one. As it is, the
+        shapes do not match.
+        """
+        if self.numel != layers or layers == 1:
+            return (self,)
+        *before, last = self.pieces
+        if not before:
+            before = [replace(last, length=1)]
+            last = replace(last, start=last.start + 1, offset=last.offset + 1, length=last.length - 1)
+        return Chunk(self.group, tuple(before)), Chunk(self.group, (last,))
 
     def is_run(self) -> bool:
         """Whether the pieces are one contiguous run of one local tensor, so that a view needs no copy."""

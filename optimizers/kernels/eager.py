@@ -120,7 +120,7 @@ class EagerSweeps:
         served = [part for whole in self.cache["whole chunks"] if (part := whole.only(self.served.__getitem__))]
         by_group: dict[int, list[Chunk]] = {group: [] for group in self.operands.groups}
         for chunk in served:
-            by_group[chunk.group].append(chunk)
+            by_group[chunk.group] += chunk.unlike(len(self.operands.groups[chunk.group].layers))
         device = self.operands.layout.numbers_device
         return {
             group: _GroupChunks.of(chunks, self.operands.groups[group].layers, device)

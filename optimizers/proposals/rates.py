@@ -12,9 +12,15 @@ __all__ = ["at_rate", "set_rate"]
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Set a group's rate; a tensor stays the one that it is, which some optimizers insist on, and graphs know."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
+    """Set a group's rate; a tensor stays the one that it is, which some optimizers insist on, and graphs know.
+
+    But for one of 16 bits, in which large numbers are infinite, and products with a decay are rounded.
+    """
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.dtype in (torch.float16, torch.bfloat16):
+        group["lr"] = torch.full_like(lr, rate, dtype=torch.float32)
+    elif isinstance(lr, torch.Tensor):
+        lr.fill_(rate)
     else:
         group["lr"] = rate
 

@@ -7,17 +7,28 @@ joined groups follow each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ..formulas.algorithm import Algorithm
+from ..formulas.hyperparameters import is_number
 from ..kernels.device_copies import DeviceCopies
 from ..kernels.interface import Recent
 from ..options.common import COMMON_DEFAULTS, STORAGE_OPTIONS
+from ..options.unknown import PACKAGE
 
 __all__ = ["JointGroups", "first_of_joined"]
+
+PARAMETER_KEYS = ("params", "param_names")
+KEPT_BY_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")
+"""Numbers that torch's schedulers write beside the options, so that they differ where learning rates do."""
+ELSEWHERE = {*PARAMETER_KEYS, *COMMON_DEFAULTS} - {"adapt", *STORAGE_OPTIONS}
+"""Keys that count for single tensors, or not at all."""
+FROM_FORMULAS = (TypeError, ValueError, RuntimeError)
+"""What torch and Python raise where a number was expected; what derives from them is about something else."""
 
 
 def first_of_joined(algorithm: Algorithm) -> tuple[int, ...]:
@@ -28,25 +39,57 @@ def first_of_joined(algorithm: Algorithm) -> tuple[int, ...]:
     groups = algorithm.param_groups
     if not algorithm.vector_options:
         return tuple(range(len(groups)))
-    names, firsts = _options_in_common(algorithm), []
+    read, firsts = _keys_read(algorithm), []
     first, of_first = 0, None
     for index, group in enumerate(groups):
-        options = [_comparable(group.get(name)) for name in names]
+        options = _in_common(algorithm, group, read)
         if options != of_first:
             first, of_first = index, options
         firsts.append(first)
     return tuple(firsts)
 
 
-def _options_in_common(algorithm: Algorithm) -> list[str]:
-    """Those that joined groups must have the same of."""
-    read = algorithm.defaults if algorithm.step_options is None else algorithm.step_options
-    elsewhere = COMMON_DEFAULTS.keys() - {"adapt", *STORAGE_OPTIONS}  # counts for single tensors, or not at all
-    return [name for name in read if name not in elsewhere and name not in algorithm.vector_options]
+def _keys_read(algorithm: Algorithm) -> set[str] | None:
+    """Keys of a group that its step depends on; None where formulas may read any."""
+    named = algorithm.step_options
+    if named is None and not _is_of_the_package(algorithm):
+        return None
+    storage = STORAGE_OPTIONS if algorithm.keeps_own_state else ()
+    return {*(algorithm.defaults if named is None else named), *algorithm.plan_options, *storage}
 
 
-def _comparable(option: Any) -> Any:
-    return id(option) if isinstance(option, torch.Tensor) else option
+def _is_of_the_package(algorithm: Algorithm) -> bool:
+    """Whether its formulas are known to read options alone."""
+    return type(algorithm).__module__.startswith(PACKAGE)
+
+
+def _vectors(algorithm: Algorithm, read: set[str] | None) -> tuple[str, ...]:
+    """Keys in which joined groups may differ, as formulas are given vectors: a scheduler's numbers too, if read."""
+    kept = [name for name in KEPT_BY_SCHEDULERS if (read is None or name in read) and name not in algorithm.defaults]
+    return *algorithm.vector_options, *kept
+
+
+def _in_common(algorithm: Algorithm, group: Mapping[str, Any], read: set[str] | None) -> dict[str, Any]:
+    """What joined groups must have the same of, for comparison; of numbers that may be vectors, that they are there."""
+    vectors = _vectors(algorithm, read)
+    return {
+        name: "a number" if name in vectors and _is_number(value) else _comparable(value)
+        for name, value in group.items()
+        if name not in ELSEWHERE and (read is None or name in read) and not (name == "adapt" and name in vectors)
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, torch.Tensor) else is_number(value)
+
+
+def _comparable(value: Any) -> Any:
+    """A value that can be compared without a look into tensors: what it is, or else which object."""
+    if isinstance(value, Mapping):
+        return tuple((key, _comparable(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_comparable, value))
+    return value if value is None or isinstance(value, bool | int | float | str) else id(value)
 
 
 class JointGroups:
@@ -76,45 +119,70 @@ class JointGroups:
             RuntimeError: If a CUDA graph is being captured, and numbers have changed since the last step.
         """
         groups = [algorithm.param_groups[index] for index in self._layer_counts]
-        options = {**groups[0], "params": [parameter for group in groups for parameter in group["params"]]}
-        for name in algorithm.vector_options:
-            first, *others = values = [group[name] for group in groups]
+        options = dict(groups[0])
+        for name in PARAMETER_KEYS:
+            if name in options:
+                options[name] = [of_parameter for group in groups for of_parameter in group[name]]
+        for name in _vectors(algorithm, _keys_read(algorithm)):
+            first, *others = values = [group.get(name) for group in groups]
             if not all(_is_the_same(first, other) for other in others):
                 options[name] = adapt if name == "adapt" else self._vector(name, values)
         return options
 
+    @contextmanager
+    def explaining(self, algorithm: Algorithm, options: Mapping[str, Any]) -> Iterator[None]:
+        """Say of an error in formulas of others that options are vectors there; what has a type of its own passes."""
+        try:
+            yield
+        except FROM_FORMULAS as error:
+            names = _vectors(algorithm, _keys_read(algorithm))
+            vectors = [name for name in names if name != "adapt" and _is_vector(options.get(name))]
+            if not vectors or type(error) not in FROM_FORMULAS or _is_of_the_package(algorithm):
+                raise
+            raise type(error)(_why_not_together(algorithm, list(self._layer_counts), vectors, error)) from error
+
     def _vector(self, name: str, values: Sequence[Any]) -> torch.Tensor:
-        """Shape (layers,), in the dtype of tensors if all are such, else fp64."""
+        """Shape (layers,), fp64."""
         if any(
             isinstance(value, torch.Tensor) and (value.device == self._device or not value.is_cpu) for value in values
         ):
-            return torch.stack([self._here(value) for value in values])[self._group_of_layer]
-        dtypes = {value.dtype if isinstance(value, torch.Tensor) else torch.float64 for value in values}
-        numbers = [float(value) for value in values]
-        return self._on_device(name, numbers, dtypes.pop() if len(dtypes) == 1 else torch.float64)
+            return torch.stack([self._here(value) for value in values]).to(torch.float64)[self._group_of_layer]
+        return self._on_device(name, [float(value) for value in values])
 
     def _here(self, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and not (value.is_cpu and self._device.type != "cpu"):
             return value.detach().reshape(()).to(self._device)
         # A number is written by the device itself: copied there, also out of a tensor, it would be waited for.
-        dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float64
-        return torch.full((), float(value), dtype=dtype, device=self._device)
+        return torch.full((), float(value), dtype=torch.float64, device=self._device)
 
-    def _on_device(self, name: str, numbers: list[float], dtype: torch.dtype) -> torch.Tensor:
+    def _on_device(self, name: str, numbers: list[float]) -> torch.Tensor:
         """The vector of the groups' numbers, sent to the device if they differ from the last step's."""
         vector: torch.Tensor = self._copies.find(
             self._sent.setdefault(name, Recent(1)),
-            (numbers, dtype),
-            lambda: self._copies.send(self._of_layers(numbers, dtype)),
+            numbers,
+            lambda: self._copies.send(self._of_layers(numbers)),
             lambda: _why_not_captured(name),
         )
         self._copies.used(vector)
         return vector
 
-    def _of_layers(self, numbers: list[float], dtype: torch.dtype) -> torch.Tensor:
+    def _of_layers(self, numbers: list[float]) -> torch.Tensor:
         """On the host."""
         of_layers = [n for n, count in zip(numbers, self._layer_counts.values(), strict=True) for _ in range(count)]
-        return torch.tensor(of_layers, dtype=dtype, device="cpu")
+        return torch.tensor(of_layers, dtype=torch.float64, device="cpu")
+
+
+def _is_vector(option: Any) -> bool:
+    return isinstance(option, torch.Tensor) and option.dim() == 1
+
+
+def _why_not_together(algorithm: Algorithm, groups: list[int], vectors: list[str], error: Exception) -> str:
+    return (
+        f"{error}. The parameter groups {', '.join(map(str, groups))} are stepped together, as vector_options of "
+        f"{type(algorithm).__name__} allows: where they differ ({', '.join(vectors)}), formulas get a vector over the "
+        "layers. Spread it over elements with x.of(...), add multiples with x.plus(...), or leave the name out of "
+        "vector_options, so that groups that differ in it are stepped one by one"
+    )
 
 
 def _why_not_captured(name: str) -> str:

@@ -14,7 +14,8 @@ included:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,8 +78,8 @@ class Step:
         self.algorithm.before_stages(self.layout)
         self._take_group_statistics()
         self._take_inputs()
-        programs = {index: self.algorithm.stages(group.options, group.table) for index, group in self.groups.items()}
-        while stages := {index: stage for index, program in programs.items() if (stage := next(program, None))}:
+        programs = {index: self._stages(index) for index in self.groups}
+        while stages := {index: stage for index in programs if (stage := self._next(index, programs[index]))}:
             local_sums = {index: self._measure(index, stage) for index, stage in stages.items()}
             totals = self._reduce(stages, local_sums)
             self._hand_out(stages, local_sums, totals)
@@ -127,15 +128,24 @@ class Step:
 
     # Sums
 
+    def _stages(self, group: int) -> Iterator[Stage]:
+        with self._explaining(group):
+            return self.algorithm.stages(self.groups[group].options, self.groups[group].table)
+
+    def _next(self, group: int, program: Iterator[Stage]) -> Stage | None:
+        with self._explaining(group):
+            return next(program, None)
+
     def _measure(self, group: int, stage: Stage) -> LocalSums:
         """Measure one stage of a parameter group over the shards on this rank."""
         nothing_may_stop_it = not self.contributions
-        if nothing_may_stop_it and not self.layout.reductions:
-            sums = self.sweeps.step(group, stage)
-            if sums is not None:
-                self.finished.add(group)
-                return sums
-        return self.sweeps.measure(group, stage, keep=nothing_may_stop_it)
+        with self._explaining(group):
+            if nothing_may_stop_it and not self.layout.reductions:
+                sums = self.sweeps.step(group, stage)
+                if sums is not None:
+                    self.finished.add(group)
+                    return sums
+            return self.sweeps.measure(group, stage, keep=nothing_may_stop_it)
 
     def _reduce(self, stages: Mapping[int, Stage], local_sums: Mapping[int, LocalSums]) -> dict[str, torch.Tensor]:
         """Add the groups' sums over all shards of each layer, with one all-reduce; none if there are no sums.
@@ -233,18 +243,26 @@ class Step:
     def _apply(self) -> None:
         """Update state and weights of the layers that have a gradient somewhere."""
         # All are described before the first is applied.
-        updates = {index: self._update(group) for index, group in self.groups.items() if index not in self.finished}
+        updates = {index: self._update(index) for index in self.groups if index not in self.finished}
         for index, update in updates.items():
-            self.sweeps.apply(index, update)
+            with self._explaining(index):
+                self.sweeps.apply(index, update)
         for tensor, in_order in zip(self.locals, self.operands.weights, strict=True):
             if in_order.data_ptr() != tensor.data_ptr():
                 tensor.copy_(in_order)
 
-    def _update(self, group: GroupOperands) -> ElementUpdate:
-        update = self.algorithm.update(group.options, group.table)
+    def _update(self, index: int) -> ElementUpdate:
+        group = self.groups[index]
+        with self._explaining(index):
+            update = self.algorithm.update(group.options, group.table)
         if update is None:
             return _OwnFormula(partial(self.algorithm.change, group.options, group.table))
         return update
+
+    def _explaining(self, index: int) -> AbstractContextManager[None]:
+        """What runs the formulas for groups that are stepped together says so if they fail."""
+        joint = self.plan.joint_groups.get(index)
+        return nullcontext() if joint is None else joint.explaining(self.algorithm, self.groups[index].options)
 
     # State
 
@@ -320,13 +338,16 @@ class Step:
         return self._with_rate_here(joint.options(self.algorithm, self._adapt(index)))
 
     def _with_rate_here(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with a learning rate that vectors of layers can be multiplied by, as one of them can itself."""
-        lr, device = options.get("lr"), self.layout.numbers_device
-        if isinstance(lr, torch.Tensor) and lr.numel() > 1:
+        """The options with a learning rate in fp64, as 16 bits would round what a formula makes of it first.
+
+        Vectors of layers can be multiplied by it, as one of them can itself.
+        """
+        lr = options.get("lr")
+        if not isinstance(lr, torch.Tensor):
             return options
-        if not isinstance(lr, torch.Tensor) or (lr.dim() == 0 and (lr.is_cpu or lr.device == device)):
-            return options
-        return {**options, "lr": lr.detach().reshape(()).to(device)}
+        if lr.numel() == 1 and not (lr.dim() == 0 and lr.is_cpu):
+            lr = lr.detach().reshape(()).to(self.layout.numbers_device)
+        return {**options, "lr": lr.to(torch.float64)}
 
     def _adapt(self, group: int) -> torch.Tensor:
         known: dict[Any, torch.Tensor] = self.plan.cache

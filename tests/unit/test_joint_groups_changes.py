@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -75,6 +75,26 @@ def test_a_tensor_that_all_groups_share_stays_one_number(monkeypatch: pytest.Mon
     optimizer = make("lamb", parameters, groups)
     train(optimizer, parameters, range(1))
     assert joined(optimizer) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 3])
+@all_optimizers
+def test_a_rate_of_sixteen_bits_is_the_number_that_it_is(name: str, groups: int, dtype: torch.dtype) -> None:
+    def run(kind: Callable[[float], Any]) -> dict[str, torch.Tensor]:
+        shapes = {layer: SHAPES[layer] for layer in FIRST_THREE}
+        parameters = make_parameters(torch.float64, shapes)
+        members = [FIRST_THREE] if groups == 1 else [(layer,) for layer in FIRST_THREE]
+        given = tuple((layers, {"lr": kind(LR * (index + 1))}) for index, layers in enumerate(members))
+        optimizer = make(name, parameters, given)
+        train(optimizer, parameters, range(2))
+        assert not same(values(parameters), values(make_parameters(torch.float64, shapes)))
+        return values(parameters)
+
+    rounded = run(lambda rate: torch.tensor(rate, dtype=dtype))
+    exact = run(lambda rate: float(torch.tensor(rate, dtype=dtype)))
+    for layer, expected in exact.items():
+        torch.testing.assert_close(rounded[layer], expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "cpu"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from trustratio.optimizers import TrustRatio
@@ -23,6 +24,22 @@ def test_groups_are_at_a_rate_for_a_while() -> None:
     assert [float(group["lr"]) for group in groups] == [0.1, 0.5, 0.5, 0.25]
     assert groups[1]["lr"] is shared
     assert groups[3]["lr"] is alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("base", "options"), [(torch.optim.SGD, {}), (torch.optim.AdamW, {"weight_decay": 0.1})])
+def test_a_rate_of_sixteen_bits_is_the_number_that_it_is(
+    base: Any, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The base's own products with it, such as a decay, are no coarser than those of fp32."""
+    named, wanted = parameters(torch.float64), parameters(torch.float64)
+    rate = torch.tensor(0.1, dtype=dtype)
+    for lr, of in ((rate, named), (float(rate), wanted)):
+        optimizer = TrustRatio(base, of, lr=lr, **options)
+        train(optimizer, of, range(3))
+    assert rate == torch.tensor(0.1, dtype=dtype)
+    for name, weights in values(wanted).items():
+        torch.testing.assert_close(dict(named)[name].detach(), weights, rtol=1e-7, atol=1e-8)
 
 
 class WantsTensorRate(torch.optim.Optimizer):
