@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["tables", "verdict"]
+__all__ = ["hanging", "tables", "verdict"]
 
 
 def verdict(found: dict[str, Any], seconds: float, *, stopped: bool = False) -> str:
@@ -21,6 +21,17 @@ def verdict(found: dict[str, Any], seconds: float, *, stopped: bool = False) -> 
     if found["not_reached"]:
         parts.append(f"{found['not_reached']} not reached{' in time' if stopped else ''}")
     return f"{', '.join(parts)}, in {seconds:.0f} s"
+
+
+def hanging(running: dict[str, float], now: float, least: float) -> str:
+    """Which tests have run longer than `least` seconds at the time `now`; "" if none has.
+
+    Args:
+        running: When each has begun.
+    """
+    long = {test: now - began for test, began in running.items() if now - began > least}
+    said = [f"{test.removeprefix('tests/gpu/')}, running since {seconds:.0f} s" for test, seconds in long.items()]
+    return f"stopped in test {' and '.join(said)}" if said else ""
 
 
 def tables(found: dict[str, Any]) -> str:
