@@ -13,7 +13,7 @@ __all__ = ["best_runs", "is_good", "tables", "verdict"]
 Run = dict[str, Any]
 
 ASKED = ("lamb", "lans")
-"""Optimizers for large batches: one that never learns is a fault, whatever others do. AdamW's runs only stand beside."""
+"""Optimizers for large batches: one that never learns is a fault, whatever AdamW does beside them."""
 
 NAMED = 4
 """Runs in the verdict that are named, at most, of those that went wrong."""

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes a line of JSON for each test as it begins and as it ends: whatever stops the tests, these are kept.
+"""A plugin of pytest that writes JSON lines as each test begins and ends: whatever stops the tests, these are kept.
 
 python -m pytest -p benchmarks.on_gpu.kernels.journal --journal FILE tests/gpu
 """
@@ -96,7 +96,7 @@ def read_journal(path: Path) -> dict[str, Any]:
 
 
 def _running(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Tests that have begun and not ended, and when, as `time.time()` has it; a failure is an end, of the process too."""
+    """Tests that have begun and not ended, and when, as `time.time()` has it; a failure is an end."""
     running: dict[str, float] = {}
     for entry in entries:
         if "began" in entry:

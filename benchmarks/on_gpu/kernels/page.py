@@ -24,10 +24,12 @@ def verdict(found: dict[str, Any], seconds: float, *, stopped: bool = False) -> 
 
 
 def hanging(running: dict[str, float], now: float, least: float) -> str:
-    """Which tests have run longer than `least` seconds at the time `now`; "" if none has.
+    """Which tests have run longer than `least` seconds; "" if none has.
 
     Args:
-        running: When each has begun.
+        running: When each has begun, as `time.time()` has it.
+        now: When they were stopped.
+        least: Seconds.
     """
     long = {test: now - began for test, began in running.items() if now - began > least}
     said = [f"{test.removeprefix('tests/gpu/')}, running since {seconds:.0f} s" for test, seconds in long.items()]

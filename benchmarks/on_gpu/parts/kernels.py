@@ -27,6 +27,9 @@ REHEARSAL = "TRUSTRATIO_REHEARSE_GPU_TESTS"
 
 def run(part: Part) -> str:
     """Run the tests, and return the line for the summary; raise `Failed` with it if any test failed or hung."""
+    lacking = [name for name in ("torch", "pytest") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise Failed(f"{' and '.join(lacking)} cannot be imported, which the tests need")
     journal = part.output / "kernels-tests.jsonl"
     journal.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *_side_by_side(part)]

@@ -27,8 +27,8 @@ class Memcheck:
     """The steps of `one_step` under the tool; in a rehearsal without it, to see them run.
 
     Attributes:
-        found: `errors`, how many accesses are wrong, and `first`, what is said of the first of them; or `failed`, how the
-            steps themselves ended; or `missing`, why nothing is known.
+        found: `errors`, how many accesses are wrong, and `first`, what is said of the first of them; or `failed`,
+            how the steps themselves ended; or `missing`, why nothing is known.
     """
 
     def __init__(self, device: str, log: Path, search: str = SEARCHED) -> None:
