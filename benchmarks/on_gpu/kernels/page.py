@@ -38,7 +38,7 @@ def hanging(running: dict[str, float], now: float, least: float) -> str:
 
 def tables(found: dict[str, Any]) -> str:
     """A sentence for docs/benchmarks.md, and a list of what failed."""
-    if "passed" not in found:
+    if "passed" not in found or not (found["passed"] or found["failed"]):
         return "not measured"
     sentence = f"`python -m pytest tests/gpu`: {verdict(found, found.get('seconds_of_tests', 0.0))}."
     failures = [f"- `{failure['test']}`: {_first_line(failure['why'])}" for failure in found["failures"]]
