@@ -196,6 +196,18 @@ def test_a_test_that_has_just_begun_does_not_hang(tmp_path: Path, monkeypatch: p
     assert kernels.run(part) == "1 passed, 0 failed, 2 not reached in time, in 90 s"
 
 
+@pytest.mark.parametrize(
+    ("entries", "why"), [([], ": ImportError: libcuda.so"), ([begun("x.py::a", 1.0)], " in x.py::a")]
+)
+def test_where_pytest_ended_is_said(
+    entries: list[dict[str, Any]], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, _ = run_part(tmp_path, monkeypatch, End(7.0, 4, False), entries)
+    (tmp_path / "kernels-tests.log").write_text("loading conftest\nImportError: libcuda.so\n")
+    with pytest.raises(Failed, match=f"pytest ended with status 4{why}$"):
+        kernels.run(part)
+
+
 @pytest.mark.parametrize(("status", "entries"), [(-11, [PASSED]), (4, [])])
 def test_pytest_itself_may_fail(
     status: int, entries: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

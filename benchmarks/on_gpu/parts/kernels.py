@@ -6,12 +6,14 @@ import importlib.util
 import os
 import sys
 import time
+from typing import Any
 
 from ..kernels.journal import read_journal
 from ..kernels.page import hanging, verdict
 from ..part import Failed, Part
 from ..runner.environment import ROOT
 from ..runner.processes import GRACE, run_until
+from ..runner.results import last_line
 
 __all__ = ["REHEARSAL", "run"]
 
@@ -53,8 +55,16 @@ def run(part: Part) -> str:
     if end.stopped and (hung := hanging(found["running"], ended, min(HANGS, limit / 2))):
         raise Failed(f"{said}; {hung}")
     if found["failed"] or not found["passed"] or (end.status != 0 and not end.stopped):
-        raise Failed(said if found["failed"] else f"{said}; pytest ended with status {end.status}")
+        raise Failed(said if found["failed"] else f"{said}; pytest ended with status {end.status}{_why(part, found)}")
     return said
+
+
+def _why(part: Part, found: dict[str, Any]) -> str:
+    """Where pytest itself ended: in which tests, or what it said last."""
+    if found["running"]:
+        return f" in {', '.join(found['running'])}"
+    log = part.output / "kernels-tests.log"
+    return f": {last_line(log)[:200]}" if log.exists() else ""
 
 
 def _side_by_side(part: Part) -> list[str]:
