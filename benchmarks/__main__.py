@@ -103,12 +103,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_page(numbers: Path, results: dict[str, Any]) -> None:
     """Write the page of some numbers: beside them, but in docs/ for those in docs/results/."""
+    page, text = page_of(numbers, results, benchmarks_section(found_in(numbers.with_name("gpu"))))
+    page.write_text(text)
+
+
+def page_of(numbers: Path, results: dict[str, Any], gpu: str) -> tuple[Path, str]:
+    """Return the path of that page and its text, in which `gpu` stands under "On a GPU"."""
     folder = OUTPUT.parent if numbers.parent == OUTPUT else numbers.parent
     page = folder / f"{numbers.stem}.md"
     kills = numbers.with_name("kills.json")
     killed = json.loads(kills.read_text()) if kills.exists() else None
-    gpu = benchmarks_section(found_in(numbers.with_name("gpu")))
-    page.write_text(markdown(results, numbers.relative_to(folder).as_posix(), killed, gpu))
+    return page, markdown(results, numbers.relative_to(folder).as_posix(), killed, gpu)
 
 
 def dump(results: dict[str, Any]) -> str:

@@ -6,6 +6,9 @@ python -m benchmarks.on_gpu --parts kernels --minutes 4
 python -m benchmarks.on_gpu --rehearse                # on the CPU, at toy size: the same parts, files and lines
 python -m benchmarks.on_gpu --page results.tar.gz     # takes numbers from there and writes them into the documentation
 
+Exit status: 0 if every part that there was time for has passed, 1 if one has not, 2 if nothing can be run or taken here
+(no device, no such folder), 3 if there was no time for any part.
+
 Only Python's own library is needed here: whatever is missing or broken, the rest is run.
 """
 
@@ -16,38 +19,73 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
 from .part import PARTS
-from .runner.environment import ROOT, prepare
+from .runner.environment import ROOT, Unusable, missing_device, prepare
 from .runner.parts import Runner
+from .runner.processes import ask
 from .runner.results import Results
 
 RESULTS = ROOT / "docs" / "results" / "gpu"
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 INSTALLING = 0.25
 """The largest share of the time that wheels may take."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0 if every part that there was time for has passed."""
+    """Return 0 if every part that there was time for has passed; the other exit statuses are in `--help`."""
     began = time.monotonic()
     options = _parser().parse_args(arguments)
-    if options.page is not None:
-        from .page import write_pages
-
-        return write_pages(options.page)
-    scratch = Path(tempfile.mkdtemp(prefix="on_gpu-"))
     try:
-        return _run(options, began, scratch)
+        if options.page is not None:
+            from .page import write_pages
+
+            return write_pages(options.page)
+        with _interruptible(), _scratch() as scratch:
+            return _run(options, began, scratch)
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix="on_gpu-"))
+    except OSError as error:
+        raise Unusable(f"There is no folder for temporary files: {error}. Set TMPDIR.") from error
+    try:
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have the first signal to end raise KeyboardInterrupt, and later ones disturb nothing of what is written then."""
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup leaves one
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in heeded:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,8 +130,11 @@ def _minutes(text: str) -> float:
 
 
 def _run(options: argparse.Namespace, began: float, scratch: Path) -> int:
+    if options.wheels is not None and not options.wheels.is_dir():
+        raise Unusable(f"--wheels {options.wheels}: there is no such folder.")
+    if not options.rehearse:
+        _expect_device(options.wheels, scratch)
     results = _results(options, scratch)
-    before = signal.signal(signal.SIGTERM, _interrupt)
     now = datetime.now(timezone.utc).isoformat(timespec="minutes")
     device = "CPU, a rehearsal" if options.rehearse else _device()
     results.say(f"{device}; {now}; at most {options.minutes:g} minutes")
@@ -112,25 +153,50 @@ def _run(options: argparse.Namespace, began: float, scratch: Path) -> int:
             began + 60 * options.minutes,
             facts={"device": device, "when": now, "rehearsal": options.rehearse},
         )
-        passed = runner.run(names)
+        status = 0 if runner.run(names) else 1
+        if not runner.begun:
+            results.say(f"nothing was run: {options.minutes:g} minutes have no time for any of {', '.join(names)}")
+            status = 3
     except KeyboardInterrupt:
         results.say("interrupted")
-        passed = False
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        status = 1
+    except Unusable as error:
+        results.say(str(error))
+        status = 2
     results.say(f"{time.monotonic() - began:.0f} s in all")
     results.pack(now=True)
-    print(_where(results, scratch))
-    return 0 if passed else 1
+    with contextlib.suppress(OSError):
+        print(_where(results, scratch), flush=True)
+    return status
+
+
+def _expect_device(wheels: Path | None, scratch: Path) -> None:
+    """Stop before anything is written where there is nothing to measure."""
+    if wheels is not None and any(wheels.glob("torch-*.whl")):
+        return  # which is not installed yet
+    if missing := missing_device(scratch):
+        raise Unusable(f"{missing}; --rehearse runs on the CPU.")
 
 
 def _results(options: argparse.Namespace, scratch: Path) -> Results:
     out = os.environ.get("OUT")
     if options.output is not None:
-        return Results(options.output.resolve())
+        return _writable(options.output.resolve())
     if out:
-        return Results(scratch / "results", Path(out).resolve())
-    return Results(scratch / "results" if options.rehearse else RESULTS)
+        return _writable(scratch / "results", Path(out).resolve())
+    return _writable(scratch / "results" if options.rehearse else RESULTS)
+
+
+def _writable(folder: Path, bring: Path | None = None) -> Results:
+    """Results in these folders, once it is known that they take files."""
+    try:
+        results = Results(folder, bring)
+        for made in filter(None, (folder, bring)):
+            with tempfile.TemporaryFile(dir=made):
+                pass
+    except OSError as error:
+        raise Unusable(f"Results cannot be written: {error}. Give a folder with --output DIR.") from error
+    return results
 
 
 def _where(results: Results, scratch: Path) -> str:
@@ -157,14 +223,8 @@ def _command(name: str, limit: float, output: Path, rehearse: bool) -> list[str]
 def _device() -> str:
     """Name and driver of the first GPU, as its driver says."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return "; ".join(line.strip() for line in found.splitlines() if line.strip()) or "no GPU"
-    return "unknown GPU (nvidia-smi does not answer)"
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    status, lines = ask(query, 20.0, os.environ, ROOT)
+    return "; ".join(lines) or "no GPU" if status == 0 else "unknown GPU (nvidia-smi does not answer)"
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args(arguments)
     part = Part(options.name, options.output, options.limit, options.rehearse)
+    part.found.update(_facts_of_the_run(options.output / f"{part.name}.json"))
     try:
         verdict = importlib.import_module(f"benchmarks.on_gpu.parts.{part.name}").run(part)
     except Failed as failure:
@@ -75,10 +76,19 @@ def main(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        part.record(verdict=f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
+        part.record(verdict=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
         return 1
     part.record(verdict=verdict, seconds=round(time.monotonic() - part.began, 1))
     return 0
+
+
+def _facts_of_the_run(path: Path) -> dict[str, Any]:
+    """What the command has written there of a part that it starts, and of no earlier one."""
+    try:
+        run = json.loads(path.read_text())["run"]
+        return {"run": run} if run["outcome"] == "running" else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def leave(status: int) -> None:

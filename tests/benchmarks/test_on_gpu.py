@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -14,8 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks.on_gpu import __main__ as command
-from benchmarks.on_gpu.part import PARTS, Failed, Part
-from benchmarks.on_gpu.part import main as part_main
+from benchmarks.on_gpu.part import PARTS
 from benchmarks.on_gpu.runner import environment, processes
 from benchmarks.on_gpu.runner.environment import ROOT
 from benchmarks.on_gpu.runner.parts import Runner
@@ -249,24 +249,66 @@ def test_a_part_that_cannot_be_started_costs_no_other(tmp_path: Path) -> None:
     assert summary(tmp_path)["passes"].endswith("last line: there")
 
 
-def test_sigterm_ends_the_part_and_is_said(tmp_path: Path) -> None:
-    """As from whoever lends the machine."""
+@pytest.mark.usefixtures("quick")
+def test_a_part_that_runs_has_its_facts_already(tmp_path: Path) -> None:
+    """All that there is where the command itself is killed; what the part records stands beside them."""
+    program = "from benchmarks.on_gpu.part import Part, main; import benchmarks.on_gpu.parts.machine as m, json\n"
+    program += f"m.run = lambda part: (part.record(number=1), open({str(tmp_path / 'seen')!r}, 'w').write(\n"
+    program += f"    open({str(tmp_path / 'machine.json')!r}).read()), 'fine')[-1]\n"
+    program += f"main(['machine', '--output', {str(tmp_path)!r}, '--limit', '9', '--rehearse'])"
+    (tmp_path / "machine.json").write_text('{"run": {"outcome": "passed", "device": "old"}}')
+
+    def command(name: str, limit: float) -> list[str]:
+        return [sys.executable, "-c", program]
+
+    facts = {"device": "toy"}
+    runner = Runner(Results(tmp_path), command, os.environ, ROOT, time.monotonic() + 90, SHARES, facts)
+    assert runner.run(["machine"])
+    assert runner.begun == ["machine"]
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert (seen["number"], seen["run"]["outcome"], seen["run"]["device"]) == (1, "running", "toy")
+    assert numbers(tmp_path, "machine")["run"]["outcome"] == "passed"
+
+
+@pytest.mark.usefixtures("quick")
+def test_old_numbers_that_cannot_be_removed_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(results: Results, name: str) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Results, "forget", forget)
+    assert not run(tmp_path, ["passes"])
+    assert summary(tmp_path)["passes"] == "failed: could not be run: read-only"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_part_and_is_said(number: signal.Signals, tmp_path: Path) -> None:
+    """As from whoever lends the machine, a terminal that is closed, or Ctrl+C; a second one changes nothing."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     program = (
         "import sys\n"
         "from benchmarks.on_gpu import __main__ as command\n"
         "toy = 'import os, time; print(os.getpid(), file=open(sys_path, \"w\")); time.sleep(100)'\n"
         f"toy = toy.replace('sys_path', repr({str(tmp_path / 'pid')!r}))\n"
         "command._command = lambda *arguments: [sys.executable, '-c', toy]\n"
+        "command.prepare = lambda *arguments, **options: dict(os.environ)\n"
         f"sys.exit(command.main(['--rehearse', '--parts', 'machine', '--output', {str(tmp_path)!r}]))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    ).replace("import sys\n", "import os, sys\n", 1)
+    variables = {**os.environ, "TMPDIR": str(temporary)}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert process.poll() is None
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 1
     assert is_gone(int((tmp_path / "pid").read_text()))
-    assert "interrupted" in (tmp_path / "summary.txt").read_text().splitlines()
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert "interrupted" in lines
+    assert any(line.startswith("machine: ") and ": interrupted: after " in line for line in lines)
+    assert numbers(tmp_path, "machine")["run"]["outcome"] == "interrupted"
+    assert not list(temporary.glob("on_gpu-*"))
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -294,6 +336,66 @@ def test_the_command_runs_what_is_named_in_the_order_of_worth(tmp_path: Path, mo
     assert lines[0].startswith("CPU, a rehearsal; ")
     assert lines[0].endswith("at most 5 minutes")
     assert any(line.startswith("job: ") and line.endswith("failed: two are wrong") for line in lines)
+
+
+def test_without_a_device_nothing_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "machine.json").write_text("{}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert command.main(["--output", str(tmp_path), "--parts", "machine"]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA device (torch says: " in said
+    assert said.endswith("; --rehearse runs on the CPU.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
+
+
+@pytest.mark.parametrize("there", ["file", "file/below"])
+def test_results_that_cannot_be_written_stop_the_command(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(command, "prepare", lambda *args, **options: pytest.fail("was begun"))
+    assert command.main(["--rehearse", "--output", str(tmp_path / there)]) == 2
+    assert capsys.readouterr().err.startswith("Results cannot be written: ")
+    monkeypatch.setenv("OUT", str(tmp_path / there))
+    assert command.main(["--rehearse"]) == 2
+    assert "Results cannot be written: " in capsys.readouterr().err
+
+
+def test_a_checkout_that_takes_no_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dir: Path) -> None:
+        raise OSError(f"Read-only file system: {dir}")
+
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(environment.Unusable, match=r"Read-only file system: .*--output DIR"):
+        command._results(command._parser().parse_args([]), tmp_path)
+
+
+def test_wheels_that_are_nowhere_stop_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--rehearse", "--wheels", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"--wheels {tmp_path / 'nowhere'}: there is no such folder.\n"
+
+
+def test_no_time_for_any_part_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "prepare", lambda *args, **options: os.environ)
+    given = ["--rehearse", "--minutes", "0.1", "--output", str(tmp_path), "--parts"]
+    assert command.main([*given, "kernels", "job"]) == 3
+    assert "nothing was run: 0.1 minutes have no time for any of kernels, job\n" in capsys.readouterr().out
+    assert "3 if there was no time" in command._parser().format_help()
+
+
+def test_a_driver_that_does_not_answer_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(command, "ask", lambda query, limit, *others: (asked.append(limit), (None, []))[1])
+    assert command._device() == "unknown GPU (nvidia-smi does not answer)"
+    assert asked == [20.0]
+    monkeypatch.setattr(command, "ask", lambda *others: (0, ["NVIDIA T, 1.2", "NVIDIA T, 1.2"]))
+    assert command._device() == "NVIDIA T, 1.2; NVIDIA T, 1.2"
 
 
 def test_results_go_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,116 +429,6 @@ def test_the_command_needs_nothing_but_python() -> None:
         check=True,
     )
     assert "--rehearse" in told.stdout
-
-
-# What the parts find ------------------------------------------------------------------------------------------------
-
-
-def test_a_package_that_is_not_installed_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(environment, "_is_importable", lambda environment: False)
-    found = environment.prepare(tmp_path, tmp_path / "log", said.append, seconds=0)
-    look = "from importlib.util import find_spec; print(find_spec('trustratio.recipes').origin)"
-    ran = subprocess.run(
-        [sys.executable, "-S", "-c", look], env=found, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert Path(ran.stdout.strip()) == tmp_path / "site" / "trustratio" / "recipes" / "__init__.py"
-    assert said == ["trustratio is not installed: its folders are linked, without compiled sweeps on the CPU"]
-
-
-def test_one_bad_wheel_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    for name in ("bad-1-py3-none-any.whl", "good-1-py3-none-any.whl"):
-        (wheels / name).write_bytes(b"")
-    asked: list[list[str]] = []
-
-    def install(command: list[str], log: Path, limit: float, *others: Any) -> processes.End:
-        asked.append([Path(argument).name for argument in command if argument.endswith((".whl", str(ROOT)))])
-        log.write_text("told\n")
-        return processes.End(1.0, int(any("bad" in name for name in asked[-1])), False)
-
-    said: list[str] = []
-    monkeypatch.setattr(environment, "run_until", install)
-    environment.prepare(tmp_path, tmp_path / "log", said.append, seconds=60, wheels=wheels)
-    assert (tmp_path / "log").read_text() == "told\n" * 4
-    assert asked == [
-        ["bad-1-py3-none-any.whl", "good-1-py3-none-any.whl"],
-        ["bad-1-py3-none-any.whl"],
-        ["good-1-py3-none-any.whl"],
-        [ROOT.name],
-    ]
-    assert said == ["wheels: bad-1-py3-none-any.whl could not be installed, see log"]
-
-
-def test_installing_does_not_take_the_time_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "run_until", lambda *arguments: pytest.fail("was begun"))
-    (tmp_path / "late-1-py3-none-any.whl").write_bytes(b"")
-    said: list[str] = []
-    environment.prepare(tmp_path, tmp_path / "log", said.append, seconds=0, wheels=tmp_path)
-    assert said == ["wheels: late-1-py3-none-any.whl could not be installed, see log"]
-
-
-def test_a_rehearsal_is_on_the_cpu_even_beside_a_gpu(tmp_path: Path) -> None:
-    found = environment.prepare(tmp_path, tmp_path / "log", pytest.fail, seconds=0, rehearse=True)
-    assert (found["CUDA_VISIBLE_DEVICES"], found["TRITON_INTERPRET"]) == ("", "1")
-
-
-def test_nothing_of_a_rehearsal_leaks_into_a_run_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment.ON_CPU.items():
-        monkeypatch.setenv(name, value)
-    found = environment._variables(tmp_path, rehearse=False)
-    assert not environment.ON_CPU.keys() & found.keys()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert environment._variables(tmp_path, rehearse=False)["CUDA_VISIBLE_DEVICES"] == "1"
-
-
-# A part -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_part_that_finds_something_wrong_has_a_verdict_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def find(part: Part) -> str:
-        part.record(number=1)
-        raise Failed("1 of 3 is wrong")
-
-    monkeypatch.setattr("benchmarks.on_gpu.parts.machine.run", find)
-    assert part_main(["machine", "--output", str(tmp_path), "--limit", "10", "--rehearse"]) == 1
-    assert numbers(tmp_path, "machine")["verdict"] == "1 of 3 is wrong"
-    assert numbers(tmp_path, "machine")["number"] == 1
-
-
-def run_as_a_program(folder: Path, part: str) -> subprocess.CompletedProcess[str]:
-    """`python -m benchmarks.on_gpu.part machine`, whose module `machine` is these lines."""
-    program = (
-        "import runpy, sys, types\n"
-        "machine = sys.modules['benchmarks.on_gpu.parts.machine'] = types.ModuleType('machine')\n"
-        f"exec({part!r}, machine.__dict__)\n"
-        f"sys.argv = ['part', 'machine', '--output', {str(folder)!r}, '--limit', '10', '--rehearse']\n"
-        "runpy.run_module('benchmarks.on_gpu.part', run_name='__main__')\n"
-    )
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
-
-
-def test_what_keeps_an_interpreter_from_ending_costs_no_time(tmp_path: Path) -> None:
-    """Threads of a communicator or a compiler; the numbers are on disk."""
-    ran = run_as_a_program(
-        tmp_path,
-        "import threading, time\n"
-        "threading.Thread(target=time.sleep, args=(99,)).start()\n"
-        "def run(part):\n    print('told')\n    return 'fine'\n",
-    )
-    assert (ran.returncode, ran.stdout) == (0, "told\n")
-    assert numbers(tmp_path, "machine")["verdict"] == "fine"
-
-
-def test_a_program_knows_the_error_of_its_part(tmp_path: Path) -> None:
-    """As a program, this module is there twice, and so would its error be."""
-    body = "    from benchmarks.on_gpu.part import Failed\n    raise Failed('1 of 3 is wrong')\n"
-    ran = run_as_a_program(tmp_path, f"def run(part):\n{body}")
-    assert (ran.returncode, ran.stderr) == (1, "")
-    assert numbers(tmp_path, "machine")["verdict"] == "1 of 3 is wrong"
 
 
 def test_every_part_has_a_share() -> None:

@@ -231,9 +231,9 @@ def test_a_run_that_fails_takes_nothing_from_the_next(
 
 
 def test_runs_of_which_none_is_whole_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, begun = run_of(), run_of(asked_updates=60)
-    assert is_good({"runs": [begun, whole], "skipped": ["lans"]})
-    for found in ({}, {"runs": [], "skipped": ["lamb"]}, {"runs": [begun]}, {"runs": [whole], "failed": ["lans"]}):
+    whole, begun = [run_of(), run_of("lans")], run_of(asked_updates=60)
+    assert is_good({"runs": [begun, *whole], "skipped": ["adamw"]})
+    for found in ({}, {"runs": [], "skipped": ["lamb"]}, {"runs": [begun]}, {"runs": whole, "failed": ["adamw"]}):
         assert not is_good(found)
     monkeypatch.setattr(batch64k, "start", lambda: None)
     monkeypatch.setattr(batch64k.dist, "destroy_process_group", lambda: None)
@@ -260,8 +260,37 @@ def test_the_best_run_is_whole_and_finite() -> None:
     line = verdict({"runs": runs, "unigram_entropy": 6.6})
     assert line == (
         "65,536 sequences x 2 updates: lamb 5.000 at 0.02, adamw 5.250 at 0.006; 131,072 sequences x 2 updates: "
-        "adamw 5.000 at 0.008; unigram entropy 6.600"
+        "adamw 5.000 at 0.008; 1 of 6 runs diverged (lamb 0.06 at 65,536); unigram entropy 6.600"
     )
+
+
+def nan_run(name: str, **more: Any) -> dict[str, Any]:
+    return run_of(name, losses=[9.0, math.nan], validation_loss=math.nan, **more)
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([nan_run(name) for name in ("lamb", "lans", "adamw")], "3 of 3 runs diverged (lamb 0.02 at 65,536, lans"),
+        ([nan_run("lamb"), nan_run("lans"), run_of("adamw")], "2 of 3 runs diverged"),
+        ([run_of("lamb"), nan_run("lans"), run_of("adamw")], "1 of 3 runs diverged (lans 0.02 at 65,536)"),
+        ([run_of(), run_of("lans", validation_loss=math.inf)], "1 of 2 runs diverged (lans 0.02 at 65,536)"),
+        ([run_of(), run_of("lans", loss=50.0)], "1 of 2 runs did not fall (lans 0.02 at 65,536)"),
+        ([run_of(), run_of("lans", loss=9.0)], "1 of 2 runs did not fall"),
+    ],
+)
+def test_runs_that_learned_nothing_do_not_pass(runs: list[dict[str, Any]], said: str) -> None:
+    """Whatever AdamW does beside them."""
+    assert not is_good({"runs": runs})
+    assert said in verdict({"runs": runs})
+
+
+def test_a_rate_that_is_too_high_fails_nothing() -> None:
+    assert is_good({"runs": [run_of(), nan_run("lamb", lr=0.06), run_of("lans"), nan_run("adamw")]})
+    toy = {"toy": True, "runs": [run_of(loss=9.5), run_of("lans")]}
+    assert is_good(toy)
+    assert "did not fall" not in verdict(toy)
+    assert not is_good({"toy": True, "runs": [run_of(), nan_run("lans")]})
 
 
 def test_tables_have_every_run_and_the_curves_of_the_best() -> None:

@@ -105,7 +105,9 @@ def test_a_run_that_fails_fails_the_part(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ("losses", "updates", "good"),
     [
         ([6.0, 5.0], 2, True),
-        ([6.0, 6.5], 1, True),  # stopped by the limit: too early to tell
+        ([6.0], 1, True),  # stopped by the limit: too early to tell
+        ([6.0, 5.5], 1, True),
+        ([6.0, 6.5], 1, False),
         ([6.0, 6.5], 2, False),
         ([6.0, float("nan")], 1, False),
         ([], 0, False),

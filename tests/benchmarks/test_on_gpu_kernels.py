@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_a_journal_has_each_test_once(tmp_path: Path) -> None:
     assert why["test_fails"].startswith("AssertionError: not the same")
     assert why["test_fails_at_its_end"] == "ValueError: at the end"
     assert found["why_skipped"] == ["Skipped: needs two"]
+
+
+@pytest.mark.parametrize("options", [("-p", "no:xdist"), ("-n", "1")])
+def test_a_journal_says_where_the_tests_are(options: tuple[str, ...], tmp_path: Path) -> None:
+    """At the end of a test too, which may hang."""
+    if "-n" in options:
+        pytest.importorskip("xdist")
+    ends = "\n@pytest.fixture\ndef late():\n    yield\n    os._exit(3)\n\ndef test_ends_late(late):\n    pass\n"
+    run_toys(tmp_path, TESTS + ends, *options)
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
+    until = next(index for index, line in enumerate(lines) if "ends_late" in line.get("began", ""))
+    passed = "".join(json.dumps(line) + "\n" for line in lines[: until + 1])
+    (tmp_path / "begun").write_text(passed)
+    assert [test.partition("::")[2] for test in read_journal(tmp_path / "begun")["running"]] == ["test_ends_late"]
 
 
 def test_a_process_that_dies_costs_its_test_alone(tmp_path: Path) -> None:
@@ -161,6 +176,36 @@ def test_a_failure_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_tests_that_there_was_no_time_for_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part, _ = run_part(tmp_path, monkeypatch, End(7.0, -15, True), [PASSED])
     assert kernels.run(part) == "1 passed, 0 failed, 2 not reached in time, in 7 s"
+
+
+def begun(test: str, seconds: float) -> dict[str, Any]:
+    return {"began": test, "at": time.time() - seconds}
+
+
+def test_a_test_that_hangs_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [begun("a", 80.0), PASSED, {"ended": "a"}, begun("tests/gpu/x.py::b", 70.5)]
+    part, _ = run_part(tmp_path, monkeypatch, End(90.0, -15, True), entries)
+    with pytest.raises(Failed, match=r"in 90 s; stopped in test x.py::b, running since 7\d s$"):
+        kernels.run(part)
+    assert list(part.found["running"]) == ["tests/gpu/x.py::b"]
+
+
+def test_a_test_that_has_just_begun_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = [begun("a", 80.0), PASSED, {"ended": "a"}]
+    part, _ = run_part(tmp_path, monkeypatch, End(90.0, -15, True), [*ended, begun("b", 5.0)])
+    assert kernels.run(part) == "1 passed, 0 failed, 2 not reached in time, in 90 s"
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"), [([], ": ImportError: libcuda.so"), ([begun("x.py::a", 1.0)], " in x.py::a")]
+)
+def test_where_pytest_ended_is_said(
+    entries: list[dict[str, Any]], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, _ = run_part(tmp_path, monkeypatch, End(7.0, 4, False), entries)
+    (tmp_path / "kernels-tests.log").write_text("loading conftest\nImportError: libcuda.so\n")
+    with pytest.raises(Failed, match=f"pytest ended with status 4{why}$"):
+        kernels.run(part)
 
 
 @pytest.mark.parametrize(("status", "entries"), [(-11, [PASSED]), (4, [])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,81 @@ def test_a_rehearsal_measures_nothing(docs: Path, tmp_path: Path, capsys: pytest
     assert "nothing that was measured on a GPU" in capsys.readouterr().err
     assert not (docs / "results" / "gpu").exists()
     assert page.found_in(source) == {}
+
+
+def source_of(folder: Path, **parts: Any) -> Path:
+    folder.mkdir()
+    for name, found in parts.items():
+        (folder / f"{name}.json").write_text(found if isinstance(found, str) else json.dumps(found))
+    return folder
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_numbers_are_not_replaced_by_none(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--page", str(source_of(tmp_path / "good", machine=FOUND["machine"]))]) == 0
+    killed = "by SIGKILL, out of memory?; recorded so far: nothing; last line: /root/work/x.py:3: | UserWarning"
+    bad = {name: numbers(killed, {}, outcome="killed") for name in ("machine", "speed", "job")}
+    bad["kernels"] = numbers("0 passed", {**TESTS, "passed": 0, "failed": 0, "failures": []}, outcome="failed")
+    before = everything(docs)
+    assert command.main(["--page", str(source_of(tmp_path / "bad", **bad))]) == 2
+    assert "not taken, since they have no numbers: machine, kernels, speed, job" in capsys.readouterr().err
+    assert everything(docs) == before
+    told = {**bad, "machine": numbers(killed, MACHINE, outcome="killed")}
+    assert command.main(["--page", str(source_of(tmp_path / "some", **told))]) == 0
+    assert "2030-01-02: killed: by SIGKILL, out of memory?.\n\nNVIDIA T; torch" in (docs / "benchmarks.md").read_text()
+    assert "UserWarning" not in (docs / "benchmarks.md").read_text() + (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "machine.json is no whole JSON"),
+        ("[1]", "expected an object, got list"),
+        ('{"run": null}', 'its "run" has no device, when, rehearsal, outcome, verdict'),
+        ('{"run": {"device": "T", "when": "2030", "rehearsal": false, "outcome": "passed"}}', "has no verdict"),
+    ],
+)
+def test_what_is_broken_is_said_and_nothing_is_written(
+    content: str, said: str, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = source_of(tmp_path / "brought", kernels=FOUND["kernels"], machine=content)
+    before = everything(tmp_path)
+    assert command.main(["--page", str(source)]) == 2
+    assert said in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_archives_that_are_none_are_said(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = source_of(tmp_path / "brought", machine=FOUND["machine"])
+    (source / "machine.log").write_bytes(random.Random(0).randbytes(1 << 16))
+    whole = tmp_path / "results.tar.gz"
+    with tarfile.open(whole, "w:gz") as archive:
+        archive.add(source, ".")  # whose names are ./machine.json
+    (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:30_000])
+    (tmp_path / "text").write_text("no archive")
+    for name in ("cut.tar.gz", "text", "nowhere"):
+        assert command.main(["--page", str(tmp_path / name)]) == 2
+        assert f"{name} is no folder and no whole archive of a run: " in capsys.readouterr().err
+    assert not (docs / "results" / "gpu").exists()
+    assert command.main(["--page", str(whole)]) == 0
+    assert (docs / "results" / "gpu" / "machine.json").exists()
+
+
+def test_pages_have_no_paths_of_the_machine() -> None:
+    failure = {"test": "tests/gpu/a.py::b", "why": "OSError: /tmp/x/y.so is missing"}
+    found = {"kernels": numbers("it lacks /usr/lib/z.so", {**TESTS, "failures": [failure]}, outcome="failed")}
+    section = page.benchmarks_section(found)
+    assert "it lacks z.so" in section
+    assert "`tests/gpu/a.py::b`: OSError: y.so is missing" in section
+    assert not any(path in section for path in ("/tmp", "/usr"))
+
+
+def test_the_readme_has_nothing_of_a_part_that_did_not_pass() -> None:
+    found = {"speed": numbers("LAMB 1.5 ms", {}, outcome="stopped"), "throughput": numbers("900 sequences/s", {})}
+    assert page.readme_line(found) == "NVIDIA T, 1.2, 2030-01-02: 900 sequences/s."
 
 
 def test_the_readme_names_device_and_numbers() -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from benchmarks.on_gpu.part import Failed, Part
 from benchmarks.on_gpu.parts import sharded as part_of_sharded
-from benchmarks.on_gpu.sharded import crews
+from benchmarks.on_gpu.sharded import crews, sanitizer
 from benchmarks.on_gpu.sharded.crews import RunningCrew
 from benchmarks.on_gpu.sharded.page import is_good, tables, verdict
 from benchmarks.on_gpu.sharded.sanitizer import Memcheck
@@ -220,8 +220,9 @@ WRONG, KILLED = (
     ("said", "found"),
     [
         ((STEPPED, NO_ERRORS), {"errors": 0}),
-        ((NO_ERRORS,), {"missing": "status 86: ========= ERROR SUMMARY: 0 errors"}),  # nothing ran
-        ((STEPPED,), {"missing": "status 86: stepped 5 optimizers"}),
+        ((NO_ERRORS,), {"failed": "status 86: ========= ERROR SUMMARY: 0 errors"}),  # nothing ran
+        ((STEPPED,), {"failed": "status 86: stepped 5 optimizers"}),
+        (("AssertionError: lamb made numbers",), {"failed": "status 86: AssertionError: lamb made numbers"}),
         # A wrong access ends the steps.
         ((WRONG, KILLED, "========= ERROR SUMMARY: 3 errors"), {"errors": 3, "first": WRONG[10:]}),
         ((WRONG, KILLED), {"errors": 1, "first": WRONG[10:]}),
@@ -233,6 +234,14 @@ def test_errors_are_told_though_the_steps_have_not_ended(said: Sequence[str], fo
     tool.write_text("\n".join(("#!/bin/sh", *(f"echo '{line}'" for line in said), "exit 86")))
     tool.chmod(0o755)
     assert _wait(Memcheck("cuda", tmp_path / "log", str(tmp_path))) == found
+
+
+def test_a_tool_that_is_slow_has_failed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer, "SECONDS", 0.0)
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    assert _wait(Memcheck("cuda", tmp_path / "log", str(tmp_path))) == {"missing": "not finished after 0 s"}
 
 
 def test_without_the_tool_nothing_is_started(tmp_path: Path) -> None:
@@ -308,6 +317,10 @@ def test_nothing_compared_is_nothing_good() -> None:
     assert is_good(exact)
     assert not is_good({**exact, "memcheck": {"errors": 1}})
     assert not is_good({"crews": {"one": {"ZeRO-1": {"missing": "no device"}}}})
+    assert is_good({**exact, "memcheck": {"missing": "not finished after 90 s"}})
+    crashed = {**exact, "memcheck": {"failed": "status 1: AssertionError: lamb made numbers that are not finite"}}
+    assert not is_good(crashed)
+    assert "memcheck: FAILED: status 1: AssertionError" in verdict(crashed)
 
 
 def test_what_cannot_be_had_is_a_failure_where_all_has_to_be() -> None:
@@ -319,6 +332,30 @@ def test_what_cannot_be_had_is_a_failure_where_all_has_to_be() -> None:
     assert not is_good(found)
     assert "; failed: ZeRO-2, lamb (rank 0: RuntimeError: illegal access); 2 could not be had" in verdict(found)
     assert [crew.backend for crew in CREWS if crew.optional] == ["gloo"]
+
+
+NOT_CARRIED = "rank 0: RuntimeError: Backend gloo does not support reduce_scatter_tensor; rank 1: the same"
+ILLEGAL = "rank 1: RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "good"),
+    [
+        ([NOT_CARRIED, NOT_CARRIED], True),
+        ([NOT_CARRIED, None], True),
+        (["rank 0: KeyError: 'exp_avg'", None], True),  # one setting that cannot be had
+        (["rank 0: KeyError: 'exp_avg'", NOT_CARRIED], False),
+        (["SIGSEGV: it wrote nothing", "not finished after 25 s"], False),
+        ([ILLEGAL, None], False),
+        (["rank 0: AcceleratorError: CUDA error: operation not supported", NOT_CARRIED], False),
+    ],
+)
+def test_what_an_optional_crew_may_lack(reasons: Sequence[str | None], good: bool) -> None:
+    exact = {"error": 6e-7, "layer": "bias", "ratio_error": 3e-8, "collectives": [1], "exact": True}
+    rows = {str(number): {"missing": why} if why else exact for number, why in enumerate(reasons)}
+    found = {"optional": ["gloo"], "crews": {"nccl": {"ZeRO-1": exact}, "gloo": rows}}
+    assert is_good(found) == good
+    assert ("failed: " in verdict(found)) != good
 
 
 # What it says -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,12 @@ __all__ = ["best_runs", "is_good", "tables", "verdict"]
 
 Run = dict[str, Any]
 
+ASKED = ("lamb", "lans")
+"""Optimizers for large batches: one that never learns is a fault, whatever AdamW does beside them."""
+
+NAMED = 4
+"""Runs in the verdict that are named, at most, of those that went wrong."""
+
 SHOWN = 10
 """Updates between two columns of the curves."""
 
@@ -21,6 +27,16 @@ def is_whole(run: Run) -> bool:
     return "validation_loss" in run and (
         len(run["losses"]) == run["asked_updates"] or not math.isfinite(run["losses"][-1])
     )
+
+
+def has_diverged(run: Run) -> bool:
+    """Whether a loss of it, in training or on held-out text, is no finite number."""
+    return not all(map(math.isfinite, [*run["losses"], run.get("validation_loss", 0.0)]))
+
+
+def has_learned(run: Run, *, toy: bool = False) -> bool:
+    """Whether it came to its end with a loss below its first; a toy's few updates have to be finite alone."""
+    return math.isfinite(final(run)) and not has_diverged(run) and (toy or run["losses"][-1] < run["losses"][0])
 
 
 def final(run: Run) -> float:
@@ -40,8 +56,10 @@ def best_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 def is_good(found: Found) -> bool:
-    """Whether a run was whole, and none failed."""
-    return any(map(is_whole, found.get("runs", ()))) and not found.get("failed")
+    """Whether a run of each of `ASKED` has learned something, and none failed."""
+    toy = bool(found.get("toy"))
+    learned = {run["optimizer"] for run in found.get("runs", ()) if has_learned(run, toy=toy)}
+    return learned.issuperset(ASKED) and not found.get("failed")
 
 
 def verdict(found: Found) -> str:
@@ -54,6 +72,8 @@ def verdict(found: Found) -> str:
         shown = ", ".join(f"{run['optimizer']} {final(run):.3f} at {run['lr']:g}" for run in best)
         size = f"{'toy of ' if found.get('toy') else ''}{batch:,} sequences x {_updates(runs, batch)} updates"
         parts.append(f"{size}: {shown or 'no run was finished'}")
+    toy = bool(found.get("toy"))
+    parts += [_named(what, some, len(runs)) for what, some in _unsound(runs, toy=toy).items() if some]
     if "unigram_entropy" in found:
         parts.append(f"unigram entropy {found['unigram_entropy']:.3f}")
     if failed := found.get("failed"):
@@ -61,6 +81,18 @@ def verdict(found: Found) -> str:
     if skipped := found.get("skipped"):
         parts.append(f"no time for {', '.join(skipped)}")
     return "; ".join(parts) or "no update was done"
+
+
+def _unsound(runs: list[Run], *, toy: bool) -> dict[str, list[Run]]:
+    """Runs that diverged, and whole ones whose loss did not fall."""
+    diverged = [run for run in runs if has_diverged(run)]
+    level = [run for run in runs if math.isfinite(final(run)) and not (has_diverged(run) or has_learned(run, toy=toy))]
+    return {"diverged": diverged, "did not fall": level}
+
+
+def _named(what: str, some: list[Run], count: int) -> str:
+    names = ", ".join(f"{run['optimizer']} {run['lr']:g} at {run['batch']:,}" for run in some[:NAMED])
+    return f"{len(some)} of {count} runs {what} ({names}{', ...' if len(some) > NAMED else ''})"
 
 
 def _updates(runs: Iterable[Run], batch: int) -> int:

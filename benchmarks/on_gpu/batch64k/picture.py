@@ -37,7 +37,8 @@ def draw(found: Found, path: Path) -> bool:
             name = f"{run['optimizer']} {run['lr']:g}" if thick else None
             width = 1.8 if thick else 0.7
             panel.plot(read, run["losses"], color=COLOURS.get(run["optimizer"]), linewidth=width, label=name)
-        panel.axhline(found["unigram_entropy"], color="grey", linewidth=0.7, linestyle="--")
+        if "unigram_entropy" in found:
+            panel.axhline(found["unigram_entropy"], color="grey", linewidth=0.7, linestyle="--")
         panel.set(title=f"{batch:,} sequences per update", xlabel="million sequences")
         panel.legend(frameon=False)
     panels[0][0].set_ylabel("training loss, nats")

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Child", "python"]
+__all__ = ["NOT_FINISHED", "Child", "python"]
+
+NOT_FINISHED = "not finished"
+"""What an outcome begins with that only tells of a limit."""
 
 GONE_SECONDS = 1.0
 """That a killed program is waited for."""
@@ -64,7 +67,7 @@ class Child:
             return None
         if status is None:
             self.end()
-            return f"not finished after {self.limit:.0f} s"
+            return f"{NOT_FINISHED} after {self.limit:.0f} s"
         return f"{_ending(status)}: {self.last_line()}" if status else ""
 
     def wait(self) -> str:

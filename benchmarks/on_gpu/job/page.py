@@ -25,11 +25,12 @@ def verdict(found: Found) -> str:
 
 
 def is_good(found: Found) -> bool:
-    """Whether updates were done, their losses are finite, and those of a whole run have fallen."""
+    """Whether updates were done, their losses are finite, and have fallen; after a single update that is not known."""
     losses = found.get("losses", ())
     if not losses or not all(map(math.isfinite, losses)):
         return False
-    return found["updates"] < found["asked_updates"] or losses[-1] < losses[0]
+    only_one = len(losses) == 1 and found["updates"] < found["asked_updates"]
+    return only_one or losses[-1] < losses[0]
 
 
 def _memory(found: Found) -> str:

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes a line of JSON for each test as it ends: whatever stops the tests, these are kept.
+"""A plugin of pytest that writes JSON lines as each test begins and ends: whatever stops the tests, these are kept.
 
 python -m pytest -p benchmarks.on_gpu.kernels.journal --journal FILE tests/gpu
 """
@@ -6,6 +6,7 @@ python -m pytest -p benchmarks.on_gpu.kernels.journal --journal FILE tests/gpu
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ class Journal:
         if report.failed:
             self._write(test=report.nodeid, outcome="failed", why=_why(report))
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._write(began=nodeid, at=round(time.time(), 3))
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._write(ended=nodeid)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
             seconds = round(getattr(report, "duration", 0.0), 3)
@@ -63,7 +70,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> dict[str, Any]:
-    """Numbers of tests by outcome, those that failed and why, the slowest, and how many have not been reached."""
+    """Numbers of tests by outcome, those that failed and why, the slowest, what has not been reached, what runs."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
     collected = max((entry.get("collected", 0) for entry in entries), default=0)
@@ -80,11 +87,25 @@ def read_journal(path: Path) -> dict[str, Any]:
         "passed": len(by["passed"]),
         "failed": len(by["failed"]),
         "skipped": len(skipped),
+        "running": _running(entries),
         "not_reached": max(0, collected - len(tests)),
         "failures": [{"test": test["test"], "why": test["why"]} for test in by["failed"]],
         "why_skipped": sorted({test["why"] for test in skipped}),
         "slowest": {test["test"]: test.get("seconds", 0.0) for test in slowest},
     }
+
+
+def _running(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Tests that have begun and not ended, and when, as `time.time()` has it; a failure is an end."""
+    running: dict[str, float] = {}
+    for entry in entries:
+        if "began" in entry:
+            running[entry["began"]] = entry["at"]
+        elif "ended" in entry:
+            running.pop(entry["ended"], None)
+        elif entry.get("outcome") == "failed":
+            running.pop(entry["test"], None)
+    return running
 
 
 def _why(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["tables", "verdict"]
+__all__ = ["hanging", "tables", "verdict"]
 
 
 def verdict(found: dict[str, Any], seconds: float, *, stopped: bool = False) -> str:
@@ -23,9 +23,22 @@ def verdict(found: dict[str, Any], seconds: float, *, stopped: bool = False) -> 
     return f"{', '.join(parts)}, in {seconds:.0f} s"
 
 
+def hanging(running: dict[str, float], now: float, least: float) -> str:
+    """Which tests have run longer than `least` seconds; "" if none has.
+
+    Args:
+        running: When each has begun, as `time.time()` has it.
+        now: When they were stopped.
+        least: Seconds.
+    """
+    long = {test: now - began for test, began in running.items() if now - began > least}
+    said = [f"{test.removeprefix('tests/gpu/')}, running since {seconds:.0f} s" for test, seconds in long.items()]
+    return f"stopped in test {' and '.join(said)}" if said else ""
+
+
 def tables(found: dict[str, Any]) -> str:
     """A sentence for docs/benchmarks.md, and a list of what failed."""
-    if "passed" not in found:
+    if "passed" not in found or not (found["passed"] or found["failed"]):
         return "not measured"
     sentence = f"`python -m pytest tests/gpu`: {verdict(found, found.get('seconds_of_tests', 0.0))}."
     failures = [f"- `{failure['test']}`: {_first_line(failure['why'])}" for failure in found["failures"]]

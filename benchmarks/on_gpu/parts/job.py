@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import tempfile
 from pathlib import Path
@@ -26,6 +27,8 @@ LOOK_EVERY = 0.5
 
 def run(part: Part) -> str:
     """Train, note what the run leaves while it goes on, and return the line for the summary."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise Failed("deepspeed is not installed, which the recipe shards with")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         return train(part, Path(scratch) / "run")
 

@@ -5,24 +5,33 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
+from typing import Any
 
 from ..kernels.journal import read_journal
-from ..kernels.page import verdict
+from ..kernels.page import hanging, verdict
 from ..part import Failed, Part
 from ..runner.environment import ROOT
 from ..runner.processes import GRACE, run_until
+from ..runner.results import last_line
 
 __all__ = ["REHEARSAL", "run"]
 
 MOST_PROCESSES = 14
 """Which compile side by side, for that takes most of the time; each holds about half a GB of the device."""
 
+HANGS = 60.0
+"""Seconds after which a test that still runs at the end hangs; half of the time, if that is less."""
+
 REHEARSAL = "TRUSTRATIO_REHEARSE_GPU_TESTS"
 """Variable with which tests/gpu runs without a GPU, one case of each test."""
 
 
 def run(part: Part) -> str:
-    """Run the tests, and return the line for the summary; raise `Failed` with it if any test failed."""
+    """Run the tests, and return the line for the summary; raise `Failed` with it if any test failed or hung."""
+    lacking = [name for name in ("torch", "pytest") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise Failed(f"{' and '.join(lacking)} cannot be imported, which the tests need")
     journal = part.output / "kernels-tests.jsonl"
     journal.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *_side_by_side(part)]
@@ -39,12 +48,23 @@ def run(part: Part) -> str:
 
     limit = part.left() - 2 * GRACE - 1
     end = run_until(command, part.output / "kernels-tests.log", limit, environment, ROOT, record)
+    ended = time.time()
     found = read_journal(journal)
     part.record(**found, status=end.status, seconds_of_tests=round(end.seconds, 1))
     said = verdict(found, end.seconds, stopped=end.stopped)
+    if end.stopped and (hung := hanging(found["running"], ended, min(HANGS, limit / 2))):
+        raise Failed(f"{said}; {hung}")
     if found["failed"] or not found["passed"] or (end.status != 0 and not end.stopped):
-        raise Failed(said if found["failed"] else f"{said}; pytest ended with status {end.status}")
+        raise Failed(said if found["failed"] else f"{said}; pytest ended with status {end.status}{_why(part, found)}")
     return said
+
+
+def _why(part: Part, found: dict[str, Any]) -> str:
+    """Where pytest itself ended: in which tests, or what it said last."""
+    if found["running"]:
+        return f" in {', '.join(found['running'])}"
+    log = part.output / "kernels-tests.log"
+    return f": {last_line(log)[:200]}" if log.exists() else ""
 
 
 def _side_by_side(part: Part) -> list[str]:

@@ -29,6 +29,7 @@ class Runner:
         ends: When everything has to be over, by `time.monotonic()`.
         shares: Of the time.
         facts: Stored with the numbers of every part.
+        begun: Names of the parts that there was time for.
     """
 
     results: Results
@@ -38,6 +39,7 @@ class Runner:
     ends: float
     shares: Mapping[str, Share] = field(default_factory=lambda: SHARES)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    begun: list[str] = field(default_factory=list)
 
     def run(self, names: Sequence[str]) -> bool:
         """Whether every part passed that there was time for."""
@@ -53,19 +55,34 @@ class Runner:
         if limit is None:
             self._say(name, 0.0, f"no time left: needs {self.shares[name].least:.0f} s, {max(left, 0.0):.0f} were left")
             return True
-        self.results.forget(name)
-        log = self.results.folder / f"{name}.log"
+        self.begun.append(name)
         began = time.monotonic()
         try:
+            outcome, verdict = self._end_of(name, limit)
+        except KeyboardInterrupt:
+            seconds = time.monotonic() - began
+            self._finish(name, "interrupted", f"after {seconds:.0f} s", seconds, limit)
+            raise
+        self._finish(name, outcome, verdict, time.monotonic() - began, limit)
+        return outcome == "passed"
+
+    def _end_of(self, name: str, limit: float) -> tuple[str, str]:
+        """Run a part; return its outcome and verdict."""
+        log = self.results.folder / f"{name}.log"
+        try:
+            self.results.forget(name)
+            self._finish(name, "running", "its end is not known", 0.0, limit)
             end = run_until(self.command(name, limit), log, limit, self.environment, self.folder, self.results.pack)
-            outcome, verdict = judge(end, read_json(log.with_suffix(".json")), log, limit)
+            return judge(end, read_json(log.with_suffix(".json")), log, limit)
         except OSError as error:  # no memory for a process, no disk for its log
-            outcome, verdict = "failed", f"could not be run: {error}"
-        seconds = time.monotonic() - began
+            return "failed", f"could not be run: {error}"
+
+    def _finish(self, name: str, outcome: str, verdict: str, seconds: float, limit: float) -> None:
+        """Write down how a part ended, or that it has begun: of a run that is killed that is all there is."""
         facts = {"outcome": outcome, "verdict": verdict, "seconds": round(seconds, 1), "limit": round(limit, 1)}
         self.results.finish(name, {**self.facts, **facts})
-        self._say(name, seconds, f"{outcome}: {verdict}" if outcome != "passed" else verdict)
-        return outcome == "passed"
+        if outcome != "running":
+            self._say(name, seconds, f"{outcome}: {verdict}" if outcome != "passed" else verdict)
 
     def _say(self, name: str, seconds: float, text: str) -> None:
         self.results.say(f"{name}: {seconds:.1f} s: {text}")

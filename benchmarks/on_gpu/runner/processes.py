@@ -6,13 +6,14 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GRACE", "MARK", "End", "run_until"]
+__all__ = ["GRACE", "MARK", "End", "ask", "run_until"]
 
 MARK = "TRUSTRATIO_ON_GPU"
 """Variable in the environment of every process of a part, by which they are found whoever their parent is."""
@@ -86,6 +87,20 @@ def run_until(
         _kill_all(process, token)
         _cut(log)
     return End(time.monotonic() - began, process.poll(), stopped)
+
+
+def ask(
+    command: Sequence[str], limit: float, environment: Mapping[str, str], folder: Path
+) -> tuple[int | None, list[str]]:
+    """Run a short program; return its exit status, None if it has none in time, and its lines."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        said = Path(scratch) / "said"
+        try:
+            end = run_until(command, said, limit, environment, folder)
+        except OSError as error:
+            return None, [str(error)]
+        lines = [line.strip() for line in said.read_text(errors="replace").splitlines()]
+    return None if end.stopped else end.status, [line for line in lines if line]
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 from .processes import End
 
-__all__ = ["Results", "judge", "last_line", "read_json"]
+__all__ = ["RECORDED", "Results", "judge", "last_line", "read_json"]
 
 Found = dict[str, Any]
 
+RECORDED = "; recorded so far: "
+"""What follows it in a verdict, the end of a log too, is for the summary alone."""
 ARCHIVE = "results.tar.gz"
 MOST_BYTES = 24 << 20
 """Of the files that an archive takes, before they are packed."""
@@ -45,7 +47,8 @@ class Results:
 
     def say(self, line: str) -> None:
         """Print a line and add it to the summary."""
-        print(line, flush=True)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print(line, flush=True)
         for folder in filter(None, (self.folder, self.bring)):
             with contextlib.suppress(OSError), (folder / "summary.txt").open("a") as file:
                 file.write(f"{line}\n")
@@ -146,10 +149,10 @@ def judge(end: End, found: Found, log: Path, limit: float) -> tuple[str, str]:
         return ("failed" if end.status else "passed"), _short(verdict)
     else:
         outcome, why = "failed", f"without a verdict, exit status {end.status}"
-    recorded = ", ".join(name for name in found if name != "verdict") or "nothing"
+    recorded = ", ".join(name for name in found if name not in ("run", "verdict")) or "nothing"
     line = last_line(log) or "none"
     return outcome, _short(
-        f"{why}{f'; {verdict}' if verdict else ''}; recorded so far: {_short(recorded, 160)}; last line: {line}"
+        f"{why}{f'; {verdict}' if verdict else ''}{RECORDED}{_short(recorded, 160)}; last line: {line}"
     )
 
 

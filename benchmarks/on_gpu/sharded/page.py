@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from benchmarks.targets import NOT_MEASURED
@@ -11,6 +12,14 @@ __all__ = ["is_good", "tables", "verdict"]
 Found = dict[str, Any]
 HEAD = ("sharding, optimizer", "error of the weights' change", "error of ratios", "collectives in a `step()` call", "")
 
+OF_THE_DEVICE = re.compile(
+    r"illegal memory access|CUDA error|misaligned address|device-side assert|launch failure", re.I
+)
+"""Errors that no backend of torch.distributed excuses."""
+NOT_CARRIED = re.compile(
+    r"not support|unsupported|not implemented|no backend type|must be CPU|invalid (tensor|device)", re.I
+)
+"""What gloo says of tensors on a device, and of collectives that it lacks."""
 
 NOTE = (
     "Small training runs with injected gradients on one device, compared with a float64 reference in one process: "
@@ -38,7 +47,9 @@ def verdict(found: Found) -> str:
 def is_good(found: Found) -> bool:
     """Whether something was compared, all of it is exact, nothing failed, and memcheck, if it ran, found nothing."""
     judged = [row["exact"] for crew in found.get("crews", {}).values() for row in crew.values() if "exact" in row]
-    return bool(judged) and all(judged) and not _failures(found) and not found.get("memcheck", {}).get("errors")
+    checked = found.get("memcheck", {})
+    unsound = _failures(found) or checked.get("errors") or "failed" in checked
+    return bool(judged) and all(judged) and not unsound
 
 
 def tables(found: Found) -> str:
@@ -55,9 +66,18 @@ def tables(found: Found) -> str:
 
 
 def _failures(found: Found) -> list[tuple[str, str]]:
-    """Settings that could not be had where all have to be, and why."""
-    crews = {name: rows for name, rows in found.get("crews", {}).items() if name not in found.get("optional", ())}
-    return [(name, row["missing"]) for rows in crews.values() for name, row in rows.items() if "missing" in row]
+    """Settings that could not be had where all have to be, or for no reason that excuses it, and why."""
+    crews = found.get("crews", {}).items()
+    return [one for name, rows in crews for one in _failures_of(rows, optional=name in found.get("optional", ()))]
+
+
+def _failures_of(rows: Found, *, optional: bool) -> list[tuple[str, str]]:
+    """Of one crew. In an optional one some settings may be missing; all of them only for what gloo does not carry."""
+    missing = [(name, row["missing"]) for name, row in rows.items() if "missing" in row]
+    if not optional:
+        return missing
+    excused = NOT_CARRIED if len(missing) == len(rows) else re.compile("")
+    return [(name, why) for name, why in missing if OF_THE_DEVICE.search(why) or not excused.search(why)]
 
 
 def _first_line(text: str) -> str:
@@ -77,6 +97,8 @@ def _missing(names: list[str], found: Found) -> str:
 def _memcheck(row: Found) -> str:
     if "errors" in row:
         return f"memcheck: {row['errors']} errors" + (f" ({row['first']})" if "first" in row else "")
+    if "failed" in row:
+        return f"memcheck: FAILED: {row['failed']}"
     return f"memcheck: {row['missing']}" if "missing" in row else ""
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..children.limited import Child, python
+from ..children.limited import NOT_FINISHED, Child, python
 
 __all__ = ["Memcheck"]
 
@@ -27,7 +27,8 @@ class Memcheck:
     """The steps of `one_step` under the tool; in a rehearsal without it, to see them run.
 
     Attributes:
-        found: `errors`, how many accesses are wrong, and `first`, what is said of the first of them; or `missing`.
+        found: `errors`, how many accesses are wrong, and `first`, what is said of the first of them; or `failed`,
+            how the steps themselves ended; or `missing`, why nothing is known.
     """
 
     def __init__(self, device: str, log: Path, search: str = SEARCHED) -> None:
@@ -78,4 +79,5 @@ class Memcheck:
             return {"errors": 0}
         if self.rehearses and not outcome:
             return {"missing": "a rehearsal has no device; the steps ran without the tool"}
-        return {"missing": outcome or "the tool wrote no summary"}
+        crashed = bool(outcome) and not outcome.startswith(NOT_FINISHED)
+        return {"failed" if crashed else "missing": outcome or "the tool wrote no summary"}
