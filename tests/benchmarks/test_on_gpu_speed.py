@@ -359,7 +359,7 @@ def test_what_is_not_built_is_listed(tmp_path: Path) -> None:
     cases.sizes.update(_found()["sizes"])
     outcomes = {"DeepSpeed FusedAdam": "not finished after 60 s", "DeepSpeed FusedLamb": "status 1: no nvcc"}
     cases._extensions(SimpleNamespace(finish=lambda seconds: outcomes))  # type: ignore[arg-type]
-    assert "3 could not be had" in verdict(cases.part.found)
+    assert "not there: DeepSpeed FusedAdam, DeepSpeed FusedLamb, apex FusedLAMB" in verdict(cases.part.found)
     for outcome in outcomes.values():
         assert tables(cases.part.found).count(f"| not measured | not built: {outcome} |") == 2 - (outcome[0] == "s")
 
@@ -367,7 +367,7 @@ def test_what_is_not_built_is_listed(tmp_path: Path) -> None:
 def test_a_toy_is_called_one_and_compared_with_nothing() -> None:
     found = {**_found(), "toy": True}
     assert verdict(found) == (
-        "LAMB 2.00 ms at a toy for bert-large; host 0.90 ms; in a graph 0.45 ms there, host 0.01 ms; 1 could not be had"
+        "LAMB 2.00 ms at a toy for bert-large; host 0.90 ms; in a graph 0.45 ms there, host 0.01 ms; not there: apex FusedLAMB"
     )
     assert "BERT-" not in verdict(found) + tables(found)
 
@@ -422,7 +422,7 @@ def _found() -> dict[str, Any]:
 def test_the_verdict_is_made_of_what_was_measured() -> None:
     assert verdict(_found()) == (
         "LAMB 2.00 ms at BERT-large: 87 % of copy bandwidth, 0.50x AdamW fused, 3.10x FusedLamb; host 0.90 ms; "
-        "bound by Python at BERT-base: LAMB 0.60 > 0.50 ms; in a graph 0.45 ms there, host 0.01 ms; 1 could not be had"
+        "bound by Python at BERT-base: LAMB 0.60 > 0.50 ms; in a graph 0.45 ms there, host 0.01 ms; not there: apex FusedLAMB"
     )
     found = _found()
     found["sizes"]["bert-base"]["batches"][0][LAMB_ROW]["host"]["milliseconds"] = 0.5

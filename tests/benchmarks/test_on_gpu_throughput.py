@@ -145,7 +145,7 @@ def test_what_has_no_time_is_left_out_and_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(found, "measure", measure_one)
     found.run()
     assert verdict(part.found).startswith(
-        "BERT-large 128: 100 sequences/s (0.17x NVIDIA's 580 on an A100); no time for base"
+        "BERT-large, 128 tokens: 100 sequences/s (0.17x NVIDIA's 580 on an A100); no time for base"
     )
     assert "large-512-eager" in verdict(part.found)
 
@@ -191,7 +191,9 @@ def test_a_case_that_fails_fails_the_part_and_says_why(tmp_path: Path, monkeypat
     with pytest.raises(Failed, match=r"failed: base-128-eager \(ValueError: no such kernel\)$"):
         throughput.run(part_of(tmp_path))
     monkeypatch.setattr(throughput.Cases, "measure", lambda *_: measured())
-    assert throughput.run(part_of(tmp_path)).startswith("toy large 16: 100 sequences/s; toy base 16: 100")
+    assert throughput.run(part_of(tmp_path)).startswith(
+        "toy large, 16 tokens: 100 sequences/s; toy base, 16 tokens: 100"
+    )
 
 
 @pytest.mark.parametrize(("share", "listed"), [(0.3, True), (0.6, False), (None, True)])
@@ -320,7 +322,7 @@ def test_tables_hold_every_case() -> None:
 
 def test_a_toy_is_called_one_and_compared_with_nothing() -> None:
     found = {"toy": True, "cases": {"large-128-compiled": measured(1160.0)}}
-    assert verdict(found).startswith("toy large 16: 1,160 sequences/s; no time for ")
+    assert verdict(found).startswith("toy large, 16 tokens: 1,160 sequences/s; no time for ")
     assert "| large | 128 | yes | 8 | 1,160 |  |  |  | 1.00 GiB |" in tables(found)
     for text in (verdict(found), tables(found)):
         assert "580" not in text

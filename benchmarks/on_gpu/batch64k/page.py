@@ -69,9 +69,9 @@ def verdict(found: Found) -> str:
     parts = []
     for batch in batches:
         best = sorted((run for run in best_runs(runs) if run["batch"] == batch), key=final)
-        shown = ", ".join(f"{run['optimizer']} {final(run):.3f} at {run['lr']:g}" for run in best)
+        shown = ", ".join(f"{run['optimizer']} {final(run):.3f} (lr {run['lr']:g})" for run in best)
         size = f"{'toy of ' if found.get('toy') else ''}{batch:,} sequences x {_updates(runs, batch)} updates"
-        parts.append(f"{size}: {shown or 'no run was finished'}")
+        parts.append(f"{size}: {f'held-out loss {shown}' if shown else 'no run was finished'}")
     toy = bool(found.get("toy"))
     parts += [_named(what, some, len(runs)) for what, some in _unsound(runs, toy=toy).items() if some]
     if "unigram_entropy" in found:

@@ -102,10 +102,11 @@ def _graph(found: Rows) -> str:
 
 
 def _troubles(found: Rows) -> str:
-    """How much did not fit, failed or could not be had."""
+    """How much did not fit or failed, and who could not be had."""
     counts = {"did not fit": len(found.get("did_not_fit", ())), "failed": len(found.get("failed", {}))}
-    counts["could not be had"] = len({n for size in found.get("sizes", {}).values() for n in _missing(size)})
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    troubles = [f"{count} {what}" for what, count in counts.items() if count]
+    missing = sorted({name for size in found.get("sizes", {}).values() for name in _missing(size)})
+    return ", ".join([*troubles, *([f"not there: {', '.join(missing)}"] if missing else [])])
 
 
 def _rows(size: Rows) -> Rows:

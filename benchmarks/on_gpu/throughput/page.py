@@ -50,7 +50,7 @@ def is_good(found: Found) -> bool:
 
 
 def _model(size: str, length: int, found: Found) -> str:
-    return f"toy {size} {length // TOY.shortening}" if found.get("toy") else f"BERT-{size} {length}"
+    return f"toy {size}, {length // TOY.shortening} tokens" if found.get("toy") else f"BERT-{size}, {length} tokens"
 
 
 def _published(size: str, length: int, found: Found) -> float | None:
