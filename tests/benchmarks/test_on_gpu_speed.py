@@ -367,7 +367,8 @@ def test_what_is_not_built_is_listed(tmp_path: Path) -> None:
 def test_a_toy_is_called_one_and_compared_with_nothing() -> None:
     found = {**_found(), "toy": True}
     assert verdict(found) == (
-        "LAMB 2.00 ms at a toy for bert-large; host 0.90 ms; in a graph 0.45 ms there, host 0.01 ms; not there: apex FusedLAMB"
+        "LAMB 2.00 ms at a toy for bert-large; host 0.90 ms; in a graph 0.45 ms there, host 0.01 ms; "
+        "not there: apex FusedLAMB"
     )
     assert "BERT-" not in verdict(found) + tables(found)
 
@@ -422,7 +423,8 @@ def _found() -> dict[str, Any]:
 def test_the_verdict_is_made_of_what_was_measured() -> None:
     assert verdict(_found()) == (
         "LAMB 2.00 ms at BERT-large: 87 % of copy bandwidth, 0.50x AdamW fused, 3.10x FusedLamb; host 0.90 ms; "
-        "bound by Python at BERT-base: LAMB 0.60 > 0.50 ms; in a graph 0.45 ms there, host 0.01 ms; not there: apex FusedLAMB"
+        "bound by Python at BERT-base: LAMB 0.60 > 0.50 ms; in a graph 0.45 ms there, host 0.01 ms; "
+        "not there: apex FusedLAMB"
     )
     found = _found()
     found["sizes"]["bert-base"]["batches"][0][LAMB_ROW]["host"]["milliseconds"] = 0.5
