@@ -263,7 +263,8 @@ def test_the_best_run_is_whole_and_finite() -> None:
     line = verdict({"runs": runs, "unigram_entropy": 6.6})
     assert line == (
         "65,536 sequences x 2 updates: held-out loss lamb 5.000 (lr 0.02), adamw 5.250 (lr 0.006); "
-        "131,072 sequences x 2 updates: held-out loss adamw 5.000 (lr 0.008); 1 of 6 runs diverged (lamb 0.06 at 65,536); unigram entropy 6.600"
+        "131,072 sequences x 2 updates: held-out loss adamw 5.000 (lr 0.008); "
+        "1 of 6 runs diverged (lamb 0.06 at 65,536); unigram entropy 6.600"
     )
 
 
