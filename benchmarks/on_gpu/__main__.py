@@ -9,7 +9,7 @@ python -m benchmarks.on_gpu --page results.tar.gz     # takes numbers from there
 Exit status: 0 if every part that there was time for has passed, 1 if one has not, 2 if nothing can be run or taken here
 (no device, no such folder), 3 if there was no time for any part.
 
-Only Python's own library is needed here: whatever is missing or broken, the rest is run.
+torch and a device have to be there; whatever else is missing or broken, the rest is run.
 """
 
 from __future__ import annotations

@@ -289,6 +289,13 @@ def test_runs_that_learned_nothing_do_not_pass(runs: list[dict[str, Any]], said:
     assert said in verdict({"runs": runs})
 
 
+def test_what_there_was_no_time_for_fails_nothing() -> None:
+    cut = {**run_of("lans"), "asked_updates": 60}
+    assert is_good({"runs": [run_of("lamb")], "skipped": ["lans 0.02 at 65,536"]})
+    assert is_good({"runs": [run_of("lamb"), cut]})
+    assert not is_good({"runs": [cut, run_of("adamw")]})
+
+
 def test_a_rate_that_is_too_high_fails_nothing() -> None:
     assert is_good({"runs": [run_of(), nan_run("lamb", lr=0.06), run_of("lans"), nan_run("adamw")]})
     toy = {"toy": True, "runs": [run_of(loss=9.5), run_of("lans")]}

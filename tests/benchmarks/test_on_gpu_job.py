@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.on_gpu.job import process
-from benchmarks.on_gpu.job.page import tables, verdict
+from benchmarks.on_gpu.job.page import is_good, tables, verdict
 from benchmarks.on_gpu.job.process import numbers_of
 from benchmarks.on_gpu.job.promise import promised_memory
 from benchmarks.on_gpu.part import Failed, Part
@@ -163,3 +163,8 @@ def test_rehearsal(tmp_path: Path) -> None:
     assert found["promised"]["bytes"] > 0
     assert found["verdict"] in (verdict(found),)
     assert "| updates | 6 of 6 |" in tables(found)
+
+
+@pytest.mark.parametrize(("updates", "good"), [(5, True), (10, True), (15, False), (60, False)])
+def test_within_the_warm_up_a_loss_need_not_fall(updates: int, good: bool) -> None:
+    assert is_good({"losses": [6.0, 6.1], "updates": updates, "asked_updates": 60}) == good

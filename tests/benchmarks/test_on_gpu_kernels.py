@@ -183,9 +183,9 @@ def begun(test: str, seconds: float) -> dict[str, Any]:
 
 
 def test_a_test_that_hangs_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = [begun("a", 80.0), PASSED, {"ended": "a"}, begun("tests/gpu/x.py::b", 70.5)]
+    entries = [begun("a", 80.0), PASSED, {"ended": "a"}, begun("tests/gpu/x.py::b", 96.5)]
     part, _ = run_part(tmp_path, monkeypatch, End(90.0, -15, True), entries)
-    with pytest.raises(Failed, match=r"in 90 s; stopped in test x.py::b, running since 7\d s$"):
+    with pytest.raises(Failed, match=r"in 90 s; stopped in test x.py::b, running since 9\d s$"):
         kernels.run(part)
     assert list(part.found["running"]) == ["tests/gpu/x.py::b"]
 

@@ -223,6 +223,8 @@ WRONG, KILLED = (
         ((NO_ERRORS,), {"failed": "status 86: ========= ERROR SUMMARY: 0 errors"}),  # nothing ran
         ((STEPPED,), {"failed": "status 86: stepped 5 optimizers"}),
         (("AssertionError: lamb made numbers",), {"failed": "status 86: AssertionError: lamb made numbers"}),
+        ((sanitizer.BEGUN, "AssertionError: lamb", "exit 1"), {"failed": "status 1: AssertionError: lamb"}),
+        (("Error: no injection library", "exit 1"), {"missing": "status 1: Error: no injection library"}),
         # A wrong access ends the steps.
         ((WRONG, KILLED, "========= ERROR SUMMARY: 3 errors"), {"errors": 3, "first": WRONG[10:]}),
         ((WRONG, KILLED), {"errors": 1, "first": WRONG[10:]}),
@@ -231,7 +233,8 @@ WRONG, KILLED = (
 )
 def test_errors_are_told_though_the_steps_have_not_ended(said: Sequence[str], found: Any, tmp_path: Path) -> None:
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text("\n".join(("#!/bin/sh", *(f"echo '{line}'" for line in said), "exit 86")))
+    lines = (line if line == "exit 1" else f"echo '{line}'" for line in said)
+    tool.write_text("\n".join(("#!/bin/sh", *lines, "exit 86")))
     tool.chmod(0o755)
     assert _wait(Memcheck("cuda", tmp_path / "log", str(tmp_path))) == found
 
@@ -356,6 +359,13 @@ def test_what_an_optional_crew_may_lack(reasons: Sequence[str | None], good: boo
     found = {"optional": ["gloo"], "crews": {"nccl": {"ZeRO-1": exact}, "gloo": rows}}
     assert is_good(found) == good
     assert ("failed: " in verdict(found)) != good
+
+
+def test_a_crew_that_had_no_time_lacks_nothing() -> None:
+    exact = {"error": 6e-7, "layer": "bias", "ratio_error": 3e-8, "collectives": [1], "exact": True}
+    slow = {"optional": ["gloo"], "crews": {"nccl": {"ZeRO-1": exact}, "gloo": {"DDP": {"missing": "not finished"}}}}
+    assert not is_good(slow)
+    assert is_good({**slow, "did_not_fit": ["ZeRO-1"]})
 
 
 # What it says -------------------------------------------------------------------------------------------------------

@@ -56,10 +56,11 @@ def best_runs(runs: Iterable[Run]) -> list[Run]:
 
 
 def is_good(found: Found) -> bool:
-    """Whether a run of each of `ASKED` has learned something, and none failed."""
-    toy = bool(found.get("toy"))
-    learned = {run["optimizer"] for run in found.get("runs", ()) if has_learned(run, toy=toy)}
-    return learned.issuperset(ASKED) and not found.get("failed")
+    """Whether those of `ASKED` that there was time for have each learned something, at least one, and none failed."""
+    toy, runs = bool(found.get("toy")), found.get("runs", ())
+    ended = {run["optimizer"] for run in runs if is_whole(run)}.intersection(ASKED)
+    learned = {run["optimizer"] for run in runs if has_learned(run, toy=toy)}
+    return bool(ended) and ended <= learned and not found.get("failed")
 
 
 def verdict(found: Found) -> str:

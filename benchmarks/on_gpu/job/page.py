@@ -8,6 +8,9 @@ from benchmarks.on_gpu.table import NOT_MEASURED, Found, gib, table
 
 __all__ = ["is_good", "tables", "verdict"]
 
+WARMUP = 6
+"""Of a run the first of so many parts, in which the learning rate rises."""
+
 
 def verdict(found: Found) -> str:
     """One line of what the run found so far."""
@@ -25,12 +28,13 @@ def verdict(found: Found) -> str:
 
 
 def is_good(found: Found) -> bool:
-    """Whether updates were done, their losses are finite, and have fallen; after a single update that is not known."""
+    """Whether updates were done and their losses are finite and have fallen; within the warm-up that is not known."""
     losses = found.get("losses", ())
     if not losses or not all(map(math.isfinite, losses)):
         return False
-    only_one = len(losses) == 1 and found["updates"] < found["asked_updates"]
-    return only_one or losses[-1] < losses[0]
+    asked = found["asked_updates"]
+    stopped_early = found["updates"] < asked and (len(losses) == 1 or found["updates"] <= asked // WARMUP)
+    return stopped_early or losses[-1] < losses[0]
 
 
 def _memory(found: Found) -> str:

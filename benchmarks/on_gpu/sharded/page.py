@@ -67,16 +67,20 @@ def tables(found: Found) -> str:
 
 def _failures(found: Found) -> list[tuple[str, str]]:
     """Settings that could not be had where all have to be, or for no reason that excuses it, and why."""
-    crews = found.get("crews", {}).items()
-    return [one for name, rows in crews for one in _failures_of(rows, optional=name in found.get("optional", ()))]
+    crews, all_tried = found.get("crews", {}).items(), not found.get("did_not_fit")
+    return [
+        one
+        for name, rows in crews
+        for one in _failures_of(rows, optional=name in found.get("optional", ()), all_tried=all_tried)
+    ]
 
 
-def _failures_of(rows: Found, *, optional: bool) -> list[tuple[str, str]]:
+def _failures_of(rows: Found, *, optional: bool, all_tried: bool) -> list[tuple[str, str]]:
     """Of one crew. In an optional one some settings may be missing; all of them only for what gloo does not carry."""
     missing = [(name, row["missing"]) for name, row in rows.items() if "missing" in row]
     if not optional:
         return missing
-    excused = NOT_CARRIED if len(missing) == len(rows) else re.compile("")
+    excused = NOT_CARRIED if all_tried and len(missing) == len(rows) else re.compile("")
     return [(name, why) for name, why in missing if OF_THE_DEVICE.search(why) or not excused.search(why)]
 
 

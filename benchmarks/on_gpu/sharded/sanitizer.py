@@ -13,10 +13,14 @@ from ..children.limited import NOT_FINISHED, Child, python
 __all__ = ["Memcheck"]
 
 SECONDS = 90.0
+BEGUN, STEPPED = "the device answers", "stepped"
+"""What the program says before its first step, and after its last one."""
+WRONG = 86
+"""The tool's exit status where an access is wrong."""
 SEARCHED = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
 OPTIONS = (
     *("--tool", "memcheck", "--target-processes", "application-only"),
-    *("--report-api-errors", "no", "--error-exitcode", "86"),
+    *("--report-api-errors", "no", "--error-exitcode", str(WRONG)),
 )
 """Calls that fail are no accesses: torch tries some at its start, to see what there is. Compilers are not watched."""
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -75,9 +79,11 @@ class Memcheck:
         # A wrong access ends the steps: then they were not all taken, and the summary may be missing too.
         if errors := sum(map(int, summaries)) or len(reported):
             return {"errors": errors, **({"first": reported[0][:200]} if reported else {})}
-        if summaries and "stepped" in text:
+        if summaries and STEPPED in text:
             return {"errors": 0}
         if self.rehearses and not outcome:
             return {"missing": "a rehearsal has no device; the steps ran without the tool"}
-        crashed = bool(outcome) and not outcome.startswith(NOT_FINISHED)
+        # What ends before the steps begin is the tool's own trouble, such as a driver that it does not know.
+        crashed = BEGUN in text and STEPPED not in text and not outcome.startswith(NOT_FINISHED)
+        crashed |= outcome.startswith(f"status {WRONG}")
         return {"failed" if crashed else "missing": outcome or "the tool wrote no summary"}
