@@ -130,7 +130,7 @@ def everything(folder: Path) -> dict[Path, bytes]:
 
 def test_numbers_are_not_replaced_by_none(docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--page", str(source_of(tmp_path / "good", machine=FOUND["machine"]))]) == 0
-    killed = "by SIGKILL, out of memory?; recorded so far: nothing; last line: /root/work/x.py:3: | UserWarning"
+    killed = "by SIGKILL, out of memory?; recorded so far: nothing; last line: /some/where/x.py:3: | UserWarning"
     bad = {name: numbers(killed, {}, outcome="killed") for name in ("machine", "speed", "job")}
     bad["kernels"] = numbers("0 passed", {**TESTS, "passed": 0, "failed": 0, "failures": []}, outcome="failed")
     before = everything(docs)
