@@ -27,6 +27,8 @@ KEPT_BY_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum
 """Numbers that torch's schedulers write beside the options, so that they differ where learning rates do."""
 ELSEWHERE = {*PARAMETER_KEYS, *COMMON_DEFAULTS} - {"adapt", *STORAGE_OPTIONS}
 """Keys that count for single tensors, or not at all."""
+PLAIN = {type(None), bool, int, float, str}
+"""Types whose values are compared as they are."""
 FROM_FORMULAS = (TypeError, ValueError, RuntimeError)
 """What torch and Python raise where a number was expected; what derives from them is about something else."""
 
@@ -40,9 +42,11 @@ def first_of_joined(algorithm: Algorithm) -> tuple[int, ...]:
     if not algorithm.vector_options:
         return tuple(range(len(groups)))
     read, firsts = _keys_read(algorithm), []
+    vectors = frozenset(_vectors(algorithm, read))
+    compared = None if read is None else read - ELSEWHERE - (vectors & {"adapt"})
     first, of_first = 0, None
     for index, group in enumerate(groups):
-        options = _in_common(algorithm, group, read)
+        options = _in_common(group, compared, vectors)
         if options != of_first:
             first, of_first = index, options
         firsts.append(first)
@@ -69,13 +73,14 @@ def _vectors(algorithm: Algorithm, read: set[str] | None) -> tuple[str, ...]:
     return *algorithm.vector_options, *kept
 
 
-def _in_common(algorithm: Algorithm, group: Mapping[str, Any], read: set[str] | None) -> dict[str, Any]:
+def _in_common(group: Mapping[str, Any], compared: set[str] | None, vectors: frozenset[str]) -> dict[str, Any]:
     """What joined groups must have the same of, for comparison; of numbers that may be vectors, that they are there."""
-    vectors = _vectors(algorithm, read)
+    if compared is None:
+        compared = group.keys() - ELSEWHERE - (vectors & {"adapt"})
     return {
-        name: "a number" if name in vectors and _is_number(value) else _comparable(value)
-        for name, value in group.items()
-        if name not in ELSEWHERE and (read is None or name in read) and not (name == "adapt" and name in vectors)
+        name: "a number" if name in vectors and _is_number(group[name]) else _comparable(group[name])
+        for name in compared
+        if name in group
     }
 
 
@@ -85,11 +90,13 @@ def _is_number(value: Any) -> bool:
 
 def _comparable(value: Any) -> Any:
     """A value that can be compared without a look into tensors: what it is, or else which object."""
+    if type(value) in PLAIN:  # nearly all, at every step
+        return value
     if isinstance(value, Mapping):
         return tuple((key, _comparable(inner)) for key, inner in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_comparable, value))
-    return value if value is None or isinstance(value, bool | int | float | str) else id(value)
+    return value if isinstance(value, bool | int | float | str) else id(value)
 
 
 class JointGroups:
