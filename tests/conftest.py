@@ -33,6 +33,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, which whoever imports them first does
 
 
+from .fresh_libraries import fresh_libraries
 from .tiers import leave_the_fewest_quick
 from .young_objects import search_young_objects_alone
 
@@ -47,6 +48,12 @@ def _young_objects() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _young_objects_again() -> None:
     search_young_objects_alone()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_libraries() -> Iterator[None]:
+    with fresh_libraries():
+        yield
 
 
 class _ByPools(LoadScopeScheduling):

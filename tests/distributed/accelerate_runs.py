@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,7 +10,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR
@@ -22,21 +20,6 @@ from trustratio.optimizers import LAMB
 from trustratio.recipes.rules.schedules import WarmupPolynomial
 
 from .cases import Case, CaseRun, deepspeed_config, group_gradients
-
-
-@contextmanager
-def fresh_accelerate(deepspeed: bool) -> Iterator[None]:
-    """Forget accelerate's global state, before and after; it reads from the environment whether DeepSpeed is used."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    if deepspeed:
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    try:
-        yield
-    finally:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 class _AcceleratedRun(CaseRun):
@@ -97,13 +80,12 @@ class _AcceleratedRun(CaseRun):
 
 def run_accelerated(case: Case, no_sync: bool = False, norms: bool = False) -> dict[str, Any]:
     """`run_case` through accelerate; with the group norms of each step under "norms" if asked for."""
-    with fresh_accelerate(deepspeed=isinstance(case.stage, int)):
-        run = _AcceleratedRun(case, no_sync, norms)
-        try:
-            run.train(0, case.steps)
-            return {**run.result(), "norms": run.norms}
-        finally:
-            run.close()
+    run = _AcceleratedRun(case, no_sync, norms)
+    try:
+        run.train(0, case.steps)
+        return {**run.result(), "norms": run.norms}
+    finally:
+        run.close()
 
 
 @contextmanager
@@ -136,7 +118,7 @@ def offloaded(keep: bool) -> str:
     }
     if keep:
         config["zero_force_ds_cpu_optimizer"] = False
-    with fresh_accelerate(deepspeed=True), unbuilt_cpu_adam():
+    with unbuilt_cpu_adam():
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
         model = torch.nn.Linear(4, 3)
         # No name of ours keeps the optimizer alive, as in `model, optimizer = accelerator.prepare(model, optimizer)`.
@@ -165,13 +147,12 @@ def harmless() -> None:
         frozen(model(torch.ones(2, 4))).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    with fresh_accelerate(deepspeed=True):
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
-        engine, prepared = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-        accelerator.backward(engine(torch.ones(2, 4)).square().sum())
-        prepared.step()
-        engine.destroy()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    engine, prepared = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.backward(engine(torch.ones(2, 4)).square().sum())
+    prepared.step()
+    engine.destroy()
     assert not unused.state
 
 
@@ -184,59 +165,56 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 
 def scheduled(schedule: str, optimizer_class: Any, prepare: bool = True, **options: Any) -> list[float] | str:
     """Train for three updates with a schedule given to accelerate; the rates, or the error."""
-    with fresh_accelerate(deepspeed=False):
-        accelerator = Accelerator(cpu=True, **options)
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 3)
-        optimizer = optimizer_class(model.parameters(), lr=0.1)
-        scheduler = SCHEDULES[schedule](optimizer)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        scheduler = accelerator.prepare(scheduler) if prepare else scheduler
-        before, rates = model.module.weight.detach().clone(), []
-        try:
-            for _ in range(3):
-                accelerator.backward(model(torch.ones(2, 4)).square().sum())
-                rates.append(optimizer.param_groups[0]["lr"])
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-        except RuntimeError as error:
-            assert torch.equal(before, model.module.weight), "weights moved before the error"
-            return f"{type(error).__name__}: {error}"
-        return rates
+    accelerator = Accelerator(cpu=True, **options)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = optimizer_class(model.parameters(), lr=0.1)
+    scheduler = SCHEDULES[schedule](optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = accelerator.prepare(scheduler) if prepare else scheduler
+    before, rates = model.module.weight.detach().clone(), []
+    try:
+        for _ in range(3):
+            accelerator.backward(model(torch.ones(2, 4)).square().sum())
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    except RuntimeError as error:
+        assert torch.equal(before, model.module.weight), "weights moved before the error"
+        return f"{type(error).__name__}: {error}"
+    return rates
 
 
 def counts_by_itself() -> bool:
     """Whether this accelerate sees on a CPU that there are several processes, as 1.10 does and 1.15 does not."""
-    with fresh_accelerate(deepspeed=False):
-        return Accelerator().num_processes > 1
+    return Accelerator().num_processes > 1
 
 
 def miscounted(way: str, load: bool) -> str:
     """Take a step where accelerate counts one of two processes, or leaves out DeepSpeed; the error, or what stepped."""
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
     plugin = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)} if "DeepSpeed" in way else {}
-    with fresh_accelerate(deepspeed=False):
-        if way == "DeepSpeed, counted":
-            count_ranks_on_cpu()
-        accelerator = Accelerator(cpu="cpu" in way, **plugin)
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 3)
-        optimizer = LAMB(model.named_parameters(), lr=0.1)
-        if way == "averaged by hand":
-            optimizer.data_parallel_group = dist.group.WORLD  # type: ignore[attr-defined]
-        if way == "wrapped by hand":
-            model = DistributedDataParallel(model)  # type: ignore[assignment]
-        loader = accelerator.prepare(DataLoader(torch.ones(8, 4), batch_size=2)) if load else [torch.ones(2, 4)]  # type: ignore[arg-type]
-        model, prepared = accelerator.prepare(model, optimizer)
-        weights = next(iter(model.parameters()))
-        before = weights.detach().clone()
-        try:
-            accelerator.backward(model(next(iter(loader))).square().sum())
-            prepared.step()
-        except RuntimeError as error:
-            assert torch.equal(before, weights), "weights moved before the error"
-            return f"{type(error).__name__}: {error}"
-        finally:
-            getattr(model, "destroy", lambda: None)()
-        return type(layerwise_optimizer(prepared)).__name__
+    if way == "DeepSpeed, counted":
+        count_ranks_on_cpu()
+    accelerator = Accelerator(cpu="cpu" in way, **plugin)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = LAMB(model.named_parameters(), lr=0.1)
+    if way == "averaged by hand":
+        optimizer.data_parallel_group = dist.group.WORLD  # type: ignore[attr-defined]
+    if way == "wrapped by hand":
+        model = DistributedDataParallel(model)  # type: ignore[assignment]
+    loader = accelerator.prepare(DataLoader(torch.ones(8, 4), batch_size=2)) if load else [torch.ones(2, 4)]  # type: ignore[arg-type]
+    model, prepared = accelerator.prepare(model, optimizer)
+    weights = next(iter(model.parameters()))
+    before = weights.detach().clone()
+    try:
+        accelerator.backward(model(next(iter(loader))).square().sum())
+        prepared.step()
+    except RuntimeError as error:
+        assert torch.equal(before, weights), "weights moved before the error"
+        return f"{type(error).__name__}: {error}"
+    finally:
+        getattr(model, "destroy", lambda: None)()
+    return type(layerwise_optimizer(prepared)).__name__

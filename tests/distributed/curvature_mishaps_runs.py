@@ -112,7 +112,7 @@ def _train_in_regions(wrapper: str, what: str, whole: bool) -> list[float]:
 
 
 def extrapolate_in_a_curvature_trainer(folder: str) -> None:
-    with trainer_runs.fresh_accelerate(False), redirect_stdout(None):
+    with redirect_stdout(None):
         trainer = CurvatureTrainer(
             model=trainer_runs._model(),
             args=trainer_runs.arguments(folder, "ddp"),

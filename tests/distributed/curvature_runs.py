@@ -311,28 +311,27 @@ OF_TRAINER = {"lr": 0.5, "cap": 0.1, "interval": 2, "weight_decay": 0.1}
 
 def train_with_trainer(stage: str | int, folder: str, name: str = "curvature_adamw") -> dict[str, Any]:
     """Three steps of two micro-batches on each rank, clipped."""
-    with trainer_runs.fresh_accelerate(False):
-        model = trainer_runs._model()
-        trainer = CurvatureTrainer(
-            model=model,
-            args=trainer_runs.arguments(folder, stage, max_grad_norm=1.0),
-            train_dataset=trainer_runs.rows(),  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=optimizer_for_trainer(name, **(OF_TRAINER if name != "lamb" else {})),
-            compute_loss_func=masked_language_modeling_loss,
-        )
-        with redirect_stdout(None):
-            trainer.train()
-        optimizer: Any = layerwise_optimizer(trainer.optimizer)
-        states = [state.get("layers", state) for state in optimizer.state.values()]
-        answer = {
-            "steps": optimizer.param_groups[0]["step"],
-            "samples": {number for state in states for number in state["samples"].reshape(-1).tolist()},
-            "ratios": optimizer.trust_ratios(),
-            "weights": whole_weights(model),
-        }
-        if isinstance(stage, int):
-            trainer.model_wrapped.destroy()  # type: ignore[operator]
-        return answer
+    model = trainer_runs._model()
+    trainer = CurvatureTrainer(
+        model=model,
+        args=trainer_runs.arguments(folder, stage, max_grad_norm=1.0),
+        train_dataset=trainer_runs.rows(),  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=optimizer_for_trainer(name, **(OF_TRAINER if name != "lamb" else {})),
+        compute_loss_func=masked_language_modeling_loss,
+    )
+    with redirect_stdout(None):
+        trainer.train()
+    optimizer: Any = layerwise_optimizer(trainer.optimizer)
+    states = [state.get("layers", state) for state in optimizer.state.values()]
+    answer = {
+        "steps": optimizer.param_groups[0]["step"],
+        "samples": {number for state in states for number in state["samples"].reshape(-1).tolist()},
+        "ratios": optimizer.trust_ratios(),
+        "weights": whole_weights(model),
+    }
+    if isinstance(stage, int):
+        trainer.model_wrapped.destroy()  # type: ignore[operator]
+    return answer
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

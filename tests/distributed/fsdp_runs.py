@@ -84,7 +84,6 @@ def make_mesh(shape: tuple[int, ...] | None) -> DeviceMesh:
 def prepare_with_accelerate(model: Model, optimizer: Any) -> None:
     """Accelerator.prepare with FSDP2, which accelerate itself leaves switched off without an accelerator."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     accelerator = Accelerator(cpu=True)
@@ -92,7 +91,6 @@ def prepare_with_accelerate(model: Model, optimizer: Any) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
     accelerator.prepare(model, optimizer)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Run:

@@ -161,6 +161,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, errors: str)
         quieten()  # else DeepSpeed compiles an extension for minutes, which gloo does not need
         deepspeed.init_distributed("gloo", verbose=False)
 
+        from ..fresh_libraries import fresh_libraries
         from ..young_objects import search_young_objects_alone
         from .collective_counter import CollectiveCounter
         from .reused_groups import reuse_groups
@@ -177,7 +178,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, errors: str)
             return
         try:
             search_young_objects_alone()
-            answer = function(*args, **kwargs)
+            with fresh_libraries():
+                answer = function(*args, **kwargs)
             left = CollectiveCounter.close_all()
             assert not left, f"{function.__name__} has left {left} CollectiveCounter open"
             pipe.send((True, answer))

@@ -22,7 +22,6 @@ from trustratio.integrations.guards.replaced import innermost
 from trustratio.integrations.layer_norms import LayerNorms
 from trustratio.integrations.transformers import LayerNormsCallback, optimizer_for_trainer
 
-from .accelerate_runs import fresh_accelerate
 from .cases import gathered
 from .trainer_runs import arguments, config, rows
 
@@ -91,25 +90,24 @@ def show(setting: str, optimizer: str, folder: str, steps: int, resume: bool = F
     stage = options.pop("stage")
     options |= {**OPTIMIZERS[optimizer], "max_steps": steps, "learning_rate": 0.01, **changes}
     callback = options.pop("callback", {})
-    with fresh_accelerate(False):
-        args: TrainingArguments = arguments(folder, stage, **options)
-        torch.manual_seed(0)
-        weights = _Weights()
-        trainer = Trainer(
-            model=_sharded(BertForMaskedLM(config()), stage),
-            args=args,
-            train_dataset=rows(),  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", lr=0.01) if optimizer == "lamb" else None,
-            callbacks=[LayerNormsCallback(file=f"{folder}/norms.jsonl", **callback), weights],
-        )
-        if "fsdp" in str(stage):  # accelerate shards so on GPUs only; on a CPU it would put the model into DDP
-            trainer.accelerator.prepare_model = lambda model, **options: model
-        with contextlib.redirect_stdout(None):
-            trainer.train(resume_from_checkpoint=resume or None)
-        elements = sum(_here(p) for group in innermost(trainer.optimizer).param_groups for p in group["params"])
-        found = {"weights": weights.steps, "log": trainer.state.log_history, "elements": elements}
-        if isinstance(stage, int):
-            trainer.model_wrapped.destroy()  # type: ignore[operator]
+    args: TrainingArguments = arguments(folder, stage, **options)
+    torch.manual_seed(0)
+    weights = _Weights()
+    trainer = Trainer(
+        model=_sharded(BertForMaskedLM(config()), stage),
+        args=args,
+        train_dataset=rows(),  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", lr=0.01) if optimizer == "lamb" else None,
+        callbacks=[LayerNormsCallback(file=f"{folder}/norms.jsonl", **callback), weights],
+    )
+    if "fsdp" in str(stage):  # accelerate shards so on GPUs only; on a CPU it would put the model into DDP
+        trainer.accelerator.prepare_model = lambda model, **options: model
+    with contextlib.redirect_stdout(None):
+        trainer.train(resume_from_checkpoint=resume or None)
+    elements = sum(_here(p) for group in innermost(trainer.optimizer).param_groups for p in group["params"])
+    found = {"weights": weights.steps, "log": trainer.state.log_history, "elements": elements}
+    if isinstance(stage, int):
+        trainer.model_wrapped.destroy()  # type: ignore[operator]
     lines = Path(folder, "norms.jsonl").read_text().splitlines() if dist.get_rank() == 0 else []
     return {**found, "records": [json.loads(line) for line in lines]}
 
@@ -148,28 +146,27 @@ def log_with_accelerate(stage: str | int) -> dict[str, Any]:
             assert step is not None
             self.logged.append((step, values))
 
-    with fresh_accelerate(deepspeed=isinstance(stage, int)):
-        tracker, options = Tracker(), {}
-        if isinstance(stage, int):
-            settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
-            options = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings)}
-        accelerator = Accelerator(cpu=stage == "ddp", log_with=tracker, **options)
-        accelerator.init_trackers("run")
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-        prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.named_parameters(), lr=0.01))
-        norms = LayerNorms(optimizer, every=2)
-        norms.write_to(log=accelerator.log, layers="*.weight", numbers=("update",))
-        weights = [_whole(model)]
-        for step in range(4):
-            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(accelerator.process_index + 2 * step))
-            accelerator.backward(prepared(x).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-            weights.append(_whole(model))
-        if isinstance(stage, int):
-            prepared.destroy()
-        return {"logged": tracker.logged, "weights": weights}
+    tracker, options = Tracker(), {}
+    if isinstance(stage, int):
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+        options = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings)}
+    accelerator = Accelerator(cpu=stage == "ddp", log_with=tracker, **options)
+    accelerator.init_trackers("run")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.named_parameters(), lr=0.01))
+    norms = LayerNorms(optimizer, every=2)
+    norms.write_to(log=accelerator.log, layers="*.weight", numbers=("update",))
+    weights = [_whole(model)]
+    for step in range(4):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(accelerator.process_index + 2 * step))
+        accelerator.backward(prepared(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(_whole(model))
+    if isinstance(stage, int):
+        prepared.destroy()
+    return {"logged": tracker.logged, "weights": weights}
 
 
 transformers.logging.set_verbosity_error()

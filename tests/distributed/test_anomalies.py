@@ -16,7 +16,6 @@ from trustratio.recipes.rules.anomalies import anomaly_scores
 from trustratio.recipes.rules.anomaly_sampler import LadSampler
 
 from ..references.anomalies import lad, made_up
-from .accelerate_runs import fresh_accelerate
 from .pool import WorkerPool
 
 SAMPLES, FEATURES, CLASSES = 211, 5, 3
@@ -203,26 +202,25 @@ def test_ranks_share_the_epochs_of_one_process(pool: WorkerPool, split_scoring: 
 
 def accelerated() -> dict[str, Any]:
     """Runs on every rank: accelerate splits the batches, and goes to the next epoch by itself, but after a resume."""
-    with fresh_accelerate(False):
-        accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
 
-        def prepared(state: dict[str, Any] | None = None) -> Any:
-            x, labels = made_up(SAMPLES, FEATURES, CLASSES)
-            sampler = LadSampler(x, labels, num_replicas=1, rank=0, **TABLE)
-            if state is not None:
-                sampler.load_state_dict(state)
-            return sampler, accelerator.prepare(DataLoader(range(SAMPLES), batch_size=7, sampler=sampler))
+    def prepared(state: dict[str, Any] | None = None) -> Any:
+        x, labels = made_up(SAMPLES, FEATURES, CLASSES)
+        sampler = LadSampler(x, labels, num_replicas=1, rank=0, **TABLE)
+        if state is not None:
+            sampler.load_state_dict(state)
+        return sampler, accelerator.prepare(DataLoader(range(SAMPLES), batch_size=7, sampler=sampler))
 
-        sampler, loader = prepared()
-        epochs = [torch.cat(list(loader)).tolist() for _ in range(4)]
-        sampler.set_epoch(1)
-        _, again = prepared(sampler.state_dict(taken=0))
-        resumed = []
-        for epoch in range(1, 4):
-            again.set_epoch(epoch)
-            batches = skip_first_batches(again, 2) if epoch == 1 else again
-            resumed.append(torch.cat(list(batches)).tolist())
-        return {"epochs": epochs, "resumed": resumed}
+    sampler, loader = prepared()
+    epochs = [torch.cat(list(loader)).tolist() for _ in range(4)]
+    sampler.set_epoch(1)
+    _, again = prepared(sampler.state_dict(taken=0))
+    resumed = []
+    for epoch in range(1, 4):
+        again.set_epoch(epoch)
+        batches = skip_first_batches(again, 2) if epoch == 1 else again
+        resumed.append(torch.cat(list(batches)).tolist())
+    return {"epochs": epochs, "resumed": resumed}
 
 
 @pytest.mark.parametrize("world_size", [2])

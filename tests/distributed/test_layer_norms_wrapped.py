@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trustratio.integrations.layer_norms import LayerNorms, clip_grad_norm_
 
 from . import test_dtensor_parallel
-from .accelerate_runs import fresh_accelerate, unbuilt_cpu_adam
+from .accelerate_runs import unbuilt_cpu_adam
 from .pool import WorkerPool
 from .recorded import fresh_deepspeed_groups
 from .test_megatron import Network, OlderUnit, megatron
@@ -144,7 +144,7 @@ def train_offloaded(given: str) -> tuple[list[str], int, float]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     }
-    with fresh_accelerate(deepspeed=True), unbuilt_cpu_adam():
+    with unbuilt_cpu_adam():
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
         model: Any = torch.nn.Linear(4, 3)
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -21,7 +21,6 @@ from trustratio.integrations.transformers import (
     optimizer_for_trainer,
 )
 
-from .accelerate_runs import fresh_accelerate
 from .cases import Case, Model, deepspeed_config, initial_weights, make_optimizer, mean_gradients
 from .pool import WorkerPool
 from .sixteen_bit_runs import FP32, KEPT, SAVED, STEPS, assert_same, make_case
@@ -32,25 +31,24 @@ KINDS = [("ddp", "state"), ("ddp", "stochastic"), ("ddp", "kahan and state"), (2
 
 def train_with_trainer(stage: Any, kept: str, folder: str, resumed: bool) -> list[str]:
     """All steps, or those that come after a checkpoint; writes what there is, and returns the layers with a ratio."""
-    with fresh_accelerate(False):
-        torch.manual_seed(int(resumed))
-        model = BertForMaskedLM(config()).to(KEPT[kept].weights)
-        options = {"lr": 0.01, "weight_decay": 0.1, "implementation": "eager", **KEPT[kept].options}
-        trainer = Trainer(
-            model=model,
-            args=arguments(folder, stage, save_strategy="steps", save_steps=2),
-            train_dataset=rows(),  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", **options),
-            compute_loss_func=masked_language_modeling_loss,
-        )
-        trainer.add_callback(TrustRatioCallback(trainer, per_layer=True))
-        with contextlib.redirect_stdout(None):
-            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resumed else None)
-        save_optimizer_state(trainer.optimizer, f"{folder}/{'resumed' if resumed else 'straight'}", model=model)
-        logged = [entry for entry in trainer.state.log_history if any("trust_ratio" in key for key in entry)]
-        if isinstance(stage, int):
-            trainer.model_wrapped.destroy()  # type: ignore[operator]
-        return sorted({key for entry in logged for key in entry if "trust_ratio" in key})
+    torch.manual_seed(int(resumed))
+    model = BertForMaskedLM(config()).to(KEPT[kept].weights)
+    options = {"lr": 0.01, "weight_decay": 0.1, "implementation": "eager", **KEPT[kept].options}
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, stage, save_strategy="steps", save_steps=2),
+        train_dataset=rows(),  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", **options),
+        compute_loss_func=masked_language_modeling_loss,
+    )
+    trainer.add_callback(TrustRatioCallback(trainer, per_layer=True))
+    with contextlib.redirect_stdout(None):
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resumed else None)
+    save_optimizer_state(trainer.optimizer, f"{folder}/{'resumed' if resumed else 'straight'}", model=model)
+    logged = [entry for entry in trainer.state.log_history if any("trust_ratio" in key for key in entry)]
+    if isinstance(stage, int):
+        trainer.model_wrapped.destroy()  # type: ignore[operator]
+    return sorted({key for entry in logged for key in entry if "trust_ratio" in key})
 
 
 @pytest.mark.parametrize(("stage", "kept"), KINDS)
@@ -86,17 +84,16 @@ class Accelerated:
 
 
 def train_with_accelerate(case: Case, kept: str, folder: str, resumed: bool) -> None:
-    with fresh_accelerate(case.stage != "ddp"):
-        run = Accelerated(case, kept, seed=int(resumed))
-        if resumed:
-            run.accelerator.load_state(f"{folder}/middle")
-        else:
-            run.train(0, SAVED)
-            run.accelerator.save_state(f"{folder}/middle")
-        run.train(SAVED, STEPS)
-        path = f"{folder}/{'resumed' if resumed else 'straight'}"
-        save_optimizer_state(layerwise_optimizer(run.prepared), path, model=run.model)
-        run.close()
+    run = Accelerated(case, kept, seed=int(resumed))
+    if resumed:
+        run.accelerator.load_state(f"{folder}/middle")
+    else:
+        run.train(0, SAVED)
+        run.accelerator.save_state(f"{folder}/middle")
+    run.train(SAVED, STEPS)
+    path = f"{folder}/{'resumed' if resumed else 'straight'}"
+    save_optimizer_state(layerwise_optimizer(run.prepared), path, model=run.model)
+    run.close()
 
 
 @pytest.mark.parametrize(("stage", "kept"), KINDS)

@@ -14,7 +14,6 @@ from trustratio.integrations.extrapolation import ExtrapolationCallback
 from trustratio.integrations.transformers import masked_language_modeling_loss, optimizer_for_trainer
 from trustratio.optimizers import LAMB, Extrapolation
 
-from .accelerate_runs import fresh_accelerate
 from .cases import gathered
 from .pool import WorkerPool
 from .trainer_runs import ACCUMULATION, MICRO, STEPS, _model, arguments, rows
@@ -26,31 +25,30 @@ SAVED = 2
 
 def train(folder: str, stage: str | int, direction: str, resume: bool = False, **options: Any) -> dict[str, Any]:
     """The weights after training, and how many forwards were extrapolated."""
-    with fresh_accelerate(False):
-        model = _model()
-        saving = {"save_strategy": "steps", "save_steps": SAVED, "eval_strategy": "steps", "eval_steps": SAVED}
-        trainer = Trainer(
-            model=model,
-            args=arguments(folder, stage, **saving),
-            train_dataset=rows(),  # type: ignore[arg-type]
-            eval_dataset=rows()[:4],  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", **OPTIONS),
-            compute_loss_func=masked_language_modeling_loss,
-        )
-        callback = ExtrapolationCallback(STEP_SIZE[direction], direction, **options)
-        trainer.add_callback(callback)
-        moved: dict[bool, list[bool]] = {True: [], False: []}  # in training, in evaluation
-        model.register_forward_pre_hook(
-            lambda *_: moved[model.training].append(getattr(callback.extrapolation, "is_moved", False))
-        )
-        with contextlib.redirect_stdout(None):
-            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVED}" if resume else None)
-        weights = {}
-        for layer, parameter in model.named_parameters():
-            with gathered([parameter]):
-                weights[layer] = parameter.detach().clone()
-        getattr(trainer.model_wrapped, "destroy", lambda: None)()
-        return {"weights": weights, "moved": moved}
+    model = _model()
+    saving = {"save_strategy": "steps", "save_steps": SAVED, "eval_strategy": "steps", "eval_steps": SAVED}
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, stage, **saving),
+        train_dataset=rows(),  # type: ignore[arg-type]
+        eval_dataset=rows()[:4],  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=optimizer_for_trainer("lamb", **OPTIONS),
+        compute_loss_func=masked_language_modeling_loss,
+    )
+    callback = ExtrapolationCallback(STEP_SIZE[direction], direction, **options)
+    trainer.add_callback(callback)
+    moved: dict[bool, list[bool]] = {True: [], False: []}  # in training, in evaluation
+    model.register_forward_pre_hook(
+        lambda *_: moved[model.training].append(getattr(callback.extrapolation, "is_moved", False))
+    )
+    with contextlib.redirect_stdout(None):
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVED}" if resume else None)
+    weights = {}
+    for layer, parameter in model.named_parameters():
+        with gathered([parameter]):
+            weights[layer] = parameter.detach().clone()
+    getattr(trainer.model_wrapped, "destroy", lambda: None)()
+    return {"weights": weights, "moved": moved}
 
 
 def train_plainly(direction: str, ranks: int) -> dict[str, Any]:

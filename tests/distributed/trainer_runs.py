@@ -28,7 +28,7 @@ from trustratio.integrations.transformers import (
 )
 from trustratio.optimizers import create_optimizer
 
-from .accelerate_runs import fresh_accelerate, unbuilt_cpu_adam
+from .accelerate_runs import unbuilt_cpu_adam
 from .cases import gathered
 
 SHAPE = {"vocab_size": 31, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
@@ -98,29 +98,28 @@ def options_of(name: str) -> dict[str, Any]:
 
 def train(name: str, stage: str | int, folder: str, zero_init: bool = False, noise: bool = False) -> dict[str, Any]:
     """Train with the Trainer; the weights, the last ratios and what was logged."""
-    with fresh_accelerate(False):
-        args = arguments(folder, stage)
-        torch.manual_seed(0)
-        model = AutoModelForMaskedLM.from_config(config()) if zero_init else _model()
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=rows(),  # type: ignore[arg-type]
-            optimizer_cls_and_kwargs=optimizer_for_trainer(name, **options_of(name)),
-            compute_loss_func=masked_language_modeling_loss,
-        )
-        trainer.add_callback(TrustRatioCallback(trainer, per_layer=True, noise=noise))
-        with contextlib.redirect_stdout(None):
-            trainer.train()
-        optimizer = layerwise_optimizer(trainer.optimizer)
-        weights = {}
-        for layer, parameter in model.named_parameters():
-            with gathered([parameter]):
-                weights[layer] = parameter.detach().clone()
-        found = {"weights": weights, "ratios": optimizer.trust_ratios(), "log": trainer.state.log_history}
-        if isinstance(stage, int):
-            trainer.model_wrapped.destroy()  # type: ignore[operator]
-        return found
+    args = arguments(folder, stage)
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(config()) if zero_init else _model()
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows(),  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=optimizer_for_trainer(name, **options_of(name)),
+        compute_loss_func=masked_language_modeling_loss,
+    )
+    trainer.add_callback(TrustRatioCallback(trainer, per_layer=True, noise=noise))
+    with contextlib.redirect_stdout(None):
+        trainer.train()
+    optimizer = layerwise_optimizer(trainer.optimizer)
+    weights = {}
+    for layer, parameter in model.named_parameters():
+        with gathered([parameter]):
+            weights[layer] = parameter.detach().clone()
+    found = {"weights": weights, "ratios": optimizer.trust_ratios(), "log": trainer.state.log_history}
+    if isinstance(stage, int):
+        trainer.model_wrapped.destroy()  # type: ignore[operator]
+    return found
 
 
 def _model() -> BertForMaskedLM:
@@ -176,7 +175,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def dropped(folder: str, stage: str | int, way: str) -> str:
     """Give LAMB to the Trainer in a way that DeepSpeed may drop or re-rate; the name of what steps, or the error."""
-    with fresh_accelerate(False), unbuilt_cpu_adam(), mock.patch.dict(os.environ):
+    with unbuilt_cpu_adam(), mock.patch.dict(os.environ):
         changes = copy.deepcopy(CHANGES.get(way, {}))
         if way == "accelerate's CPU":
             os.environ["ACCELERATE_USE_CPU"] = "true"

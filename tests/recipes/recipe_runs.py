@@ -66,9 +66,6 @@ def train(
         sabotage: name of a failure to inject, see `_sabotaged`.
         report: draw it; always done where something fails. Its pictures take longer than these runs.
     """
-    from accelerate.state import AcceleratorState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     from trustratio.recipes.common.errors import RecipeError, TrainingFailure
     from trustratio.recipes.common.reporter import Reporter
     from trustratio.recipes.configuration.command_line import parse_command_line
@@ -80,11 +77,8 @@ def train(
     reporter = Reporter(active=dist.get_rank() == 0)
     drawn = report or bool(sabotage)
     pictures = contextlib.nullcontext() if drawn else mock.patch.object(reports, "write_report", return_value="")
-    # DeepSpeed's stage 3 leaves a linear layer of its own behind, which rounds bf16 otherwise.
-    linear = mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear)
     environment = {**environment, "TRUSTRATIO_CACHE": cache}
-    with mock.patch.dict(os.environ, environment), linear, _sabotaged(sabotage), pictures:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with mock.patch.dict(os.environ, environment), _sabotaged(sabotage), pictures:
         try:
             invocation = parse_command_line(arguments)
             if script == "bert_trainer.py":
@@ -94,8 +88,6 @@ def train(
                 bert.pretrain(check_run(invocation, launcher), reporter)
         except (RecipeError, TrainingFailure) as error:
             return f"{type(error).__name__}: {error}"
-        finally:
-            unset_hf_deepspeed_config()  # a Trainer under stage 3 would have the next run's initial weights cut up
     return "finished"
 
 

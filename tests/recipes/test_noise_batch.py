@@ -206,12 +206,10 @@ def of_two_ranks(kind: str) -> list[tuple[int, float]]:
     import deepspeed
     import torch.distributed as dist
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
     import trustratio.integrations.deepspeed  # noqa: F401
     from trustratio.optimizers import LAMB
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1, bias=False)
     optimizer = LAMB(list(model.named_parameters()), lr=0.1)
