@@ -7,6 +7,7 @@ What accelerate does not document is read in this file alone, and the same since
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def refuse_other_set_up(optimizer: Any) -> None:
         ConflictingSettingsError: If accelerate counts other processes than there are, leaves out DeepSpeed, or would
             step a scheduler of ours several times per update.
     """
-    for accelerator in living(Accelerator):
+    for accelerator in _living_accelerators():
         for scheduler in INTERNALS.read(accelerator, "_schedulers"):
             _refuse_steps_per_process(accelerator, scheduler, optimizer)
         if isinstance(optimizer, LayerwiseOptimizer) and any(
@@ -46,6 +47,17 @@ def refuse_other_set_up(optimizer: Any) -> None:
         ):
             _refuse_other_engine(accelerator)
             _refuse_other_processes(accelerator, optimizer)
+
+
+def _living_accelerators() -> Iterator[Accelerator]:
+    """Yield those that prepare: not one whose construction has failed, nor one whose state accelerate has forgotten.
+
+    A traceback that is kept keeps the first kind alive. TrainingArguments, for one, makes accelerate forget.
+    """
+    for accelerator in living(Accelerator):
+        state = vars(accelerator).get("state")
+        if "flag_tensor" in vars(accelerator) and state is not None and vars(state):
+            yield accelerator
 
 
 def _refuse_other_engine(accelerator: Accelerator) -> None:
