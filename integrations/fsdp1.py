@@ -129,6 +129,8 @@ def _is_gathered(handle: FlatParamHandle) -> bool:
 def _runs() -> Iterator[tuple[int, _Run]]:
     """Yield (id, run) of every parameter that FSDP1 has kept as an object of its own. None has a way to its handle."""
     for handle in living(FlatParamHandle):
+        if not hasattr(handle, "flat_param") and not _is_in_use(handle):
+            continue
         flat = INTERNALS.read(handle, "flat_param")
         parameters = INTERNALS.read(flat, "_params") or ()
         known = (INTERNALS.read(flat, name) for name in ("_shapes", "_shard_param_infos", "_param_extensions"))
@@ -139,6 +141,11 @@ def _runs() -> Iterator[tuple[int, _Run]]:
             else:
                 offset, length = shard.intra_param_start_idx or 0, shard.numel_in_shard or 0
             yield id(parameter), _Run(handle, tuple(shape), offset, length, extension is not None)
+
+
+def _is_in_use(handle: FlatParamHandle) -> bool:
+    """Whether a module has it. None has one that has failed to flatten, which a traceback that is kept keeps alive."""
+    return any(vars(module).get("_handle") is handle for module in living(FullyShardedDataParallel))
 
 
 def _replicas() -> Iterator[tuple[int, dist.ProcessGroup]]:

@@ -398,7 +398,8 @@ class TrainerBackend(Backend):
     """
 
     def __init__(self) -> None:
-        self._unguarded = WeakSet(living(Trainer))
+        # Not those whose construction has failed, which a traceback that is kept keeps alive.
+        self._unguarded = WeakSet(trainer for trainer in living(Trainer) if hasattr(trainer, "control"))
         for trainer in self._unguarded:
             trainer.add_callback(DroppedOptimizerGuard)  # for all else, where training is yet to begin
 

@@ -266,8 +266,8 @@ class Extrapolation:
             self._moved = MovedWeights(self._layouts.asked())
             self._moved.move(tensors, change, publish=self._displacement.publishes)
             self._is_stale = False
-        # Also of weights that stay: FSDP2's would go without a gradient, if a forward without gradients has cast them.
-        torch.clear_autocast_cache()
+        else:  # as when weights move: what a forward without gradients has cast of FSDP2's would get none later
+            torch.clear_autocast_cache()
 
     def _restore(self, publish: bool = True) -> None:
         publishes = self._displacement.publishes

@@ -56,7 +56,7 @@ def _living_accelerators() -> Iterator[Accelerator]:
     """
     for accelerator in living(Accelerator):
         state = vars(accelerator).get("state")
-        if "flag_tensor" in vars(accelerator) and state is not None and vars(state):
+        if "rng_types" in vars(accelerator) and state is not None and vars(state):
             yield accelerator
 
 

@@ -36,10 +36,15 @@ def refuse_other_rates(optimizer: Any) -> None:
     if not isinstance(optimizer, LayerwiseOptimizer):
         return
     for scheduler in living(*PEAKS):
-        if scheduler.optimizer is optimizer:
+        if vars(scheduler).get("optimizer") is optimizer and _is_constructed(scheduler):
             _refuse_peak(optimizer, scheduler)
             if isinstance(scheduler, OneCycle) and scheduler.cycle_momentum:
                 _refuse_betas(optimizer, scheduler)
+
+
+def _is_constructed(scheduler: Any) -> bool:
+    """Whether it has all its numbers. A traceback that is kept keeps alive what failed on the way."""
+    return hasattr(scheduler, "last_batch_iteration")
 
 
 def _refuse_peak(optimizer: LayerwiseOptimizer, scheduler: Any) -> None:

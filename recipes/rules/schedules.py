@@ -107,7 +107,9 @@ class FactorLR(LRScheduler):
 
     def factor(self, step: float) -> float:
         """Return the factor for the update number `step`, counted from 0."""
-        raise NotImplementedError(f"{type(self).__name__} must define factor()")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define factor(): what the learning rate is multiplied by"
+        )
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the rate of each group for the next update."""
